@@ -1,0 +1,1 @@
+"""TOML to frozen models; every problem reported at once, with its path."""

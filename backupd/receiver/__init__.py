@@ -1,0 +1,1 @@
+"""The reference endpoint (extra `receiver`): what `demo` and the tests upload to."""
