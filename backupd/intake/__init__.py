@@ -1,0 +1,1 @@
+"""From a path in a drop folder to a pending delivery."""

@@ -1,0 +1,1 @@
+"""Bringing one archive to one destination; the only package that imports httpx."""

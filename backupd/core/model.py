@@ -1,0 +1,137 @@
+"""What the whole program talks about: archives, deliveries, receipts and outcomes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+from backupd.core.policy import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """Cheap "is it the same file, unchanged?": what `fstat` tells without a read.
+
+    Times are nanoseconds since the epoch. The change time is part of it because a rewrite in place can
+    put size and modification time back, but not the change time.
+    """
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """An algorithm's name and its value over a content, in lower-case hex."""
+
+    algorithm: str
+    hex: str
+
+    def __str__(self) -> str:
+        return f"{self.algorithm}:{self.hex}"
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """One finished backup file, as the ledger knows it; `relpath` is relative to its drop folder."""
+
+    id: int
+    drop: str
+    relpath: bytes
+    fingerprint: Fingerprint
+    admitted_at: datetime
+
+
+class DeliveryState(StrEnum):
+    """Where a delivery stands."""
+
+    PENDING = "pending"
+    CLAIMED = "claimed"
+    DELIVERED = "delivered"
+    REJECTED = "rejected"
+    SUPERSEDED = "superseded"
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """The duty to bring one archive to one destination.
+
+    `attempts` counts every request made for it; `charged` those whose failure was the archive's own
+    fault; `faults` those in a row that failed by the destination's.
+    """
+
+    id: str
+    archive: Archive
+    destination: str
+    attempts: int = 0
+    charged: int = 0
+    faults: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What the destination says it stored.
+
+    `digest` and `size` are None where it did not say; `body` is its answer, cut to a bound, for the record.
+    """
+
+    http_status: int
+    digest: str | None = None
+    size: int | None = None
+    body: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """The destination has it: digest sent = digest in the receipt, and every byte was sent.
+
+    `verified` is False only where the configuration says that the destination gives no receipt.
+    """
+
+    digest: Digest
+    receipt: Receipt
+    verified: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """Not now: try again later."""
+
+    reason: Reason
+    error: str
+    http_status: int | None = None
+    retry_after: timedelta | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """Never: the archive itself is at fault."""
+
+    reason: Reason
+    error: str
+    http_status: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Superseded:
+    """The file changed, or is `gone`; its new content, if there is one, starts over."""
+
+    error: str
+    gone: bool = False
+
+
+Outcome = Delivered | Deferred | Rejected | Superseded
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One request made for a delivery, and how it ended."""
+
+    started_at: datetime
+    duration: timedelta
+    sent: int
+    outcome: Outcome

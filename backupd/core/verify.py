@@ -1,0 +1,62 @@
+"""Whether a receipt states what was sent."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from dataclasses import dataclass
+
+from backupd.core.model import Deferred, Delivered, Digest, Outcome, Receipt
+from backupd.core.policy import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """How a destination states its digest.
+
+    `encoding` is hex, base64 or base64url; `prefix` is the number of characters that it reports of the
+    value, 0 for all. `required` is False only for `receipt.digest = "none"`.
+    """
+
+    required: bool = True
+    encoding: str = "hex"
+    prefix: int = 0
+
+
+def judge(sent: Digest, size: int, receipt: Receipt, expected: Expectation) -> Outcome:
+    """Return `Delivered` if the receipt matches the digest and size sent, else why it does not."""
+    status = receipt.http_status
+    if receipt.size is not None and receipt.size != size:
+        return Deferred(Reason.MISMATCH, f"sent {size} bytes, the receipt says {receipt.size}", status)
+    if not expected.required:
+        return Delivered(sent, receipt, verified=False)
+    if receipt.digest is None:
+        return Deferred(Reason.UNVERIFIED, "the answer holds no digest", status)
+    if not matches(sent, receipt.digest, expected):
+        return Deferred(Reason.MISMATCH, f"sent {sent}, the receipt says {receipt.digest[:200]!r}", status)
+    return Delivered(sent, receipt)
+
+
+def matches(sent: Digest, stated: str, expected: Expectation) -> bool:
+    """Tell whether a stated value is the digest that was sent.
+
+    Takes hex in either case, base64 and base64url with or without padding, an `algorithm:` before the
+    value, and a prefix of the stated length.
+    """
+    value = stated.strip()
+    name, colon, rest = value.partition(":")
+    if colon and name.isascii() and name.replace("-", "").isalnum():
+        if name.lower().replace("-", "") != sent.algorithm.replace("-", ""):
+            return False
+        value = rest.strip()
+    if expected.encoding == "hex":
+        value, full = value.lower(), sent.hex
+    else:
+        value, full = value.rstrip("="), _base64(sent, expected.encoding)
+    return value == (full[: expected.prefix] if expected.prefix else full)
+
+
+def _base64(digest: Digest, encoding: str) -> str:
+    raw = binascii.unhexlify(digest.hex)
+    encode = base64.urlsafe_b64encode if encoding == "base64url" else base64.b64encode
+    return encode(raw).decode("ascii").rstrip("=")

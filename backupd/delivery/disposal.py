@@ -1,0 +1,198 @@
+"""What becomes of the files of settled archives: moved, deleted or kept; rejected ones to quarantine."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from backupd.core.model import DeliveryState
+from backupd.core.names import as_text, fitted, free_names
+from backupd.core.policy import Reason, rule_of
+from backupd.drop.folder import DropFolder
+from backupd.drop.move import FileChangedError, find_moved, move
+from backupd.ledger.port import Disposed, Settled
+from backupd.ops import events
+from backupd.ops.log import EventLog
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a drop does with its archives; the directories are relative to it."""
+
+    folder: DropFolder
+    on_delivered: str
+    sent_dir: bytes
+    rejected_dir: bytes
+
+
+class Disposal:
+    """Disposes of files once their outcome is committed; what it did before a crash it finds again."""
+
+    def __init__(self, rules: Mapping[str, Rule], log: EventLog) -> None:
+        self._rules = rules
+        self._log = log
+        self._failed: set[int] = set()
+
+    def dispose(self, settled: Sequence[Settled]) -> tuple[list[Disposed], list[int]]:
+        """Dispose of each file; return what was done, and the ids of archives that it failed for.
+
+        What is returned as done is durable.
+        """
+        done: list[Disposed] = []
+        failed: list[int] = []
+        touched: set[tuple[str, bytes]] = set()
+        for one in settled:
+            if not one.announced:
+                self._announce(one)
+            rule = self._rules.get(one.archive.drop)
+            if rule is None:
+                failed.append(one.archive.id)  # until the drop is configured again
+                continue
+            try:
+                done.append(self._dispose(one, rule, touched))
+                self._failed.discard(one.archive.id)
+            except OSError as error:
+                self._complain(one, error)
+                failed.append(one.archive.id)
+        return self._sync(done, touched, failed), failed
+
+    def _dispose(self, one: Settled, rule: Rule, touched: set[tuple[str, bytes]]) -> Disposed:
+        archive = one.archive
+        parent, _, name = archive.relpath.rpartition(b"/")
+        action = rule.on_delivered if one.state is DeliveryState.DELIVERED else "reject"
+        if action == "keep":
+            self._tell(one, "kept", None)
+            return Disposed(archive.id, None, left=True)
+        target, names = parent, iter([b".backupd-%d.deleted" % archive.id])
+        if action != "delete":
+            top = rule.sent_dir if action == "move" else rule.rejected_dir
+            target, names = top + b"/" + parent if parent else top, free_names(name, archive.admitted_at)
+        moved_to = self._move(one, rule.folder, target, names)
+        if moved_to is None:
+            self._tell(one, "gone", None)
+            return Disposed(archive.id, None)
+        if action == "delete":
+            rule.folder.unlink(moved_to)
+            self._tell(one, "deleted", None)
+            moved_to = None
+        else:
+            self._write_record(one, rule.folder, moved_to)
+            self._tell(one, "moved", moved_to)
+        touched |= {(archive.drop, parent), (archive.drop, target)}
+        return Disposed(archive.id, moved_to)
+
+    def _move(self, one: Settled, folder: DropFolder, target: bytes, names: Iterator[bytes]) -> bytes | None:
+        """Move the file; None if it is gone, or another content has its name: that one starts over."""
+        expected = one.archive.fingerprint
+        names, again = itertools.tee(names)
+        try:
+            return move(folder, one.archive.relpath, expected, target, names)
+        except (FileNotFoundError, FileChangedError):
+            return find_moved(folder, expected, target, again)
+
+    def _write_record(self, one: Settled, folder: DropFolder, moved_to: bytes) -> None:
+        kind = b"receipt" if one.state is DeliveryState.DELIVERED else b"reason"
+        directory, _, name = moved_to.rpartition(b"/")
+        content = (json.dumps(_record(one), indent=2) + "\n").encode("ascii")
+        for number in itertools.count(1):
+            suffix = b".%s.json" % kind if number == 1 else b".%s-%d.json" % (kind, number)
+            relpath = directory + b"/" + fitted(name, suffix)
+            try:
+                folder.write(relpath, content)
+            except FileExistsError:
+                if folder.read(relpath, len(content) + 1) != content:
+                    continue
+            return
+
+    def _sync(
+        self, done: list[Disposed], touched: set[tuple[str, bytes]], failed: list[int]
+    ) -> list[Disposed]:
+        for drop, directory in sorted(touched):
+            try:
+                self._rules[drop].folder.sync(directory)
+            except FileNotFoundError:
+                continue  # the directory was removed with all that was in it
+            except OSError:
+                failed += [one.archive_id for one in done]
+                return []
+        return done
+
+    def _announce(self, one: Settled) -> None:
+        archive = one.archive
+        about = {"drop": archive.drop, "archive": archive.relpath, "size": archive.fingerprint.size}
+        if one.state is DeliveryState.DELIVERED:
+            self._log.emit(
+                events.ARCHIVE_DELIVERED,
+                exc_info=None,
+                **about,
+                digest=one.digest,
+                destinations=[ending.destination for ending in one.endings],
+                verified=all(ending.verified for ending in one.endings),
+                duration_s=max(ending.ended_at for ending in one.endings) - archive.admitted_at,
+            )
+            return
+        why = next(ending for ending in one.endings if ending.state is DeliveryState.REJECTED)
+        self._log.emit(
+            events.ARCHIVE_REJECTED,
+            exc_info=None,
+            **about,
+            digest=one.digest,
+            destination=why.destination,
+            delivery_id=why.delivery_id,
+            reason=why.reason,
+            error=why.error,
+            http_status=why.http_status,
+            hint=rule_of(Reason(why.reason)).hint if why.reason else None,
+        )
+
+    def _tell(self, one: Settled, disposition: str, moved_to: bytes | None) -> None:
+        self._log.emit(
+            events.ARCHIVE_DISPOSED,
+            drop=one.archive.drop,
+            archive=one.archive.relpath,
+            disposition=disposition,
+            moved_to=moved_to,
+        )
+
+    def _complain(self, one: Settled, error: OSError) -> None:
+        if one.archive.id in self._failed:
+            return
+        self._failed.add(one.archive.id)
+        self._log.emit(
+            events.DISPOSITION_FAILED,
+            drop=one.archive.drop,
+            archive=one.archive.relpath,
+            error=os.strerror(error.errno) if error.errno else str(error),
+            hint="give the daemon's user write permission to the folder, `sent_dir` and `rejected_dir`",
+        )
+
+
+def _record(one: Settled) -> dict[str, Any]:
+    """Return what is written beside an archive."""
+    archive = one.archive
+    return {
+        "archive": as_text(archive.relpath),
+        "drop": archive.drop,
+        "size": archive.fingerprint.size,
+        "digest": one.digest,
+        "admitted_at": archive.admitted_at.isoformat(),
+        "deliveries": [
+            {
+                "destination": ending.destination,
+                "delivery_id": ending.delivery_id,
+                "state": ending.state,
+                "ended_at": ending.ended_at.isoformat(),
+                "digest": ending.digest,
+                "verified": ending.verified,
+                "http_status": ending.http_status,
+                "reason": ending.reason,
+                "error": ending.error,
+                "receipt": ending.receipt,
+            }
+            for ending in one.endings
+        ],
+    }

@@ -1,0 +1,96 @@
+"""A destination's gate, shared by its workers."""
+
+from __future__ import annotations
+
+import random
+import threading
+from datetime import UTC, datetime
+
+from backupd.core.gate import Gate, GateState
+from backupd.core.model import Deferred, Outcome, Superseded
+from backupd.core.policy import Reason, Then, rule_of
+from backupd.core.retry import Backoff
+from backupd.delivery.wakeup import Wakeup
+from backupd.ops import events
+from backupd.ops.log import EventLog
+
+
+class SharedGate:
+    """Keeps a destination's `Gate`, tells of its changes, and keeps its workers back while it is shut.
+
+    `wakeup` is rung at each change.
+    """
+
+    def __init__(self, destination: str, backoff: Backoff, log: EventLog, wakeup: Wakeup) -> None:
+        self._destination = destination
+        self._backoff = backoff
+        self._log = log
+        self._wakeup = wakeup
+        self._lock = threading.Lock()
+        self._gate = Gate()
+
+    @property
+    def state(self) -> GateState:
+        """Return whether it is open."""
+        return self._gate.state
+
+    def enter(self) -> bool:
+        """Tell whether one more delivery may go to the destination."""
+        with self._lock:
+            entered = self._gate.enter(datetime.now(UTC))
+            self._gate = entered or self._gate
+        return entered is not None
+
+    def wait(self) -> float | None:
+        """Return the seconds until `enter` may succeed again; None: until a report."""
+        left = self._gate.wait(datetime.now(UTC))
+        return None if left is None else left.total_seconds()
+
+    def leave(self) -> None:
+        """Note that what had entered told nothing about the destination."""
+        with self._lock:
+            before, self._gate = self._gate, self._gate.left(datetime.now(UTC))
+        if self._gate is not before:
+            self._wakeup.ring()
+
+    def report(self, outcome: Outcome) -> None:
+        """Note how an upload ended."""
+        now = datetime.now(UTC)
+        if isinstance(outcome, Superseded) or (
+            isinstance(outcome, Deferred) and rule_of(outcome.reason).then is not Then.PAUSE
+        ):
+            self.leave()
+            return
+        with self._lock:
+            before = self._gate
+            if isinstance(outcome, Deferred):
+                after = before.failed(
+                    outcome.reason, now, self._backoff, random.random(), outcome.retry_after  # noqa: S311 -- jitter
+                )
+            else:
+                after = before.answered()
+            self._gate = after
+        if after != before:
+            self._wakeup.ring()
+            self._tell(before, after, outcome, now)
+
+    def _tell(self, before: Gate, after: Gate, outcome: Outcome, now: datetime) -> None:
+        down_for = now - (before.since or now)
+        if isinstance(outcome, Deferred) and after.until is not None:
+            self._log.emit(
+                events.DESTINATION_PAUSED,
+                destination=self._destination,
+                reason=outcome.reason,
+                error=outcome.error,
+                hint=hint_of(outcome.reason),
+                faults=after.faults,
+                paused_for_s=after.until - now,
+                down_for_s=down_for,
+            )
+        elif before.state is not GateState.OPEN:
+            self._log.emit(events.DESTINATION_RESUMED, destination=self._destination, down_for_s=down_for)
+
+
+def hint_of(reason: Reason) -> str:
+    """Return what to do about a reason."""
+    return rule_of(reason).hint

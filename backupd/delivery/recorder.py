@@ -1,0 +1,175 @@
+"""The recorder: commits how deliveries ended, many in one transaction, and has the files disposed of."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from backupd.core.errors import LedgerError
+from backupd.core.model import Deferred, Delivered, DeliveryState, Superseded
+from backupd.delivery.disposal import Disposal
+from backupd.ledger.port import Finished, Ledger, Settled
+from backupd.ops import events
+from backupd.ops.log import EventLog
+
+_MOST_AT_ONCE = 256
+_TRY_AGAIN = 30.0
+"""Seconds between attempts to dispose of files that could not be."""
+
+
+LookAgain = Callable[[str, bytes], None]
+"""Called with a drop's name and a path in it that is worth a look."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What ended since last asked, for the heartbeat."""
+
+    delivered: int = 0
+    delivered_bytes: int = 0
+    rejected: int = 0
+
+
+class Recorder:
+    """Takes ended claims from all workers; `run` is the body of its thread.
+
+    The commit comes first: only what is durably recorded is reported, and only then a file is touched.
+    """
+
+    def __init__(self, ledger: Ledger, disposal: Disposal, log: EventLog, look_again: LookAgain) -> None:
+        self._ledger = ledger
+        self._disposal = disposal
+        self._look_again = look_again
+        self._log = log
+        self._queue: queue.Queue[Finished | None] = queue.Queue(_MOST_AT_ONCE)
+        self._lock = threading.Lock()
+        self._tally = Tally()
+        self._leftover = False
+        self._next_try = 0.0
+
+    def put(self, finished: Finished) -> None:
+        """Hand an ended claim over; waits while the recorder is far behind."""
+        self._queue.put(finished)
+
+    def finish(self) -> None:
+        """Have `run` end once everything handed over so far is recorded."""
+        self._queue.put(None)
+
+    def take_tally(self) -> Tally:
+        """Return what ended since last asked."""
+        with self._lock:
+            tally, self._tally = self._tally, Tally()
+        return tally
+
+    def recover(self) -> int:
+        """Dispose of what an earlier daemon had settled; return how many archives that were."""
+        settled = self._ledger.undisposed()
+        self._dispose(settled)
+        return len(settled)
+
+    def run(self, abandon: threading.Event) -> None:
+        """Record until `finish`; where the ledger can't be written it is tried again until `abandon`."""
+        done = False
+        while not done:
+            batch, done = self._take()
+            if batch and not self._record(batch, abandon):
+                return
+            if self._leftover and time.monotonic() >= self._next_try:
+                self._try_again()
+
+    def _take(self) -> tuple[list[Finished], bool]:
+        batch: list[Finished] = []
+        try:
+            item = self._queue.get(timeout=_TRY_AGAIN)
+            while item is not None:
+                batch.append(item)
+                if len(batch) >= _MOST_AT_ONCE:
+                    return batch, False
+                item = self._queue.get_nowait()
+        except queue.Empty:
+            return batch, False
+        return batch, True
+
+    def _record(self, batch: list[Finished], abandon: threading.Event) -> bool:
+        wait = 0.5
+        while True:
+            try:
+                settled = self._ledger.record(batch, datetime.now(UTC))
+                break
+            except LedgerError as error:
+                self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
+                if abandon.wait(wait):
+                    return False
+                wait = min(wait * 2, 30.0)
+        for finished in batch:
+            self._tell(finished)
+        self._dispose(settled)
+        return True
+
+    def _dispose(self, settled: list[Settled]) -> None:
+        if not settled:
+            return
+        with self._lock:
+            for one in settled:
+                if one.announced:
+                    continue
+                if one.state is DeliveryState.DELIVERED:
+                    self._tally.delivered += 1
+                    self._tally.delivered_bytes += one.archive.fingerprint.size
+                else:
+                    self._tally.rejected += 1
+        done, still_due = self._disposal.dispose(settled)
+        if still_due:
+            self._leftover, self._next_try = True, time.monotonic() + _TRY_AGAIN
+        try:
+            self._ledger.disposed(done, still_due, datetime.now(UTC))
+        except LedgerError as error:
+            self._leftover, self._next_try = True, time.monotonic() + _TRY_AGAIN
+            self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
+
+    def _try_again(self) -> None:
+        self._leftover = False
+        try:
+            self._dispose(self._ledger.undisposed())
+        except LedgerError as error:
+            self._leftover, self._next_try = True, time.monotonic() + _TRY_AGAIN
+            self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
+
+    def _tell(self, finished: Finished) -> None:
+        delivery, step, last = finished.delivery, finished.step, finished.attempts[-1]
+        about = {
+            "drop": delivery.archive.drop,
+            "archive": delivery.archive.relpath,
+            "destination": delivery.destination,
+            "delivery_id": delivery.id,
+        }
+        match step.outcome:
+            case Delivered(digest=digest, receipt=receipt, verified=verified):
+                size, seconds = delivery.archive.fingerprint.size, last.duration.total_seconds()
+                self._log.emit(
+                    events.DELIVERY_VERIFIED,
+                    exc_info=None,
+                    **about,
+                    size=size,
+                    digest=digest,
+                    attempt=delivery.attempts + len(finished.attempts),
+                    http_status=receipt.http_status,
+                    verified=verified,
+                    duration_s=seconds,
+                    rate=round(size / seconds) if seconds > 0 else None,
+                )
+            case Deferred(reason=reason):
+                self._log.emit(
+                    events.DELIVERY_DEFERRED, exc_info=None, **about, reason=reason, retry_at=step.due_at
+                )
+            case Superseded(error=error, gone=gone):
+                event = events.ARCHIVE_GONE if gone else events.ARCHIVE_SUPERSEDED
+                size = delivery.archive.fingerprint.size
+                self._log.emit(event, exc_info=None, **about, size=size, error=error)
+                self._look_again(delivery.archive.drop, delivery.archive.relpath)
+            case _:
+                pass  # a rejection is told for the archive as a whole

@@ -1,0 +1,198 @@
+"""A worker: claim, upload, hand over for the record; one of a few for a destination."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+import tenacity
+
+from backupd.core.labels import variables
+from backupd.core.errors import LedgerError
+from backupd.core.model import Attempt, Deferred, Delivery, Outcome, Superseded
+from backupd.core.policy import Reason, rule_of
+from backupd.core.step import Patience, next_step
+from backupd.delivery.gate import SharedGate
+from backupd.delivery.wakeup import Wakeup
+from backupd.drop.folder import DropFolder
+from backupd.ledger.port import Finished, Ledger
+from backupd.ops import events
+from backupd.ops.log import EventLog
+from backupd.upload.port import Cargo, Uploader
+
+_SHORT_ATTEMPTS = 3
+_IDLE = 5.0
+"""Seconds after which a worker looks at the ledger unasked: another process may have put something there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A drop folder that archives are read from, and how its paths yield labels."""
+
+    folder: DropFolder
+    label_pattern: re.Pattern[str] | None = None
+
+
+@dataclass(slots=True)
+class Lane:
+    """What the workers of one destination share."""
+
+    destination: str
+    ledger: Ledger
+    gate: SharedGate
+    patience: Patience
+    wakeup: Wakeup
+    sources: Mapping[str, Source]
+    log: EventLog
+    host: str = field(default_factory=socket.gethostname)
+
+
+class Stopping(Exception):  # noqa: N818 -- no error: it ends a wait
+    """The daemon is told to stop."""
+
+
+class Worker:
+    """Brings deliveries to one destination, one at a time; `run` is the body of its thread."""
+
+    def __init__(self, lane: Lane, uploader: Uploader, hand_over: Callable[[Finished], None]) -> None:
+        self._lane = lane
+        self._uploader = uploader
+        self._hand_over = hand_over
+        self.current: Delivery | None = None
+
+    def run(self, stop: threading.Event) -> None:
+        """Deliver until told to stop; what is claimed then is still carried to its end."""
+        try:
+            while not stop.is_set():
+                heard = self._lane.wakeup.heard()
+                if not self._one(stop):
+                    self._lane.wakeup.wait(heard, self._patience())
+        finally:
+            self._uploader.close()
+
+    def _one(self, stop: threading.Event) -> bool:
+        """Carry one delivery to its end; return False where there is nothing to do now."""
+        lane = self._lane
+        if not lane.gate.enter():
+            return False
+        delivery = None
+        try:
+            delivery = lane.ledger.claim(lane.destination, datetime.now(UTC))
+        except LedgerError as error:
+            lane.log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
+        if delivery is None:
+            lane.gate.leave()
+            return False
+        self.current = delivery
+        attempts = self.attempt(delivery, stop)
+        self._finish(delivery, attempts)
+        self.current = None
+        return True
+
+    def _patience(self) -> float:
+        """Return for how many seconds there is nothing to do."""
+        shut = self._lane.gate.wait()
+        if shut != 0.0:
+            return _IDLE if shut is None else shut
+        try:
+            due = self._lane.ledger.next_due(self._lane.destination)
+        except LedgerError:
+            return _IDLE
+        if due is None:
+            return _IDLE
+        return min(max((due - datetime.now(UTC)).total_seconds(), 0.01), _IDLE)
+
+    def attempt(self, delivery: Delivery, stop: threading.Event) -> list[Attempt]:
+        """Make the short attempts of one claim; the last one's outcome counts."""
+        attempts: list[Attempt] = []
+
+        def once() -> Outcome:
+            attempts.append(self._upload(delivery))
+            self._tell_failure(delivery, len(attempts), attempts[-1])
+            return attempts[-1].outcome
+
+        def sleep(seconds: float) -> None:
+            if stop.wait(seconds):
+                raise Stopping
+
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(_SHORT_ATTEMPTS),
+            wait=tenacity.wait_random_exponential(multiplier=0.2, max=2),
+            retry=tenacity.retry_if_result(_is_worth_another),
+            retry_error_callback=lambda state: state.outcome,
+            sleep=sleep,
+        )
+        try:
+            retrying(once)
+        except Stopping:
+            pass
+        return attempts
+
+    def _upload(self, delivery: Delivery) -> Attempt:
+        started_at, began = datetime.now(UTC), time.monotonic()
+        outcome, sent = self._open_and_upload(delivery)
+        duration = timedelta(seconds=time.monotonic() - began)
+        return Attempt(started_at, duration, sent, outcome)
+
+    def _open_and_upload(self, delivery: Delivery) -> tuple[Outcome, int]:
+        archive = delivery.archive
+        source = self._lane.sources.get(archive.drop)
+        if source is None:
+            return Superseded(f"no drop named {archive.drop} is configured any more"), 0
+        try:
+            fd = source.folder.open(archive.relpath)
+        except (FileNotFoundError, NotADirectoryError):
+            return Superseded("the file is gone", gone=True), 0
+        except OSError as error:
+            return Deferred(Reason.UNREADABLE, error.strerror or str(error)), 0
+        cargo = Cargo(
+            delivery.id,
+            archive.relpath.rpartition(b"/")[2],
+            fd,
+            archive.fingerprint,
+            variables(archive, self._lane.host, source.label_pattern),
+        )
+        try:
+            return self._uploader.upload(cargo), cargo.sent
+        except Exception as error:  # noqa: BLE001 -- a bug must cost neither the archive nor the worker
+            self._lane.log.emit(events.DAEMON_FAILED, error=repr(error), exc_info=error)
+            return Deferred(Reason.INTERNAL, repr(error)), cargo.sent
+        finally:
+            os.close(fd)
+
+    def _finish(self, delivery: Delivery, attempts: list[Attempt]) -> None:
+        outcome = attempts[-1].outcome
+        self._lane.gate.report(outcome)
+        now = datetime.now(UTC)
+        step = next_step(delivery, outcome, now, self._lane.patience, random.random())  # noqa: S311 -- jitter
+        self._hand_over(Finished(delivery, tuple(attempts), step))
+
+    def _tell_failure(self, delivery: Delivery, number: int, attempt: Attempt) -> None:
+        outcome = attempt.outcome
+        if not isinstance(outcome, Deferred) or outcome.reason is Reason.STOPPED:
+            return
+        self._lane.log.emit(
+            events.ATTEMPT_FAILED,
+            drop=delivery.archive.drop,
+            archive=delivery.archive.relpath,
+            destination=delivery.destination,
+            delivery_id=delivery.id,
+            attempt=delivery.attempts + number,
+            reason=outcome.reason,
+            error=outcome.error,
+            hint=rule_of(outcome.reason).hint,
+            http_status=outcome.http_status,
+            sent=attempt.sent,
+            duration_s=attempt.duration,
+        )
+
+
+def _is_worth_another(outcome: Outcome) -> bool:
+    return isinstance(outcome, Deferred) and rule_of(outcome.reason).at_once

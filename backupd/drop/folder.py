@@ -1,0 +1,140 @@
+"""Looking into a drop folder, and opening, moving and removing what is there.
+
+Paths are bytes relative to the folder. Every directory on the way is opened with O_NOFOLLOW, so that
+nobody who may write there can lead us elsewhere by swapping a directory for a link.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from backupd.core.model import Fingerprint
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+def fingerprint_of(status: os.stat_result) -> Fingerprint:
+    """Return what identifies a file and its content in a stat result."""
+    return Fingerprint(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+class DropFolder:
+    """A drop folder, held by a descriptor; safe to use from several threads.
+
+    Methods raise OSError as the system calls do.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        # the root may itself be a link: the operator wrote it
+        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        os.close(self._fd)
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._fd
+
+    def is_in_place(self) -> bool:
+        """Tell whether the path still leads to the directory that we hold."""
+        try:
+            there = os.stat(self.path)
+        except OSError:
+            return False
+        return os.path.samestat(there, os.fstat(self._fd))
+
+    def reopen(self) -> None:
+        """Hold the directory that the path leads to now, under the same descriptor number."""
+        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.dup2(fd, self._fd, inheritable=False)
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def directory(self, relpath: bytes, *, create: bool = False) -> Iterator[int]:
+        """Open a directory below the folder, `b""` for the folder itself; made first if `create`."""
+        fd = self._fd
+        try:
+            for part in _parts(relpath):
+                if create:
+                    with suppress(FileExistsError):
+                        os.mkdir(part, 0o770, dir_fd=fd)
+                below = os.open(part, _DIRECTORY, dir_fd=fd)
+                if fd != self._fd:
+                    os.close(fd)
+                fd = below
+            yield fd
+        finally:
+            if fd != self._fd:
+                os.close(fd)
+
+    def stat(self, relpath: bytes) -> os.stat_result:
+        """Return the status of what is there, a link's own."""
+        parent, _, name = relpath.rpartition(b"/")
+        with self.directory(parent) as fd:
+            return os.stat(name, dir_fd=fd, follow_symlinks=False)
+
+    def open(self, relpath: bytes) -> int:
+        """Open a regular file for reading; the caller closes the descriptor.
+
+        Raises OSError (EINVAL) for anything else, without having waited for it.
+        """
+        parent, _, name = relpath.rpartition(b"/")
+        with self.directory(parent) as directory:
+            fd = os.open(name, _FILE, dir_fd=directory)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "not a regular file")
+        return fd
+
+    def read(self, relpath: bytes, most: int) -> bytes:
+        """Return up to `most` bytes from the beginning of a regular file."""
+        fd = self.open(relpath)
+        try:
+            return os.pread(fd, most, 0)
+        finally:
+            os.close(fd)
+
+    def unlink(self, relpath: bytes) -> None:
+        """Remove a file."""
+        parent, _, name = relpath.rpartition(b"/")
+        with self.directory(parent) as fd:
+            os.unlink(name, dir_fd=fd)
+
+    def write(self, relpath: bytes, content: bytes) -> None:
+        """Make a new file of a content; raises FileExistsError where the name is taken."""
+        parent, _, name = relpath.rpartition(b"/")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with self.directory(parent, create=True) as directory:
+            fd = os.open(name, flags, 0o660, dir_fd=directory)
+            try:
+                view = memoryview(content)
+                while view:
+                    view = view[os.write(fd, view) :]
+                os.fsync(fd)
+            except OSError:
+                with suppress(OSError):
+                    os.unlink(name, dir_fd=directory)
+                raise
+            finally:
+                os.close(fd)
+
+    def sync(self, relpath: bytes) -> None:
+        """Make the entries of a directory durable."""
+        with self.directory(relpath) as fd:
+            os.fsync(fd)
+
+
+def _parts(relpath: bytes) -> list[bytes]:
+    parts = [part for part in relpath.split(b"/") if part]
+    if b".." in parts or b"." in parts:
+        raise OSError(errno.EINVAL, "a path with dots does not stay in its folder")
+    return parts

@@ -1,0 +1,82 @@
+"""Moving a file below its drop folder without overwriting another, nor taking another for it."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterator
+
+from backupd.core.model import Fingerprint
+from backupd.drop.folder import DropFolder, fingerprint_of
+
+_NOREPLACE = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class FileChangedError(Exception):
+    """What lies under the name is not the file that was meant, or is no longer as it was."""
+
+
+def move(folder: DropFolder, relpath: bytes, expected: Fingerprint, to: bytes, names: Iterator[bytes]) -> bytes:
+    """Move a file into the directory `to`, under the first of `names` that is free; return its new path.
+
+    Raises FileNotFoundError if it is gone, FileChangedError if it is not as expected; it is in its old
+    place then. The directories are not synced yet.
+    """
+    parent, _, name = relpath.rpartition(b"/")
+    with folder.directory(parent) as source, folder.directory(to, create=True) as target:
+        if fingerprint_of(os.stat(name, dir_fd=source, follow_symlinks=False)) != expected:
+            raise FileChangedError
+        for new_name in names:
+            try:
+                rename_no_replace(source, name, target, new_name)
+            except FileExistsError:
+                continue
+            # a producer may have renamed a new file over the name since we looked
+            if not same_file(os.stat(new_name, dir_fd=target, follow_symlinks=False), expected):
+                rename_no_replace(target, new_name, source, name)
+                raise FileChangedError
+            return to + b"/" + new_name if to else new_name
+    raise FileExistsError(errno.EEXIST, "every name is taken")
+
+
+def find_moved(folder: DropFolder, expected: Fingerprint, to: bytes, names: Iterator[bytes]) -> bytes | None:
+    """Return where an earlier `move` with the same arguments put the file, or None."""
+    try:
+        with folder.directory(to) as target:
+            for name in names:
+                if same_file(os.stat(name, dir_fd=target, follow_symlinks=False), expected):
+                    return to + b"/" + name if to else name
+    except FileNotFoundError:
+        pass  # `move` would have used the first free name
+    return None
+
+
+def same_file(status: os.stat_result, expected: Fingerprint) -> bool:
+    """Tell whether a status is of the expected content; a rename may have set the change time."""
+    found = fingerprint_of(status)
+    return (found.device, found.inode, found.size, found.mtime_ns) == (
+        expected.device,
+        expected.inode,
+        expected.size,
+        expected.mtime_ns,
+    )
+
+
+def rename_no_replace(source: int, name: bytes, target: int, new_name: bytes) -> None:
+    """Rename between two directories; raises FileExistsError where the new name is taken.
+
+    renameat2(2) with RENAME_NOREPLACE; on a filesystem that lacks it, a look and then a rename.
+    """
+    if _libc.renameat2(source, name, target, new_name, _NOREPLACE) == 0:
+        return
+    code = ctypes.get_errno()
+    if code not in (errno.ENOSYS, errno.EINVAL):
+        raise OSError(code, os.strerror(code), os.fsdecode(name))
+    try:
+        os.stat(new_name, dir_fd=target, follow_symlinks=False)
+    except FileNotFoundError:
+        os.rename(name, new_name, src_dir_fd=source, dst_dir_fd=target)
+        return
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(new_name))

@@ -1,0 +1,116 @@
+"""Files on their way to be archives: eligible, readable, unchanged for long enough, and closed."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from backupd.config.models import DropConfig
+from backupd.core.eligibility import Eligibility, Ineligible, Patterns
+from backupd.core.stability import StabilityTracker
+from backupd.drop.folder import DropFolder, fingerprint_of
+from backupd.drop.writer import is_being_written
+from backupd.ledger.port import Sighting
+from backupd.ops import events
+from backupd.ops.log import EventLog
+
+_MOST_SAID = 100_000
+"""How many ignored files are remembered, so that memory has a bound in a folder full of them."""
+
+_HINTS = {
+    Ineligible.NOT_INCLUDED: "add a pattern to `include` if it is a backup, or to `exclude` to be rid of this line",
+    Ineligible.SYMLINK: "links are not followed; drop the file itself",
+    Ineligible.SPECIAL: "only regular files are archives",
+    Ineligible.TOO_SMALL: "an empty backup is no backup; see the device, or lower `min_size`",
+    Ineligible.TOO_LARGE: "raise `max_size` if it is a backup",
+}
+
+
+class Candidates:
+    """Decides, look by look, which files of a drop are finished archives."""
+
+    def __init__(self, name: str, config: DropConfig, folder: DropFolder, log: EventLog) -> None:
+        self._drop = name
+        self._folder = folder
+        self._log = log
+        self._eligibility = Eligibility(
+            Patterns(config.include), Patterns(config.exclude), config.min_size, config.max_size
+        )
+        self._tracker = StabilityTracker(config.stable_for.total_seconds())
+        self._said: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._tracker)
+
+    def next_due(self) -> float | None:
+        """Return the monotonic time at which `due` has something, or None."""
+        return self._tracker.next_due()
+
+    def due(self, now: float) -> list[bytes]:
+        """Return the paths that are worth another look."""
+        return self._tracker.due(now)
+
+    def look(self, relpath: bytes, now: float, status: os.stat_result | None = None) -> Sighting | None:
+        """Look at a file; return it once it is a finished archive. What is none is said once."""
+        why = self._eligibility.of_name(relpath)
+        if why is Ineligible.NOT_INCLUDED:
+            self._ignore(relpath, why)
+        if why is not None:
+            return None
+        try:
+            status = status or self._folder.stat(relpath)
+        except (FileNotFoundError, NotADirectoryError):
+            self._tracker.forget(relpath)
+            return None
+        except OSError as error:
+            self.complain(relpath, error)
+            return None
+        return self._settle(relpath, status, now)
+
+    def is_new(self, relpath: bytes) -> bool:
+        """Tell whether a path would be a candidate that was never looked at."""
+        if self._eligibility.of_name(relpath) is not None or hash(relpath) in self._said:
+            return False
+        return relpath not in self._tracker
+
+    def _settle(self, relpath: bytes, status: os.stat_result, now: float) -> Sighting | None:
+        if stat.S_ISDIR(status.st_mode):
+            return None
+        if not self._tracker.look(relpath, fingerprint_of(status), now):
+            return None
+        why = self._eligibility.of_file(status.st_mode, status.st_size)
+        if why is not None:
+            self._ignore(relpath, why, size=status.st_size)
+            return None
+        try:
+            fd = self._folder.open(relpath)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self.complain(relpath, error)
+            return None
+        try:
+            opened = fingerprint_of(os.fstat(fd))
+            if opened != fingerprint_of(status) or is_being_written(fd):
+                self._tracker.hold(relpath, opened, now)
+                return None
+        finally:
+            os.close(fd)
+        self._said.discard(hash(relpath))
+        return Sighting(self._drop, relpath, opened)
+
+    def _ignore(self, relpath: bytes, why: Ineligible, **keys: object) -> None:
+        self._say(relpath, {"reason": why, "hint": _HINTS.get(why), **keys})
+
+    def complain(self, relpath: bytes, error: OSError) -> None:
+        """Say, once, that something can't be read."""
+        hint = "give the daemon's user read permission; it is tried again at each rescan"
+        self._say(relpath, {"reason": "unreadable", "error": error.strerror, "hint": hint})
+
+    def _say(self, relpath: bytes, keys: dict[str, object]) -> None:
+        if hash(relpath) in self._said:
+            return
+        if len(self._said) >= _MOST_SAID:
+            self._said.clear()
+        self._said.add(hash(relpath))
+        self._log.emit(events.ARCHIVE_IGNORED, drop=self._drop, archive=relpath, exc_info=None, **keys)

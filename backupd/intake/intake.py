@@ -1,0 +1,213 @@
+"""One drop folder's intake: events and scans in, pending deliveries out."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from backupd.config.models import DropConfig
+from backupd.core.errors import LedgerError
+from backupd.drop.folder import DropFolder, fingerprint_of
+from backupd.drop.walk import walk
+from backupd.intake.candidates import Candidates
+from backupd.intake.sight import Sight
+from backupd.ledger.port import Known, Ledger, Sighting, mark
+from backupd.ops import events
+from backupd.ops.log import EventLog
+
+_BATCH = 500
+"""Archives admitted in one transaction."""
+
+_SURELY_MISSED = 5.0
+"""Seconds after which an event that has not come will not come."""
+
+Wake = Callable[[Sequence[str]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Notice:
+    path: bytes
+    is_directory: bool
+
+
+class Intake:
+    """Watches one drop folder; `run` is the body of its thread.
+
+    Everything it remembers can be found again by a scan; nothing is lost with it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: DropConfig,
+        destinations: Sequence[str],
+        folder: DropFolder,
+        ledger: Ledger,
+        log: EventLog,
+        wake: Wake,
+    ) -> None:
+        self.name = name
+        self._config = config
+        self._destinations = tuple(destinations)
+        self._folder = folder
+        self._ledger = ledger
+        self._log = log
+        self._wake = wake
+        self._notices: queue.SimpleQueue[_Notice | None] = queue.SimpleQueue()
+        self._candidates = Candidates(name, config, folder, log)
+        self._skip = frozenset(os.fsencode(d.strip("/")) for d in (config.sent_dir, config.rejected_dir))
+        self._sight = Sight(name, config, folder, log, self._notice)
+        self._batch: list[Sighting] = []
+        self._failing = False
+        self.ready = threading.Event()
+
+    def run(self, stop: threading.Event) -> None:
+        """Take in archives until told to stop; `poke` ends a wait."""
+        self._sight.open()
+        next_scan = time.monotonic()
+        try:
+            while not stop.is_set():
+                now = time.monotonic()
+                if now >= next_scan or self._sight.take_overflow():
+                    proven = self._sight.check()
+                    self._scan(b"", stop, prove=proven and self.ready.is_set())
+                    next_scan = time.monotonic() + self._sight.scan_every()
+                    self.ready.set()
+                self._look_again()
+                self._admit()
+                self._wait(next_scan)
+        finally:
+            self._sight.close()
+
+    def poke(self) -> None:
+        """End a wait, to look at the stop event."""
+        self._notices.put(None)
+
+    def look_again(self, relpath: bytes) -> None:
+        """Ask for a look at a path, as an event would."""
+        self._notices.put(_Notice(os.fsencode(self._config.path) + b"/" + relpath, is_directory=False))
+
+    def _notice(self, path: bytes, is_directory: bool) -> None:  # noqa: FBT001 -- called by the watcher
+        self._notices.put(_Notice(path, is_directory))
+
+    def _wait(self, next_scan: float) -> None:
+        due = self._candidates.next_due()
+        until = next_scan if due is None else min(next_scan, due)
+        timeout = max(until - time.monotonic(), 0.0)
+        try:
+            notice = self._notices.get(timeout=min(timeout, self._sight.patience()))
+            for _ in range(_BATCH):
+                if notice is not None:
+                    self._take(notice)
+                notice = self._notices.get_nowait()
+        except queue.Empty:
+            pass
+
+    def _take(self, notice: _Notice) -> None:
+        prefix = os.fsencode(self._config.path).rstrip(b"/") + b"/"
+        if not notice.path.startswith(prefix):
+            return
+        relpath = notice.path[len(prefix) :]
+        if self._is_skipped(relpath):
+            return
+        if notice.is_directory:
+            if self._config.recursive:
+                self._scan(relpath, None, prove=False)
+            return
+        self._look(relpath)
+
+    def _is_skipped(self, relpath: bytes) -> bool:
+        directories = relpath.split(b"/")[:-1]
+        if any(part.startswith(b".") for part in directories):
+            return True
+        return any(relpath == skip or relpath.startswith(skip + b"/") for skip in self._skip)
+
+    def _look(self, relpath: bytes, status: os.stat_result | None = None) -> None:
+        sighting = self._candidates.look(relpath, time.monotonic(), status)
+        if sighting is not None:
+            self._batch.append(sighting)
+            if len(self._batch) >= _BATCH:
+                self._admit()
+
+    def _look_again(self) -> None:
+        for relpath in self._candidates.due(time.monotonic()):
+            self._look(relpath)
+
+    def _scan(self, below: bytes, stop: threading.Event | None, *, prove: bool) -> None:
+        started, found, missed = time.monotonic(), 0, None
+        try:
+            known = self._ledger.known(self.name)
+        except LedgerError as error:
+            self._ledger_failed(error)
+            return
+        for relpath, status in walk(
+            self._folder, below, self._skip, self._complain, recursive=self._config.recursive
+        ):
+            found += 1
+            if stop is not None and stop.is_set():
+                return
+            if mark(relpath, fingerprint_of(status)) in known.marks:
+                continue
+            if prove and missed is None and self._was_missed(relpath, status, known):
+                missed = relpath
+            self._look(relpath, status)
+        if missed is not None and self._notices.empty():
+            self._sight.lost(missed)
+        self._log.emit(
+            events.DROP_SCANNED,
+            drop=self.name,
+            found=found,
+            candidates=len(self._candidates),
+            duration_s=time.monotonic() - started,
+        )
+
+    def _was_missed(self, relpath: bytes, status: os.stat_result, known: Known) -> bool:
+        """Tell whether an event should long have told of this file: the proof that the watcher sees."""
+        age = time.time() - status.st_ctime
+        return age > _SURELY_MISSED and hash(relpath) not in known.paths and self._candidates.is_new(relpath)
+
+    def _complain(self, relpath: bytes, error: OSError) -> None:
+        if not relpath:
+            self._sight.root_failed(error)
+        else:
+            self._candidates.complain(relpath, error)
+
+    def _admit(self) -> None:
+        batch, self._batch = self._batch, []
+        if not batch:
+            return
+        try:
+            admission = self._ledger.admit(batch, self._destinations, datetime.now(UTC))
+        except LedgerError as error:
+            self._ledger_failed(error)
+            return
+        self._failing = False
+        for archive in admission.superseded:
+            self._log.emit(
+                events.ARCHIVE_SUPERSEDED,
+                drop=self.name,
+                archive=archive.relpath,
+                size=archive.fingerprint.size,
+                error="replaced before it was sent",
+            )
+        for archive in admission.admitted:
+            self._log.emit(
+                events.ARCHIVE_ADMITTED,
+                drop=self.name,
+                archive=archive.relpath,
+                size=archive.fingerprint.size,
+                destinations=self._destinations,
+            )
+        if admission.admitted:
+            self._wake(self._destinations)
+
+    def _ledger_failed(self, error: LedgerError) -> None:
+        """The files stay where they are; the next rescan tries again."""
+        if not self._failing:
+            self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
+        self._failing = True

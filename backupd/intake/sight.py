@@ -1,0 +1,151 @@
+"""Whether we see what happens in a drop folder: which way, and what is done when not."""
+
+from __future__ import annotations
+
+from backupd.config.models import DropConfig
+from backupd.drop.folder import DropFolder
+from backupd.drop.mounts import filesystem_of, is_remote
+from backupd.intake.watcher import Notice, Watcher, WatchError
+from backupd.ops import events
+from backupd.ops.log import EventLog
+
+_POLL_EVERY = 5.0
+"""Seconds between scans where there are no events, unless `rescan_every` is less."""
+
+
+class Sight:
+    """The eyes on one drop folder: inotify where it works, else frequent scans."""
+
+    def __init__(
+        self, name: str, config: DropConfig, folder: DropFolder, log: EventLog, notice: Notice
+    ) -> None:
+        self._drop = name
+        self._config = config
+        self._folder = folder
+        self._log = log
+        self._path = str(config.path)
+        self._notice = notice
+        self._watcher: Watcher | None = None
+        self._polling = False
+        self._blind = False
+        self._root_failing = False
+
+    def open(self) -> None:
+        """Choose how to look, say so, and begin."""
+        filesystem = filesystem_of(self._path)
+        chosen = self._config.observer
+        reason = "configured"
+        if chosen == "auto":
+            remote = is_remote(filesystem)
+            chosen = "polling" if remote else "inotify"
+            reason = "remote writers make no events" if remote else "local filesystem"
+        self._polling = chosen == "polling"
+        self._log.emit(
+            events.DROP_WATCHED,
+            drop=self._drop,
+            path=self._path,
+            observer=chosen,
+            filesystem=filesystem,
+            reason=reason,
+        )
+        if not self._polling:
+            self._start()
+
+    def close(self) -> None:
+        """Stop looking."""
+        if self._watcher is not None:
+            self._watcher.stop()
+            self._watcher = None
+
+    def scan_every(self) -> float:
+        """Return the seconds until the next scan."""
+        every = self._config.rescan_every.total_seconds()
+        return min(every, _POLL_EVERY) if self._polling or self._blind or self._root_failing else every
+
+    def patience(self) -> float:
+        """Return for how many seconds an overflow may go unnoticed."""
+        return 1.0 if not self._polling else self.scan_every()
+
+    def take_overflow(self) -> bool:
+        """Tell whether events were dropped by the kernel since last asked; it is said."""
+        if self._watcher is None or not self._watcher.take_overflow():
+            return False
+        self._say_blind("overflow", "the kernel's queue was full", "raise fs.inotify.max_queued_events (sysctl)")
+        self._say_restored()
+        return True
+
+    def check(self) -> bool:
+        """Look after the eyes; return whether they were open since the last check."""
+        if not self._folder.is_in_place():
+            self._say_blind("replaced", "the folder was moved, deleted, unmounted or mounted over", "")
+            if not self._reopen():
+                return False
+            self._restart()
+            return False
+        self._root_failing = False
+        if self._polling:
+            return False
+        if self._watcher is None or not self._watcher.is_alive():
+            if self._watcher is not None:
+                self._say_blind("dead", "a thread of the watcher has ended", "")
+            self._restart()
+            return False
+        return True
+
+    def lost(self, relpath: bytes) -> None:
+        """Say that the scan found a file that no event had told of, and begin to watch anew."""
+        self._say_blind("missed", f"no event came for {relpath!r}", "")
+        self._restart()
+
+    def root_failed(self, error: OSError) -> None:
+        """Say, once, that the folder can't be read; `check` mends it as soon as it can be."""
+        if not self._root_failing:
+            self._log.emit(
+                events.DROP_FAILED,
+                drop=self._drop,
+                path=self._path,
+                error=error.strerror,
+                hint="make the folder readable and writable for the daemon's user; it is tried again by itself",
+            )
+        self._root_failing = True
+
+    def _reopen(self) -> bool:
+        try:
+            self._folder.reopen()
+        except OSError as error:
+            self.root_failed(error)
+            return False
+        self._root_failing = False
+        return True
+
+    def _restart(self) -> None:
+        self.close()
+        if not self._polling:
+            self._start()
+
+    def _start(self) -> None:
+        watcher = Watcher(self._path, self._notice, recursive=self._config.recursive)
+        try:
+            watcher.start()
+        except WatchError as error:
+            self._say_blind("refused", error.message, error.hint)
+            return
+        self._watcher = watcher
+        self._say_restored()
+
+    def _say_blind(self, reason: str, error: str, hint: str) -> None:
+        if not self._blind:
+            self._log.emit(
+                events.WATCHER_BLIND,
+                drop=self._drop,
+                path=self._path,
+                reason=reason,
+                error=error,
+                hint=hint or "nothing: the scan finds what was missed, and the watcher is made anew",
+            )
+        self._blind = True
+
+    def _say_restored(self) -> None:
+        if self._blind:
+            self._log.emit(events.WATCHER_RESTORED, drop=self._drop, path=self._path, observer="inotify")
+        self._blind = False

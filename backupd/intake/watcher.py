@@ -1,0 +1,127 @@
+"""Events of a drop folder, by watchdog; they only make it quick, the scan makes it correct."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+
+from watchdog.events import (
+    DirCreatedEvent,
+    DirMovedEvent,
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileMovedEvent,
+    FileSystemEvent,
+    FileSystemEventHandler,
+)
+from watchdog.observers.api import BaseObserver
+from watchdog.observers.inotify import InotifyObserver
+
+from backupd.core.errors import BackupdError
+
+_EVENTS: list[type[FileSystemEvent]] = [
+    FileClosedEvent,
+    FileMovedEvent,
+    FileCreatedEvent,
+    DirCreatedEvent,
+    DirMovedEvent,
+]
+"""Our own opens and closes of what we upload must not wake us: nothing else is asked for."""
+
+_OVERFLOW_LOGGERS = ("watchdog.observers.inotify_c", "watchdog.observers.inotify")
+
+Notice = Callable[[bytes, bool], None]
+"""Called with an absolute path and whether it is a directory."""
+
+
+class WatchError(BackupdError):
+    """The kernel gives us no events for a folder; the scan has to do alone."""
+
+
+class _Handler(FileSystemEventHandler):
+    """Passes paths on, nothing else: it runs under the observer's lock."""
+
+    def __init__(self, notice: Notice) -> None:
+        self._notice = notice
+
+    def on_any_event(self, event: FileSystemEvent) -> None:
+        path = event.dest_path if isinstance(event, FileMovedEvent | DirMovedEvent) else event.src_path
+        self._notice(os.fsencode(path), event.is_directory)
+
+
+class Watcher:
+    """Watches one drop folder by inotify; an observer of its own, so that no drop can blind another."""
+
+    def __init__(self, path: str, notice: Notice, *, recursive: bool) -> None:
+        self._path = path
+        self._handler = _Handler(notice)
+        self._recursive = recursive
+        self._observer: BaseObserver | None = None
+        self._overflow = _OverflowFlag()
+
+    def start(self) -> None:
+        """Begin to watch; raises WatchError where the kernel will not."""
+        try:
+            self._observer = InotifyObserver()
+            self._observer.schedule(
+                self._handler, self._path, recursive=self._recursive, event_filter=_EVENTS
+            )
+            self._observer.start()
+        except OSError as error:
+            self.stop()
+            raise WatchError(
+                f"{self._path}: no events ({error.strerror or error})",
+                "raise fs.inotify.max_user_watches and max_user_instances (sysctl) if a limit is reached",
+            ) from error
+        self._overflow.attach()
+
+    def stop(self) -> None:
+        """Stop watching; the threads are waited for."""
+        observer, self._observer = self._observer, None
+        self._overflow.detach()
+        if observer is None:
+            return
+        if observer.is_alive():
+            observer.stop()
+            observer.join(5)
+        else:
+            observer.on_thread_stop()
+
+    def is_alive(self) -> bool:
+        """Tell whether every thread that brings events still runs."""
+        observer = self._observer
+        if observer is None or not observer.is_alive() or not observer.emitters:
+            return False
+        reader = getattr(observer, "_inotify_fd", None)
+        return all(e.is_alive() for e in observer.emitters) and (reader is None or reader.is_alive())
+
+    def take_overflow(self) -> bool:
+        """Tell whether the kernel's queue has overflowed since last asked."""
+        return self._overflow.take()
+
+
+class _OverflowFlag(logging.Handler):
+    """Hears of queue overflows, which watchdog tells to its loggers alone."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._flag = threading.Event()
+
+    def attach(self) -> None:
+        for name in _OVERFLOW_LOGGERS:
+            logging.getLogger(name).addHandler(self)
+
+    def detach(self) -> None:
+        for name in _OVERFLOW_LOGGERS:
+            logging.getLogger(name).removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "overflow" in record.getMessage().lower():
+            self._flag.set()
+
+    def take(self) -> bool:
+        was_set = self._flag.is_set()
+        self._flag.clear()
+        return was_set

@@ -1,0 +1,152 @@
+"""Opening the SQLite file: one daemon at a time, migrated, checked after an unclean end."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from types import TracebackType
+
+from backupd.core.errors import LedgerError
+
+FILE_NAME = "ledger.sqlite3"
+LOCK_NAME = "backupd.lock"
+
+
+class StateLock:
+    """The hold of one daemon on its state directory, which also tells how the last one ended."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._path = state_dir / LOCK_NAME
+        try:
+            state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        except OSError as error:
+            raise LedgerError(
+                f"{state_dir}: can't be written ({error.strerror})", "check `state_dir` and its owner"
+            ) from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(self._fd)
+            raise LedgerError(
+                f"{state_dir}: another backupd (process {holder}) uses it",
+                "give each instance a `state_dir` of its own, or stop the other one",
+            ) from error
+        self.was_clean = os.fstat(self._fd).st_size == 0
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode("ascii"), 0)
+
+    def release(self, *, clean: bool) -> None:
+        """Let go; a clean end spares the next start the check of the ledger."""
+        if clean:
+            os.ftruncate(self._fd, 0)
+        os.close(self._fd)
+
+    def __enter__(self) -> StateLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release(clean=kind is None)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A connection to the ledger, and where a damaged predecessor was put aside."""
+
+    connection: sqlite3.Connection
+    set_aside: Path | None = None
+
+
+def open_ledger(state_dir: Path, *, check: bool = False) -> Opened:
+    """Open or create the ledger and bring its schema up to date.
+
+    A file that SQLite can't read is renamed, never deleted, and an empty ledger begun: what it knew of
+    pending archives is found again in the drop folders. Raises LedgerError for a schema of a newer
+    version, and for what the operator must mend (permissions, disk).
+    """
+    path = state_dir / FILE_NAME
+    try:
+        return Opened(_connect(path, check=check))
+    except sqlite3.DatabaseError as error:
+        if not _is_damage(error):
+            raise LedgerError(f"{path}: {error}", "check the disk and the owner of `state_dir`") from error
+    aside = _set_aside(path)
+    return Opened(_connect(path, check=False), aside)
+
+
+def open_for_reading(state_dir: Path) -> sqlite3.Connection:
+    """Open the ledger beside a running daemon, for queries; raises LedgerError where there is none."""
+    path = state_dir / FILE_NAME
+    if not path.exists():
+        raise LedgerError(f"{path}: no ledger here yet", "has the daemon run with this `state_dir`?")
+    try:
+        connection = sqlite3.connect(path, timeout=10, isolation_level=None)
+        connection.execute("PRAGMA query_only = ON")
+        _refuse_newer(connection, path)
+    except sqlite3.DatabaseError as error:
+        raise LedgerError(f"{path}: {error}", "run this command as the daemon's user") from error
+    return connection
+
+
+def _connect(path: Path, *, check: bool) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA synchronous = FULL")
+        if check and connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+            raise sqlite3.DatabaseError("database disk image is malformed")
+        _migrate(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+    os.chmod(path, 0o640)
+    return connection
+
+
+def _is_damage(error: sqlite3.DatabaseError) -> bool:
+    return type(error) is sqlite3.DatabaseError  # OperationalError and friends: locked, full, read-only
+
+
+def _set_aside(path: Path) -> Path:
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
+    aside = path.with_name(f"{path.name}.damaged-{stamp}")
+    for suffix in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(f"{path}{suffix}", f"{aside}{suffix}")
+    return aside
+
+
+def _scripts() -> Iterator[tuple[int, str]]:
+    folder = resources.files("backupd.ledger") / "migrations"
+    for entry in sorted(folder.iterdir(), key=lambda e: e.name):
+        if entry.name.endswith(".sql"):
+            yield int(entry.name.split("_")[0]), entry.read_text("utf-8")
+
+
+def _refuse_newer(connection: sqlite3.Connection, path: Path) -> int:
+    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    newest = max(number for number, _ in _scripts())
+    if version > newest:
+        raise LedgerError(
+            f"{path}: schema version {version}, this backupd knows up to {newest}",
+            "install the version of backupd that wrote it, or a newer one",
+        )
+    return version
+
+
+def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+    version = _refuse_newer(connection, path)
+    for number, script in _scripts():
+        if number > version:
+            connection.executescript(f"BEGIN IMMEDIATE;\n{script}\nPRAGMA user_version = {number};\nCOMMIT;")

@@ -1,0 +1,152 @@
+"""What the rest of the program asks of a ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+
+from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint
+from backupd.core.step import Step
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """A stable, eligible file in a drop folder."""
+
+    drop: str
+    relpath: bytes
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The files of a drop that are accounted for: the `mark` of each, and the `hash` of each path."""
+
+    marks: frozenset[int]
+    paths: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What became of some sightings: new archives, and ones whose content they replace."""
+
+    admitted: tuple[Archive, ...] = ()
+    superseded: tuple[Archive, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A claim that has ended: the attempts made, and what the delivery becomes."""
+
+    delivery: Delivery
+    attempts: tuple[Attempt, ...]
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How one delivery of a settled archive ended."""
+
+    delivery_id: str
+    destination: str
+    state: DeliveryState
+    ended_at: datetime
+    digest: str | None
+    verified: bool | None
+    http_status: int | None
+    reason: str | None
+    error: str | None
+    receipt: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """An archive all of whose deliveries have ended, so that its file is to be disposed of.
+
+    `announced` tells whether its end was logged before.
+    """
+
+    archive: Archive
+    state: DeliveryState
+    digest: str | None
+    endings: tuple[Ending, ...]
+    announced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Disposed:
+    """Where an archive's file went, relative to its drop folder; `left` for one that stays in place."""
+
+    archive_id: int
+    to: bytes | None
+    left: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """A destination's pending deliveries."""
+
+    pending: int
+    bytes: int
+    oldest: datetime | None
+
+
+class Ledger(Protocol):
+    """The durable record; safe to use from several threads.
+
+    Every method raises `LedgerError` where the record can't be read or written; nothing is half done then.
+    """
+
+    def known(self, drop: str) -> Known:
+        """Return which files of a drop are accounted for."""
+        ...
+
+    def admit(self, sightings: Sequence[Sighting], destinations: Sequence[str], now: datetime) -> Admission:
+        """Make a pending delivery to each destination for each file not accounted for yet."""
+        ...
+
+    def claim(self, destination: str, now: datetime) -> Delivery | None:
+        """Return the delivery that has been due for longest, now claimed, or None."""
+        ...
+
+    def next_due(self, destination: str) -> datetime | None:
+        """Return when the next pending delivery of a destination is due."""
+        ...
+
+    def record(self, finished: Sequence[Finished], now: datetime) -> list[Settled]:
+        """Commit, durably, how claims ended; return the archives that are settled by it."""
+        ...
+
+    def undisposed(self) -> list[Settled]:
+        """Return settled archives whose files are still to be disposed of."""
+        ...
+
+    def disposed(self, done: Sequence[Disposed], still_due: Sequence[int], now: datetime) -> None:
+        """Note what became of the files of settled archives, all of which are announced.
+
+        `still_due` are the archives' ids whose file could not be disposed of.
+        """
+        ...
+
+    def release_claims(self) -> int:
+        """Make claimed deliveries pending again, as nobody holds them; return how many there were."""
+        ...
+
+    def backlog(self) -> Mapping[str, Backlog]:
+        """Return what is pending (and claimed), by destination."""
+        ...
+
+    def close(self) -> None:
+        """Close the ledger; further calls are errors."""
+        ...
+
+
+def mark(relpath: bytes, fingerprint: Fingerprint) -> int:
+    """Return a number that stands for one content under one name, within this process.
+
+    The device is left out: its number may change from one boot to the next.
+    """
+    f = fingerprint
+    return hash((relpath, f.inode, f.size, f.mtime_ns, f.ctime_ns))

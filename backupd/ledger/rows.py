@@ -1,0 +1,112 @@
+"""Between the rows of the tables and the records of the model."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from backupd.core.model import (
+    Archive,
+    Attempt,
+    Deferred,
+    Delivered,
+    DeliveryState,
+    Fingerprint,
+    Outcome,
+    Rejected,
+    Superseded,
+)
+from backupd.ledger.port import Ending, Finished
+
+Row = tuple[Any, ...]
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+ARCHIVE_COLUMNS = "id, drop_name, relpath, device, inode, size, mtime_ns, ctime_ns, admitted_at"
+
+
+def as_micros(time: datetime) -> int:
+    """Return microseconds since the epoch."""
+    return (time - _EPOCH) // _MICROSECOND
+
+
+def as_time(micros: int) -> datetime:
+    """Return the UTC time of microseconds since the epoch."""
+    return _EPOCH + micros * _MICROSECOND
+
+
+def as_archive(row: Row) -> Archive:
+    """Return the archive of a row of `ARCHIVE_COLUMNS`."""
+    return Archive(row[0], row[1], row[2], Fingerprint(*row[3:8]), as_time(row[8]))
+
+
+def as_ending(row: Row) -> Ending:
+    """Return how a delivery ended."""
+    ident, destination, state, ended_at, digest, verified, http_status, reason, error, receipt = row
+    return Ending(
+        ident,
+        destination,
+        DeliveryState(state),
+        as_time(ended_at),
+        digest,
+        None if verified is None else bool(verified),
+        http_status,
+        reason,
+        error,
+        receipt,
+    )
+
+
+def delivery_row(finished: Finished, now: datetime) -> Row:
+    """Return the values of a delivery's update, its id last."""
+    delivery, step = finished.delivery, finished.step
+    pending = step.state is DeliveryState.PENDING
+    reason, error, http_status = _why(step.outcome)
+    digest = verified = receipt = None
+    if isinstance(step.outcome, Delivered):
+        digest, verified = str(step.outcome.digest), step.outcome.verified
+        receipt = step.outcome.receipt.body
+    return (
+        step.state,
+        as_micros(step.due_at or now) if pending else None,
+        step.charged,
+        step.faults,
+        delivery.attempts + len(finished.attempts),
+        None if pending else as_micros(now),
+        reason,
+        error,
+        digest,
+        verified,
+        http_status,
+        receipt,
+        delivery.id,
+    )
+
+
+def attempt_row(delivery_id: str, number: int, attempt: Attempt) -> Row:
+    """Return the row of an attempt."""
+    reason, error, http_status = _why(attempt.outcome)
+    return (
+        delivery_id,
+        number,
+        as_micros(attempt.started_at),
+        attempt.duration // _MICROSECOND,
+        attempt.sent,
+        type(attempt.outcome).__name__.lower(),
+        reason,
+        error,
+        http_status,
+    )
+
+
+def _why(outcome: Outcome) -> tuple[str | None, str | None, int | None]:
+    match outcome:
+        case Delivered(receipt=receipt):
+            return None, None, receipt.http_status
+        case Superseded(error=error):
+            return None, error, None
+        case Deferred(reason=reason, error=error, http_status=status):
+            return reason, error, status
+        case Rejected(reason=reason, error=error, http_status=status):
+            return reason, error, status

@@ -1,0 +1,228 @@
+"""The ledger in SQLite: one connection, one lock, one transaction a call."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+
+from backupd.core.errors import LedgerError
+from backupd.core.model import Archive, Delivery, DeliveryState
+from backupd.core.step import archive_state
+from backupd.ledger.port import Admission, Backlog, Disposed, Finished, Known, Ledger, Settled, Sighting, mark
+from backupd.ledger.rows import (
+    ARCHIVE_COLUMNS,
+    as_archive,
+    as_ending,
+    as_micros,
+    as_time,
+    attempt_row,
+    delivery_row,
+)
+
+
+class SqliteLedger(Ledger):
+    """A `Ledger` on a connection from `open_ledger`.
+
+    What a disposition hangs on is committed with `synchronous=FULL`. Admissions and claims are not worth
+    a sync: what a power cut takes of them, the scan and `release_claims` bring back.
+    """
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._db = connection
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def _transaction(self, *, durable: bool) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._db
+                except BaseException:
+                    self._db.execute("ROLLBACK")
+                    raise
+                self._commit()
+            except sqlite3.Error as error:
+                raise LedgerError(f"the ledger can't be written: {error}", "check the disk of `state_dir`") from error
+
+    def _commit(self) -> None:
+        try:
+            self._db.execute("COMMIT")
+        except sqlite3.Error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                yield self._db
+            except sqlite3.Error as error:
+                raise LedgerError(f"the ledger can't be read: {error}", "check the disk of `state_dir`") from error
+
+    def known(self, drop: str) -> Known:
+        """See `Ledger.known`."""
+        query = f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE drop_name = ? AND live"  # noqa: S608 -- own columns
+        with self._reading() as db:
+            pairs = [(mark(a.relpath, a.fingerprint), hash(a.relpath)) for a in map(as_archive, db.execute(query, (drop,)))]
+        return Known(frozenset(m for m, _ in pairs), frozenset(p for _, p in pairs))
+
+    def admit(self, sightings: Sequence[Sighting], destinations: Sequence[str], now: datetime) -> Admission:
+        """See `Ledger.admit`."""
+        admitted: list[Archive] = []
+        superseded: list[Archive] = []
+        with self._transaction(durable=False) as db:
+            for sighting in sightings:
+                live = _live(db, sighting)
+                wanted = mark(sighting.relpath, sighting.fingerprint)
+                if any(mark(a.relpath, a.fingerprint) == wanted for a in live):
+                    continue
+                superseded += [a for a in live if _supersede(db, a, now)]
+                admitted.append(_insert(db, sighting, destinations, now))
+        return Admission(tuple(admitted), tuple(superseded))
+
+    def claim(self, destination: str, now: datetime) -> Delivery | None:
+        """See `Ledger.claim`."""
+        with self._transaction(durable=False) as db:
+            row = db.execute(
+                "UPDATE delivery SET state = 'claimed' WHERE id ="
+                " (SELECT id FROM delivery WHERE destination = ? AND state = 'pending' AND due_at <= ?"
+                "  ORDER BY due_at LIMIT 1)"
+                " RETURNING id, archive_id, attempts, charged, faults",
+                (destination, as_micros(now)),
+            ).fetchone()
+            if row is None:
+                return None
+            return Delivery(row[0], _archive(db, row[1]), destination, *row[2:])
+
+    def next_due(self, destination: str) -> datetime | None:
+        """See `Ledger.next_due`."""
+        with self._reading() as db:
+            row = db.execute(
+                "SELECT min(due_at) FROM delivery WHERE destination = ? AND state = 'pending'", (destination,)
+            ).fetchone()
+        return None if row[0] is None else as_time(row[0])
+
+    def record(self, finished: Sequence[Finished], now: datetime) -> list[Settled]:
+        """See `Ledger.record`."""
+        settled: list[Settled] = []
+        with self._transaction(durable=True) as db:
+            for one in finished:
+                db.execute(
+                    "UPDATE delivery SET state = ?, due_at = ?, charged = ?, faults = ?, attempts = ?, ended_at = ?,"
+                    " reason = ?, error = ?, digest = ?, verified = ?, http_status = ?, receipt = ? WHERE id = ?",
+                    delivery_row(one, now),
+                )
+                first = one.delivery.attempts + 1
+                db.executemany(
+                    "INSERT OR REPLACE INTO attempt VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    [attempt_row(one.delivery.id, n, a) for n, a in enumerate(one.attempts, first)],
+                )
+            for archive_id in dict.fromkeys(one.delivery.archive.id for one in finished):
+                settled += _settle(db, archive_id)
+        return settled
+
+    def undisposed(self) -> list[Settled]:
+        """See `Ledger.undisposed`."""
+        with self._reading() as db:
+            ids = [row[0] for row in db.execute("SELECT id FROM archive WHERE disposition = 'due' ORDER BY id")]
+            return [_settled(db, archive_id) for archive_id in ids]
+
+    def disposed(self, done: Sequence[Disposed], still_due: Sequence[int], now: datetime) -> None:
+        """See `Ledger.disposed`."""
+        with self._transaction(durable=False) as db:
+            db.executemany(
+                "UPDATE archive SET disposition = 'done', disposed_to = ?, disposed_at = ?, live = ? WHERE id = ?",
+                [(one.to, as_micros(now), one.left, one.archive_id) for one in done],
+            )
+            db.executemany("UPDATE archive SET announced = 1 WHERE id = ?", [(i,) for i in still_due])
+
+    def release_claims(self) -> int:
+        """See `Ledger.release_claims`."""
+        with self._transaction(durable=False) as db:
+            return db.execute("UPDATE delivery SET state = 'pending' WHERE state = 'claimed'").rowcount
+
+    def backlog(self) -> Mapping[str, Backlog]:
+        """See `Ledger.backlog`."""
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT destination, count(*), sum(size), min(admitted_at) FROM delivery"
+                " JOIN archive ON archive.id = archive_id"
+                " WHERE delivery.state = 'pending' OR delivery.state = 'claimed' GROUP BY destination"
+            ).fetchall()
+        return {name: Backlog(count, size, as_time(oldest)) for name, count, size, oldest in rows}
+
+    def close(self) -> None:
+        """See `Ledger.close`."""
+        with self._lock:
+            self._db.close()
+
+
+def _live(db: sqlite3.Connection, sighting: Sighting) -> list[Archive]:
+    query = f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE drop_name = ? AND relpath = ? AND live"  # noqa: S608
+    return [as_archive(row) for row in db.execute(query, (sighting.drop, sighting.relpath))]
+
+
+def _archive(db: sqlite3.Connection, archive_id: int) -> Archive:
+    query = f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE id = ?"  # noqa: S608 -- own columns
+    return as_archive(db.execute(query, (archive_id,)).fetchone())
+
+
+def _supersede(db: sqlite3.Connection, archive: Archive, now: datetime) -> bool:
+    """End what is still pending for an old content; a claimed delivery finds the change by itself."""
+    ended = db.execute(
+        "UPDATE delivery SET state = 'superseded', ended_at = ? WHERE archive_id = ? AND state = 'pending'",
+        (as_micros(now), archive.id),
+    ).rowcount
+    _settle(db, archive.id)
+    db.execute("UPDATE archive SET live = 0 WHERE id = ? AND disposition = 'done'", (archive.id,))
+    return bool(ended)
+
+
+def _insert(db: sqlite3.Connection, s: Sighting, destinations: Sequence[str], now: datetime) -> Archive:
+    f, at = s.fingerprint, as_micros(now)
+    archive_id = db.execute(
+        "INSERT INTO archive (drop_name, relpath, device, inode, size, mtime_ns, ctime_ns, admitted_at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (s.drop, s.relpath, f.device, f.inode, f.size, f.mtime_ns, f.ctime_ns, at),
+    ).lastrowid
+    db.executemany(
+        "INSERT INTO delivery (id, archive_id, destination, due_at) VALUES (?, ?, ?, ?)",
+        [(str(uuid.uuid4()), archive_id, destination, at) for destination in destinations],
+    )
+    return Archive(archive_id or 0, s.drop, s.relpath, f, as_time(at))
+
+
+def _settle(db: sqlite3.Connection, archive_id: int) -> list[Settled]:
+    """Write down what an archive's deliveries make of it; return it if its file is to be disposed of."""
+    states = [DeliveryState(row[0]) for row in db.execute(
+        "SELECT state FROM delivery WHERE archive_id = ?", (archive_id,)
+    )]
+    state = archive_state(states)
+    if state is DeliveryState.PENDING:
+        return []
+    gone = state is DeliveryState.SUPERSEDED
+    changed = db.execute(
+        "UPDATE archive SET state = ?, disposition = ?, live = ?,"
+        " digest = (SELECT max(digest) FROM delivery WHERE archive_id = archive.id)"
+        " WHERE id = ? AND state = 'pending'",
+        (state, "done" if gone else "due", not gone, archive_id),
+    ).rowcount
+    return [] if gone or not changed else [_settled(db, archive_id)]
+
+
+def _settled(db: sqlite3.Connection, archive_id: int) -> Settled:
+    row = db.execute("SELECT state, digest, announced FROM archive WHERE id = ?", (archive_id,)).fetchone()
+    endings = db.execute(
+        "SELECT id, destination, state, ended_at, digest, verified, http_status, reason, error, receipt"
+        " FROM delivery WHERE archive_id = ? ORDER BY destination",
+        (archive_id,),
+    )
+    ends = tuple(map(as_ending, endings))
+    return Settled(_archive(db, archive_id), DeliveryState(row[0]), row[1], ends, bool(row[2]))

@@ -1,0 +1,139 @@
+"""Structured logging: one event a line, to a descriptor."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+import threading
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import structlog
+from structlog.typing import EventDict, WrappedLogger
+
+from backupd.core.names import as_text, printable
+from backupd.ops.events import LIBRARY_WARNING, LOG_LOST, Event
+
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+class LineWriter:
+    """Writes whole lines to a descriptor and never raises; what could not be written is counted."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._lock = threading.Lock()
+        self._lost = 0
+
+    def line(self, text: str) -> None:
+        """Write a line."""
+        data = (text + "\n").encode("utf-8", "backslashreplace")
+        with self._lock:
+            try:
+                while data:
+                    data = data[os.write(self._fd, data) :]
+            except OSError:
+                self._lost += 1
+
+    debug = info = warning = error = line
+
+    def take_lost(self) -> int:
+        """Return how many lines were lost since last asked."""
+        with self._lock:
+            lost, self._lost = self._lost, 0
+        return lost
+
+
+class EventLog:
+    """Logs events of the catalogue.
+
+    Keys hold values of the model and are made plain here: bytes are file names, durations become
+    seconds, None is left out. A name can't forge a line: JSON and the console renderer escape it.
+    """
+
+    def __init__(self, writer: LineWriter, *, level: str = "info", console: bool = False) -> None:
+        self._writer = writer
+        self._logger = structlog.wrap_logger(
+            writer,
+            wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
+            processors=[
+                _ordered,
+                structlog.processors.ExceptionRenderer(),
+                _console if console else structlog.processors.JSONRenderer(separators=(",", ":")),
+            ],
+        )
+
+    def emit(self, event: Event, *, exc_info: BaseException | None = None, **keys: object) -> None:
+        """Log an event with some of its keys."""
+        lost = self._writer.take_lost()
+        if lost:
+            self._logger.error(LOG_LOST.name, lost=lost)
+        plain = {key: _plain(value) for key, value in keys.items() if value is not None}
+        if exc_info is not None:
+            plain["exc_info"] = exc_info  # rendered without the values of local variables
+        getattr(self._logger, event.level)(event.name, **plain)
+
+
+def take_over_library_loggers(log: EventLog) -> None:
+    """Send what libraries log at WARNING and above through the event log.
+
+    Below that httpx writes whole URLs, and watchdog a line for each file.
+    """
+    root = logging.getLogger()
+    root.handlers = [_LibraryHandler(log)]
+    root.setLevel(logging.WARNING)
+    logging.captureWarnings(capture=True)
+
+
+class _LibraryHandler(logging.Handler):
+    def __init__(self, log: EventLog) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._log.emit(LIBRARY_WARNING, logger=record.name, error=record.getMessage())
+
+
+def _ordered(_logger: WrappedLogger, level: str, record: EventDict) -> EventDict:
+    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return {"timestamp": now, "level": level, "event": record.pop("event"), **record}
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case enum.Enum():
+            return value.value
+        case bytes():
+            return as_text(value)
+        case timedelta():
+            return round(value.total_seconds(), 3)
+        case float():
+            return round(value, 3)
+        case datetime():
+            return value.isoformat(timespec="seconds").replace("+00:00", "Z")
+        case str() | int() | None:
+            return value
+        case dict():
+            return {key: _plain(item) for key, item in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [_plain(item) for item in value]
+        case _:
+            return str(value)
+
+
+_COLOURS = {"debug": "\x1b[2m", "info": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[31m"}
+
+
+def _console(_logger: WrappedLogger, level: str, record: EventDict) -> str:
+    trace = record.pop("exception", "")
+    clock, event = record.pop("timestamp")[11:23], record.pop("event")
+    record.pop("level")
+    keys = " ".join(f"{key}={_quoted(value)}" for key, value in record.items())
+    line = f"{clock} {_COLOURS[level]}{level:7}\x1b[0m \x1b[1m{event}\x1b[0m {keys}"
+    return f"{line}\n{trace}" if trace else line
+
+
+def _quoted(value: object) -> str:
+    text = printable(str(value))
+    return f'"{text}"' if " " in text or not text else text

@@ -1,0 +1,90 @@
+"""The request's body: the file is read once, and the bytes that are hashed are the bytes that are sent."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+
+from backupd.core.model import Digest, Fingerprint
+from backupd.upload.line import Line
+from backupd.upload.multipart import Framing
+from backupd.upload.port import Cargo
+
+CHUNK = 256 * 1024
+"""Bytes of a read."""
+
+
+class FileChangedError(Exception):
+    """The file is not as it was when it was admitted."""
+
+
+class ReadFailedError(Exception):
+    """The file can't be read."""
+
+
+class Body:
+    """An iterable of chunks, from the beginning each time it is asked for an iterator.
+
+    `complete` tells whether the last chunk was handed over; `digest` is known from then on.
+    """
+
+    def __init__(self, cargo: Cargo, framing: Framing, algorithm: str, line: Line) -> None:
+        self._cargo = cargo
+        self._framing = framing
+        self._algorithm = algorithm
+        self._line = line
+        self.complete = False
+        self.digest = Digest(algorithm, "")
+
+    def __len__(self) -> int:
+        blank = hashlib.new(self._algorithm).hexdigest()
+        return len(self._framing.before) + self._cargo.fingerprint.size + len(self._framing.after(blank))
+
+    def __iter__(self) -> Iterator[bytes]:
+        self.complete, self._cargo.sent = False, 0
+        self._check()
+        hasher = hashlib.new(self._algorithm)
+        size = self._cargo.fingerprint.size
+        pending = self._framing.before
+        for at, chunk in self._chunks():
+            hasher.update(chunk)
+            if at + len(chunk) < size:
+                yield pending + chunk if pending else chunk
+                pending = b""
+                self._handed_over(at + len(chunk))
+            else:
+                pending += chunk
+        self._check()  # before the last bytes: a request that is not complete stores nothing
+        self.digest = Digest(self._algorithm, hasher.hexdigest())
+        yield pending + self._framing.after(self.digest.hex)
+        self._handed_over(size)
+        self.complete = True
+        self._line.body_sent()
+
+    def _handed_over(self, sent: int) -> None:
+        self._cargo.sent = sent
+        self._cargo.progress(sent)
+
+    def _chunks(self) -> Iterator[tuple[int, bytes]]:
+        at, size = 0, self._cargo.fingerprint.size
+        while at < size:
+            try:
+                chunk = os.pread(self._cargo.fd, min(CHUNK, size - at), at)
+            except OSError as error:
+                raise ReadFailedError(error.strerror) from error
+            if not chunk:
+                raise FileChangedError(f"ended after {at} of {size} bytes")
+            yield at, chunk
+            at += len(chunk)
+
+    def _check(self) -> None:
+        try:
+            status = os.fstat(self._cargo.fd)
+        except OSError as error:
+            raise ReadFailedError(error.strerror) from error
+        now = Fingerprint(
+            status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        )
+        if now != self._cargo.fingerprint:
+            raise FileChangedError(f"was {self._cargo.fingerprint.size} bytes, is {now.size} bytes, or was rewritten")

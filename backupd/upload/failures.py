@@ -1,0 +1,57 @@
+"""From what httpx and the sockets raise to the reasons of the policy: made once, here."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Iterator
+
+import httpx
+
+from backupd.core.policy import Reason
+
+_TIMEOUTS: tuple[tuple[type[httpx.TimeoutException], Reason], ...] = (
+    (httpx.ConnectTimeout, Reason.CONNECT_TIMEOUT),
+    (httpx.ReadTimeout, Reason.READ_TIMEOUT),
+    (httpx.WriteTimeout, Reason.WRITE_TIMEOUT),
+    (httpx.PoolTimeout, Reason.POOL_TIMEOUT),
+)
+
+
+def reason_of(error: httpx.TransportError) -> tuple[Reason, str]:
+    """Return the reason for a transport error, and words for it."""
+    for kind, reason in _TIMEOUTS:
+        if isinstance(error, kind):
+            return reason, str(error) or reason.value
+    for cause in _causes(error):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return Reason.TLS, f"the destination's certificate: {cause.verify_message}"
+        if isinstance(cause, ssl.SSLError):
+            return _of_tls(cause)
+        if isinstance(cause, socket.gaierror):
+            return Reason.DNS, cause.strerror or str(cause)
+    if isinstance(error, httpx.ConnectError):
+        return Reason.CONNECT, str(error)
+    if isinstance(error, httpx.LocalProtocolError | httpx.UnsupportedProtocol | httpx.ProxyError):
+        return Reason.PROTOCOL, str(error)
+    if isinstance(error, httpx.RemoteProtocolError) and "disconnected" not in str(error):
+        return Reason.PROTOCOL, str(error)
+    return Reason.CONNECTION_LOST, str(error) or type(error).__name__
+
+
+def _of_tls(error: ssl.SSLError) -> tuple[Reason, str]:
+    """Tell an alert about our certificate from other trouble; under TLS 1.3 it comes after the handshake."""
+    name = (error.reason or "").upper()
+    words = (error.reason or str(error)).replace("_", " ").lower()
+    if "ALERT" in name and ("CERTIFICATE" in name or "UNKNOWN_CA" in name or "ACCESS_DENIED" in name):
+        return Reason.TLS_CLIENT, words
+    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        return Reason.CONNECTION_LOST, words
+    return Reason.TLS, words
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__

@@ -1,0 +1,48 @@
+"""What the rest of the program asks of an uploader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from backupd.core.model import Fingerprint, Outcome
+
+Progress = Callable[[int], None]
+"""Called with the bytes of the archive handed to the connection so far."""
+
+
+def _no_progress(_sent: int) -> None:
+    return
+
+
+@dataclass(slots=True)
+class Cargo:
+    """One archive, open for reading, on its way to one destination.
+
+    `fd` is read with `pread` and not closed; `variables` are the values of templates; `sent` is set by
+    the uploader, in bytes of the archive.
+    """
+
+    delivery_id: str
+    name: bytes
+    fd: int
+    fingerprint: Fingerprint
+    variables: Mapping[str, str]
+    progress: Progress = _no_progress
+    sent: int = field(default=0, init=False)
+
+
+class Uploader(Protocol):
+    """Brings archives to one destination, one at a time; each worker has its own.
+
+    Every failure that is to be expected is an outcome: `upload` raises only for bugs.
+    """
+
+    def upload(self, cargo: Cargo) -> Outcome:
+        """Send an archive and verify the receipt."""
+        ...
+
+    def close(self) -> None:
+        """Give connections back."""
+        ...
