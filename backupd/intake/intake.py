@@ -100,15 +100,15 @@ class Intake:
         until = next_scan if due is None else min(next_scan, due)
         timeout = max(until - time.monotonic(), 0.0)
         try:
-            notice = self._notices.get(timeout=min(timeout, self._sight.patience()))
+            self._take(self._notices.get(timeout=min(timeout, self._sight.patience())))
             for _ in range(_BATCH):
-                if notice is not None:
-                    self._take(notice)
-                notice = self._notices.get_nowait()
+                self._take(self._notices.get_nowait())
         except queue.Empty:
             pass
 
-    def _take(self, notice: _Notice) -> None:
+    def _take(self, notice: _Notice | None) -> None:
+        if notice is None:
+            return
         prefix = os.fsencode(self._config.path).rstrip(b"/") + b"/"
         if not notice.path.startswith(prefix):
             return
