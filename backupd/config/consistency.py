@@ -1,0 +1,160 @@
+"""What must hold between the values of a configuration; pure, and silent about the files it names."""
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+from pathlib import PurePath, PurePosixPath
+from typing import TYPE_CHECKING, Final
+
+from backupd.config.faults import Fault, Place, did_you_mean, quoted
+from backupd.config.quantities import format_duration, format_size
+from backupd.core.template import Template
+
+if TYPE_CHECKING:
+    from backupd.config.models import Config, DestinationConfig, DropConfig, ReceiptConfig, RetryConfig
+
+PLACEHOLDERS: Final = frozenset({"name", "stem", "relpath", "drop", "host", "size", "mtime"})
+
+_DIGEST_BYTES: Final = {"sha256": 32, "sha512": 64, "sha1": 20, "md5": 16}
+_SHORTEST_PREFIX: Final = 8
+
+
+def drop_faults(drop: "DropConfig") -> Iterator[Fault]:
+    """Tell what doesn't fit together within one drop."""
+    if overlap(PurePosixPath(drop.sent_dir), PurePosixPath(drop.rejected_dir)):
+        yield Fault(
+            ("rejected_dir",),
+            f"expected a folder apart from sent_dir, got {quoted(drop.rejected_dir)}",
+            (("sent_dir",),),
+        )
+    if drop.max_size is not None and drop.max_size < drop.min_size:
+        yield Fault(
+            ("max_size",),
+            f'expected at least min_size, "{format_size(drop.min_size)}", got "{format_size(drop.max_size)}"',
+            (("min_size",),),
+        )
+    if drop.destinations and len(set(drop.destinations)) < len(drop.destinations):
+        yield Fault(("destinations",), "expected every destination once")
+    for taken in sorted(_labels(drop) & PLACEHOLDERS):
+        yield Fault(("label_pattern",), f"the group {quoted(taken)} has the name of a built-in placeholder")
+
+
+def receipt_faults(receipt: "ReceiptConfig") -> Iterator[Fault]:
+    """Tell what doesn't fit together within one receipt."""
+    size = _DIGEST_BYTES[receipt.algorithm]
+    longest = size * 2 if receipt.encoding == "hex" else -(-size // 3) * 4
+    if receipt.prefix and not _SHORTEST_PREFIX <= receipt.prefix <= longest:
+        yield Fault(
+            ("prefix",),
+            f"expected 0 or {_SHORTEST_PREFIX} to {longest} characters, got {receipt.prefix}",
+            (("algorithm",), ("encoding",)),
+        )
+
+
+def retry_faults(retry: "RetryConfig") -> Iterator[Fault]:
+    """Tell what doesn't fit together within the waits."""
+    if retry.max < retry.initial:
+        yield Fault(
+            ("max",),
+            f'expected at least initial, "{format_duration(retry.initial)}", '
+            f'got "{format_duration(retry.max)}"',
+            (("initial",),),
+        )
+
+
+def destination_faults(destination: "DestinationConfig") -> Iterator[Fault]:
+    """Tell what doesn't fit together within one destination."""
+    for key, companion in (("cert", "key"), ("key", "cert"), ("key_password_file", "key")):
+        if getattr(destination, key) and not getattr(destination, companion):
+            yield Fault((key,), f"expected {companion} beside it", ((companion,),))
+    if destination.digest_field == destination.file_field:
+        yield Fault(("digest_field",), "expected another field than file_field", (("file_field",),))
+    for field in ("file_field", "digest_field"):
+        if getattr(destination, field) in destination.fields:
+            name = getattr(destination, field)
+            yield Fault(("fields", name), f"this form field is {field} already", ((field,),))
+    for one, other in combinations(destination.headers, 2):
+        if one.lower() == other.lower():
+            yield Fault(("headers", other), f"the same header as {quoted(one)}")
+
+
+def config_faults(config: "Config") -> Iterator[Fault]:
+    """Tell what doesn't fit together between drops and destinations."""
+    for name, drop in config.drop.items():
+        yield from _unknown_destinations(name, drop, config)
+        yield from _deletions_without_proof(name, drop, config)
+    for (one, first), (other, second) in combinations(config.drop.items(), 2):
+        if overlap(first.path, second.path):
+            yield Fault(
+                ("drop", other, "path"),
+                f"expected a folder apart from drop.{one}.path, {quoted(str(first.path))}, "
+                f"got {quoted(str(second.path))}",
+                (("drop", one, "path"),),
+            )
+    for name, destination in config.destination.items():
+        yield from _unknown_placeholders(name, destination, config)
+
+
+def overlap(one: PurePath, other: PurePath) -> bool:
+    """Tell whether the two are the same folder or one lies in the other."""
+    return one.is_relative_to(other) or other.is_relative_to(one)
+
+
+def goes_to(drop: "DropConfig", destination: str) -> bool:
+    """Tell whether archives of `drop` are delivered to `destination`."""
+    return drop.destinations is None or destination in drop.destinations
+
+
+def _unknown_destinations(name: str, drop: "DropConfig", config: "Config") -> Iterator[Fault]:
+    for wanted in drop.destinations or ():
+        if wanted not in config.destination:
+            nearest = did_you_mean(wanted, config.destination)
+            yield Fault(
+                ("drop", name, "destinations"),
+                f"no destination is named {quoted(wanted)}{nearest}",
+                (("destination", wanted),),
+            )
+
+
+def _deletions_without_proof(name: str, drop: "DropConfig", config: "Config") -> Iterator[Fault]:
+    if drop.on_delivered != "delete":
+        return
+    for target, destination in config.destination.items():
+        if goes_to(drop, target) and destination.receipt.digest == "none":
+            yield Fault(
+                ("drop", name, "on_delivered"),
+                f'expected "move" or "keep", as destination.{target}.receipt.digest is "none", got "delete"',
+                (("drop", name, "destinations"), ("destination", target, "receipt", "digest")),
+            )
+
+
+def _unknown_placeholders(name: str, destination: "DestinationConfig", config: "Config") -> Iterator[Fault]:
+    labels = {drop: _labels(each) for drop, each in config.drop.items() if goes_to(each, name)}
+    rests_on = tuple(("drop", drop, key) for drop in config.drop for key in ("destinations", "label_pattern"))
+    for place, text in _templates(destination):
+        for placeholder in sorted(Template.parse(text).names - PLACEHOLDERS):
+            if said := _why_unknown(placeholder, labels):
+                yield Fault(("destination", name, *place), said, rests_on)
+
+
+def _why_unknown(placeholder: str, labels: Mapping[str, frozenset[str]]) -> str | None:
+    """Return the fault of a placeholder that the archives of some drop would have no value for."""
+    lacking = [drop for drop, known in labels.items() if placeholder not in known]
+    if not lacking and labels:
+        return None
+    if len(lacking) < len(labels):
+        return f"placeholder {{{placeholder}}} is no named group of drop.{lacking[0]}.label_pattern"
+    every = PLACEHOLDERS.union(*labels.values())
+    return f"unknown placeholder {{{placeholder}}}{did_you_mean(placeholder, every)}"
+
+
+def _templates(destination: "DestinationConfig") -> Iterator[tuple[Place, str]]:
+    yield ("url",), destination.url
+    for key, text in destination.fields.items():
+        yield ("fields", key), text
+    for key, text in destination.headers.items():
+        yield ("headers", key), text
+
+
+def _labels(drop: "DropConfig") -> frozenset[str]:
+    return frozenset(re.compile(drop.label_pattern or "").groupindex)

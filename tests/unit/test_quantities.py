@@ -1,0 +1,175 @@
+import re
+from datetime import timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from backupd.config.quantities import (
+    DURATION_PATTERN,
+    LARGEST,
+    LONGEST,
+    SIZE_PATTERN,
+    Duration,
+    PositiveDuration,
+    Size,
+    format_duration,
+    format_size,
+    parse_duration,
+    parse_size,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "duration"),
+    [
+        ("0s", timedelta(0)),
+        ("0.2s", timedelta(milliseconds=200)),
+        ("250ms", timedelta(milliseconds=250)),
+        ("5m", timedelta(minutes=5)),
+        ("26h", timedelta(hours=26)),
+        ("30d", timedelta(days=30)),
+        ("1h30m", timedelta(minutes=90)),
+        ("1.5h", timedelta(minutes=90)),
+        ("1d2h3m4s5ms", timedelta(days=1, hours=2, minutes=3, seconds=4, milliseconds=5)),
+        ("36500d", LONGEST),
+    ],
+)
+def test_durations_are_numbers_with_units(text: str, duration: timedelta) -> None:
+    assert parse_duration(text) == duration
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "two", "5", "5 m", "m", "-1s", "1s1h", "1h1h", "1e3s", ".5s", "5M", "1s\n", "٣s", "1w", "inf"],
+)
+def test_other_texts_are_no_durations(text: str) -> None:
+    with pytest.raises(ValueError, match=r'^expected a duration such as "2s"$'):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize("text", ["36500d1ms", "99999999999999999999d", "9" * 20 + ".999999999h"])
+def test_no_duration_is_longer_than_a_century(text: str) -> None:
+    with pytest.raises(ValueError, match='at most "36500d"'):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("duration", "text"),
+    [
+        (timedelta(0), "0s"),
+        (timedelta(milliseconds=200), "0.2s"),
+        (timedelta(microseconds=1), "0.000001s"),
+        (timedelta(seconds=90), "90s"),
+        (timedelta(minutes=10), "10m"),
+        (timedelta(hours=26), "26h"),
+        (timedelta(days=30), "30d"),
+        (timedelta(days=1, microseconds=1), "86400.000001s"),
+    ],
+)
+def test_durations_are_shown_in_one_unit(duration: timedelta, text: str) -> None:
+    assert format_duration(duration) == text
+
+
+@given(st.timedeltas(min_value=timedelta(0), max_value=LONGEST))
+def test_every_duration_reads_back_as_written(duration: timedelta) -> None:
+    text = format_duration(duration)
+    assert parse_duration(text) == duration
+    assert re.search(DURATION_PATTERN, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0B", 0),
+        ("1B", 1),
+        ("20MB", 20_000_000),
+        ("1GiB", 2**30),
+        ("1KiB", 1024),
+        ("1kB", 1000),
+        ("1KB", 1000),
+        ("1 kib", 1024),
+        ("1.5KiB", 1536),
+        ("2TB", 2 * 10**12),
+        ("3PiB", 3 * 2**50),
+        ("9223372036854775807B", LARGEST),
+    ],
+)
+def test_sizes_are_numbers_with_units(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1", "B", "-1B", "1 GB ", "1gigabyte", "1iB", "1EB", "1_000B", "1e3B", "٣B"]
+)
+def test_other_texts_are_no_sizes(text: str) -> None:
+    with pytest.raises(ValueError, match=r'^expected a size such as "20MB"$'):
+        parse_size(text)
+
+
+def test_a_size_is_a_whole_number_of_bytes() -> None:
+    with pytest.raises(ValueError, match="a whole number of bytes"):
+        parse_size("0.5B")
+
+
+def test_no_size_is_larger_than_the_ledger_can_hold() -> None:
+    with pytest.raises(ValueError, match="less than"):
+        parse_size("8192PiB")
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0B"),
+        (1, "1B"),
+        (1000, "1kB"),
+        (1024, "1KiB"),
+        (20_000_000, "20MB"),
+        (2**30, "1GiB"),
+        (1001, "1001B"),
+    ],
+)
+def test_sizes_are_shown_in_the_unit_that_fits(size: int, text: str) -> None:
+    assert format_size(size) == text
+
+
+@given(st.integers(min_value=0, max_value=LARGEST))
+def test_every_size_reads_back_as_written(size: int) -> None:
+    text = format_size(size)
+    assert parse_size(text) == size
+    assert re.search(SIZE_PATTERN, text)
+
+
+@given(st.text(alphabet="0123456789.dhmskKiMB "))
+def test_the_schema_accepts_what_the_parsers_accept(text: str) -> None:
+    for parse, pattern in ((parse_duration, DURATION_PATTERN), (parse_size, SIZE_PATTERN)):
+        try:
+            parse(text)
+        except ValueError:
+            continue
+        assert re.search(pattern, text)
+
+
+def test_models_take_ready_made_values() -> None:
+    assert TypeAdapter(Duration).validate_python(timedelta(seconds=3)) == timedelta(seconds=3)
+    assert TypeAdapter(Size).validate_python(4096) == 4096
+    assert TypeAdapter(Size).validate_python("4KiB") == 4096
+
+
+@pytest.mark.parametrize("value", [5, 2.5, None, timedelta(-1), timedelta(days=40000), "two"])
+def test_models_refuse_what_is_no_duration(value: object) -> None:
+    with pytest.raises(ValidationError, match="expected a duration"):
+        TypeAdapter(Duration).validate_python(value)
+
+
+@pytest.mark.parametrize("value", [-1, 2.5, True, None, 2**63, "two"])
+def test_models_refuse_what_is_no_size(value: object) -> None:
+    with pytest.raises(ValidationError, match="expected a size"):
+        TypeAdapter(Size).validate_python(value)
+
+
+def test_nothing_is_no_positive_duration() -> None:
+    with pytest.raises(ValidationError, match='longer than "0s"'):
+        TypeAdapter(PositiveDuration).validate_python("0s")
+    assert TypeAdapter(PositiveDuration).validate_python("1ms") == timedelta(milliseconds=1)
