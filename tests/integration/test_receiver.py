@@ -1,0 +1,723 @@
+"""The reference receiver, line by line of its contract, over real sockets and real TLS."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from backupd.core.errors import ConfigError, UnavailableError
+from backupd.receiver import store
+from backupd.receiver.multipart import MAX_FIELD_BYTES, FormReader
+from backupd.receiver.serve import RunningReceiver, ServerTls
+from tests.pki import KeyPair, Pki, in_days
+
+DOCS = Path(__file__).parents[2] / "docs" / "receiver.md"
+BOUNDARY = b"a-boundary"
+FORM = {"Content-Type": "multipart/form-data; boundary=a-boundary"}
+MIB = 1024 * 1024
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    return Pki(tmp_path_factory.mktemp("pki"))
+
+
+@pytest.fixture
+def receiver(tmp_path: Path, pki: Pki) -> Iterator[RunningReceiver]:
+    with a_receiver(tmp_path, pki) as running:
+        yield running
+
+
+@pytest.fixture
+def client(pki: Pki) -> Iterator[httpx.Client]:
+    with a_client(pki) as client:
+        yield client
+
+
+def a_receiver(tmp_path: Path, pki: Pki, **options: Any) -> RunningReceiver:
+    return RunningReceiver(tmp_path / "store", server_tls(pki), **options)
+
+
+def server_tls(pki: Pki) -> ServerTls:
+    return ServerTls(pki.server_cert, pki.server_key, pki.ca_pem)
+
+
+def a_context(pki: Pki, pair: KeyPair | None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=pki.ca_pem)
+    if pair:
+        context.load_cert_chain(pair.cert, pair.key)
+    return context
+
+
+def a_client(pki: Pki, pair: KeyPair | None = None) -> httpx.Client:
+    pair = pair or KeyPair(pki.client_cert, pki.client_key)
+    return httpx.Client(verify=a_context(pki, pair), trust_env=False, timeout=30)
+
+
+def a_part(name: bytes, content: bytes, file_name: bytes | None = None) -> bytes:
+    named = b"" if file_name is None else b'; filename="' + file_name + b'"'
+    return b'--%s\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n' % (
+        BOUNDARY,
+        name,
+        named,
+        content,
+    )
+
+
+def a_form(content: bytes = b"an archive", name: bytes = b"sw1.tar.gz", digest: str | None = None) -> bytes:
+    stated = digest or hashlib.sha256(content).hexdigest()
+    return b"".join(
+        [
+            a_part(b"description", b"Config backup"),
+            a_part(b"file", content, name),
+            a_part(b"sha256", stated.encode()),
+            b"--%s--\r\n" % BOUNDARY,
+        ]
+    )
+
+
+def post(
+    client: httpx.Client, receiver: RunningReceiver, form: bytes | Iterator[bytes], key: str | None = None
+) -> httpx.Response:
+    headers = FORM | ({"Idempotency-Key": key} if key else {})
+    return client.post(receiver.url, content=form, headers=headers)
+
+
+def stored(receiver: RunningReceiver) -> list[Path]:
+    return sorted((receiver.store_dir / "archives").iterdir())
+
+
+def half_received(receiver: RunningReceiver) -> list[Path]:
+    return list((receiver.store_dir / "incoming").iterdir())
+
+
+def is_problem(response: httpx.Response, status: int) -> bool:
+    problem = response.json()
+    assert response.status_code == status, problem
+    assert response.headers["content-type"] == "application/problem+json"
+    assert problem["status"] == status
+    assert problem["title"]
+    assert problem["detail"]
+    return True
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+@contextmanager
+def a_half_sent_upload(receiver: RunningReceiver, pki: Pki) -> Iterator[ssl.SSLSocket]:
+    """Send the half of an upload, and go on when the receiver has begun to write it."""
+    context = a_context(pki, KeyPair(pki.client_cert, pki.client_key))
+    with (
+        socket.create_connection(("127.0.0.1", receiver.port)) as raw,
+        context.wrap_socket(raw, server_hostname="localhost") as tls,
+    ):
+        form = a_form(b"x" * 8 * MIB)
+        head = f"POST /v1/upload HTTP/1.1\r\nHost: localhost\r\nContent-Type: {FORM['Content-Type']}\r\n"
+        tls.sendall(f"{head}Content-Length: {len(form)}\r\n\r\n".encode() + form[: 4 * MIB])
+        wait_until(lambda: half_received(receiver))
+        yield tls
+
+
+# What it answers
+
+
+def test_an_archive_is_stored_and_answered_with_its_receipt(
+    receiver: RunningReceiver, client: httpx.Client
+) -> None:
+    response = post(client, receiver, a_form(b"an archive"), key="delivery-1")
+
+    digest = hashlib.sha256(b"an archive").hexdigest()
+    assert response.status_code == 201
+    assert response.json() == {
+        "id": f"sw1.{digest[:16]}.tar.gz",
+        "name": "sw1.tar.gz",
+        "size": 10,
+        "sha256": digest,
+    }
+    (archive,) = stored(receiver)
+    assert archive.name == response.json()["id"]
+    assert archive.read_bytes() == b"an archive"
+    assert stat.S_IMODE(archive.stat().st_mode) == 0o600
+    assert not half_received(receiver)
+
+
+def test_the_form_of_httpx_is_understood(receiver: RunningReceiver, client: httpx.Client) -> None:
+    response = client.post(
+        receiver.url,
+        data={"description": "Konfiguration für sw1"},
+        files={"file": ('sw"1\n.tar.gz', b"data")},
+    )
+
+    assert response.status_code == 201
+    assert response.json()["name"] == 'sw"1\n.tar.gz'
+
+
+def test_the_digest_field_may_be_left_out(receiver: RunningReceiver, client: httpx.Client) -> None:
+    form = a_part(b"file", b"data", b"sw1.tgz") + b"--%s--\r\n" % BOUNDARY
+
+    assert post(client, receiver, form).status_code == 201
+
+
+def test_an_empty_archive_is_an_archive(receiver: RunningReceiver, client: httpx.Client) -> None:
+    response = post(client, receiver, a_form(b""))
+
+    assert response.status_code == 201
+    assert response.json()["size"] == 0
+
+
+def test_the_names_of_path_and_fields_can_be_chosen(tmp_path: Path, pki: Pki, client: httpx.Client) -> None:
+    form = a_part(b"archive", b"data", b"a.tgz") + a_part(b"digest", b"0" * 64) + b"--%s--" % BOUNDARY
+    with a_receiver(tmp_path, pki, path="/in", file_field="archive", digest_field="digest") as receiver:
+        assert receiver.url.endswith("/in")
+        assert is_problem(post(client, receiver, form), 422)
+
+
+def test_the_same_key_and_content_again_is_not_stored_twice(
+    receiver: RunningReceiver, client: httpx.Client
+) -> None:
+    first = post(client, receiver, a_form(), key="delivery-1")
+    again = post(client, receiver, a_form(), key="delivery-1")
+    renamed = post(client, receiver, a_form(name=b"renamed.tar.gz"), key="delivery-1")
+
+    assert (first.status_code, again.status_code, renamed.status_code) == (201, 200, 200)
+    assert first.json() == again.json() == renamed.json()
+    assert len(stored(receiver)) == 1
+
+
+def test_the_same_name_and_content_under_another_key_is_not_stored_twice(
+    receiver: RunningReceiver, client: httpx.Client
+) -> None:
+    first = post(client, receiver, a_form(), key="delivery-1")
+    again = post(client, receiver, a_form(), key="delivery-2")
+    keyless = post(client, receiver, a_form())
+
+    assert (first.status_code, again.status_code, keyless.status_code) == (201, 200, 200)
+    assert first.json() == again.json() == keyless.json()
+    assert len(stored(receiver)) == 1
+
+
+def test_the_same_content_under_another_name_is_stored_as_well(
+    receiver: RunningReceiver, client: httpx.Client
+) -> None:
+    for name in (b"monday.tgz", b"tuesday.tgz"):
+        assert post(client, receiver, a_form(name=name)).status_code == 201
+
+    assert [archive.name.split(".")[0] for archive in stored(receiver)] == ["monday", "tuesday"]
+
+
+def test_other_content_under_the_same_name_is_kept_beside_it(
+    receiver: RunningReceiver, client: httpx.Client
+) -> None:
+    for content in (b"old", b"new"):
+        assert post(client, receiver, a_form(content)).status_code == 201
+
+    assert {archive.read_bytes() for archive in stored(receiver)} == {b"old", b"new"}
+
+
+def test_a_key_that_was_used_for_other_content_is_a_conflict(
+    receiver: RunningReceiver, client: httpx.Client
+) -> None:
+    post(client, receiver, a_form(b"old"), key="delivery-1")
+
+    assert is_problem(post(client, receiver, a_form(b"new"), key="delivery-1"), 409)
+    assert [archive.read_bytes() for archive in stored(receiver)] == [b"old"]
+    assert not half_received(receiver)
+
+
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [
+        (b"", "closing boundary"),
+        (b"no form at all", "multipart"),
+        (a_form()[:-20], "closing boundary"),
+        (a_part(b"description", b"x") + b"--%s--" % BOUNDARY, "no file part"),
+        (a_part(b"file", b"x") + b"--%s--" % BOUNDARY, "no filename"),
+        (a_part(b"upload", b"x", b"a.tgz") + b"--%s--" % BOUNDARY, "belongs in the part 'file'"),
+        (a_part(b"file", b"x", b"a.tgz") * 2 + b"--%s--" % BOUNDARY, "more than one"),
+        (a_part(b"note", b"x" * (MAX_FIELD_BYTES + 1)) + b"--%s--" % BOUNDARY, "longer than"),
+        (a_part(b"n" * 20_000, b"x") + b"--%s--" % BOUNDARY, "eader"),
+        (
+            b"--%s\r\nContent-Type: text/plain\r\n\r\nx\r\n--%s--" % (BOUNDARY, BOUNDARY),
+            "Content-Disposition",
+        ),
+        (b"--%s\r\nContent-Disposition: form-data\r\n\r\nx\r\n--%s--" % (BOUNDARY, BOUNDARY), "no name"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_malformed_form_is_refused_and_leaves_nothing_behind(
+    receiver: RunningReceiver, client: httpx.Client, form: bytes, says: str
+) -> None:
+    response = post(client, receiver, form)
+
+    assert is_problem(response, 400)
+    assert says in response.json()["detail"]
+    assert not stored(receiver)
+    assert not half_received(receiver)
+
+
+@pytest.mark.parametrize("boundary", ["", "; boundary=", "; boundary=" + "x" * 300])
+def test_a_form_without_a_usable_boundary_is_refused(
+    receiver: RunningReceiver, client: httpx.Client, boundary: str
+) -> None:
+    headers = {"Content-Type": "multipart/form-data" + boundary}
+
+    assert is_problem(client.post(receiver.url, content=a_form(), headers=headers), 400)
+
+
+@pytest.mark.parametrize("key", ["", "k" * 256])
+def test_a_key_that_is_empty_or_too_long_is_refused(
+    receiver: RunningReceiver, client: httpx.Client, key: str
+) -> None:
+    headers = FORM | {"Idempotency-Key": key}
+
+    assert is_problem(client.post(receiver.url, content=a_form(), headers=headers), 400)
+
+
+def test_a_body_that_is_no_form_is_refused(receiver: RunningReceiver, client: httpx.Client) -> None:
+    headers = {"Content-Type": "application/gzip"}
+
+    assert is_problem(client.post(receiver.url, content=b"data", headers=headers), 415)
+    assert is_problem(client.post(receiver.url, content=b"data"), 415)
+
+
+@pytest.mark.parametrize("digest", ["0" * 64, "not a digest"])
+def test_a_digest_that_does_not_match_is_refused_and_nothing_is_stored(
+    receiver: RunningReceiver, client: httpx.Client, digest: str
+) -> None:
+    assert is_problem(post(client, receiver, a_form(digest=digest)), 422)
+    assert not stored(receiver)
+    assert not half_received(receiver)
+
+
+def test_a_digest_in_capitals_is_the_same_digest(receiver: RunningReceiver, client: httpx.Client) -> None:
+    digest = hashlib.sha256(b"an archive").hexdigest().upper()
+
+    assert post(client, receiver, a_form(b"an archive", digest=digest)).status_code == 201
+    assert client.get(f"{receiver.url}/{digest}").status_code == 200
+
+
+def test_an_archive_may_be_as_large_as_allowed_and_no_larger(
+    tmp_path: Path, pki: Pki, client: httpx.Client
+) -> None:
+    with a_receiver(tmp_path, pki, max_size=3 * MIB) as receiver:
+        assert post(client, receiver, a_form(b"x" * 3 * MIB)).status_code == 201
+        assert is_problem(post(client, receiver, a_form(b"x" * (3 * MIB + 1))), 413)
+        assert is_problem(post(client, receiver, iter([a_form(b"y" * 9 * MIB)])), 413)
+        assert is_problem(post(client, receiver, a_form(b"x" * 9 * MIB)), 413)
+        assert len(stored(receiver)) == 1
+        assert not half_received(receiver)
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_a_full_disk_is_told_and_leaves_nothing_behind(
+    receiver: RunningReceiver, client: httpx.Client, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, call, full)
+        assert is_problem(post(client, receiver, a_form(), key="delivery-1"), 507)
+    assert not stored(receiver)
+    assert not half_received(receiver)
+    assert post(client, receiver, a_form(), key="delivery-1").status_code == 201
+
+
+def test_a_fault_of_the_receiver_is_a_problem_of_its_own(
+    receiver: RunningReceiver, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", broken)
+        assert is_problem(post(client, receiver, a_form()), 500)
+    assert not half_received(receiver)
+
+
+def test_the_receipt_can_be_asked_for_by_digest(receiver: RunningReceiver, client: httpx.Client) -> None:
+    receipt = post(client, receiver, a_form()).json()
+
+    found = client.get(f"{receiver.url}/{receipt['sha256']}")
+    assert found.status_code == 200
+    assert found.json() == receipt
+    for unknown in ("0" * 64, "not-a-digest", "%00"):
+        assert is_problem(client.get(f"{receiver.url}/{unknown}"), 404)
+
+
+def test_health_and_unknown_addresses_are_answered(receiver: RunningReceiver, client: httpx.Client) -> None:
+    root = f"https://127.0.0.1:{receiver.port}"
+
+    assert client.get(f"{root}/healthz").status_code == 200
+    assert is_problem(client.get(f"{root}/elsewhere"), 404)
+    assert is_problem(client.get(receiver.url), 405)
+
+
+def test_a_removed_archive_is_no_longer_claimed_and_may_be_sent_again(
+    receiver: RunningReceiver, client: httpx.Client
+) -> None:
+    receipt = post(client, receiver, a_form(), key="delivery-1").json()
+    stored(receiver)[0].unlink()
+
+    assert is_problem(client.get(f"{receiver.url}/{receipt['sha256']}"), 404)
+    assert post(client, receiver, a_form(), key="delivery-1").status_code == 201
+    assert len(stored(receiver)) == 1
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        (b"../../etc/passwd", "etc_passwd.#"),
+        (b"/etc/passwd", "etc_passwd.#"),
+        (rb"C:\backups\sw1.zip", "C_backups_sw1.#.zip"),
+        (rb"\\host\share\sw1.zip", "host_share_sw1.#.zip"),
+        (b"a\x00b.tgz", "a_b.#.tgz"),
+        (b"a\nb\x1b[31m.tgz", "a_b_31m.#.tgz"),
+        (b"%2e%2e%2fpasswd", "2e_2e_2fpasswd.#"),
+        (b"..", "archive.#"),
+        (b"", "archive.#"),
+        (b"-rf", "rf.#"),
+        (b".bashrc", "bashrc.#"),
+        (b"$(reboot) `x`;&|.tgz", "reboot_x_.#.tgz"),
+        ("Zürich-東京.tar.xz".encode(), "Zürich-東京.#.tar.xz"),
+        ("a\u202egpj.tgz".encode(), "a_gpj.#.tgz"),
+        (b"bad\xff.tgz", "bad_xff.#.tgz"),
+        (b"x" * 248 + b".tar.gz", "x" * 231 + ".#.tar.gz"),
+        ("ü".encode() * 125 + b".tgz", "ü" * 117 + ".#.tgz"),
+    ],
+    ids=ascii,
+)
+def test_a_hostile_name_stays_in_the_store(
+    receiver: RunningReceiver, client: httpx.Client, tmp_path: Path, name: bytes, kept: str
+) -> None:
+    response = post(client, receiver, a_form(name=name))
+
+    assert response.status_code == 201
+    assert response.json()["id"] == kept.replace("#", response.json()["sha256"][:16])
+    assert [archive.name for archive in stored(receiver)] == [response.json()["id"]]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["store"]
+    assert len(os.fsencode(stored(receiver)[0].name)) <= 255
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (rb"a\"b\\c.tgz", 'a"b\\c.tgz'),
+        (b"a%22b%0D%0A.tgz", 'a"b\r\n.tgz'),
+        (b"100%25.tgz", "100%25.tgz"),
+        (rb"C:\new\sw1.zip", r"C:\new\sw1.zip"),
+        ("größe.tgz".encode(), "größe.tgz"),
+        (b"bad\xff.tgz", r"bad\xff.tgz"),
+        (b"a; filename=b.tgz", "a; filename=b.tgz"),
+    ],
+    ids=ascii,
+)
+def test_the_receipt_has_the_name_that_the_client_meant(
+    receiver: RunningReceiver, client: httpx.Client, written: bytes, meant: str
+) -> None:
+    assert post(client, receiver, a_form(name=written)).json()["name"] == meant
+
+
+def test_a_foreign_file_under_the_same_name_is_not_overwritten(
+    receiver: RunningReceiver, client: httpx.Client
+) -> None:
+    digest = hashlib.sha256(b"an archive").hexdigest()
+    foreign = receiver.store_dir / "archives" / f"sw1.{digest[:16]}.tar.gz"
+    foreign.write_bytes(b"somebody's")
+
+    first = post(client, receiver, a_form(b"an archive"))
+    again = post(client, receiver, a_form(b"an archive"))
+
+    assert first.json()["id"] == f"sw1.{digest}.tar.gz"
+    assert (first.status_code, again.status_code) == (201, 200)
+    assert foreign.read_bytes() == b"somebody's"
+    assert len(stored(receiver)) == 2
+
+
+# Interruptions
+
+
+def test_a_half_body_leaves_nothing_behind(receiver: RunningReceiver, pki: Pki) -> None:
+    with a_half_sent_upload(receiver, pki):
+        pass
+
+    wait_until(lambda: not half_received(receiver))
+    assert not stored(receiver)
+
+
+def test_a_stop_does_not_wait_for_a_stalled_upload_and_leaves_nothing_behind(
+    tmp_path: Path, pki: Pki
+) -> None:
+    with a_receiver(tmp_path, pki, stop_within=1) as receiver, a_half_sent_upload(receiver, pki):
+        began = time.monotonic()
+        receiver.__exit__(None, None, None)
+        assert time.monotonic() - began < 5
+        assert not half_received(receiver)
+
+
+def test_uploads_at_the_same_time_settle_to_one_copy(receiver: RunningReceiver, pki: Pki) -> None:
+    together = threading.Barrier(8)
+
+    def upload(key: str | None) -> httpx.Response:
+        with a_client(pki) as client:
+            client.get(f"https://127.0.0.1:{receiver.port}/healthz")
+            together.wait()
+            return post(client, receiver, a_form(b"x" * 3 * MIB), key)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(upload, ["delivery-1"] * 4 + [None] * 4))
+
+    assert sorted(answer.status_code for answer in answers) == [200] * 7 + [201]
+    assert all(answer.json() == answers[0].json() for answer in answers)
+    assert len(stored(receiver)) == 1
+    assert not half_received(receiver)
+
+
+def test_one_key_for_two_contents_at_the_same_time_stores_one_of_them(
+    receiver: RunningReceiver, pki: Pki
+) -> None:
+    together = threading.Barrier(2)
+
+    def upload(content: bytes) -> int:
+        with a_client(pki) as client:
+            together.wait()
+            return post(client, receiver, a_form(content), "delivery-1").status_code
+
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(upload, [b"one", b"two"]))
+
+    assert sorted(answers) == [201, 409]
+    assert len(stored(receiver)) == 1
+
+
+def test_what_a_crash_left_half_received_is_gone_after_the_start(tmp_path: Path, pki: Pki) -> None:
+    (tmp_path / "store" / "incoming").mkdir(parents=True)
+    (tmp_path / "store" / "incoming" / "left-over").write_bytes(b"half")
+
+    with a_receiver(tmp_path, pki) as receiver:
+        assert not half_received(receiver)
+
+
+def test_an_archive_renamed_but_not_recorded_is_found_again_by_the_next_attempt(
+    receiver: RunningReceiver, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(_: Path) -> None:
+        raise OSError(errno.EIO, "as if the machine had stopped here")
+
+    with monkeypatch.context() as machine:
+        machine.setattr(store, "_sync_folder", crash)
+        assert is_problem(post(client, receiver, a_form(), key="delivery-1"), 500)
+    assert len(stored(receiver)) == 1
+
+    assert post(client, receiver, a_form(), key="delivery-1").status_code == 201
+    assert len(stored(receiver)) == 1
+
+
+def test_what_was_answered_survives_a_kill_and_what_was_not_leaves_nothing(
+    tmp_path: Path, pki: Pki, client: httpx.Client
+) -> None:
+    with a_receiver_process(tmp_path, pki) as (process, receiver):
+        receipt = post(client, receiver, a_form(), key="delivery-1").json()
+        with a_half_sent_upload(receiver, pki):
+            process.kill()
+            process.wait()
+            assert half_received(receiver)
+
+    with a_receiver(tmp_path, pki) as restarted:
+        assert not half_received(restarted)
+        assert client.get(f"{restarted.url}/{receipt['sha256']}").json() == receipt
+        again = post(client, restarted, a_form(), key="delivery-1")
+        assert (again.status_code, again.json()) == (200, receipt)
+        assert len(stored(restarted)) == 1
+
+
+def test_a_large_upload_does_not_need_more_memory_than_a_small_one(
+    tmp_path: Path, pki: Pki, client: httpx.Client
+) -> None:
+    block = os.urandom(MIB)
+
+    def form() -> Iterator[bytes]:
+        yield a_part(b"file", b"", b"large.tar")[:-2]
+        for _ in range(512):
+            yield block
+        yield b"\r\n--%s--\r\n" % BOUNDARY
+
+    with a_receiver_process(tmp_path, pki) as (process, receiver):
+        assert post(client, receiver, a_form(os.urandom(8 * MIB))).status_code == 201
+        before = peak_memory(process.pid)
+        response = post(client, receiver, form())
+        assert response.status_code == 201
+        assert response.json()["size"] == 512 * MIB
+        assert peak_memory(process.pid) - before < 16 * MIB
+
+
+def peak_memory(pid: int) -> int:
+    """Return the most resident memory that the process has ever had, in bytes."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert found
+    return int(found.group(1)) * 1024
+
+
+@contextmanager
+def a_receiver_process(tmp_path: Path, pki: Pki) -> Iterator[tuple[subprocess.Popen[str], RunningReceiver]]:
+    """Run `serve` in a process of its own; the RunningReceiver only tells where it is."""
+    program = (
+        "import sys; from pathlib import Path; from backupd.receiver.serve import ServerTls, serve\n"
+        "store, *tls = map(Path, sys.argv[1:])\n"
+        "serve(store, ServerTls(*tls), port=0, ready=lambda url: print(url, flush=True))\n"
+    )
+    here = a_receiver(tmp_path, pki)
+    paths = [here.store_dir, pki.server_cert, pki.server_key, pki.ca_pem]
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, paths)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout
+            here.url = process.stdout.readline().strip()
+            here.port = httpx.URL(here.url).port or 0
+            yield process, here
+        finally:
+            process.terminate()
+
+
+# Certificates, ports, stores
+
+
+def test_a_client_without_a_certificate_is_refused(receiver: RunningReceiver, pki: Pki) -> None:
+    with (
+        httpx.Client(verify=a_context(pki, None), trust_env=False) as anonymous,
+        pytest.raises(httpx.TransportError),
+    ):
+        anonymous.get(receiver.url)
+
+
+def test_a_client_with_an_expired_or_a_foreign_certificate_is_refused(
+    receiver: RunningReceiver, pki: Pki, tmp_path: Path
+) -> None:
+    foreign = Pki(tmp_path / "foreign")
+    for pair in (
+        pki.issue_expired_client(),
+        pki.issue_client("not-yet", not_before=in_days(1)),
+        KeyPair(foreign.client_cert, foreign.client_key),
+    ):
+        with a_client(pki, pair) as refused, pytest.raises(httpx.TransportError):
+            refused.get(receiver.url)
+
+
+def test_a_receiver_can_be_stopped_and_started_again_on_its_port(
+    tmp_path: Path, pki: Pki, client: httpx.Client
+) -> None:
+    with a_receiver(tmp_path, pki) as receiver:
+        url = receiver.url
+        post(client, receiver, a_form(), key="delivery-1")
+    with pytest.raises(httpx.ConnectError):
+        client.get(url)
+    with receiver:
+        assert receiver.url == url
+        assert post(client, receiver, a_form(), key="delivery-1").status_code == 200
+
+
+def test_two_receivers_do_not_share_a_store(receiver: RunningReceiver, tmp_path: Path, pki: Pki) -> None:
+    with pytest.raises(ConfigError, match="another receiver"), a_receiver(tmp_path, pki):
+        pass
+
+
+def test_a_store_that_cannot_be_used_is_said(tmp_path: Path, pki: Pki) -> None:
+    (tmp_path / "store" / "incoming" / "a-folder").mkdir(parents=True)
+    for _ in range(2):  # the first failure must have let go of the store
+        with pytest.raises(ConfigError, match="can't be used"), a_receiver(tmp_path, pki):
+            pass
+
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="can't be used"), a_receiver(tmp_path / "file", pki):
+        pass
+
+
+def test_a_port_that_is_taken_is_said(receiver: RunningReceiver, tmp_path: Path, pki: Pki) -> None:
+    with (
+        pytest.raises(UnavailableError, match="can't listen"),
+        a_receiver(tmp_path / "other", pki, port=receiver.port),
+    ):
+        pass
+
+
+def test_a_key_that_does_not_fit_the_certificate_is_said(tmp_path: Path, pki: Pki) -> None:
+    tls = ServerTls(pki.server_cert, pki.client_key, pki.ca_pem)
+    for _ in range(2):  # the first failure must have let go of the store
+        with pytest.raises(ConfigError, match="certificate"), RunningReceiver(tmp_path / "store", tls):
+            pass
+
+
+# The parser, and the documentation
+
+
+def test_a_form_reads_the_same_however_it_is_cut() -> None:
+    content = b"\r\n--a-boundar\r\n--a-boundary!\r\n--a-boundary-!--\r\r\n" * 3 + b"\r\n--a-bound"
+    form = a_form(content, b"sw1.tgz")
+
+    for size in range(1, len(form) + 1):
+        reader = FormReader(BOUNDARY, "file")
+        received = b""
+        for start in range(0, len(form), size):
+            reader.feed(form[start : start + size])
+            received += b"".join(reader.take_file_data())
+        assert (reader.finish(), received) == ("sw1.tgz", content)
+        assert reader.fields == {
+            "description": "Config backup",
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+
+
+def test_the_curl_line_of_the_documentation_works(
+    receiver: RunningReceiver, pki: Pki, tmp_path: Path
+) -> None:
+    if not shutil.which("curl"):
+        if os.environ.get("CI"):
+            pytest.fail("curl is missing")
+        pytest.skip("curl is missing")
+    command, answer = re.findall(r"```(?:sh|json)\n(.*?)```", DOCS.read_text(), re.DOTALL)[:2]
+    here = tmp_path / "here"
+    here.mkdir()
+    for name, path in {
+        "ca.pem": pki.ca_pem,
+        "client.pem": pki.client_cert,
+        "client.key": pki.client_key,
+    }.items():
+        shutil.copy(path, here / name)
+
+    done = subprocess.run(
+        ["sh", "-ec", command.replace("https://localhost:8443/v1/upload", receiver.url)],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert json.loads(done.stdout) == json.loads(answer)
+    assert [archive.name for archive in stored(receiver)] == [json.loads(answer)["id"]]
