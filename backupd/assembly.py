@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from backupd.config.models import Config, DestinationConfig, DropConfig
 from backupd.core.errors import ConfigError
@@ -27,6 +28,9 @@ from backupd.ops.log import EventLog
 from backupd.upload.http import HttpUploader
 from backupd.upload.line import Abort
 from backupd.upload.port import Uploader
+
+if TYPE_CHECKING:
+    from backupd.upload.probe import Probe
 
 
 def run_daemon(config: Config, log: EventLog, config_path: Path) -> int:
@@ -52,7 +56,10 @@ def assemble(config: Config, ledger: Ledger, log: EventLog) -> Parts:
     abort = Abort()
     folders = {name: open_folder(name, drop) for name, drop in config.drop.items()}
     wakeups = {name: Wakeup() for name in config.destination}
-    gates = {name: SharedGate(name, _backoff(d), log, wakeups[name]) for name, d in config.destination.items()}
+    gates = {
+        name: SharedGate(name, _backoff(destination), log, wakeups[name], ledger)
+        for name, destination in config.destination.items()
+    }
     intakes: dict[str, Intake] = {}
 
     def look_again(drop: str, relpath: bytes) -> None:
@@ -82,6 +89,13 @@ def assemble(config: Config, ledger: Ledger, log: EventLog) -> Parts:
 def make_uploader(destination: DestinationConfig, abort: Abort) -> Uploader:
     """Return a new uploader for a destination."""
     return HttpUploader(destination, abort)
+
+
+def probe_all(config: Config) -> list[Probe]:
+    """Ask every destination whether it would take an archive."""
+    from backupd.upload.probe import probe_all as ask  # noqa: PLC0415 -- the daemon needs no asyncio
+
+    return ask(config.destination)
 
 
 def destinations_of(config: Config, drop: DropConfig) -> tuple[str, ...]:

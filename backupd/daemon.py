@@ -74,6 +74,8 @@ class Daemon:
         self._log.emit(events.DAEMON_STARTED, version=__version__, pid=os.getpid(), config=config, path=path)
         released = self._parts.ledger.release_claims()
         undisposed = self._parts.recorder.recover()
+        for gate in self._parts.gates.values():
+            gate.note()
         self._start_threads()
         self._log.emit(
             events.DAEMON_READY,
@@ -102,7 +104,9 @@ class Daemon:
             try:
                 body(stop)
             except Exception as error:  # noqa: BLE001 -- whatever it is: say it and end for a restart
-                hint = error.hint if isinstance(error, BackupdError) else "systemd restarts it; report the trace"
+                hint = (
+                    error.hint if isinstance(error, BackupdError) else "systemd restarts it; report the trace"
+                )
                 self._log.emit(
                     events.DAEMON_FAILED, error=f"thread {name}: {error!r}", hint=hint, exc_info=error
                 )

@@ -76,7 +76,12 @@ _D, _A = Charge.DESTINATION, Charge.ARCHIVE
 RULES: tuple[Rule, ...] = (
     Rule(Reason.DNS, _D, Then.PAUSE, "the host name could not be resolved", "check the url and the resolver"),
     Rule(
-        Reason.CONNECT, _D, Then.PAUSE, "no connection", "check that the endpoint runs and the firewall", at_once=True
+        Reason.CONNECT,
+        _D,
+        Then.PAUSE,
+        "no connection",
+        "check that the endpoint runs and the firewall",
+        at_once=True,
     ),
     Rule(
         Reason.CONNECT_TIMEOUT,
@@ -107,7 +112,13 @@ RULES: tuple[Rule, ...] = (
         "look at the endpoint's log",
         at_once=True,
     ),
-    Rule(Reason.PROTOCOL, _D, Then.PAUSE, "the answer was no HTTP that we understand", "check the url and its port"),
+    Rule(
+        Reason.PROTOCOL,
+        _D,
+        Then.PAUSE,
+        "the answer was no HTTP that we understand",
+        "check the url and its port",
+    ),
     Rule(
         Reason.READ_TIMEOUT,
         _D,
@@ -124,7 +135,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(Reason.POOL_TIMEOUT, _D, Then.PAUSE, "no connection was free in time", "raise `timeout.pool`"),
     Rule(
-        Reason.TOO_SLOW, _D, Then.PAUSE, "slower than `min_rate` for a minute", "lower `min_rate` for very slow lines"
+        Reason.TOO_SLOW,
+        _D,
+        Then.PAUSE,
+        "slower than `min_rate` for a minute",
+        "lower `min_rate` for very slow lines",
     ),
     Rule(
         Reason.DEADLINE,
@@ -148,7 +163,11 @@ RULES: tuple[Rule, ...] = (
         "put the final address into `url`",
     ),
     Rule(
-        Reason.UNAUTHORIZED, _D, Then.PAUSE, "401: the endpoint does not accept our sign-in", "check the credentials"
+        Reason.UNAUTHORIZED,
+        _D,
+        Then.PAUSE,
+        "401: the endpoint does not accept our sign-in",
+        "check the credentials",
     ),
     Rule(
         Reason.FORBIDDEN,
@@ -157,7 +176,9 @@ RULES: tuple[Rule, ...] = (
         "403: signed in, but not allowed",
         "check our rights, and that the client certificate is trusted",
     ),
-    Rule(Reason.NOT_FOUND, _D, Then.PAUSE, "404, 405 or 410: nothing takes uploads at this url", "check `url`"),
+    Rule(
+        Reason.NOT_FOUND, _D, Then.PAUSE, "404, 405 or 410: nothing takes uploads at this url", "check `url`"
+    ),
     Rule(
         Reason.CONFLICT,
         _A,

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from backupd.core.model import Fingerprint
 
+_SHORTEST_HOLD = 0.5
+
 
 @dataclass(slots=True)
 class _Candidate:
@@ -49,9 +51,9 @@ class StabilityTracker:
         self._candidates.pop(relpath, None)
 
     def hold(self, relpath: bytes, fingerprint: Fingerprint, now: float) -> None:
-        """Let a candidate wait a whole `stable_for` again, as one whose writer is still there."""
+        """Let a candidate wait again, as one whose writer is still there: `stable_for`, half a second at least."""
         self._candidates.pop(relpath, None)
-        self._candidates[relpath] = _Candidate(fingerprint, now)
+        self._candidates[relpath] = _Candidate(fingerprint, now + max(_SHORTEST_HOLD - self.stable_for, 0.0))
 
     def due(self, now: float) -> list[bytes]:
         """Return the candidates that are worth another look."""

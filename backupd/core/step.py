@@ -51,7 +51,9 @@ def next_step(delivery: Delivery, outcome: Outcome, now: datetime, patience: Pat
             return _deferred(delivery, outcome, now, patience, chance)
 
 
-def _deferred(delivery: Delivery, outcome: Deferred, now: datetime, patience: Patience, chance: float) -> Step:
+def _deferred(
+    delivery: Delivery, outcome: Deferred, now: datetime, patience: Patience, chance: float
+) -> Step:
     age = now - delivery.archive.admitted_at
     if patience.give_up_after is not None and age > patience.give_up_after:
         error = f"gave up after {age}; last: {outcome.error}"

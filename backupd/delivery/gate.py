@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 import threading
+from contextlib import suppress
 from datetime import UTC, datetime
 
+from backupd.core.errors import LedgerError
 from backupd.core.gate import Gate, GateState
 from backupd.core.model import Deferred, Outcome, Superseded
 from backupd.core.policy import Reason, Then, rule_of
 from backupd.core.retry import Backoff
 from backupd.delivery.wakeup import Wakeup
+from backupd.ledger.port import Ledger
 from backupd.ops import events
 from backupd.ops.log import EventLog
 
@@ -18,14 +21,17 @@ from backupd.ops.log import EventLog
 class SharedGate:
     """Keeps a destination's `Gate`, tells of its changes, and keeps its workers back while it is shut.
 
-    `wakeup` is rung at each change.
+    `wakeup` is rung at each change, and the ledger told for whoever asks beside the daemon.
     """
 
-    def __init__(self, destination: str, backoff: Backoff, log: EventLog, wakeup: Wakeup) -> None:
+    def __init__(
+        self, destination: str, backoff: Backoff, log: EventLog, wakeup: Wakeup, ledger: Ledger
+    ) -> None:
         self._destination = destination
         self._backoff = backoff
         self._log = log
         self._wakeup = wakeup
+        self._ledger = ledger
         self._lock = threading.Lock()
         self._gate = Gate()
 
@@ -65,7 +71,11 @@ class SharedGate:
             before = self._gate
             if isinstance(outcome, Deferred):
                 after = before.failed(
-                    outcome.reason, now, self._backoff, random.random(), outcome.retry_after  # noqa: S311 -- jitter
+                    outcome.reason,
+                    now,
+                    self._backoff,
+                    random.random(),
+                    outcome.retry_after,
                 )
             else:
                 after = before.answered()
@@ -73,6 +83,12 @@ class SharedGate:
         if after != before:
             self._wakeup.ring()
             self._tell(before, after, outcome, now)
+            self.note(outcome.error if isinstance(outcome, Deferred) else None)
+
+    def note(self, error: str | None = None) -> None:
+        """Write to the ledger how the gate stands."""
+        with suppress(LedgerError):  # nothing hangs on it; what matters fails by itself, and is said
+            self._ledger.note_gate(self._destination, self._gate, error)
 
     def _tell(self, before: Gate, after: Gate, outcome: Outcome, now: datetime) -> None:
         down_for = now - (before.since or now)

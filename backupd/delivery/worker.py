@@ -12,13 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-import tenacity
-
-from backupd.core.labels import variables
 from backupd.core.errors import LedgerError
+from backupd.core.labels import variables
 from backupd.core.model import Attempt, Deferred, Delivery, Outcome, Superseded
 from backupd.core.policy import Reason, rule_of
 from backupd.core.step import Patience, next_step
+from backupd.delivery.attempts import short_attempts
 from backupd.delivery.gate import SharedGate
 from backupd.delivery.wakeup import Wakeup
 from backupd.drop.folder import DropFolder
@@ -27,7 +26,6 @@ from backupd.ops import events
 from backupd.ops.log import EventLog
 from backupd.upload.port import Cargo, Uploader
 
-_SHORT_ATTEMPTS = 3
 _IDLE = 5.0
 """Seconds after which a worker looks at the ledger unasked: another process may have put something there."""
 
@@ -52,10 +50,6 @@ class Lane:
     sources: Mapping[str, Source]
     log: EventLog
     host: str = field(default_factory=socket.gethostname)
-
-
-class Stopping(Exception):  # noqa: N818 -- no error: it ends a wait
-    """The daemon is told to stop."""
 
 
 class Worker:
@@ -118,21 +112,7 @@ class Worker:
             self._tell_failure(delivery, len(attempts), attempts[-1])
             return attempts[-1].outcome
 
-        def sleep(seconds: float) -> None:
-            if stop.wait(seconds):
-                raise Stopping
-
-        retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(_SHORT_ATTEMPTS),
-            wait=tenacity.wait_random_exponential(multiplier=0.2, max=2),
-            retry=tenacity.retry_if_result(_is_worth_another),
-            retry_error_callback=lambda state: state.outcome,
-            sleep=sleep,
-        )
-        try:
-            retrying(once)
-        except Stopping:
-            pass
+        short_attempts(once, stop)
         return attempts
 
     def _upload(self, delivery: Delivery) -> Attempt:
@@ -192,7 +172,3 @@ class Worker:
             sent=attempt.sent,
             duration_s=attempt.duration,
         )
-
-
-def _is_worth_another(outcome: Outcome) -> bool:
-    return isinstance(outcome, Deferred) and rule_of(outcome.reason).at_once

@@ -6,8 +6,28 @@ import os
 import re
 
 _NETWORK = frozenset(
-    "9p afs beegfs ceph cifs coda davfs glusterfs gpfs lustre ncpfs nfs nfs4 orangefs prl_fs smb3 smbfs vboxsf"
-    " virtiofs vmhgfs".split()
+    [
+        "9p",
+        "afs",
+        "beegfs",
+        "ceph",
+        "cifs",
+        "coda",
+        "davfs",
+        "glusterfs",
+        "gpfs",
+        "lustre",
+        "ncpfs",
+        "nfs",
+        "nfs4",
+        "orangefs",
+        "prl_fs",
+        "smb3",
+        "smbfs",
+        "vboxsf",
+        "virtiofs",
+        "vmhgfs",
+    ]
 )
 
 
@@ -27,7 +47,7 @@ def filesystem_of(path: str, mountinfo: str = "/proc/self/mountinfo") -> str:
 
 def is_remote(filesystem: str) -> bool:
     """Tell whether others can write to a filesystem without this kernel noticing."""
-    return filesystem in _NETWORK or filesystem.split(".")[0] in ("fuse", "fuseblk")
+    return filesystem in _NETWORK or filesystem.split(".", maxsplit=1)[0] in ("fuse", "fuseblk")
 
 
 def _unescape(text: str) -> str:

@@ -18,7 +18,9 @@ class FileChangedError(Exception):
     """What lies under the name is not the file that was meant, or is no longer as it was."""
 
 
-def move(folder: DropFolder, relpath: bytes, expected: Fingerprint, to: bytes, names: Iterator[bytes]) -> bytes:
+def move(
+    folder: DropFolder, relpath: bytes, expected: Fingerprint, to: bytes, names: Iterator[bytes]
+) -> bytes:
     """Move a file into the directory `to`, under the first of `names` that is free; return its new path.
 
     Raises FileNotFoundError if it is gone, FileChangedError if it is not as expected; it is in its old

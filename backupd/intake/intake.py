@@ -92,7 +92,7 @@ class Intake:
         """Ask for a look at a path, as an event would."""
         self._notices.put(_Notice(os.fsencode(self._config.path) + b"/" + relpath, is_directory=False))
 
-    def _notice(self, path: bytes, is_directory: bool) -> None:  # noqa: FBT001 -- called by the watcher
+    def _notice(self, path: bytes, is_directory: bool) -> None:
         self._notices.put(_Notice(path, is_directory))
 
     def _wait(self, next_scan: float) -> None:

@@ -70,7 +70,9 @@ class Sight:
         """Tell whether events were dropped by the kernel since last asked; it is said."""
         if self._watcher is None or not self._watcher.take_overflow():
             return False
-        self._say_blind("overflow", "the kernel's queue was full", "raise fs.inotify.max_queued_events (sysctl)")
+        self._say_blind(
+            "overflow", "the kernel's queue was full", "raise fs.inotify.max_queued_events (sysctl)"
+        )
         self._say_restored()
         return True
 

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,7 +33,7 @@ class StateLock:
                 f"{state_dir}: can't be written ({error.strerror})", "check `state_dir` and its owner"
             ) from error
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock()
         except OSError as error:
             holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(self._fd)
@@ -43,6 +44,14 @@ class StateLock:
         self.was_clean = os.fstat(self._fd).st_size == 0
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{os.getpid()}\n".encode("ascii"), 0)
+
+    def _lock(self) -> None:
+        for _ in range(10):  # `daemon_pid` holds it for a moment
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(0.1)
+        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def release(self, *, clean: bool) -> None:
         """Let go; a clean end spares the next start the check of the ledger."""
@@ -57,6 +66,22 @@ class StateLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release(clean=kind is None)
+
+
+def daemon_pid(state_dir: Path) -> int | None:
+    """Return the process id of the daemon that holds a state directory, or None."""
+    try:
+        fd = os.open(state_dir / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        held_by = os.pread(fd, 32, 0).strip()
+        return int(held_by) if held_by.isdigit() else None
+    finally:
+        os.close(fd)
+    return None
 
 
 @dataclass(frozen=True, slots=True)

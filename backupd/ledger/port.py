@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
+from backupd.core.gate import Gate
 from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint
 from backupd.core.step import Step
 
@@ -136,6 +137,10 @@ class Ledger(Protocol):
 
     def backlog(self) -> Mapping[str, Backlog]:
         """Return what is pending (and claimed), by destination."""
+        ...
+
+    def note_gate(self, destination: str, gate: Gate, error: str | None) -> None:
+        """Note how a destination's gate stands, for whoever asks beside the daemon."""
         ...
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import datetime
 
 from backupd.core.errors import LedgerError
+from backupd.core.gate import Gate
 from backupd.core.model import Archive, Delivery, DeliveryState
 from backupd.core.step import archive_state
 from backupd.ledger.port import Admission, Backlog, Disposed, Finished, Known, Ledger, Settled, Sighting, mark
@@ -48,7 +49,9 @@ class SqliteLedger(Ledger):
                     raise
                 self._commit()
             except sqlite3.Error as error:
-                raise LedgerError(f"the ledger can't be written: {error}", "check the disk of `state_dir`") from error
+                raise LedgerError(
+                    f"the ledger can't be written: {error}", "check the disk of `state_dir`"
+                ) from error
 
     def _commit(self) -> None:
         try:
@@ -64,13 +67,18 @@ class SqliteLedger(Ledger):
             try:
                 yield self._db
             except sqlite3.Error as error:
-                raise LedgerError(f"the ledger can't be read: {error}", "check the disk of `state_dir`") from error
+                raise LedgerError(
+                    f"the ledger can't be read: {error}", "check the disk of `state_dir`"
+                ) from error
 
     def known(self, drop: str) -> Known:
         """See `Ledger.known`."""
         query = f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE drop_name = ? AND live"  # noqa: S608 -- own columns
         with self._reading() as db:
-            pairs = [(mark(a.relpath, a.fingerprint), hash(a.relpath)) for a in map(as_archive, db.execute(query, (drop,)))]
+            pairs = [
+                (mark(a.relpath, a.fingerprint), hash(a.relpath))
+                for a in map(as_archive, db.execute(query, (drop,)))
+            ]
         return Known(frozenset(m for m, _ in pairs), frozenset(p for _, p in pairs))
 
     def admit(self, sightings: Sequence[Sighting], destinations: Sequence[str], now: datetime) -> Admission:
@@ -131,7 +139,9 @@ class SqliteLedger(Ledger):
     def undisposed(self) -> list[Settled]:
         """See `Ledger.undisposed`."""
         with self._reading() as db:
-            ids = [row[0] for row in db.execute("SELECT id FROM archive WHERE disposition = 'due' ORDER BY id")]
+            ids = [
+                row[0] for row in db.execute("SELECT id FROM archive WHERE disposition = 'due' ORDER BY id")
+            ]
             return [_settled(db, archive_id) for archive_id in ids]
 
     def disposed(self, done: Sequence[Disposed], still_due: Sequence[int], now: datetime) -> None:
@@ -157,6 +167,15 @@ class SqliteLedger(Ledger):
                 " WHERE delivery.state = 'pending' OR delivery.state = 'claimed' GROUP BY destination"
             ).fetchall()
         return {name: Backlog(count, size, as_time(oldest)) for name, count, size, oldest in rows}
+
+    def note_gate(self, destination: str, gate: Gate, error: str | None) -> None:
+        """See `Ledger.note_gate`."""
+        times = [None if time is None else as_micros(time) for time in (gate.since, gate.until)]
+        with self._transaction(durable=False) as db:
+            db.execute(
+                "INSERT OR REPLACE INTO gate VALUES (?, ?, ?, ?, ?, ?)",
+                (destination, gate.state, gate.reason, error, *times),
+            )
 
     def close(self) -> None:
         """See `Ledger.close`."""
@@ -201,9 +220,10 @@ def _insert(db: sqlite3.Connection, s: Sighting, destinations: Sequence[str], no
 
 def _settle(db: sqlite3.Connection, archive_id: int) -> list[Settled]:
     """Write down what an archive's deliveries make of it; return it if its file is to be disposed of."""
-    states = [DeliveryState(row[0]) for row in db.execute(
-        "SELECT state FROM delivery WHERE archive_id = ?", (archive_id,)
-    )]
+    states = [
+        DeliveryState(row[0])
+        for row in db.execute("SELECT state FROM delivery WHERE archive_id = ?", (archive_id,))
+    ]
     state = archive_state(states)
     if state is DeliveryState.PENDING:
         return []

@@ -87,34 +87,58 @@ DAEMON_HEARTBEAT = _event(
     "uptime_s pending pending_bytes oldest_s in_flight gates delivered delivered_bytes rejected",
     "still alive, and how things stand; its absence is an alarm",
 )
-DAEMON_STOPPING = _event("daemon.stopping", "info", "signal in_flight", "told to stop; uploads get `shutdown_grace`")
+DAEMON_STOPPING = _event(
+    "daemon.stopping", "info", "signal in_flight", "told to stop; uploads get `shutdown_grace`"
+)
 DAEMON_STOPPED = _event("daemon.stopped", "info", "duration_s clean pending", "the daemon ends")
-DAEMON_FAILED = _event("daemon.failed", "error", "error hint", "a part of the daemon broke; it ends, for a restart")
+DAEMON_FAILED = _event(
+    "daemon.failed", "error", "error hint", "a part of the daemon broke; it ends, for a restart"
+)
 CONFIG_WARNING = _event("config.warning", "warning", "path error hint", "usable, but worth a look")
 LEDGER_REPLACED = _event(
-    "ledger.replaced", "error", "path error hint", "the ledger was damaged, put aside, and begun anew from the folders"
+    "ledger.replaced",
+    "error",
+    "path error hint",
+    "the ledger was damaged, put aside, and begun anew from the folders",
 )
-LEDGER_FAILED = _event("ledger.failed", "error", "error hint", "the ledger can't be used now; it is tried again")
+LEDGER_FAILED = _event(
+    "ledger.failed", "error", "error hint", "the ledger can't be used now; it is tried again"
+)
 
-DROP_WATCHED = _event("drop.watched", "info", "drop path observer filesystem reason", "a drop folder is being watched")
-DROP_SCANNED = _event("drop.scanned", "debug", "drop found candidates duration_s", "a scan of a drop folder ended")
-DROP_FAILED = _event("drop.failed", "error", "drop path error hint", "a drop folder can't be read; tried at each rescan")
+DROP_WATCHED = _event(
+    "drop.watched", "info", "drop path observer filesystem reason", "a drop folder is being watched"
+)
+DROP_SCANNED = _event(
+    "drop.scanned", "debug", "drop found candidates duration_s", "a scan of a drop folder ended"
+)
+DROP_FAILED = _event(
+    "drop.failed", "error", "drop path error hint", "a drop folder can't be read; tried at each rescan"
+)
 WATCHER_BLIND = _event(
-    "watcher.blind", "warning", "drop path reason error hint", "events were or may have been missed; the scan finds them"
+    "watcher.blind",
+    "warning",
+    "drop path reason error hint",
+    "events were or may have been missed; the scan finds them",
 )
 WATCHER_RESTORED = _event("watcher.restored", "info", "drop path observer", "events come again")
 
 ARCHIVE_ADMITTED = _event(
-    "archive.admitted", "info", "drop archive size destinations", "a finished archive was noticed and recorded"
+    "archive.admitted",
+    "info",
+    "drop archive size destinations",
+    "a finished archive was noticed and recorded",
 )
 ARCHIVE_IGNORED = _event(
-    "archive.ignored", "warning", "drop archive size reason error hint", "something in a drop folder is no archive; said once"
+    "archive.ignored",
+    "warning",
+    "drop archive size reason error hint",
+    "something in a drop folder is no archive; said once",
 )
 ARCHIVE_SUPERSEDED = _event(
     "archive.superseded",
     "info",
     "drop archive size destination delivery_id error",
-    "the file changed before it was delivered; it starts over"
+    "the file changed before it was delivered; it starts over",
 )
 ARCHIVE_GONE = _event(
     "archive.gone",
@@ -135,10 +159,16 @@ ARCHIVE_REJECTED = _event(
     "a destination will never have it; it goes to quarantine; said once per content",
 )
 ARCHIVE_DISPOSED = _event(
-    "archive.disposed", "info", "drop archive disposition moved_to", "what became of the file after its last delivery"
+    "archive.disposed",
+    "info",
+    "drop archive disposition moved_to",
+    "what became of the file after its last delivery",
 )
 DISPOSITION_FAILED = _event(
-    "disposition.failed", "error", "drop archive error hint", "the file could not be moved or deleted; tried again"
+    "disposition.failed",
+    "error",
+    "drop archive error hint",
+    "the file could not be moved or deleted; tried again",
 )
 
 ATTEMPT_FAILED = _event(
@@ -154,7 +184,10 @@ DELIVERY_VERIFIED = _event(
     "the destination's receipt matches what was sent",
 )
 DELIVERY_DEFERRED = _event(
-    "delivery.deferred", "warning", "drop archive destination delivery_id reason retry_at", "it will be tried again later"
+    "delivery.deferred",
+    "warning",
+    "drop archive destination delivery_id reason retry_at",
+    "it will be tried again later",
 )
 DESTINATION_PAUSED = _event(
     "destination.paused",
@@ -162,7 +195,9 @@ DESTINATION_PAUSED = _event(
     "destination reason error hint faults paused_for_s down_for_s",
     "the destination is at fault and gets nothing for a while; no archive is charged",
 )
-DESTINATION_RESUMED = _event("destination.resumed", "info", "destination down_for_s", "the destination answers again")
+DESTINATION_RESUMED = _event(
+    "destination.resumed", "info", "destination down_for_s", "the destination answers again"
+)
 LIBRARY_WARNING = _event("library.warning", "warning", "logger error", "a library has something to say")
 LOG_LOST = _event("log.lost", "error", "lost", "log lines could not be written; this is the first one again")
 

@@ -87,4 +87,6 @@ class Body:
             status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
         )
         if now != self._cargo.fingerprint:
-            raise FileChangedError(f"was {self._cargo.fingerprint.size} bytes, is {now.size} bytes, or was rewritten")
+            raise FileChangedError(
+                f"was {self._cargo.fingerprint.size} bytes, is {now.size} bytes, or was rewritten"
+            )

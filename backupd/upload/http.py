@@ -41,7 +41,9 @@ class HttpUploader(Uploader):
     `abort` ends what is under way; `transport` is replaced in tables of statuses only.
     """
 
-    def __init__(self, config: DestinationConfig, abort: Abort, transport: TransportMaker = own_transport) -> None:
+    def __init__(
+        self, config: DestinationConfig, abort: Abort, transport: TransportMaker = own_transport
+    ) -> None:
         self._config = config
         self._make_transport = transport
         deadline = config.deadline.total_seconds() if config.deadline else None
@@ -109,7 +111,10 @@ class HttpUploader(Uploader):
             self._url.render(cargo.variables, _in_url),
             content=body,
             headers={
-                **{key: template.render(cargo.variables, _in_header) for key, template in self._headers.items()},
+                **{
+                    key: template.render(cargo.variables, _in_header)
+                    for key, template in self._headers.items()
+                },
                 "Content-Type": framing.content_type,
                 "Content-Length": str(len(body)),
                 "Idempotency-Key": cargo.delivery_id,

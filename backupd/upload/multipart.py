@@ -46,7 +46,8 @@ def frame(
 ) -> Framing:
     """Return the framing of a body with these fields, then the file, then the digest field."""
     parts: Iterable[bytes] = [
-        _part(boundary, key) + value.encode("utf-8", "backslashreplace") + b"\r\n" for key, value in fields.items()
+        _part(boundary, key) + value.encode("utf-8", "backslashreplace") + b"\r\n"
+        for key, value in fields.items()
     ]
     head = (
         f"--{boundary}\r\nContent-Disposition: form-data; "

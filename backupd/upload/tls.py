@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
+from backupd.config.certificates import key_password
 from backupd.config.models import DestinationConfig
 from backupd.core.errors import ConfigError
 
@@ -42,7 +43,7 @@ def _identify(context: ssl.SSLContext, cert: Path, key: Path, password_file: Pat
     def password() -> bytes:
         if password_file is None:  # else OpenSSL would ask on the terminal
             raise TlsFilesError(f"{key}: is encrypted", "name its password's file in `key_password_file`")
-        return password_file.read_bytes().rstrip(b"\r\n")
+        return key_password(password_file)
 
     try:
         context.load_cert_chain(cert, key, password=password)

@@ -246,4 +246,6 @@ def _is_final(heard: bytearray) -> bool:
         if end < 0:
             return False
         at = end + 4
-    return len(heard) - at >= len(b"HTTP/1.1 2") or (len(heard) > at and not b"HTTP/1.1 1".startswith(heard[at:]))
+    return len(heard) - at >= len(b"HTTP/1.1 2") or (
+        len(heard) > at and not b"HTTP/1.1 1".startswith(heard[at:])
+    )

@@ -63,3 +63,13 @@ CREATE TABLE attempt (
     http_status INTEGER,
     PRIMARY KEY (delivery_id, number)
 ) WITHOUT ROWID;
+
+-- How each destination's gate stood when it last changed, for `backupd status`.
+CREATE TABLE gate (
+    destination TEXT PRIMARY KEY,
+    state       TEXT    NOT NULL,
+    reason      TEXT,
+    error       TEXT,
+    since       INTEGER,
+    until       INTEGER
+) WITHOUT ROWID;

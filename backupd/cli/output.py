@@ -1,0 +1,105 @@
+"""Tables, times and sizes for people; rich is imported only where a command prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from backupd.core.names import as_text, printable
+
+
+def print_json(value: object) -> None:
+    """Print a value of the model as JSON."""
+    sys.stdout.write(json.dumps(_plain(value), indent=2) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, bytes):
+        return as_text(value)
+    if isinstance(value, datetime):
+        return value.isoformat().replace("+00:00", "Z")
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
+    """Print a table; cells are plain text, whatever they hold."""
+    from rich.box import SIMPLE_HEAD  # noqa: PLC0415
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    table = Table(box=SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(
+            *(Text(printable(str("" if cell is None else cell)), style=_style(cell)) for cell in row)
+        )
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # no cutting where nobody looks at a screen
+    console.print(table)
+
+
+_STYLES = {
+    "rejected": "bold red",
+    "failed": "bold red",
+    "paused": "bold red",
+    "no": "bold red",
+    "probing": "yellow",
+    "pending": "yellow",
+    "warning": "yellow",
+    "claimed": "cyan",
+    "delivered": "green",
+    "open": "green",
+    "ok": "green",
+    "yes": "green",
+}
+
+
+def _style(cell: object) -> str:
+    return _STYLES.get(str(cell), "")
+
+
+def size(count: int) -> str:
+    """Return a size for people, such as `1.4 MiB`."""
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} TiB"
+
+
+def ago(time: datetime | None) -> str:
+    """Return how long ago a time was, or how soon it comes, such as `3 min ago`."""
+    if time is None:
+        return "-"
+    seconds = (datetime.now(UTC) - time).total_seconds()
+    words = span(abs(seconds))
+    return f"{words} ago" if seconds >= 0 else f"in {words}"
+
+
+def span(seconds: float) -> str:
+    """Return a length of time for people, its two largest parts at most."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"

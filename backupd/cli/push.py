@@ -1,0 +1,183 @@
+"""`backupd push`: deliver files now, with a progress bar."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from backupd.cli.options import DEFAULT_CONFIG, REJECTED, UNAVAILABLE, AsJson, ConfigPath
+from backupd.cli.output import print_json
+from backupd.core.errors import UsageError
+from backupd.core.model import Archive, Deferred, Delivered, Outcome, Rejected, Superseded
+from backupd.core.names import as_text, printable
+from backupd.core.policy import rule_of
+
+if TYPE_CHECKING:
+    from backupd.config.models import Config
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pushed:
+    file: str
+    destination: str
+    outcome: str
+    digest: str | None
+    reason: str | None
+    error: str | None
+    hint: str | None
+    http_status: int | None
+
+
+def push(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE…", help="Files to deliver; they stay where they are.")
+    ],
+    to: Annotated[
+        list[str] | None, typer.Option("--to", help="A destination; every one if left out.")
+    ] = None,
+    config: ConfigPath = DEFAULT_CONFIG,
+    as_json: AsJson = False,
+) -> None:
+    """Deliver files now, beside the daemon, and verify the receipts.
+
+    Ends with 0 if every destination has every file, 3 if one was rejected, 69 if a destination is
+    unavailable. Nothing is recorded in the ledger.
+    """
+    from backupd.config.loading import load  # noqa: PLC0415
+
+    loaded = load(config)
+    unknown = [name for name in to or () if name not in loaded.destination]
+    if unknown:
+        raise UsageError(f"no destination named {unknown[0]}", f"there are: {', '.join(loaded.destination)}")
+    results = []
+    with _bars(quiet=as_json) as bar:
+        for name in to or loaded.destination:
+            for file in files:
+                results.append(_push(file, name, loaded, bar(file, name)))
+                if not as_json:
+                    _print(results[-1])
+    if as_json:
+        print_json(results)
+    if any(r.outcome == "rejected" for r in results):
+        raise typer.Exit(REJECTED)
+    if any(r.outcome != "delivered" for r in results):
+        raise typer.Exit(UNAVAILABLE)
+
+
+def _push(file: Path, destination: str, config: Config, progress: Progress) -> _Pushed:
+    from backupd.assembly import make_uploader  # noqa: PLC0415
+    from backupd.core.labels import variables  # noqa: PLC0415
+    from backupd.delivery.attempts import short_attempts  # noqa: PLC0415
+    from backupd.drop.folder import DropFolder, fingerprint_of  # noqa: PLC0415
+    from backupd.upload.line import Abort  # noqa: PLC0415
+    from backupd.upload.port import Cargo  # noqa: PLC0415
+
+    name = os.fsencode(file.name)
+    try:
+        folder = DropFolder(str(file.absolute().parent))
+        fd = folder.open(name)
+    except OSError as error:
+        raise UsageError(f"{printable(str(file))}: {error.strerror}") from error
+    archive = Archive(0, "push", name, fingerprint_of(os.fstat(fd)), datetime.now(UTC))
+    values = dict.fromkeys(_labels(config), "") | variables(archive, socket.gethostname(), None)
+    uploader = make_uploader(config.destination[destination], Abort())
+    outcomes: list[Outcome] = []
+
+    def once() -> Outcome:
+        outcomes.append(uploader.upload(cargo))
+        return outcomes[-1]
+
+    cargo = Cargo(str(uuid.uuid4()), name, fd, archive.fingerprint, values, progress)
+    try:
+        short_attempts(once, threading.Event())
+    finally:
+        uploader.close()
+        os.close(fd)
+        folder.close()
+    return _described(as_text(name), destination, outcomes[-1])
+
+
+def _labels(config: Config) -> set[str]:
+    """Return the names of all labels: a pushed file has no path to take their values from."""
+    import re  # noqa: PLC0415
+
+    patterns = [drop.label_pattern for drop in config.drop.values() if drop.label_pattern]
+    return {group for pattern in patterns for group in re.compile(pattern).groupindex}
+
+
+def _described(file: str, destination: str, outcome: Outcome) -> _Pushed:
+    kind = type(outcome).__name__.lower()
+    match outcome:
+        case Delivered(digest=digest, receipt=receipt):
+            return _Pushed(file, destination, kind, str(digest), None, None, None, receipt.http_status)
+        case Superseded(error=error):
+            return _Pushed(
+                file, destination, kind, None, None, error, "push it again once it is finished", None
+            )
+        case (
+            Deferred(reason=reason, error=error, http_status=status)
+            | Rejected(reason=reason, error=error, http_status=status)
+        ):
+            return _Pushed(file, destination, kind, None, reason, error, rule_of(reason).hint, status)
+
+
+def _print(r: _Pushed) -> None:
+    if r.outcome == "delivered":
+        typer.echo(f"{printable(r.file)} → {r.destination}: delivered, {r.digest}")
+        return
+    verdict = "rejected" if r.outcome == "rejected" else "NOT delivered"
+    typer.echo(
+        f"{printable(r.file)} → {r.destination}: {verdict} ({r.reason or r.outcome}): {printable(r.error or '')}"
+    )
+    if r.hint:
+        typer.echo(f"  hint: {r.hint}")
+
+
+class _bars:  # noqa: N801 -- reads as the function that it is
+    """Progress bars while in a `with` block; none where the output is no terminal."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        from rich.console import Console  # noqa: PLC0415
+        from rich.progress import (  # noqa: PLC0415
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=quiet or not console.is_terminal,
+        )
+
+    def __enter__(self) -> Callable[[Path, str], Progress]:
+        self._progress.start()
+        return self._bar
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def _bar(self, file: Path, destination: str) -> Progress:
+        total = file.stat().st_size if file.is_file() else None
+        task = self._progress.add_task(f"{printable(file.name)} → {destination}", total=total)
+        return lambda sent: self._progress.update(task, completed=sent)

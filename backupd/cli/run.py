@@ -1,0 +1,47 @@
+"""`backupd run`: the daemon, in the foreground."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from backupd.cli.options import DEFAULT_CONFIG, ConfigPath
+from backupd.config.models import Config
+
+
+def run(
+    config: ConfigPath = DEFAULT_CONFIG,
+    log_level: Annotated[
+        str, typer.Option(help="Overrides `log.level`: debug, info, warning or error.")
+    ] = "",
+) -> None:
+    """Run the daemon in the foreground; it logs to standard output and ends on SIGTERM or SIGINT."""
+    from backupd.assembly import run_daemon  # noqa: PLC0415
+    from backupd.config.loading import load  # noqa: PLC0415
+    from backupd.config.preflight import preflight  # noqa: PLC0415
+    from backupd.core.errors import ConfigError, UsageError  # noqa: PLC0415
+    from backupd.ops import events  # noqa: PLC0415
+    from backupd.ops.log import LEVELS, EventLog, LineWriter, take_over_library_loggers  # noqa: PLC0415
+
+    if log_level and log_level not in LEVELS:
+        raise UsageError(f"--log-level: expected one of {', '.join(LEVELS)}, got {log_level!r}")
+    loaded = load(config)
+    problems = preflight(loaded, datetime.now(UTC))
+    fatal = [str(problem) for problem in problems if problem.fatal]
+    if fatal:
+        raise ConfigError("\n".join((f"{config} can't be run:", *fatal)), "`backupd check` says more")
+    log = EventLog(LineWriter(1), level=log_level or loaded.log.level, console=_wants_console(loaded))
+    take_over_library_loggers(log)
+    for problem in problems:
+        log.emit(events.CONFIG_WARNING, path=problem.where, error=problem.message, hint=problem.hint)
+    raise typer.Exit(run_daemon(loaded, log, Path(config).absolute()))
+
+
+def _wants_console(config: Config) -> bool:
+    if config.log.format == "auto":
+        return sys.stdout.isatty()
+    return config.log.format == "console"

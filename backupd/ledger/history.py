@@ -1,0 +1,195 @@
+"""Questions to the ledger from beside the daemon, for the commands that show it."""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import dataclass
+from datetime import datetime
+
+from backupd.core.errors import LedgerError, UsageError
+from backupd.core.model import Archive, DeliveryState
+from backupd.ledger.rows import ARCHIVE_COLUMNS, Row, as_archive, as_micros, as_time
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryRecord:
+    """A delivery with all that the ledger knows of it; times are UTC."""
+
+    id: str
+    archive: Archive
+    destination: str
+    state: DeliveryState
+    due_at: datetime | None
+    ended_at: datetime | None
+    attempts: int
+    reason: str | None
+    error: str | None
+    digest: str | None
+    verified: bool | None
+    http_status: int | None
+    receipt: str | None
+    disposed_to: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """A request that was made for a delivery."""
+
+    number: int
+    started_at: datetime
+    duration_s: float
+    sent: int
+    outcome: str
+    reason: str | None
+    error: str | None
+    http_status: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class DestinationRecord:
+    """How things stand with a destination; `gate` None if the daemon has never noted one."""
+
+    name: str
+    pending: int
+    pending_bytes: int
+    oldest: datetime | None
+    rejected: int
+    last_delivered: datetime | None
+    gate: str | None
+    reason: str | None
+    error: str | None
+    since: datetime | None
+    until: datetime | None
+
+
+_DELIVERY = (
+    "SELECT d.id, d.destination, d.state, d.due_at, d.ended_at, d.attempts, d.reason, d.error, d.digest,"
+    " d.verified, d.http_status, d.receipt, a.disposed_to, "
+    + ", ".join(f"a.{column}" for column in ARCHIVE_COLUMNS.split(", "))
+    + " FROM delivery d JOIN archive a ON a.id = d.archive_id"
+)
+
+
+class History:
+    """Reads a ledger; raises LedgerError where it can't be read."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._db = connection
+
+    def deliveries(self, state: DeliveryState | None, most: int) -> list[DeliveryRecord]:
+        """Return the latest deliveries, newest first, of one state or of all."""
+        where, values = ("", ()) if state is None else (" WHERE d.state = ?", (state,))
+        rows = self._query(f"{_DELIVERY}{where} ORDER BY a.id DESC, d.destination LIMIT ?", (*values, most))
+        return [_delivery(row) for row in rows]
+
+    def delivery(self, id_prefix: str) -> DeliveryRecord:
+        """Return the delivery whose id begins so; raises UsageError if there is none, or several."""
+        rows = self._query(f"{_DELIVERY} WHERE substr(d.id, 1, ?) = ? LIMIT 2", (len(id_prefix), id_prefix))
+        if not rows:
+            raise UsageError(f"no delivery has the id {id_prefix!r}", "`backupd list` shows the ids")
+        if len(rows) > 1:
+            raise UsageError(
+                f"several deliveries have an id that begins with {id_prefix!r}", "give more of it"
+            )
+        return _delivery(rows[0])
+
+    def attempts(self, delivery_id: str) -> list[AttemptRecord]:
+        """Return the attempts of a delivery, first one first."""
+        rows = self._query(
+            "SELECT number, started_at, duration_us, sent, outcome, reason, error, http_status"
+            " FROM attempt WHERE delivery_id = ? ORDER BY number",
+            (delivery_id,),
+        )
+        return [AttemptRecord(r[0], as_time(r[1]), r[2] / 1e6, *r[3:]) for r in rows]
+
+    def destination(self, name: str) -> DestinationRecord:
+        """Return how things stand with a destination."""
+        pending = self._query(
+            "SELECT count(*), coalesce(sum(size), 0), min(admitted_at) FROM delivery"
+            " JOIN archive ON archive.id = archive_id"
+            " WHERE destination = ? AND (delivery.state = 'pending' OR delivery.state = 'claimed')",
+            (name,),
+        )[0]
+        rejected = self._query(
+            "SELECT count(*) FROM delivery WHERE state = 'rejected' AND destination = ?", (name,)
+        )[0][0]
+        last = self._query(
+            "SELECT max(ended_at) FROM delivery WHERE state = 'delivered' AND destination = ?", (name,)
+        )[0][0]
+        gates = self._query(
+            "SELECT state, reason, error, since, until FROM gate WHERE destination = ?", (name,)
+        )
+        state, reason, error, since, until = gates[0] if gates else (None,) * 5
+        return DestinationRecord(
+            name,
+            pending[0],
+            pending[1],
+            _time(pending[2]),
+            rejected,
+            _time(last),
+            state,
+            reason,
+            error,
+            _time(since),
+            _time(until),
+        )
+
+    def hasten(self, delivery_id: str, now: datetime) -> bool:
+        """Make a pending delivery due at once; return False if it is not pending."""
+        try:
+            self._db.execute("PRAGMA query_only = OFF")
+            changed = self._db.execute(
+                "UPDATE delivery SET due_at = ? WHERE id = ? AND state = 'pending'",
+                (as_micros(now), delivery_id),
+            ).rowcount
+        except sqlite3.Error as error:
+            raise LedgerError(
+                f"the ledger can't be written: {error}", "run this as the daemon's user"
+            ) from error
+        return changed > 0
+
+    def _query(self, query: str, values: tuple[object, ...]) -> list[Row]:
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise LedgerError(
+                f"the ledger can't be read: {error}", "run this as the daemon's user"
+            ) from error
+
+
+def _delivery(row: Row) -> DeliveryRecord:
+    (
+        ident,
+        destination,
+        state,
+        due_at,
+        ended_at,
+        attempts,
+        reason,
+        error,
+        digest,
+        verified,
+        status,
+        receipt,
+        to,
+    ) = row[:13]
+    return DeliveryRecord(
+        ident,
+        as_archive(row[13:]),
+        destination,
+        DeliveryState(state),
+        _time(due_at),
+        _time(ended_at),
+        attempts,
+        reason,
+        error,
+        digest,
+        None if verified is None else bool(verified),
+        status,
+        receipt,
+        to,
+    )
+
+
+def _time(micros: int | None) -> datetime | None:
+    return None if micros is None else as_time(micros)

@@ -1,0 +1,25 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from backupd.receiver.serve import RunningReceiver, ServerTls
+from tests.stage import Stage, a_stage
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    """A whole installation without a destination yet."""
+    yield from a_stage(tmp_path)
+
+
+@pytest.fixture
+def receiver(stage: Stage) -> Iterator[RunningReceiver]:
+    """The reference receiver over mTLS."""
+    tls = ServerTls(stage.pki.server_cert, stage.pki.server_key, stage.pki.ca_pem)
+    with RunningReceiver(stage.store, tls) as running:
+        yield running

@@ -1,0 +1,190 @@
+"""A whole installation in a folder: throw-away PKI, drop folder, configuration, the daemon as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.pki import Pki
+
+PATIENCE = 60.0
+"""Seconds after which a condition is given up; a machine may be slow, a test must not depend on it."""
+
+
+def until(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
+    """Wait until a condition is true and return its value."""
+    end = time.monotonic() + patience
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise AssertionError(f"waited {patience:g} s in vain for {what}")
+        time.sleep(0.02)
+
+
+class Daemon:
+    """`backupd run` as a process, and what it logs."""
+
+    def __init__(self, config: Path, log: Path, environ: dict[str, str] | None = None) -> None:
+        self._log = log
+        self._read_from = log.stat().st_size if log.exists() else 0
+        with log.open("ab") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "backupd", "run", "--config", str(config)],
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(environ or {})},
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def text(self) -> str:
+        """Return all that this daemon printed."""
+        return self._log.read_bytes()[self._read_from :].decode("utf-8", "strict")
+
+    def events(self, name: str = "") -> list[dict[str, Any]]:
+        """Return what it logged; every line has to be JSON."""
+        lines = [json.loads(line) for line in self.text().splitlines(keepends=True) if line.endswith("\n")]
+        return [line for line in lines if not name or line["event"] == name]
+
+    def wait_for(self, name: str, count: int = 1, **keys: Any) -> list[dict[str, Any]]:
+        """Wait until events of a name with these values were logged, and return them."""
+
+        def enough() -> list[dict[str, Any]]:
+            found = [e for e in self.events(name) if all(e.get(k) == v for k, v in keys.items())]
+            if len(found) < count:
+                assert self.process.poll() is None, f"the daemon ended: {self.text()}"
+                return []
+            return found
+
+        try:
+            return until(enough, f"{count} × {name} {keys or ''}")  # type: ignore[no-any-return]
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.text()[-6000:]}") from None
+
+    def ready(self) -> Daemon:
+        self.wait_for("daemon.ready")
+        return self
+
+    def memory_peak(self) -> int:
+        """Return the peak resident memory in bytes."""
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+        raise AssertionError("no VmHWM")
+
+    def stop(self, patience: float = PATIENCE) -> int:
+        """Tell it to stop and return its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(patience)
+
+    def kill(self) -> None:
+        """End it as a power cut would, as far as the process goes."""
+        self.process.kill()
+        self.process.wait()
+
+
+class Stage:
+    """Where a test plays; `url` may be of any server, that of a `RunningReceiver` for one."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.pki = Pki(base / "pki")
+        self.drop = base / "drop"
+        self.drop.mkdir()
+        self.sent = self.drop / "sent"
+        self.rejected = self.drop / "rejected"
+        self.store = base / "store"
+        self.state = base / "state"
+        self.config = base / "backupd.toml"
+        self._daemons: list[Daemon] = []
+
+    def configure(
+        self, url: str, *, drop: str = "", destination: str = "", top: str = "", more: str = ""
+    ) -> Path:
+        """Write a configuration; the arguments are further TOML lines for its tables."""
+        drop = drop if "stable_for" in drop else f'stable_for = "0.1s"\n{drop}'
+        self.config.write_text(
+            f"""
+state_dir = "{self.state}"
+{top}
+[drop.switches]
+path = "{self.drop}"
+{drop}
+[destination.vault]
+url = "{url}"
+ca = "{self.pki.ca_pem}"
+cert = "{self.pki.client_cert}"
+key = "{self.pki.client_key}"
+{destination}
+{more}
+""",
+            encoding="utf-8",
+        )
+        return self.config
+
+    def daemon(self, environ: dict[str, str] | None = None) -> Daemon:
+        """Start the daemon; it is ended with the test."""
+        daemon = Daemon(self.config, self.base / "daemon.log", environ)
+        self._daemons.append(daemon)
+        return daemon
+
+    def put(self, name: str | bytes, content: bytes, *, into: Path | None = None) -> Path:
+        """Rename a finished file into the drop folder, from a folder beside it."""
+        staging = self.base / "staging"
+        staging.mkdir(exist_ok=True)
+        part = staging / f"part-{time.monotonic_ns()}"
+        part.write_bytes(content)
+        target = os.path.join(os.fsencode(into or self.drop), os.fsencode(name))
+        os.rename(os.fsencode(part), target)
+        return Path(os.fsdecode(target))
+
+    def archives(self, folder: Path) -> list[Path]:
+        """Return the archives below a folder, without the records beside them."""
+        if not folder.exists():
+            return []
+        suffixes = (".receipt.json", ".reason.json")
+        return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(suffixes))
+
+    def stored(self) -> list[Path]:
+        """Return what the receiver stored."""
+        return self.archives(self.store / "archives")
+
+    def backupd(
+        self, *arguments: str, environ: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run another command on this configuration."""
+        return subprocess.run(
+            [sys.executable, "-m", "backupd", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+            env={**os.environ, "BACKUPD_CONFIG": str(self.config), **(environ or {})},
+        )
+
+    def end(self) -> None:
+        """End whatever still runs."""
+        for daemon in self._daemons:
+            if daemon.process.poll() is None:
+                daemon.kill()
+
+
+def a_stage(base: Path) -> Iterator[Stage]:
+    """Yield a stage, and clear it afterwards."""
+    stage = Stage(base)
+    try:
+        yield stage
+    finally:
+        stage.end()
