@@ -42,7 +42,7 @@ def run_daemon(config: Config, log: EventLog, config_path: Path) -> int:
                 events.LEDGER_REPLACED,
                 path=str(opened.set_aside),
                 error="the ledger was damaged and has been put aside",
-                hint="pending archives are found again in the drop folders; history before today is in that file",
+                hint="pending archives are found again in the drop folders; the history is in that file",
             )
         parts = assemble(config, SqliteLedger(opened.connection), log)
         daemon = Daemon(

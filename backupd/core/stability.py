@@ -51,7 +51,7 @@ class StabilityTracker:
         self._candidates.pop(relpath, None)
 
     def hold(self, relpath: bytes, fingerprint: Fingerprint, now: float) -> None:
-        """Let a candidate wait again, as one whose writer is still there: `stable_for`, half a second at least."""
+        """Let a candidate whose writer is still there wait again, half a second at least."""
         self._candidates.pop(relpath, None)
         self._candidates[relpath] = _Candidate(fingerprint, now + max(_SHORTEST_HOLD - self.stable_for, 0.0))
 

@@ -151,7 +151,7 @@ class Worker:
         outcome = attempts[-1].outcome
         self._lane.gate.report(outcome)
         now = datetime.now(UTC)
-        step = next_step(delivery, outcome, now, self._lane.patience, random.random())  # noqa: S311 -- jitter
+        step = next_step(delivery, outcome, now, self._lane.patience, random.random())
         self._hand_over(Finished(delivery, tuple(attempts), step))
 
     def _tell_failure(self, delivery: Delivery, number: int, attempt: Attempt) -> None:

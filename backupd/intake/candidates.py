@@ -18,7 +18,7 @@ _MOST_SAID = 100_000
 """How many ignored files are remembered, so that memory has a bound in a folder full of them."""
 
 _HINTS = {
-    Ineligible.NOT_INCLUDED: "add a pattern to `include` if it is a backup, or to `exclude` to be rid of this line",
+    Ineligible.NOT_INCLUDED: "add it to `include` if it is a backup, or to `exclude` to be rid of this line",
     Ineligible.SYMLINK: "links are not followed; drop the file itself",
     Ineligible.SPECIAL: "only regular files are archives",
     Ineligible.TOO_SMALL: "an empty backup is no backup; see the device, or lower `min_size`",

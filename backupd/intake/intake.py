@@ -207,7 +207,7 @@ class Intake:
             self._wake(self._destinations)
 
     def _ledger_failed(self, error: LedgerError) -> None:
-        """The files stay where they are; the next rescan tries again."""
+        """Say so, once: the files stay where they are, and the next rescan tries again."""
         if not self._failing:
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
         self._failing = True

@@ -107,7 +107,7 @@ class Sight:
                 drop=self._drop,
                 path=self._path,
                 error=error.strerror,
-                hint="make the folder readable and writable for the daemon's user; it is tried again by itself",
+                hint="make the folder readable and writable for the daemon's user; it is tried again",
             )
         self._root_failing = True
 

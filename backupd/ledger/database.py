@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from backupd.core.errors import LedgerError
 
@@ -59,7 +60,7 @@ class StateLock:
             os.ftruncate(self._fd, 0)
         os.close(self._fd)
 
-    def __enter__(self) -> StateLock:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -123,8 +123,9 @@ class SqliteLedger(Ledger):
         with self._transaction(durable=True) as db:
             for one in finished:
                 db.execute(
-                    "UPDATE delivery SET state = ?, due_at = ?, charged = ?, faults = ?, attempts = ?, ended_at = ?,"
-                    " reason = ?, error = ?, digest = ?, verified = ?, http_status = ?, receipt = ? WHERE id = ?",
+                    "UPDATE delivery SET state = ?, due_at = ?, charged = ?, faults = ?, attempts = ?,"
+                    " ended_at = ?, reason = ?, error = ?, digest = ?, verified = ?, http_status = ?,"
+                    " receipt = ? WHERE id = ?",
                     delivery_row(one, now),
                 )
                 first = one.delivery.attempts + 1
@@ -148,7 +149,8 @@ class SqliteLedger(Ledger):
         """See `Ledger.disposed`."""
         with self._transaction(durable=False) as db:
             db.executemany(
-                "UPDATE archive SET disposition = 'done', disposed_to = ?, disposed_at = ?, live = ? WHERE id = ?",
+                "UPDATE archive SET disposition = 'done', disposed_to = ?, disposed_at = ?, live = ?"
+                " WHERE id = ?",
                 [(one.to, as_micros(now), one.left, one.archive_id) for one in done],
             )
             db.executemany("UPDATE archive SET announced = 1 WHERE id = ?", [(i,) for i in still_due])

@@ -20,7 +20,7 @@ class Notifier:
         micros = environ.get("WATCHDOG_USEC", "")
         for_us = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self.watchdog_every = int(micros) / 2e6 if micros.isdigit() and for_us else None
-        """Seconds between signs of life that systemd asks for, halved for safety; None if it asks for none."""
+        """Half the seconds within which systemd wants a sign of life; None if it wants none."""
 
     def send(self, *states: str) -> None:
         """Send states such as `READY=1`; never raises, as nothing hangs on it but systemd's view."""
