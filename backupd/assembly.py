@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backupd.config.models import Config, DestinationConfig, DropConfig
+from backupd.config.destination import DestinationConfig
+from backupd.config.models import Config, DropConfig
 from backupd.core.errors import ConfigError
 from backupd.core.retry import Backoff
-from backupd.core.step import Patience
+from backupd.core.step import Patience, Priority
 from backupd.daemon import Daemon, Parts
 from backupd.delivery.disposal import Disposal, Rule
 from backupd.delivery.gate import SharedGate
@@ -25,6 +26,7 @@ from backupd.ledger.port import Ledger
 from backupd.ledger.sqlite import SqliteLedger
 from backupd.ops import events
 from backupd.ops.log import EventLog
+from backupd.upload.endpoint import open_endpoint
 from backupd.upload.http import HttpUploader
 from backupd.upload.line import Abort
 from backupd.upload.port import Uploader
@@ -71,10 +73,10 @@ def assemble(config: Config, ledger: Ledger, log: EventLog) -> Parts:
     workers = []
     for name, destination in config.destination.items():
         patience = Patience(_backoff(destination), destination.retry.give_up_after)
-        lane = Lane(name, ledger, gates[name], patience, wakeups[name], sources, log)
-        workers += [
-            Worker(lane, make_uploader(destination, abort), recorder.put) for _ in range(destination.workers)
-        ]
+        priority = Priority(destination.priority)
+        lane = Lane(name, ledger, gates[name], patience, priority, wakeups[name], sources, log)
+        endpoint = open_endpoint(destination, abort)
+        workers += [Worker(lane, HttpUploader(endpoint), recorder.put) for _ in range(destination.workers)]
 
     def wake(destinations: Sequence[str]) -> None:
         for name in destinations:
@@ -88,7 +90,7 @@ def assemble(config: Config, ledger: Ledger, log: EventLog) -> Parts:
 
 def make_uploader(destination: DestinationConfig, abort: Abort) -> Uploader:
     """Return a new uploader for a destination."""
-    return HttpUploader(destination, abort)
+    return HttpUploader.alone(destination, abort)
 
 
 def probe_all(config: Config) -> list[Probe]:

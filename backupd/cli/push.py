@@ -17,7 +17,15 @@ import typer
 from backupd.cli.options import DEFAULT_CONFIG, REJECTED, UNAVAILABLE, AsJson, ConfigPath
 from backupd.cli.output import print_json
 from backupd.core.errors import UsageError
-from backupd.core.model import Archive, Deferred, Delivered, Outcome, Rejected, Superseded
+from backupd.core.model import (
+    Archive,
+    Deferred,
+    Delivered,
+    Outcome,
+    Rejected,
+    Superseded,
+    fingerprint_of,
+)
 from backupd.core.names import as_text, printable
 from backupd.core.policy import rule_of
 
@@ -79,7 +87,7 @@ def _push(file: Path, destination: str, config: Config, progress: Progress) -> _
     from backupd.assembly import make_uploader  # noqa: PLC0415
     from backupd.core.labels import variables  # noqa: PLC0415
     from backupd.delivery.attempts import short_attempts  # noqa: PLC0415
-    from backupd.drop.folder import DropFolder, fingerprint_of  # noqa: PLC0415
+    from backupd.drop.folder import DropFolder  # noqa: PLC0415
     from backupd.upload.line import Abort  # noqa: PLC0415
     from backupd.upload.port import Cargo  # noqa: PLC0415
 

@@ -13,7 +13,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from backupd.config.models import DestinationConfig
+from backupd.config.destination import DestinationConfig
 from backupd.config.problem import Problem
 
 if TYPE_CHECKING:

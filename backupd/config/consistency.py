@@ -11,11 +11,13 @@ from backupd.config.quantities import format_duration, format_size
 from backupd.core.template import Template
 
 if TYPE_CHECKING:
-    from backupd.config.models import Config, DestinationConfig, DropConfig, ReceiptConfig, RetryConfig
+    from backupd.config.auth import AuthConfig
+    from backupd.config.destination import DestinationConfig, ReceiptConfig, RetryConfig
+from backupd.config.models import Config, DropConfig
 
-PLACEHOLDERS: Final = frozenset({"name", "stem", "relpath", "drop", "host", "size", "mtime"})
+PLACEHOLDERS: Final = frozenset({"name", "stem", "relpath", "drop", "host", "size", "mtime", "digest"})
 
-_DIGEST_BYTES: Final = {"sha256": 32, "sha512": 64, "sha1": 20, "md5": 16}
+_DIGEST_BYTES: Final = {"sha256": 32, "sha512": 64, "sha1": 20, "md5": 16, "blake2b": 64}
 _SHORTEST_PREFIX: Final = 8
 
 
@@ -69,6 +71,8 @@ def destination_faults(destination: "DestinationConfig") -> Iterator[Fault]:
             yield Fault((key,), f"expected {companion} beside it", ((companion,),))
     if destination.digest_field == destination.file_field:
         yield Fault(("digest_field",), "expected another field than file_field", (("file_field",),))
+    yield from _body_faults(destination)
+    yield from _connection_faults(destination)
     for field in ("file_field", "digest_field"):
         if getattr(destination, field) in destination.fields:
             name = getattr(destination, field)
@@ -76,6 +80,54 @@ def destination_faults(destination: "DestinationConfig") -> Iterator[Fault]:
     for one, other in combinations(destination.headers, 2):
         if one.lower() == other.lower():
             yield Fault(("headers", other), f"the same header as {quoted(one)}")
+
+
+def _body_faults(destination: "DestinationConfig") -> Iterator[Fault]:
+    if destination.body == "raw":
+        if destination.fields:
+            yield Fault(("fields",), "a raw body has no form fields", (("body",),))
+        if destination.digest_at == "before":
+            yield Fault(("digest_at",), 'expected "after" or "header" with a raw body', (("body",),))
+    if destination.digest_at == "after":
+        for place, text in _templates(destination):
+            if "digest" in Template.parse(text).names and place != ("query_url",):
+                yield Fault(place, '{digest} is known only with digest_at = "header"', (("digest_at",),))
+    for one in destination.header_files:
+        if any(one.lower() == other.lower() for other in destination.headers):
+            yield Fault(("header_files", one), "the same header as in headers", (("headers",),))
+
+
+def _connection_faults(destination: "DestinationConfig") -> Iterator[Fault]:
+    if destination.proxy and destination.connect_to:
+        yield Fault(("connect_to",), "can't be had together with a proxy", (("proxy",),))
+    for key in ("proxy_user", "proxy_password_file"):
+        if getattr(destination, key) and not destination.proxy:
+            yield Fault((key,), "expected proxy beside it", (("proxy",),))
+
+
+_AUTH_KEYS: Final = {
+    "none": (frozenset[str](), frozenset[str]()),
+    "basic": (frozenset({"user", "password_file"}), frozenset[str]()),
+    "bearer": (frozenset({"token_file"}), frozenset[str]()),
+    "oauth2": (
+        frozenset({"token_url", "client_id", "client_secret_file"}),
+        frozenset({"secret_in", "scope", "audience", "ca", "cert", "key", "key_password_file"}),
+    ),
+}
+"""What each scheme needs, and what it may have."""
+
+
+def auth_faults(auth: "AuthConfig") -> Iterator[Fault]:
+    """Tell what doesn't fit together within one sign-in."""
+    needed, allowed = _AUTH_KEYS[auth.type]
+    for key in sorted(needed):
+        if not getattr(auth, key):
+            yield Fault((key,), f'required for type "{auth.type}", but missing', (("type",),))
+    for key in sorted(auth.model_fields_set - needed - allowed - {"type"}):
+        yield Fault((key,), f'means nothing for type "{auth.type}"', (("type",),))
+    for key, companion in (("cert", "key"), ("key", "cert"), ("key_password_file", "key")):
+        if getattr(auth, key) and not getattr(auth, companion):
+            yield Fault((key,), f"expected {companion} beside it", ((companion,),))
 
 
 def config_faults(config: "Config") -> Iterator[Fault]:
@@ -150,6 +202,8 @@ def _why_unknown(placeholder: str, labels: Mapping[str, frozenset[str]]) -> str 
 
 def _templates(destination: "DestinationConfig") -> Iterator[tuple[Place, str]]:
     yield ("url",), destination.url
+    if destination.query_url:
+        yield ("query_url",), destination.query_url
     for key, text in destination.fields.items():
         yield ("fields", key), text
     for key, text in destination.headers.items():

@@ -2,35 +2,21 @@
 
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import Field, model_validator
 
 from backupd.config import consistency
+from backupd.config.destination import DestinationConfig
 from backupd.config.faults import raise_all
 from backupd.config.quantities import Duration, PositiveDuration, Size
-from backupd.config.values import (
-    AbsolutePath,
-    DigestField,
-    DigestSource,
-    DropSubfolder,
-    FieldName,
-    FieldText,
-    FilePattern,
-    HeaderName,
-    HeaderText,
-    LabelPattern,
-    Name,
-    TlsPath,
-    UrlTemplate,
-)
+from backupd.config.table import TableModel
+from backupd.config.values import AbsolutePath, DropSubfolder, FilePattern, LabelPattern, Name
 
 LogFormat = Literal["auto", "json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Observer = Literal["auto", "inotify", "polling"]
 OnDelivered = Literal["move", "delete", "keep"]
-DigestAlgorithm = Literal["sha256", "sha512", "sha1", "md5"]
-DigestEncoding = Literal["hex", "base64", "base64url"]
 
 USUAL_NAMES = (
     *("*.tar", "*.tgz", "*.tbz", "*.tbz2", "*.txz", "*.tzst", "*.gz", "*.bz2", "*.xz", "*.zst", "*.lz4"),
@@ -40,17 +26,8 @@ USUAL_NAMES = (
     *("*.bak", "*.backup", "*.bkp", "*.bkf", "*.ucs", "*.scf", "*.sns", "*.unf", "*.exp"),
 )
 
-Sorted = PlainSerializer(sorted, return_type=list[int], when_used="json")
-HttpSuccess = Annotated[int, Field(strict=True, ge=200, le=299)]
 
-
-class _Table(BaseModel):
-    """A table of the configuration: nothing unknown in it, nothing to change in it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-
-class LogConfig(_Table):
+class LogConfig(TableModel):
     """How the daemon writes its log."""
 
     format: LogFormat = Field(
@@ -60,7 +37,7 @@ class LogConfig(_Table):
     level: LogLevel = Field(default="info", description="Least severity that is written.")
 
 
-class DropConfig(_Table):
+class DropConfig(TableModel):
     """A folder in which archives appear, and what becomes of them."""
 
     path: AbsolutePath = Field(
@@ -116,140 +93,7 @@ class DropConfig(_Table):
         return self
 
 
-class TimeoutConfig(_Table):
-    """How long the single steps of a request may take."""
-
-    connect: PositiveDuration = Field(
-        default=timedelta(seconds=10), description="Longest wait for a connection and its TLS handshake."
-    )
-    read: PositiveDuration = Field(
-        default=timedelta(minutes=10), description="Longest wait for the answer once everything is sent."
-    )
-    write: PositiveDuration = Field(
-        default=timedelta(seconds=60), description="Longest wait for one piece of the archive to be taken."
-    )
-    pool: PositiveDuration = Field(
-        default=timedelta(seconds=10), description="Longest wait for a free connection."
-    )
-
-
-class ReceiptConfig(_Table):
-    """Where the destination's answer states the digest of what it stored."""
-
-    digest: DigestSource = Field(
-        default="body:/sha256",
-        description='Place of the digest: "body:" and a JSON pointer, "header:" and a name, or "none".',
-    )
-    algorithm: DigestAlgorithm = Field(default="sha256", description="Algorithm of the digest.")
-    encoding: DigestEncoding = Field(default="hex", description="How the digest is written.")
-    prefix: int = Field(
-        default=0,
-        strict=True,
-        ge=0,
-        description="How many leading characters of the digest are reported; 0 is all of them.",
-    )
-
-    @model_validator(mode="after")
-    def _is_consistent(self) -> Self:
-        raise_all("receipt", consistency.receipt_faults(self))
-        return self
-
-
-class RetryConfig(_Table):
-    """How long to wait between attempts, and for how long to go on."""
-
-    initial: PositiveDuration = Field(
-        default=timedelta(seconds=1), description="Wait before the second attempt; it grows from there."
-    )
-    max: PositiveDuration = Field(
-        default=timedelta(minutes=5), description="Longest wait between two attempts."
-    )
-    give_up_after: PositiveDuration | None = Field(
-        default=None,
-        description="Age at which an undelivered archive is rejected; never unless given.",
-        examples=["30d"],
-    )
-
-    @model_validator(mode="after")
-    def _is_consistent(self) -> Self:
-        raise_all("retry", consistency.retry_faults(self))
-        return self
-
-
-class DestinationConfig(_Table):
-    """An endpoint that archives are uploaded to."""
-
-    url: UrlTemplate = Field(
-        description="Address that archives are posted to; its path and query may hold placeholders.",
-        examples=["https://vault.example.net/v1/upload"],
-    )
-    ca: TlsPath | None = Field(
-        default=None,
-        description="PEM file of the authorities to trust; the system's own unless given.",
-        examples=["/etc/backupd/tls/ca.pem"],
-    )
-    cert: TlsPath | None = Field(
-        default=None,
-        description="PEM file of the client certificate, followed by its chain.",
-        examples=["/etc/backupd/tls/client.pem"],
-    )
-    key: TlsPath | None = Field(
-        default=None,
-        description="PEM file of the client certificate's private key.",
-        examples=["/etc/backupd/tls/client.key"],
-    )
-    key_password_file: TlsPath | None = Field(
-        default=None,
-        description="File whose content, less the line end, unlocks the private key.",
-        examples=["/etc/backupd/tls/client.key.password"],
-    )
-    fields: dict[FieldName, FieldText] = Field(
-        default_factory=dict,
-        description="Further form fields, sent before the archive; values may hold placeholders.",
-        examples=[{"description": "Config backup {name}"}],
-    )
-    file_field: FieldName = Field(default="file", description="Form field of the archive itself.")
-    digest_field: DigestField = Field(
-        default="sha256", description="Form field of the digest, sent after the archive; empty for none."
-    )
-    headers: dict[HeaderName, HeaderText] = Field(
-        default_factory=dict,
-        description="Further headers of each request; values may hold placeholders.",
-        examples=[{"X-Backup-Source": "{host}"}],
-    )
-    success: Annotated[frozenset[HttpSuccess], Sorted] = Field(
-        default=frozenset({200, 201, 202, 204}),
-        min_length=1,
-        description="Statuses with which the destination accepts an archive.",
-    )
-    workers: int = Field(
-        default=2, strict=True, ge=1, le=64, description="How many archives are uploaded at the same time."
-    )
-    timeout: TimeoutConfig = Field(
-        default_factory=TimeoutConfig, description="How long the single steps of a request may take."
-    )
-    deadline: PositiveDuration | None = Field(
-        default=None,
-        description="Longest duration of a whole attempt; no limit unless given.",
-        examples=["6h"],
-    )
-    min_rate: Size = Field(
-        default=1024,
-        description="Bytes per second, over a minute, below which an attempt is given up; 0B never does.",
-    )
-    http2: bool = Field(default=False, strict=True, description="Whether HTTP/2 is offered.")
-    receipt: ReceiptConfig = Field(
-        default_factory=ReceiptConfig, description="Where the answer states the digest of what was stored."
-    )
-    retry: RetryConfig = Field(default_factory=RetryConfig, description="When a failed attempt is repeated.")
-
-    @model_validator(mode="after")
-    def _is_consistent(self) -> Self:
-        raise_all("destination", consistency.destination_faults(self))
-        return self
-
-
-class Config(_Table):
+class Config(TableModel):
     """The whole configuration of a daemon."""
 
     state_dir: AbsolutePath = Field(

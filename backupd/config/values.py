@@ -1,5 +1,6 @@
 """The kinds of single values that a configuration holds, each with its own check."""
 
+import base64
 import ipaddress
 import os
 import posixpath
@@ -22,6 +23,8 @@ _OUR_HEADERS: Final = frozenset(
     {"content-length", "content-type", "host", "idempotency-key", "transfer-encoding"}
 )
 _CREDENTIAL: Final = re.compile(r"auth|cookie|credential|key|passw|secret|signature|token", re.IGNORECASE)
+_HOST: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+_HOST_OR_IP: Final = re.compile(r"[A-Za-z0-9:](?:[A-Za-z0-9.:-]{0,251}[A-Za-z0-9:])?")
 _POINTER: Final = re.compile(r"(?:/(?:[^~/]|~[01])*)+")  # RFC 6901, section 3
 
 
@@ -156,6 +159,60 @@ def _digest_source(value: str) -> str:
     return value
 
 
+def _value_source(value: str) -> str:
+    return value if not value else _digest_source(value)
+
+
+def _proxy_url(value: str) -> str:
+    if not value:
+        return value
+    try:
+        address = urlsplit(value)
+        named = address.scheme == "http" and address.hostname and address.port is not None
+    except ValueError:
+        named = False
+    if not named or address.username is not None or address.path.strip("/") or address.query:
+        raise refused("expected a proxy such as http://proxy.example.net:3128, its user in proxy_user")
+    return value
+
+
+def _ip_address(value: str) -> str:
+    if value:
+        try:
+            ipaddress.ip_address(value)
+        except ValueError:
+            raise expected("an IP address") from None
+    return value
+
+
+def _host_name(value: str) -> str:
+    if value and not _HOST.fullmatch(value):
+        raise expected("a host name")
+    return value
+
+
+def _connect_to(value: str) -> str:
+    host, colon, port = value.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if value and not (colon and port.isdigit() and 0 < int(port) < 65536 and _HOST_OR_IP.fullmatch(bare)):
+        raise expected('a host and port such as "10.0.0.5:8443"')
+    return value
+
+
+def _pin(value: str) -> str:
+    try:
+        raw = base64.b64decode(value.removeprefix("sha256//"), validate=True)
+    except ValueError:
+        raw = b""
+    if len(raw) != 32:
+        raise expected("a SHA-256 in base64")
+    return value
+
+
+def _token_url(value: str) -> str:
+    return _url(value) if value else value
+
+
 _ABSOLUTE_SCHEMA: Final = WithJsonSchema({"type": "string", "pattern": "^/"})
 _FILE_SCHEMA: Final = WithJsonSchema({"type": "string", "minLength": 1})
 
@@ -172,3 +229,10 @@ FieldText = Annotated[str, AfterValidator(_field_text)]
 HeaderName = Annotated[str, AfterValidator(_header_name)]
 HeaderText = Annotated[str, AfterValidator(_header_text)]
 DigestSource = Annotated[str, AfterValidator(_digest_source)]
+ValueSource = Annotated[str, AfterValidator(_value_source)]
+ProxyUrl = Annotated[str, AfterValidator(_proxy_url)]
+IpAddress = Annotated[str, AfterValidator(_ip_address)]
+HostName = Annotated[str, AfterValidator(_host_name)]
+ConnectTo = Annotated[str, AfterValidator(_connect_to)]
+Pin = Annotated[str, AfterValidator(_pin)]
+TokenUrl = Annotated[str, AfterValidator(_token_url)]

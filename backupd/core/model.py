@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
+from typing import Protocol
 
 from backupd.core.policy import Reason
 
@@ -24,6 +25,40 @@ class Fingerprint:
     ctime_ns: int
 
 
+class Status(Protocol):
+    """What `fstat` returns, as far as it is needed here."""
+
+    @property
+    def st_dev(self) -> int:
+        """Number of the device."""
+        ...
+
+    @property
+    def st_ino(self) -> int:
+        """Number of the file on it."""
+        ...
+
+    @property
+    def st_size(self) -> int:
+        """Bytes."""
+        ...
+
+    @property
+    def st_mtime_ns(self) -> int:
+        """Time of the last change of the content."""
+        ...
+
+    @property
+    def st_ctime_ns(self) -> int:
+        """Time of the last change of content or status."""
+        ...
+
+
+def fingerprint_of(status: Status) -> Fingerprint:
+    """Return what identifies a file and its content in a stat result."""
+    return Fingerprint(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
 @dataclass(frozen=True, slots=True)
 class Digest:
     """An algorithm's name and its value over a content, in lower-case hex."""
@@ -33,6 +68,12 @@ class Digest:
 
     def __str__(self) -> str:
         return f"{self.algorithm}:{self.hex}"
+
+    @classmethod
+    def parse(cls, text: str) -> Digest:
+        """Return the digest that `str` wrote."""
+        algorithm, _, value = text.partition(":")
+        return cls(algorithm, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +102,8 @@ class Delivery:
     """The duty to bring one archive to one destination.
 
     `attempts` counts every request made for it; `charged` those whose failure was the archive's own
-    fault; `faults` those in a row that failed by the destination's.
+    fault; `faults` those in a row that failed by the destination's. `unknown` is the digest of a content
+    that went out whole, but whose answer was lost.
     """
 
     id: str
@@ -70,6 +112,7 @@ class Delivery:
     attempts: int = 0
     charged: int = 0
     faults: int = 0
+    unknown: Digest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +142,16 @@ class Delivered:
 
 @dataclass(frozen=True, slots=True)
 class Deferred:
-    """Not now: try again later."""
+    """Not now: try again later.
+
+    `unknown` is the digest of what went out whole while the answer was lost: the destination may have it.
+    """
 
     reason: Reason
     error: str
     http_status: int | None = None
     retry_after: timedelta | None = None
+    unknown: Digest | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ class Reason(StrEnum):
     TLS_CLIENT = "client_certificate_refused"
     CONNECTION_LOST = "connection_lost"
     PROTOCOL = "protocol_error"
+    PROXY = "proxy_failed"
     READ_TIMEOUT = "read_timeout"
     WRITE_TIMEOUT = "write_timeout"
     POOL_TIMEOUT = "pool_timeout"
@@ -32,6 +33,7 @@ class Reason(StrEnum):
     # it answered
     EARLY_SUCCESS = "early_success"
     REDIRECT = "redirected"
+    SIGN_IN = "sign_in_failed"
     UNAUTHORIZED = "unauthorized"
     FORBIDDEN = "forbidden"
     NOT_FOUND = "not_found"
@@ -44,7 +46,7 @@ class Reason(StrEnum):
     UNVERIFIED = "unverified"
     MISMATCH = "digest_mismatch"
     # on our side
-    LOCAL_TLS = "local_certificate_unusable"
+    LOCAL_FILES = "local_files_unusable"
     UNREADABLE = "archive_unreadable"
     STOPPED = "stopped"
     GAVE_UP = "gave_up"
@@ -120,6 +122,13 @@ RULES: tuple[Rule, ...] = (
         "check the url and its port",
     ),
     Rule(
+        Reason.PROXY,
+        _D,
+        Then.PAUSE,
+        "the proxy would not connect us",
+        "check `proxy`, its user and password, and what it allows",
+    ),
+    Rule(
         Reason.READ_TIMEOUT,
         _D,
         Then.PAUSE,
@@ -161,6 +170,13 @@ RULES: tuple[Rule, ...] = (
         Then.PAUSE,
         "the endpoint redirects; redirects are not followed",
         "put the final address into `url`",
+    ),
+    Rule(
+        Reason.SIGN_IN,
+        _D,
+        Then.PAUSE,
+        "the token endpoint gave no token",
+        "check `auth`: `token_url`, `client_id`, the secret's file and `scope`",
     ),
     Rule(
         Reason.UNAUTHORIZED,
@@ -236,10 +252,10 @@ RULES: tuple[Rule, ...] = (
         "the endpoint stored something else; look at what it keeps",
     ),
     Rule(
-        Reason.LOCAL_TLS,
+        Reason.LOCAL_FILES,
         _D,
         Then.PAUSE,
-        "our own CA, certificate or key can't be used",
+        "our own CA, certificate, key or secret can't be used",
         "run `backupd check`",
     ),
     Rule(

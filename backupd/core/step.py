@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from enum import StrEnum
 
 from backupd.core.model import (
     Deferred,
@@ -28,6 +29,14 @@ class Step:
     due_at: datetime | None = None
     charged: int = 0
     faults: int = 0
+
+
+class Priority(StrEnum):
+    """Which of a destination's due deliveries goes first: due for longest, smallest, or newest."""
+
+    OLDEST = "oldest"
+    SMALLEST = "smallest"
+    NEWEST = "newest"
 
 
 @dataclass(frozen=True, slots=True)

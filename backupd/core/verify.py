@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from dataclasses import dataclass
 
 from backupd.core.model import Deferred, Delivered, Digest, Outcome, Receipt
 from backupd.core.policy import Reason
+
+RFC_9530_NAMES = {"sha256": "sha-256", "sha512": "sha-512", "sha1": "sha", "md5": "md5"}
+"""Names of algorithms in Repr-Digest and Content-Digest (RFC 9530 section 5)."""
+
+_RFC_9530_MEMBER = re.compile(r"(?:^|,)[ \t]*([a-z0-9-]+)=:([A-Za-z0-9+/=]*):")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +47,14 @@ def matches(sent: Digest, stated: str, expected: Expectation) -> bool:
     """Tell whether a stated value is the digest that was sent.
 
     Takes hex in either case, base64 and base64url with or without padding, an `algorithm:` before the
-    value, and a prefix of the stated length.
+    value, a prefix of the stated length, and the dictionary of RFC 9530.
     """
+    dictionary = _RFC_9530_MEMBER.findall(stated)
+    if dictionary:
+        wanted = RFC_9530_NAMES.get(sent.algorithm)
+        return any(
+            name == wanted and value.rstrip("=") == _base64(sent, "base64") for name, value in dictionary
+        )
     value = stated.strip()
     name, colon, rest = value.partition(":")
     if colon and name.isascii() and name.replace("-", "").isalnum():

@@ -16,7 +16,7 @@ from backupd.core.errors import LedgerError
 from backupd.core.labels import variables
 from backupd.core.model import Attempt, Deferred, Delivery, Outcome, Superseded
 from backupd.core.policy import Reason, rule_of
-from backupd.core.step import Patience, next_step
+from backupd.core.step import Patience, Priority, next_step
 from backupd.delivery.attempts import short_attempts
 from backupd.delivery.gate import SharedGate
 from backupd.delivery.wakeup import Wakeup
@@ -46,6 +46,7 @@ class Lane:
     ledger: Ledger
     gate: SharedGate
     patience: Patience
+    priority: Priority
     wakeup: Wakeup
     sources: Mapping[str, Source]
     log: EventLog
@@ -78,7 +79,7 @@ class Worker:
             return False
         delivery = None
         try:
-            delivery = lane.ledger.claim(lane.destination, datetime.now(UTC))
+            delivery = lane.ledger.claim(lane.destination, datetime.now(UTC), lane.priority)
         except LedgerError as error:
             lane.log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
         if delivery is None:
@@ -138,6 +139,7 @@ class Worker:
             fd,
             archive.fingerprint,
             variables(archive, self._lane.host, source.label_pattern),
+            unknown=delivery.unknown,
         )
         try:
             return self._uploader.upload(cargo), cargo.sent

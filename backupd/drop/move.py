@@ -7,8 +7,8 @@ import errno
 import os
 from collections.abc import Iterator
 
-from backupd.core.model import Fingerprint
-from backupd.drop.folder import DropFolder, fingerprint_of
+from backupd.core.model import Fingerprint, fingerprint_of
+from backupd.drop.folder import DropFolder
 
 _NOREPLACE = 1
 _libc = ctypes.CDLL(None, use_errno=True)

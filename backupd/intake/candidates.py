@@ -7,8 +7,9 @@ import stat
 
 from backupd.config.models import DropConfig
 from backupd.core.eligibility import Eligibility, Ineligible, Patterns
+from backupd.core.model import fingerprint_of
 from backupd.core.stability import StabilityTracker
-from backupd.drop.folder import DropFolder, fingerprint_of
+from backupd.drop.folder import DropFolder
 from backupd.drop.writer import is_being_written
 from backupd.ledger.port import Sighting
 from backupd.ops import events

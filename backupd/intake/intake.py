@@ -12,7 +12,8 @@ from datetime import UTC, datetime
 
 from backupd.config.models import DropConfig
 from backupd.core.errors import LedgerError
-from backupd.drop.folder import DropFolder, fingerprint_of
+from backupd.core.model import fingerprint_of
+from backupd.drop.folder import DropFolder
 from backupd.drop.walk import walk
 from backupd.intake.candidates import Candidates
 from backupd.intake.sight import Sight

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from backupd.core.gate import Gate
 from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint
-from backupd.core.step import Step
+from backupd.core.step import Priority, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +108,8 @@ class Ledger(Protocol):
         """Make a pending delivery to each destination for each file not accounted for yet."""
         ...
 
-    def claim(self, destination: str, now: datetime) -> Delivery | None:
-        """Return the delivery that has been due for longest, now claimed, or None."""
+    def claim(self, destination: str, now: datetime, priority: Priority = Priority.OLDEST) -> Delivery | None:
+        """Return the due delivery that goes first, now claimed, or None."""
         ...
 
     def next_due(self, destination: str) -> datetime | None:

@@ -67,6 +67,8 @@ def delivery_row(finished: Finished, now: datetime) -> Row:
     if isinstance(step.outcome, Delivered):
         digest, verified = str(step.outcome.digest), step.outcome.verified
         receipt = step.outcome.receipt.body
+    elif isinstance(step.outcome, Deferred) and step.outcome.unknown is not None:
+        digest = str(step.outcome.unknown)
     return (
         step.state,
         as_micros(step.due_at or now) if pending else None,

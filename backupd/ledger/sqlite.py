@@ -11,8 +11,8 @@ from datetime import datetime
 
 from backupd.core.errors import LedgerError
 from backupd.core.gate import Gate
-from backupd.core.model import Archive, Delivery, DeliveryState
-from backupd.core.step import archive_state
+from backupd.core.model import Archive, Delivery, DeliveryState, Digest
+from backupd.core.step import Priority, archive_state
 from backupd.ledger.port import Admission, Backlog, Disposed, Finished, Known, Ledger, Settled, Sighting, mark
 from backupd.ledger.rows import (
     ARCHIVE_COLUMNS,
@@ -23,6 +23,13 @@ from backupd.ledger.rows import (
     attempt_row,
     delivery_row,
 )
+
+_DUE = "WHERE destination = ? AND state = 'pending' AND due_at <= ?"
+_FIRST = {
+    Priority.OLDEST: f"INDEXED BY delivery_due {_DUE} ORDER BY due_at",
+    Priority.SMALLEST: f"INDEXED BY delivery_smallest {_DUE} ORDER BY size",
+    Priority.NEWEST: f"INDEXED BY delivery_newest {_DUE} ORDER BY archive_id DESC",
+}
 
 
 class SqliteLedger(Ledger):
@@ -95,19 +102,19 @@ class SqliteLedger(Ledger):
                 admitted.append(_insert(db, sighting, destinations, now))
         return Admission(tuple(admitted), tuple(superseded))
 
-    def claim(self, destination: str, now: datetime) -> Delivery | None:
+    def claim(self, destination: str, now: datetime, priority: Priority = Priority.OLDEST) -> Delivery | None:
         """See `Ledger.claim`."""
         with self._transaction(durable=False) as db:
             row = db.execute(
-                "UPDATE delivery SET state = 'claimed' WHERE id ="
-                " (SELECT id FROM delivery WHERE destination = ? AND state = 'pending' AND due_at <= ?"
-                "  ORDER BY due_at LIMIT 1)"
-                " RETURNING id, archive_id, attempts, charged, faults",
+                f"UPDATE delivery SET state = 'claimed' WHERE id ="  # noqa: S608 -- own clauses
+                f" (SELECT id FROM delivery {_FIRST[priority]} LIMIT 1)"
+                " RETURNING id, archive_id, attempts, charged, faults, digest",
                 (destination, as_micros(now)),
             ).fetchone()
             if row is None:
                 return None
-            return Delivery(row[0], _archive(db, row[1]), destination, *row[2:])
+            unknown = Digest.parse(row[5]) if row[5] else None
+            return Delivery(row[0], _archive(db, row[1]), destination, row[2], row[3], row[4], unknown)
 
     def next_due(self, destination: str) -> datetime | None:
         """See `Ledger.next_due`."""
@@ -214,8 +221,8 @@ def _insert(db: sqlite3.Connection, s: Sighting, destinations: Sequence[str], no
         (s.drop, s.relpath, f.device, f.inode, f.size, f.mtime_ns, f.ctime_ns, at),
     ).lastrowid
     db.executemany(
-        "INSERT INTO delivery (id, archive_id, destination, due_at) VALUES (?, ?, ?, ?)",
-        [(str(uuid.uuid4()), archive_id, destination, at) for destination in destinations],
+        "INSERT INTO delivery (id, archive_id, destination, size, due_at) VALUES (?, ?, ?, ?, ?)",
+        [(str(uuid.uuid4()), archive_id, name, s.fingerprint.size, at) for name in destinations],
     )
     return Archive(archive_id or 0, s.drop, s.relpath, f, as_time(at))
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 
-from backupd.core.model import Digest, Fingerprint
+from backupd.core.model import Digest, fingerprint_of
 from backupd.upload.line import Line
 from backupd.upload.multipart import Framing
 from backupd.upload.port import Cargo
@@ -26,14 +26,18 @@ class ReadFailedError(Exception):
 class Body:
     """An iterable of chunks, from the beginning each time it is asked for an iterator.
 
-    `complete` tells whether the last chunk was handed over; `digest` is known from then on.
+    `complete` tells whether the last chunk was handed over; `digest` is known from then on. `expected`
+    is the digest that was stated before, where one was.
     """
 
-    def __init__(self, cargo: Cargo, framing: Framing, algorithm: str, line: Line) -> None:
+    def __init__(
+        self, cargo: Cargo, framing: Framing, algorithm: str, line: Line, expected: Digest | None = None
+    ) -> None:
         self._cargo = cargo
         self._framing = framing
         self._algorithm = algorithm
         self._line = line
+        self._expected = expected
         self.complete = False
         self.digest = Digest(algorithm, "")
 
@@ -57,6 +61,8 @@ class Body:
                 pending += chunk
         self._check()  # before the last bytes: a request that is not complete stores nothing
         self.digest = Digest(self._algorithm, hasher.hexdigest())
+        if self._expected not in (None, self.digest):
+            raise FileChangedError("was rewritten since its digest was stated")
         yield pending + self._framing.after(self.digest.hex)
         self._handed_over(size)
         self.complete = True
@@ -83,9 +89,7 @@ class Body:
             status = os.fstat(self._cargo.fd)
         except OSError as error:
             raise ReadFailedError(error.strerror) from error
-        now = Fingerprint(
-            status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-        )
+        now = fingerprint_of(status)
         if now != self._cargo.fingerprint:
             raise FileChangedError(
                 f"was {self._cargo.fingerprint.size} bytes, is {now.size} bytes, or was rewritten"

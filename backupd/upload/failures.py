@@ -9,38 +9,43 @@ from collections.abc import Iterator
 import httpx
 
 from backupd.core.policy import Reason
+from backupd.upload.wire import PIN_MISMATCH
 
-_TIMEOUTS: tuple[tuple[type[httpx.TimeoutException], Reason], ...] = (
+_BY_TYPE: tuple[tuple[type[httpx.TransportError], Reason], ...] = (
     (httpx.ConnectTimeout, Reason.CONNECT_TIMEOUT),
     (httpx.ReadTimeout, Reason.READ_TIMEOUT),
     (httpx.WriteTimeout, Reason.WRITE_TIMEOUT),
     (httpx.PoolTimeout, Reason.POOL_TIMEOUT),
+    (httpx.ProxyError, Reason.PROXY),
+    (httpx.ConnectError, Reason.CONNECT),
+    (httpx.LocalProtocolError, Reason.PROTOCOL),
+    (httpx.UnsupportedProtocol, Reason.PROTOCOL),
 )
 
 
 def reason_of(error: httpx.TransportError) -> tuple[Reason, str]:
     """Return the reason for a transport error, and words for it."""
-    for kind, reason in _TIMEOUTS:
+    if str(error).startswith(PIN_MISMATCH):
+        return Reason.TLS, str(error)
+    if not isinstance(error, httpx.TimeoutException):
+        for cause in _causes(error):
+            if isinstance(cause, ssl.SSLError):
+                return _of_tls(cause)
+            if isinstance(cause, socket.gaierror):
+                return Reason.DNS, cause.strerror or str(cause)
+    words = str(error) or type(error).__name__
+    for kind, reason in _BY_TYPE:
         if isinstance(error, kind):
-            return reason, str(error) or reason.value
-    for cause in _causes(error):
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return Reason.TLS, f"the destination's certificate: {cause.verify_message}"
-        if isinstance(cause, ssl.SSLError):
-            return _of_tls(cause)
-        if isinstance(cause, socket.gaierror):
-            return Reason.DNS, cause.strerror or str(cause)
-    if isinstance(error, httpx.ConnectError):
-        return Reason.CONNECT, str(error)
-    if isinstance(error, httpx.LocalProtocolError | httpx.UnsupportedProtocol | httpx.ProxyError):
-        return Reason.PROTOCOL, str(error)
-    if isinstance(error, httpx.RemoteProtocolError) and "disconnected" not in str(error):
-        return Reason.PROTOCOL, str(error)
-    return Reason.CONNECTION_LOST, str(error) or type(error).__name__
+            return reason, words
+    if isinstance(error, httpx.RemoteProtocolError) and "disconnected" not in words:
+        return Reason.PROTOCOL, words
+    return Reason.CONNECTION_LOST, words
 
 
 def _of_tls(error: ssl.SSLError) -> tuple[Reason, str]:
     """Tell an alert about our certificate from other trouble; under TLS 1.3 it comes after the handshake."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return Reason.TLS, f"the destination's certificate: {error.verify_message}"
     name = (error.reason or "").upper()
     words = (error.reason or str(error)).replace("_", " ").lower()
     if "ALERT" in name and ("CERTIFICATE" in name or "UNKNOWN_CA" in name or "ACCESS_DENIED" in name):

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 
 from backupd.core.policy import Reason
+from backupd.upload.bandwidth import Bandwidth
 
 RATE_WINDOW = 60.0
 """Seconds over which the least rate is measured."""
@@ -51,11 +52,19 @@ class Line:
     """The bounds of one uploader's attempts; its connections ask it how long they may wait.
 
     `deadline` is in seconds for a whole attempt, None for none; `min_rate` in bytes per second while
-    the body is sent, 0 for none.
+    the body is sent, 0 for none; `bandwidth` is shared with the destination's other uploaders.
     """
 
-    def __init__(self, abort: Abort, *, deadline: float | None = None, min_rate: int = 0) -> None:
+    def __init__(
+        self,
+        abort: Abort,
+        *,
+        deadline: float | None = None,
+        min_rate: int = 0,
+        bandwidth: Bandwidth | None = None,
+    ) -> None:
         self._abort = abort
+        self._bandwidth = bandwidth
         self._deadline = deadline
         self._min_rate = min_rate
         self._ends: float | None = None
@@ -77,25 +86,42 @@ class Line:
             self._window.moved += count
             self._check(time.monotonic())
 
+    def check(self) -> None:
+        """Raise AttemptEndedError where the attempt is to end now."""
+        self.wait(-1, 0, 0)
+
+    def grant(self, wanted: int) -> tuple[int, float]:
+        """Return how many bytes may be sent now, and if none, the seconds until some may.
+
+        That wait is ours, not the destination's: it does not count against the least rate.
+        """
+        if self._bandwidth is None:
+            return wanted, 0.0
+        granted, wait = self._bandwidth.take(wanted)
+        if self._window is not None:
+            self._window.began += wait
+        return granted, wait
+
     def wait(self, fd: int, events: int, timeout: float | None) -> bool:
-        """Wait for poll(2) events on a descriptor; return False once `timeout` seconds have passed.
+        """Wait for poll(2) events on a descriptor, if any; return False after `timeout` seconds.
 
         Raises AttemptEndedError when aborted, over the deadline, or slower than the least rate.
         """
         until = None if timeout is None else time.monotonic() + timeout
         poller = select.poll()
-        poller.register(fd, events)
+        if fd >= 0:
+            poller.register(fd, events)
         poller.register(self._abort.fileno(), select.POLLIN)
         while True:
             now = time.monotonic()
             self._check(now)
-            if until is not None and now >= until:
-                return False
             ready = dict(poller.poll(self._milliseconds(now, until)))
             if self._abort.fileno() in ready:
                 raise AttemptEndedError(Reason.STOPPED, "the daemon was told to stop")
             if ready:
                 return True
+            if until is not None and time.monotonic() >= until:
+                return False
 
     def _milliseconds(self, now: float, until: float | None) -> int | None:
         ends = [t for t in (until, self._ends) if t is not None]

@@ -22,7 +22,10 @@ def _percent(char: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Framing:
-    """The bytes around a file: all that goes before it, and a function's worth of what goes after."""
+    """The bytes around a file: all that goes before it, and a function's worth of what goes after.
+
+    Without a boundary there is nothing around it.
+    """
 
     boundary: str
     before: bytes
@@ -30,6 +33,8 @@ class Framing:
 
     def after(self, digest: str) -> bytes:
         """Return what follows the file; its length is the same for every digest of one algorithm."""
+        if not self.boundary:
+            return b""
         part = b""
         if self.digest_field:
             part = _part(self.boundary, self.digest_field) + digest.encode("ascii") + b"\r\n"
@@ -38,7 +43,14 @@ class Framing:
     @property
     def content_type(self) -> str:
         """Return the Content-Type of the request."""
+        if not self.boundary:
+            return "application/octet-stream"
         return f"multipart/form-data; boundary={self.boundary}"
+
+
+def raw() -> Framing:
+    """Return the framing of a body that is the file itself."""
+    return Framing("", b"", "")
 
 
 def frame(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from backupd.core.model import Fingerprint, Outcome
+from backupd.core.model import Digest, Fingerprint, Outcome
 
 Progress = Callable[[int], None]
 """Called with the bytes of the archive handed to the connection so far."""
@@ -20,8 +20,9 @@ def _no_progress(_sent: int) -> None:
 class Cargo:
     """One archive, open for reading, on its way to one destination.
 
-    `fd` is read with `pread` and not closed; `variables` are the values of templates; `sent` is set by
-    the uploader, in bytes of the archive.
+    `fd` is read with `pread` and not closed; `variables` are the values of templates; `unknown` is the
+    digest of an earlier attempt whose answer was lost. `sent` is set by the uploader, in bytes of the
+    archive.
     """
 
     delivery_id: str
@@ -30,6 +31,7 @@ class Cargo:
     fingerprint: Fingerprint
     variables: Mapping[str, str]
     progress: Progress = _no_progress
+    unknown: Digest | None = None
     sent: int = field(default=0, init=False)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ssl
 from pathlib import Path
+from typing import Protocol
 
 from backupd.config.certificates import key_password
-from backupd.config.models import DestinationConfig
 from backupd.core.errors import ConfigError
 
 
@@ -14,18 +14,41 @@ class TlsFilesError(ConfigError):
     """The CA, certificate or key can't be used."""
 
 
-def make_context(config: DestinationConfig) -> ssl.SSLContext:
-    """Return a context that trusts the destination's CA and shows our certificate.
+class TlsFiles(Protocol):
+    """The part of a configuration that names files for TLS."""
 
-    TLS 1.2 at least, host name checked. Without `ca` the system's CAs are trusted. Raises TlsFilesError
-    with the file's name.
+    @property
+    def ca(self) -> Path | None:
+        """Return the PEM file of the authorities to trust; None for the system's."""
+        ...
+
+    @property
+    def cert(self) -> Path | None:
+        """Return the PEM file of our certificate."""
+        ...
+
+    @property
+    def key(self) -> Path | None:
+        """Return the PEM file of its key."""
+        ...
+
+    @property
+    def key_password_file(self) -> Path | None:
+        """Return the file of the key's password."""
+        ...
+
+
+def make_context(files: TlsFiles, *, http2: bool = False, tls_min: str = "1.2") -> ssl.SSLContext:
+    """Return a context that trusts the given CA and shows our certificate.
+
+    The chain and the host name are always checked. Raises TlsFilesError with the file's name.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # not create_default_context: it heeds SSLKEYLOGFILE
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["h2", "http/1.1"] if config.http2 else ["http/1.1"])
-    _trust(context, config.ca)
-    if config.cert is not None and config.key is not None:
-        _identify(context, config.cert, config.key, config.key_password_file)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3 if tls_min == "1.3" else ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["h2", "http/1.1"] if http2 else ["http/1.1"])
+    _trust(context, files.ca)
+    if files.cert is not None and files.key is not None:
+        _identify(context, files.cert, files.key, files.key_password_file)
     return context
 
 

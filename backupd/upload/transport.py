@@ -9,8 +9,12 @@ from contextlib import contextmanager
 import httpcore
 import httpx
 
+from backupd.upload.backend import WireBackend
 from backupd.upload.line import Line
-from backupd.upload.wire import WireBackend
+from backupd.upload.wire import DIRECT, Route
+
+MOST_OF_AN_ANSWER = 1024 * 1024
+"""Bytes of an answer's body that are taken in at all, whoever reads it."""
 
 _KEEPALIVE = 30.0
 """Seconds for which an idle connection is kept; most servers close theirs after 60 or more."""
@@ -19,13 +23,22 @@ _KEEPALIVE = 30.0
 class Transport(httpx.BaseTransport):
     """An httpx transport whose connections keep to the bounds of a `Line`."""
 
-    def __init__(self, context: ssl.SSLContext, line: Line, *, http2: bool = False) -> None:
+    def __init__(
+        self,
+        context: ssl.SSLContext,
+        line: Line,
+        *,
+        http2: bool = False,
+        route: Route = DIRECT,
+        proxy: httpcore.Proxy | None = None,
+    ) -> None:
         self._pool = httpcore.ConnectionPool(
             ssl_context=context,
             max_connections=2,
             keepalive_expiry=_KEEPALIVE,
             http2=http2,
-            network_backend=WireBackend(line),
+            network_backend=WireBackend(line, route),
+            proxy=proxy,
         )
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
@@ -62,8 +75,13 @@ class _Answer(httpx.SyncByteStream):
         self._answer = answer
 
     def __iter__(self) -> Iterator[bytes]:
+        taken = 0
         with _as_httpx():
-            yield from self._answer.iter_stream()
+            for chunk in self._answer.iter_stream():
+                taken += len(chunk)
+                if taken > MOST_OF_AN_ANSWER:
+                    return
+                yield chunk
 
     def close(self) -> None:
         self._answer.close()
@@ -74,8 +92,12 @@ def _as_httpx() -> Iterator[None]:
     """Raise the exception of httpx that has the name of httpcore's."""
     try:
         yield
-    except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError) as error:
-        raised: type[Exception] = getattr(httpx, type(error).__name__)
+    except (
+        httpcore.TimeoutException,
+        httpcore.NetworkError,
+        httpcore.ProtocolError,
+        httpcore.ProxyError,
+        httpcore.UnsupportedProtocol,
+    ) as error:
+        raised: type[httpx.TransportError] = getattr(httpx, type(error).__name__)
         raise raised(str(error)) from error
-    except httpcore.UnsupportedProtocol as error:
-        raise httpx.UnsupportedProtocol(str(error)) from error

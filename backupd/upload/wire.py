@@ -6,11 +6,12 @@ the connection, and nothing can interrupt a stalled write.
 
 from __future__ import annotations
 
-import os
+import base64
+import hashlib
 import select
 import socket
 import ssl
-from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import httpcore
@@ -19,77 +20,35 @@ from backupd.upload.line import Line
 
 _WANT_READ = (ssl.SSLWantReadError,)
 _WANT_WRITE = (ssl.SSLWantWriteError,)
+PIN_MISMATCH = "pin mismatch"
 _LARGEST_HEAD = 16 * 1024
 _READ = 64 * 1024
 
 
-class WireBackend(httpcore.NetworkBackend):
-    """Makes `Wire`s; all of them keep to the bounds of one `Line`."""
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How to get to a destination, where that is not simply what its url says.
 
-    def __init__(self, line: Line) -> None:
-        self._line = line
+    `connect_to` is a host and port; `server_name` the name to ask for and expect; `pins` are SHA-256
+    values, in base64, of the public keys (SubjectPublicKeyInfo) one of which the other side has to show.
+    """
 
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.NetworkStream:
-        """Connect to the first address that answers; `timeout` in seconds is for each."""
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            raise httpcore.ConnectError(str(error)) from error
-        failure: httpcore.NetworkError | httpcore.TimeoutException | None = None
-        for family, kind, protocol, _, address in found:
-            sock = socket.socket(family, kind, protocol)
-            try:
-                self._connect(sock, address, timeout, local_address, socket_options or ())
-            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-                sock.close()
-                failure = error
-            except BaseException:
-                sock.close()
-                raise
-            else:
-                return Wire(sock, self._line)
-        raise failure or httpcore.ConnectError(f"no address for {host}")
+    connect_to: tuple[str, int] | None = None
+    local_address: str = ""
+    server_name: str = ""
+    pins: frozenset[str] = frozenset()
 
-    def _connect(
-        self,
-        sock: socket.socket,
-        address: Any,
-        timeout: float | None,
-        local_address: str | None,
-        options: Iterable[httpcore.SOCKET_OPTION],
-    ) -> None:
-        sock.setblocking(False)
-        try:
-            if local_address:
-                sock.bind((local_address, 0))
-            for option in options:
-                sock.setsockopt(*option)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            code = sock.connect_ex(address)
-            if code == 115:  # EINPROGRESS
-                if not self._line.wait(sock.fileno(), select.POLLOUT, timeout):
-                    raise httpcore.ConnectTimeout(f"no answer from {address[0]} port {address[1]}")
-                code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if code:
-                raise OSError(code, f"{os.strerror(code)} ({address[0]} port {address[1]})")
-        except OSError as error:
-            raise httpcore.ConnectError(error.strerror or str(error)) from error
+
+DIRECT = Route()
 
 
 class Wire(httpcore.NetworkStream):
     """A connection, plain or TLS, on a socket that never blocks."""
 
-    def __init__(self, sock: socket.socket, line: Line) -> None:
+    def __init__(self, sock: socket.socket, line: Line, route: Route = DIRECT) -> None:
         self._sock = sock
         self._line = line
+        self._route = route
         self._held = b""
         self._heard = bytearray()
         self._ended = False
@@ -102,26 +61,40 @@ class Wire(httpcore.NetworkStream):
         """Shake hands; `timeout` in seconds is for each wait of it."""
         try:
             sock = ssl_context.wrap_socket(
-                self._sock, server_hostname=server_hostname, do_handshake_on_connect=False
+                self._sock,
+                server_hostname=self._route.server_name or server_hostname,
+                do_handshake_on_connect=False,
             )
             self._sock = sock
-            while True:
-                try:
-                    sock.do_handshake()
-                    break
-                except _WANT_READ:
-                    done = self._line.wait(sock.fileno(), select.POLLIN, timeout)
-                except _WANT_WRITE:
-                    done = self._line.wait(sock.fileno(), select.POLLOUT, timeout)
-                if not done:
-                    raise httpcore.ConnectTimeout("no answer in the TLS handshake")
+            self._shake_hands(sock, timeout)
+            self._check_pins(sock)
         except (OSError, ValueError) as error:
             self.close()
             raise httpcore.ConnectError(str(error)) from error
         except BaseException:
             self.close()
             raise
-        return Wire(sock, self._line)
+        return Wire(sock, self._line, self._route)
+
+    def _shake_hands(self, sock: ssl.SSLSocket, timeout: float | None) -> None:
+        while True:
+            try:
+                sock.do_handshake()
+            except _WANT_READ:
+                done = self._line.wait(sock.fileno(), select.POLLIN, timeout)
+            except _WANT_WRITE:
+                done = self._line.wait(sock.fileno(), select.POLLOUT, timeout)
+            else:
+                return
+            if not done:
+                raise httpcore.ConnectTimeout("no answer in the TLS handshake")
+
+    def _check_pins(self, sock: ssl.SSLSocket) -> None:
+        if not self._route.pins:
+            return
+        shown = spki_pin(sock.getpeercert(binary_form=True) or b"")
+        if shown not in self._route.pins:
+            raise httpcore.ConnectError(f"{PIN_MISMATCH}: the endpoint's public key is {shown}")
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         """Send all of a buffer; `timeout` in seconds is for each wait without any progress.
@@ -140,6 +113,22 @@ class Wire(httpcore.NetworkStream):
         view = memoryview(buffer)
         if view and not self._is_http2:
             self._listen()
+        while view:
+            piece = view[: self._grant(len(view))]
+            self._send_piece(piece, timeout)
+            view = view[len(piece) :]
+
+    def _grant(self, wanted: int) -> int:
+        """Return how many bytes the bandwidth limit lets out now, after having waited for some."""
+        while True:
+            granted, wait = self._line.grant(wanted)
+            if granted:
+                return granted
+            fd = -1 if self._is_http2 else self._sock.fileno()
+            if self._line.wait(fd, select.POLLIN, wait):
+                self._listen()
+
+    def _send_piece(self, view: memoryview, timeout: float | None) -> None:
         while view:
             try:
                 count = self._sock.send(view)
@@ -236,6 +225,16 @@ class Wire(httpcore.NetworkStream):
         except httpcore.WriteError:
             return True
         return bool(self._heard)
+
+
+def spki_pin(certificate: bytes) -> str:
+    """Return the SHA-256, in base64, of the public key in a DER certificate (RFC 7469 section 2.4)."""
+    from cryptography import x509  # noqa: PLC0415 -- only who pins needs it
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat  # noqa: PLC0415
+
+    key = x509.load_der_x509_certificate(certificate).public_key()
+    der = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return base64.b64encode(hashlib.sha256(der).digest()).decode("ascii")
 
 
 def _is_final(heard: bytearray) -> bool:

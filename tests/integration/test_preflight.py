@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from backupd.config.models import Config, DestinationConfig, DropConfig
+from backupd.config.destination import DestinationConfig
+from backupd.config.models import Config, DropConfig
 from backupd.config.preflight import Problem, mount_points, preflight
 
 NOW = datetime(2030, 6, 1, 12, tzinfo=UTC)

@@ -30,6 +30,7 @@ CREATE TABLE delivery (
     id           TEXT    PRIMARY KEY,
     archive_id   INTEGER NOT NULL REFERENCES archive (id) ON DELETE CASCADE,
     destination  TEXT    NOT NULL,
+    size         INTEGER NOT NULL,
     state        TEXT    NOT NULL DEFAULT 'pending'
                  CHECK (state IN ('pending', 'claimed', 'delivered', 'rejected', 'superseded')),
     due_at       INTEGER,
@@ -47,6 +48,8 @@ CREATE TABLE delivery (
 
 CREATE INDEX delivery_of_archive ON delivery (archive_id);
 CREATE INDEX delivery_due ON delivery (destination, due_at) WHERE state = 'pending';
+CREATE INDEX delivery_smallest ON delivery (destination, size) WHERE state = 'pending';
+CREATE INDEX delivery_newest ON delivery (destination, archive_id) WHERE state = 'pending';
 CREATE INDEX delivery_claimed ON delivery (destination) WHERE state = 'claimed';
 CREATE INDEX delivery_rejected ON delivery (ended_at) WHERE state = 'rejected';
 CREATE INDEX delivery_ended ON delivery (destination, ended_at) WHERE state = 'delivered';

@@ -1,0 +1,112 @@
+"""Judging an answer: a success with a receipt that matches, or a failure in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+
+from backupd.config.destination import ReceiptConfig
+from backupd.core.failure import failure
+from backupd.core.model import Deferred, Delivered, Digest, Outcome, Receipt, Rejected
+from backupd.core.policy import reason_of_status
+from backupd.core.retry import parse_retry_after
+from backupd.core.verify import Expectation, judge
+
+_MOST = 64 * 1024
+"""Bytes of an answer that are read."""
+
+
+class Judge:
+    """Judges the answers of one destination."""
+
+    def __init__(self, config: ReceiptConfig) -> None:
+        self._config = config
+        self._expected = Expectation(config.digest != "none", config.encoding, config.prefix)
+
+    def of_success(self, response: httpx.Response, sent: Digest, size: int) -> Outcome:
+        """Return `Delivered` if the receipt in an answer is for what was sent, else why it is not."""
+        return judge(sent, size, self._receipt(response), self._expected)
+
+    def of_duplicate(self, response: httpx.Response, sent: Digest, size: int) -> Delivered | Rejected:
+        """Return `Delivered` if a 409 states the very content that was to be sent, else the rejection."""
+        refused = refusal(response)
+        if self._expected.required:
+            outcome = judge(sent, size, self._receipt(response), self._expected)
+            if isinstance(outcome, Delivered):
+                return outcome
+        assert isinstance(refused, Rejected)  # noqa: S101 -- what the policy says of a 409
+        return refused
+
+    def _receipt(self, response: httpx.Response) -> Receipt:
+        body = _read(response)
+        digest = _stated(self._config.digest, response.headers, body)
+        size = _stated(self._config.size, response.headers, body) if self._config.size else None
+        return Receipt(
+            response.status_code,
+            digest[:1024] if isinstance(digest, str) else None,
+            _as_count(size),
+            body[:4096].decode("utf-8", "backslashreplace"),
+        )
+
+
+def refusal(response: httpx.Response) -> Deferred | Rejected:
+    """Return what the policy makes of an answer that is no success, in the destination's own words."""
+    status = response.status_code
+    asked = response.headers.get("Retry-After")
+    wait = parse_retry_after(asked, datetime.now(UTC)) if asked else None
+    return failure(reason_of_status(status), _explained(response), status, wait)
+
+
+def _stated(where: str, headers: Mapping[str, str], body: bytes) -> object:
+    """Return the value at `body:/json/pointer` (RFC 6901) or `header:Name`; None if it is not there."""
+    kind, _, place = where.partition(":")
+    if kind == "header":
+        return headers.get(place)
+    if kind != "body":
+        return None
+    try:
+        value: Any = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    for token in place.split("/")[1:]:
+        key = token.replace("~1", "/").replace("~0", "~")
+        if isinstance(value, dict):
+            value = value.get(key)
+        elif isinstance(value, list) and key.isascii() and key.isdigit() and int(key[:9]) < len(value):
+            value = value[int(key[:9])]
+        else:
+            return None
+    return value
+
+
+def _as_count(value: object) -> int | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        return int(value[:20])
+    return None
+
+
+def _read(response: httpx.Response) -> bytes:
+    data = b""
+    for chunk in response.iter_raw():
+        data += chunk
+        if len(data) > _MOST:
+            break
+    return data[:_MOST]
+
+
+def _explained(response: httpx.Response) -> str:
+    """Return a status with the beginning of what the destination says about it."""
+    try:
+        said = _read(response)[:300].decode("utf-8", "backslashreplace").strip()
+    except httpx.TransportError:
+        said = ""
+    line = f"{response.status_code} {response.reason_phrase}".strip()
+    if 300 <= response.status_code < 400:
+        line += f" to {response.headers.get('Location', 'nowhere').partition('?')[0][:200]}"
+    return f"{line}: {said}" if said else line

@@ -1,0 +1,77 @@
+"""Making connections for httpcore: without blocking, so that every wait can be ended."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+from collections.abc import Iterable
+from typing import Any
+
+import httpcore
+
+from backupd.upload.line import Line
+from backupd.upload.wire import DIRECT, Route, Wire
+
+
+class WireBackend(httpcore.NetworkBackend):
+    """Makes `Wire`s; all of them keep to the bounds of one `Line`."""
+
+    def __init__(self, line: Line, route: Route = DIRECT) -> None:
+        self._line = line
+        self._route = route
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,  # noqa: ARG002 -- httpcore's signature; the route has it
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.NetworkStream:
+        """Connect to the first address that answers; `timeout` in seconds is for each."""
+        host, port = self._route.connect_to or (host, port)
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise httpcore.ConnectError(str(error)) from error
+        failure: httpcore.NetworkError | httpcore.TimeoutException | None = None
+        for family, kind, protocol, _, address in found:
+            sock = socket.socket(family, kind, protocol)
+            try:
+                self._connect(sock, address, timeout, socket_options or ())
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                sock.close()
+                failure = error
+            except BaseException:
+                sock.close()
+                raise
+            else:
+                return Wire(sock, self._line, self._route)
+        raise failure or httpcore.ConnectError(f"no address for {host}")
+
+    def _connect(
+        self,
+        sock: socket.socket,
+        address: Any,
+        timeout: float | None,
+        options: Iterable[httpcore.SOCKET_OPTION],
+    ) -> None:
+        sock.setblocking(False)
+        try:
+            if self._route.local_address:
+                sock.bind((self._route.local_address, 0))
+            for option in options:
+                sock.setsockopt(*option)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            code = sock.connect_ex(address)
+            if code == errno.EINPROGRESS:
+                if not self._line.wait(sock.fileno(), select.POLLOUT, timeout):
+                    raise httpcore.ConnectTimeout(f"no answer from {address[0]} port {address[1]}")
+                code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                raise OSError(code, f"{os.strerror(code)} ({address[0]} port {address[1]})")
+        except OSError as error:
+            raise httpcore.ConnectError(error.strerror or str(error)) from error

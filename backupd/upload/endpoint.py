@@ -1,0 +1,143 @@
+"""What all uploaders of a destination share, and how they connect and sign in."""
+
+from __future__ import annotations
+
+import urllib.parse
+from dataclasses import dataclass
+
+import httpcore
+import httpx
+
+from backupd import __version__
+from backupd.config.auth import AuthConfig
+from backupd.config.destination import DestinationConfig
+from backupd.upload.auth import BasicFile, BearerFile, OAuth2
+from backupd.upload.bandwidth import Bandwidth
+from backupd.upload.line import Abort, Line
+from backupd.upload.oauth2 import Grant, TokenSource
+from backupd.upload.secret import read_secret
+from backupd.upload.tls import make_context
+from backupd.upload.transport import Transport
+from backupd.upload.wire import Route
+
+HEADERS = {
+    "User-Agent": f"backupd/{__version__}",
+    "Accept": "application/json, application/problem+json;q=0.9, */*;q=0.1",
+    "Accept-Encoding": "identity",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A destination's sign-in and bandwidth limit, shared by its uploaders."""
+
+    config: DestinationConfig
+    abort: Abort
+    bandwidth: Bandwidth | None
+    auth: httpx.Auth | None
+
+    def line(self) -> Line:
+        """Return the bounds of one uploader's attempts."""
+        config = self.config
+        deadline = config.deadline.total_seconds() if config.deadline else None
+        return Line(self.abort, deadline=deadline, min_rate=config.min_rate, bandwidth=self.bandwidth)
+
+    @property
+    def route(self) -> Route:
+        """Return how to get there."""
+        return _route(self.config)
+
+    def prefetch(self) -> None:
+        """Fetch what signing in needs; raises SignInError and the client's exceptions."""
+        if isinstance(self.auth, OAuth2):
+            self.auth.prefetch()
+
+    def async_transport(self, config: DestinationConfig) -> httpx.AsyncHTTPTransport:
+        """Return a transport that shows what `config` shows, to ask many endpoints at once."""
+        return httpx.AsyncHTTPTransport(
+            verify=make_context(config, http2=config.http2, tls_min=config.tls_min),
+            http2=config.http2,
+            local_address=config.local_address or None,
+            proxy=httpx.Proxy(config.proxy, auth=_proxy_auth(config)) if config.proxy else None,
+            trust_env=False,
+        )
+
+    def transport(self, line: Line) -> httpx.BaseTransport:
+        """Return a transport; raises TlsFilesError or SecretError where a file can't be used."""
+        config = self.config
+        return Transport(
+            make_context(config, http2=config.http2, tls_min=config.tls_min),
+            line,
+            http2=config.http2,
+            route=_route(config),
+            proxy=_proxy(config),
+        )
+
+
+def open_endpoint(config: DestinationConfig, abort: Abort) -> Endpoint:
+    """Return what the uploaders of a destination share."""
+    bandwidth = Bandwidth(config.bandwidth) if config.bandwidth else None
+    return Endpoint(config, abort, bandwidth, _sign_in(config.auth, config, abort))
+
+
+def timeouts(config: DestinationConfig) -> httpx.Timeout:
+    """Return the timeouts of a destination."""
+    t = config.timeout
+    return httpx.Timeout(
+        connect=t.connect.total_seconds(),
+        read=t.read.total_seconds(),
+        write=t.write.total_seconds(),
+        pool=t.pool.total_seconds(),
+    )
+
+
+def _sign_in(auth: AuthConfig, config: DestinationConfig, abort: Abort) -> httpx.Auth | None:
+    if auth.type == "basic" and auth.password_file:
+        return BasicFile(auth.user, auth.password_file)
+    if auth.type == "bearer" and auth.token_file:
+        return BearerFile(auth.token_file)
+    if auth.type == "oauth2" and auth.client_secret_file:
+        grant = Grant(
+            auth.token_url, auth.client_id, auth.client_secret_file, auth.scope, auth.audience, auth.secret_in
+        )
+        return OAuth2(TokenSource(grant, lambda: _token_client(auth, config, abort)))
+    return None
+
+
+def _token_client(auth: AuthConfig, config: DestinationConfig, abort: Abort) -> httpx.Client:
+    """Return a client for the token endpoint, which has its own CA and certificate."""
+    line = Line(abort, deadline=2 * config.timeout.connect.total_seconds() + 30)
+    line.begin()
+    return httpx.Client(
+        transport=Transport(make_context(auth), line, proxy=_proxy(config)),
+        timeout=timeouts(config),
+        headers=HEADERS,
+        trust_env=False,
+        follow_redirects=False,
+    )
+
+
+def _route(config: DestinationConfig) -> Route:
+    host, _, port = config.connect_to.rpartition(":")
+    return Route(
+        (host.strip("[]"), int(port)) if host else None,
+        config.local_address,
+        config.server_name,
+        frozenset(pin.removeprefix("sha256//") for pin in config.pin_sha256),
+    )
+
+
+def _proxy_auth(config: DestinationConfig) -> tuple[str, str] | None:
+    if not config.proxy_user:
+        return None
+    return config.proxy_user, read_secret(config.proxy_password_file) if config.proxy_password_file else ""
+
+
+def _proxy(config: DestinationConfig) -> httpcore.Proxy | None:
+    if not config.proxy:
+        return None
+    split = urllib.parse.urlsplit(config.proxy)
+    return httpcore.Proxy(
+        httpcore.URL(scheme=split.scheme, host=split.hostname or "", port=split.port, target="/"),
+        _proxy_auth(config),
+    )

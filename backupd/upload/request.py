@@ -1,0 +1,113 @@
+"""Making the request for an archive: address, headers and body from the destination's templates."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import os
+import urllib.parse
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from backupd.config.destination import DestinationConfig
+from backupd.core.model import Digest
+from backupd.core.template import Template
+from backupd.core.verify import RFC_9530_NAMES
+from backupd.upload.body import CHUNK, Body, ReadFailedError
+from backupd.upload.line import Line
+from backupd.upload.multipart import Framing, frame, raw
+from backupd.upload.port import Cargo
+from backupd.upload.secret import read_secret
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that is ready to be sent."""
+
+    method: str
+    url: str
+    headers: Mapping[str, str]
+    body: Body
+
+
+class RequestMaker:
+    """Makes the requests of one destination; its templates are parsed once."""
+
+    def __init__(self, config: DestinationConfig, line: Line) -> None:
+        self._config = config
+        self._line = line
+        self._url = Template.parse(config.url)
+        self._query_url = Template.parse(config.query_url) if config.query_url else None
+        self._fields = {key: Template.parse(value) for key, value in config.fields.items()}
+        self._headers = {key: Template.parse(value) for key, value in config.headers.items()}
+
+    def prepare(self, cargo: Cargo) -> Prepared:
+        """Return the request for an archive.
+
+        Raises ReadFailedError if the archive has to be read first and can't be, SecretError for a header's
+        file.
+        """
+        algorithm = self._config.receipt.algorithm
+        digest = None if self._config.digest_at == "after" else self.digest_of(cargo)
+        values = {**cargo.variables, "digest": digest.hex if digest else ""}
+        framing = self._framing(cargo, values, digest)
+        body = Body(cargo, framing, algorithm, self._line, expected=digest)
+        headers = {
+            **self.own_headers(values),
+            "Content-Type": framing.content_type,
+            "Content-Length": str(len(body)),
+            "Idempotency-Key": cargo.delivery_id,
+        }
+        if digest and self._config.body == "raw" and algorithm in RFC_9530_NAMES:
+            encoded = base64.b64encode(binascii.unhexlify(digest.hex)).decode("ascii")
+            headers["Repr-Digest"] = f"{RFC_9530_NAMES[algorithm]}=:{encoded}:"
+        return Prepared(self._config.method, self._url.render(values, _in_url), headers, body)
+
+    def query_url(self, cargo: Cargo, digest: Digest) -> str | None:
+        """Return the address that tells whether a content is stored, or None without `query_url`."""
+        if self._query_url is None:
+            return None
+        return self._query_url.render({**cargo.variables, "digest": digest.hex}, _in_url)
+
+    def own_headers(self, values: Mapping[str, str]) -> dict[str, str]:
+        """Return the configured headers, those from files included."""
+        plain = {key: template.render(values, _in_header) for key, template in self._headers.items()}
+        return plain | {key: read_secret(path) for key, path in self._config.header_files.items()}
+
+    def _framing(self, cargo: Cargo, values: Mapping[str, str], digest: Digest | None) -> Framing:
+        config = self._config
+        if config.body == "raw":
+            return raw()
+        fields = {key: template.render(values) for key, template in self._fields.items()}
+        after = config.digest_field if config.digest_at == "after" else ""
+        if digest and config.digest_at == "before" and config.digest_field:
+            fields[config.digest_field] = digest.hex
+        return frame(uuid.uuid4().hex, fields, config.file_field, cargo.name, after)
+
+    def digest_of(self, cargo: Cargo) -> Digest:
+        """Read the archive for its digest alone; raises ReadFailedError."""
+        algorithm = self._config.receipt.algorithm
+        hasher = hashlib.new(algorithm)
+        at, size = 0, cargo.fingerprint.size
+        while at < size:
+            self._line.check()
+            try:
+                chunk = os.pread(cargo.fd, min(CHUNK, size - at), at)
+            except OSError as error:
+                raise ReadFailedError(error.strerror) from error
+            if not chunk:
+                break  # the body finds that the file has changed
+            hasher.update(chunk)
+            at += len(chunk)
+        return Digest(algorithm, hasher.hexdigest())
+
+
+def _in_url(value: str) -> str:
+    return urllib.parse.quote(value.encode("utf-8", "backslashreplace"), safe="")
+
+
+def _in_header(value: str) -> str:
+    """Return a value as a header field can hold it: what is no printable ASCII becomes %NN."""
+    return urllib.parse.quote(value.encode("utf-8", "backslashreplace"), safe=" !#$&'()*+,/:;=?@[]~\"<>{}|^`")
