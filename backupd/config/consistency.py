@@ -13,7 +13,7 @@ from backupd.core.template import Template
 if TYPE_CHECKING:
     from backupd.config.auth import AuthConfig
     from backupd.config.destination import DestinationConfig, ReceiptConfig, RetryConfig
-from backupd.config.models import Config, DropConfig
+    from backupd.config.models import Config, DropConfig
 
 PLACEHOLDERS: Final = frozenset({"name", "stem", "relpath", "drop", "host", "size", "mtime", "digest"})
 

@@ -15,6 +15,10 @@ from backupd.upload.line import Line
 from backupd.upload.wire import DIRECT, Route, Wire
 
 
+_MOST_UNSENT = 512 * 1024
+"""Bytes that may wait in the kernel unsent: enough for any line, and not megabytes past a refusal."""
+
+
 class WireBackend(httpcore.NetworkBackend):
     """Makes `Wire`s; all of them keep to the bounds of one `Line`."""
 
@@ -66,6 +70,7 @@ class WireBackend(httpcore.NetworkBackend):
                 sock.setsockopt(*option)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MOST_UNSENT)
             code = sock.connect_ex(address)
             if code == errno.EINPROGRESS:
                 if not self._line.wait(sock.fileno(), select.POLLOUT, timeout):
