@@ -310,3 +310,40 @@ def reason_of_status(status: int) -> Reason:
     if status >= 500:
         return Reason.SERVER_ERROR
     return Reason.UNEXPECTED_STATUS
+
+
+_ALSO_SEEN_AS = {
+    Reason.TLS_CLIENT: ("a TLS alert", "nginx's 400 about it"),
+    Reason.EARLY_SUCCESS: ("2xx",),
+    Reason.REDIRECT: ("3xx",),
+    Reason.SIGN_IN: ("the token endpoint's answer",),
+    Reason.SERVER_ERROR: ("5xx",),
+    Reason.UNEXPECTED_STATUS: ("any other status",),
+    Reason.UNVERIFIED: ("2xx",),
+    Reason.MISMATCH: ("2xx",),
+    **dict.fromkeys(
+        (Reason.LOCAL_FILES, Reason.UNREADABLE, Reason.STOPPED, Reason.GAVE_UP, Reason.INTERNAL),
+        ("on this host",),
+    ),
+}
+
+
+def as_markdown() -> str:
+    """Return the policy as the table in `docs/destinations.md`."""
+    lines = [
+        "| what happens | reason | meaning | charged to | what happens next | what to do |",
+        "|---|---|---|---|---|---|",
+    ]
+    for rule in RULES:
+        statuses = [str(status) for status, reason in _BY_STATUS.items() if reason is rule.reason]
+        seen = ", ".join([*statuses, *_ALSO_SEEN_AS.get(rule.reason, ())]) or "no answer"
+        meaning = rule.meaning.partition(": ")[2] if rule.meaning[0].isdigit() else rule.meaning
+        cells = (seen, f"`{rule.reason}`", meaning, rule.charge, rule.then, rule.hint)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.stdout.write(as_markdown())

@@ -105,7 +105,7 @@ class History:
     def destination(self, name: str) -> DestinationRecord:
         """Return how things stand with a destination."""
         pending = self._query(
-            "SELECT count(*), coalesce(sum(size), 0), min(admitted_at) FROM delivery"
+            "SELECT count(*), coalesce(sum(archive.size), 0), min(admitted_at) FROM delivery"
             " JOIN archive ON archive.id = archive_id"
             " WHERE destination = ? AND (delivery.state = 'pending' OR delivery.state = 'claimed')",
             (name,),

@@ -171,7 +171,7 @@ class SqliteLedger(Ledger):
         """See `Ledger.backlog`."""
         with self._reading() as db:
             rows = db.execute(
-                "SELECT destination, count(*), sum(size), min(admitted_at) FROM delivery"
+                "SELECT destination, count(*), sum(archive.size), min(admitted_at) FROM delivery"
                 " JOIN archive ON archive.id = archive_id"
                 " WHERE delivery.state = 'pending' OR delivery.state = 'claimed' GROUP BY destination"
             ).fetchall()

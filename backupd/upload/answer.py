@@ -12,12 +12,19 @@ import httpx
 from backupd.config.destination import ReceiptConfig
 from backupd.core.failure import failure
 from backupd.core.model import Deferred, Delivered, Digest, Outcome, Receipt, Rejected
-from backupd.core.policy import reason_of_status
+from backupd.core.policy import Reason, reason_of_status
 from backupd.core.retry import parse_retry_after
 from backupd.core.verify import Expectation, judge
 
 _MOST = 64 * 1024
 """Bytes of an answer that are read."""
+
+_NO_WORD_ABOUT_THE_ARCHIVE = {
+    "The SSL certificate error": Reason.TLS_CLIENT,
+    "No required SSL certificate was sent": Reason.TLS_CLIENT,
+    "The plain HTTP request was sent to HTTPS port": Reason.PROTOCOL,
+}
+"""What nginx says with a 400 where it means its own 495, 496 and 497: no archive is to be charged for it."""
 
 
 class Judge:
@@ -55,10 +62,19 @@ class Judge:
 
 def refusal(response: httpx.Response) -> Deferred | Rejected:
     """Return what the policy makes of an answer that is no success, in the destination's own words."""
-    status = response.status_code
+    status, explained = response.status_code, _explained(response)
     asked = response.headers.get("Retry-After")
     wait = parse_retry_after(asked, datetime.now(UTC)) if asked else None
-    return failure(reason_of_status(status), _explained(response), status, wait)
+    return failure(reason_of_refusal(status, explained), explained, status, wait)
+
+
+def reason_of_refusal(status: int, said: str) -> Reason:
+    """Return why an answer that is no success is a failure, `said` being the beginning of its body."""
+    if status == 400:
+        for words, reason in _NO_WORD_ABOUT_THE_ARCHIVE.items():
+            if words in said:
+                return reason
+    return reason_of_status(status)
 
 
 def _stated(where: str, headers: Mapping[str, str], body: bytes) -> object:

@@ -22,6 +22,9 @@ from backupd.upload.oauth2 import SignInError
 from backupd.upload.port import Cargo, Uploader
 from backupd.upload.request import Prepared, RequestMaker
 
+_FROM_A_GATEWAY = (502, 504)
+"""Answers of a gateway that lost the one of whoever is behind it, who may have the archive."""
+
 TransportMaker = Callable[[Line], httpx.BaseTransport]
 
 
@@ -104,7 +107,10 @@ class HttpUploader(Uploader):
             digest = body.digest if body.complete else self._maker.digest_of(cargo)
             return self._judge.of_duplicate(response, digest, size)
         if status not in self._config.success:
-            return refusal(response)
+            refused = refusal(response)
+            if status in _FROM_A_GATEWAY and body.complete and isinstance(refused, Deferred):
+                return replace(refused, unknown=body.digest)
+            return refused
         if not body.complete:
             return failure(
                 Reason.EARLY_SUCCESS, f"answered {status} after {cargo.sent} of {size} bytes", status

@@ -18,6 +18,7 @@ from backupd.config.destination import DestinationConfig
 from backupd.core.errors import BackupdError
 from backupd.core.policy import Reason, reason_of_status, rule_of
 from backupd.core.template import Template
+from backupd.upload.answer import reason_of_refusal
 from backupd.upload.endpoint import HEADERS, open_endpoint, timeouts
 from backupd.upload.failures import reason_of
 from backupd.upload.line import Abort, AttemptEndedError
@@ -98,6 +99,15 @@ class _Answer:
     date: str | None
     tls: str | None
     certificate: bytes | None
+    said: str
+
+    @property
+    def reason(self) -> Reason | None:
+        """Return what speaks against an upload."""
+        reason = reason_of_refusal(self.status, self.said)
+        if self.status in _TAKEN and reason is reason_of_status(self.status):
+            return None
+        return reason
 
 
 async def _ask(config: DestinationConfig, *, with_certificate: bool) -> _Answer:
@@ -126,26 +136,26 @@ async def _ask(config: DestinationConfig, *, with_certificate: bool) -> _Answer:
         request = client.build_request("OPTIONS", target, extensions={"sni_hostname": name})
         response = await client.send(request, stream=True)
         stack.push_async_callback(response.aclose)
-        return _answer(response)
+        said = await anext(response.aiter_raw(), b"") if response.status_code == 400 else b""
+        return _answer(response, said[:1000].decode("utf-8", "replace"))
 
 
-def _answer(response: httpx.Response) -> _Answer:
+def _answer(response: httpx.Response, said: str) -> _Answer:
     stream = response.extensions["network_stream"]
     connection = stream.get_extra_info("ssl_object")
     tls = certificate = None
     if isinstance(connection, ssl.SSLObject | ssl.SSLSocket):
         tls, certificate = connection.version(), connection.getpeercert(binary_form=True)
     return _Answer(
-        response.status_code, response.http_version, response.headers.get("Date"), tls, certificate
+        response.status_code, response.http_version, response.headers.get("Date"), tls, certificate, said
     )
 
 
 def _described(name: str, config: DestinationConfig, answer: _Answer) -> Probe:
     now = datetime.now(UTC)
-    reason = None if answer.status in _TAKEN else reason_of_status(answer.status)
     probe = Probe(
         name,
-        reason,
+        answer.reason,
         f"answered {answer.status} to OPTIONS",
         answer.tls,
         answer.http_version,
@@ -191,6 +201,8 @@ async def _is_certificate_wanted(config: DestinationConfig, status: int) -> bool
     try:
         answer = await _ask(config, with_certificate=False)
     except (httpx.TransportError, BackupdError):
+        return True
+    if answer.reason is Reason.TLS_CLIENT:
         return True
     return answer.status in (400, 401, 403, 495, 496) and answer.status != status
 

@@ -63,13 +63,13 @@ class RequestMaker:
         if digest and self._config.body == "raw" and algorithm in RFC_9530_NAMES:
             encoded = base64.b64encode(binascii.unhexlify(digest.hex)).decode("ascii")
             headers["Repr-Digest"] = f"{RFC_9530_NAMES[algorithm]}=:{encoded}:"
-        return Prepared(self._config.method, self._url.render(values, _in_url), headers, body)
+        return Prepared(self._config.method, _address(self._url, values), headers, body)
 
     def query_url(self, cargo: Cargo, digest: Digest) -> str | None:
         """Return the address that tells whether a content is stored, or None without `query_url`."""
         if self._query_url is None:
             return None
-        return self._query_url.render({**cargo.variables, "digest": digest.hex}, _in_url)
+        return _address(self._query_url, {**cargo.variables, "digest": digest.hex})
 
     def own_headers(self, values: Mapping[str, str]) -> dict[str, str]:
         """Return the configured headers, those from files included."""
@@ -104,8 +104,16 @@ class RequestMaker:
         return Digest(algorithm, hasher.hexdigest())
 
 
-def _in_url(value: str) -> str:
-    return urllib.parse.quote(value.encode("utf-8", "backslashreplace"), safe="")
+def _address(template: Template, values: Mapping[str, str]) -> str:
+    """Return a filled-in address; of all values only the relative path is a path there, too."""
+    return template.render(
+        {
+            name: urllib.parse.quote(
+                value.encode("utf-8", "backslashreplace"), safe="/" if name == "relpath" else ""
+            )
+            for name, value in values.items()
+        }
+    )
 
 
 def _in_header(value: str) -> str:
