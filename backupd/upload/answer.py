@@ -36,20 +36,20 @@ class Judge:
 
     def of_success(self, response: httpx.Response, sent: Digest, size: int) -> Outcome:
         """Return `Delivered` if the receipt in an answer is for what was sent, else why it is not."""
-        return judge(sent, size, self._receipt(response), self._expected)
+        return judge(sent, size, self._receipt(response, _read(response)), self._expected)
 
     def of_duplicate(self, response: httpx.Response, sent: Digest, size: int) -> Delivered | Rejected:
         """Return `Delivered` if a 409 states the very content that was to be sent, else the rejection."""
-        refused = refusal(response)
+        body = _read(response)
         if self._expected.required:
-            outcome = judge(sent, size, self._receipt(response), self._expected)
+            outcome = judge(sent, size, self._receipt(response, body), self._expected)
             if isinstance(outcome, Delivered):
                 return outcome
+        refused = _refusal(response, body)
         assert isinstance(refused, Rejected)  # noqa: S101 -- what the policy says of a 409
         return refused
 
-    def _receipt(self, response: httpx.Response) -> Receipt:
-        body = _read(response)
+    def _receipt(self, response: httpx.Response, body: bytes) -> Receipt:
         digest = _stated(self._config.digest, response.headers, body)
         size = _stated(self._config.size, response.headers, body) if self._config.size else None
         return Receipt(
@@ -62,7 +62,14 @@ class Judge:
 
 def refusal(response: httpx.Response) -> Deferred | Rejected:
     """Return what the policy makes of an answer that is no success, in the destination's own words."""
-    status, explained = response.status_code, _explained(response)
+    try:
+        return _refusal(response, _read(response))
+    except httpx.TransportError:
+        return _refusal(response, b"")
+
+
+def _refusal(response: httpx.Response, body: bytes) -> Deferred | Rejected:
+    status, explained = response.status_code, _explained(response, body)
     asked = response.headers.get("Retry-After")
     wait = parse_retry_after(asked, datetime.now(UTC)) if asked else None
     return failure(reason_of_refusal(status, explained), explained, status, wait)
@@ -116,12 +123,9 @@ def _read(response: httpx.Response) -> bytes:
     return data[:_MOST]
 
 
-def _explained(response: httpx.Response) -> str:
+def _explained(response: httpx.Response, body: bytes) -> str:
     """Return a status with the beginning of what the destination says about it."""
-    try:
-        said = _read(response)[:300].decode("utf-8", "backslashreplace").strip()
-    except httpx.TransportError:
-        said = ""
+    said = body[:300].decode("utf-8", "backslashreplace").strip()
     line = f"{response.status_code} {response.reason_phrase}".strip()
     if 300 <= response.status_code < 400:
         line += f" to {response.headers.get('Location', 'nowhere').partition('?')[0][:200]}"

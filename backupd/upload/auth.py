@@ -48,7 +48,7 @@ class OAuth2(httpx.Auth):
         self._tokens = tokens
 
     def prefetch(self) -> None:
-        """Fetch a token; raises SignInError, and what the client raises."""
+        """Fetch a token; raises what `TokenSource.token` does."""
         self._tokens.token()
 
     def auth_flow(self, request: httpx.Request) -> Flow:
@@ -56,7 +56,9 @@ class OAuth2(httpx.Auth):
         token = self._tokens.token()
         response = yield _with_bearer(request, token)
         if response.status_code == 401:
-            yield _with_bearer(request, self._tokens.token(refused=token))
+            fresh = self._tokens.token(refused=token)
+            if fresh != token:
+                yield _with_bearer(request, fresh)
 
 
 def _with_bearer(request: httpx.Request, token: str) -> httpx.Request:

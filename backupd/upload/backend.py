@@ -14,17 +14,20 @@ import httpcore
 from backupd.upload.line import Line
 from backupd.upload.wire import DIRECT, Route, Wire
 
-
 _MOST_UNSENT = 512 * 1024
 """Bytes that may wait in the kernel unsent: enough for any line, and not megabytes past a refusal."""
 
 
 class WireBackend(httpcore.NetworkBackend):
-    """Makes `Wire`s; all of them keep to the bounds of one `Line`."""
+    """Makes `Wire`s; all of them keep to the bounds of one `Line`.
 
-    def __init__(self, line: Line, route: Route = DIRECT) -> None:
+    With `to_proxy` what it connects to is a proxy, and a failure is told as that.
+    """
+
+    def __init__(self, line: Line, route: Route = DIRECT, *, to_proxy: bool = False) -> None:
         self._line = line
         self._route = route
+        self._to_proxy = to_proxy
 
     def connect_tcp(
         self,
@@ -35,7 +38,16 @@ class WireBackend(httpcore.NetworkBackend):
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.NetworkStream:
         """Connect to the first address that answers; `timeout` in seconds is for each."""
-        host, port = self._route.connect_to or (host, port)
+        try:
+            return self._connect_tcp(*(self._route.connect_to or (host, port)), timeout, socket_options or ())
+        except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+            if self._to_proxy:
+                raise httpcore.ProxyError(f"no connection to the proxy: {error}") from error
+            raise
+
+    def _connect_tcp(
+        self, host: str, port: int, timeout: float | None, options: Iterable[httpcore.SOCKET_OPTION]
+    ) -> httpcore.NetworkStream:
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
@@ -44,7 +56,7 @@ class WireBackend(httpcore.NetworkBackend):
         for family, kind, protocol, _, address in found:
             sock = socket.socket(family, kind, protocol)
             try:
-                self._connect(sock, address, timeout, socket_options or ())
+                self._connect(sock, address, timeout, options)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 sock.close()
                 failure = error
@@ -64,8 +76,7 @@ class WireBackend(httpcore.NetworkBackend):
     ) -> None:
         sock.setblocking(False)
         try:
-            if self._route.local_address:
-                sock.bind((self._route.local_address, 0))
+            self._bind(sock)
             for option in options:
                 sock.setsockopt(*option)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -80,3 +91,11 @@ class WireBackend(httpcore.NetworkBackend):
                 raise OSError(code, f"{os.strerror(code)} ({address[0]} port {address[1]})")
         except OSError as error:
             raise httpcore.ConnectError(error.strerror or str(error)) from error
+
+    def _bind(self, sock: socket.socket) -> None:
+        ours = self._route.local_address
+        try:
+            if ours:
+                sock.bind((ours, 0))
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror} ({ours}, our own)") from error

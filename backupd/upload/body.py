@@ -47,7 +47,8 @@ class Body:
 
     def __iter__(self) -> Iterator[bytes]:
         self.complete, self._cargo.sent = False, 0
-        self._check()
+        self._line.body_begins()
+        check_unchanged(self._cargo)
         hasher = hashlib.new(self._algorithm)
         size = self._cargo.fingerprint.size
         pending = self._framing.before
@@ -59,7 +60,7 @@ class Body:
                 self._handed_over(at + len(chunk))
             else:
                 pending += chunk
-        self._check()  # before the last bytes: a request that is not complete stores nothing
+        check_unchanged(self._cargo)  # before the last bytes: a request that is not complete stores nothing
         self.digest = Digest(self._algorithm, hasher.hexdigest())
         if self._expected not in (None, self.digest):
             raise FileChangedError("was rewritten since its digest was stated")
@@ -84,13 +85,13 @@ class Body:
             yield at, chunk
             at += len(chunk)
 
-    def _check(self) -> None:
-        try:
-            status = os.fstat(self._cargo.fd)
-        except OSError as error:
-            raise ReadFailedError(error.strerror) from error
-        now = fingerprint_of(status)
-        if now != self._cargo.fingerprint:
-            raise FileChangedError(
-                f"was {self._cargo.fingerprint.size} bytes, is {now.size} bytes, or was rewritten"
-            )
+
+def check_unchanged(cargo: Cargo) -> None:
+    """Raise FileChangedError if the file is not as it was when it was admitted."""
+    try:
+        status = os.fstat(cargo.fd)
+    except OSError as error:
+        raise ReadFailedError(error.strerror) from error
+    now = fingerprint_of(status)
+    if now != cargo.fingerprint:
+        raise FileChangedError(f"was {cargo.fingerprint.size} bytes, is {now.size} bytes, or was rewritten")

@@ -136,8 +136,8 @@ def _proxy_auth(config: DestinationConfig) -> tuple[str, str] | None:
 def _proxy(config: DestinationConfig) -> httpcore.Proxy | None:
     if not config.proxy:
         return None
-    split = urllib.parse.urlsplit(config.proxy)
+    split, auth = urllib.parse.urlsplit(config.proxy), _proxy_auth(config)
     return httpcore.Proxy(
         httpcore.URL(scheme=split.scheme, host=split.hostname or "", port=split.port, target="/"),
-        _proxy_auth(config),
+        (auth[0].encode("utf-8"), auth[1].encode("ascii")) if auth else None,
     )

@@ -16,7 +16,6 @@ _BY_TYPE: tuple[tuple[type[httpx.TransportError], Reason], ...] = (
     (httpx.ReadTimeout, Reason.READ_TIMEOUT),
     (httpx.WriteTimeout, Reason.WRITE_TIMEOUT),
     (httpx.PoolTimeout, Reason.POOL_TIMEOUT),
-    (httpx.ProxyError, Reason.PROXY),
     (httpx.ConnectError, Reason.CONNECT),
     (httpx.LocalProtocolError, Reason.PROTOCOL),
     (httpx.UnsupportedProtocol, Reason.PROTOCOL),
@@ -27,6 +26,8 @@ def reason_of(error: httpx.TransportError) -> tuple[Reason, str]:
     """Return the reason for a transport error, and words for it."""
     if str(error).startswith(PIN_MISMATCH):
         return Reason.TLS, str(error)
+    if isinstance(error, httpx.ProxyError):
+        return Reason.PROXY, str(error)
     if not isinstance(error, httpx.TimeoutException):
         for cause in _causes(error):
             if isinstance(cause, ssl.SSLError):

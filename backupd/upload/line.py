@@ -74,7 +74,11 @@ class Line:
         """Start the clock of an attempt."""
         now = time.monotonic()
         self._ends = None if self._deadline is None else now + self._deadline
-        self._window = _Window(now) if self._min_rate else None
+        self._window = None
+
+    def body_begins(self) -> None:
+        """From here on the least rate counts; what went before was no sending."""
+        self._window = _Window(time.monotonic()) if self._min_rate else None
 
     def body_sent(self) -> None:
         """From here on the destination works, and the rate says nothing."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import math
 import threading
 import time
 import urllib.parse
@@ -13,8 +15,13 @@ from typing import Any
 
 import httpx
 
+from backupd.core.policy import Reason
+from backupd.upload.failures import reason_of
+from backupd.upload.line import AttemptEndedError
 from backupd.upload.secret import read_secret
 
+_MOST = 64 * 1024
+"""Bytes of an answer; a header could hold no longer token."""
 _EARLY = 30.0
 """Seconds before its end at which a token is replaced, or a tenth of its life if that is less."""
 _UNSTATED = 300.0
@@ -46,7 +53,8 @@ class _Token:
 class TokenSource:
     """Keeps one token until shortly before it expires; safe to use from several threads.
 
-    Whoever finds it stale fetches a new one, once, while the others wait for it.
+    Whoever finds it stale fetches a new one, once, while the others wait for it; if there is none to be
+    had they don't ask again, either.
     """
 
     def __init__(self, grant: Grant, open_client: Callable[[], httpx.Client]) -> None:
@@ -54,13 +62,30 @@ class TokenSource:
         self._open_client = open_client
         self._lock = threading.Lock()
         self._token: _Token | None = None
+        self._fetches = 0
+        self._failure: str | None = None
 
     def token(self, refused: str | None = None) -> str:
-        """Return a token that is not the refused one; raises SignInError, and what the client raises."""
+        """Return a token, if possible one that is not the refused one.
+
+        Raises SignInError where there is none, SecretError and TlsFilesError for our own files, and
+        AttemptEndedError when told to stop.
+        """
+        seen = self._fetches
         with self._lock:
             known = self._token
-            if known is None or known.value == refused or time.monotonic() >= known.replace_at:
+            if known is not None and known.value != refused and time.monotonic() < known.replace_at:
+                return known.value
+            if self._failure is not None and self._fetches != seen:
+                raise SignInError(self._failure)
+            self._token = self._failure = None
+            try:
                 self._token = known = self._fetch()
+            except SignInError as error:
+                self._failure = str(error)
+                raise
+            finally:
+                self._fetches += 1  # counted at its end: whoever came in between waited for this one
             return known.value
 
     def _fetch(self) -> _Token:
@@ -77,9 +102,27 @@ class TokenSource:
         else:
             sign_in = httpx.BasicAuth(_encoded(grant.client_id), _encoded(secret))
         asked_at = time.monotonic()
-        with self._open_client() as client:
-            response = client.post(grant.token_url, data=form, auth=sign_in)
-        return _token_in(response, asked_at)
+        status, answer = self._ask(form, sign_in)
+        try:
+            return _token_in(status, answer, asked_at)
+        except SignInError as error:
+            raise SignInError(_without(secret, grant.client_id, str(error))) from None
+
+    def _ask(self, form: dict[str, str], sign_in: httpx.Auth) -> tuple[int, bytes]:
+        try:
+            with (
+                self._open_client() as client,
+                client.stream("POST", self._grant.token_url, data=form, auth=sign_in) as response,
+            ):
+                return response.status_code, _read(response)
+        except httpx.TransportError as error:
+            _, words = reason_of(error)
+            words = words.replace("the destination's", "its")
+            raise SignInError(f"no answer from the token endpoint: {words}") from error
+        except AttemptEndedError as error:
+            if error.reason is Reason.STOPPED:
+                raise
+            raise SignInError(f"no answer from the token endpoint: {error.error}") from error
 
 
 def _encoded(text: str) -> str:
@@ -87,21 +130,40 @@ def _encoded(text: str) -> str:
     return urllib.parse.quote_plus(text)
 
 
-def _token_in(response: httpx.Response, asked_at: float) -> _Token:
+def _without(secret: str, client_id: str, text: str) -> str:
+    """Return text without a secret in any form in which an endpoint may echo it."""
+    pair = f"{_encoded(client_id)}:{_encoded(secret)}"
+    for form in (secret, _encoded(secret), base64.b64encode(pair.encode()).decode("ascii")):
+        text = text.replace(form, "***")
+    return text
+
+
+def _read(response: httpx.Response) -> bytes:
+    data = b""
+    for chunk in response.iter_raw():
+        data += chunk
+        if len(data) > _MOST:
+            raise SignInError("the token endpoint answered with more than 64 KiB")
+    return data
+
+
+def _token_in(status: int, body: bytes, asked_at: float) -> _Token:
     try:
-        answer: Any = json.loads(response.content)
+        answer: Any = json.loads(body)
     except (ValueError, RecursionError):
         answer = None
-    if response.status_code != 200 or not isinstance(answer, dict) or "access_token" not in answer:
-        raise SignInError(f"the token endpoint answered {response.status_code}{_complaint(answer)}")
+    if status != 200 or not isinstance(answer, dict) or "access_token" not in answer:
+        raise SignInError(f"the token endpoint answered {status}{_complaint(answer)}")
     value, kind = answer["access_token"], answer.get("token_type", "bearer")
-    if not isinstance(value, str) or not value.isascii() or not value.isprintable() or not value:
+    if not isinstance(value, str) or not value or not all("!" <= char <= "~" for char in value):
         raise SignInError("the token endpoint gave a token that no header can hold")
     if not isinstance(kind, str) or kind.lower() != "bearer":
         raise SignInError("the token endpoint gave a token that is no bearer token")
     try:
         life = max(float(answer.get("expires_in", _UNSTATED)), 0.0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
+        life = _UNSTATED
+    if not math.isfinite(life):
         life = _UNSTATED
     return _Token(value, asked_at + life - min(_EARLY, life / 10))
 
@@ -110,5 +172,5 @@ def _complaint(answer: object) -> str:
     """Return the error of RFC 6749 section 5.2 in an answer."""
     if not isinstance(answer, dict):
         return " without JSON"
-    words = [str(answer[key])[:200] for key in ("error", "error_description") if key in answer]
+    words = [str(answer[key])[:1000] for key in ("error", "error_description") if key in answer]
     return f": {': '.join(words)}" if words else ""

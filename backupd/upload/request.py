@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import os
+import re
 import urllib.parse
 import uuid
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from backupd.config.destination import DestinationConfig
 from backupd.core.model import Digest
 from backupd.core.template import Template
 from backupd.core.verify import RFC_9530_NAMES
-from backupd.upload.body import CHUNK, Body, ReadFailedError
+from backupd.upload.body import CHUNK, Body, ReadFailedError, check_unchanged
 from backupd.upload.line import Line
 from backupd.upload.multipart import Framing, frame, raw
 from backupd.upload.port import Cargo
@@ -46,8 +47,8 @@ class RequestMaker:
     def prepare(self, cargo: Cargo) -> Prepared:
         """Return the request for an archive.
 
-        Raises ReadFailedError if the archive has to be read first and can't be, SecretError for a header's
-        file.
+        Raises ReadFailedError or FileChangedError if the archive has to be read first and can't be or
+        changes, SecretError for a header's file.
         """
         algorithm = self._config.receipt.algorithm
         digest = None if self._config.digest_at == "after" else self.digest_of(cargo)
@@ -73,7 +74,7 @@ class RequestMaker:
 
     def own_headers(self, values: Mapping[str, str]) -> dict[str, str]:
         """Return the configured headers, those from files included."""
-        plain = {key: template.render(values, _in_header) for key, template in self._headers.items()}
+        plain = {key: template.render(values, _in_header).strip() for key, template in self._headers.items()}
         return plain | {key: read_secret(path) for key, path in self._config.header_files.items()}
 
     def _framing(self, cargo: Cargo, values: Mapping[str, str], digest: Digest | None) -> Framing:
@@ -87,7 +88,7 @@ class RequestMaker:
         return frame(uuid.uuid4().hex, fields, config.file_field, cargo.name, after)
 
     def digest_of(self, cargo: Cargo) -> Digest:
-        """Read the archive for its digest alone; raises ReadFailedError."""
+        """Read the archive for its digest alone; raises ReadFailedError or FileChangedError."""
         algorithm = self._config.receipt.algorithm
         hasher = hashlib.new(algorithm)
         at, size = 0, cargo.fingerprint.size
@@ -98,24 +99,30 @@ class RequestMaker:
             except OSError as error:
                 raise ReadFailedError(error.strerror) from error
             if not chunk:
-                break  # the body finds that the file has changed
+                break
             hasher.update(chunk)
             at += len(chunk)
+        check_unchanged(cargo)
         return Digest(algorithm, hasher.hexdigest())
 
 
 def _address(template: Template, values: Mapping[str, str]) -> str:
     """Return a filled-in address; of all values only the relative path is a path there, too."""
-    return template.render(
-        {
-            name: urllib.parse.quote(
-                value.encode("utf-8", "backslashreplace"), safe="/" if name == "relpath" else ""
-            )
-            for name, value in values.items()
-        }
+    return template.render({name: _in_address(name, value) for name, value in values.items()})
+
+
+def _in_address(name: str, value: str) -> str:
+    if value and not value.strip("."):  # dots alone would lead to another folder, even as %2E
+        return "%252E" * len(value)
+    return urllib.parse.quote(
+        value.encode("utf-8", "backslashreplace"), safe="/" if name == "relpath" else ""
     )
 
 
 def _in_header(value: str) -> str:
-    """Return a value as a header field can hold it: what is no printable ASCII becomes %NN."""
-    return urllib.parse.quote(value.encode("utf-8", "backslashreplace"), safe=" !#$&'()*+,/:;=?@[]~\"<>{}|^`")
+    """Return a value as a header field can hold it: what is no printable ASCII becomes %NN.
+
+    So do blanks at its ends, where a field can't have any (RFC 9110 section 5.5).
+    """
+    text = urllib.parse.quote(value.encode("utf-8", "backslashreplace"), safe=" !#$&'()*+,/:;=?@[]~\"<>{}|^`")
+    return re.sub("^ +| +$", lambda blanks: "%20" * len(blanks[0]), text)

@@ -10,6 +10,7 @@ import httpcore
 import httpx
 
 from backupd.upload.backend import WireBackend
+from backupd.upload.http2 import HearingPool
 from backupd.upload.line import Line
 from backupd.upload.wire import DIRECT, Route
 
@@ -32,12 +33,12 @@ class Transport(httpx.BaseTransport):
         route: Route = DIRECT,
         proxy: httpcore.Proxy | None = None,
     ) -> None:
-        self._pool = httpcore.ConnectionPool(
+        self._pool = HearingPool(
             ssl_context=context,
             max_connections=2,
             keepalive_expiry=_KEEPALIVE,
             http2=http2,
-            network_backend=WireBackend(line, route),
+            network_backend=WireBackend(line, route, to_proxy=proxy is not None),
             proxy=proxy,
         )
 
@@ -60,7 +61,9 @@ class Transport(httpx.BaseTransport):
             )
         return httpx.Response(
             status_code=answer.status,
-            headers=answer.headers,
+            # we ask for no encoding: whoever encodes all the same is taken at the letter, or a small
+            # answer could become a large one
+            headers=[(key, value) for key, value in answer.headers if key.lower() != b"content-encoding"],
             stream=_Answer(answer),
             extensions=answer.extensions,
         )

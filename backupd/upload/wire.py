@@ -11,6 +11,7 @@ import hashlib
 import select
 import socket
 import ssl
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,7 @@ class Wire(httpcore.NetworkStream):
         self._held = b""
         self._heard = bytearray()
         self._ended = False
+        self._fault: OSError | None = None
         # in HTTP/2 frames of the other side are part of sending
         self._is_http2 = isinstance(sock, ssl.SSLSocket) and sock.selected_alpn_protocol() == "h2"
 
@@ -144,7 +146,9 @@ class Wire(httpcore.NetworkStream):
                 self._line.moved(count)
 
     def _wait_to_send(self, events: int, timeout: float | None) -> None:
-        if not self._line.wait(self._sock.fileno(), events | select.POLLIN, timeout):
+        if not self._is_http2 or not events:  # in HTTP/2 nobody here reads what would end the wait
+            events |= select.POLLIN
+        if not self._line.wait(self._sock.fileno(), events, timeout):
             raise httpcore.WriteTimeout("the other side has stopped reading")
         if not self._is_http2:
             self._listen()
@@ -167,14 +171,14 @@ class Wire(httpcore.NetworkStream):
         except (*_WANT_READ, *_WANT_WRITE, BlockingIOError):
             return
         except OSError as error:
-            if not self._heard:
-                raise httpcore.WriteError(str(error)) from error
             self._ended = True
+            if not self._heard:
+                self._fault = error  # for `read`: after an alert the connection only says that it ended
 
     def _hear_last_words(self) -> None:
         """After a failed send: an answer, or the alert that says why, may still be there to be read."""
         self._hear()
-        if not self._heard and not self._ended and self._line.wait(self._sock.fileno(), select.POLLIN, 0.2):
+        if not (self._heard or self._ended) and self._line.wait(self._sock.fileno(), select.POLLIN, 0.2):
             self._hear()
         self._ended = True
 
@@ -182,7 +186,8 @@ class Wire(httpcore.NetworkStream):
         """Return what the other side sent, `b""` at its end; `timeout` in seconds."""
         if self._held:
             held, self._held = self._held, b""
-            self._send(held, timeout)
+            with suppress(httpcore.WriteError):  # what came instead is read below
+                self._send(held, timeout)
         if self._heard:
             data = bytes(self._heard[:max_bytes])
             del self._heard[:max_bytes]
@@ -198,6 +203,11 @@ class Wire(httpcore.NetworkStream):
                 raise httpcore.ReadError(str(error)) from error
             if not ready:
                 raise httpcore.ReadTimeout("no answer")
+        try:
+            if self._fault is not None:
+                raise self._fault
+        except OSError as error:  # raised here for its context: the pool drops causes on the way out
+            raise httpcore.ReadError(str(error)) from error
         return b""
 
     def close(self) -> None:

@@ -1,0 +1,305 @@
+"""What nginx says of its own accord in front of an endpoint: each answer has the outcome of the policy."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from backupd.core.model import Deferred
+from backupd.core.policy import Reason
+from backupd.receiver.serve import RunningReceiver, ServerTls
+from tests.documents import block
+from tests.pki import Pki
+from tests.programs import require
+from tests.scripted import Peer, ScriptedServer, answer, receipt_for
+from tests.servers.nginx import Nginx
+from tests.servers.process import a_listener
+from tests.stage import Daemon, Stage, until
+from tests.uploading import MIB, a_destination, a_sender, an_archive
+
+SOON = 'retry = { initial = "0.1s", max = "0.4s" }\n'
+
+
+@pytest.fixture
+def nginx(stage: Stage) -> Iterator[Nginx]:
+    require("nginx")
+    with a_listener() as listener:
+        yield Nginx(stage.base / "nginx", stage.pki, listener)
+
+
+def _to(nginx: Nginx, port: int, more: str = "") -> str:
+    return f"""
+        {nginx.upstream_tls}
+        location / {{ proxy_pass https://127.0.0.1:{port}; {more} }}
+    """
+
+
+def _put(stage: Stage, count: int, size: int = 5000) -> dict[str, bytes]:
+    archives = {f"sw-{number}.cfg": os.urandom(size) for number in range(count)}
+    for name, content in archives.items():
+        stage.put(name, content)
+    return archives
+
+
+def _assert_delivered(stage: Stage, archives: dict[str, bytes]) -> None:
+    """Assert that each archive is stored once, was moved, and none is in quarantine."""
+    assert {path.name: path.read_bytes() for path in stage.archives(stage.sent)} == archives
+    assert sorted(path.read_bytes() for path in stage.stored()) == sorted(archives.values())
+    assert stage.archives(stage.rejected) == []
+
+
+def _assert_waiting(stage: Stage, daemon: Daemon, reason: Reason, archives: dict[str, bytes]) -> None:
+    """Assert that the destination pauses for a reason, twice at least, and that no archive is charged."""
+    daemon.wait_for("destination.paused", 2, reason=reason)
+    assert {path.name: path.read_bytes() for path in stage.archives(stage.drop)} == archives
+    assert not daemon.events("archive.rejected")
+
+
+@pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
+def test_many_archives_go_through_it_to_the_receiver_byte_for_byte(
+    stage: Stage, nginx: Nginx, receiver: RunningReceiver, http2: bool
+) -> None:
+    stage.configure(f"{nginx.url}/v1/upload", destination=f"http2 = {str(http2).lower()}\nworkers = 4")
+    with nginx.serving(f"client_max_body_size 0; {_to(nginx, receiver.port)}", http2=True):
+        daemon = stage.daemon().ready()
+        archives = _put(stage, 100) | {"large.tar.gz": os.urandom(20 * MIB)}
+        stage.put("large.tar.gz", archives["large.tar.gz"])
+        daemon.wait_for("archive.disposed", len(archives))
+
+    _assert_delivered(stage, archives)
+    assert not daemon.events("attempt.failed")
+    assert nginx.protocols() == {"HTTP/2.0" if http2 else "HTTP/1.1"}
+
+
+@pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
+def test_what_is_larger_than_client_max_body_size_is_rejected_and_can_be_put_back(
+    stage: Stage, nginx: Nginx, receiver: RunningReceiver, http2: bool
+) -> None:
+    stage.configure(f"{nginx.url}/v1/upload", destination=f"http2 = {str(http2).lower()}\n{SOON}")
+    daemon = stage.daemon()
+    large = os.urandom(20 * MIB)
+    with nginx.serving(f"client_max_body_size 1m; {_to(nginx, receiver.port)}", http2=http2):
+        stage.put("large.tar.gz", large)
+        archives = _put(stage, 10)
+        daemon.wait_for("archive.disposed", 11)
+
+        (rejected,) = daemon.events("archive.rejected")
+        assert (rejected["reason"], rejected["archive"]) == (Reason.TOO_LARGE, "large.tar.gz")
+        assert [path.read_bytes() for path in stage.archives(stage.rejected)] == [large]
+        assert len(daemon.events("archive.delivered")) == 10
+        assert not daemon.events("destination.paused")
+
+    with nginx.serving(f"client_max_body_size 0; {_to(nginx, receiver.port)}", http2=http2):
+        assert stage.backupd("retry", "--all").stdout == "1 put back\n"
+        daemon.wait_for("archive.delivered", 11)
+        until((stage.sent / "large.tar.gz").exists, "large.tar.gz to be moved")
+
+    _assert_delivered(stage, archives | {"large.tar.gz": large})
+
+
+@pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
+def test_an_early_413_costs_little_of_a_huge_archive(stage: Stage, nginx: Nginx, http2: bool) -> None:
+    archive = an_archive(stage.base, size=1024 * MIB)
+    with (
+        nginx.serving("client_max_body_size 1m;", http2=http2),
+        a_sender(a_destination(f"{nginx.url}/v1/upload", stage.pki, http2=http2)) as sender,
+    ):
+        outcome = sender.send(archive)
+
+        assert getattr(outcome, "reason", outcome) is Reason.TOO_LARGE
+        assert sender.sent < 4 * MIB
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"), [("429", Reason.RATE_LIMITED), ("503", Reason.SERVER_ERROR)], ids=["429", "503"]
+)
+def test_a_rate_limit_delays_archives_and_loses_none(
+    stage: Stage, nginx: Nginx, receiver: RunningReceiver, status: str, reason: Reason
+) -> None:
+    stage.configure(f"{nginx.url}/v1/upload", destination=SOON)
+    limited = f"limit_req zone=slow; limit_req_status {status}; {_to(nginx, receiver.port)}"
+    if status == "503":
+        limited = limited.replace("limit_req_status 503;", "")  # it is the default
+    with nginx.serving(limited, http="limit_req_zone $remote_addr zone=slow:1m rate=5r/s;"):
+        daemon = stage.daemon().ready()
+        archives = _put(stage, 10)
+        daemon.wait_for("archive.disposed", len(archives))
+
+    _assert_delivered(stage, archives)
+    assert {event["reason"] for event in daemon.events("attempt.failed")} == {reason}
+    assert sorted(set(nginx.statuses())) == [201, int(status)]
+    assert nginx.statuses().count(201) == len(archives)
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_not_followed_and_pauses_the_destination(
+    stage: Stage, nginx: Nginx, receiver: RunningReceiver, status: int
+) -> None:
+    stage.configure(f"{nginx.url}/v1/upload", destination=SOON)
+    with ScriptedServer(lambda peer: None) as elsewhere:
+        with nginx.serving(f"location / {{ return {status} http://127.0.0.1:{elsewhere.port}/; }}"):
+            daemon = stage.daemon().ready()
+            archives = _put(stage, 3)
+            _assert_waiting(stage, daemon, Reason.REDIRECT, archives)
+        assert elsewhere.peers == []
+
+    with nginx.serving(_to(nginx, receiver.port)):
+        daemon.wait_for("archive.disposed", len(archives))
+
+    _assert_delivered(stage, archives)
+
+
+def test_a_backend_that_is_down_pauses_the_destination_until_it_is_back(stage: Stage, nginx: Nginx) -> None:
+    stage.configure(f"{nginx.url}/v1/upload", destination=SOON)
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # and does not listen
+        port = held.getsockname()[1]
+        with nginx.serving(_to(nginx, port)):
+            daemon = stage.daemon().ready()
+            archives = _put(stage, 5)
+            _assert_waiting(stage, daemon, Reason.SERVER_ERROR, archives)
+            assert set(nginx.statuses()) == {502}
+            held.close()
+
+            tls = ServerTls(stage.pki.server_cert, stage.pki.server_key, stage.pki.ca_pem)
+            with RunningReceiver(stage.store, tls, port=port):
+                daemon.wait_for("archive.disposed", len(archives))
+                daemon.wait_for("destination.resumed")
+
+    _assert_delivered(stage, archives)
+
+
+def test_a_backend_that_hangs_pauses_the_destination_until_it_answers(stage: Stage, nginx: Nginx) -> None:
+    def serve(peer: Peer) -> None:
+        request = peer.read_request()
+        peer.pause()
+        peer.send(receipt_for(request.archive))
+
+    stage.configure(f"{nginx.url}/v1/upload", destination=SOON)
+    with ScriptedServer(serve) as backend:
+        front = f"location / {{ proxy_pass http://127.0.0.1:{backend.port}; proxy_read_timeout 200ms; }}"
+        with nginx.serving(front):
+            daemon = stage.daemon().ready()
+            archives = _put(stage, 3)
+            _assert_waiting(stage, daemon, Reason.SERVER_ERROR, archives)
+            assert set(nginx.statuses()) == {504}
+
+            backend.go_on()
+            daemon.wait_for("archive.disposed", len(archives))
+
+    assert {path.name: path.read_bytes() for path in stage.archives(stage.sent)} == archives
+
+
+@pytest.mark.parametrize("status", [502, 504])
+def test_what_a_backend_stored_before_the_gateway_gave_up_is_found_by_query_url(
+    stage: Stage, nginx: Nginx, status: int
+) -> None:
+    """The archive crosses the wire once, though its answer never came."""
+    stored: list[bytes] = []
+
+    def serve(peer: Peer) -> None:
+        request = peer.read_request()
+        if request.head.startswith(b"POST"):
+            stored.append(request.archive)
+            if status == 504:
+                peer.pause()
+        elif stored:
+            peer.send(receipt_for(stored[0], status=200))
+        else:
+            peer.send(answer(404))
+
+    stage.configure(
+        f"{nginx.url}/v1/upload", destination=f'query_url = "{nginx.url}/v1/upload/{{digest}}"\n{SOON}'
+    )
+    with ScriptedServer(serve) as backend:
+        front = f"location / {{ proxy_pass http://127.0.0.1:{backend.port}; proxy_read_timeout 200ms; }}"
+        with nginx.serving(front):
+            daemon = stage.daemon().ready()
+            stage.put("sw.cfg", b"sent once")
+            daemon.wait_for("archive.disposed")
+            backend.go_on()
+
+    assert stored == [b"sent once"]
+    assert nginx.statuses() == [status]
+    assert (stage.sent / "sw.cfg").read_bytes() == b"sent once"
+
+
+def _without_certificate(stage: Stage) -> None:
+    text = stage.config.read_text()
+    stage.config.write_text("".join(line for line in text.splitlines(True) if "client." not in line))
+
+
+def _with_a_strangers_certificate(stage: Stage) -> None:
+    strange = Pki(stage.base / "strange")
+    text = stage.config.read_text().replace(str(stage.pki.client_cert), str(strange.client_cert))
+    stage.config.write_text(text.replace(str(stage.pki.client_key), str(strange.client_key)))
+
+
+@pytest.mark.parametrize("spoil", [_without_certificate, _with_a_strangers_certificate])
+def test_a_400_about_our_certificate_is_charged_to_no_archive(
+    stage: Stage, nginx: Nginx, receiver: RunningReceiver, spoil: object
+) -> None:
+    stage.configure(f"{nginx.url}/v1/upload", destination=SOON)
+    sound = stage.config.read_text()
+    assert callable(spoil)
+    spoil(stage)
+    with nginx.serving(_to(nginx, receiver.port)):
+        checked = stage.backupd("check")
+        assert checked.returncode == 69, checked.stdout
+        assert Reason.TLS_CLIENT in checked.stdout
+        daemon = stage.daemon().ready()
+        archives = _put(stage, 5)
+        _assert_waiting(stage, daemon, Reason.TLS_CLIENT, archives)
+        assert set(nginx.statuses()) == {400}
+        daemon.stop()
+
+        stage.config.write_text(sound)
+        assert stage.backupd("check").returncode == 0
+        stage.daemon().wait_for("archive.disposed", len(archives))
+
+    _assert_delivered(stage, archives)
+
+
+def test_as_the_page_has_it_a_certificate_that_is_refused_is_a_403(
+    stage: Stage, nginx: Nginx, receiver: RunningReceiver
+) -> None:
+    conf = block("destinations.md", "nginx in front", "nginx")
+    pair = stage.pki.issue_expired_client()
+    with (
+        nginx.serving_documented(conf, f"https://127.0.0.1:{receiver.port}"),
+        a_sender(a_destination(f"{nginx.url}/v1/upload", stage.pki, cert=pair.cert, key=pair.key)) as sender,
+    ):
+        outcome = sender.send(an_archive(stage.base, b"x"))
+
+    assert isinstance(outcome, Deferred)
+    assert (outcome.reason, outcome.http_status) == (Reason.FORBIDDEN, 403)
+
+
+def test_plain_http_to_its_https_port_is_charged_to_no_archive(stage: Stage, nginx: Nginx) -> None:
+    with (
+        nginx.serving(""),
+        a_sender(a_destination(f"http://127.0.0.1:{nginx.port}/v1/upload")) as sender,
+    ):
+        outcome = sender.send(an_archive(stage.base, b"x"))
+
+    assert isinstance(outcome, Deferred)
+    assert (outcome.reason, outcome.http_status) == (Reason.PROTOCOL, 400)
+
+
+def test_restarts_of_it_in_the_middle_lose_nothing_and_store_nothing_twice(
+    stage: Stage, nginx: Nginx, receiver: RunningReceiver
+) -> None:
+    stage.configure(f"{nginx.url}/v1/upload", destination=f"workers = 4\n{SOON}")
+    daemon = stage.daemon().ready()
+    archives = _put(stage, 150)
+    for done in (20, 60, 100):
+        with nginx.serving(_to(nginx, receiver.port)):
+            daemon.wait_for("archive.disposed", done)
+    with nginx.serving(_to(nginx, receiver.port)):
+        daemon.wait_for("archive.disposed", len(archives))
+
+    _assert_delivered(stage, archives)
+    assert len(daemon.events("archive.delivered")) == len(archives)

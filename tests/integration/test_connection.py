@@ -1,0 +1,540 @@
+"""How a destination is connected to: HTTP/2, proxies, addresses, names, pins, versions, timeouts."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h2.config
+import h2.connection
+import h2.events
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from backupd.core.model import Deferred, Delivered, Outcome
+from backupd.core.policy import Reason
+from tests.pki import Pki
+from tests.scripted import (
+    Peer,
+    Request,
+    Script,
+    ScriptedServer,
+    answer,
+    header_of,
+    receipt_for,
+    server_context,
+    take_all,
+)
+from tests.stage import Stage, until
+from tests.uploading import MIB, a_destination, a_sender, an_archive
+
+CONTENT = b"the content of an archive" * 1000
+QUICK = 'retry = { initial = "0.1s", max = "0.3s" }'
+
+
+@pytest.fixture
+def pki(tmp_path: Path) -> Pki:
+    return Pki(tmp_path / "pki")
+
+
+def failed(outcome: Outcome) -> tuple[Reason, str]:
+    assert isinstance(outcome, Deferred), outcome
+    return outcome.reason, outcome.error
+
+
+# HTTP/2
+
+
+def http2_context(pki: Pki) -> ssl.SSLContext:
+    context = server_context(pki)
+    context.set_alpn_protocols(["h2"])
+    return context
+
+
+@dataclass
+class Http2:
+    """An HTTP/2 endpoint; `archives` are what it was sent."""
+
+    window: int = 65_535
+    archives: list[bytes] = field(default_factory=list)
+    heads: list[dict[str, str]] = field(default_factory=list)
+    connections: int = 0
+
+    def __call__(self, peer: Peer) -> None:
+        self.connections += 1
+        connection = self.begin(peer)
+        bodies: dict[int, bytearray] = {}
+        head: dict[str, str] = {}
+        while True:
+            for event in connection.receive_data(peer._piece()):
+                if isinstance(event, h2.events.RequestReceived):
+                    bodies[event.stream_id] = bytearray()
+                    head = {name.decode(): value.decode() for name, value in event.headers or ()}
+                    self.heads.append(head)
+                elif isinstance(event, h2.events.DataReceived):
+                    bodies[event.stream_id] += event.data or b""
+                    connection.acknowledge_received_data(event.flow_controlled_length or 0, event.stream_id)
+                elif isinstance(event, h2.events.StreamEnded):
+                    body = bytes(bodies.pop(event.stream_id))
+                    self._answer(connection, event.stream_id, head["content-type"], body)
+            peer.send(connection.data_to_send())
+
+    def begin(self, peer: Peer) -> h2.connection.H2Connection:
+        connection = h2.connection.H2Connection(
+            h2.config.H2Configuration(client_side=False, header_encoding=None)
+        )
+        connection.initiate_connection()
+        peer.send(connection.data_to_send())
+        return connection
+
+    def _answer(
+        self, connection: h2.connection.H2Connection, stream: int, content_type: str, body: bytes
+    ) -> None:
+        archive = Request(f"POST / HTTP/1.1\r\nContent-Type: {content_type}".encode(), body).archive
+        self.archives.append(archive)
+        receipt = receipt_for(archive).partition(b"\r\n\r\n")[2]
+        connection.send_headers(stream, [(":status", "201"), ("content-length", str(len(receipt)))])
+        connection.send_data(stream, receipt, end_stream=True)
+
+
+class TestHttp2:
+    def test_archives_of_all_sizes_go_over_one_connection(self, tmp_path: Path, pki: Pki) -> None:
+        endpoint = Http2()
+        contents = [b"", b"x", os.urandom(100_000), os.urandom(5 * MIB)]
+        with ScriptedServer(endpoint, http2_context(pki)) as server:
+            with a_sender(a_destination(server.url, pki, http2=True)) as sender:
+                outcomes = [sender.send(an_archive(tmp_path, content)) for content in contents]
+        assert all(isinstance(outcome, Delivered) for outcome in outcomes), outcomes
+        assert endpoint.archives == contents
+        assert endpoint.connections == 1
+        assert {head[":method"] for head in endpoint.heads} == {"POST"}
+        assert {head["idempotency-key"] for head in endpoint.heads} == {"the-delivery"}
+
+    def test_an_endpoint_without_it_is_spoken_to_in_http_1(self, tmp_path: Path, pki: Pki) -> None:
+        with ScriptedServer(take_all, server_context(pki)) as server:
+            with a_sender(a_destination(server.url, pki, http2=True)) as sender:
+                assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
+        assert server.requests[0].head.startswith(b"POST /v1/upload HTTP/1.1\r\n")
+
+    def test_it_is_not_spoken_unless_asked_for(self, tmp_path: Path, pki: Pki) -> None:
+        context = server_context(pki)
+        context.set_alpn_protocols(["h2", "http/1.1"])
+        with ScriptedServer(take_all, context) as server:
+            with a_sender(a_destination(server.url, pki)) as sender:
+                assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
+
+    def test_many_archives_go_through_the_daemon(self, stage: Stage) -> None:
+        endpoint = Http2()
+        with ScriptedServer(endpoint, http2_context(stage.pki)) as server:
+            stage.configure(server.url, destination="http2 = true\nworkers = 4")
+            contents = {f"{number}.tar.gz": os.urandom(50_000) for number in range(100)}
+            for name, content in contents.items():
+                stage.put(name, content)
+            daemon = stage.daemon()
+            daemon.wait_for("archive.disposed", count=100)
+            assert not daemon.events("attempt.failed")
+            assert daemon.stop() == 0
+        assert sorted(endpoint.archives) == sorted(contents.values())
+        assert endpoint.connections <= 4
+
+    def test_frames_that_wait_to_be_read_cost_no_time_while_the_other_side_takes_nothing(
+        self, tmp_path: Path, pki: Pki
+    ) -> None:
+        class Stuck(Http2):
+            def __call__(self, peer: Peer) -> None:
+                connection = self.begin(peer)
+                connection.increment_flow_control_window(2**30)
+                peer.send(connection.data_to_send())
+                while True:
+                    for event in connection.receive_data(peer._piece()):
+                        if isinstance(event, h2.events.RequestReceived):
+                            connection.increment_flow_control_window(2**30, event.stream_id)
+                            peer.send(connection.data_to_send())
+                        if isinstance(event, h2.events.DataReceived):
+                            connection.ping(b"unread!!")
+                            peer.send(connection.data_to_send())
+                            peer.pause()
+
+        with (
+            ScriptedServer(Stuck(), http2_context(pki)) as server,
+            a_sender(a_destination(server.url, pki, http2=True)) as sender,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            sending = pool.submit(sender.send, an_archive(tmp_path, size=64 * MIB))
+            assert server.paused.wait(20)
+            until(sender.is_stuck, "the client to be stuck")
+            before = time.process_time()
+            server.stopping.wait(0.5)
+            spent = time.process_time() - before
+            sender.abort.set()
+            assert failed(sending.result(timeout=5))[0] is Reason.STOPPED
+        assert spent < 0.25
+
+
+# Proxies
+
+
+class Proxy:
+    """A script for an HTTP proxy (RFC 9110 section 9.3.6); `tunnelled` is what clients sent through it."""
+
+    def __init__(self, credentials: str = "", refusal: bytes = b"") -> None:
+        self.tunnelled = bytearray()
+        self.targets: list[str] = []
+        self.credentials_seen: list[str | None] = []
+        self._expected = f"Basic {base64.b64encode(credentials.encode()).decode()}" if credentials else None
+        self._refusal = refusal
+
+    def __call__(self, peer: Peer) -> None:
+        head = peer.read_head()
+        self.credentials_seen.append(header_of(head, "proxy-authorization"))
+        self.targets.append(head.split(b" ")[1].decode())
+        if self._refusal or self.credentials_seen[-1] != self._expected:
+            peer.send(self._refusal or answer(407, Proxy_Authenticate='Basic realm="proxy"'))
+            return
+        host, _, port = self.targets[-1].rpartition(":")
+        with socket.create_connection((host, int(port))) as far:
+            peer.send(answer(200).replace(b"Content-Length: 0\r\n", b""))
+            back = threading.Thread(target=self._back, args=(far, peer))
+            back.start()
+            try:
+                while True:
+                    piece = peer._piece()
+                    self.tunnelled += piece
+                    far.sendall(piece)
+            finally:
+                with suppress(OSError):
+                    far.shutdown(socket.SHUT_RDWR)
+                back.join()
+
+    @staticmethod
+    def _back(far: socket.socket, peer: Peer) -> None:
+        with suppress(OSError):
+            while piece := far.recv(64 * 1024):
+                peer.send(piece)
+        peer.hang_up()
+
+
+class TestProxy:
+    @pytest.mark.parametrize("user", ["", "josé"])
+    def test_tls_goes_through_it_end_to_end(self, tmp_path: Path, pki: Pki, user: str) -> None:
+        password = tmp_path / "password"
+        password.write_text("p:w\n")
+        proxy = Proxy(f"{user}:p:w" if user else "")
+        keys = {"proxy_user": user, "proxy_password_file": password} if user else {}
+        with (
+            ScriptedServer(take_all, server_context(pki)) as server,
+            ScriptedServer(proxy) as through,
+        ):
+            destination = a_destination(
+                server.url,
+                pki,
+                proxy=f"http://127.0.0.1:{through.port}",
+                pin_sha256=[pin_of(pki.server_cert)],
+                **keys,
+            )
+            with a_sender(destination) as sender:
+                for _ in range(3):
+                    assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
+            assert server.peers[0].client_certificate
+        assert proxy.targets == [f"127.0.0.1:{server.port}"]
+        assert proxy.tunnelled[:1] == b"\x16"  # a TLS handshake, from the first byte on
+        assert b"archive" not in proxy.tunnelled
+        assert all(header_of(head, "proxy-authorization") is None for head in server.heads)
+
+    def test_wrong_credentials_are_told_and_never_logged(self, stage: Stage) -> None:
+        password = stage.base / "password"
+        password.write_text("wrong-password")
+        proxy = Proxy("me:right-password")
+        with (
+            ScriptedServer(take_all, server_context(stage.pki)) as server,
+            ScriptedServer(proxy) as through,
+        ):
+            stage.configure(
+                server.url,
+                top='[log]\nlevel = "debug"',
+                destination=f'{QUICK}\nproxy = "http://127.0.0.1:{through.port}"\nproxy_user = "me"\n'
+                f'proxy_password_file = "{password}"',
+            )
+            daemon = stage.daemon().ready()
+            stage.put("a.tar.gz", CONTENT)
+            (paused, *_) = daemon.wait_for("destination.paused")
+            assert paused["reason"] == "proxy_failed"
+            assert "407" in paused["error"]
+            password.write_text("right-password")
+            daemon.wait_for("archive.disposed")
+            assert daemon.stop() == 0
+        for secret in ("wrong-password", "right-password"):
+            assert secret not in daemon.text()
+            assert base64.b64encode(f"me:{secret}".encode()).decode() not in daemon.text()
+
+    def test_one_that_can_not_reach_the_endpoint_is_told(self, tmp_path: Path, pki: Pki) -> None:
+        with ScriptedServer(Proxy(refusal=answer(502))) as through:
+            destination = a_destination(
+                "https://vault.example.net/x", pki, proxy=f"http://127.0.0.1:{through.port}"
+            )
+            with a_sender(destination) as sender:
+                reason, error = failed(sender.send(an_archive(tmp_path, CONTENT)))
+        assert reason is Reason.PROXY
+        assert "502" in error
+
+    def test_one_that_is_down_is_told_as_that(self, tmp_path: Path, pki: Pki) -> None:
+        with ScriptedServer(take_all) as gone:
+            pass
+        destination = a_destination("https://vault.example.net/x", pki, proxy=f"http://127.0.0.1:{gone.port}")
+        with a_sender(destination) as sender:
+            reason, error = failed(sender.send(an_archive(tmp_path, CONTENT)))
+        assert reason is Reason.PROXY
+        assert error.startswith("no connection to the proxy")
+        assert f"port {gone.port}" in error
+
+    def test_that_of_the_environment_is_not_used(
+        self, tmp_path: Path, pki: Pki, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, "http://127.0.0.1:1")
+        with ScriptedServer(take_all, server_context(pki)) as server:
+            with a_sender(a_destination(server.url, pki)) as sender:
+                assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
+
+
+# Addresses and names
+
+
+def test_the_local_address_is_the_one_that_is_asked_for(tmp_path: Path, pki: Pki) -> None:
+    seen: list[str] = []
+
+    def script(peer: Peer) -> None:
+        seen.append(peer._sock.getpeername()[0])
+        take_all(peer)
+
+    with ScriptedServer(script, server_context(pki)) as server:
+        with a_sender(a_destination(server.url, pki, local_address="127.0.0.2")) as sender:
+            assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
+    assert seen == ["127.0.0.2"]
+
+
+def test_a_local_address_that_is_not_ours_is_told(tmp_path: Path, pki: Pki) -> None:
+    with ScriptedServer(take_all, server_context(pki)) as server:
+        with a_sender(a_destination(server.url, pki, local_address="192.0.2.1")) as sender:
+            reason, error = failed(sender.send(an_archive(tmp_path, CONTENT)))
+    assert reason is Reason.CONNECT
+    assert "192.0.2.1" in error
+
+
+@contextmanager
+def a_named_server(pki: Pki, *names: str) -> Iterator[tuple[ScriptedServer, list[str | None]]]:
+    """Yield a server whose certificate is for these names, and the names that it is asked for."""
+    asked: list[str | None] = []
+    context = server_context(pki, pki.issue_server("named", names))
+    context.sni_callback = lambda _sock, name, _context: asked.append(name)
+    with ScriptedServer(take_all, context) as server:
+        yield server, asked
+
+
+def test_connect_to_leads_elsewhere_and_changes_no_name(tmp_path: Path, pki: Pki) -> None:
+    with a_named_server(pki, "vault.test") as (server, asked):
+        destination = a_destination(
+            "https://vault.test/v1/upload", pki, connect_to=f"127.0.0.1:{server.port}"
+        )
+        with a_sender(destination) as sender:
+            assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
+    assert asked == ["vault.test"]
+    assert server.requests[0].header("host") == "vault.test"
+
+
+def test_a_server_name_is_asked_for_and_expected(tmp_path: Path, pki: Pki) -> None:
+    with a_named_server(pki, "vault.test") as (server, asked):
+        with a_sender(a_destination(server.url, pki, server_name="vault.test")) as sender:
+            assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
+    assert asked == ["vault.test"]
+    assert server.requests[0].header("host") == f"127.0.0.1:{server.port}"
+
+
+@pytest.mark.parametrize("keys", [{}, {"server_name": "other.test"}])
+def test_a_certificate_for_another_name_is_refused(tmp_path: Path, pki: Pki, keys: dict[str, str]) -> None:
+    with a_named_server(pki, "vault.test") as (server, _):
+        with a_sender(a_destination(server.url, pki, **keys)) as sender:
+            reason, error = failed(sender.send(an_archive(tmp_path, CONTENT)))
+    assert reason is Reason.TLS
+    assert "mismatch" in error or "not valid for" in error
+    assert not server.heads
+
+
+# Pins and versions
+
+
+def pin_of(cert: Path) -> str:
+    key = x509.load_pem_x509_certificate(cert.read_bytes()).public_key()
+    der = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return base64.b64encode(hashlib.sha256(der).digest()).decode()
+
+
+@pytest.mark.parametrize("prefix", ["", "sha256//"])
+def test_a_pinned_key_is_accepted_beside_the_next_one(tmp_path: Path, pki: Pki, prefix: str) -> None:
+    pins = [prefix + pin_of(pki.client_cert), prefix + pin_of(pki.server_cert)]
+    with ScriptedServer(take_all, server_context(pki)) as server:
+        with a_sender(a_destination(server.url, pki, pin_sha256=pins)) as sender:
+            assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
+
+
+def test_another_key_is_refused_and_named(tmp_path: Path, pki: Pki) -> None:
+    with ScriptedServer(take_all, server_context(pki)) as server:
+        with a_sender(a_destination(server.url, pki, pin_sha256=[pin_of(pki.client_cert)])) as sender:
+            reason, error = failed(sender.send(an_archive(tmp_path, CONTENT)))
+    assert reason is Reason.TLS
+    assert pin_of(pki.server_cert) in error
+    assert not server.heads
+
+
+def test_a_pin_does_not_stand_in_for_the_authority(tmp_path: Path, pki: Pki) -> None:
+    other = Pki(tmp_path / "other")
+    with ScriptedServer(take_all, server_context(pki)) as server:
+        destination = a_destination(server.url, pki, ca=other.ca_pem, pin_sha256=[pin_of(pki.server_cert)])
+        with a_sender(destination) as sender:
+            reason, _ = failed(sender.send(an_archive(tmp_path, CONTENT)))
+    assert reason is Reason.TLS
+
+
+@pytest.mark.parametrize("least", ["1.2", "1.3"])
+def test_the_least_version_of_tls_is_kept_to(tmp_path: Path, pki: Pki, least: str) -> None:
+    context = server_context(pki, version=ssl.TLSVersion.TLSv1_2)
+    with ScriptedServer(take_all, context) as server:
+        with a_sender(a_destination(server.url, pki, tls_min=least)) as sender:
+            outcome = sender.send(an_archive(tmp_path, CONTENT))
+    if least == "1.2":
+        assert isinstance(outcome, Delivered)
+    else:
+        assert failed(outcome)[0] is Reason.TLS
+        assert "version" in failed(outcome)[1]
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("size", [10, 8 * MIB])
+def test_a_refused_client_certificate_is_told_as_that_every_time(
+    tmp_path: Path, pki: Pki, version: ssl.TLSVersion, size: int
+) -> None:
+    """Under TLS 1.3 the alert comes after the handshake, in the middle of the request."""
+    stranger = Pki(tmp_path / "stranger")
+    context = server_context(pki, version=version)
+    reasons = []
+    with ScriptedServer(take_all, context) as server:
+        for _ in range(10):
+            destination = a_destination(server.url, pki, cert=stranger.client_cert, key=stranger.client_key)
+            with a_sender(destination) as sender:
+                reasons.append(failed(sender.send(an_archive(tmp_path, size=size)))[0])
+    assert reasons == [Reason.TLS_CLIENT] * 10
+
+
+# Time
+
+
+@contextmanager
+def a_full_listener() -> Iterator[int]:
+    """Yield a port on the loopback interface that never completes another connection."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+def silent(peer: Peer) -> None:
+    peer.pause()
+
+
+def silent_after_the_body(peer: Peer) -> None:
+    peer.read_request()
+    peer.pause()
+
+
+def silent_after_the_head(peer: Peer) -> None:
+    peer.read_head()
+    peer.pause()
+
+
+@pytest.mark.parametrize(
+    ("phase", "script", "reason"),
+    [
+        ("read", silent_after_the_body, Reason.READ_TIMEOUT),
+        ("write", silent_after_the_head, Reason.WRITE_TIMEOUT),
+    ],
+)
+def test_each_phase_has_a_timeout_of_its_own(
+    tmp_path: Path, pki: Pki, phase: str, script: Script, reason: Reason
+) -> None:
+    with ScriptedServer(script, server_context(pki)) as server:
+        destination = a_destination(server.url, pki, timeout={phase: "0.4s"})
+        with a_sender(destination) as sender:
+            size = 64 * MIB if phase == "write" else 1000
+            began = time.monotonic()
+            outcome = sender.send(an_archive(tmp_path, size=size))
+            assert time.monotonic() - began < 5
+    assert failed(outcome)[0] is reason
+    assert isinstance(outcome, Deferred)
+    assert (outcome.unknown is not None) == (phase == "read")
+
+
+def test_a_connection_that_nobody_answers_times_out(tmp_path: Path, pki: Pki) -> None:
+    with a_full_listener() as port:
+        destination = a_destination(f"https://127.0.0.1:{port}/x", pki, timeout={"connect": "0.3s"})
+        with a_sender(destination) as sender:
+            began = time.monotonic()
+            assert failed(sender.send(an_archive(tmp_path, CONTENT)))[0] is Reason.CONNECT_TIMEOUT
+            assert time.monotonic() - began < 3
+
+
+def test_a_handshake_that_nobody_answers_times_out(tmp_path: Path, pki: Pki) -> None:
+    with ScriptedServer(silent) as server:  # it listens, and speaks no TLS
+        url = server.url.replace("http:", "https:")
+        with a_sender(a_destination(url, pki, timeout={"connect": "0.3s"})) as sender:
+            assert failed(sender.send(an_archive(tmp_path, CONTENT)))[0] is Reason.CONNECT_TIMEOUT
+
+
+# Connections that are kept
+
+
+def one_each(peer: Peer) -> None:
+    """Serve one request on a connection, and end it without a word about it."""
+    peer.send(receipt_for(peer.read_request().archive))
+
+
+def test_a_connection_that_ended_between_two_archives_is_not_used_again(tmp_path: Path, pki: Pki) -> None:
+    with ScriptedServer(one_each, server_context(pki)) as server:
+        with a_sender(a_destination(server.url, pki)) as sender:
+            for number in range(5):
+                assert isinstance(sender.send(an_archive(tmp_path, b"%d" % number)), Delivered)
+                until(lambda: server.peers[-1]._sock.fileno() < 0, "the end of the connection")
+    assert [request.archive for request in server.requests] == [b"0", b"1", b"2", b"3", b"4"]
+    assert len(server.peers) == 5
+
+
+def test_one_that_ends_as_the_next_archive_comes_is_made_anew_at_once(stage: Stage) -> None:
+    def script(peer: Peer) -> None:
+        peer.send(receipt_for(peer.read_request().archive))
+        peer.read_head()  # what follows was for a connection that is gone
+
+    with ScriptedServer(script, server_context(stage.pki)) as server:
+        stage.configure(server.url, destination="workers = 1")
+        daemon = stage.daemon().ready()
+        for number in range(10):
+            stage.put(f"{number}.tar.gz", b"content %d" % number)
+        daemon.wait_for("archive.disposed", count=10)
+        assert not daemon.events("destination.paused")
+        assert daemon.stop() == 0
+    stored = sorted(request.archive for request in server.requests)
+    assert stored == [b"content %d" % number for number in range(10)]

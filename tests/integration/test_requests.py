@@ -1,0 +1,675 @@
+"""What goes over the wire for an archive, and what is made of the answer."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backupd.config.destination import DestinationConfig
+from backupd.core.model import (
+    Deferred,
+    Delivered,
+    Digest,
+    Outcome,
+    Rejected,
+    Superseded,
+    fingerprint_of,
+)
+from backupd.core.policy import Reason
+from backupd.upload.http import HttpUploader
+from backupd.upload.line import Abort
+from backupd.upload.port import Cargo
+from backupd.upload.request import RequestMaker
+from tests.pki import Pki
+from tests.scripted import (
+    Peer,
+    Request,
+    Script,
+    ScriptedServer,
+    answer,
+    in_turn,
+    receipt_for,
+    server_context,
+    take_all,
+)
+from tests.stage import Stage, until
+from tests.uploading import MIB, a_destination, an_archive
+
+CONTENT = b"the content of an archive" * 1000
+QUICK = 'retry = { initial = "0.1s", max = "0.3s" }'
+
+
+@pytest.fixture
+def pki(tmp_path: Path) -> Pki:
+    return Pki(tmp_path / "pki")
+
+
+def once(reply: bytes | Callable[[Request], bytes]) -> Script:
+    """Return a script that answers every request in the same way."""
+
+    def script(peer: Peer) -> None:
+        while True:
+            request = peer.read_request()
+            peer.send(reply if isinstance(reply, bytes) else reply(request))
+
+    return script
+
+
+def sent(
+    folder: Path,
+    pki: Pki,
+    script: Script,
+    archive: Path | None = None,
+    variables: Mapping[str, str] | None = None,
+    **keys: Any,
+) -> tuple[Outcome, list[Request]]:
+    """Send an archive and return what became of it, and the requests that it took."""
+    with ScriptedServer(script, server_context(pki)) as server:
+        url = server.url + keys.pop("path", "")
+        if "query_path" in keys:
+            keys["query_url"] = server.url + keys.pop("query_path")
+        with a_courier(a_destination(url, pki, **keys)) as courier:
+            courier.variables = variables
+            outcome = courier.send(archive or an_archive(folder, CONTENT))
+    return outcome, server.requests
+
+
+class Courier:
+    """Sends files by one uploader as a worker does, with what the ledger may hold about them."""
+
+    def __init__(self, uploader: HttpUploader) -> None:
+        self._uploader = uploader
+        self.variables: Mapping[str, str] | None = None
+        self.unknown: Digest | None = None
+        self.before_upload: Callable[[], object] = int
+
+    def send(self, path: Path) -> Outcome:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            variables = {"name": path.name} if self.variables is None else self.variables
+            fingerprint = fingerprint_of(os.fstat(fd))
+            self.before_upload()
+            cargo = Cargo(
+                "the-delivery", os.fsencode(path.name), fd, fingerprint, variables, unknown=self.unknown
+            )
+            return self._uploader.upload(cargo)
+        finally:
+            os.close(fd)
+
+
+@contextmanager
+def a_courier(destination: DestinationConfig) -> Iterator[Courier]:
+    abort = Abort()
+    uploader = HttpUploader.alone(destination, abort)
+    try:
+        yield Courier(uploader)
+    finally:
+        uploader.close()
+        abort.close()
+
+
+def digest_of(content: bytes, algorithm: str = "sha256") -> str:
+    return hashlib.new(algorithm, content).hexdigest()
+
+
+# The request
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH"])
+@pytest.mark.parametrize("body", ["multipart", "raw"])
+def test_each_method_carries_each_form_of_body(tmp_path: Path, pki: Pki, method: str, body: str) -> None:
+    def reply(request: Request) -> bytes:
+        return receipt_for(request.body if body == "raw" else request.archive)
+
+    outcome, (request,) = sent(tmp_path, pki, once(reply), method=method, body=body)
+    assert isinstance(outcome, Delivered)
+    assert request.head.startswith(f"{method} /v1/upload HTTP/1.1\r\n".encode())
+    assert request.header("idempotency-key") == "the-delivery"
+    assert request.header("transfer-encoding") is None
+    if body == "raw":
+        assert request.body == CONTENT
+        assert request.header("content-type") == "application/octet-stream"
+    else:
+        assert request.archive == CONTENT
+        assert (request.header("content-type") or "").startswith("multipart/form-data; boundary=")
+
+
+@pytest.mark.parametrize(
+    "content", [b"\r\n\r\n", b"x" * 100 + b"\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n", os.urandom(600_000)]
+)
+def test_a_raw_body_arrives_as_it_is_whatever_it_looks_like(tmp_path: Path, pki: Pki, content: bytes) -> None:
+    outcome, (request,) = sent(
+        tmp_path,
+        pki,
+        once(lambda request: receipt_for(request.body)),
+        an_archive(tmp_path, content),
+        body="raw",
+    )
+    assert isinstance(outcome, Delivered)
+    assert request.body == content
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "name"), [("sha256", "sha-256"), ("sha512", "sha-512"), ("sha1", "sha"), ("md5", "md5")]
+)
+def test_a_raw_body_states_its_digest_in_the_head(
+    tmp_path: Path, pki: Pki, algorithm: str, name: str
+) -> None:
+    outcome, (request,) = sent(
+        tmp_path,
+        pki,
+        once(lambda request: answer(201, Repr_Digest=request.header("repr-digest") or "")),
+        body="raw",
+        method="PUT",
+        digest_at="header",
+        headers={"X-Digest": "{digest}"},
+        receipt={"digest": "header:Repr-Digest", "algorithm": algorithm},
+    )
+    raw = hashlib.new(algorithm, CONTENT).digest()
+    assert request.header("repr-digest") == f"{name}=:{base64.b64encode(raw).decode()}:"
+    assert request.header("x-digest") == raw.hex()
+    assert isinstance(outcome, Delivered)
+
+
+def test_blake2b_has_no_name_in_repr_digest_but_still_a_placeholder(tmp_path: Path, pki: Pki) -> None:
+    outcome, (request,) = sent(
+        tmp_path,
+        pki,
+        once(lambda request: answer(201, X_Stored=request.header("x-digest") or "")),
+        body="raw",
+        digest_at="header",
+        headers={"X-Digest": "{digest}"},
+        receipt={"digest": "header:X-Stored", "algorithm": "blake2b"},
+    )
+    assert request.header("repr-digest") is None
+    assert isinstance(outcome, Delivered)
+
+
+@pytest.mark.parametrize("digest_at", ["before", "after"])
+def test_the_digest_stands_where_it_is_asked_for(tmp_path: Path, pki: Pki, digest_at: str) -> None:
+    outcome, (request,) = sent(
+        tmp_path,
+        pki,
+        once(lambda request: receipt_for(request.archive)),
+        digest_at=digest_at,
+        digest_field="sum",
+        fields={"note": "n"},
+    )
+    assert isinstance(outcome, Delivered)
+    at = request.body.index(b'name="sum"\r\n\r\n' + digest_of(CONTENT).encode() + b"\r\n")
+    assert (at < request.body.index(b"filename=")) == (digest_at == "before")
+    assert request.body.index(b'name="note"') < request.body.index(b"filename=")
+
+
+@pytest.mark.parametrize("keys", [{"digest_at": "before"}, {"digest_at": "header", "body": "raw"}])
+@pytest.mark.parametrize("undetected", [True, False])
+def test_a_file_that_is_rewritten_between_its_two_reads_is_superseded(
+    tmp_path: Path, pki: Pki, keys: dict[str, str], undetected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = an_archive(tmp_path, CONTENT)
+    read_once = RequestMaker.digest_of
+
+    def digest_then_rewrite(self: RequestMaker, cargo: Any) -> Any:
+        digest = read_once(self, cargo)
+        archive.write_bytes(CONTENT[::-1])
+        if undetected:  # as on a filesystem whose times are coarse
+            cargo.fingerprint = fingerprint_of(os.fstat(cargo.fd))
+        return digest
+
+    monkeypatch.setattr(RequestMaker, "digest_of", digest_then_rewrite)
+    outcome, requests = sent(
+        tmp_path, pki, once(lambda request: receipt_for(request.archive)), archive, **keys
+    )
+    assert isinstance(outcome, Superseded)
+    assert requests == []
+
+
+def test_a_file_that_is_cut_while_it_is_read_for_its_digest_is_superseded(tmp_path: Path, pki: Pki) -> None:
+    archive = an_archive(tmp_path, CONTENT)
+    with ScriptedServer(take_all, server_context(pki)) as server:
+        with a_courier(a_destination(server.url, pki, digest_at="before")) as courier:
+            courier.before_upload = lambda: os.truncate(archive, 5)
+            assert isinstance(courier.send(archive), Superseded)
+        assert not server.heads
+
+
+HOSTILE = [
+    "a b.tar.gz",
+    " leading and trailing ",
+    "x\r\nX-Injected: yes\r\n\r\nGET / HTTP/1.1",
+    "../../etc/passwd",
+    "..",
+    ".",
+    "a?b=c&d#e",
+    "%2e%2e%2f",
+    "100%",
+    'quo"te\\back',
+    "naïve-日本-\U0001f600",
+    "tab\there\x00nul\x7f",
+    "a;b,c:d@e[f]{g}|h^`i",
+    "\\xff\\xfe",
+    "+plus+",
+    "",
+]
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_hostile_values_are_escaped_for_where_they_stand(tmp_path: Path, pki: Pki, value: str) -> None:
+    outcome, (request,) = sent(
+        tmp_path,
+        pki,
+        once(lambda request: receipt_for(request.archive)),
+        variables={"name": value, "device": value, "relpath": f"folder/{value or 'x'}"},
+        path="/{device}/{name}?n={name}&f={{x}}",
+        headers={"X-Name": "{name}", "X-Both": "of {device} {name}"},
+        fields={"note": "{name}", "twice": "{name}{name}"},
+    )
+    assert isinstance(outcome, Delivered)
+    lines = request.head.decode("ascii").split("\r\n")
+    assert {line.partition(":")[0].lower() for line in lines[1:]} == {
+        *("host", "accept", "accept-encoding", "connection", "user-agent", "idempotency-key"),
+        *("content-length", "content-type", "x-name", "x-both"),
+    }
+    path, _, query = request.path.partition("?")
+    prefix, upload, *segments = path.split("/")[1:]
+    assert (prefix, upload) == ("v1", "upload")
+    assert len(segments) == 2
+    decoded = base_of(segments[0])
+    assert segments[0] == segments[1]
+    if value.strip("."):
+        assert decoded == value
+    else:  # as a segment of its own it would lead elsewhere
+        assert decoded == value.replace(".", "%2E")
+    assert query.split("&")[0] == f"n={segments[0]}"
+    assert query.count("&") == 1
+    assert base_of(request.header("x-name") or "") == value
+    assert f'name="note"\r\n\r\n{value}\r\n'.encode() in request.body
+    assert f'name="twice"\r\n\r\n{value}{value}\r\n'.encode() in request.body
+
+
+def base_of(escaped: str) -> str:
+    """Return what `%NN` spells, once."""
+    return urllib.parse.unquote(escaped)
+
+
+def test_a_relative_path_keeps_its_folders_in_an_address(tmp_path: Path, pki: Pki) -> None:
+    outcome, (request,) = sent(
+        tmp_path,
+        pki,
+        once(lambda request: receipt_for(request.archive)),
+        variables={"name": "c d", "relpath": "a/b&/c d"},
+        path="/{relpath}?p={name}",
+    )
+    assert isinstance(outcome, Delivered)
+    assert request.path == "/v1/upload/a/b%26/c%20d?p=c%20d"
+
+
+def test_a_hostile_name_reaches_the_endpoint_through_the_daemon(stage: Stage) -> None:
+    names = [
+        b"a\r\nX-Injected: 1.tar.gz",
+        b" b.tar.gz",
+        b"bad\xff\xfe.tar.gz",
+        b'q"u\\o;te.tar.gz',
+        b"x_.._y.gz",
+    ]
+    with ScriptedServer(take_all, server_context(stage.pki)) as server:
+        stage.configure(
+            server.url + "/{kind}/{name}",
+            drop="label_pattern = '(?:[^_]*_)?(?P<kind>[^_]*)(?:_.*)?'",
+            destination='headers = { X-Name = "{name}", X-Kind = "{kind}" }\nfields = { note = "of {name}" }',
+        )
+        daemon = stage.daemon().ready()
+        for number, name in enumerate(names):
+            stage.put(name, b"content %d" % number)
+        daemon.wait_for("archive.disposed", count=len(names))
+        assert not daemon.events("attempt.failed")
+        assert daemon.stop() == 0
+    assert all(b"\r\nx-injected" not in head.lower() for head in server.heads)
+    assert all(request.path.startswith("/v1/upload/") for request in server.requests)
+    assert sorted(request.archive for request in server.requests) == [
+        b"content %d" % number for number in range(len(names))
+    ]
+
+
+# The receipt
+
+
+SHA256 = digest_of(CONTENT)
+RAW = bytes.fromhex(SHA256)
+
+
+def in_json(value: object) -> bytes:
+    return answer(201, json.dumps(value).encode())
+
+
+@pytest.mark.parametrize(
+    ("receipt", "reply"),
+    [
+        ({"digest": "body:/files/0/sums/sha~1256"}, in_json({"files": [{"sums": {"sha/256": SHA256}}]})),
+        ({"digest": "body:/sha256"}, in_json({"sha256": SHA256.upper()})),
+        ({"digest": "body:/sha256"}, in_json({"sha256": f"  sha256:{SHA256}\n"})),
+        ({"digest": "body:/sha256"}, in_json({"sha256": f"SHA-256:{SHA256}"})),
+        ({"digest": "header:X-Sum"}, answer(204, X_Sum=SHA256)),
+        ({"digest": "header:x-sum"}, answer(200, b"<html>", X_SUM=SHA256)),
+        ({"digest": "body:/d", "encoding": "base64"}, in_json({"d": base64.b64encode(RAW).decode()})),
+        (
+            {"digest": "body:/d", "encoding": "base64"},
+            in_json({"d": base64.b64encode(RAW).decode().rstrip("=")}),
+        ),
+        (
+            {"digest": "body:/d", "encoding": "base64url"},
+            in_json({"d": base64.urlsafe_b64encode(RAW).decode()}),
+        ),
+        (
+            {"digest": "header:Repr-Digest"},
+            answer(201, Repr_Digest=f"sha-256=:{base64.b64encode(RAW).decode()}:"),
+        ),
+        (
+            {"digest": "header:Content-Digest"},
+            answer(201, Content_Digest=f"md5=:AAAA:, sha-256=:{base64.b64encode(RAW).decode()}:"),
+        ),
+        ({"digest": "body:/sha256", "prefix": 12}, in_json({"sha256": SHA256[:12]})),
+        (
+            {"digest": "body:/d", "encoding": "base64", "prefix": 10},
+            in_json({"d": base64.b64encode(RAW).decode()[:10]}),
+        ),
+        ({"digest": "body:/sha256", "size": "body:/n"}, in_json({"sha256": SHA256, "n": len(CONTENT)})),
+        ({"digest": "body:/sha256", "size": "body:/n"}, in_json({"sha256": SHA256, "n": str(len(CONTENT))})),
+        ({"digest": "body:/sha256", "size": "body:/n"}, in_json({"sha256": SHA256})),
+        (
+            {"digest": "body:/sha256", "size": "header:X-Size"},
+            answer(201, json.dumps({"sha256": SHA256}).encode(), X_Size=str(len(CONTENT))),
+        ),
+        *(
+            ({"digest": "body:/d", "algorithm": algorithm}, in_json({"d": digest_of(CONTENT, algorithm)}))
+            for algorithm in ("sha512", "sha1", "md5", "blake2b")
+        ),
+    ],
+)
+def test_a_receipt_that_states_what_was_sent_is_taken(
+    tmp_path: Path, pki: Pki, receipt: dict[str, Any], reply: bytes
+) -> None:
+    outcome, _ = sent(tmp_path, pki, once(reply), receipt=receipt)
+    assert isinstance(outcome, Delivered), outcome
+    assert outcome.verified
+
+
+@pytest.mark.parametrize(
+    ("receipt", "reply", "reason"),
+    [
+        ({}, answer(201), Reason.UNVERIFIED),
+        ({}, answer(204), Reason.UNVERIFIED),
+        ({}, answer(200, b"<html>welcome</html>"), Reason.UNVERIFIED),
+        ({}, in_json({"sha256": None}), Reason.UNVERIFIED),
+        ({}, in_json({"sha256": 5}), Reason.UNVERIFIED),
+        ({}, in_json([SHA256]), Reason.UNVERIFIED),
+        ({}, answer(200, b"{" + b'"a":' * 5), Reason.UNVERIFIED),
+        ({}, answer(200, b"[" * 60_000), Reason.UNVERIFIED),
+        ({}, answer(200, b" " * 70_000 + json.dumps({"sha256": SHA256}).encode()), Reason.UNVERIFIED),
+        ({}, in_json({"sha256": ""}), Reason.MISMATCH),
+        ({}, in_json({"sha256": digest_of(b"else")}), Reason.MISMATCH),
+        ({}, in_json({"sha256": f"md5:{SHA256}"}), Reason.MISMATCH),
+        ({}, in_json({"sha256": SHA256[:12]}), Reason.MISMATCH),
+        ({}, in_json({"sha256": "\ud800"}), Reason.MISMATCH),
+        ({"prefix": 12}, in_json({"sha256": SHA256}), Reason.MISMATCH),
+        ({"encoding": "base64"}, in_json({"sha256": SHA256}), Reason.MISMATCH),
+        ({"digest": "header:X-Sum"}, answer(201), Reason.UNVERIFIED),
+        ({"digest": "header:Repr-Digest"}, answer(201, Repr_Digest="sha-256=:AAAA:"), Reason.MISMATCH),
+        ({"digest": "header:Repr-Digest"}, answer(201, Repr_Digest="sha-512=:AAAA:"), Reason.MISMATCH),
+        ({"size": "body:/n"}, in_json({"sha256": SHA256, "n": 5}), Reason.MISMATCH),
+        ({"size": "body:/n", "digest": "none"}, in_json({"n": 5}), Reason.MISMATCH),
+    ],
+)
+def test_a_success_without_the_right_receipt_is_no_delivery(
+    tmp_path: Path, pki: Pki, receipt: dict[str, Any], reply: bytes, reason: Reason
+) -> None:
+    outcome, _ = sent(tmp_path, pki, once(reply), receipt=receipt)
+    assert isinstance(outcome, Deferred), outcome
+    assert outcome.reason is reason
+
+
+def test_where_no_receipt_is_wanted_a_success_is_taken_but_not_called_verified(
+    tmp_path: Path, pki: Pki
+) -> None:
+    outcome, _ = sent(tmp_path, pki, once(answer(204)), receipt={"digest": "none"})
+    assert isinstance(outcome, Delivered)
+    assert not outcome.verified
+
+
+def test_what_is_not_verified_is_sent_again_and_never_disposed_of(stage: Stage) -> None:
+    replies = [answer(200), answer(200, b'{"sha256":"%s"}' % digest_of(b"else").encode())] * 2
+
+    def script(peer: Peer) -> None:
+        while True:
+            request = peer.read_request()
+            if replies:
+                assert (stage.drop / "a.tar.gz").read_bytes() == CONTENT
+                peer.send(replies.pop(0))
+            else:
+                peer.send(receipt_for(request.archive))
+
+    with ScriptedServer(script, server_context(stage.pki)) as server:
+        stage.configure(server.url, destination=QUICK, drop='on_delivered = "delete"')
+        daemon = stage.daemon().ready()
+        stage.put("a.tar.gz", CONTENT)
+        daemon.wait_for("archive.disposed", disposition="deleted")
+        failed = [event["reason"] for event in daemon.events("attempt.failed")]
+        assert failed == ["unverified", "digest_mismatch"] * 2
+        assert daemon.stop() == 0
+    assert len({request.header("idempotency-key") for request in server.requests}) == 1
+    assert len(server.requests) == 5
+
+
+# Duplicates
+
+
+def early(reply: bytes) -> Script:
+    """Return a script that answers as soon as it has read a request's head, and hears no more."""
+
+    def script(peer: Peer) -> None:
+        peer.read_head()
+        peer.send(reply)
+        peer.half_close()
+        peer.drain()
+
+    return script
+
+
+@pytest.mark.parametrize("answered", ["complete", "early"])
+@pytest.mark.parametrize("size", [len(CONTENT), 20 * MIB])
+class TestDuplicates:
+    @staticmethod
+    def _sent(
+        folder: Path, pki: Pki, answered: str, size: int, said: bytes, **keys: Any
+    ) -> tuple[Outcome, bytes]:
+        content = (CONTENT * (size // len(CONTENT) + 1))[:size]
+        said = said.replace(b"DIGEST", digest_of(content).encode())
+        reply = answer(409, said)
+        script = once(reply) if answered == "complete" else early(reply)
+        outcome, _ = sent(folder, pki, script, an_archive(folder, content), **keys)
+        return outcome, content
+
+    def test_a_409_with_the_receipt_of_the_same_content_is_a_delivery(
+        self, tmp_path: Path, pki: Pki, answered: str, size: int
+    ) -> None:
+        outcome, content = self._sent(tmp_path, pki, answered, size, b'{"sha256":"DIGEST"}')
+        assert isinstance(outcome, Delivered), outcome
+        assert outcome.digest.hex == digest_of(content)
+        assert outcome.receipt.http_status == 409
+
+    @pytest.mark.parametrize("said", [b'{"sha256":"1234"}', b'{"title":"taken"}', b""])
+    def test_a_409_without_it_rejects_the_archive_in_the_words_of_the_endpoint(
+        self, tmp_path: Path, pki: Pki, answered: str, size: int, said: bytes
+    ) -> None:
+        outcome, _ = self._sent(tmp_path, pki, answered, size, said)
+        assert isinstance(outcome, Rejected), outcome
+        assert outcome.reason is Reason.CONFLICT
+        assert said.decode() in outcome.error
+
+    @pytest.mark.parametrize("keys", [{"on_duplicate": "reject"}, {"receipt": {"digest": "none"}}])
+    def test_a_409_is_a_rejection_where_no_receipt_is_to_count(
+        self, tmp_path: Path, pki: Pki, answered: str, size: int, keys: dict[str, Any]
+    ) -> None:
+        outcome, _ = self._sent(tmp_path, pki, answered, size, b'{"sha256":"DIGEST"}', **keys)
+        assert isinstance(outcome, Rejected), outcome
+
+
+def test_a_file_that_changes_before_an_early_409_is_compared_is_superseded(tmp_path: Path, pki: Pki) -> None:
+    archive = an_archive(tmp_path, size=20 * MIB)
+    other = b"z" * 1000
+
+    def script(peer: Peer) -> None:
+        peer.read_head()
+        archive.write_bytes(other)
+        peer.send(answer(409, json.dumps({"sha256": digest_of(other)}).encode()))
+        peer.half_close()
+        peer.drain()
+
+    outcome, _ = sent(tmp_path, pki, script, archive)
+    assert isinstance(outcome, Superseded), outcome
+
+
+# Unknown outcomes
+
+
+class Vault:
+    """An endpoint that stores, may lose its answer, and tells what it has to whoever asks."""
+
+    def __init__(self, lose: int = 1, *, knows: bool = True) -> None:
+        self.lose = lose
+        self.knows = knows
+        self.stored: list[bytes] = []
+        self.asked: list[str] = []
+        self.keys: list[str | None] = []
+        self.log: list[str] = []
+
+    def __call__(self, peer: Peer) -> None:
+        while True:
+            request = peer.read_request()
+            if request.head.startswith(b"GET"):
+                self.log.append("asked")
+                self.asked.append(request.path)
+                peer.send(self._found(request.path.rpartition("/")[2]))
+                continue
+            self.log.append("sent")
+            self.keys.append(request.header("idempotency-key"))
+            self.stored.append(request.archive)
+            if self.lose:
+                self.lose -= 1
+                return
+            peer.send(receipt_for(request.archive))
+
+    def _found(self, digest: str) -> bytes:
+        for content in self.stored:
+            if self.knows and digest_of(content) == digest:
+                return receipt_for(content, 200)
+        return answer(404)
+
+
+def test_an_archive_whose_answer_was_lost_is_asked_about_and_not_sent_again(tmp_path: Path, pki: Pki) -> None:
+    vault = Vault()
+    outcome, _ = sent(tmp_path, pki, vault, query_path="/{digest}")
+    assert isinstance(outcome, Delivered), outcome
+    assert vault.log == ["sent", "asked"]
+    assert vault.asked == [f"/v1/upload/{digest_of(CONTENT)}"]
+
+
+def test_one_that_the_endpoint_does_not_have_is_sent_again_under_the_same_key(stage: Stage) -> None:
+    vault = Vault(knows=False)
+    with ScriptedServer(vault, server_context(stage.pki)) as server:
+        stage.configure(server.url, destination=f'{QUICK}\nquery_url = "{server.url}/{{digest}}"')
+        daemon = stage.daemon().ready()
+        stage.put("a.tar.gz", CONTENT)
+        daemon.wait_for("archive.disposed")
+        assert daemon.stop() == 0
+    assert vault.log[0] == "sent"
+    assert vault.log[-2:] == ["asked", "sent"]
+    assert vault.log.count("sent") == 2
+    assert len(set(vault.keys)) == 1
+    assert vault.stored == [CONTENT, CONTENT]
+
+
+def test_one_that_can_not_be_asked_about_is_not_sent_again_before_it_can(tmp_path: Path, pki: Pki) -> None:
+    """The endpoint takes the body and dies; while it can't be reached, nothing is sent anew."""
+    vault = Vault()
+
+    def shut(peer: Peer) -> None:
+        peer.reset()
+
+    with ScriptedServer(in_turn(vault, shut, shut, vault), server_context(pki)) as server:
+        destination = a_destination(server.url, pki, query_url=f"{server.url}/{{digest}}")
+        with a_courier(destination) as courier:
+            archive = an_archive(tmp_path, CONTENT)
+            first = courier.send(archive)
+            assert isinstance(first, Deferred)
+            assert first.unknown is not None
+            courier.unknown = first.unknown
+            second = courier.send(archive)
+            assert isinstance(second, Deferred)
+            assert second.unknown == first.unknown
+            assert isinstance(courier.send(archive), Delivered)
+    assert vault.log == ["sent", "asked"]
+
+
+@pytest.mark.parametrize("query", ["asked", "not asked"])
+def test_an_unknown_outcome_survives_a_kill_of_the_daemon(stage: Stage, query: str) -> None:
+    vault = Vault(lose=1)
+    up = [True]
+
+    def script(peer: Peer) -> None:
+        if not up[0]:
+            peer.reset()
+            return
+        try:
+            vault(peer)
+        finally:
+            up[0] = False
+
+    with ScriptedServer(script, server_context(stage.pki)) as server:
+        query_url = f'query_url = "{server.url}/{{digest}}"' if query == "asked" else ""
+        stage.configure(server.url, destination=f"{QUICK}\n{query_url}")
+        daemon = stage.daemon().ready()
+        stage.put("a.tar.gz", CONTENT)
+        daemon.wait_for("destination.paused")
+        daemon.wait_for("delivery.deferred")
+        daemon.kill()
+        assert (stage.drop / "a.tar.gz").exists()
+        up[0] = True
+        again = stage.daemon().ready()
+        again.wait_for("archive.disposed")
+        assert again.stop() == 0
+    assert vault.log == (["sent", "asked"] if query == "asked" else ["sent", "sent"])
+    assert len(set(vault.keys)) == 1
+    assert not stage.archives(stage.rejected)
+
+
+def test_a_receipt_for_other_content_does_not_settle_an_unknown_outcome(tmp_path: Path, pki: Pki) -> None:
+    vault = Vault()
+    lied: list[str] = []
+
+    def script(peer: Peer) -> None:
+        while True:
+            request = peer.read_request()
+            if request.head.startswith(b"GET"):
+                lied.append(request.path)
+                peer.send(receipt_for(b"something else", 200))
+            elif vault.lose:
+                vault.lose -= 1
+                return
+            else:
+                peer.send(receipt_for(request.archive))
+
+    outcome, requests = sent(tmp_path, pki, script, query_path="/{digest}")
+    assert isinstance(outcome, Deferred)
+    assert outcome.unknown is not None
+    assert len(requests) == 2
+    until(lambda: lied, "the question")

@@ -1,0 +1,585 @@
+"""Signing in: every scheme against an endpoint that checks, over real TLS."""
+
+from __future__ import annotations
+
+import base64
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backupd.core.model import Deferred, Delivered, Outcome
+from backupd.core.policy import Reason
+from backupd.ledger.database import FILE_NAME
+from backupd.upload.endpoint import open_endpoint
+from backupd.upload.http import HttpUploader
+from backupd.upload.line import Abort
+from tests.endpoints import CLIENT_ID, CLIENT_SECRET, SIGN_IN_AGAIN, Login, answered, guarded, refused
+from tests.pki import Pki
+from tests.scripted import Peer, Request, ScriptedServer, answer, receipt_for, server_context
+from tests.stage import Stage
+from tests.uploading import MIB, Sender, a_destination, a_sender, an_archive
+
+QUICK = 'retry = { initial = "0.1s", max = "0.3s" }'
+
+
+@pytest.fixture
+def pki(tmp_path: Path) -> Pki:
+    return Pki(tmp_path / "pki")
+
+
+@pytest.fixture
+def login_pki(tmp_path: Path) -> Pki:
+    """One that has nothing in common with the endpoint's."""
+    return Pki(tmp_path / "login-pki")
+
+
+def a_secret(folder: Path, content: str | bytes, name: str = "secret") -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def has(value: str) -> Callable[[Request], bool]:
+    return lambda request: request.header("authorization") == value
+
+
+def reason_of(outcome: Outcome) -> Reason:
+    assert isinstance(outcome, Deferred), outcome
+    return outcome.reason
+
+
+class TestBearer:
+    def test_the_token_is_what_the_file_holds_at_the_time(self, tmp_path: Path, pki: Pki) -> None:
+        token_file = a_secret(tmp_path, "one\n")
+        good = {"Bearer one"}
+        archive = an_archive(tmp_path, b"content")
+        with ScriptedServer(
+            guarded(lambda request: request.header("authorization") in good), server_context(pki)
+        ) as server:
+            auth = {"type": "bearer", "token_file": token_file}
+            with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
+                assert isinstance(sender.send(archive), Delivered)
+                token_file.write_text("two")
+                good = {"Bearer two"}
+                assert isinstance(sender.send(archive), Delivered)
+        assert len(server.requests) == 2  # no refusal was needed for it to be noticed
+        assert len(server.peers) == 1
+
+    def test_a_token_that_changes_while_the_body_is_sent_is_used_for_a_second_request(
+        self, tmp_path: Path, pki: Pki
+    ) -> None:
+        token_file = a_secret(tmp_path, "old")
+        content = os.urandom(3 * MIB)
+
+        def script(peer: Peer) -> None:
+            while True:
+                request = peer.read_request()
+                if has("Bearer new")(request):
+                    peer.send(receipt_for(request.archive))
+                else:
+                    token_file.write_text("new\n")
+                    peer.send(SIGN_IN_AGAIN)
+
+        with ScriptedServer(script, server_context(pki)) as server:
+            auth = {"type": "bearer", "token_file": token_file}
+            with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
+                outcome = sender.send(an_archive(tmp_path, content))
+                assert sender.sent == len(content)
+        assert isinstance(outcome, Delivered)
+        assert [request.archive for request in server.requests] == [content, content]
+        assert len({request.header("idempotency-key") for request in server.requests}) == 1
+
+    def test_a_token_refused_before_the_body_is_read_costs_no_whole_body(
+        self, tmp_path: Path, pki: Pki
+    ) -> None:
+        token_file = a_secret(tmp_path, "old")
+
+        def script(peer: Peer) -> None:
+            head = peer.read_head()
+            if b"Bearer new" in head:
+                body = peer.read(int(Request(head, b"").header("content-length") or 0))
+                peer.send(receipt_for(Request(head, body).archive))
+            else:
+                token_file.write_text("new")
+                peer.send(SIGN_IN_AGAIN)
+                peer.drain()
+
+        archive = an_archive(tmp_path, size=64 * MIB)
+        with ScriptedServer(script, server_context(pki)) as server:
+            auth = {"type": "bearer", "token_file": token_file}
+            with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
+                assert isinstance(sender.send(archive), Delivered)
+            assert server.peers[0].received < 8 * MIB
+
+    def test_a_token_that_stays_the_same_is_not_tried_twice(self, tmp_path: Path, pki: Pki) -> None:
+        with ScriptedServer(guarded(lambda _: False), server_context(pki)) as server:
+            auth = {"type": "bearer", "token_file": a_secret(tmp_path, "wrong-token")}
+            with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
+                outcome = sender.send(an_archive(tmp_path, b"content"))
+        assert reason_of(outcome) is Reason.UNAUTHORIZED
+        assert "wrong-token" not in repr(outcome)
+        assert len(server.requests) == 1
+
+    def test_a_401_whose_encoding_is_garbage_is_still_a_401(self, tmp_path: Path, pki: Pki) -> None:
+        token_file = a_secret(tmp_path, "old")
+
+        def script(peer: Peer) -> None:
+            while True:
+                peer.read_request()
+                token_file.write_text(f"new-{peer.received}")
+                peer.send(answer(401, b"no gzip at all", Content_Encoding="gzip"))
+
+        with ScriptedServer(script, server_context(pki)) as server:
+            auth = {"type": "bearer", "token_file": token_file}
+            with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
+                outcome = sender.send(an_archive(tmp_path, b"content"))
+        assert reason_of(outcome) is Reason.UNAUTHORIZED
+
+
+def test_a_basic_sign_in_shows_user_and_password(tmp_path: Path, pki: Pki) -> None:
+    expected = "Basic " + base64.b64encode(b"jos\xc3\xa9:p:a ss").decode()
+    with ScriptedServer(guarded(has(expected)), server_context(pki)) as server:
+        auth = {"type": "basic", "user": "josé", "password_file": a_secret(tmp_path, "p:a ss\n")}
+        with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
+            assert isinstance(sender.send(an_archive(tmp_path, b"content")), Delivered)
+
+
+def charged(stage: Stage) -> list[tuple[str, int]]:
+    """Return state and charged attempts of every delivery in the ledger."""
+    with closing(sqlite3.connect(stage.state / FILE_NAME)) as db:
+        rows = db.execute("SELECT state, charged FROM delivery").fetchall()
+    return [(str(state), int(count)) for state, count in rows]
+
+
+def test_a_wrong_password_pauses_the_destination_and_charges_no_archive(stage: Stage) -> None:
+    password = a_secret(stage.base, "wrong-password")
+    expected = "Basic " + base64.b64encode(b"me:right").decode()
+    with ScriptedServer(guarded(has(expected)), server_context(stage.pki)) as server:
+        stage.configure(
+            server.url,
+            destination=QUICK,
+            more=f'[destination.vault.auth]\ntype = "basic"\nuser = "me"\npassword_file = "{password}"',
+        )
+        daemon = stage.daemon().ready()
+        stage.put("a.tar.gz", b"content")
+        paused = daemon.wait_for("destination.paused", count=3)
+        assert {event["reason"] for event in paused} == {"unauthorized"}
+        assert charged(stage) in ([("pending", 0)], [("claimed", 0)])
+        assert (stage.drop / "a.tar.gz").exists()
+
+        password.write_text("right")
+
+        daemon.wait_for("archive.disposed")
+        assert daemon.events("destination.resumed")
+        assert "wrong-password" not in daemon.text()
+        assert base64.b64encode(b"me:wrong-password").decode() not in daemon.text()
+        assert daemon.stop() == 0
+
+
+def test_a_bearer_token_is_rotated_while_the_daemon_runs(stage: Stage) -> None:
+    token = a_secret(stage.base, "token-0")
+    good = ["token-0"]
+    with ScriptedServer(
+        guarded(lambda request: request.header("authorization") == f"Bearer {good[0]}"),
+        server_context(stage.pki),
+    ) as server:
+        stage.configure(
+            server.url,
+            destination=f"workers = 4\n{QUICK}",
+            more=f'[destination.vault.auth]\ntype = "bearer"\ntoken_file = "{token}"',
+        )
+        daemon = stage.daemon().ready()
+        for generation in range(5):
+            for number in range(20):
+                stage.put(f"a-{generation}-{number}.tar.gz", b"%d %d" % (generation, number))
+            new = stage.base / "new"
+            new.write_text(f"token-{generation}")
+            new.rename(token)
+            good[0] = f"token-{generation}"
+            daemon.wait_for("archive.disposed", count=20 * (generation + 1))
+        assert not daemon.events("archive.rejected")
+        assert daemon.stop() == 0
+
+
+def grant(server: ScriptedServer, pki: Pki, folder: Path, **keys: Any) -> dict[str, Any]:
+    return {
+        "type": "oauth2",
+        "token_url": f"https://127.0.0.1:{server.port}/token",
+        "client_id": CLIENT_ID,
+        "client_secret_file": a_secret(folder, CLIENT_SECRET, "client.secret"),
+        "ca": pki.ca_pem,
+        "cert": pki.client_cert,
+        "key": pki.client_key,
+        **keys,
+    }
+
+
+@contextmanager
+def a_token_endpoint(login: Login, pki: Pki) -> Iterator[ScriptedServer]:
+    with ScriptedServer(login, server_context(pki)) as server:
+        yield server
+
+
+class TestOAuth2:
+    @pytest.mark.parametrize("secret_in", ["basic", "post"])
+    def test_a_token_is_fetched_over_mtls_of_its_own_and_kept(
+        self, tmp_path: Path, pki: Pki, login_pki: Pki, secret_in: str
+    ) -> None:
+        login = Login()
+        with (
+            a_token_endpoint(login, login_pki) as tokens,
+            ScriptedServer(guarded(login.is_good), server_context(pki)) as server,
+        ):
+            auth = grant(tokens, login_pki, tmp_path, secret_in=secret_in, scope="up load", audience="vault")
+            with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
+                for _ in range(5):
+                    assert isinstance(sender.send(an_archive(tmp_path, b"content")), Delivered)
+            assert tokens.peers[0].client_certificate
+        form = {key: value for key, value in login.forms[0].items() if not key.startswith("client_")}
+        assert form == {"grant_type": "client_credentials", "scope": "up load", "audience": "vault"}
+        assert ("client_secret" in login.forms[0]) == (secret_in == "post")
+        assert len(login.issued_at) == 1
+        assert len(server.requests) == 5
+
+    def test_a_token_is_replaced_shortly_before_it_expires(
+        self, tmp_path: Path, pki: Pki, login_pki: Pki
+    ) -> None:
+        login = Login(life=0.5)
+        with (
+            a_token_endpoint(login, login_pki) as tokens,
+            ScriptedServer(guarded(login.is_good), server_context(pki)) as server,
+        ):
+            auth = grant(tokens, login_pki, tmp_path)
+            archive = an_archive(tmp_path, b"content")
+            with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
+                end = time.monotonic() + 2
+                while time.monotonic() < end:
+                    assert isinstance(sender.send(archive), Delivered)
+        assert len(login.issued_at) in (4, 5, 6)
+        assert login.shortest_wait > 0.25
+        assert not [request for request in server.requests if request.header("authorization") is None]
+
+    def test_a_revoked_token_is_replaced_and_the_body_sent_once_more(
+        self, tmp_path: Path, pki: Pki, login_pki: Pki
+    ) -> None:
+        login = Login()
+        content = os.urandom(MIB)
+        with (
+            a_token_endpoint(login, login_pki) as tokens,
+            ScriptedServer(guarded(login.is_good), server_context(pki)) as server,
+        ):
+            auth = grant(tokens, login_pki, tmp_path)
+            archive = an_archive(tmp_path, content)
+            with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
+                assert isinstance(sender.send(archive), Delivered)
+                login.forget_all()
+                assert isinstance(sender.send(archive), Delivered)
+        assert [request.archive for request in server.requests] == [content] * 3
+        assert len(login.issued_at) == 2
+
+    def test_a_token_that_is_given_again_after_it_was_refused_is_not_tried_again(
+        self, tmp_path: Path, pki: Pki, login_pki: Pki
+    ) -> None:
+        login = Login()
+        login.instead = answered({"access_token": "always-the-same", "expires_in": 3600})
+        with (
+            a_token_endpoint(login, login_pki) as tokens,
+            ScriptedServer(guarded(login.is_good), server_context(pki)) as server,
+        ):
+            auth = grant(tokens, login_pki, tmp_path)
+            with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
+                outcome = sender.send(an_archive(tmp_path, b"content"))
+        assert reason_of(outcome) is Reason.UNAUTHORIZED
+        assert "always-the-same" not in repr(outcome)
+        assert len(server.requests) == 1
+
+    @pytest.mark.parametrize("works", [True, False])
+    def test_eight_workers_that_find_no_token_fetch_one_together(
+        self, tmp_path: Path, pki: Pki, login_pki: Pki, works: bool
+    ) -> None:
+        login = Login(thinks=0.5)
+        if not works:
+            login.instead = refused("temporarily_unavailable", status=503)
+        with (
+            a_token_endpoint(login, login_pki) as tokens,
+            ScriptedServer(guarded(login.is_good), server_context(pki)) as server,
+        ):
+            outcomes = send_together(
+                a_destination(server.url, pki, auth=grant(tokens, login_pki, tmp_path)),
+                [an_archive(tmp_path, b"content %d" % n, name=f"{n}.tar.gz") for n in range(8)],
+            )
+        if works:
+            assert all(isinstance(outcome, Delivered) for outcome in outcomes)
+        else:
+            assert {reason_of(outcome) for outcome in outcomes} == {Reason.SIGN_IN}
+        assert len(login.issued_at) == 1
+
+    def test_eight_workers_whose_token_is_refused_fetch_a_new_one_together(
+        self, tmp_path: Path, pki: Pki, login_pki: Pki
+    ) -> None:
+        login = Login(thinks=0.2)
+        archives = [an_archive(tmp_path, b"content %d" % n, name=f"{n}.tar.gz") for n in range(8)]
+        with (
+            a_token_endpoint(login, login_pki) as tokens,
+            ScriptedServer(guarded(login.is_good), server_context(pki)) as server,
+        ):
+            outcomes = send_together(
+                a_destination(server.url, pki, auth=grant(tokens, login_pki, tmp_path)),
+                archives,
+                before_the_second_round=login.forget_all,
+            )
+        assert all(isinstance(outcome, Delivered) for outcome in outcomes)
+        assert len(login.issued_at) == 2
+
+    @pytest.mark.parametrize(
+        ("said", "words"),
+        [
+            (refused("invalid_client", status=401), "401: invalid_client"),
+            (refused("invalid_scope", "no such scope"), "400: invalid_scope: no such scope"),
+            (refused("unauthorized_client", CLIENT_SECRET), "400: unauthorized_client: ***"),
+            (answer(500, b"<html>"), "500 without JSON"),
+            (answer(302, Location="https://elsewhere.example/"), "302 without JSON"),
+            (answer(200, b"\xff\x00{["), "200 without JSON"),
+            (answer(200, b"[" * 60_000), "200 without JSON"),
+            (answer(200, b'{"access_token": "x"}', Content_Encoding="gzip"), None),
+            (answered(["access_token"]), "200"),
+            (answered({"token": "x"}), "200"),
+            (answered({"access_token": 5}), "no header can hold"),
+            (answered({"access_token": ""}), "no header can hold"),
+            (answered({"access_token": "a b"}), "no header can hold"),
+            (answered({"access_token": "a\r\nX: y"}), "no header can hold"),
+            (answered({"access_token": "x" * 70_000}), "more than 64 KiB"),
+            (answered({"access_token": "x", "token_type": "mac"}), "no bearer token"),
+            (answered({"access_token": "x", "expires_in": 10**400}), None),
+            (answer(200, b'{"access_token": "x", "expires_in": NaN}'), None),
+            (answered({"access_token": "x", "expires_in": [1]}), None),
+            (answered({"access_token": "x", "expires_in": -5}), None),
+            (b"SSH-2.0-OpenSSH_9.6\r\n\r\n", "the token endpoint"),
+        ],
+    )
+    def test_what_the_token_endpoint_says_instead_of_a_token_is_told(
+        self, tmp_path: Path, pki: Pki, login_pki: Pki, said: bytes, words: str | None
+    ) -> None:
+        login = Login()
+        login.instead = said
+        with (
+            a_token_endpoint(login, login_pki) as tokens,
+            ScriptedServer(guarded(has("Bearer x")), server_context(pki)) as server,
+        ):
+            auth = grant(tokens, login_pki, tmp_path)
+            with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
+                outcome = sender.send(an_archive(tmp_path, b"content"))
+        assert CLIENT_SECRET not in repr(outcome)
+        if words is None:
+            assert isinstance(outcome, Delivered)
+        else:
+            assert isinstance(outcome, Deferred)
+            assert outcome.reason is Reason.SIGN_IN
+            assert words in outcome.error
+            assert not server.peers  # nothing goes to the endpoint without a token
+
+    def test_a_token_endpoint_that_is_down_is_told_as_that(
+        self, tmp_path: Path, pki: Pki, login_pki: Pki
+    ) -> None:
+        with a_token_endpoint(Login(), login_pki) as tokens:
+            auth = grant(tokens, login_pki, tmp_path)
+        with ScriptedServer(guarded(has("")), server_context(pki)) as server:
+            with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
+                outcome = sender.send(an_archive(tmp_path, b"content"))
+        assert isinstance(outcome, Deferred)
+        assert outcome.reason is Reason.SIGN_IN
+        assert f"port {tokens.port}" in outcome.error
+        assert "refused" in outcome.error
+
+    @pytest.mark.parametrize("ours", ["ca", "cert"])
+    def test_the_trust_of_the_endpoint_is_not_that_of_the_token_endpoint(
+        self, tmp_path: Path, pki: Pki, login_pki: Pki, ours: str
+    ) -> None:
+        keys: dict[str, Any] = (
+            {"ca": pki.ca_pem} if ours == "ca" else {"cert": pki.client_cert, "key": pki.client_key}
+        )
+        login = Login()
+        with (
+            a_token_endpoint(login, login_pki) as tokens,
+            ScriptedServer(guarded(login.is_good), server_context(pki)) as server,
+        ):
+            auth = grant(tokens, login_pki, tmp_path, **keys)
+            with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
+                outcome = sender.send(an_archive(tmp_path, b"content"))
+        assert reason_of(outcome) is Reason.SIGN_IN
+        assert "certificate" in repr(outcome) or "unknown ca" in repr(outcome)
+        assert not login.issued_at
+
+    def test_a_stop_ends_the_wait_for_a_token_at_once(self, tmp_path: Path, pki: Pki, login_pki: Pki) -> None:
+        def silent(peer: Peer) -> None:
+            peer.read_request()
+            peer.pause()
+
+        with (
+            ScriptedServer(silent, server_context(login_pki)) as tokens,
+            ScriptedServer(guarded(has("")), server_context(pki)) as server,
+        ):
+            auth = grant(tokens, login_pki, tmp_path)
+            with (
+                a_sender(a_destination(server.url, pki, auth=auth)) as sender,
+                ThreadPoolExecutor(1) as pool,
+            ):
+                sending = pool.submit(sender.send, an_archive(tmp_path, b"content"))
+                assert tokens.paused.wait(10)
+                sender.abort.set()
+                assert reason_of(sending.result(timeout=2)) is Reason.STOPPED
+
+
+def send_together(
+    destination: Any, archives: list[Path], before_the_second_round: Callable[[], None] | None = None
+) -> list[Outcome]:
+    """Send each archive by a worker of its own, all at the same moment; in two rounds, if so asked."""
+    abort = Abort()
+    endpoint = open_endpoint(destination, abort)
+    uploaders = [HttpUploader(endpoint) for _ in archives]
+    start = threading.Barrier(len(archives))
+    again = threading.Barrier(len(archives), before_the_second_round)
+
+    def send(uploader: HttpUploader, archive: Path) -> list[Outcome]:
+        sender = Sender(uploader, abort)
+        start.wait()
+        outcomes = [sender.send(archive)]
+        if before_the_second_round:
+            again.wait()
+            outcomes.append(sender.send(archive))
+        return outcomes
+
+    with ThreadPoolExecutor(len(archives)) as pool:
+        results = list(pool.map(send, uploaders, archives))
+    for uploader in uploaders:
+        uploader.close()
+    abort.close()
+    return [outcome for outcomes in results for outcome in outcomes]
+
+
+def test_a_header_of_our_own_comes_from_a_file_and_is_read_each_time(tmp_path: Path, pki: Pki) -> None:
+    key = a_secret(tmp_path, "key-1\n")
+    with ScriptedServer(guarded(lambda _: True), server_context(pki)) as server:
+        destination = a_destination(server.url, pki, header_files={"X-API-Key": key})
+        with a_sender(destination) as sender:
+            archive = an_archive(tmp_path, b"content")
+            assert isinstance(sender.send(archive), Delivered)
+            key.write_text("key-2")
+            assert isinstance(sender.send(archive), Delivered)
+    assert [request.header("x-api-key") for request in server.requests] == ["key-1", "key-2"]
+
+
+@pytest.mark.parametrize("where", ["basic", "bearer", "oauth2", "header"])
+@pytest.mark.parametrize("content", [None, b"", b"\n", b"two\nlines", "käse".encode(), b"x" * 70_000])
+def test_a_secret_that_can_not_be_used_is_told_with_its_file_and_not_its_content(
+    tmp_path: Path, pki: Pki, login_pki: Pki, where: str, content: bytes | None
+) -> None:
+    secret = tmp_path / "the.secret" if content is None else a_secret(tmp_path, content, "the.secret")
+    login = Login()
+    with (
+        a_token_endpoint(login, login_pki) as tokens,
+        ScriptedServer(guarded(lambda _: True), server_context(pki)) as server,
+    ):
+        keys: dict[str, Any] = {
+            "basic": {"auth": {"type": "basic", "user": "me", "password_file": secret}},
+            "bearer": {"auth": {"type": "bearer", "token_file": secret}},
+            "oauth2": {"auth": grant(tokens, login_pki, tmp_path, client_secret_file=secret)},
+            "header": {"header_files": {"X-Key": secret}},
+        }[where]
+        with a_sender(a_destination(server.url, pki, **keys)) as sender:
+            outcome = sender.send(an_archive(tmp_path, b"content"))
+    assert isinstance(outcome, Deferred)
+    assert outcome.reason is Reason.LOCAL_FILES
+    assert outcome.error.startswith(f"{secret}: ")
+    if content and content.strip():
+        assert content.decode()[:5] not in outcome.error.removeprefix(str(secret))
+    assert not server.requests
+
+
+def test_no_secret_is_ever_logged(stage: Stage) -> None:
+    login_pki = Pki(stage.base / "login-pki")
+    secret = a_secret(stage.base, CLIENT_SECRET)
+    login = Login()
+    login.instead = refused("invalid_client", f"the secret {CLIENT_SECRET} is wrong", 401)
+    with (
+        a_token_endpoint(login, login_pki) as tokens,
+        ScriptedServer(guarded(login.is_good), server_context(stage.pki)) as server,
+    ):
+        stage.configure(
+            server.url,
+            top='[log]\nlevel = "debug"',
+            destination=QUICK,
+            more=oauth2_table(tokens, login_pki, secret),
+        )
+        daemon = stage.daemon().ready()
+        stage.put("a.tar.gz", b"content")
+        paused = daemon.wait_for("destination.paused", reason="sign_in_failed")
+        assert "invalid_client" in paused[0]["error"]
+        login.instead = None
+        daemon.wait_for("archive.disposed")
+        shown = stage.backupd("list", "--json").stdout + stage.backupd("config", "show").stdout
+        assert daemon.stop() == 0
+    sent = base64.b64encode(f"{CLIENT_ID}:{CLIENT_SECRET}".encode()).decode()
+    for forbidden in (CLIENT_SECRET, sent, "token-2", "Bearer "):
+        assert forbidden not in daemon.text() + shown
+
+
+def oauth2_table(tokens: ScriptedServer, pki: Pki, secret: Path) -> str:
+    return f"""[destination.vault.auth]
+type = "oauth2"
+token_url = "https://127.0.0.1:{tokens.port}/token"
+client_id = "{CLIENT_ID}"
+client_secret_file = "{secret}"
+ca = "{pki.ca_pem}"
+cert = "{pki.client_cert}"
+key = "{pki.client_key}"
+"""
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_under_load_a_token_that_expires_every_second_is_fetched_once_each_time(
+    stage: Stage, told: bool, record_property: Callable[[str, object], None]
+) -> None:
+    """Told of the life of its tokens, the daemon fetches ahead; untold, all workers run into a 401."""
+    count = 500
+    login_pki = Pki(stage.base / "login-pki")
+    login = Login(life=1.0, told=told)
+    with (
+        a_token_endpoint(login, login_pki) as tokens,
+        ScriptedServer(guarded(login.is_good, thinks=0.1), server_context(stage.pki)) as server,
+    ):
+        stage.configure(
+            server.url,
+            destination=f"workers = 8\n{QUICK}",
+            more=oauth2_table(tokens, login_pki, a_secret(stage.base, CLIENT_SECRET)),
+        )
+        for number in range(count):
+            stage.put(f"a-{number}.tar.gz", b"%d " % number + os.urandom(2000))
+        daemon = stage.daemon()
+        daemon.wait_for("archive.disposed", count=count)
+        elapsed = login.issued_at[-1] - login.issued_at[0]
+        refusals = len(server.requests) - count
+        fetches = len(login.issued_at)
+        told_as = "stated" if told else "not stated"
+        print(
+            f"life {told_as}: {count} archives, {fetches} tokens in {elapsed:.1f} s, "
+            f"at least {login.shortest_wait:.2f} s apart, {refusals} requests answered 401"
+        )
+        record_property("tokens", f"{fetches} in {elapsed:.1f} s")
+        assert not daemon.events("archive.rejected")
+        assert not daemon.events("attempt.failed")
+        assert daemon.stop() == 0
+    assert fetches >= 4  # else it showed nothing
+    assert (fetches - 1) * 0.9 <= elapsed + 0.5  # the clock of a token starts when it is asked for
+    if not told:
+        assert 0 < refusals <= 8 * fetches
+    assert len(stage.archives(stage.sent)) == count
+    assert len({event["archive"] for event in daemon.events("delivery.verified")}) == count

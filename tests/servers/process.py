@@ -1,0 +1,80 @@
+"""A server as a process on a socket that it inherits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import ssl
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.pki import Pki
+from tests.stage import PATIENCE, until
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def a_listener() -> Iterator[socket.socket]:
+    """Yield a listening socket; its port stays its own while servers on it come and go."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        listener.set_inheritable(True)
+        yield listener
+
+
+def port_of(listener: socket.socket) -> int:
+    """Return the port that a socket listens on."""
+    port: int = listener.getsockname()[1]
+    return port
+
+
+@contextmanager
+def running(
+    command: Sequence[str],
+    listener: socket.socket,
+    log: Path,
+    pki: Pki | None,
+    environ: Mapping[str, str] | None = None,
+    stop_by: signal.Signals = signal.SIGKILL,
+) -> Iterator[None]:
+    """Run a server that takes connections from an inherited socket, until the block is left.
+
+    It is waited for until it has shaken hands, where it speaks TLS: where there is a PKI. It has to be
+    alive at the end, else its log is told.
+    """
+    with log.open("ab") as stream:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            pass_fds=[listener.fileno()],
+            cwd=log.parent,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **(environ or {})},
+        )
+    try:
+        if pki is not None:
+            until(
+                lambda: process.poll() is not None or _shakes_hands(listener, pki), f"{command[0]} to start"
+            )
+        yield
+        assert process.poll() is None, f"{command[0]} ended: {log.read_text(errors='replace')[-4000:]}"
+    finally:
+        process.send_signal(stop_by)
+        process.wait(PATIENCE)
+
+
+def _shakes_hands(listener: socket.socket, pki: Pki) -> bool:
+    context = ssl.create_default_context(cafile=pki.ca_pem)
+    context.load_cert_chain(pki.client_cert, pki.client_key)
+    try:
+        with (
+            socket.create_connection(listener.getsockname(), timeout=0.5) as sock,
+            context.wrap_socket(sock, server_hostname="localhost"),
+        ):
+            return True
+    except (TimeoutError, ssl.SSLError, ConnectionError):
+        return False

@@ -1,0 +1,55 @@
+"""The page about destinations says what the code does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from backupd.config.loading import load
+from backupd.core.policy import RULES, Reason, as_markdown, reason_of_status
+from tests.documents import DOCS, Block, between, blocks
+
+PAGES = sorted(page.name for page in DOCS.glob("*.md"))
+CONFIGURATIONS = [(page, block) for page in PAGES for block in blocks(page) if block.language == "toml"]
+A_DROP = '[drop.switches]\npath = "/srv/backups/switches"\n'
+
+
+def test_the_table_on_the_page_is_that_of_the_policy() -> None:
+    assert between("destinations.md", "policy") == as_markdown(), (
+        "put what `python -m backupd.core.policy` prints between the markers of docs/destinations.md"
+    )
+
+
+def test_the_table_has_a_row_for_each_reason_and_a_cell_for_each_column() -> None:
+    head, _, *rows = as_markdown().splitlines()
+
+    assert len(rows) == len(RULES) == len(Reason)
+    assert {row.count(" | ") for row in rows} == {head.count(" | ")}
+
+
+def test_a_status_that_the_table_names_stands_in_the_row_of_its_reason_alone() -> None:
+    named: dict[int, str] = {}
+    for row in as_markdown().splitlines()[2:]:
+        seen, reason = (cell.strip() for cell in row.split("|")[1:3])
+        named |= {int(what): reason for what in seen.split(", ") if what.isdigit()}
+
+    assert named == {status: f"`{reason_of_status(status)}`" for status in named}
+    assert {400, 401, 403, 404, 409, 413, 422, 429} <= set(named)
+
+
+@pytest.mark.parametrize(
+    ("page", "block"), CONFIGURATIONS, ids=[f"{page}: {block.heading}" for page, block in CONFIGURATIONS]
+)
+def test_every_configuration_on_a_page_can_be_loaded(tmp_path: Path, page: str, block: Block) -> None:
+    path = tmp_path / "backupd.toml"
+    path.write_text(block.text if "[drop." in block.text else A_DROP + block.text, encoding="utf-8")
+
+    config = load(path)
+
+    assert config.drop
+    assert config.destination
+
+
+def test_the_page_about_destinations_shows_configurations() -> None:
+    assert len([page for page, _ in CONFIGURATIONS if page == "destinations.md"]) >= 15
