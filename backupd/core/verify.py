@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from dataclasses import dataclass
 
 from backupd.core.model import Deferred, Delivered, Digest, Outcome, Receipt
 from backupd.core.policy import Reason
+
+_FIELD_MEMBER = re.compile(r"(?:^|,)\s*([A-Za-z0-9-]+)=:([A-Za-z0-9+/]+=*):")
+"""A member of Repr-Digest and Content-Digest; RFC 9530 section 2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +45,15 @@ def matches(sent: Digest, stated: str, expected: Expectation) -> bool:
     """Tell whether a stated value is the digest that was sent.
 
     Takes hex in either case, base64 and base64url with or without padding, an `algorithm:` before the
-    value, and a prefix of the stated length.
+    value, a prefix of the stated length, and the digest fields of RFC 9530.
     """
     value = stated.strip()
+    fields: dict[str, str] = {_plain(name): digest for name, digest in _FIELD_MEMBER.findall(value)}
+    if fields:
+        return fields.get(_plain(sent.algorithm), "").rstrip("=") == _base64(sent, "base64")
     name, colon, rest = value.partition(":")
     if colon and name.isascii() and name.replace("-", "").isalnum():
-        if name.lower().replace("-", "") != sent.algorithm.replace("-", ""):
+        if _plain(name) != _plain(sent.algorithm):
             return False
         value = rest.strip()
     if expected.encoding == "hex":
@@ -54,6 +61,11 @@ def matches(sent: Digest, stated: str, expected: Expectation) -> bool:
     else:
         value, full = value.rstrip("="), _base64(sent, expected.encoding)
     return value == (full[: expected.prefix] if expected.prefix else full)
+
+
+def _plain(algorithm: str) -> str:
+    """Return one spelling for `SHA-256` and `sha256`."""
+    return algorithm.lower().replace("-", "")
 
 
 def _base64(digest: Digest, encoding: str) -> str:
