@@ -34,9 +34,14 @@ def reason_of(error: httpx.TransportError) -> tuple[Reason, str]:
         return Reason.CONNECT, str(error)
     if isinstance(error, httpx.LocalProtocolError | httpx.UnsupportedProtocol | httpx.ProxyError):
         return Reason.PROTOCOL, str(error)
-    if isinstance(error, httpx.RemoteProtocolError) and "disconnected" not in str(error):
+    if isinstance(error, httpx.RemoteProtocolError) and not _is_cut(error):
         return Reason.PROTOCOL, str(error)
     return Reason.CONNECTION_LOST, str(error) or type(error).__name__
+
+
+def _is_cut(error: httpx.RemoteProtocolError) -> bool:
+    """Tell whether the connection ended before, or in the middle of, the answer; httpcore and h11 say so."""
+    return "disconnected" in str(error) or "peer closed connection" in str(error)
 
 
 def _of_tls(error: ssl.SSLError) -> tuple[Reason, str]:

@@ -112,7 +112,7 @@ class HttpUploader(Uploader):
             content=body,
             headers={
                 **{
-                    key: template.render(cargo.variables, _in_header)
+                    key: template.render(cargo.variables, _in_header).strip(" ")
                     for key, template in self._headers.items()
                 },
                 "Content-Type": framing.content_type,
@@ -166,5 +166,11 @@ def _in_url(value: str) -> str:
 
 
 def _in_header(value: str) -> str:
-    """Return a value as a header field can hold it: what is no printable ASCII becomes %NN."""
-    return urllib.parse.quote(value.encode("utf-8", "backslashreplace"), safe=" !#$&'()*+,/:;=?@[]~\"<>{}|^`")
+    """Return a value as a header field can hold it: what is no printable ASCII becomes %NN.
+
+    So do blanks at its ends, which a field can't begin or end with (RFC 9110 section 5.5).
+    """
+    text = urllib.parse.quote(value.encode("utf-8", "backslashreplace"), safe=" !#$&'()*+,/:;=?@[]~\"<>{}|^`")
+    inner = text.strip(" ")
+    before, _, after = text.partition(inner) if inner else (text, "", "")
+    return "%20" * len(before) + inner + "%20" * len(after)

@@ -1,0 +1,289 @@
+"""A server that does to each connection what a script says, over TCP or TLS, and records what it got."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import ssl
+import struct
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tests.pki import KeyPair, Pki
+from tests.stage import PATIENCE
+
+_PIECE = 64 * 1024
+_RECEIVE_BUFFER = 64 * 1024
+"""A small one, so that a script that stops reading is felt before much was sent."""
+
+
+class EndedError(Exception):
+    """The client ended the connection before the script did."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A whole request; `archive` is the content of its file part."""
+
+    head: bytes
+    body: bytes
+
+    @property
+    def path(self) -> str:
+        return self.head.split(b" ")[1].decode()
+
+    def header(self, name: str) -> str | None:
+        return header_of(self.head, name)
+
+    @property
+    def archive(self) -> bytes:
+        boundary = (self.header("content-type") or "").partition("boundary=")[2].encode()
+        _, _, part = self.body.partition(b'; filename="')
+        _, _, rest = part.partition(b"\r\n\r\n")
+        return rest.partition(b"\r\n--" + boundary)[0]
+
+
+class Peer:
+    """One connection, as the script that serves it sees it."""
+
+    def __init__(self, server: ScriptedServer, number: int, sock: socket.socket) -> None:
+        self._server = server
+        self._sock = sock
+        self._read_ahead = b""
+        self.number = number
+        self.head = b""
+        self.received = 0
+        self.fault: BaseException | None = None
+        self.tls_version: str | None = None
+        self.client_certificate: Any = None
+
+    def shake_hands(self, context: ssl.SSLContext) -> None:
+        self._sock = context.wrap_socket(self._sock, server_side=True, do_handshake_on_connect=False)
+        self._sock.do_handshake()
+        self.tls_version = self._sock.version()
+        self.client_certificate = self._sock.getpeercert()
+
+    def read_head(self) -> bytes:
+        """Read a request's line and header fields."""
+        data = self._read_ahead
+        while b"\r\n\r\n" not in data:
+            data += self._piece()
+        head, _, self._read_ahead = data.partition(b"\r\n\r\n")
+        self.head = head
+        self._server.heads.append(head)
+        return head
+
+    def read(self, size: int) -> bytes:
+        """Read so many bytes of a body."""
+        pieces, left = [], size
+        while left:
+            piece = self._read_ahead or self._piece()
+            piece, self._read_ahead = piece[:left], piece[left:]
+            pieces.append(piece)
+            left -= len(piece)
+        return b"".join(pieces)
+
+    def read_request(self) -> Request:
+        """Read a whole request."""
+        head = self.read_head()
+        request = Request(head, self.read(int(header_of(head, "content-length") or 0)))
+        self._server.requests.append(request)
+        return request
+
+    def send(self, data: bytes) -> None:
+        self._sock.sendall(data)
+
+    def drip(self, data: bytes, every: float) -> None:
+        """Send byte by byte; `every` is the pace in seconds."""
+        for number in range(len(data)):
+            self.send(data[number : number + 1])
+            self._server.stopping.wait(every)
+
+    def half_close(self) -> None:
+        """Say that nothing more will come, and go on reading."""
+        if isinstance(self._sock, ssl.SSLSocket):
+            self._sock.settimeout(0)
+            with suppress(ssl.SSLError):  # the good-bye is sent; that of the client is not there yet
+                self._sock.unwrap()
+            self._sock.settimeout(PATIENCE)
+        socket.socket.shutdown(self._sock, socket.SHUT_WR)  # SSLSocket's own would forget its TLS
+
+    def drain(self) -> None:
+        """Read and throw away until the client ends the connection."""
+        try:
+            while True:
+                self._piece()
+        except (EndedError, OSError):
+            return
+
+    def reset(self) -> None:
+        """End the connection by a reset."""
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._sock.close()
+
+    def pause(self) -> None:
+        """Stop reading until the test says `go_on`."""
+        self._server.paused.set()
+        self._server.resumed.wait(PATIENCE)
+
+    def hang_up(self) -> None:
+        """Interrupt whatever the script waits for; called by another thread."""
+        try:
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+        except OSError:
+            return
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def _piece(self) -> bytes:
+        piece = self._sock.recv(_PIECE)
+        if not piece:
+            raise EndedError
+        self.received += len(piece)
+        return piece
+
+
+Script = Callable[[Peer], None]
+
+
+class ScriptedServer:
+    """Serves each connection on the loopback interface by a script, in a thread of its own.
+
+    `heads` are those of all requests, `requests` the ones that a script read whole. Leaving the block
+    ends all connections and raises what went wrong in a script, the end of its connection aside.
+    """
+
+    def __init__(self, script: Script, context: ssl.SSLContext | None = None) -> None:
+        self.peers: list[Peer] = []
+        self.heads: list[bytes] = []
+        self.requests: list[Request] = []
+        self.paused = threading.Event()
+        self.resumed = threading.Event()
+        self.stopping = threading.Event()
+        self._script = script
+        self._context = context
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
+        self.port: int = self._listener.getsockname()[1]
+        self.scheme = "https" if context else "http"
+        self._threads = [threading.Thread(target=self._accept, name="scripted-server")]
+
+    @property
+    def url(self) -> str:
+        return f"{self.scheme}://127.0.0.1:{self.port}/v1/upload"
+
+    @property
+    def received(self) -> int:
+        """Return how many bytes all connections brought, as far as they were read."""
+        return sum(peer.received for peer in self.peers)
+
+    def go_on(self) -> None:
+        """End every `pause`."""
+        self.resumed.set()
+
+    def __enter__(self) -> Self:
+        self._threads[0].start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stopping.set()
+        self.resumed.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._threads[0].join()
+        self._listener.close()
+        for peer in self.peers:
+            peer.hang_up()
+        for thread in self._threads[1:]:
+            thread.join()
+        for peer in self.peers:
+            if error is None and peer.fault and not isinstance(peer.fault, EndedError | OSError):
+                raise peer.fault
+
+    def _accept(self) -> None:
+        while not self.stopping.is_set():
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            sock.settimeout(PATIENCE)
+            # else an answer behind TLS 1.3's tickets waits for the client, and a reset takes it back
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            peer = Peer(self, len(self.peers), sock)
+            self.peers.append(peer)
+            thread = threading.Thread(target=self._serve, args=(peer,), name=f"scripted-{peer.number}")
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve(self, peer: Peer) -> None:
+        try:
+            if self._context is not None:
+                peer.shake_hands(self._context)
+            self._script(peer)
+        except BaseException as fault:  # noqa: BLE001 -- told to the test by `__exit__`
+            peer.fault = fault
+        finally:
+            peer.close()
+
+
+def in_turn(*scripts: Script) -> Script:
+    """Return a script that is a different one for each connection; the last one serves all further ones."""
+
+    def script(peer: Peer) -> None:
+        scripts[min(peer.number, len(scripts) - 1)](peer)
+
+    return script
+
+
+def take_all(peer: Peer) -> None:
+    """Be a good endpoint: take every archive of the connection and answer with its receipt."""
+    while True:
+        peer.send(receipt_for(peer.read_request().archive))
+
+
+def answer(status: int, body: bytes = b"", **headers: str) -> bytes:
+    """Return an HTTP/1.1 answer; header names are written with underscores."""
+    lines = [f"HTTP/1.1 {status} As Scripted", f"Content-Length: {len(body)}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def receipt_for(content: bytes, status: int = 201, **headers: str) -> bytes:
+    """Return the answer of an endpoint that stored this content."""
+    said = {"id": "1", "name": "archive", "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return answer(status, json.dumps(said).encode(), **headers)
+
+
+def header_of(head: bytes, name: str) -> str | None:
+    """Return a header field of a request's head."""
+    for line in head.split(b"\r\n")[1:]:
+        key, _, value = line.partition(b":")
+        if key.decode("latin-1").lower() == name.lower():
+            return value.strip().decode("latin-1")
+    return None
+
+
+def server_context(
+    pki: Pki,
+    pair: KeyPair | None = None,
+    *,
+    client_ca: Path | None = None,
+    version: ssl.TLSVersion | None = None,
+) -> ssl.SSLContext:
+    """Return a context that demands a client certificate; `version` is the only one that it speaks."""
+    pair = pair or KeyPair(pki.server_cert, pki.server_key)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair.cert, pair.key)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(client_ca or pki.ca_pem)
+    if version is not None:
+        context.minimum_version = context.maximum_version = version
+    return context
