@@ -124,8 +124,14 @@ def open_ledger(state_dir: Path, *, check: bool = False) -> Opened:
 def open_for_reading(state_dir: Path) -> sqlite3.Connection:
     """Open the ledger beside a running daemon, for queries; raises LedgerError where there is none."""
     path = state_dir / FILE_NAME
-    if not path.exists():
-        raise LedgerError(f"{path}: no ledger here yet", "has the daemon run with this `state_dir`?")
+    try:
+        path.stat()
+    except FileNotFoundError as error:
+        raise LedgerError(
+            f"{path}: no ledger here yet", "has the daemon run with this `state_dir`?"
+        ) from error
+    except OSError as error:
+        raise LedgerError(f"{path}: {error.strerror}", "run this command as the daemon's user") from error
     try:
         connection = sqlite3.connect(path, timeout=10, isolation_level=None)
         try:

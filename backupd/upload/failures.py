@@ -18,7 +18,7 @@ _TIMEOUTS: tuple[tuple[type[httpx.TimeoutException], Reason], ...] = (
 )
 
 
-def reason_of(error: httpx.TransportError) -> tuple[Reason, str]:
+def reason_of(error: httpx.TransportError | OSError) -> tuple[Reason, str]:
     """Return the reason for a transport error, and words for it."""
     for kind, reason in _TIMEOUTS:
         if isinstance(error, kind):

@@ -62,7 +62,7 @@ async def _probe(name: str, config: DestinationConfig) -> Probe:
                 return _judged(name, response, time.monotonic() - began)
     except BackupdError as error:
         return Probe(name, Reason.LOCAL_TLS, error.message)
-    except httpx.TransportError as error:
+    except (httpx.TransportError, OSError) as error:  # the async client lets errors of TLS through
         reason, words = reason_of(error)
         return Probe(name, reason, words, took_s=time.monotonic() - began)
 

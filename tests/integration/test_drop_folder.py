@@ -23,6 +23,7 @@ from backupd.drop import move as moving
 from backupd.drop.folder import DropFolder, fingerprint_of
 from backupd.drop.mounts import filesystem_of, is_remote
 from backupd.drop.move import FileChangedError, find_moved, move, same_file
+from backupd.drop.record import write_record
 from backupd.drop.walk import walk
 from backupd.drop.writer import is_being_written
 from tests.factories import NOW
@@ -83,7 +84,7 @@ def test_nothing_is_opened_through_a_linked_directory(folder: DropFolder, root: 
         with pytest.raises(NotADirectoryError):
             action(b"site/secret.cfg")
     with pytest.raises(NotADirectoryError):
-        folder.write(b"site/new.cfg", b"x")
+        write_record(folder, b"site/new.cfg", b"x")
     assert sorted(path.name for path in (root.parent / "outside").iterdir()) == ["secret.cfg"]
 
 
@@ -151,7 +152,7 @@ def test_a_path_with_dots_is_refused(folder: DropFolder, root: Path, relpath: by
     with refused(errno.EINVAL):
         folder.open(relpath)
     with refused(errno.EINVAL, errno.EEXIST):
-        folder.write(relpath, b"x")
+        write_record(folder, relpath, b"x")
     with refused(errno.EINVAL, errno.EISDIR):
         folder.unlink(relpath)
     assert open_descriptors() == before
@@ -166,10 +167,10 @@ def test_a_directory_below_a_missing_one_is_made_only_where_asked_for(folder: Dr
 
 
 def test_a_file_is_written_once_and_whole(folder: DropFolder, root: Path) -> None:
-    folder.write(b"sent/r1.cfg.receipt.json", b"{}" * 100_000)
+    write_record(folder, b"sent/r1.cfg.receipt.json", b"{}" * 100_000)
     assert (root / "sent/r1.cfg.receipt.json").read_bytes() == b"{}" * 100_000
     with pytest.raises(FileExistsError):
-        folder.write(b"sent/r1.cfg.receipt.json", b"other")
+        write_record(folder, b"sent/r1.cfg.receipt.json", b"other")
     folder.sync(b"sent")
     folder.unlink(b"sent/r1.cfg.receipt.json")
     assert list((root / "sent").iterdir()) == []
@@ -184,7 +185,7 @@ def test_a_file_that_could_not_be_written_whole_is_not_left_behind(tmp_path: Pat
     try:
         folder = DropFolder(str(disk))
         with pytest.raises(OSError, match="No space left"):
-            folder.write(b"sent/r1.receipt.json", bytes(1_000_000))
+            write_record(folder, b"sent/r1.receipt.json", bytes(1_000_000))
         assert list((disk / "sent").iterdir()) == []
         folder.close()
     finally:

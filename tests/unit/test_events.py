@@ -18,6 +18,7 @@ PACKAGE = Path(backupd.__file__).parent
 BY_NAME = {name: value for name, value in vars(events).items() if isinstance(value, Event)}
 ALWAYS = {"timestamp", "level", "event"}
 
+
 @dataclass(frozen=True)
 class Emission:
     """A call of `emit` in the source; `keys` None where they can't be told from the source."""
