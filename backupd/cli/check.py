@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from backupd.cli.options import BAD_CONFIG, DEFAULT_CONFIG, UNAVAILABLE, AsJson, ConfigPath
-from backupd.cli.output import print_json, print_table
+from backupd.cli.output import print_json
 from backupd.config.problem import Problem
+from backupd.core.names import printable
+from backupd.core.policy import Reason
 
 if TYPE_CHECKING:
     from backupd.upload.probe import Probe
@@ -33,32 +36,42 @@ def check(
     problems = preflight(loaded, datetime.now(UTC))
     probes = [] if offline else probe_all(loaded)
     if as_json:
-        print_json({"problems": problems, "destinations": probes})
+        print_json({"problems": problems, "destinations": [_plain(probe) for probe in probes]})
     else:
-        _print(problems, probes, offline=offline)
+        _print_problems(problems)
+        for probe in probes:
+            _print_probe(probe, loaded.destination[probe.destination].url)
     if any(problem.fatal for problem in problems):
         raise typer.Exit(BAD_CONFIG)
     if any(probe.reason for probe in probes):
         raise typer.Exit(UNAVAILABLE)
 
 
-def _print(problems: list[Problem], probes: list[Probe], *, offline: bool) -> None:
+def _plain(probe: Probe) -> dict[str, object]:
+    return {**dataclasses.asdict(probe), "hint": _hint(probe)}
+
+
+def _print_problems(problems: list[Problem]) -> None:
     for problem in problems:
         typer.echo(f"{'failed' if problem.fatal else 'warning'}: {problem}")
-    if not problems:
-        typer.echo("configuration, folders, keys and certificates: ok")
-    if offline:
+    if not any(problem.fatal for problem in problems):
+        typer.echo("ok: configuration, folders, keys and certificates")
+
+
+def _print_probe(probe: Probe, url: str) -> None:
+    where = f"destination.{probe.destination}: {url.partition('?')[0]}"
+    if probe.reason is None:
+        typer.echo(f"ok: {where}: {probe.tls or 'no TLS'}, {probe.detail}, in {probe.took_s:.2f} s")
         return
-    rows = [
-        (
-            p.destination,
-            "failed" if p.reason else "ok",
-            p.tls,
-            p.detail,
-            p.reason,
-            p.hint,
-            f"{p.took_s:.2f} s",
-        )
-        for p in probes
-    ]
-    print_table(("destination", "verdict", "TLS", "answer", "reason", "what to do", "took"), rows)
+    typer.echo(f"failed: {where}: {printable(probe.detail)} ({probe.reason})")
+    typer.echo(f"  hint: {_hint(probe)}")
+
+
+def _hint(probe: Probe) -> str:
+    match probe.reason:
+        case Reason.LOCAL_FILES:
+            return "mend the files it names: each has to be readable PEM, key and certificate a pair"
+        case Reason.CONNECTION_LOST:  # many servers give no reason when they refuse a certificate
+            return "the endpoint hung up: does it trust the CA of `cert`? its log may say"
+        case _:
+            return probe.hint

@@ -43,6 +43,8 @@ key = "{pki}/client.key"
 class DemoError(BackupdError):
     """The archives did not go through."""
 
+    exit_code = 69
+
 
 def demo(
     keep: Annotated[
@@ -51,10 +53,23 @@ def demo(
 ) -> None:
     """Show an archive going through: receiver, throw-away CA, drop folder and daemon, all in one folder."""
     require_receiver()
+    try:
+        base = Path(tempfile.mkdtemp(prefix="backupd-demo-"))
+        typer.echo(f"everything below is in {base}\n")
+        _play(base, keep=keep)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise DemoError(
+            f"the demo can't run here: {where}{error.strerror or error}",
+            "it needs room and write permission in the temporary folder; $TMPDIR names another one",
+        ) from error
+    if not keep:
+        typer.echo("\nThe folder is left for you to look at; remove it when you like.")
+
+
+def _play(base: Path, *, keep: bool) -> None:
     from backupd.receiver.serve import RunningReceiver, ServerTls  # noqa: PLC0415
 
-    base = Path(tempfile.mkdtemp(prefix="backupd-demo-"))
-    typer.echo(f"everything below is in {base}\n")
     pki = base / "pki"
     _make_certificates(pki)
     (base / "drop").mkdir()
@@ -73,8 +88,6 @@ def demo(
                 _stay(base, daemon)
         finally:
             _stop(daemon)
-    if not keep:
-        typer.echo("\nThe folder is left for you to look at; remove it when you like.")
 
 
 def _log_format() -> str:

@@ -10,6 +10,7 @@ from backupd.cli.options import DEFAULT_CONFIG, AsJson, ConfigPath
 from backupd.cli.output import ago, print_json, print_table, size
 from backupd.core.model import DeliveryState
 from backupd.core.names import as_text, printable
+from backupd.core.policy import Reason, rule_of
 from backupd.ledger.history import AttemptRecord, DeliveryRecord, History
 
 
@@ -35,6 +36,8 @@ def list_deliveries(
     print_table(
         ("id", "state", "drop", "archive", "size", "destination", "admitted", "attempts", "reason"), rows
     )
+    if len(records) == limit:
+        typer.echo(f"these are the newest {limit}; --limit shows more", err=True)
 
 
 def show(
@@ -79,11 +82,19 @@ def _print_delivery(r: DeliveryRecord) -> None:
         else None,
         "reason": r.reason,
         "error": r.error,
+        "hint": _hint(r.reason),
         "moved to": as_text(r.disposed_to) if r.disposed_to else None,
     }
     for name, value in facts.items():
         if value is not None:
             typer.echo(f"{name:12} {printable(str(value))}")
+
+
+def _hint(reason: str | None) -> str | None:
+    try:
+        return rule_of(Reason(reason or "")).hint
+    except ValueError:
+        return None  # none, or one that another version wrote
 
 
 def _print_attempts(attempts: list[AttemptRecord]) -> None:

@@ -17,7 +17,12 @@ BAD_CONFIG = 78
 ConfigPath = Annotated[
     Path,
     typer.Option(
-        "--config", "-c", envvar="BACKUPD_CONFIG", help="The configuration file.", show_default=True
+        "--config",
+        "-c",
+        envvar="BACKUPD_CONFIG",
+        help="The configuration file.",
+        show_default=True,
+        readable=False,  # loading it says more
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]

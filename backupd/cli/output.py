@@ -50,7 +50,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[object]], title
         )
     console = Console()
     if not console.is_terminal:
-        console.width = 200  # no cutting where nobody looks at a screen
+        console.width = 100_000  # one line a row, for grep and awk
     console.print(table)
 
 

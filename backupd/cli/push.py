@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import threading
 import uuid
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backupd.cli.options import DEFAULT_CONFIG, REJECTED, UNAVAILABLE, AsJson, ConfigPath
+from backupd.cli.options import DEFAULT_CONFIG, PENDING, REJECTED, UNAVAILABLE, AsJson, ConfigPath
 from backupd.cli.output import print_json
 from backupd.core.errors import UsageError
 from backupd.core.model import (
@@ -27,7 +28,7 @@ from backupd.core.model import (
     fingerprint_of,
 )
 from backupd.core.names import as_text, printable
-from backupd.core.policy import rule_of
+from backupd.core.policy import Reason, rule_of
 
 if TYPE_CHECKING:
     from backupd.config.models import Config
@@ -49,7 +50,8 @@ class _Pushed:
 
 def push(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE…", help="Files to deliver; they stay where they are.")
+        list[Path],
+        typer.Argument(metavar="FILE…", help="Files to deliver; they stay where they are.", readable=False),
     ],
     to: Annotated[
         list[str] | None, typer.Option("--to", help="A destination; every one if left out.")
@@ -60,7 +62,7 @@ def push(
     """Deliver files now, beside the daemon, and verify the receipts.
 
     Ends with 0 if every destination has every file, 3 if one was rejected, 69 if a destination is
-    unavailable. Nothing is recorded in the ledger.
+    unavailable, 75 if a file changed or could not be read meanwhile. Nothing is recorded in the ledger.
     """
     from backupd.config.loading import load  # noqa: PLC0415
 
@@ -68,6 +70,8 @@ def push(
     unknown = [name for name in to or () if name not in loaded.destination]
     if unknown:
         raise UsageError(f"no destination named {unknown[0]}", f"there are: {', '.join(loaded.destination)}")
+    for file in files:  # before anything is sent
+        _require_file(file)
     results = []
     with _bars(quiet=as_json) as bar:
         for name in to or loaded.destination:
@@ -79,8 +83,21 @@ def push(
         print_json(results)
     if any(r.outcome == "rejected" for r in results):
         raise typer.Exit(REJECTED)
-    if any(r.outcome != "delivered" for r in results):
+    if any(r.outcome == "deferred" and r.reason != Reason.UNREADABLE for r in results):
         raise typer.Exit(UNAVAILABLE)
+    if any(r.outcome != "delivered" for r in results):
+        raise typer.Exit(PENDING)
+
+
+def _require_file(file: Path) -> None:
+    try:
+        mode = file.lstat().st_mode
+    except OSError as error:
+        raise UsageError(f"{printable(str(file))}: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        raise UsageError(f"{printable(str(file))}: not a regular file", "name the archives themselves")
+    if not os.access(file, os.R_OK):
+        raise UsageError(f"{printable(str(file))}: Permission denied", "let your user read it")
 
 
 def _push(file: Path, destination: str, config: Config, progress: Progress) -> _Pushed:
@@ -137,7 +154,14 @@ def _described(file: str, destination: str, outcome: Outcome) -> _Pushed:
             Deferred(reason=reason, error=error, http_status=status)
             | Rejected(reason=reason, error=error, http_status=status)
         ):
-            return _Pushed(file, destination, kind, None, reason, error, rule_of(reason).hint, status)
+            return _Pushed(file, destination, kind, None, reason, error, _hint(reason), status)
+
+
+def _hint(reason: Reason) -> str:
+    """Return what to do about it; the ledger's commands know nothing of what is pushed."""
+    if reason is Reason.REFUSED:
+        return "see what it says of the archive"
+    return rule_of(reason).hint.replace("`backupd retry`", "push it again").replace(" (`backupd show`)", "")
 
 
 def _print(r: _Pushed) -> None:
@@ -145,9 +169,8 @@ def _print(r: _Pushed) -> None:
         typer.echo(f"{printable(r.file)} → {r.destination}: delivered, {r.digest}")
         return
     verdict = "rejected" if r.outcome == "rejected" else "NOT delivered"
-    typer.echo(
-        f"{printable(r.file)} → {r.destination}: {verdict} ({r.reason or r.outcome}): {printable(r.error or '')}"
-    )
+    why = f"({r.reason or r.outcome}): {printable(r.error or '')}"
+    typer.echo(f"{printable(r.file)} → {r.destination}: {verdict} {why}")
     if r.hint:
         typer.echo(f"  hint: {r.hint}")
 

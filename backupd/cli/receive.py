@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from backupd.core.errors import UsageError
+from backupd.core.errors import ConfigError, UsageError
 
 
 def receive(
     store: Annotated[Path, typer.Option(help="The folder to store archives in.")],
-    cert: Annotated[Path, typer.Option(help="The receiver's certificate, PEM.")],
-    key: Annotated[Path, typer.Option(help="Its key, PEM.")],
-    client_ca: Annotated[Path, typer.Option(help="The CA whose clients are let in, PEM.")],
+    cert: Annotated[Path, typer.Option(help="The receiver's certificate, PEM.", readable=False)],
+    key: Annotated[Path, typer.Option(help="Its key, PEM.", readable=False)],
+    client_ca: Annotated[Path, typer.Option(help="The CA whose clients are let in, PEM.", readable=False)],
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8443,
 ) -> None:
     """Run the reference receiver: stores what clients with a certificate upload, until SIGTERM or SIGINT."""
     require_receiver()
+    for option, file in (("--cert", cert), ("--key", key), ("--client-ca", client_ca)):
+        _require_readable(option, file)
     from backupd.receiver.serve import ServerTls, serve  # noqa: PLC0415
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end it in good order, with 0
     serve(
         store,
         ServerTls(cert, key, client_ca),
@@ -29,6 +33,16 @@ def receive(
         port=port,
         ready=lambda url: typer.echo(f"receiving at {url}, storing in {store}"),
     )
+
+
+def _require_readable(option: str, file: Path) -> None:
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise ConfigError(
+            f"{option}: {file} can't be read ({error.strerror})",
+            "name a PEM file; `backupd demo` makes a throw-away set to try with",
+        ) from error
 
 
 def require_receiver() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated
@@ -13,7 +12,7 @@ from backupd.cli.options import DEFAULT_CONFIG, ConfigPath
 from backupd.config.models import Config
 from backupd.core.errors import UsageError
 from backupd.core.model import DeliveryState
-from backupd.core.names import as_text, printable
+from backupd.core.names import as_text, fitted, printable
 from backupd.ledger.history import DeliveryRecord, History
 
 
@@ -27,7 +26,7 @@ def retry(
     A delivery that is pending is made due at once; a paused destination stays paused.
     """
     from backupd.config.loading import load  # noqa: PLC0415
-    from backupd.ledger.database import open_for_reading  # noqa: PLC0415
+    from backupd.ledger.database import daemon_pid, open_for_reading  # noqa: PLC0415
 
     if bool(delivery) == every:
         raise UsageError(
@@ -35,24 +34,38 @@ def retry(
         )
     loaded = load(config)
     history = History(open_for_reading(loaded.state_dir))
+    then = "" if daemon_pid(loaded.state_dir) else " once the daemon runs"
     if every:
-        records = history.deliveries(DeliveryState.REJECTED, 1_000_000)
-        restored = sum(_restore(loaded, record) for record in records)
-        typer.echo(f"{restored} put back")
+        _restore_all(loaded, history, then)
         return
     record = history.delivery(delivery)
     if record.state is DeliveryState.REJECTED:
         if not _restore(loaded, record):
             raise UsageError(
-                f"{record.id}: its file is no longer in quarantine", "it may have been put back before"
+                f"{record.id}: its file is not in quarantine",
+                "it was put back before, or another destination has yet to have it: see `backupd list`",
             )
-        typer.echo("put back; it starts over")
+        typer.echo(f"put back; it starts over{then}")
     elif history.hasten(record.id, datetime.now(UTC)):
-        typer.echo("due now")
+        typer.echo(f"due now{then}")
     else:
         raise UsageError(
             f"{record.id} is {record.state}", "only rejected and pending deliveries can be retried"
         )
+
+
+def _restore_all(config: Config, history: History, then: str) -> None:
+    """Put back whatever can be, the oldest first, and tell of the rest."""
+    restored, failed = 0, []
+    for record in reversed(history.deliveries(DeliveryState.REJECTED, 1_000_000)):
+        try:
+            restored += _restore(config, record)
+        except UsageError as error:
+            failed.append(str(error))
+    noun = "archive" if restored == 1 else "archives"
+    typer.echo(f"{restored} {noun} put back; starting over{then}" if restored else "nothing put back")
+    if failed:
+        raise UsageError("not all could be put back:\n" + "\n".join(failed))
 
 
 def _restore(config: Config, record: DeliveryRecord) -> bool:
@@ -70,17 +83,17 @@ def _restore(config: Config, record: DeliveryRecord) -> bool:
         with folder.directory(source) as quarantine, folder.directory(target, create=True) as place:
             rename_no_replace(quarantine, name, place, original)
         with suppress(FileNotFoundError):
-            folder.unlink(record.disposed_to + b".reason.json")
+            folder.unlink(source + b"/" + fitted(name, b".reason.json"))
     except FileNotFoundError:
         return False
     except FileExistsError as error:
         shown = printable(as_text(record.archive.relpath))
-        raise UsageError(f"{drop.path}/{shown}: the name is taken", "move that file away first") from error
-    except OSError as error:
-        place_name = os.fsdecode(record.disposed_to)
         raise UsageError(
-            f"{drop.path}/{place_name}: {error.strerror}", "run this as the daemon's user"
+            f"{drop.path}/{shown}: the name is taken", "try again once that archive is delivered, or move it"
         ) from error
+    except OSError as error:
+        shown = printable(as_text(record.disposed_to))
+        raise UsageError(f"{drop.path}/{shown}: {error.strerror}", "run this as the daemon's user") from error
     finally:
         folder.close()
     return True

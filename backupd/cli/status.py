@@ -40,16 +40,21 @@ def status(config: ConfigPath = DEFAULT_CONFIG, as_json: AsJson = False) -> None
     if as_json:
         print_json({"daemon_pid": pid, "destinations": destinations, "certificates": certificates})
         return
-    typer.echo(f"daemon: {'running as process ' + str(pid) if pid else 'NOT RUNNING'}")
+    if pid:
+        typer.echo(f"daemon: running as process {pid}")
+    else:
+        typer.echo("daemon: NOT RUNNING; this is how it left things")
+        typer.echo("  hint: start it with `systemctl start backupd`, or `backupd run`")
     _print_destinations(destinations)
     for certificate in certificates:
-        typer.echo(f"certificate of {certificate.destination}: {certificate.days_left} days left")
+        left = f"{certificate.days_left} days left" if certificate.days_left >= 0 else "EXPIRED"
+        typer.echo(f"certificate of {certificate.destination}: {left} ({certificate.path})")
 
 
 def _print_destinations(records: list[DestinationRecord]) -> None:
     rows = [
-        (r.name, r.gate or "open", r.pending, size(r.pending_bytes), ago(r.oldest), r.rejected, ago(r.last_delivered),
-         f"{r.reason}: {r.error} (since {ago(r.since)}, next try {ago(r.until)})" if r.reason else "")
+        (r.name, r.gate or "open", r.pending, size(r.pending_bytes), ago(r.oldest), r.rejected,
+         ago(r.last_delivered), _why_paused(r))
         for r in records
     ]  # fmt: skip
     headings = (
@@ -63,6 +68,13 @@ def _print_destinations(records: list[DestinationRecord]) -> None:
         "why paused",
     )
     print_table(headings, rows)
+
+
+def _why_paused(r: DestinationRecord) -> str:
+    if not r.reason:
+        return ""
+    soon = ago(r.until) if r.until and r.until > datetime.now(UTC) else "any moment"
+    return f"{r.reason}: {r.error} (for {ago(r.since).removesuffix(' ago')}; next try {soon})"
 
 
 def _certificates(config: Config) -> Iterator[CertificateAge]:

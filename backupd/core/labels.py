@@ -9,6 +9,7 @@ from backupd.core.model import Archive
 from backupd.core.names import as_text
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_FIRST, _LAST = datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
 
 
 def variables(archive: Archive, host: str, pattern: re.Pattern[str] | None) -> dict[str, str]:
@@ -19,7 +20,6 @@ def variables(archive: Archive, host: str, pattern: re.Pattern[str] | None) -> d
     relpath = as_text(archive.relpath)
     name = relpath.rpartition("/")[2]
     stem = name.partition(".")[0] or name
-    mtime = _EPOCH + timedelta(microseconds=archive.fingerprint.mtime_ns // 1000)
     labels: dict[str, str] = {}
     if pattern is not None:
         match = pattern.fullmatch(relpath)
@@ -32,5 +32,14 @@ def variables(archive: Archive, host: str, pattern: re.Pattern[str] | None) -> d
         "drop": archive.drop,
         "host": host,
         "size": str(archive.fingerprint.size),
-        "mtime": mtime.isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "mtime": _rfc3339(archive.fingerprint.mtime_ns),
     }
+
+
+def _rfc3339(time_ns: int) -> str:
+    """Return a time of a file, the nearest that can be written for one that no calendar has."""
+    try:
+        time = _EPOCH + timedelta(seconds=time_ns // 1_000_000_000)
+    except OverflowError:
+        time = _LAST if time_ns > 0 else _FIRST
+    return time.isoformat(timespec="seconds").replace("+00:00", "Z")

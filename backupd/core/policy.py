@@ -213,7 +213,7 @@ RULES: tuple[Rule, ...] = (
         Reason.REFUSED,
         _A,
         Then.REJECT,
-        "400, 415, 422: the endpoint will not have this archive",
+        "400, 414, 415, 422, 431: the endpoint will not have this archive",
         "read its answer with `backupd show`",
     ),
     Rule(
@@ -289,10 +289,12 @@ _BY_STATUS = {
     409: Reason.CONFLICT,
     410: Reason.NOT_FOUND,
     413: Reason.TOO_LARGE,
+    414: Reason.REFUSED,
     415: Reason.REFUSED,
     422: Reason.REFUSED,
     425: Reason.SERVER_ERROR,
     429: Reason.RATE_LIMITED,
+    431: Reason.REFUSED,
 }
 
 

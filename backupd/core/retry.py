@@ -26,7 +26,8 @@ class Backoff:
         At least a tenth of the step is waited, so that bad luck is no fast loop.
         """
         doublings = min(max(failures - 1, 0), 30)
-        step = min(self.initial * (1 << doublings), self.longest)
+        reaches = self.initial <= self.longest // (1 << doublings)  # else the product might overflow
+        step = self.initial * (1 << doublings) if reaches else self.longest
         return step * (0.1 + 0.9 * chance)
 
 
@@ -37,7 +38,7 @@ def parse_retry_after(value: str, now: datetime) -> timedelta | None:
     """
     text = value.strip()
     if text.isascii() and text.isdigit():
-        asked = timedelta(seconds=min(int(text[:9]), 10**6))
+        asked = timedelta(seconds=int(text.lstrip("0")[:9] or "0"))
     else:
         try:
             when = parsedate_to_datetime(text)

@@ -56,7 +56,7 @@ def next_step(delivery: Delivery, outcome: Outcome, now: datetime, patience: Pat
             return Step(DeliveryState.REJECTED, outcome)
         case Superseded():
             return Step(DeliveryState.SUPERSEDED, outcome)
-        case Deferred():
+        case _:
             return _deferred(delivery, outcome, now, patience, chance)
 
 
@@ -81,11 +81,11 @@ def _deferred(
 def archive_state(deliveries: Collection[DeliveryState]) -> DeliveryState:
     """Return what an archive's deliveries make of it.
 
-    Pending while any is; then superseded if any found the file changed, rejected if any was refused,
-    delivered only if all were.
+    Pending while any is, and without any; then superseded if any found the file changed, rejected if any
+    was refused, delivered only if all were.
     """
     states = set(deliveries)
-    if states & {DeliveryState.PENDING, DeliveryState.CLAIMED}:
+    if not states or states & {DeliveryState.PENDING, DeliveryState.CLAIMED}:
         return DeliveryState.PENDING
     if DeliveryState.SUPERSEDED in states:
         return DeliveryState.SUPERSEDED

@@ -13,7 +13,8 @@ from backupd.core.policy import Reason
 RFC_9530_NAMES = {"sha256": "sha-256", "sha512": "sha-512", "sha1": "sha", "md5": "md5"}
 """Names of algorithms in Repr-Digest and Content-Digest (RFC 9530 section 5)."""
 
-_RFC_9530_MEMBER = re.compile(r"(?:^|,)[ \t]*([a-z0-9-]+)=:([A-Za-z0-9+/=]*):")
+_FIELD_MEMBER = re.compile(r"(?:^|,)\s*([A-Za-z0-9-]+)=:([A-Za-z0-9+/]+=*):")
+"""A member of Repr-Digest and Content-Digest; RFC 9530 section 2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +48,17 @@ def matches(sent: Digest, stated: str, expected: Expectation) -> bool:
     """Tell whether a stated value is the digest that was sent.
 
     Takes hex in either case, base64 and base64url with or without padding, an `algorithm:` before the
-    value, a prefix of the stated length, and the dictionary of RFC 9530.
+    value, a prefix of the stated length, and the digest fields of RFC 9530.
     """
-    dictionary = _RFC_9530_MEMBER.findall(stated)
-    if dictionary:
-        wanted = RFC_9530_NAMES.get(sent.algorithm)
-        return any(
-            name == wanted and value.rstrip("=") == _base64(sent, "base64") for name, value in dictionary
-        )
     value = stated.strip()
+    fields: dict[str, str] = {_plain(name): digest for name, digest in _FIELD_MEMBER.findall(value)}
+    if fields:
+        return fields.get(_plain(RFC_9530_NAMES.get(sent.algorithm, "")), "").rstrip("=") == _base64(
+            sent, "base64"
+        )
     name, colon, rest = value.partition(":")
     if colon and name.isascii() and name.replace("-", "").isalnum():
-        if name.lower().replace("-", "") != sent.algorithm.replace("-", ""):
+        if _plain(name) != _plain(sent.algorithm):
             return False
         value = rest.strip()
     if expected.encoding == "hex":
@@ -66,6 +66,11 @@ def matches(sent: Digest, stated: str, expected: Expectation) -> bool:
     else:
         value, full = value.rstrip("="), _base64(sent, expected.encoding)
     return value == (full[: expected.prefix] if expected.prefix else full)
+
+
+def _plain(algorithm: str) -> str:
+    """Return one spelling for `SHA-256` and `sha256`."""
+    return algorithm.lower().replace("-", "")
 
 
 def _base64(digest: Digest, encoding: str) -> str:

@@ -14,6 +14,7 @@ from backupd.core.names import as_text, fitted, free_names
 from backupd.core.policy import Reason, rule_of
 from backupd.drop.folder import DropFolder
 from backupd.drop.move import FileChangedError, find_moved, move
+from backupd.drop.record import write_record
 from backupd.ledger.port import Disposed, Settled
 from backupd.ops import events
 from backupd.ops.log import EventLog
@@ -102,10 +103,9 @@ class Disposal:
             suffix = b".%s.json" % kind if number == 1 else b".%s-%d.json" % (kind, number)
             relpath = directory + b"/" + fitted(name, suffix)
             try:
-                folder.write(relpath, content)
+                write_record(folder, relpath, content)
             except FileExistsError:
-                if folder.read(relpath, len(content) + 1) != content:
-                    continue
+                continue
             return
 
     def _sync(

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 from backupd.core.errors import LedgerError
@@ -142,7 +142,7 @@ class Worker:
             unknown=delivery.unknown,
         )
         try:
-            return self._uploader.upload(cargo), cargo.sent
+            return _seen_again(self._uploader.upload(cargo), fd, source, archive.relpath), cargo.sent
         except Exception as error:  # noqa: BLE001 -- a bug must cost neither the archive nor the worker
             self._lane.log.emit(events.DAEMON_FAILED, error=repr(error), exc_info=error)
             return Deferred(Reason.INTERNAL, repr(error)), cargo.sent
@@ -174,3 +174,16 @@ class Worker:
             sent=attempt.sent,
             duration_s=attempt.duration,
         )
+
+
+def _seen_again(outcome: Outcome, fd: int, source: Source, relpath: bytes) -> Outcome:
+    """Return the outcome; of a file that changed while it was read this tells whether it was removed."""
+    if not isinstance(outcome, Superseded) or os.fstat(fd).st_nlink > 0:
+        return outcome
+    try:
+        source.folder.stat(relpath)
+    except (FileNotFoundError, NotADirectoryError):
+        return replace(outcome, error="the file was removed while it was sent", gone=True)
+    except OSError:
+        pass  # whoever looks at it next will say so
+    return outcome

@@ -102,24 +102,6 @@ class DropFolder:
         with self.directory(parent) as fd:
             os.unlink(name, dir_fd=fd)
 
-    def write(self, relpath: bytes, content: bytes) -> None:
-        """Make a new file of a content; raises FileExistsError where the name is taken."""
-        parent, _, name = relpath.rpartition(b"/")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with self.directory(parent, create=True) as directory:
-            fd = os.open(name, flags, 0o660, dir_fd=directory)
-            try:
-                view = memoryview(content)
-                while view:
-                    view = view[os.write(fd, view) :]
-                os.fsync(fd)
-            except OSError:
-                with suppress(OSError):
-                    os.unlink(name, dir_fd=directory)
-                raise
-            finally:
-                os.close(fd)
-
     def sync(self, relpath: bytes) -> None:
         """Make the entries of a directory durable."""
         with self.directory(relpath) as fd:

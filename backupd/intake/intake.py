@@ -65,6 +65,7 @@ class Intake:
         self._sight = Sight(name, config, folder, log, self._notice)
         self._batch: list[Sighting] = []
         self._failing = False
+        self._unadmitted: set[int] = set()
         self.ready = threading.Event()
 
     def run(self, stop: threading.Event) -> None:
@@ -114,7 +115,7 @@ class Intake:
         if not notice.path.startswith(prefix):
             return
         relpath = notice.path[len(prefix) :]
-        if self._is_skipped(relpath):
+        if self._is_skipped(relpath + b"/" if notice.is_directory else relpath):
             return
         if notice.is_directory:
             if self._config.recursive:
@@ -169,8 +170,10 @@ class Intake:
 
     def _was_missed(self, relpath: bytes, status: os.stat_result, known: Known) -> bool:
         """Tell whether an event should long have told of this file: the proof that the watcher sees."""
-        age = time.time() - status.st_ctime
-        return age > _SURELY_MISSED and hash(relpath) not in known.paths and self._candidates.is_new(relpath)
+        if time.time() - status.st_ctime <= _SURELY_MISSED:
+            return False
+        path = hash(relpath)
+        return path not in known.paths and path not in self._unadmitted and self._candidates.is_new(relpath)
 
     def _complain(self, relpath: bytes, error: OSError) -> None:
         if not relpath:
@@ -185,9 +188,11 @@ class Intake:
         try:
             admission = self._ledger.admit(batch, self._destinations, datetime.now(UTC))
         except LedgerError as error:
+            self._unadmitted |= {hash(sighting.relpath) for sighting in batch}
             self._ledger_failed(error)
             return
         self._failing = False
+        self._unadmitted -= {hash(sighting.relpath) for sighting in batch}
         for archive in admission.superseded:
             self._log.emit(
                 events.ARCHIVE_SUPERSEDED,

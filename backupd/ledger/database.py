@@ -43,8 +43,15 @@ class StateLock:
                 "give each instance a `state_dir` of its own, or stop the other one",
             ) from error
         self.was_clean = os.fstat(self._fd).st_size == 0
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode("ascii"), 0)
+        holder_now = f"{os.getpid()}\n".encode("ascii")
+        try:
+            os.pwrite(self._fd, holder_now, 0)  # never empty in between: that would be a clean end
+            os.ftruncate(self._fd, len(holder_now))
+        except OSError as error:
+            os.close(self._fd)
+            raise LedgerError(
+                f"{state_dir}: can't be written ({error.strerror})", "check the disk of `state_dir`"
+            ) from error
 
     def _lock(self) -> None:
         for _ in range(10):  # `daemon_pid` holds it for a moment
@@ -96,35 +103,80 @@ class Opened:
 def open_ledger(state_dir: Path, *, check: bool = False) -> Opened:
     """Open or create the ledger and bring its schema up to date.
 
-    A file that SQLite can't read is renamed, never deleted, and an empty ledger begun: what it knew of
-    pending archives is found again in the drop folders. Raises LedgerError for a schema of a newer
-    version, and for what the operator must mend (permissions, disk).
+    A file that SQLite can't read, or that has lost its content, is renamed, never deleted, and an empty
+    ledger begun: what it knew of pending archives is found again in the drop folders. Raises LedgerError
+    for a schema of a newer version, and for what the operator must mend (permissions, disk).
     """
     path = state_dir / FILE_NAME
     try:
-        return Opened(_connect(path, check=check))
-    except sqlite3.DatabaseError as error:
-        if not _is_damage(error):
-            raise LedgerError(f"{path}: {error}", "check the disk and the owner of `state_dir`") from error
-    aside = _set_aside(path)
-    return Opened(_connect(path, check=False), aside)
+        aside = _set_aside(path) if _is_emptied(path) else None
+        try:
+            return Opened(_connect(path, check=check), aside)
+        except sqlite3.DatabaseError as error:
+            if not _is_damage(error):
+                raise
+        aside = _set_aside(path)
+        return Opened(_connect(path, check=False), aside)
+    except (sqlite3.DatabaseError, OSError) as error:
+        raise LedgerError(f"{path}: {error}", "check the disk and the owner of `state_dir`") from error
 
 
 def open_for_reading(state_dir: Path) -> sqlite3.Connection:
     """Open the ledger beside a running daemon, for queries; raises LedgerError where there is none."""
     path = state_dir / FILE_NAME
-    if not path.exists():
-        raise LedgerError(f"{path}: no ledger here yet", "has the daemon run with this `state_dir`?")
+    try:
+        path.stat()
+    except FileNotFoundError as error:
+        raise LedgerError(
+            f"{path}: no ledger here yet", "has the daemon run with this `state_dir`?"
+        ) from error
+    except OSError as error:
+        raise LedgerError(f"{path}: {error.strerror}", "run this command as the daemon's user") from error
     try:
         connection = sqlite3.connect(path, timeout=10, isolation_level=None)
-        connection.execute("PRAGMA query_only = ON")
-        _refuse_newer(connection, path)
+        try:
+            connection.execute("PRAGMA query_only = ON")
+            _refuse_newer(connection, path)
+        except BaseException:
+            connection.close()
+            raise
     except sqlite3.DatabaseError as error:
         raise LedgerError(f"{path}: {error}", "run this command as the daemon's user") from error
     return connection
 
 
+def _is_emptied(path: Path) -> bool:
+    """Tell whether a ledger is of no length; SQLite would take it for a new one and delete its WAL."""
+    try:
+        return path.stat().st_size == 0
+    except FileNotFoundError:
+        return False
+
+
 def _connect(path: Path, *, check: bool) -> sqlite3.Connection:
+    created = _create(path)
+    try:
+        return _opened(path, check=check)
+    except BaseException:
+        if created and _is_emptied(path):
+            path.unlink()
+        raise
+
+
+def _create(path: Path) -> bool:
+    """Make the file with the mode that SQLite then gives the WAL too; return False where there is one."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+    except FileExistsError:
+        return False
+    try:
+        os.fchmod(fd, 0o640)
+    finally:
+        os.close(fd)
+    return True
+
+
+def _opened(path: Path, *, check: bool) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
     try:
         connection.execute("PRAGMA journal_mode = WAL")
@@ -136,7 +188,6 @@ def _connect(path: Path, *, check: bool) -> sqlite3.Connection:
     except BaseException:
         connection.close()
         raise
-    os.chmod(path, 0o640)
     return connection
 
 

@@ -38,7 +38,16 @@ def as_time(micros: int) -> datetime:
 
 def as_archive(row: Row) -> Archive:
     """Return the archive of a row of `ARCHIVE_COLUMNS`."""
-    return Archive(row[0], row[1], row[2], Fingerprint(*row[3:8]), as_time(row[8]))
+    return Archive(row[0], row[1], row[2], Fingerprint(*map(int, row[3:8])), as_time(row[8]))
+
+
+def fingerprint_columns(f: Fingerprint) -> Row:
+    """Return device, inode, size and times; what SQLite's 64 bits don't hold as its digits, in bytes.
+
+    Network filesystems have inodes of 64 bits without a sign, and a time after 2262 more nanoseconds.
+    """
+    numbers = (f.device, f.inode, f.size, f.mtime_ns, f.ctime_ns)
+    return tuple(n if -(1 << 63) <= n < 1 << 63 else b"%d" % n for n in numbers)
 
 
 def as_ending(row: Row) -> Ending:
@@ -66,7 +75,7 @@ def delivery_row(finished: Finished, now: datetime) -> Row:
     digest = verified = receipt = None
     if isinstance(step.outcome, Delivered):
         digest, verified = str(step.outcome.digest), step.outcome.verified
-        receipt = step.outcome.receipt.body
+        receipt = _storable(step.outcome.receipt.body)
     elif isinstance(step.outcome, Deferred) and step.outcome.unknown is not None:
         digest = str(step.outcome.unknown)
     return (
@@ -107,8 +116,13 @@ def _why(outcome: Outcome) -> tuple[str | None, str | None, int | None]:
         case Delivered(receipt=receipt):
             return None, None, receipt.http_status
         case Superseded(error=error):
-            return None, error, None
+            return None, _storable(error), None
         case Deferred(reason=reason, error=error, http_status=status):
-            return reason, error, status
+            return reason, _storable(error), status
         case Rejected(reason=reason, error=error, http_status=status):
-            return reason, error, status
+            return reason, _storable(error), status
+
+
+def _storable(text: str) -> str:
+    """Return a text as valid Unicode: one that is none must not keep an outcome from being recorded."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -22,6 +22,7 @@ from backupd.ledger.rows import (
     as_time,
     attempt_row,
     delivery_row,
+    fingerprint_columns,
 )
 
 _DUE = "WHERE destination = ? AND state = 'pending' AND due_at <= ?"
@@ -51,22 +52,15 @@ class SqliteLedger(Ledger):
                 self._db.execute("BEGIN IMMEDIATE")
                 try:
                     yield self._db
+                    self._db.execute("COMMIT")
                 except BaseException:
-                    self._db.execute("ROLLBACK")
+                    if self._db.in_transaction:  # SQLite rolls back by itself where the disk is full
+                        self._db.execute("ROLLBACK")
                     raise
-                self._commit()
             except sqlite3.Error as error:
                 raise LedgerError(
                     f"the ledger can't be written: {error}", "check the disk of `state_dir`"
                 ) from error
-
-    def _commit(self) -> None:
-        try:
-            self._db.execute("COMMIT")
-        except sqlite3.Error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -214,17 +208,17 @@ def _supersede(db: sqlite3.Connection, archive: Archive, now: datetime) -> bool:
 
 
 def _insert(db: sqlite3.Connection, s: Sighting, destinations: Sequence[str], now: datetime) -> Archive:
-    f, at = s.fingerprint, as_micros(now)
+    at = as_micros(now)
     archive_id = db.execute(
         "INSERT INTO archive (drop_name, relpath, device, inode, size, mtime_ns, ctime_ns, admitted_at)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (s.drop, s.relpath, f.device, f.inode, f.size, f.mtime_ns, f.ctime_ns, at),
+        (s.drop, s.relpath, *fingerprint_columns(s.fingerprint), at),
     ).lastrowid
     db.executemany(
         "INSERT INTO delivery (id, archive_id, destination, size, due_at) VALUES (?, ?, ?, ?, ?)",
         [(str(uuid.uuid4()), archive_id, name, s.fingerprint.size, at) for name in destinations],
     )
-    return Archive(archive_id or 0, s.drop, s.relpath, f, as_time(at))
+    return Archive(archive_id or 0, s.drop, s.relpath, s.fingerprint, as_time(at))
 
 
 def _settle(db: sqlite3.Connection, archive_id: int) -> list[Settled]:

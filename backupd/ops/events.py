@@ -30,6 +30,7 @@ KEYS = {
     "reason": "a fixed word for why",
     "error": "the same in words",
     "hint": "what to do about it",
+    "exception": "the stack trace of a bug, without the values of variables",
     "moved_to": "path of the file now, relative to its drop folder",
     "disposition": "moved, deleted, kept, or gone",
     "retry_at": "when it is tried again",
@@ -92,7 +93,7 @@ DAEMON_STOPPING = _event(
 )
 DAEMON_STOPPED = _event("daemon.stopped", "info", "duration_s clean pending", "the daemon ends")
 DAEMON_FAILED = _event(
-    "daemon.failed", "error", "error hint", "a part of the daemon broke; it ends, for a restart"
+    "daemon.failed", "error", "error hint exception", "a part of the daemon broke; it ends, for a restart"
 )
 CONFIG_WARNING = _event("config.warning", "warning", "path error hint", "usable, but worth a look")
 LEDGER_REPLACED = _event(

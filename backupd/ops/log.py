@@ -24,25 +24,32 @@ class LineWriter:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._lock = threading.Lock()
-        self._lost = 0
+        self._torn = False
+        self.lost = 0
 
-    def line(self, text: str) -> None:
-        """Write a line."""
+    def line(self, text: str) -> bool:
+        """Write a line; return whether it went out whole."""
         data = (text + "\n").encode("utf-8", "backslashreplace")
         with self._lock:
+            if self._torn:
+                data = b"\n" + data
+            left = data
             try:
-                while data:
-                    data = data[os.write(self._fd, data) :]
+                while left:
+                    left = left[os.write(self._fd, left) :]
             except OSError:
-                self._lost += 1
+                self._torn = self._torn or len(left) < len(data)
+                self.lost += 1
+                return False
+            self._torn = False
+            return True
 
     debug = info = warning = error = line
 
-    def take_lost(self) -> int:
-        """Return how many lines were lost since last asked."""
+    def forget(self, lost: int) -> None:
+        """Count so many lines as told of."""
         with self._lock:
-            lost, self._lost = self._lost, 0
-        return lost
+            self.lost -= lost
 
 
 class EventLog:
@@ -66,9 +73,10 @@ class EventLog:
 
     def emit(self, event: Event, *, exc_info: BaseException | None = None, **keys: object) -> None:
         """Log an event with some of its keys."""
-        lost = self._writer.take_lost()
+        lost = self._writer.lost
         if lost:
-            self._logger.error(LOG_LOST.name, lost=lost)
+            told = self._logger.error(LOG_LOST.name, lost=lost)
+            self._writer.forget(lost if told else 1)
         plain = {key: _plain(value) for key, value in keys.items() if value is not None}
         if exc_info is not None:
             plain["exc_info"] = exc_info  # rendered without the values of local variables
@@ -92,7 +100,11 @@ class _LibraryHandler(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._log.emit(LIBRARY_WARNING, logger=record.name, error=record.getMessage())
+        try:
+            message = record.getMessage()
+        except (TypeError, ValueError):  # its arguments don't fit
+            message = str(record.msg)
+        self._log.emit(LIBRARY_WARNING, logger=record.name, error=message)
 
 
 def _ordered(_logger: WrappedLogger, level: str, record: EventDict) -> EventDict:
@@ -131,9 +143,9 @@ def _console(_logger: WrappedLogger, level: str, record: EventDict) -> str:
     record.pop("level")
     keys = " ".join(f"{key}={_quoted(value)}" for key, value in record.items())
     line = f"{clock} {_COLOURS[level]}{level:7}\x1b[0m \x1b[1m{event}\x1b[0m {keys}"
-    return f"{line}\n{trace}" if trace else line
+    return "\n    | ".join((line, *map(printable, str(trace).splitlines())))
 
 
 def _quoted(value: object) -> str:
-    text = printable(str(value))
-    return f'"{text}"' if " " in text or not text else text
+    text = printable(str(value)).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{text}"' if not text or any(c in text for c in ' "=') else text

@@ -22,7 +22,7 @@ _BY_TYPE: tuple[tuple[type[httpx.TransportError], Reason], ...] = (
 )
 
 
-def reason_of(error: httpx.TransportError) -> tuple[Reason, str]:
+def reason_of(error: httpx.TransportError | OSError) -> tuple[Reason, str]:
     """Return the reason for a transport error, and words for it."""
     if str(error).startswith(PIN_MISMATCH):
         return Reason.TLS, str(error)
@@ -38,9 +38,14 @@ def reason_of(error: httpx.TransportError) -> tuple[Reason, str]:
     for kind, reason in _BY_TYPE:
         if isinstance(error, kind):
             return reason, words
-    if isinstance(error, httpx.RemoteProtocolError) and "disconnected" not in words:
+    if isinstance(error, httpx.RemoteProtocolError) and not _is_cut(error):
         return Reason.PROTOCOL, words
     return Reason.CONNECTION_LOST, words
+
+
+def _is_cut(error: httpx.RemoteProtocolError) -> bool:
+    """Tell whether the connection ended before, or in the middle of, the answer; httpcore and h11 say so."""
+    return "disconnected" in str(error) or "peer closed connection" in str(error)
 
 
 def _of_tls(error: ssl.SSLError) -> tuple[Reason, str]:

@@ -25,6 +25,9 @@ from backupd.upload.request import Prepared, RequestMaker
 _FROM_A_GATEWAY = (502, 504)
 """Answers of a gateway that lost the one of whoever is behind it, who may have the archive."""
 
+_MENDED_BY_NEW_FILES = frozenset({Reason.TLS, Reason.TLS_CLIENT, Reason.PROXY, Reason.LOCAL_FILES})
+"""After these the files are read anew: a certificate or password may have been renewed."""
+
 TransportMaker = Callable[[Line], httpx.BaseTransport]
 
 
@@ -56,6 +59,12 @@ class HttpUploader(Uploader):
 
     def upload(self, cargo: Cargo) -> Outcome:
         """See `Uploader.upload`."""
+        outcome = self._upload(cargo)
+        if isinstance(outcome, Deferred) and outcome.reason in _MENDED_BY_NEW_FILES:
+            self.close()
+        return outcome
+
+    def _upload(self, cargo: Cargo) -> Outcome:
         self._line.begin()
         try:
             client = self._client = self._client or self._open_client()

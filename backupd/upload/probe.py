@@ -84,7 +84,7 @@ async def _probe(name: str, config: DestinationConfig) -> Probe:
     except (BackupdError, SignInError, AttemptEndedError) as error:
         reason = Reason.SIGN_IN if isinstance(error, SignInError) else Reason.LOCAL_FILES
         probe = Probe(name, reason, str(error).partition("\n")[0])
-    except httpx.TransportError as error:
+    except (httpx.TransportError, OSError) as error:  # the async client lets errors of TLS through
         reason, words = reason_of(error)
         probe = Probe(name, reason, words)
         if reason is Reason.TLS:

@@ -24,6 +24,8 @@ _WANT_WRITE = (ssl.SSLWantWriteError,)
 PIN_MISMATCH = "pin mismatch"
 _LARGEST_HEAD = 16 * 1024
 _READ = 64 * 1024
+_LONGEST_ANSWER = 1024 * 1024
+"""Bytes that are read for one request; interim answers could go on for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class Wire(httpcore.NetworkStream):
         self._heard = bytearray()
         self._ended = False
         self._fault: OSError | None = None
+        self._answered = 0
         # in HTTP/2 frames of the other side are part of sending
         self._is_http2 = isinstance(sock, ssl.SSLSocket) and sock.selected_alpn_protocol() == "h2"
 
@@ -112,6 +115,7 @@ class Wire(httpcore.NetworkStream):
         self._send(buffer, timeout)
 
     def _send(self, buffer: bytes, timeout: float | None) -> None:
+        self._answered = 0
         view = memoryview(buffer)
         if view and not self._is_http2:
             self._listen()
@@ -161,6 +165,8 @@ class Wire(httpcore.NetworkStream):
             self._hear()
         if self._ended or _is_final(self._heard):
             raise httpcore.WriteError("the destination answered before it had the whole request")
+        if len(self._heard) >= _READ:
+            raise httpcore.RemoteProtocolError("interim answers without an end")
 
     def _hear(self) -> None:
         try:
@@ -171,9 +177,7 @@ class Wire(httpcore.NetworkStream):
         except (*_WANT_READ, *_WANT_WRITE, BlockingIOError):
             return
         except OSError as error:
-            self._ended = True
-            if not self._heard:
-                self._fault = error  # for `read`: after an alert the connection only says that it ended
+            self._ended, self._fault = True, error
 
     def _hear_last_words(self) -> None:
         """After a failed send: an answer, or the alert that says why, may still be there to be read."""
@@ -194,7 +198,7 @@ class Wire(httpcore.NetworkStream):
             return data
         while not self._ended:
             try:
-                return self._sock.recv(max_bytes)
+                return self._counted(self._sock.recv(max_bytes))
             except (*_WANT_READ, BlockingIOError):
                 ready = self._line.wait(self._sock.fileno(), select.POLLIN, timeout)
             except _WANT_WRITE:
@@ -203,12 +207,18 @@ class Wire(httpcore.NetworkStream):
                 raise httpcore.ReadError(str(error)) from error
             if not ready:
                 raise httpcore.ReadTimeout("no answer")
-        try:
-            if self._fault is not None:
+        if self._fault is not None:  # httpcore forgets why a write failed, and it may be an alert
+            try:
                 raise self._fault
-        except OSError as error:  # raised here for its context: the pool drops causes on the way out
-            raise httpcore.ReadError(str(error)) from error
+            except OSError as error:  # as the context: httpcore wipes the cause off what passes through it
+                raise httpcore.ReadError(str(error)) from error
         return b""
+
+    def _counted(self, data: bytes) -> bytes:
+        self._answered += len(data)
+        if self._answered > _LONGEST_ANSWER:
+            raise httpcore.RemoteProtocolError("an answer without an end")
+        return data
 
     def close(self) -> None:
         """Close the connection at once."""
@@ -232,7 +242,7 @@ class Wire(httpcore.NetworkStream):
             return True
         try:
             self._listen()
-        except httpcore.WriteError:
+        except (httpcore.WriteError, httpcore.RemoteProtocolError):
             return True
         return bool(self._heard)
 

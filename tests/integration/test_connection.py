@@ -436,6 +436,18 @@ def test_a_refused_client_certificate_is_told_as_that_every_time(
     assert reasons == [Reason.TLS_CLIENT] * 10
 
 
+def test_a_certificate_that_is_renewed_counts_without_a_restart(tmp_path: Path, pki: Pki) -> None:
+    expired, renewed = pki.issue_expired_client("ours"), pki.issue_client("renewed")
+    with ScriptedServer(take_all, server_context(pki)) as server:
+        with a_sender(a_destination(server.url, pki, cert=expired.cert, key=expired.key)) as sender:
+            archive = an_archive(tmp_path, CONTENT)
+            assert failed(sender.send(archive))[0] is Reason.TLS_CLIENT
+            renewed.key.replace(expired.key)
+            assert failed(sender.send(archive))[0] is Reason.LOCAL_FILES  # half of a new pair
+            renewed.cert.replace(expired.cert)
+            assert isinstance(sender.send(archive), Delivered)
+
+
 # Time
 
 

@@ -28,7 +28,15 @@ def _main(folder: str, fd: str, cert: str, key: str, client_ca: str) -> None:
     from django.conf import settings  # type: ignore[import-untyped]  # noqa: PLC0415
     from django.core.wsgi import get_wsgi_application  # type: ignore[import-untyped]  # noqa: PLC0415
 
-    settings.configure(ROOT_URLCONF="urls", ALLOWED_HOSTS=["localhost"], SECRET_KEY="for tests alone")
+    settings.configure(
+        ROOT_URLCONF="urls",
+        ALLOWED_HOSTS=["localhost"],
+        SECRET_KEY="for tests alone",
+        MIDDLEWARE=[
+            "django.middleware.common.CommonMiddleware",
+            "django.middleware.csrf.CsrfViewMiddleware",
+        ],
+    )
     server = _Server(("127.0.0.1", 0), WSGIRequestHandler, bind_and_activate=False)
     server.socket.close()
     server.socket = socket.socket(fileno=int(fd))

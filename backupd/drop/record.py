@@ -1,0 +1,46 @@
+"""Writing a small file beside an archive: whole or not at all, and over nobody else's."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+
+from backupd.core.names import fitted
+from backupd.drop.folder import DropFolder
+from backupd.drop.move import rename_no_replace
+
+_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def write_record(folder: DropFolder, relpath: bytes, content: bytes) -> None:
+    """Write a new file, synced under another name and then renamed; its directory is not synced yet.
+
+    What an earlier attempt left, all of the content or its beginning, is replaced. Raises FileExistsError
+    where the name is taken by something else.
+    """
+    parent, _, name = relpath.rpartition(b"/")
+    with folder.directory(parent, create=True) as directory:
+        part = fitted(b"." + name, b".part")
+        _write(directory, part, content)
+        try:
+            rename_no_replace(directory, part, directory, name)
+        except FileExistsError:
+            if not content.startswith(folder.read(relpath, len(content) + 1)):
+                os.unlink(part, dir_fd=directory)
+                raise
+            os.rename(part, name, src_dir_fd=directory, dst_dir_fd=directory)
+
+
+def _write(directory: int, name: bytes, content: bytes) -> None:
+    fd = os.open(name, _FLAGS, 0o660, dir_fd=directory)
+    try:
+        view = memoryview(content)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(name, dir_fd=directory)
+        raise
+    finally:
+        os.close(fd)

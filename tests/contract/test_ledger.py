@@ -1,0 +1,567 @@
+"""What every ledger has to do; runs on each adapter."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from backupd.core.errors import LedgerError
+from backupd.core.gate import Gate, GateState
+from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint, Outcome, Superseded
+from backupd.core.policy import Reason
+from backupd.ledger.database import _migrate, open_ledger
+from backupd.ledger.port import Disposed, Ledger, Settled, Sighting, mark
+from backupd.ledger.sqlite import SqliteLedger
+from tests.factories import (
+    NOW,
+    SECOND,
+    a_fingerprint,
+    a_sighting,
+    deferred,
+    delivered,
+    finished,
+    rejected,
+    superseded,
+)
+
+LATER = NOW + timedelta(hours=1)
+BOTH = ("vault", "annex")
+
+
+class Bench:
+    """A ledger that can be opened anew, as after a crash."""
+
+    def __init__(self, opener: Callable[[], Ledger]) -> None:
+        self._opener = opener
+        self.ledger = opener()
+
+    def crash(self) -> Ledger:
+        """Return the ledger as the next daemon finds it."""
+        self.ledger = self._opener()
+        return self.ledger
+
+
+def _in_a_file(base: Path) -> Iterator[Bench]:
+    opened: list[Ledger] = []
+
+    def opener() -> Ledger:
+        opened.append(SqliteLedger(open_ledger(base).connection))
+        return opened[-1]
+
+    yield Bench(opener)
+    for ledger in opened:
+        ledger.close()
+
+
+def _in_memory(_base: Path) -> Iterator[Bench]:
+    connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA foreign_keys = ON")
+    _migrate(connection, Path(":memory:"))
+    yield Bench(lambda: SqliteLedger(connection))
+    connection.close()
+
+
+ADAPTERS = {"sqlite-file": _in_a_file, "sqlite-memory": _in_memory}
+
+
+@pytest.fixture(params=list(ADAPTERS.values()), ids=list(ADAPTERS))
+def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
+    yield from request.param(tmp_path)
+
+
+@pytest.fixture
+def ledger(bench: Bench) -> Ledger:
+    return bench.ledger
+
+
+def admit(
+    ledger: Ledger,
+    *sightings: Sighting,
+    to: tuple[str, ...] = ("vault",),
+    now: datetime = NOW,
+) -> tuple[Archive, ...]:
+    return ledger.admit(sightings, to, now).admitted
+
+
+def claim(ledger: Ledger, destination: str = "vault", now: datetime = LATER) -> Delivery:
+    delivery = ledger.claim(destination, now)
+    assert delivery is not None
+    return delivery
+
+
+def end(ledger: Ledger, outcome: Outcome, destination: str = "vault", now: datetime = LATER) -> list[Settled]:
+    """Claim a delivery and record its outcome."""
+    return ledger.record([finished(claim(ledger, destination), outcome, now=now)], now)
+
+
+# admissions
+
+
+def test_a_new_file_becomes_a_pending_delivery_to_each_destination(ledger: Ledger) -> None:
+    sighting = a_sighting(b"site/r1.tar.gz")
+    (archive,) = admit(ledger, sighting, to=BOTH)
+    assert (archive.drop, archive.relpath, archive.fingerprint) == (
+        sighting.drop,
+        sighting.relpath,
+        sighting.fingerprint,
+    )
+    assert archive.admitted_at == NOW
+    deliveries = [claim(ledger, name) for name in BOTH]
+    assert [delivery.destination for delivery in deliveries] == list(BOTH)
+    assert [delivery.archive for delivery in deliveries] == [archive, archive]
+    assert len({delivery.id for delivery in deliveries}) == 2
+    assert ledger.claim("vault", LATER) is None
+
+
+def test_the_same_file_is_admitted_once(bench: Bench) -> None:
+    sighting = a_sighting()
+    assert admit(bench.ledger, sighting)
+    again = bench.ledger.admit([sighting, sighting], ["vault"], LATER)
+    assert (again.admitted, again.superseded) == ((), ())
+    assert admit(bench.crash(), sighting) == ()
+
+
+def test_the_same_file_twice_in_one_call_is_admitted_once(ledger: Ledger) -> None:
+    sighting = a_sighting()
+    assert len(admit(ledger, sighting, sighting)) == 1
+
+
+def test_the_same_name_in_another_drop_is_another_archive(ledger: Ledger) -> None:
+    one, other = a_sighting(drop="switches"), a_sighting(drop="firewalls")
+    assert len(admit(ledger, one, other)) == 2
+
+
+def test_the_same_content_under_another_name_is_another_archive(ledger: Ledger) -> None:
+    looks = a_fingerprint()
+    assert len(admit(ledger, a_sighting(b"a", fingerprint=looks), a_sighting(b"b", fingerprint=looks))) == 2
+
+
+def test_a_changed_device_number_alone_is_no_new_content(ledger: Ledger) -> None:
+    admit(ledger, a_sighting(fingerprint=a_fingerprint(inode=7, device=1)))
+    assert admit(ledger, a_sighting(fingerprint=a_fingerprint(inode=7, device=2))) == ()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        a_fingerprint(inode=8),
+        a_fingerprint(inode=7, size=4),
+        a_fingerprint(inode=7, mtime_ns=1),
+        a_fingerprint(inode=7, ctime_ns=1),
+    ],
+    ids=["inode", "size", "mtime", "ctime"],
+)
+def test_a_replaced_content_supersedes_the_one_that_is_pending(ledger: Ledger, changed: Fingerprint) -> None:
+    (old,) = admit(ledger, a_sighting(fingerprint=a_fingerprint(inode=7)), to=BOTH)
+    admission = ledger.admit([a_sighting(fingerprint=changed)], BOTH, LATER)
+    assert admission.superseded == (old,)
+    assert [archive.fingerprint for archive in admission.admitted] == [changed]
+    assert [claim(ledger, name).archive.fingerprint for name in BOTH] == [changed, changed]
+    assert ledger.claim("vault", LATER) is None
+    assert ledger.undisposed() == []
+
+
+def test_a_replaced_content_leaves_a_claimed_delivery_to_its_worker(ledger: Ledger) -> None:
+    admit(ledger, a_sighting())
+    old = claim(ledger)
+    admission = ledger.admit([a_sighting()], ["vault"], LATER)
+    assert admission.superseded == ()
+    assert len(admission.admitted) == 1
+    assert ledger.record([finished(old, superseded())], LATER) == []
+    assert claim(ledger).archive == admission.admitted[0]
+
+
+def test_of_a_replaced_content_only_the_pending_deliveries_end(ledger: Ledger) -> None:
+    (old,) = admit(ledger, a_sighting(), to=BOTH)
+    held = claim(ledger, "vault")
+    assert ledger.admit([a_sighting()], BOTH, LATER).superseded == (old,)
+    assert ledger.record([finished(held, delivered())], LATER) == []  # the file is another one now
+    assert ledger.undisposed() == []
+
+
+def test_a_content_replaced_while_its_predecessor_awaits_disposal_is_admitted(ledger: Ledger) -> None:
+    old = a_sighting()
+    admit(ledger, old)
+    (settled,) = end(ledger, delivered())
+    admission = ledger.admit([a_sighting()], ["vault"], LATER)
+    assert (len(admission.admitted), admission.superseded) == (1, ())
+    assert [one.archive for one in ledger.undisposed()] == [settled.archive]
+    assert admit(ledger, old) == ()  # still accounted for
+
+
+def test_known_are_the_files_of_a_drop_that_are_accounted_for(ledger: Ledger) -> None:
+    sighting = a_sighting(b"r1")
+    admit(ledger, sighting, a_sighting(b"r2", drop="firewalls"))
+    known = ledger.known("switches")
+    assert known.marks == {mark(b"r1", sighting.fingerprint)}
+    assert known.paths == {hash(b"r1")}
+    assert ledger.known("nowhere").marks == frozenset()
+
+
+def test_a_superseded_content_is_no_longer_known(ledger: Ledger) -> None:
+    admit(ledger, a_sighting(b"r1"))
+    new = a_sighting(b"r1")
+    admit(ledger, new)
+    assert ledger.known("switches").marks == {mark(b"r1", new.fingerprint)}
+
+
+@pytest.mark.parametrize(
+    "relpath",
+    [
+        b'bad\xff\n".tar.gz',
+        b"\x80/\xfe.cfg",
+        "Zürich/大.cfg".encode(),
+        b"x" * 4000,
+        b"';--",
+        os.fsencode("a\udc80"),
+    ],
+)
+def test_a_path_is_read_back_as_the_same_bytes(bench: Bench, relpath: bytes) -> None:
+    admit(bench.ledger, a_sighting(relpath))
+    ledger = bench.crash()
+    delivery = claim(ledger)
+    assert delivery.archive.relpath == relpath
+    (settled,) = ledger.record([finished(delivery, delivered())], LATER)
+    assert settled.archive.relpath == relpath
+    ledger.disposed([Disposed(settled.archive.id, b"sent/" + relpath)], [], LATER)
+    assert bench.crash().undisposed() == []
+
+
+@pytest.mark.parametrize(
+    "looks",
+    [
+        Fingerprint((1 << 64) - 1, (1 << 64) - 1, (1 << 63) - 1, 253_402_300_800 * 10**9, 1 << 80),
+        Fingerprint(0, 0, 0, -1, -(1 << 80)),
+        Fingerprint(1, 1 << 63, 1, (1 << 63) - 1, -(1 << 63)),
+    ],
+    ids=["largest", "smallest", "at the edge"],
+)
+def test_a_fingerprint_is_read_back_as_the_same_numbers(bench: Bench, looks: Fingerprint) -> None:
+    sighting = a_sighting(fingerprint=looks)
+    admit(bench.ledger, sighting)
+    ledger = bench.crash()
+    assert admit(ledger, sighting) == ()
+    assert ledger.known("switches").marks == {mark(sighting.relpath, looks)}
+    assert claim(ledger).archive.fingerprint == looks
+
+
+# claims
+
+
+def test_what_has_been_due_for_longest_is_claimed_first(ledger: Ledger) -> None:
+    for minutes, name in ((3, b"third"), (1, b"first"), (2, b"second")):
+        admit(ledger, a_sighting(name), now=NOW + timedelta(minutes=minutes))
+    assert [claim(ledger).archive.relpath for _ in range(3)] == [b"first", b"second", b"third"]
+
+
+def test_nothing_is_claimed_before_it_is_due(ledger: Ledger) -> None:
+    admit(ledger, a_sighting())
+    step = finished(claim(ledger), deferred(), now=LATER)
+    ledger.record([step], LATER)
+    due = step.step.due_at
+    assert due is not None
+    assert ledger.next_due("vault") == due
+    assert ledger.claim("vault", due - timedelta(microseconds=1)) is None
+    assert claim(ledger, now=due).id == step.delivery.id
+
+
+def test_a_claim_is_one_of_its_own_destination(ledger: Ledger) -> None:
+    admit(ledger, a_sighting(), to=("annex",))
+    assert ledger.claim("vault", LATER) is None
+    assert ledger.next_due("vault") is None
+    assert claim(ledger, "annex").destination == "annex"
+
+
+def test_what_is_claimed_is_not_due(ledger: Ledger) -> None:
+    admit(ledger, a_sighting())
+    assert ledger.next_due("vault") == NOW
+    claim(ledger)
+    assert ledger.next_due("vault") is None
+
+
+def test_threads_never_claim_the_same(ledger: Ledger) -> None:
+    admit(ledger, *(a_sighting(b"r%d" % number) for number in range(200)))
+    claimed: list[list[str]] = [[], [], []]
+    together = threading.Barrier(len(claimed))
+
+    def work(mine: list[str]) -> None:
+        together.wait()
+        while (delivery := ledger.claim("vault", LATER)) is not None:
+            mine.append(delivery.id)
+
+    threads = [threading.Thread(target=work, args=(mine,)) for mine in claimed]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ids = [ident for mine in claimed for ident in mine]
+    assert len(ids) == len(set(ids)) == 200
+
+
+def test_a_delivery_remembers_what_it_went_through(bench: Bench) -> None:
+    admit(bench.ledger, a_sighting())
+    first = claim(bench.ledger)
+    assert (first.attempts, first.charged, first.faults) == (0, 0, 0)
+    bench.ledger.record([finished(first, deferred(Reason.CONNECT), deferred(Reason.UNREADABLE))], NOW)
+    again = claim(bench.crash())
+    assert (again.id, again.attempts, again.charged, again.faults) == (first.id, 2, 1, 0)
+
+
+def test_claims_that_nobody_holds_are_released(bench: Bench) -> None:
+    admit(bench.ledger, a_sighting(b"r1"), a_sighting(b"r2"), a_sighting(b"r3"))
+    held = {claim(bench.ledger).id, claim(bench.ledger).id}
+    ledger = bench.crash()
+    assert ledger.release_claims() == 2
+    assert ledger.release_claims() == 0
+    assert held < {claim(ledger).id for _ in range(3)}
+
+
+# records
+
+
+def test_a_delivered_archive_is_settled(ledger: Ledger) -> None:
+    (archive,) = admit(ledger, a_sighting())
+    outcome = delivered(b"abc", body='{"id": "17"}')
+    (settled,) = end(ledger, outcome)
+    assert (settled.archive, settled.state, settled.announced) == (archive, DeliveryState.DELIVERED, False)
+    assert settled.digest == str(outcome.digest)
+    (ending,) = settled.endings
+    assert (ending.destination, ending.state, ending.ended_at) == ("vault", DeliveryState.DELIVERED, LATER)
+    assert (ending.digest, ending.verified, ending.http_status) == (str(outcome.digest), True, 201)
+    assert (ending.reason, ending.error, ending.receipt) == (None, None, '{"id": "17"}')
+
+
+def test_a_rejected_archive_is_settled_with_the_reason(ledger: Ledger) -> None:
+    admit(ledger, a_sighting())
+    (settled,) = end(ledger, rejected(Reason.TOO_LARGE))
+    assert (settled.state, settled.digest) == (DeliveryState.REJECTED, None)
+    (ending,) = settled.endings
+    assert (ending.reason, ending.error, ending.http_status) == ("too_large", "not wanted", 422)
+    assert (ending.verified, ending.receipt) == (None, None)
+
+
+def test_a_deferred_archive_is_not_settled(ledger: Ledger) -> None:
+    admit(ledger, a_sighting())
+    assert end(ledger, deferred()) == []
+    assert ledger.undisposed() == []
+
+
+def test_an_archive_with_a_delivery_still_pending_is_not_settled(ledger: Ledger) -> None:
+    admit(ledger, a_sighting(), to=BOTH)
+    assert end(ledger, delivered(), "vault") == []
+    assert ledger.undisposed() == []
+    (settled,) = end(ledger, delivered(), "annex")
+    assert [ending.destination for ending in settled.endings] == ["annex", "vault"]
+
+
+def test_an_archive_with_a_delivery_still_claimed_is_not_settled(ledger: Ledger) -> None:
+    admit(ledger, a_sighting(), to=BOTH)
+    claim(ledger, "annex")
+    assert end(ledger, delivered(), "vault") == []
+
+
+@pytest.mark.parametrize("first", BOTH)
+def test_an_archive_that_one_destination_rejects_is_rejected(ledger: Ledger, first: str) -> None:
+    admit(ledger, a_sighting(), to=BOTH)
+    outcomes: dict[str, Outcome] = {"vault": delivered(), "annex": rejected()}
+    assert end(ledger, outcomes.pop(first), first) == []
+    ((name, last),) = outcomes.items()
+    (settled,) = end(ledger, last, name)
+    assert settled.state is DeliveryState.REJECTED
+    assert settled.digest is not None
+    assert [ending.state for ending in settled.endings] == [DeliveryState.REJECTED, DeliveryState.DELIVERED]
+
+
+def test_both_deliveries_recorded_at_once_settle_an_archive_once(ledger: Ledger) -> None:
+    admit(ledger, a_sighting(), to=BOTH)
+    both = [finished(claim(ledger, name), delivered()) for name in BOTH]
+    assert len(ledger.record(both, LATER)) == 1
+
+
+def test_many_are_settled_in_the_order_in_which_they_ended(ledger: Ledger) -> None:
+    admit(ledger, *(a_sighting(b"r%d" % number) for number in range(3)))
+    claims = [claim(ledger) for _ in range(3)][::-1]
+    settled = ledger.record([finished(one, delivered()) for one in claims], LATER)
+    assert [one.archive for one in settled] == [one.archive for one in claims]
+
+
+def test_a_superseded_delivery_leaves_nothing_to_dispose_of(ledger: Ledger) -> None:
+    sighting = a_sighting()
+    admit(ledger, sighting)
+    assert end(ledger, superseded()) == []
+    assert ledger.undisposed() == []
+    assert ledger.known("switches").paths == frozenset()
+    assert len(admit(ledger, sighting)) == 1  # whatever is there now starts over
+
+
+def test_a_file_that_is_gone_is_admitted_again_when_it_comes_back(ledger: Ledger) -> None:
+    sighting = a_sighting()
+    admit(ledger, sighting)
+    end(ledger, Superseded("the file is gone", gone=True))
+    assert len(admit(ledger, sighting)) == 1
+
+
+def test_a_superseded_delivery_outweighs_one_that_was_delivered(ledger: Ledger) -> None:
+    admit(ledger, a_sighting(), to=BOTH)
+    assert end(ledger, delivered(), "vault") == []
+    assert end(ledger, superseded(), "annex") == []
+    assert ledger.undisposed() == []
+
+
+def test_a_record_made_twice_settles_once(ledger: Ledger) -> None:
+    admit(ledger, a_sighting())
+    once = finished(claim(ledger), delivered())
+    assert len(ledger.record([once], LATER)) == 1
+    assert ledger.record([once], LATER) == []
+    assert len(ledger.undisposed()) == 1
+
+
+def test_nothing_to_record_is_nothing_settled(ledger: Ledger) -> None:
+    assert ledger.record([], NOW) == []
+    assert ledger.admit([], BOTH, NOW).admitted == ()
+    ledger.disposed([], [], NOW)
+
+
+def test_a_text_that_is_no_valid_unicode_does_not_keep_an_outcome_from_being_recorded(ledger: Ledger) -> None:
+    admit(ledger, a_sighting(b"r1"), a_sighting(b"r2"))
+    (settled,) = end(ledger, delivered(body="bad\udcff\0"))
+    assert settled.endings[0].receipt == "bad\\udcff\0"
+    claimed = claim(ledger)
+    broken = Superseded("bad\udcff")
+    assert ledger.record([finished(claimed, broken)], LATER) == []
+
+
+def test_every_attempt_is_kept_without_limit_of_time(bench: Bench) -> None:
+    admit(bench.ledger, a_sighting())
+    delivery = claim(bench.ledger)
+    attempts = tuple(
+        Attempt(datetime(1970, 1, 1, tzinfo=UTC), timedelta(days=number), 1 << 40, deferred())
+        for number in range(3)
+    )
+    whole = finished(delivery, deferred())
+    bench.ledger.record([type(whole)(delivery, attempts, whole.step)], LATER)
+    assert claim(bench.crash(), now=LATER + timedelta(hours=1)).attempts == 3
+
+
+# dispositions
+
+
+def test_what_was_settled_and_not_disposed_of_is_found_after_a_crash(bench: Bench) -> None:
+    admit(bench.ledger, a_sighting(b"r1"), a_sighting(b"r2"), a_sighting(b"r3"))
+    settled = end(bench.ledger, delivered()) + end(bench.ledger, rejected())
+    assert bench.crash().undisposed() == settled
+
+
+def test_what_was_disposed_of_is_not_found_again(bench: Bench) -> None:
+    sighting = a_sighting()
+    admit(bench.ledger, sighting)
+    (settled,) = end(bench.ledger, delivered())
+    bench.ledger.disposed([Disposed(settled.archive.id, b"sent/r1")], [], LATER)
+    ledger = bench.crash()
+    assert ledger.undisposed() == []
+    assert ledger.known("switches").paths == frozenset()
+
+
+def test_a_file_put_back_after_its_disposal_starts_over(ledger: Ledger) -> None:
+    sighting = a_sighting()
+    admit(ledger, sighting)
+    (settled,) = end(ledger, delivered())
+    ledger.disposed([Disposed(settled.archive.id, b"sent/r1")], [], LATER)
+    (again,) = admit(ledger, sighting)
+    assert again.id != settled.archive.id
+
+
+def test_a_file_that_stays_in_place_stays_accounted_for(bench: Bench) -> None:
+    sighting = a_sighting()
+    admit(bench.ledger, sighting)
+    (settled,) = end(bench.ledger, delivered())
+    bench.ledger.disposed([Disposed(settled.archive.id, None, left=True)], [], LATER)
+    ledger = bench.crash()
+    assert ledger.undisposed() == []
+    assert mark(sighting.relpath, sighting.fingerprint) in ledger.known("switches").marks
+    assert admit(ledger, sighting) == ()
+
+
+def test_a_file_that_stays_in_place_and_changes_starts_over(ledger: Ledger) -> None:
+    admit(ledger, a_sighting())
+    (settled,) = end(ledger, delivered())
+    ledger.disposed([Disposed(settled.archive.id, None, left=True)], [], LATER)
+    new = a_sighting()
+    assert len(admit(ledger, new)) == 1
+    assert ledger.known("switches").marks == {mark(new.relpath, new.fingerprint)}
+
+
+def test_what_could_not_be_disposed_of_stays_due_and_counts_as_announced(bench: Bench) -> None:
+    admit(bench.ledger, a_sighting(b"r1"), a_sighting(b"r2"))
+    one, other = end(bench.ledger, delivered()) + end(bench.ledger, delivered())
+    bench.ledger.disposed([Disposed(one.archive.id, b"sent/r1")], [other.archive.id], LATER)
+    (left,) = bench.crash().undisposed()
+    assert (left.archive, left.announced) == (other.archive, True)
+
+
+# what others ask
+
+
+def test_the_backlog_is_what_is_pending_and_claimed_by_destination(ledger: Ledger) -> None:
+    admit(ledger, a_sighting(b"r1", fingerprint=a_fingerprint(size=10)), to=BOTH)
+    admit(ledger, a_sighting(b"r2", fingerprint=a_fingerprint(size=5)), now=NOW + SECOND)
+    admit(ledger, a_sighting(b"r3", fingerprint=a_fingerprint(size=7)), now=NOW + 2 * SECOND)
+    end(ledger, delivered(), "vault")
+    claim(ledger, "vault")
+    backlog = ledger.backlog()
+    assert {name: (b.pending, b.bytes, b.oldest) for name, b in backlog.items()} == {
+        "annex": (1, 10, NOW),
+        "vault": (2, 12, NOW + SECOND),
+    }
+
+
+def test_without_deliveries_there_is_no_backlog(ledger: Ledger) -> None:
+    assert ledger.backlog() == {}
+
+
+def test_a_gate_can_be_noted_again_and_again(ledger: Ledger) -> None:
+    ledger.note_gate("vault", Gate(), None)
+    paused = Gate(GateState.PAUSED, LATER, 3, Reason.CONNECT, NOW)
+    ledger.note_gate("vault", paused, "connection refused")
+    ledger.note_gate("vault", Gate(), None)
+
+
+def test_a_closed_ledger_takes_nothing(ledger: Ledger) -> None:
+    ledger.close()
+    with pytest.raises(LedgerError):
+        ledger.admit([a_sighting()], ["vault"], NOW)
+    with pytest.raises(LedgerError):
+        ledger.backlog()
+
+
+def test_many_threads_admit_claim_and_record_at_the_same_time(ledger: Ledger) -> None:
+    faults: list[BaseException] = []
+    settled: list[list[Settled]] = [[], [], [], []]
+
+    def work(number: int) -> None:
+        try:
+            for turn in range(25):
+                admit(ledger, a_sighting(b"%d-%d" % (number, turn)))
+                ledger.known("switches")
+                delivery = ledger.claim("vault", LATER)
+                assert delivery is not None
+                ended = ledger.record([finished(delivery, delivered())], LATER)
+                settled[number] += ended
+                ledger.disposed([Disposed(one.archive.id, b"sent/x") for one in ended], [], LATER)
+        except BaseException as error:  # noqa: BLE001 -- a thread's failure is the test's
+            faults.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert len({one.archive.id for mine in settled for one in mine}) == 100
+    assert ledger.undisposed() == []

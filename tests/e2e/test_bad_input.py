@@ -1,0 +1,429 @@
+"""Configurations that can't work, and files that aren't what they should be: told at once, in words."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.pki import Pki, in_days
+from tests.stage import PATIENCE, Stage
+
+IS_ROOT = os.geteuid() == 0
+NOBODY = "https://127.0.0.1:9/upload"
+Done = subprocess.CompletedProcess[str]
+
+_OVERRIDES = "-dac_override,-dac_read_search"
+_AS_ANYBODY = ["setpriv", f"--bounding-set={_OVERRIDES}", f"--inh-caps={_OVERRIDES}", "--"] if IS_ROOT else []
+"""Before a command: root as well has to keep to the permissions of files then."""
+
+needs_permissions = pytest.mark.skipif(
+    IS_ROOT and shutil.which("setpriv") is None, reason="root may read everything, and setpriv is missing"
+)
+
+
+def backupd(stage: Stage, *arguments: str) -> Done:
+    """Run a command that has no more rights than the permissions of files give."""
+    return subprocess.run(
+        [*_AS_ANYBODY, sys.executable, "-m", "backupd", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+        env={**os.environ, "BACKUPD_CONFIG": str(stage.config)},
+    )
+
+
+def assert_told(done: Done, *words: str, faults: int | None = 1) -> None:
+    """Check that a command says what is wrong on standard error, with what to do, and nothing else."""
+    assert done.returncode == 78, done
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("backupd: ")
+    for each in words:
+        assert each in done.stderr
+    if faults is not None:
+        stated = [line for line in lines[1:] if line and not line.startswith(" ")]
+        assert len(stated) == faults
+
+
+DOZEN = """
+shutdown = "2s"
+log.format = "xml"
+
+[drop.switches]
+path = "srv/backups"
+stable_for = "two"
+rescan_every = "0s"
+min_size = "much"
+observer = "hope"
+sent_dir = "../sent"
+on_deliverd = "keep"
+
+[drop.firewalls]
+path = "/srv/firewalls"
+destinations = ["vualt"]
+
+[destination.vault]
+url = "http://vault.example.net/upload"
+worker = 2
+success = [500]
+fields = { note = "from {nmae}" }
+headers = { Host = "x" }
+cert = "/etc/backupd/tls/client.pem"
+retry = { initial = "5m", max = "1s" }
+receipt = { digest = "bdy" }
+"""
+
+FAULTS = (
+    'shutdown: unknown key; did you mean "shutdown_grace"?',
+    'log.format: expected "auto", "json" or "console", got "xml"',
+    'drop.switches.path: expected an absolute path, got "srv/backups"',
+    'drop.switches.stable_for: expected a duration such as "2s", got "two"',
+    'drop.switches.rescan_every: expected a duration longer than "0s", got "0s"',
+    'drop.switches.min_size: expected a size such as "20MB", got "much"',
+    'drop.switches.observer: expected "auto", "inotify" or "polling", got "hope"',
+    'drop.switches.sent_dir: expected a folder below the drop folder, without "..", got "../sent"',
+    'drop.switches.on_deliverd: unknown key; did you mean "on_delivered"?',
+    'drop.firewalls.destinations: no destination is named "vualt"; did you mean "vault"?',
+    "destination.vault.url: expected https; plain http is for loopback addresses only",
+    'destination.vault.worker: unknown key; did you mean "workers"?',
+    "destination.vault.success[0]: expected at most 299, got 500",
+    'destination.vault.fields.note: unknown placeholder {nmae}; did you mean "name"?',
+    "destination.vault.headers.Host: Host is set by backupd itself",
+    "destination.vault.cert: expected key beside it",
+    'destination.vault.retry.max: expected at least initial, "5m", got "1s"',
+    'destination.vault.receipt.digest: expected "body:/json/pointer"',
+)
+
+
+@pytest.mark.parametrize("command", ["run", "check", "status", "list", "push", "config show", "retry --all"])
+def test_all_mistakes_of_a_configuration_are_told_at_once(stage: Stage, command: str) -> None:
+    stage.config.write_text(DOZEN)
+    done = stage.backupd(*command.split(), *([str(stage.config)] if command == "push" else []))
+
+    assert_told(done, str(stage.config), *FAULTS, "hint: `backupd init`", faults=len(FAULTS))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"", ["drop: required, but missing", "destination: required, but missing", "`backupd init`"]),
+        (b"[drop\n", [":1:6: expected ']'", "[drop"]),
+        (b'state_dir = "/var\n', [":1:18: illegal character"]),
+        (b'[drop.a]\npath = "/a"\npath = "/b"\n', [":3:"]),
+        (b"# f\xfcr\n", ["not UTF-8 at byte 3", "hint: save it as UTF-8"]),
+        (b"\x00", [":1:1:"]),
+        (b"a = " + b"[" * 5000, ["nested too deeply"]),
+        (b"a = " + b"9" * 5000, ["too many digits"]),
+        (b"drop = 7\ndestination = []\n", ["drop: expected a table, got 7", "destination: expected a table"]),
+    ],
+)
+def test_a_file_that_is_no_configuration(stage: Stage, text: bytes, words: list[str]) -> None:
+    stage.config.write_bytes(text)
+    assert_told(stage.backupd("run"), str(stage.config), *words, faults=None)
+
+
+def test_a_configuration_that_is_not_there(stage: Stage) -> None:
+    assert_told(stage.backupd("run"), f"{stage.config}: no such file", "hint: `backupd init`", faults=0)
+
+
+def test_a_folder_as_the_configuration(stage: Stage) -> None:
+    stage.config.mkdir()
+    assert_told(stage.backupd("run"), f"{stage.config}: is a directory", "hint: ", faults=0)
+
+
+@needs_permissions
+def test_a_configuration_that_may_not_be_read(stage: Stage) -> None:
+    stage.configure(NOBODY)
+    stage.config.chmod(0)
+    assert_told(
+        backupd(stage, "run"), f"{stage.config}: permission denied", "the daemon's user must", faults=0
+    )
+
+
+def test_a_value_of_the_environment_is_told_by_the_name_of_its_variable(stage: Stage) -> None:
+    stage.configure(NOBODY)
+    done = stage.backupd("run", environ={"BACKUPD_LOG__LEVEL": "loud"})
+    assert_told(done, 'BACKUPD_LOG__LEVEL: expected "debug", "info", "warning" or "error", got "loud"')
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("http://vault.example.net/", "expected https; plain http is for loopback"),
+        ("https:///upload", "expected an address such as https://host/path"),
+        ("vault.example.net/upload", "expected an address such as https://host/path"),
+        ("https://user:geheim@vault.example.net/", "without a user name or password"),
+        ("https://vault.example.net/{name", 'write "{{" and "}}" for braces'),
+        ("https://vault.example.net/{nmae}", 'unknown placeholder {nmae}; did you mean "name"?'),
+        ("https://vault.example.net:99999/", "expected an address"),
+        ("https://[::1/", "expected an address"),
+        ("https://vault.example.net/a b", "without blanks"),
+    ],
+)
+def test_an_address_that_cannot_work(stage: Stage, url: str, words: str) -> None:
+    stage.configure(url)
+    done = stage.backupd("run")
+    assert_told(done, "destination.vault.url: ", words)
+    assert "geheim" not in done.stderr
+
+
+def _no_drop(stage: Stage) -> None:
+    stage.drop.rmdir()
+
+
+def _a_file_as_drop(stage: Stage) -> None:
+    stage.drop.rmdir()
+    stage.drop.write_text("a file")
+
+
+def _a_file_as_sent(stage: Stage) -> None:
+    stage.sent.write_text("a file")
+
+
+def _a_link_as_sent(stage: Stage) -> None:
+    (stage.base / "elsewhere").mkdir()
+    stage.sent.symlink_to(stage.base / "elsewhere")
+
+
+def _no_key(stage: Stage) -> None:
+    stage.pki.client_key.unlink()
+
+
+def _no_cert(stage: Stage) -> None:
+    stage.pki.client_cert.unlink()
+
+
+def _no_ca(stage: Stage) -> None:
+    stage.pki.ca_pem.unlink()
+
+
+def _a_folder_as_ca(stage: Stage) -> None:
+    stage.pki.ca_pem.unlink()
+    stage.pki.ca_pem.mkdir()
+
+
+def _another_key(stage: Stage) -> None:
+    stage.pki.client_key.write_bytes(stage.pki.issue_client("other").key.read_bytes())
+
+
+def _rubbish_as_key(stage: Stage) -> None:
+    stage.pki.client_key.write_text("rubbish")
+
+
+def _rubbish_as_cert(stage: Stage) -> None:
+    stage.pki.client_cert.write_text("rubbish")
+
+
+def _a_damaged_cert(stage: Stage) -> None:
+    lines = stage.pki.client_cert.read_text().splitlines()
+    stage.pki.client_cert.write_text("\n".join([*lines[:3], "AAAA" + lines[3][4:-4] + "AAAA", *lines[4:]]))
+
+
+def _rubbish_as_ca(stage: Stage) -> None:
+    stage.pki.ca_pem.write_text("rubbish")
+
+
+def _expired(stage: Stage) -> None:
+    pair = stage.pki.issue_expired_client()
+    stage.pki.client_cert.write_bytes(pair.cert.read_bytes())
+    stage.pki.client_key.write_bytes(pair.key.read_bytes())
+
+
+def _not_yet(stage: Stage) -> None:
+    pair = stage.pki.issue_client("future", not_before=in_days(2))
+    stage.pki.client_cert.write_bytes(pair.cert.read_bytes())
+    stage.pki.client_key.write_bytes(pair.key.read_bytes())
+
+
+def _state_in_a_file(stage: Stage) -> None:
+    stage.state.write_text("a file")
+
+
+BROKEN: list[tuple[Callable[[Stage], None], str, str]] = [
+    (_no_drop, "drop.switches.path", "does not exist"),
+    (_a_file_as_drop, "drop.switches.path", "is not a folder"),
+    (_a_file_as_sent, "drop.switches.sent_dir", "is not a folder"),
+    (_a_link_as_sent, "drop.switches.sent_dir", "is a symbolic link"),
+    (_no_key, "destination.vault.key", "does not exist"),
+    (_no_cert, "destination.vault.cert", "does not exist"),
+    (_no_ca, "destination.vault.ca", "does not exist"),
+    (_a_folder_as_ca, "destination.vault.ca", "can't be read: is a directory"),
+    (_another_key, "destination.vault.key", "is not the key of the certificate in"),
+    (_rubbish_as_key, "destination.vault.key", "holds no private key in PEM"),
+    (_rubbish_as_cert, "destination.vault.cert", "holds no certificate in PEM"),
+    (_a_damaged_cert, "destination.vault.cert", ""),
+    (_rubbish_as_ca, "destination.vault.ca", "holds no certificate in PEM"),
+    (_expired, "destination.vault.cert", "expired since 2001-01-01"),
+    (_not_yet, "destination.vault.cert", "not valid before"),
+    (_state_in_a_file, "state_dir", "is not a folder"),
+]
+
+
+@pytest.mark.parametrize(("break_it", "key", "words"), BROKEN)
+def test_a_file_or_folder_that_cannot_be_used_keeps_the_daemon_from_starting(
+    stage: Stage, break_it: Callable[[Stage], None], key: str, words: str
+) -> None:
+    stage.configure(NOBODY)
+    break_it(stage)
+    done = stage.backupd("run")
+
+    assert_told(done, f"{stage.config} can't be run:", f"\n{key}: {stage.base}", words, "\n  hint: ")
+    checked = stage.backupd("check", "--offline")
+    assert checked.returncode == 78
+    assert f"failed: {key}: {stage.base}" in checked.stdout
+
+
+def test_an_encrypted_key_without_its_password_asks_nobody(stage: Stage) -> None:
+    stage.configure(NOBODY)
+    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
+
+    key = serialization.load_pem_private_key(stage.pki.client_key.read_bytes(), None)
+    stage.pki.client_key.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"geheim"),
+        )
+    )
+    assert_told(stage.backupd("run"), "destination.vault.key: ", "is encrypted", "key_password_file")
+
+
+def _unreadable(path: str) -> Callable[[Stage], Path]:
+    return lambda stage: {
+        "drop": stage.drop,
+        "key": stage.pki.client_key,
+        "cert": stage.pki.client_cert,
+        "ca": stage.pki.ca_pem,
+        "the folder of the keys": stage.pki.folder,
+    }[path]
+
+
+@contextmanager
+def closed(path: Path, mode: int = 0) -> Iterator[None]:
+    """Take permissions away for a while."""
+    before = path.stat().st_mode
+    path.chmod(mode)
+    try:
+        yield
+    finally:
+        path.chmod(before)
+
+
+@needs_permissions
+@pytest.mark.parametrize(
+    ("what", "key", "faults"),
+    [
+        ("drop", "drop.switches.path", 1),
+        ("key", "destination.vault.key", 1),
+        ("cert", "destination.vault.cert", 1),
+        ("ca", "destination.vault.ca", 1),
+        ("the folder of the keys", "destination.vault.ca", 3),
+    ],
+)
+def test_what_may_not_be_read_is_told_with_the_user_who_lacks_the_right(
+    stage: Stage, what: str, key: str, faults: int
+) -> None:
+    stage.configure(NOBODY)
+    with closed(_unreadable(what)(stage)):
+        done = backupd(stage, "run")
+    assert_told(done, f"\n{key}: ", f"(uid {os.geteuid()})", faults=faults)
+
+
+@needs_permissions
+def test_a_drop_folder_that_may_not_be_written_is_told(stage: Stage) -> None:
+    stage.configure(NOBODY)
+    with closed(stage.drop, 0o500):
+        done = backupd(stage, "run")
+    assert_told(done, f"\ndrop.switches.path: {stage.drop} can't be read, written and searched")
+
+
+@needs_permissions
+@pytest.mark.parametrize("there", [True, False])
+def test_a_state_folder_that_may_not_be_written_is_told(stage: Stage, there: bool) -> None:
+    parent = stage.base / "var"
+    stage.state = parent / "backupd"
+    (stage.state if there else parent).mkdir(parents=True)
+    stage.configure(NOBODY)
+    with closed(stage.state if there else parent, 0o500):
+        done = backupd(stage, "run")
+    assert_told(done, f"\nstate_dir: {stage.state} can't be {'written to' if there else 'created'}")
+
+
+@needs_permissions
+@pytest.mark.parametrize("command", ["status", "list", "retry --all"])
+def test_a_state_folder_that_may_not_be_read_is_told_by_the_commands_that_look(
+    stage: Stage, command: str
+) -> None:
+    stage.state.mkdir()
+    stage.configure(NOBODY)
+    with closed(stage.state):
+        done = backupd(stage, *command.split())
+    assert_told(done, str(stage.state), "hint: run this", faults=0)
+
+
+@pytest.mark.skipif(not IS_ROOT or shutil.which("mount") is None, reason="needs to be root, to mount")
+def test_a_sent_folder_on_another_filesystem_is_refused(stage: Stage) -> None:
+    stage.configure(NOBODY)
+    stage.sent.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(stage.sent)], check=False)
+    if mounted.returncode:
+        pytest.skip("this root may not mount")
+    try:
+        done = stage.backupd("run")
+    finally:
+        subprocess.run(["umount", str(stage.sent)], check=True)
+    assert_told(done, f"drop.switches.sent_dir: {stage.sent} is on another filesystem", "hint: archives are")
+
+
+def test_what_is_worth_a_look_is_logged_and_keeps_nobody_from_starting(stage: Stage) -> None:
+    pair = stage.pki.issue_client("soon", not_after=in_days(5))
+    stage.pki.client_cert.write_bytes(pair.cert.read_bytes())
+    stage.pki.client_key.write_bytes(pair.key.read_bytes())
+    stage.pki.client_key.chmod(0o644)
+    stage.configure(NOBODY)
+    daemon = stage.daemon().ready()
+    told = {event["path"]: event["error"] for event in daemon.events("config.warning")}
+    assert set(told) == {"destination.vault.cert", "destination.vault.key"}
+    assert "expires on" in told["destination.vault.cert"]
+    assert "open to group or others" in told["destination.vault.key"]
+    assert daemon.stop() == 0
+
+
+def test_a_pipe_and_a_socket_and_a_device_in_a_drop_folder_are_left_alone(stage: Stage) -> None:
+    stage.configure(NOBODY)
+    os.mkfifo(stage.drop / "pipe.tar.gz")
+    with socket.socket(socket.AF_UNIX) as listener:
+        folder = os.open(stage.drop, os.O_RDONLY)
+        listener.bind(f"/proc/self/fd/{folder}/socket.tar.gz")  # a path of its own may be too long
+        os.close(folder)
+    (stage.drop / "link.tar.gz").symlink_to("/dev/zero")
+    (stage.drop / "empty.tar.gz").touch()
+    daemon = stage.daemon().ready()
+    told = daemon.wait_for("archive.ignored", count=4)
+
+    assert {(event["archive"], event["reason"]) for event in told} == {
+        ("pipe.tar.gz", "not_a_regular_file"),
+        ("socket.tar.gz", "not_a_regular_file"),
+        ("link.tar.gz", "symlink"),
+        ("empty.tar.gz", "too_small"),
+    }
+    assert not daemon.events("archive.admitted")
+    assert daemon.stop() == 0
+
+
+def test_a_ca_of_somebody_else_is_no_reason_not_to_start(stage: Stage) -> None:
+    """A wrong but sound CA can only be found out by asking; the daemon then says what is wrong."""
+    other = Pki(stage.base / "other")
+    stage.pki.ca_pem.write_bytes(other.ca_pem.read_bytes())
+    stage.configure(NOBODY)
+    assert stage.daemon().ready().stop() == 0

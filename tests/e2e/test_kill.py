@@ -1,0 +1,261 @@
+"""`kill -9` at any moment: nothing is lost, and nothing arrives twice."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import socket
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+from backupd.receiver.serve import RunningReceiver
+from tests.stage import Daemon, Stage, until
+
+KILLS = 20
+ARCHIVES_A_KILL = 10
+BIG = 12_000_000
+"""Bytes of an archive whose upload takes a while."""
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def rows(stage: Stage, query: str) -> list[tuple[Any, ...]]:
+    """Ask the ledger, whether or not a daemon has it open."""
+    with contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=10)) as ledger:
+        return ledger.execute(query).fetchall()
+
+
+def waiting(stage: Stage) -> list[Path]:
+    """Return the archives that are still in the drop folder itself."""
+    return [path for path in stage.archives(stage.drop) if not path.is_relative_to(stage.sent)]
+
+
+def uploading(stage: Stage) -> bool:
+    """Tell whether the receiver is in the middle of an archive."""
+    with contextlib.suppress(FileNotFoundError):
+        return any(path.stat().st_size for path in (stage.store / "incoming").iterdir())
+    return False
+
+
+def assert_all_is_well(stage: Stage, digests: dict[str, str]) -> None:
+    """Check drop folder, receiver, receipts and ledger against each other."""
+    assert waiting(stage) == []
+    assert {path.name: sha256(path) for path in stage.archives(stage.sent)} == digests
+    assert sorted(map(sha256, stage.stored())) == sorted(digests.values())
+
+    receipts = {path.name: json.loads(path.read_bytes()) for path in stage.sent.glob("*.json")}
+    assert sorted(receipts) == sorted(f"{name}.receipt.json" for name in digests)
+    for record in receipts.values():
+        assert record["digest"] == f"sha256:{digests[record['archive']]}"
+
+    listed = json.loads(stage.backupd("list", "--json", "--limit", "100000").stdout)
+    assert {r["archive"]["relpath"]: r["digest"] for r in listed} == {
+        name: f"sha256:{digest}" for name, digest in digests.items()
+    }
+    assert len(listed) == len(digests)
+    assert {r["state"] for r in listed} == {"delivered"}
+    assert {r["disposed_to"] for r in listed} == {f"sent/{name}" for name in digests}
+    assert rows(stage, "SELECT DISTINCT state, disposition, live FROM archive") == [("delivered", "done", 0)]
+    assert rows(stage, "PRAGMA integrity_check") == [("ok",)]
+
+
+def put_some(stage: Stage, chance: random.Random, begin: int) -> dict[str, str]:
+    """Drop a big archive among small ones, and return their digests by name."""
+    digests = {}
+    big = chance.randrange(ARCHIVES_A_KILL)
+    for number in range(ARCHIVES_A_KILL):
+        size = BIG if number == big else chance.choice((1, 700, 20_000, 300_000))
+        name = f"sw-{begin + number:03}.tar.gz"
+        content = b"%d " % (begin + number) + os.urandom(size)
+        digests[name] = hashlib.sha256(content).hexdigest()
+        stage.put(name, content)
+    return digests
+
+
+def kill_at_a_bad_moment(stage: Stage, daemon: Daemon, chance: random.Random) -> bool:
+    """Wait for progress, then for an upload in every other case, then a little; return if one was cut."""
+    daemon.wait_for("archive.admitted")
+    if chance.random() < 0.6:
+        with contextlib.suppress(AssertionError):  # it was too quick for us: any other moment will do
+            until(lambda: uploading(stage) or not waiting(stage), "an upload", patience=5)
+    time.sleep(chance.random() ** 2 * 0.2)
+    daemon.kill()
+    return bool(rows(stage, "SELECT 1 FROM delivery WHERE state = 'claimed'"))
+
+
+def test_twenty_kills_lose_nothing_and_store_nothing_twice(stage: Stage, receiver: RunningReceiver) -> None:
+    seed = random.randrange(1_000_000)
+    print(f"seed {seed}")  # noqa: T201 -- shown where it fails
+    chance = random.Random(seed)
+    stage.configure(
+        receiver.url, drop='stable_for = "0s"', destination='[destination.vault.retry]\nmax = "1s"'
+    )
+    first: Daemon | None = None
+    digests: dict[str, str] = {}
+    cut = 0
+    for number in range(KILLS):
+        early = chance.random() < 0.5
+        if early:
+            digests |= put_some(stage, chance, number * ARCHIVES_A_KILL)
+        daemon = stage.daemon()
+        first = first or daemon
+        if not early:
+            daemon.ready()
+            digests |= put_some(stage, chance, number * ARCHIVES_A_KILL)
+        cut += kill_at_a_bad_moment(stage, daemon, chance)
+
+    last = stage.daemon().ready()
+    until(lambda: not waiting(stage), f"all archives, seed {seed}\n{last.text()[-3000:]}")
+    assert last.stop() == 0
+
+    print(f"{cut} of {KILLS} kills cut an upload")  # noqa: T201
+    assert cut >= KILLS // 4
+    assert len(digests) == 200
+    assert_all_is_well(stage, digests)
+    assert first is not None
+    told = Counter(event["archive"] for event in first.events("archive.delivered"))
+    assert set(told) == set(digests)
+    assert not first.events("archive.rejected")
+    assert not first.events("ledger.replaced")
+
+
+class Holding:
+    """A TCP proxy that passes everything on, but no answer once a connection has sent `after` bytes."""
+
+    def __init__(self, port: int, after: int) -> None:
+        self._behind = port
+        self._after = after
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.release = threading.Event()
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._behind))
+                held = threading.Event()
+                threading.Thread(target=self._pass, args=(client, server, held), daemon=True).start()
+                threading.Thread(target=self._answer, args=(server, client, held), daemon=True).start()
+
+    def _pass(self, client: socket.socket, server: socket.socket, held: threading.Event) -> None:
+        count = 0
+        with contextlib.suppress(OSError), client, server:
+            while data := client.recv(65536):
+                count += len(data)
+                if count > self._after:
+                    held.set()
+                server.sendall(data)
+
+    def _answer(self, server: socket.socket, client: socket.socket, held: threading.Event) -> None:
+        with contextlib.suppress(OSError):
+            while data := server.recv(65536):
+                if held.is_set():
+                    self.release.wait()
+                client.sendall(data)
+
+
+@pytest.fixture
+def holding(receiver: RunningReceiver) -> Iterator[Holding]:
+    with Holding(receiver.port, after=100_000) as proxy:
+        yield proxy
+
+
+def test_a_kill_between_the_store_and_the_answer_leaves_one_copy(
+    stage: Stage, receiver: RunningReceiver, holding: Holding
+) -> None:
+    stage.configure(receiver.url.replace(str(receiver.port), str(holding.port)))
+    daemon = stage.daemon().ready()
+    content = os.urandom(400_000)
+    stage.put("core.tar.gz", content)
+    until(stage.stored, "the archive at the receiver")
+    daemon.kill()
+    assert not daemon.events("delivery.verified")
+    assert waiting(stage) == [stage.drop / "core.tar.gz"]
+
+    holding.release.set()
+    again = stage.daemon()
+    verified = again.wait_for("delivery.verified")
+    again.wait_for("archive.disposed")
+
+    assert again.events("daemon.ready")[0]["released"] == 1
+    assert [event["http_status"] for event in verified] == [200]  # it had it already
+    assert again.stop() == 0
+    assert_all_is_well(stage, {"core.tar.gz": hashlib.sha256(content).hexdigest()})
+
+
+def test_a_kill_between_the_commit_and_the_move_is_made_good(stage: Stage, receiver: RunningReceiver) -> None:
+    stage.configure(receiver.url)
+    daemon = stage.daemon().ready()
+    stage.sent.write_bytes(b"in the way")
+    content = os.urandom(10_000)
+    stage.put("core.tar.gz", content)
+    daemon.wait_for("disposition.failed", archive="core.tar.gz")
+    daemon.kill()
+    assert rows(stage, "SELECT state, disposition FROM archive") == [("delivered", "due")]
+    assert (stage.drop / "core.tar.gz").read_bytes() == content
+
+    stage.sent.unlink()
+    again = stage.daemon().ready()
+    again.wait_for("archive.disposed", disposition="moved")
+
+    assert again.events("daemon.ready")[0]["undisposed"] == 1
+    assert not again.events("delivery.verified")  # it is not sent again
+    assert daemon.events("archive.delivered")
+    assert again.stop() == 0
+    assert_all_is_well(stage, {"core.tar.gz": hashlib.sha256(content).hexdigest()})
+
+
+@pytest.mark.parametrize("left", ["no receipt", "an empty receipt", "half a receipt", "all of it"])
+def test_a_kill_between_the_move_and_its_record_leaves_one_whole_receipt(
+    stage: Stage, receiver: RunningReceiver, left: str
+) -> None:
+    stage.configure(receiver.url)
+    daemon = stage.daemon().ready()
+    content = os.urandom(10_000)
+    stage.put("core.tar.gz", content)
+    daemon.wait_for("archive.disposed")
+    daemon.kill()
+    receipt = stage.sent / "core.tar.gz.receipt.json"
+    whole = receipt.read_bytes()
+    # what a kill leaves between the rename and the last commit
+    with contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3")) as ledger, ledger:
+        ledger.execute(
+            "UPDATE archive SET disposition = 'due', disposed_to = NULL, disposed_at = NULL, live = 1"
+        )
+    match left:
+        case "no receipt":
+            receipt.unlink()
+        case "an empty receipt":
+            receipt.write_bytes(b"")
+        case "half a receipt":
+            receipt.write_bytes(whole[: len(whole) // 2])
+
+    again = stage.daemon().ready()
+    again.wait_for("archive.disposed", disposition="moved")
+
+    assert receipt.read_bytes() == whole
+    assert again.stop() == 0
+    assert_all_is_well(stage, {"core.tar.gz": hashlib.sha256(content).hexdigest()})

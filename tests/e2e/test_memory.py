@@ -1,0 +1,64 @@
+"""The daemon's memory does not depend on the size of an archive."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from backupd.receiver.serve import RunningReceiver, ServerTls
+from tests.stage import Stage, a_stage
+
+MIB = 1024 * 1024
+BIG = int(os.environ.get("BACKUPD_TEST_BIG", 3 * 1024 * MIB))
+"""Bytes of the big archive; it is sparse in the drop folder, and not at the receiver."""
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def peak_of_a_delivery(stage: Stage, size: int) -> int:
+    """Deliver a sparse archive of a size; return the daemon's peak memory in bytes."""
+    archive = stage.base / "part"
+    with archive.open("wb") as stream:
+        stream.write(b"begin")
+        stream.truncate(size - 3)
+        stream.seek(size - 3)
+        stream.write(b"end")
+    tls = ServerTls(stage.pki.server_cert, stage.pki.server_key, stage.pki.ca_pem)
+    try:
+        with RunningReceiver(stage.store, tls) as receiver:
+            stage.configure(receiver.url, drop='stable_for = "0s"')
+            daemon = stage.daemon().ready()
+            archive.rename(stage.drop / "big.tar")
+            daemon.wait_for("archive.disposed")
+            peak = daemon.memory_peak()
+            assert daemon.stop() == 0
+        record = json.loads((stage.sent / "big.tar.receipt.json").read_bytes())
+        [stored] = stage.stored()
+        assert stored.stat().st_size == record["size"] == size
+        assert record["digest"] == f"sha256:{sha256(stored)}"
+        assert json.loads(record["deliveries"][0]["receipt"])["sha256"] == sha256(stage.sent / "big.tar")
+        assert not daemon.events("attempt.failed")
+    finally:
+        for path in (archive, *stage.stored(), *stage.archives(stage.drop)):
+            path.unlink(missing_ok=True)
+    return peak
+
+
+@pytest.mark.slow
+def test_the_peak_of_memory_is_the_same_for_a_big_archive_as_for_a_small_one(tmp_path: Path) -> None:
+    peaks = []
+    for number, size in enumerate((MIB, BIG)):
+        (tmp_path / str(number)).mkdir()
+        with contextlib.contextmanager(a_stage)(tmp_path / str(number)) as stage:
+            peaks.append(peak_of_a_delivery(stage, size))
+    small, big = peaks
+    print(f"peak {small / MIB:.1f} MiB for {MIB} bytes, {big / MIB:.1f} MiB for {BIG}")  # noqa: T201
+    assert big - small < 8 * MIB

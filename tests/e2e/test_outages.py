@@ -1,0 +1,396 @@
+"""Destinations that are down, refuse an archive or break on it: nothing is lost, nobody waits for another."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.server
+import json
+import os
+import re
+import socket
+import sqlite3
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import pytest
+
+from backupd.receiver.serve import RunningReceiver, ServerTls
+from tests.pki import Pki
+from tests.stage import Daemon, Stage, until
+
+QUICK = '[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.5s"'
+
+
+class Endpoint:
+    """Takes archives over mTLS and answers as told; `status_of` gives the status for a name."""
+
+    def __init__(self, pki: Pki, status_of: Callable[[str], int]) -> None:
+        self.status_of = status_of
+        self.seen: list[tuple[str, int, str]] = []
+        """Name, status and Idempotency-Key of each request."""
+        self.stored: dict[str, bytes] = {}
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=pki.ca_pem)
+        context.load_cert_chain(pki.server_cert, pki.server_key)
+        context.verify_mode = ssl.CERT_REQUIRED
+        self._server = _Server(context, self)
+        self.url = f"https://127.0.0.1:{self._server.server_port}/upload"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def names(self) -> list[str]:
+        """Return the names of what was sent, in order."""
+        return [name for name, _, _ in self.seen]
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, context: ssl.SSLContext, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self._context = context
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Shake hands in the request's own thread, so that nobody holds up the others."""
+        with contextlib.suppress(OSError), self._context.wrap_socket(request, server_side=True) as secure:
+            super().finish_request(secure, client_address)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of clients that went away."""
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        boundary = self.headers["Content-Type"].partition("boundary=")[2].strip('"').encode()
+        part = body.split(b"--" + boundary)[1]
+        head, _, content = part.partition(b"\r\n\r\n")
+        found = re.search(rb'filename="([^"]*)"', head)
+        assert found
+        name, content = found[1].decode(), content.removesuffix(b"\r\n")
+        endpoint = self.server.endpoint
+        status = endpoint.status_of(name)
+        answer = {"detail": f"{name} is not welcome"}
+        if status < 300:
+            endpoint.stored[name] = content
+            answer = {"sha256": hashlib.sha256(content).hexdigest()}
+        endpoint.seen.append((name, status, self.headers["Idempotency-Key"]))
+        said = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+    def log_message(self, *_: Any) -> None:
+        """Keep quiet."""
+
+
+def ledger(stage: Stage, query: str) -> list[tuple[Any, ...]]:
+    """Ask the ledger beside the daemon."""
+    with contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=10)) as connection:
+        return connection.execute(query).fetchall()
+
+
+def a_free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def a_receiver(stage: Stage, port: int = 0, store: str = "store") -> RunningReceiver:
+    tls = ServerTls(stage.pki.server_cert, stage.pki.server_key, stage.pki.ca_pem)
+    return RunningReceiver(stage.base / store, tls, port=port)
+
+
+def order_of(daemon: Daemon, *names: str) -> list[str]:
+    """Return the events of these names in their order, repetitions left out."""
+    found = [event["event"] for event in daemon.events() if event["event"] in names]
+    return [name for number, name in enumerate(found) if number == 0 or found[number - 1] != name]
+
+
+def test_a_destination_that_is_down_at_the_start_gets_everything_once_it_is_up(stage: Stage) -> None:
+    port = a_free_port()
+    stage.configure(f"https://127.0.0.1:{port}/v1/upload", destination=QUICK)
+    contents = {f"sw-{number}.tar.gz": os.urandom(5000) for number in range(20)}
+    for name, content in contents.items():
+        stage.put(name, content)
+    daemon = stage.daemon().ready()
+    daemon.wait_for("archive.admitted", count=20)
+    daemon.wait_for("destination.paused", count=3)
+    assert len(stage.archives(stage.drop)) == 20
+    assert not stage.sent.exists()
+    assert ledger(stage, "SELECT DISTINCT charged FROM delivery") == [(0,)]
+
+    with a_receiver(stage, port):
+        daemon.wait_for("archive.disposed", count=20)
+
+    assert {path.name: path.read_bytes() for path in stage.archives(stage.sent)} == contents
+    assert sorted(path.read_bytes() for path in stage.stored()) == sorted(contents.values())
+    assert not daemon.events("archive.rejected")
+    assert not stage.rejected.exists()
+    assert ledger(stage, "SELECT DISTINCT charged, state FROM delivery") == [(0, "delivered")]
+    paused, resumed = daemon.events("destination.paused"), daemon.events("destination.resumed")
+    assert len(resumed) == 1
+    assert {event["reason"] for event in paused} == {"connect_failed"}
+    assert all(0 < event["paused_for_s"] <= 0.5 for event in paused)
+    assert [event["faults"] for event in paused] == list(range(1, len(paused) + 1))
+    assert resumed[0]["down_for_s"] > 0
+    assert daemon.stop() == 0
+
+
+def test_while_a_destination_is_down_one_archive_at_a_time_is_tried(stage: Stage) -> None:
+    stage.configure(f"https://127.0.0.1:{a_free_port()}/", destination=f"workers = 8\n{QUICK}")
+    daemon = stage.daemon().ready()
+    for number in range(50):
+        stage.put(f"sw-{number}.tar.gz", b"x")
+    daemon.wait_for("destination.paused", count=6)
+
+    tried = len(daemon.events("attempt.failed"))
+    # up to eight under way when it went down, three short attempts each, then one at a time
+    assert tried <= 8 * 3 + len(daemon.events("destination.paused")) * 3
+    assert daemon.stop() == 0
+
+
+def test_a_destination_that_goes_away_and_comes_back_is_taken_up_again(stage: Stage) -> None:
+    receiver = a_receiver(stage)
+    with receiver:
+        stage.configure(receiver.url, destination=QUICK)
+        daemon = stage.daemon().ready()
+        stage.put("one.tar.gz", b"1")
+        daemon.wait_for("archive.disposed", archive="one.tar.gz")
+    stage.put("two.tar.gz", b"2")
+    daemon.wait_for("destination.paused")
+    assert json.loads(stage.backupd("status", "--json").stdout)["destinations"][0]["gate"] != "open"
+
+    with receiver:
+        daemon.wait_for("archive.disposed", archive="two.tar.gz")
+        daemon.wait_for("destination.resumed")
+
+    wanted = ["destination.paused", "destination.resumed"]
+    assert order_of(daemon, *wanted) == wanted
+    assert len(stage.stored()) == 2
+    assert json.loads(stage.backupd("status", "--json").stdout)["destinations"][0]["gate"] == "open"
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"), [(422, "archive_refused"), (409, "conflict"), (413, "too_large")]
+)
+def test_a_poisonous_archive_is_rejected_alone(stage: Stage, status: int, reason: str) -> None:
+    with Endpoint(stage.pki, lambda name: status if "poison" in name else 201) as endpoint:
+        stage.configure(endpoint.url, destination=QUICK)
+        stage.put("a-poison.tar.gz", b"poison")
+        daemon = stage.daemon().ready()
+        daemon.wait_for("archive.rejected", archive="a-poison.tar.gz")
+        for number in range(10):
+            stage.put(f"sw-{number}.tar.gz", b"%d" % number)
+        daemon.wait_for("archive.delivered", count=10)
+        daemon.wait_for("archive.disposed", count=11)
+
+    assert endpoint.names().count("a-poison.tar.gz") == 1
+    assert not daemon.events("destination.paused")
+    assert not daemon.events("attempt.failed")
+    assert stage.archives(stage.rejected) == [stage.rejected / "a-poison.tar.gz"]
+    told = json.loads((stage.rejected / "a-poison.tar.gz.reason.json").read_bytes())
+    assert told["deliveries"][0]["reason"] == reason
+    assert "a-poison.tar.gz is not welcome" in told["deliveries"][0]["error"]
+    event = daemon.events("archive.rejected")[0]
+    assert (event["reason"], event["http_status"]) == (reason, status)
+    assert event["hint"]
+    assert len(stage.archives(stage.sent)) == 10
+
+
+def test_an_archive_that_breaks_the_destination_does_not_hold_up_the_others(stage: Stage) -> None:
+    with Endpoint(stage.pki, lambda name: 500 if "poison" in name else 201) as endpoint:
+        stage.configure(endpoint.url, destination=QUICK)
+        stage.put("a-poison.tar.gz", b"poison")
+        daemon = stage.daemon().ready()
+        daemon.wait_for("destination.paused")
+        for number in range(20):
+            stage.put(f"sw-{number}.tar.gz", b"%d" % number)
+
+        daemon.wait_for("archive.disposed", count=20)
+
+        count = endpoint.names().count("a-poison.tar.gz")
+        until(lambda: endpoint.names().count("a-poison.tar.gz") > count, "one more attempt")
+    assert not daemon.events("archive.rejected")
+    assert (stage.drop / "a-poison.tar.gz").exists()
+    keys = {key for name, _, key in endpoint.seen if name == "a-poison.tar.gz"}
+    assert len(keys) == 1
+    assert ledger(stage, "SELECT charged FROM delivery WHERE state <> 'delivered'") == [(0,)]
+
+
+@pytest.fixture
+def two(stage: Stage) -> Iterator[RunningReceiver]:
+    """A receiver that is up; `second` is a destination beside it."""
+    with a_receiver(stage, store="store") as receiver:
+        yield receiver
+
+
+def second(stage: Stage, url: str) -> str:
+    """Return the configuration of a second destination."""
+    return f"""
+[destination.cellar]
+url = "{url}"
+ca = "{stage.pki.ca_pem}"
+cert = "{stage.pki.client_cert}"
+key = "{stage.pki.client_key}"
+[destination.cellar.retry]
+initial = "0.1s"
+max = "0.5s"
+"""
+
+
+def test_an_archive_stays_until_both_destinations_have_it(stage: Stage, two: RunningReceiver) -> None:
+    port = a_free_port()
+    stage.configure(two.url, more=second(stage, f"https://127.0.0.1:{port}/v1/upload"))
+    daemon = stage.daemon().ready()
+    for number in range(5):
+        stage.put(f"sw-{number}.tar.gz", b"content %d" % number)
+
+    daemon.wait_for("delivery.verified", count=5, destination="vault")
+    daemon.wait_for("destination.paused", count=3, destination="cellar")
+    assert len(stage.archives(stage.drop)) == 5
+    assert not stage.sent.exists()
+    assert not daemon.events("archive.delivered")
+    assert not [e for e in daemon.events("destination.paused") if e["destination"] == "vault"]
+
+    with a_receiver(stage, port, store="cellar"):
+        daemon.wait_for("archive.disposed", count=5)
+
+    assert len(stage.archives(stage.sent)) == 5
+    assert len(stage.stored()) == 5
+    assert len(stage.archives(stage.base / "cellar" / "archives")) == 5
+    assert len(daemon.events("archive.delivered")) == 5
+    record = json.loads((stage.sent / "sw-0.tar.gz.receipt.json").read_bytes())
+    assert [each["destination"] for each in record["deliveries"]] == ["cellar", "vault"]
+
+
+def test_what_one_of_two_destinations_rejects_is_rejected_after_both_have_answered(
+    stage: Stage, two: RunningReceiver
+) -> None:
+    with Endpoint(stage.pki, lambda name: 422) as endpoint:
+        stage.configure(two.url, more=second(stage, endpoint.url))
+        daemon = stage.daemon().ready()
+        stage.put("sw.tar.gz", b"content")
+        daemon.wait_for("archive.disposed")
+
+    assert len(stage.stored()) == 1
+    assert len(daemon.events("archive.rejected")) == 1
+    assert not daemon.events("archive.delivered")
+    assert stage.archives(stage.rejected) == [stage.rejected / "sw.tar.gz"]
+    told = json.loads((stage.rejected / "sw.tar.gz.reason.json").read_bytes())
+    assert [each["state"] for each in told["deliveries"]] == ["rejected", "delivered"]
+
+
+def test_rejected_archives_are_put_back_and_delivered_once_the_cause_is_gone(stage: Stage) -> None:
+    with Endpoint(stage.pki, lambda name: 422) as endpoint:
+        stage.configure(endpoint.url, destination=QUICK)
+        daemon = stage.daemon().ready()
+        for number in range(6):
+            stage.put(f"sw-{number}.tar.gz", b"content %d" % number)
+        daemon.wait_for("archive.disposed", count=6)
+        assert len(stage.archives(stage.rejected)) == 6
+
+        endpoint.status_of = lambda name: 201
+        rejected = json.loads(stage.backupd("list", "--state", "rejected", "--json").stdout)
+        chosen = next(r for r in rejected if r["archive"]["relpath"] == "sw-3.tar.gz")
+        one = stage.backupd("retry", chosen["id"][:13])
+        assert (one.returncode, one.stderr) == (0, "")
+        assert "put back" in one.stdout
+        daemon.wait_for("archive.delivered", archive="sw-3.tar.gz")
+        daemon.wait_for("archive.disposed", archive="sw-3.tar.gz", disposition="moved", count=2)
+        assert stage.archives(stage.sent) == [stage.sent / "sw-3.tar.gz"]
+        assert not (stage.rejected / "sw-3.tar.gz.reason.json").exists()
+
+        every = stage.backupd("retry", "--all")
+        assert every.returncode == 0
+        assert every.stdout.startswith("5 archives put back")
+        daemon.wait_for("archive.delivered", count=6)
+        until(lambda: len(stage.archives(stage.sent)) == 6, "all in sent/")
+
+    assert list(stage.rejected.iterdir()) == []
+    assert len(endpoint.stored) == 6
+    again = stage.backupd("retry", chosen["id"])
+    assert again.returncode == 2
+    assert "not in quarantine" in again.stderr
+    assert "nothing put back" in stage.backupd("retry", "--all").stdout
+
+
+def test_what_is_put_back_while_the_daemon_is_down_is_delivered_when_it_runs(stage: Stage) -> None:
+    with Endpoint(stage.pki, lambda name: 422) as endpoint:
+        stage.configure(endpoint.url)
+        daemon = stage.daemon().ready()
+        stage.put("sw.tar.gz", b"content")
+        daemon.wait_for("archive.disposed")
+        daemon.stop()
+        endpoint.status_of = lambda name: 201
+
+        back = stage.backupd("retry", "--all")
+        assert "once the daemon runs" in back.stdout
+        assert (stage.drop / "sw.tar.gz").read_bytes() == b"content"
+
+        stage.daemon().wait_for("archive.disposed", disposition="moved")
+    assert stage.archives(stage.sent) == [stage.sent / "sw.tar.gz"]
+
+
+def test_nothing_is_overwritten_by_what_is_put_back(stage: Stage) -> None:
+    with Endpoint(stage.pki, lambda name: 422) as endpoint:
+        stage.configure(endpoint.url)
+        daemon = stage.daemon().ready()
+        stage.put("daily.tar.gz", b"monday")
+        stage.put("other.tar.gz", b"other")
+        daemon.wait_for("archive.disposed", count=2)
+        daemon.stop()
+        stage.put("daily.tar.gz", b"tuesday")
+
+        back = stage.backupd("retry", "--all")
+
+    assert back.returncode == 2
+    assert "the name is taken" in back.stderr
+    assert "1 archive put back" in back.stdout  # the other one
+    assert (stage.drop / "daily.tar.gz").read_bytes() == b"tuesday"
+    assert (stage.rejected / "daily.tar.gz").read_bytes() == b"monday"
+    assert (stage.drop / "other.tar.gz").exists()
+
+
+def test_a_pending_delivery_can_be_hastened(stage: Stage) -> None:
+    port = a_free_port()
+    wait = '[destination.vault.retry]\ninitial = "1h"\nmax = "1h"'
+    stage.configure(f"https://127.0.0.1:{port}/v1/upload", destination=wait)
+    daemon = stage.daemon().ready()
+    stage.put("sw.tar.gz", b"content")
+    daemon.wait_for("delivery.deferred")
+    [pending] = json.loads(stage.backupd("list", "--json").stdout)
+
+    done = stage.backupd("retry", pending["id"])
+
+    assert (done.returncode, done.stderr) == (0, "")
+    [hastened] = json.loads(stage.backupd("list", "--json").stdout)
+    assert hastened["due_at"] < pending["due_at"]
+
+
+def test_an_archive_older_than_give_up_after_is_rejected(stage: Stage) -> None:
+    retry = f'{QUICK}\ngive_up_after = "1s"'
+    stage.configure(f"https://127.0.0.1:{a_free_port()}/", destination=retry)
+    daemon = stage.daemon().ready()
+    stage.put("sw.tar.gz", b"content")
+
+    daemon.wait_for("archive.disposed")
+
+    [event] = daemon.events("archive.rejected")
+    assert event["reason"] == "gave_up"
+    assert "Connection refused" in event["error"]
+    assert stage.archives(stage.rejected) == [stage.rejected / "sw.tar.gz"]
+    [told] = json.loads((stage.rejected / "sw.tar.gz.reason.json").read_bytes())["deliveries"]
+    assert told["reason"] == "gave_up"

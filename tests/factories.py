@@ -1,0 +1,118 @@
+"""Archives, deliveries and outcomes for tests, each with only that said which the test is about."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from datetime import UTC, datetime, timedelta
+
+from backupd.core.model import (
+    Archive,
+    Attempt,
+    Deferred,
+    Delivered,
+    Delivery,
+    DeliveryState,
+    Digest,
+    Fingerprint,
+    Outcome,
+    Receipt,
+    Rejected,
+    Superseded,
+)
+from backupd.core.policy import Reason
+from backupd.core.retry import Backoff
+from backupd.core.step import Patience, next_step
+from backupd.ledger.port import Finished, Sighting
+
+NOW = datetime(2026, 3, 4, 5, 6, 7, 890123, tzinfo=UTC)
+"""The time in tests that have one."""
+
+SECOND = timedelta(seconds=1)
+
+_inodes = itertools.count(1000)
+
+
+def a_fingerprint(
+    *,
+    inode: int | None = None,
+    size: int = 3,
+    mtime_ns: int = 10**18,
+    ctime_ns: int = 10**18,
+    device: int = 2049,
+) -> Fingerprint:
+    """Return the fingerprint of another file than ever before, unless `inode` is given."""
+    return Fingerprint(device, next(_inodes) if inode is None else inode, size, mtime_ns, ctime_ns)
+
+
+def an_archive(
+    relpath: bytes = b"router-1.tar.gz",
+    *,
+    drop: str = "switches",
+    size: int = 3,
+    admitted_at: datetime = NOW,
+    fingerprint: Fingerprint | None = None,
+) -> Archive:
+    """Return an archive."""
+    return Archive(1, drop, relpath, fingerprint or a_fingerprint(size=size), admitted_at)
+
+
+def a_delivery(
+    archive: Archive | None = None,
+    *,
+    destination: str = "vault",
+    attempts: int = 0,
+    charged: int = 0,
+    faults: int = 0,
+) -> Delivery:
+    """Return a delivery."""
+    return Delivery("d-1", archive or an_archive(), destination, attempts, charged, faults)
+
+
+def a_sighting(
+    relpath: bytes = b"router-1.tar.gz", *, drop: str = "switches", fingerprint: Fingerprint | None = None
+) -> Sighting:
+    """Return the sighting of a new file."""
+    return Sighting(drop, relpath, fingerprint or a_fingerprint())
+
+
+def a_digest(content: bytes = b"abc", algorithm: str = "sha256") -> Digest:
+    """Return the digest of a content."""
+    return Digest(algorithm, hashlib.new(algorithm, content).hexdigest())
+
+
+def delivered(content: bytes = b"abc", *, body: str = '{"id": "1"}') -> Delivered:
+    """Return the outcome of an upload that worked."""
+    digest = a_digest(content)
+    return Delivered(digest, Receipt(201, digest.hex, len(content), body))
+
+
+def deferred(reason: Reason = Reason.CONNECT, *, retry_after: timedelta | None = None) -> Deferred:
+    """Return the outcome of an upload that is to be tried again."""
+    return Deferred(reason, "did not work", None, retry_after)
+
+
+def rejected(reason: Reason = Reason.REFUSED) -> Rejected:
+    """Return the outcome of an upload that is not to be tried again."""
+    return Rejected(reason, "not wanted", 422)
+
+
+def superseded() -> Superseded:
+    """Return the outcome of an upload of a file that changed."""
+    return Superseded("the file changed")
+
+
+def patience(
+    *, initial: timedelta = SECOND, longest: timedelta = 300 * SECOND, give_up_after: timedelta | None = None
+) -> Patience:
+    """Return how a destination's deliveries are retried."""
+    return Patience(Backoff(initial, longest), give_up_after)
+
+
+def finished(delivery: Delivery, *outcomes: Outcome, now: datetime = NOW) -> Finished:
+    """Return a claim that ended after attempts with these outcomes, the last of which counts."""
+    attempts = tuple(Attempt(now, SECOND / 4, 3, outcome) for outcome in outcomes)
+    return Finished(delivery, attempts, next_step(delivery, outcomes[-1], now, patience(), 0.5))
+
+
+ENDED = (DeliveryState.DELIVERED, DeliveryState.REJECTED, DeliveryState.SUPERSEDED)

@@ -1,0 +1,591 @@
+"""The drop folder on a real filesystem, with others who write there at the same time."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from backupd.core.model import Fingerprint, fingerprint_of
+from backupd.core.names import free_names
+from backupd.drop import move as moving
+from backupd.drop.folder import DropFolder
+from backupd.drop.mounts import filesystem_of, is_remote
+from backupd.drop.move import FileChangedError, find_moved, move, same_file
+from backupd.drop.record import write_record
+from backupd.drop.walk import walk
+from backupd.drop.writer import is_being_written
+from tests.factories import NOW
+from tests.privileges import a_folder_of_nobody, needs_root, without_rights
+from tests.stage import Stage
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """The drop folder's path; beside it lies `outside`, which is nobody's business."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret.cfg").write_text("secret")
+    (tmp_path / "drop").mkdir()
+    return tmp_path / "drop"
+
+
+@pytest.fixture
+def folder(root: Path) -> Iterator[DropFolder]:
+    folder = DropFolder(str(root))
+    yield folder
+    folder.close()
+
+
+def put(path: Path, content: bytes = b"abc") -> Fingerprint:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return fingerprint_of(path.stat())
+
+
+def names_of(name: bytes) -> Iterator[bytes]:
+    return free_names(name, NOW)
+
+
+@contextmanager
+def refused(*codes: int) -> Iterator[None]:
+    """Expect an OSError with one of these numbers."""
+    with pytest.raises(OSError) as caught:  # noqa: PT011 -- it is known by its number
+        yield
+    assert caught.value.errno in codes
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+# opening
+
+
+def test_a_file_is_opened_and_read(folder: DropFolder, root: Path) -> None:
+    put(root / "site" / "r1.cfg", b"hostname r1")
+    assert folder.read(b"site/r1.cfg", 8) == b"hostname"
+    assert folder.stat(b"site/r1.cfg").st_size == 11
+
+
+def test_nothing_is_opened_through_a_linked_directory(folder: DropFolder, root: Path) -> None:
+    (root / "site").symlink_to(root.parent / "outside")
+    for action in (folder.open, folder.stat, folder.unlink):
+        with pytest.raises(NotADirectoryError):
+            action(b"site/secret.cfg")
+    with pytest.raises(NotADirectoryError):
+        write_record(folder, b"site/new.cfg", b"x")
+    assert sorted(path.name for path in (root.parent / "outside").iterdir()) == ["secret.cfg"]
+
+
+def test_a_directory_swapped_for_a_link_after_the_look_leads_nowhere(folder: DropFolder, root: Path) -> None:
+    looks = put(root / "site" / "secret.cfg")
+    (root / "site").rename(root / "away")
+    (root / "site").symlink_to(root.parent / "outside")
+    with pytest.raises(NotADirectoryError):
+        folder.open(b"site/secret.cfg")
+    with pytest.raises(NotADirectoryError):
+        move(folder, b"site/secret.cfg", looks, b"sent", names_of(b"secret.cfg"))
+    assert (root.parent / "outside" / "secret.cfg").read_text() == "secret"
+
+
+def test_the_folder_itself_may_be_a_link_as_the_operator_wrote_it(root: Path) -> None:
+    put(root / "r1.cfg")
+    link = root.parent / "link"
+    link.symlink_to(root)
+    folder = DropFolder(str(link))
+    assert folder.read(b"r1.cfg", 9) == b"abc"
+    assert folder.is_in_place()
+    folder.close()
+
+
+def _fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _link(path: Path) -> None:
+    path.symlink_to(path.parent.parent / "outside" / "secret.cfg")
+
+
+def _directory(path: Path) -> None:
+    path.mkdir()
+
+
+def _socket(path: Path) -> None:
+    here = os.getcwd()
+    os.chdir(path.parent)  # a socket's address is short
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+@pytest.mark.parametrize("make", [_fifo, _link, _directory, _socket])
+def test_what_is_no_regular_file_is_refused_without_waiting(
+    folder: DropFolder, root: Path, make: object
+) -> None:
+    assert callable(make)
+    make(root / "r1.cfg")
+    before = open_descriptors()
+    with refused(errno.EINVAL, errno.ELOOP, errno.ENXIO):
+        folder.open(b"r1.cfg")
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize(
+    "relpath", [b"../outside/secret.cfg", b"site/../../outside/secret.cfg", b"./x/r1", b".."]
+)
+def test_a_path_with_dots_is_refused(folder: DropFolder, root: Path, relpath: bytes) -> None:
+    (root / "site").mkdir()
+    before = open_descriptors()
+    with refused(errno.EINVAL):
+        folder.open(relpath)
+    with refused(errno.EINVAL, errno.EEXIST):
+        write_record(folder, relpath, b"x")
+    with refused(errno.EINVAL, errno.EISDIR):
+        folder.unlink(relpath)
+    assert open_descriptors() == before
+    assert (root.parent / "outside" / "secret.cfg").exists()
+
+
+def test_a_directory_below_a_missing_one_is_made_only_where_asked_for(folder: DropFolder, root: Path) -> None:
+    with pytest.raises(FileNotFoundError), folder.directory(b"a/b"):
+        pass
+    with folder.directory(b"a/b", create=True):
+        assert (root / "a" / "b").is_dir()
+
+
+def test_a_file_is_written_once_and_whole(folder: DropFolder, root: Path) -> None:
+    write_record(folder, b"sent/r1.cfg.receipt.json", b"{}" * 100_000)
+    assert (root / "sent/r1.cfg.receipt.json").read_bytes() == b"{}" * 100_000
+    with pytest.raises(FileExistsError):
+        write_record(folder, b"sent/r1.cfg.receipt.json", b"other")
+    folder.sync(b"sent")
+    folder.unlink(b"sent/r1.cfg.receipt.json")
+    assert list((root / "sent").iterdir()) == []
+
+
+@needs_root
+@pytest.mark.root
+def test_a_file_that_could_not_be_written_whole_is_not_left_behind(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=True)
+    try:
+        folder = DropFolder(str(disk))
+        with pytest.raises(OSError, match="No space left"):
+            write_record(folder, b"sent/r1.receipt.json", bytes(1_000_000))
+        assert list((disk / "sent").iterdir()) == []
+        folder.close()
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_replaced_folder_is_noticed_and_held_anew(folder: DropFolder, root: Path) -> None:
+    assert folder.is_in_place()
+    put(root / "old.cfg")
+    root.rename(root.parent / "away")
+    assert not folder.is_in_place()
+    with pytest.raises(FileNotFoundError):
+        folder.reopen()
+    assert folder.read(b"old.cfg", 9) == b"abc"
+    root.mkdir()
+    put(root / "new.cfg")
+    assert not folder.is_in_place()
+    number, before = folder.fileno(), open_descriptors()
+    folder.reopen()
+    assert (folder.fileno(), open_descriptors()) == (number, before)
+    assert folder.is_in_place()
+    assert folder.read(b"new.cfg", 9) == b"abc"
+    assert not os.get_inheritable(number)
+
+
+# walking
+
+
+def walked(
+    folder: DropFolder, below: bytes = b"", skip: frozenset[bytes] = frozenset(), *, recursive: bool = True
+) -> tuple[list[bytes], list[bytes]]:
+    """Return what was found, and what was complained of."""
+    complaints: list[bytes] = []
+
+    def complain(relpath: bytes, _error: OSError) -> None:
+        complaints.append(relpath)
+
+    found = [relpath for relpath, _ in walk(folder, below, skip, complain, recursive=recursive)]
+    return sorted(found), complaints
+
+
+def test_everything_is_found_but_what_is_skipped_hidden_or_behind_a_link(
+    folder: DropFolder, root: Path
+) -> None:
+    for name in ("r1", "a/r2", "a/b/r3", "sent/r4", "a/sent/r5", ".hidden/r6", "a/.r7"):
+        put(root / name)
+    (root / "link").symlink_to(root.parent / "outside")
+    put(Path(os.fsdecode(os.fsencode(root) + b"/bad\xff\n")))
+    found, complaints = walked(folder, skip=frozenset([b"sent"]))
+    assert found == [b"a/.r7", b"a/b/r3", b"a/r2", b"a/sent/r5", b"bad\xff\n", b"link", b"r1"]
+    assert complaints == []
+
+
+def test_only_what_is_below_a_directory_is_found_where_one_is_named(folder: DropFolder, root: Path) -> None:
+    for name in ("r1", "a/r2", "a/b/r3"):
+        put(root / name)
+    assert walked(folder, b"a") == ([b"a/b/r3", b"a/r2"], [])
+    assert walked(folder, recursive=False) == ([b"r1"], [])
+
+
+def test_a_link_is_told_as_a_link(folder: DropFolder, root: Path) -> None:
+    (root / "link").symlink_to(root.parent / "outside" / "secret.cfg")
+    ((_, status),) = walk(folder, b"", frozenset(), lambda *_: None, recursive=True)
+    assert stat.S_ISLNK(status.st_mode)
+
+
+def test_a_walk_survives_what_vanishes_under_it(folder: DropFolder, root: Path) -> None:
+    for number in range(50):
+        put(root / "a" / f"r{number}")
+        put(root / "b" / f"r{number}")
+    complaints: list[bytes] = []
+    steps = walk(folder, b"", frozenset(), lambda relpath, _: complaints.append(relpath), recursive=True)
+    found = [next(steps)[0]]
+    for directory in ("a", "b"):
+        for path in (root / directory).iterdir():
+            path.unlink()
+        (root / directory).rmdir()
+    found += [relpath for relpath, _ in steps]
+    assert complaints == []
+    assert len(found) < 100
+    assert walked(folder, b"a") == ([], [])
+
+
+def test_a_directory_that_becomes_a_file_or_link_is_passed_over(folder: DropFolder, root: Path) -> None:
+    (root / "link").symlink_to(root)
+    put(root / "file")
+    assert walked(folder, b"link") == ([], [])
+    assert walked(folder, b"file") == ([], [])
+
+
+def test_a_directory_that_cannot_be_read_is_complained_of_and_the_rest_is_found() -> None:
+    with a_folder_of_nobody() as root:
+        for name in ("closed/r1", "open/r2", "r3"):
+            put(root / name)
+        (root / "closed").chmod(0)
+        folder = DropFolder(str(root))
+        with without_rights():
+            assert walked(folder) == ([b"open/r2", b"r3"], [b"closed"])
+        (root / "closed").chmod(0o755)
+        folder.close()
+
+
+def test_no_descriptor_is_left_open_by_a_walk_that_is_given_up(folder: DropFolder, root: Path) -> None:
+    put(root / "a/b/r1")
+    before = open_descriptors()
+    steps = walk(folder, b"", frozenset(), lambda *_: None, recursive=True)
+    next(steps)
+    steps.close()  # type: ignore[attr-defined]  # it is a generator
+    assert open_descriptors() == before
+
+
+# moving
+
+
+def test_a_file_is_moved_into_a_new_directory(folder: DropFolder, root: Path) -> None:
+    looks = put(root / "site" / "r1.cfg")
+    assert move(folder, b"site/r1.cfg", looks, b"sent/site", names_of(b"r1.cfg")) == b"sent/site/r1.cfg"
+    assert (root / "sent/site/r1.cfg").read_bytes() == b"abc"
+    assert not (root / "site" / "r1.cfg").exists()
+    assert (
+        move(
+            folder,
+            b"sent/site/r1.cfg",
+            fingerprint_of((root / "sent/site/r1.cfg").stat()),
+            b"",
+            names_of(b"x"),
+        )
+        == b"x"
+    )
+
+
+def test_a_move_never_overwrites(folder: DropFolder, root: Path) -> None:
+    expected = [b"sent/r1.cfg", b"sent/r1.cfg.20260304T050607Z", b"sent/r1.cfg.20260304T050607Z-2"]
+    for number, new_name in enumerate(expected):
+        looks = put(root / "r1.cfg", b"%d" % number)
+        assert move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg")) == new_name
+    assert [(root / os.fsdecode(name)).read_bytes() for name in expected] == [b"0", b"1", b"2"]
+
+
+def test_a_move_stops_at_a_directory_or_link_under_the_new_name(folder: DropFolder, root: Path) -> None:
+    (root / "sent" / "r1.cfg").mkdir(parents=True)
+    (root / "sent" / "r2.cfg").symlink_to("nowhere")
+    for name in (b"r1.cfg", b"r2.cfg"):
+        looks = put(root / os.fsdecode(name))
+        assert move(folder, name, looks, b"sent", names_of(name)) == b"sent/" + name + b".20260304T050607Z"
+
+
+def test_a_file_that_is_gone_or_changed_is_not_moved(folder: DropFolder, root: Path) -> None:
+    looks = put(root / "r1.cfg")
+    put(root / "r1.cfg", b"longer than before")
+    with pytest.raises(FileChangedError):
+        move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"))
+    assert (root / "r1.cfg").exists()
+    (root / "r1.cfg").unlink()
+    with pytest.raises(FileNotFoundError):
+        move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"))
+
+
+def test_without_a_free_name_a_file_stays_in_place(folder: DropFolder, root: Path) -> None:
+    looks = put(root / "r1.cfg")
+    put(root / "sent" / "r1.cfg")
+    with pytest.raises(FileExistsError):
+        move(folder, b"r1.cfg", looks, b"sent", iter([b"r1.cfg"]))
+    assert (root / "r1.cfg").exists()
+
+
+def test_another_file_renamed_over_the_name_in_the_last_moment_is_put_back(
+    folder: DropFolder, root: Path
+) -> None:
+    looks = put(root / "r1.cfg", b"old")
+    put(root.parent / "new", b"new")
+
+    def names() -> Iterator[bytes]:
+        (root.parent / "new").rename(root / "r1.cfg")  # between the look and the rename
+        yield b"r1.cfg"
+
+    with pytest.raises(FileChangedError):
+        move(folder, b"r1.cfg", looks, b"sent", names())
+    assert (root / "r1.cfg").read_bytes() == b"new"
+    assert list((root / "sent").iterdir()) == []
+
+
+def test_a_moved_file_is_found_after_a_crash(folder: DropFolder, root: Path) -> None:
+    looks = put(root / "r1.cfg")
+    put(root / "sent" / "r1.cfg", b"an older one")
+    put(root / "r1.cfg")  # rewritten in place: the inode is the same
+    looks = fingerprint_of((root / "r1.cfg").stat())
+    moved_to = move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"))
+    put(root / "r1.cfg", b"a newer one")
+    assert find_moved(folder, looks, b"sent", names_of(b"r1.cfg")) == moved_to
+
+
+def test_a_file_that_was_never_moved_is_not_found(folder: DropFolder, root: Path) -> None:
+    looks = put(root / "r1.cfg")
+    assert find_moved(folder, looks, b"sent", names_of(b"r1.cfg")) is None
+    put(root / "sent" / "r1.cfg", b"another")
+    assert find_moved(folder, looks, b"sent", names_of(b"r1.cfg")) is None
+    assert find_moved(folder, looks, b"sent", iter([b"r1.cfg"])) is None
+
+
+def test_a_rename_changes_nothing_by_which_a_file_is_known(folder: DropFolder, root: Path) -> None:
+    looks = put(root / "r1.cfg")
+    (root / "r1.cfg").rename(root / "r2.cfg")
+    assert same_file((root / "r2.cfg").stat(), looks)
+    put(root / "r2.cfg", b"abcd")
+    assert not same_file((root / "r2.cfg").stat(), looks)
+
+
+class OldFilesystem:
+    """A C library on a filesystem that knows no flags of renameat2(2)."""
+
+    def __init__(self, error: int) -> None:
+        self._error = error
+
+    def renameat2(self, *_: object) -> int:
+        ctypes.set_errno(self._error)
+        return -1
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOSYS])
+def test_a_filesystem_without_renameat2_is_looked_at_before_the_rename(
+    folder: DropFolder, root: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    monkeypatch.setattr(moving, "_libc", OldFilesystem(error))
+    for expected in (b"sent/r1.cfg", b"sent/r1.cfg.20260304T050607Z"):
+        looks = put(root / "r1.cfg", expected)
+        assert move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg")) == expected
+        assert (root / os.fsdecode(expected)).read_bytes() == expected
+
+
+def test_another_failure_of_a_rename_is_passed_on(
+    folder: DropFolder, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moving, "_libc", OldFilesystem(errno.EXDEV))
+    looks = put(root / "r1.cfg")
+    with pytest.raises(OSError, match="cross-device") as failed:
+        move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"))
+    assert failed.value.errno == errno.EXDEV
+    assert (root / "r1.cfg").exists()
+
+
+def test_threads_that_move_the_same_names_lose_nothing(folder: DropFolder, root: Path) -> None:
+    looks = {f"{place}/r1.cfg": put(root / f"{place}" / "r1.cfg", b"%d" % place) for place in range(40)}
+    moved: list[bytes] = []
+    todo = iter(list(looks.items()))
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                item = next(todo, None)
+            if item is None:
+                return
+            moved.append(move(folder, os.fsencode(item[0]), item[1], b"sent", names_of(b"r1.cfg")))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    contents = {(root / os.fsdecode(name)).read_bytes() for name in moved}
+    assert contents == {b"%d" % place for place in range(40)}
+    assert len(set(moved)) == 40
+
+
+# mounts
+
+MOUNTS = r"""
+21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+22 21 0:5 / /proc rw,nosuid - proc proc rw
+30 21 0:40 / /srv rw,relatime shared:2 master:1 - xfs /dev/sdb1 rw
+31 30 0:41 / /srv/nas rw - nfs4 nas:/export rw
+32 30 0:42 / /srv/two\040words\134\011x rw - cifs //nas/share rw
+33 30 0:43 / /srv/over rw - ext4 /dev/sdc1 rw
+34 33 0:44 / /srv/over rw - fuse.sshfs host:/ rw
+35 30 0:45 / /srv/nasty rw - btrfs /dev/sdd1 rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "filesystem"),
+    [
+        ("/", "ext4"),
+        ("/home/x", "ext4"),
+        ("/srv", "xfs"),
+        ("/srv/drop", "xfs"),
+        ("/srv/nas", "nfs4"),
+        ("/srv/nas/drop/r1", "nfs4"),
+        ("/srv/nas2", "xfs"),
+        ("/srv/nasty/drop", "btrfs"),
+        ("/srv/two words\\\tx/drop", "cifs"),
+        ("/srv/over/drop", "fuse.sshfs"),
+        ("/srv/nas/../drop", "xfs"),
+    ],
+)
+def test_the_filesystem_is_that_of_the_innermost_and_last_mount(
+    tmp_path: Path, path: str, filesystem: str
+) -> None:
+    mountinfo = tmp_path / "mountinfo"
+    mountinfo.write_text(MOUNTS.lstrip())
+    assert filesystem_of(path, str(mountinfo)) == filesystem
+
+
+def test_a_link_counts_as_what_it_leads_to(root: Path) -> None:
+    (root / "link").symlink_to("/proc")
+    assert filesystem_of(str(root / "link")) == "proc"
+
+
+def test_without_any_mount_the_filesystem_is_unknown(tmp_path: Path) -> None:
+    (tmp_path / "mountinfo").write_text("")
+    assert filesystem_of("/srv", str(tmp_path / "mountinfo")) == "unknown"
+
+
+@pytest.mark.parametrize(
+    "filesystem", ["nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "fuse", "virtiofs", "ceph"]
+)
+def test_filesystems_that_others_write_to_are_remote(filesystem: str) -> None:
+    assert is_remote(filesystem)
+
+
+@pytest.mark.parametrize("filesystem", ["ext4", "xfs", "btrfs", "tmpfs", "zfs", "overlay", "vfat", "unknown"])
+def test_filesystems_of_this_host_are_not_remote(filesystem: str) -> None:
+    assert not is_remote(filesystem)
+
+
+# writers
+
+
+@pytest.fixture
+def _sigio_ignored() -> Iterator[None]:
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGIO, before)
+
+
+@pytest.mark.usefixtures("_sigio_ignored")
+def test_a_file_that_somebody_writes_is_told_from_one_that_is_closed(folder: DropFolder, root: Path) -> None:
+    put(root / "r1.cfg")
+    fd = folder.open(b"r1.cfg")
+    assert not is_being_written(fd)
+    with (root / "r1.cfg").open("ab"):
+        assert is_being_written(fd)
+    assert not is_being_written(fd)
+    with (root / "r1.cfg").open("rb"):
+        assert not is_being_written(fd)
+    os.close(fd)
+
+
+@needs_root
+@pytest.mark.root
+@pytest.mark.usefixtures("_sigio_ignored")
+def test_who_may_not_ask_the_kernel_takes_nobody_for_a_writer(folder: DropFolder, root: Path) -> None:
+    put(root / "r1.cfg")
+    fd = folder.open(b"r1.cfg")
+    with (root / "r1.cfg").open("ab"):
+        assert is_being_written(fd)
+        with without_rights():
+            assert not is_being_written(fd)
+    os.close(fd)
+
+
+def test_what_can_have_no_lease_has_no_writer() -> None:
+    reader, writer = os.pipe()
+    assert not is_being_written(reader)
+    os.close(reader)
+    os.close(writer)
+
+
+LOOK = """
+import os, signal, sys
+from backupd.drop.writer import is_being_written
+signal.signal(signal.SIGIO, signal.SIG_IGN)
+fd = os.open(sys.argv[1], os.O_RDONLY)
+print("looking", flush=True)
+while os.fstat(fd).st_size < 3000:
+    is_being_written(fd)
+print("seen", flush=True)
+"""
+
+
+def test_a_look_disturbs_neither_the_writer_nor_us(root: Path) -> None:
+    path = root / "r1.cfg"
+    put(path, b"")
+    with subprocess.Popen(
+        [sys.executable, "-c", LOOK, str(path)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "looking\n"
+        for _ in range(3000):
+            with path.open("ab", buffering=0) as file:
+                file.write(b"x")
+        assert process.stdout.readline() == "seen\n"
+    assert process.returncode == 0
+
+
+def test_the_daemon_ignores_the_signal_that_a_broken_lease_sends(stage: Stage) -> None:
+    stage.configure("https://127.0.0.1:1/upload")
+    daemon = stage.daemon().ready()
+    status = Path(f"/proc/{daemon.pid}/status").read_text()
+    ignored = int(next(line for line in status.splitlines() if line.startswith("SigIgn:")).split()[1], 16)
+    assert ignored & 1 << (signal.SIGIO - 1)
+    os.kill(daemon.pid, signal.SIGIO)
+    assert daemon.stop() == 0

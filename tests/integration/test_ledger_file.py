@@ -1,0 +1,404 @@
+"""The ledger's file: one daemon at a time, damage, a full disk, and a process that is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backupd.core.errors import LedgerError
+from backupd.ledger.database import FILE_NAME, LOCK_NAME, StateLock, daemon_pid, open_for_reading, open_ledger
+from backupd.ledger.sqlite import SqliteLedger
+from tests.factories import NOW, a_sighting, deferred, delivered, finished
+from tests.privileges import a_folder_of_nobody, needs_root, without_rights
+
+
+def a_ledger_with(state: Path, *names: bytes) -> None:
+    """Make a ledger that knows of some archives, all pending."""
+    ledger = SqliteLedger(open_ledger(state).connection)
+    ledger.admit([a_sighting(name) for name in names], ["vault"], NOW)
+    ledger.close()
+
+
+def pending(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("SELECT count(*) FROM delivery WHERE state = 'pending'").fetchone()[0])
+
+
+def set_aside(state: Path) -> list[Path]:
+    return sorted(path for path in state.glob("*.damaged-*") if not path.name.endswith(("-wal", "-shm")))
+
+
+# one daemon at a time
+
+HOLD = """
+import sys
+from pathlib import Path
+from backupd.ledger.database import StateLock
+lock = StateLock(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the state directory."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_daemon_is_refused_and_told_of_the_first(
+    holder: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    with pytest.raises(LedgerError) as refused:
+        StateLock(tmp_path)
+    assert f"another backupd (process {holder.pid}) uses it" in refused.value.message
+    assert daemon_pid(tmp_path) == holder.pid
+
+
+def test_a_killed_daemon_leaves_no_lock_but_an_unclean_end(
+    holder: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    holder.kill()
+    holder.wait()
+    assert daemon_pid(tmp_path) is None
+    with StateLock(tmp_path) as lock:
+        assert not lock.was_clean
+        assert (tmp_path / LOCK_NAME).read_text() == f"{os.getpid()}\n"
+
+
+def test_an_end_in_good_order_is_a_clean_one(tmp_path: Path) -> None:
+    with StateLock(tmp_path) as first:
+        assert first.was_clean
+    with StateLock(tmp_path) as second:
+        assert second.was_clean
+
+
+def test_an_end_by_an_error_is_an_unclean_one(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), StateLock(tmp_path):
+        _ = 1 / 0
+    with StateLock(tmp_path) as lock:
+        assert not lock.was_clean
+
+
+def test_without_a_daemon_there_is_no_process_id(tmp_path: Path) -> None:
+    assert daemon_pid(tmp_path / "nowhere") is None
+    with StateLock(tmp_path):
+        pass
+    assert daemon_pid(tmp_path) is None
+
+
+def test_looking_for_the_daemon_does_not_keep_it_from_starting(tmp_path: Path) -> None:
+    with StateLock(tmp_path):
+        assert daemon_pid(tmp_path) == os.getpid()
+
+
+def test_a_state_directory_that_cannot_be_made_is_said() -> None:
+    with a_folder_of_nobody() as folder:
+        folder.chmod(0o555)
+        with without_rights(), pytest.raises(LedgerError) as refused:
+            StateLock(folder / "state")
+    assert "can't be written" in refused.value.message
+
+
+# the file and its schema
+
+
+def test_a_ledger_is_readable_by_its_owner_and_group_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        with StateLock(tmp_path / "state"):
+            ledger = SqliteLedger(open_ledger(tmp_path / "state").connection)
+            ledger.admit([a_sighting()], ["vault"], NOW)
+            modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "state").iterdir()}
+            ledger.close()
+    finally:
+        os.umask(before)
+    assert modes.pop(LOCK_NAME) == 0o640
+    assert modes == dict.fromkeys((FILE_NAME, f"{FILE_NAME}-wal", f"{FILE_NAME}-shm"), 0o640)
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o750
+
+
+def test_what_was_written_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
+    a_ledger_with(tmp_path, b"r1", b"r2")
+    for check in (False, True):
+        opened = open_ledger(tmp_path, check=check)
+        assert opened.set_aside is None
+        assert pending(opened.connection) == 2
+        opened.connection.close()
+
+
+def test_a_ledger_of_a_newer_version_is_refused_and_left_alone(tmp_path: Path) -> None:
+    a_ledger_with(tmp_path, b"r1")
+    with sqlite3.connect(tmp_path / FILE_NAME) as raw:
+        raw.execute("PRAGMA user_version = 999")
+    raw.close()
+    for opener in (open_ledger, open_for_reading):
+        with pytest.raises(LedgerError, match="schema version 999"):
+            opener(tmp_path)
+    assert set_aside(tmp_path) == []
+
+
+def test_a_ledger_without_permission_is_refused_and_left_alone() -> None:
+    with a_folder_of_nobody() as folder:
+        a_ledger_with(folder, b"r1")
+        (folder / FILE_NAME).chmod(0)
+        before = sorted(path.name for path in folder.iterdir())
+        with without_rights(), pytest.raises(LedgerError, match="unable to open"):
+            open_ledger(folder)
+        assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_a_ledger_that_only_its_group_may_write_is_usable() -> None:
+    """As after a `backupd retry` by root."""
+    with a_folder_of_nobody() as folder:
+        a_ledger_with(folder, b"r1")
+        (folder / FILE_NAME).chmod(0o666)
+        with without_rights():
+            opened = open_ledger(folder)
+            assert pending(opened.connection) == 1
+            opened.connection.close()
+
+
+def test_commands_read_beside_the_daemon_and_write_nothing(tmp_path: Path) -> None:
+    with pytest.raises(LedgerError, match="no ledger here yet"):
+        open_for_reading(tmp_path)
+    a_ledger_with(tmp_path, b"r1")
+    connection = open_for_reading(tmp_path)
+    assert pending(connection) == 1
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        connection.execute("DELETE FROM delivery")
+    connection.close()
+
+
+class WatchedConnection(sqlite3.Connection):
+    """Notes at each commit how durable it is."""
+
+    levels: list[int]
+
+    def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
+        if sql == "COMMIT":
+            self.levels.append(super().execute("PRAGMA synchronous").fetchone()[0])
+        return super().execute(sql, parameters)
+
+
+NORMAL, FULL = 1, 2
+
+
+def test_what_a_disposition_hangs_on_is_synced_at_its_commit(tmp_path: Path) -> None:
+    a_ledger_with(tmp_path)
+    connection = sqlite3.connect(tmp_path / FILE_NAME, factory=WatchedConnection, isolation_level=None)
+    connection.levels = []
+    ledger = SqliteLedger(connection)
+    ledger.admit([a_sighting()], ["vault"], NOW)
+    delivery = ledger.claim("vault", NOW)
+    assert delivery is not None
+    assert connection.levels == [NORMAL, NORMAL]
+    ledger.record([finished(delivery, delivered())], NOW)
+    assert connection.levels == [NORMAL, NORMAL, FULL]
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    ledger.close()
+
+
+# damage
+
+
+def garbage(ledger: Path) -> None:
+    ledger.write_bytes(b"this is no database\n" * 1000)
+
+
+def emptied(ledger: Path) -> None:
+    ledger.write_bytes(b"")
+
+
+def cut(ledger: Path) -> None:
+    os.truncate(ledger, ledger.stat().st_size // 2)
+
+
+def torn_pages(ledger: Path) -> None:
+    with ledger.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * (ledger.stat().st_size - 4096))
+
+
+@pytest.mark.parametrize("damage", [garbage, emptied, cut, torn_pages])
+def test_a_damaged_ledger_is_put_aside_and_never_deleted(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    a_ledger_with(tmp_path, *(b"r%d" % number for number in range(300)))
+    damage(tmp_path / FILE_NAME)
+    remains = (tmp_path / FILE_NAME).read_bytes()
+
+    opened = open_ledger(tmp_path, check=True)
+
+    assert opened.set_aside is not None
+    assert set_aside(tmp_path) == [opened.set_aside]
+    assert opened.set_aside.read_bytes() == remains
+    assert pending(opened.connection) == 0
+    opened.connection.close()
+    a_ledger_with(tmp_path, b"r1")
+    again = open_ledger(tmp_path, check=True)
+    assert (again.set_aside, pending(again.connection)) == (None, 1)
+    again.connection.close()
+
+
+@pytest.mark.parametrize("damage", [garbage, emptied])
+def test_what_was_not_in_the_file_yet_is_put_aside_with_it(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    """The write-ahead log may be all that is left."""
+    live, state = tmp_path / "live", tmp_path / "state"
+    live.mkdir()
+    opened = open_ledger(live)
+    SqliteLedger(opened.connection).admit([a_sighting(b"in-the-log")], ["vault"], NOW)
+    shutil.copytree(live, state)  # as a power cut would leave it
+    opened.connection.close()
+    log = (state / f"{FILE_NAME}-wal").read_bytes()
+    assert b"in-the-log" in log
+    damage(state / FILE_NAME)
+
+    again = open_ledger(state, check=True)
+
+    found = b"".join(path.read_bytes() for path in state.iterdir())
+    assert b"in-the-log" in found
+    if again.set_aside is not None:
+        assert Path(f"{again.set_aside}-wal").read_bytes() == log
+    else:
+        assert pending(again.connection) == 1
+    again.connection.close()
+
+
+def test_two_damaged_ledgers_are_both_kept(tmp_path: Path) -> None:
+    for content in (b"one" * 1000, b"two" * 1000):
+        (tmp_path / FILE_NAME).write_bytes(content)
+        open_ledger(tmp_path).connection.close()
+    assert [path.read_bytes()[:3] for path in set_aside(tmp_path)] == [b"one", b"two"]
+
+
+# a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem that is soon full."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    return filler
+
+
+@pytest.mark.root
+@needs_root
+def test_a_full_disk_leaves_nothing_half_done_and_is_survived(small_disk: Path) -> None:
+    connection = open_ledger(small_disk).connection
+    ledger = SqliteLedger(connection)
+    names = [b"r%d" % number for number in range(100)]
+    ledger.admit([a_sighting(name) for name in names], ["vault"], NOW)
+    claims = [claimed for _ in names if (claimed := ledger.claim("vault", NOW)) is not None]
+    ended = [finished(one, deferred(), delivered(body="x" * 4000)) for one in claims]
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # no room left in the log
+    filler = fill(small_disk)
+
+    with pytest.raises(LedgerError, match="full") as failed:
+        ledger.record(ended, NOW)
+    assert "check the disk" in failed.value.hint
+    with pytest.raises(LedgerError, match="full"):
+        ledger.admit([a_sighting(b"more-%d" % number + bytes(3000)) for number in range(100)], ["vault"], NOW)
+
+    assert ledger.undisposed() == []
+    assert ledger.backlog()["vault"].pending == 100
+    assert len(ledger.known("switches").paths) == 100
+    filler.unlink()
+    assert len(ledger.record(ended, NOW)) == 100
+    ledger.close()
+    reopened = open_ledger(small_disk, check=True)
+    assert reopened.set_aside is None
+    assert len(SqliteLedger(reopened.connection).undisposed()) == 100
+    assert reopened.connection.execute("SELECT count(*) FROM attempt").fetchone() == (200,)
+    reopened.connection.close()
+
+
+@pytest.mark.root
+@needs_root
+def test_a_full_disk_at_the_start_is_said_and_leaves_no_empty_ledger(small_disk: Path) -> None:
+    state = small_disk / "state"
+    with StateLock(state):
+        pass
+    filler = fill(small_disk)
+    with pytest.raises(LedgerError, match="can't be written"):
+        StateLock(state)
+    for _ in range(2):
+        with pytest.raises(LedgerError, match=r"full|disk"):
+            open_ledger(state)
+    filler.unlink()
+    with StateLock(state) as lock:
+        assert lock.was_clean
+        opened = open_ledger(state)
+        assert opened.set_aside is None
+        opened.connection.close()
+
+
+# a process that is killed
+
+WRITE = """
+import itertools, sys
+from pathlib import Path
+from backupd.ledger.database import open_ledger
+from backupd.ledger.port import Disposed
+from backupd.ledger.sqlite import SqliteLedger
+from tests.factories import NOW, a_sighting, delivered, finished
+ledger = SqliteLedger(open_ledger(Path(sys.argv[1])).connection)
+for number in itertools.count():
+    names = [b"%s-%d-%d" % (sys.argv[2].encode(), number, n) for n in range(3)]
+    ledger.admit([a_sighting(name) for name in names], ["vault"], NOW)
+    ended = [finished(ledger.claim("vault", NOW), delivered()) for _ in range(2)]
+    settled = ledger.record(ended, NOW)
+    print(*(one.delivery.id for one in ended), flush=True)
+    ledger.disposed([Disposed(settled[0].archive.id, b"sent/x")], [], NOW)
+"""
+
+
+def test_a_killed_process_loses_nothing_that_it_had_recorded(tmp_path: Path) -> None:
+    recorded: set[str] = set()
+    for turn in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITE, str(tmp_path), str(turn)], stdout=subprocess.PIPE, text=True
+        )
+        with process:
+            assert process.stdout is not None
+            for _ in range(20 + 13 * turn):
+                recorded |= set(process.stdout.readline().split())
+            process.send_signal(signal.SIGKILL)
+            recorded |= {ident for line in process.stdout if line.endswith("\n") for ident in line.split()}
+    opened = open_ledger(tmp_path, check=True)
+    assert opened.set_aside is None
+    query = "SELECT id, state, (SELECT count(*) FROM attempt WHERE delivery_id = id) FROM delivery"
+    found = {ident: (state, attempts) for ident, state, attempts in opened.connection.execute(query)}
+    assert len(recorded) >= 2 * (20 + 33 + 46 + 59)
+    assert {found[ident] for ident in recorded} == {("delivered", 1)}
+    assert set(found.values()) <= {("delivered", 1), ("pending", 0), ("claimed", 0)}
+    opened.connection.close()

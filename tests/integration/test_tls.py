@@ -1,0 +1,394 @@
+"""TLS with real handshakes: whose certificate is shown, whose is believed, and what diverts nothing."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import warnings
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import NameOID
+
+from backupd.core.model import Deferred, Delivered, Outcome
+from backupd.core.policy import Reason
+from backupd.receiver.serve import RunningReceiver
+from tests.pki import KeyPair, Pki
+from tests.scripted import ScriptedServer, server_context, take_all
+from tests.stage import PATIENCE, Stage
+from tests.uploading import MIB, a_destination, a_sender, an_archive
+
+VERSIONS = {"tls 1.2": ssl.TLSVersion.TLSv1_2, "tls 1.3": ssl.TLSVersion.TLSv1_3}
+_LOOPBACK = ip_address("127.0.0.1")
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    return Pki(tmp_path_factory.mktemp("pki"))
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    """A CA that nobody trusts."""
+    return Pki(tmp_path_factory.mktemp("foreign"))
+
+
+@pytest.fixture(params=VERSIONS)
+def version(request: pytest.FixtureRequest) -> ssl.TLSVersion:
+    return VERSIONS[request.param]
+
+
+def upload(
+    context: ssl.SSLContext, pki: Pki, folder: Path, *, host: str = "127.0.0.1", size: int = 1000, **keys: Any
+) -> tuple[Outcome, ScriptedServer]:
+    """Upload once to a server with a context; return the outcome and what the server saw."""
+    with ScriptedServer(take_all, context) as server:
+        url = server.url.replace("127.0.0.1", host)
+        with a_sender(a_destination(url, pki, **keys)) as sender:
+            return sender.send(an_archive(folder, size=size)), server
+
+
+def failed(outcome: Outcome) -> Deferred:
+    assert isinstance(outcome, Deferred), outcome
+    return outcome
+
+
+def test_our_certificate_is_shown_and_theirs_is_verified(
+    tmp_path: Path, pki: Pki, version: ssl.TLSVersion
+) -> None:
+    outcome, server = upload(server_context(pki, version=version), pki, tmp_path)
+
+    assert isinstance(outcome, Delivered)
+    subject = dict(pair for (pair,) in server.peers[0].client_certificate["subject"])
+    assert subject["commonName"] == "client"
+
+
+@pytest.mark.parametrize("size", [1000, 20 * MIB])
+@pytest.mark.parametrize("fault", ["expired", "unknown CA"])
+def test_a_refused_client_certificate_is_told_apart_from_the_network(
+    tmp_path: Path, pki: Pki, foreign: Pki, version: ssl.TLSVersion, fault: str, size: int
+) -> None:
+    expired = fault == "expired"
+    cert, key = pki.issue_expired_client() if expired else (foreign.client_cert, foreign.client_key)
+
+    context = server_context(pki, version=version)
+    outcome, server = upload(context, pki, tmp_path, size=size, cert=cert, key=key)
+
+    assert failed(outcome).reason is Reason.TLS_CLIENT, outcome
+    assert failed(outcome).error
+    assert server.heads == []
+    assert len(server.peers) == 1
+
+
+@pytest.mark.parametrize("size", [1000, 20 * MIB])
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [(ssl.TLSVersion.TLSv1_2, Reason.TLS), (ssl.TLSVersion.TLSv1_3, Reason.TLS_CLIENT)],
+    ids=["tls 1.2: a plain handshake failure", "tls 1.3: an alert of its own"],
+)
+def test_a_server_that_misses_our_certificate_is_no_network_fault(
+    tmp_path: Path, pki: Pki, version: ssl.TLSVersion, expected: Reason, size: int
+) -> None:
+    context = server_context(pki, version=version)
+    outcome, _ = upload(context, pki, tmp_path, size=size, cert=None, key=None)
+
+    assert failed(outcome).reason is expected
+
+
+@pytest.mark.parametrize("fault", ["host name", "unknown CA", "expired"])
+def test_a_server_that_can_not_prove_who_it_is_gets_nothing(
+    tmp_path: Path, pki: Pki, foreign: Pki, version: ssl.TLSVersion, fault: str
+) -> None:
+    pair = KeyPair(foreign.server_cert, foreign.server_key)
+    if fault == "host name":
+        pair = pki.issue_server("other", ("other.test",))
+    elif fault == "expired":
+        pair = pki.issue_expired_server()
+
+    outcome, server = upload(server_context(pki, pair, version=version), pki, tmp_path)
+
+    assert failed(outcome).reason is Reason.TLS
+    assert "certificate" in failed(outcome).error
+    assert server.heads == []
+    assert server.received == 0
+
+
+def test_a_host_name_is_verified_as_well_as_an_address(tmp_path: Path, pki: Pki) -> None:
+    only_name = pki.issue_server("only-name", ("localhost",))
+
+    by_name, _ = upload(server_context(pki, only_name), pki, tmp_path, host="localhost")
+    by_address, _ = upload(server_context(pki, only_name), pki, tmp_path)
+
+    assert isinstance(by_name, Delivered)
+    assert failed(by_address).reason is Reason.TLS
+
+
+def test_a_server_of_tls_1_1_is_refused(tmp_path: Path, pki: Pki) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context = server_context(pki, version=ssl.TLSVersion.TLSv1_1)
+    context.set_ciphers("ALL:@SECLEVEL=0")
+
+    outcome, server = upload(context, pki, tmp_path)
+
+    assert failed(outcome).reason is Reason.TLS
+    assert server.peers[0].tls_version is None
+    assert server.received == 0
+
+
+def test_a_server_that_speaks_no_tls_is_no_mystery(tmp_path: Path, pki: Pki) -> None:
+    def plain(peer: Any) -> None:
+        peer.send(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+        peer.drain()
+
+    with ScriptedServer(plain) as server:
+        url = server.url.replace("http:", "https:")
+        with a_sender(a_destination(url, pki)) as sender:
+            outcome = sender.send(an_archive(tmp_path, b"x"))
+
+    assert failed(outcome).reason is Reason.TLS
+
+
+def test_a_host_name_that_nobody_knows_and_a_port_that_nobody_serves_are_told_apart(
+    tmp_path: Path, pki: Pki
+) -> None:
+    archive = an_archive(tmp_path, b"x")
+    with socket.socket() as unserved:
+        unserved.bind(("127.0.0.1", 0))
+        port = unserved.getsockname()[1]
+        with a_sender(a_destination(f"https://127.0.0.1:{port}/", pki)) as sender:
+            no_port = sender.send(archive)
+    with a_sender(a_destination("https://nobody.invalid/", pki)) as sender:
+        no_name = sender.send(archive)
+
+    assert failed(no_port).reason is Reason.CONNECT
+    assert f"127.0.0.1 port {port}" in failed(no_port).error
+    assert failed(no_name).reason is Reason.DNS
+
+
+def test_a_private_ca_with_plain_extensions_is_believed_by_every_python(tmp_path: Path, pki: Pki) -> None:
+    ca_pem, pair = _made_by_hand(tmp_path)
+
+    outcome, _ = upload(server_context(pki, pair), pki, tmp_path, ca=ca_pem)
+
+    assert isinstance(outcome, Delivered)
+
+
+def _made_by_hand(folder: Path) -> tuple[Path, KeyPair]:
+    """Return a CA as many have been made with openssl(1) for years, and a server's certificate from it.
+
+    Its basicConstraints are not critical, there is no key usage, and no key identifiers: Python 3.13's
+    `create_default_context` takes offence at that, earlier ones do not.
+    """
+    now = datetime.now(UTC)
+
+    def certificate(
+        subject: str,
+        issuer: str,
+        key: ec.EllipticCurvePrivateKey,
+        signer: ec.EllipticCurvePrivateKey,
+        *,
+        ca: bool,
+    ) -> x509.Certificate:
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
+            .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=1))
+            .not_valid_after(now + timedelta(days=30))
+        )
+        if ca:
+            builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=False)
+        else:
+            names = x509.SubjectAlternativeName([x509.IPAddress(_LOOPBACK)])
+            builder = builder.add_extension(names, critical=False)
+        return builder.sign(signer, hashes.SHA256())
+
+    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    ca_pem, pair = folder / "by-hand-ca.pem", KeyPair(folder / "by-hand.pem", folder / "by-hand.key")
+    ca_pem.write_bytes(certificate("by hand", "by hand", ca_key, ca_key, ca=True).public_bytes(Encoding.PEM))
+    pair.cert.write_bytes(certificate("server", "by hand", key, ca_key, ca=False).public_bytes(Encoding.PEM))
+    pair.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return ca_pem, pair
+
+
+def test_a_refused_certificate_makes_no_fast_loop(stage: Stage, foreign: Pki) -> None:
+    with ScriptedServer(take_all, server_context(stage.pki, client_ca=foreign.ca_pem)) as server:
+        stage.configure(server.url, destination='retry = { initial = "0.1s", max = "5s" }\nworkers = 2')
+        for number in range(10):
+            stage.put(f"a{number}.tar.gz", b"%d" % number)
+        daemon = stage.daemon().ready()
+
+        daemon.wait_for("destination.paused", count=5)
+        connections = len(server.peers)
+        daemon.kill()
+
+    said = [event for event in daemon.events() if event.get("reason") == "client_certificate_refused"]
+    pauses = [event for event in said if event["event"] == "destination.paused"]
+    attempts = [event for event in said if event["event"] == "attempt.failed"]
+    assert attempts == daemon.events("attempt.failed")
+    assert [event["faults"] for event in pauses[:5]] == [1, 2, 3, 4, 5]
+    for event in pauses:
+        step = 0.1 * 2 ** (event["faults"] - 1)
+        assert step * 0.1 - 0.002 <= event["paused_for_s"] <= step + 0.002
+    assert len(attempts) <= len(pauses) + 2  # the second worker, before the gate was shut; and the end
+    assert connections <= len(attempts) + 1
+    assert len(stage.archives(stage.drop)) == 10
+
+
+def test_an_expired_certificate_is_said_before_anything_runs(stage: Stage) -> None:
+    expired = stage.pki.issue_expired_client("client")
+    assert expired.cert == stage.pki.client_cert
+    stage.configure("https://127.0.0.1:1/v1/upload")
+
+    ended = stage.backupd("run")
+
+    assert ended.returncode == 78
+    assert "destination.vault.cert" in ended.stderr
+    assert "expired" in ended.stderr
+
+
+def encrypt(key: Path, password: bytes) -> None:
+    """Encrypt a key's file in place."""
+    loaded = load_pem_private_key(key.read_bytes(), None)
+    key.write_bytes(
+        loaded.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(password))
+    )
+
+
+@pytest.mark.parametrize("written", [b"a secret", b"a secret\n", b"a secret\r\n"])
+def test_an_encrypted_key_is_unlocked_by_the_password_in_its_file(tmp_path: Path, written: bytes) -> None:
+    own = Pki(tmp_path / "pki")
+    encrypt(own.client_key, b"a secret")
+    password_file = tmp_path / "password"
+    password_file.write_bytes(written)
+
+    outcome, _ = upload(server_context(own), own, tmp_path, key_password_file=password_file)
+
+    assert isinstance(outcome, Delivered)
+
+
+@pytest.mark.parametrize("given", ["nothing", "a wrong one", "a missing file"])
+def test_an_encrypted_key_without_its_password_is_said_clearly(tmp_path: Path, given: str) -> None:
+    own = Pki(tmp_path / "pki")
+    encrypt(own.client_key, b"a secret")
+    password_file = tmp_path / "password"
+    if given == "a wrong one":
+        password_file.write_bytes(b"guessed")
+    named = None if given == "nothing" else password_file
+
+    outcome, server = upload(server_context(own), own, tmp_path, key_password_file=named)
+
+    assert failed(outcome).reason is Reason.LOCAL_FILES
+    assert str(own.client_key) in failed(outcome).error
+    assert "guessed" not in failed(outcome).error
+    assert server.peers == []
+
+
+@pytest.mark.skipif(not shutil.which("setsid"), reason="needs setsid(1)")
+@pytest.mark.parametrize("what", ["run", "check", "the uploader"])
+def test_nobody_is_asked_for_a_password_on_the_terminal(stage: Stage, what: str) -> None:
+    encrypt(stage.pki.client_key, b"a secret")
+    config = stage.configure("https://127.0.0.1:1/v1/upload")
+    command = [sys.executable, "-m", "backupd", what, "--config", str(config)]
+    if what == "the uploader":
+        program = (
+            "import pathlib, sys; from backupd.config.loading import load; from backupd.upload.tls import *\n"
+            "try: make_context(load(pathlib.Path(sys.argv[1])).destination['vault'])\n"
+            "except TlsFilesError as error: sys.exit(error.message)"
+        )
+        command = [sys.executable, "-c", program, str(config)]
+
+    said = on_a_terminal(command)
+
+    assert "is encrypted" in " ".join(said.split())
+    assert "PEM pass phrase" not in said
+
+
+def on_a_terminal(command: list[str]) -> str:
+    """Run a command that has a terminal to ask at, and return all that it writes there."""
+    master, slave = pty.openpty()
+    said = b""
+    with (
+        subprocess.Popen(["setsid", "--ctty", *command], stdin=slave, stdout=slave, stderr=slave) as process,
+        os.fdopen(master, "rb", buffering=0) as terminal,
+    ):
+        os.close(slave)
+        try:
+            while select.select([terminal], [], [], PATIENCE)[0]:
+                said += os.read(master, 4096)
+        except OSError:  # the other side is closed
+            pass
+        process.kill()
+    return said.decode()
+
+
+def test_no_session_keys_are_written_down(stage: Stage, receiver: RunningReceiver) -> None:
+    keys = stage.base / "session-keys"
+    stage.configure(receiver.url)
+    daemon = stage.daemon({"SSLKEYLOGFILE": str(keys)}).ready()
+    stage.put("a.tar.gz", b"secret")
+    daemon.wait_for("archive.disposed")
+
+    checked = stage.backupd("check", environ={"SSLKEYLOGFILE": str(keys)})
+
+    assert checked.returncode == 0, checked.stderr
+    assert not keys.exists()
+
+
+def test_nothing_in_the_environment_diverts_an_upload(stage: Stage, foreign: Pki) -> None:
+    (stage.base / ".netrc").write_text("default login somebody password secret\n")
+    with (
+        ScriptedServer(take_all, server_context(stage.pki)) as server,
+        ScriptedServer(take_all) as elsewhere,
+    ):
+        proxy = f"http://127.0.0.1:{elsewhere.port}"
+        names = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
+        environ = {name: proxy for both in names for name in (both, both.lower())}
+        environ |= {"NO_PROXY": "", "no_proxy": "", "HOME": str(stage.base)}
+        environ |= {"NETRC": str(stage.base / ".netrc"), "SSL_CERT_FILE": str(foreign.ca_pem)}
+        environ |= {"SSL_CERT_DIR": str(foreign.folder), "REQUESTS_CA_BUNDLE": str(foreign.ca_pem)}
+        stage.configure(server.url)
+        daemon = stage.daemon(environ).ready()
+        stage.put("a.tar.gz", b"content")
+        daemon.wait_for("archive.disposed")
+
+        checked = stage.backupd("check", environ=environ)
+
+    assert server.requests[0].archive == b"content"
+    assert all(b"authorization" not in head.lower() for head in server.heads)
+    assert elsewhere.peers == []
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_a_ca_in_the_environment_is_not_believed(
+    tmp_path: Path, pki: Pki, foreign: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(foreign.ca_pem))
+    impostor = KeyPair(foreign.server_cert, foreign.server_key)
+
+    outcome, server = upload(server_context(pki, impostor), pki, tmp_path)
+
+    assert failed(outcome).reason is Reason.TLS
+    assert server.heads == []

@@ -1,0 +1,115 @@
+import stat
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backupd.core.eligibility import Eligibility, Ineligible, Patterns, is_temporary
+
+REGULAR = stat.S_IFREG | 0o640
+
+
+def rules(
+    include: tuple[str, ...] = ("*.tar.gz",),
+    exclude: tuple[str, ...] = (),
+    min_size: int = 1,
+    max_size: int | None = None,
+) -> Eligibility:
+    return Eligibility(Patterns(include), Patterns(exclude), min_size, max_size)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b".hidden.tar.gz",
+        b".r1.tar.gz.x7Gq2k",  # rsync
+        b"r1.tar.gz.filepart",  # WinSCP
+        b"r1.tar.gz.part",
+        b"r1.tar.gz.PARTIAL",
+        b"r1.tar.gz.crdownload",
+        b"r1.cfg~",
+        b"~r1.cfg",
+        b"#r1.cfg#",
+        b".r1.cfg.swp",
+        b"r1.tmp",
+        b"r1\n.tmp",
+        b"\xff.tmp",
+    ],
+)
+def test_names_that_writers_use_before_they_are_done_are_temporary(name: bytes) -> None:
+    assert is_temporary(name)
+
+
+@pytest.mark.parametrize("name", [b"r1.tar.gz", b"part", b"tmp.cfg", b"r1.tmp.gz", b"a#b", b"#a", b"\xff.gz"])
+def test_other_names_are_not_temporary(name: bytes) -> None:
+    assert not is_temporary(name)
+
+
+def test_a_pattern_without_a_slash_is_about_the_base_name() -> None:
+    patterns = Patterns(("*.cfg",))
+    assert patterns.match(b"r1.cfg")
+    assert patterns.match(b"site/r1.cfg")
+    assert not patterns.match(b"r1.cfg/readme")
+
+
+def test_a_pattern_with_a_slash_is_about_the_relative_path() -> None:
+    patterns = Patterns(("site-?/*.cfg",))
+    assert patterns.match(b"site-1/r1.cfg")
+    assert not patterns.match(b"r1.cfg")
+    assert not patterns.match(b"old/site-1/r1.cfg")
+
+
+def test_case_does_not_matter() -> None:
+    assert Patterns(("*.TAR.gz",)).match(b"R1.tar.GZ")
+
+
+def test_a_name_that_is_no_utf8_is_matched_all_the_same() -> None:
+    assert Patterns(("*.gz",)).match(b"\xff\xfe\n.gz")
+
+
+def test_no_patterns_match_nothing() -> None:
+    assert not Patterns(()).match(b"r1.cfg")
+
+
+@given(st.binary(min_size=1).filter(lambda name: b"/" not in name and b"\0" not in name))
+def test_every_name_is_matched_by_an_asterisk(name: bytes) -> None:
+    assert Patterns(("*",)).match(name)
+
+
+@pytest.mark.parametrize(
+    ("relpath", "why"),
+    [
+        (b"r1.tar.gz", None),
+        (b"site/r1.tar.gz", None),
+        (b"site/.r1.tar.gz", Ineligible.TEMPORARY),
+        (b"r1.old.tar.gz", Ineligible.EXCLUDED),
+        (b"readme.pdf", Ineligible.NOT_INCLUDED),
+    ],
+)
+def test_a_name_qualifies_or_it_is_said_why_not(relpath: bytes, why: Ineligible | None) -> None:
+    assert rules(exclude=("*.old.*",)).of_name(relpath) is why
+
+
+def test_exclude_wins_over_include() -> None:
+    assert rules(include=("*",), exclude=("*.tar.gz",)).of_name(b"r1.tar.gz") is Ineligible.EXCLUDED
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "why"),
+    [
+        (REGULAR, 10, None),
+        (REGULAR, 20, None),
+        (REGULAR, 9, Ineligible.TOO_SMALL),
+        (REGULAR, 21, Ineligible.TOO_LARGE),
+        (stat.S_IFLNK | 0o777, 15, Ineligible.SYMLINK),
+        (stat.S_IFIFO | 0o640, 15, Ineligible.SPECIAL),
+        (stat.S_IFSOCK | 0o640, 15, Ineligible.SPECIAL),
+        (stat.S_IFDIR | 0o750, 15, Ineligible.SPECIAL),
+    ],
+)
+def test_kind_and_size_qualify_or_it_is_said_why_not(mode: int, size: int, why: Ineligible | None) -> None:
+    assert rules(min_size=10, max_size=20).of_file(mode, size) is why
+
+
+def test_without_a_limit_no_file_is_too_large() -> None:
+    assert rules().of_file(REGULAR, 1 << 62) is None

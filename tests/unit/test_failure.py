@@ -1,0 +1,32 @@
+from datetime import timedelta
+
+import pytest
+
+from backupd.core.errors import BackupdError, ConfigError, LedgerError, UnavailableError, UsageError
+from backupd.core.failure import failure
+from backupd.core.model import Deferred, Rejected
+from backupd.core.policy import Reason, Then, rule_of
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_a_failure_is_what_the_policy_makes_of_its_reason(reason: Reason) -> None:
+    outcome = failure(reason, "why", 418, timedelta(seconds=5))
+    rejects = rule_of(reason).then is Then.REJECT
+    assert isinstance(outcome, Rejected) == rejects
+    assert (outcome.reason, outcome.error, outcome.http_status) == (reason, "why", 418)
+    if isinstance(outcome, Deferred):
+        assert outcome.retry_after == timedelta(seconds=5)
+
+
+def test_a_failure_before_any_answer_has_no_status() -> None:
+    assert failure(Reason.DNS, "no such host") == Deferred(Reason.DNS, "no such host", None, None)
+
+
+def test_an_error_says_what_to_do_where_there_is_something() -> None:
+    assert str(BackupdError("what and where")) == "what and where"
+    assert str(BackupdError("what and where", "do this")) == "what and where\n  hint: do this"
+
+
+def test_every_kind_of_error_has_its_exit_code() -> None:
+    kinds = (BackupdError, UsageError, UnavailableError, ConfigError, LedgerError)
+    assert [kind("x").exit_code for kind in kinds] == [1, 2, 69, 78, 78]

@@ -1,0 +1,64 @@
+import itertools
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from backupd.core.names import NAME_MAX, as_text, fitted, free_names, printable
+from tests.factories import NOW
+
+NAMES = st.binary(min_size=1, max_size=NAME_MAX).filter(lambda name: b"/" not in name and b"\0" not in name)
+SUFFIXES = st.binary(max_size=60).filter(lambda suffix: b"/" not in suffix)
+
+
+@given(st.binary())
+@example(b"bad\xff\n.tar.gz")
+def test_every_name_becomes_valid_unicode(name: bytes) -> None:
+    as_text(name).encode("utf-8")
+
+
+def test_good_names_are_kept_as_they_are() -> None:
+    assert as_text("Zürich-大.cfg".encode()) == "Zürich-大.cfg"
+    assert printable("Zürich-大.cfg") == "Zürich-大.cfg"
+
+
+def test_bytes_that_are_no_utf8_are_shown() -> None:
+    assert as_text(b"bad\xff.cfg") == r"bad\xff.cfg"
+
+
+@given(st.text())
+@example("a\nb\x1b[31m\u202egpj.exe\u2028\x85\udcff")
+def test_what_is_printed_is_always_printable(text: str) -> None:
+    shown = printable(text)
+    assert shown.isprintable()
+    shown.encode("utf-8")
+
+
+@given(NAMES, SUFFIXES)
+def test_a_fitted_name_is_never_too_long_and_keeps_its_suffix(name: bytes, suffix: bytes) -> None:
+    new = fitted(name, suffix)
+    assert len(new) <= NAME_MAX
+    assert new.endswith(suffix)
+    assert new == name + suffix or len(name + suffix) > NAME_MAX
+
+
+@given(st.binary(min_size=200, max_size=240), NAMES, NAMES, SUFFIXES)
+def test_names_that_differ_stay_different(same: bytes, one: bytes, other: bytes, suffix: bytes) -> None:
+    one, other = (same + one)[:NAME_MAX], (same + other)[:NAME_MAX]
+    assert (fitted(one, suffix) == fitted(other, suffix)) == (one == other)
+
+
+@given(NAMES)
+def test_free_names_are_different_fit_and_begin_with_the_name_itself(name: bytes) -> None:
+    names = list(itertools.islice(free_names(name, NOW), 30))
+    assert names[0] == name
+    assert len(set(names)) == len(names)
+    assert max(map(len, names)) <= NAME_MAX
+
+
+def test_free_names_tell_the_time_and_then_count() -> None:
+    assert list(itertools.islice(free_names(b"r1.cfg", NOW), 4)) == [
+        b"r1.cfg",
+        b"r1.cfg.20260304T050607Z",
+        b"r1.cfg.20260304T050607Z-2",
+        b"r1.cfg.20260304T050607Z-3",
+    ]

@@ -1,0 +1,121 @@
+from datetime import timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backupd.core.model import DeliveryState, Outcome, Rejected
+from backupd.core.policy import RULES, Charge, Reason, Then
+from backupd.core.step import archive_state, next_step
+from tests.factories import (
+    ENDED,
+    NOW,
+    SECOND,
+    a_delivery,
+    an_archive,
+    deferred,
+    delivered,
+    patience,
+    rejected,
+    superseded,
+)
+
+LATER = [rule.reason for rule in RULES if rule.then is not Then.REJECT and rule.reason is not Reason.STOPPED]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state"),
+    [
+        (delivered(), DeliveryState.DELIVERED),
+        (rejected(), DeliveryState.REJECTED),
+        (superseded(), DeliveryState.SUPERSEDED),
+    ],
+)
+def test_an_end_is_an_end(outcome: Outcome, state: DeliveryState) -> None:
+    step = next_step(a_delivery(), outcome, NOW, patience(), 0.5)
+    assert (step.state, step.outcome, step.due_at) == (state, outcome, None)
+
+
+@pytest.mark.parametrize("reason", LATER)
+def test_what_is_deferred_is_tried_again_later_and_charged_to_whose_fault_it_was(reason: Reason) -> None:
+    step = next_step(a_delivery(charged=2, faults=3), deferred(reason), NOW, patience(), 0.5)
+    assert step.state is DeliveryState.PENDING
+    assert step.due_at is not None
+    assert step.due_at > NOW
+    rule = next(rule for rule in RULES if rule.reason is reason)
+    assert step.charged == 2 + (rule.charge is Charge.ARCHIVE)
+    assert step.faults == (4 if rule.then is Then.PAUSE else 0)
+
+
+def test_a_fault_of_the_destination_uses_up_nothing_of_the_archive() -> None:
+    assert next_step(a_delivery(), deferred(Reason.CONNECT), NOW, patience(), 0.5).charged == 0
+
+
+def test_each_failure_makes_the_wait_longer_up_to_a_bound() -> None:
+    waits = []
+    for faults in range(20):
+        step = next_step(a_delivery(faults=faults), deferred(), NOW, patience(longest=60 * SECOND), 0.5)
+        assert step.due_at is not None
+        waits.append(step.due_at - NOW)
+    assert waits == sorted(waits)
+    assert waits[-1] <= 60 * SECOND
+
+
+def test_a_longer_retry_after_is_kept() -> None:
+    asked = timedelta(minutes=40)
+    step = next_step(a_delivery(), deferred(Reason.RATE_LIMITED, retry_after=asked), NOW, patience(), 0.5)
+    assert step.due_at == NOW + asked
+
+
+def test_a_shorter_retry_after_does_not_shorten_the_wait() -> None:
+    asked = deferred(Reason.RATE_LIMITED, retry_after=timedelta(0))
+    with_it = next_step(a_delivery(), asked, NOW, patience(), 0.5)
+    without = next_step(a_delivery(), deferred(Reason.RATE_LIMITED), NOW, patience(), 0.5)
+    assert with_it.due_at == without.due_at
+
+
+def test_a_stop_costs_nothing() -> None:
+    delivery = a_delivery(charged=2, faults=3)
+    step = next_step(delivery, deferred(Reason.STOPPED), NOW, patience(), 0.5)
+    assert (step.state, step.due_at, step.charged, step.faults) == (DeliveryState.PENDING, NOW, 2, 3)
+
+
+def test_it_is_given_up_only_after_the_time_for_that() -> None:
+    delivery = a_delivery(an_archive(admitted_at=NOW - timedelta(hours=2)))
+    held = next_step(delivery, deferred(), NOW, patience(give_up_after=timedelta(hours=2)), 0.5)
+    assert held.state is DeliveryState.PENDING
+    step = next_step(delivery, deferred(), NOW, patience(give_up_after=timedelta(hours=1)), 0.5)
+    assert step.state is DeliveryState.REJECTED
+    assert isinstance(step.outcome, Rejected)
+    assert step.outcome.reason is Reason.GAVE_UP
+    assert "did not work" in step.outcome.error
+
+
+def test_without_a_limit_it_is_never_given_up() -> None:
+    delivery = a_delivery(an_archive(admitted_at=NOW - timedelta(days=3650)))
+    assert next_step(delivery, deferred(), NOW, patience(), 0.5).state is DeliveryState.PENDING
+
+
+@pytest.mark.parametrize(
+    ("states", "state"),
+    [
+        ("delivered", "delivered"),
+        ("delivered delivered", "delivered"),
+        ("delivered pending", "pending"),
+        ("rejected claimed", "pending"),
+        ("superseded pending", "pending"),
+        ("delivered rejected", "rejected"),
+        ("delivered superseded", "superseded"),
+        ("rejected superseded", "superseded"),
+        ("", "pending"),
+    ],
+)
+def test_an_archive_is_what_its_deliveries_make_of_it(states: str, state: str) -> None:
+    assert archive_state([DeliveryState(one) for one in states.split()]) is DeliveryState(state)
+
+
+@given(st.lists(st.sampled_from(DeliveryState)))
+def test_an_archive_is_delivered_only_where_every_delivery_was(states: list[DeliveryState]) -> None:
+    state = archive_state(states)
+    assert (state is DeliveryState.DELIVERED) == (set(states) == {DeliveryState.DELIVERED})
+    assert (state in ENDED) == (bool(states) and set(states) <= set(ENDED))

@@ -1,0 +1,139 @@
+import base64
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backupd.core.model import Deferred, Delivered, Digest, Outcome, Receipt
+from backupd.core.policy import Reason
+from backupd.core.verify import Expectation, judge, matches
+from tests.factories import a_digest
+
+SENT = a_digest(b"abc")
+RAW = bytes.fromhex(SENT.hex)
+B64 = base64.b64encode(RAW).decode()
+OTHER = a_digest(b"abd")
+SPECIAL = Digest("sha256", ("fb" * 32))  # base64 of it has + and /
+
+
+def judged(receipt: Receipt, expected: Expectation = Expectation()) -> Outcome:  # noqa: B008 -- frozen
+    return judge(SENT, 3, receipt, expected)
+
+
+def reason(outcome: Outcome) -> Reason:
+    assert isinstance(outcome, Deferred)
+    return outcome.reason
+
+
+def test_a_receipt_with_the_digest_and_size_sent_is_a_delivery() -> None:
+    receipt = Receipt(201, SENT.hex, 3)
+    assert judged(receipt) == Delivered(SENT, receipt, verified=True)
+
+
+def test_a_receipt_need_not_state_the_size() -> None:
+    assert isinstance(judged(Receipt(200, SENT.hex)), Delivered)
+
+
+def test_another_digest_is_no_delivery() -> None:
+    outcome = judged(Receipt(200, OTHER.hex, 3))
+    assert reason(outcome) is Reason.MISMATCH
+    assert isinstance(outcome, Deferred)
+    assert outcome.http_status == 200
+    assert OTHER.hex in outcome.error
+
+
+def test_another_size_is_no_delivery_even_where_no_digest_is_asked_for() -> None:
+    for expected in (Expectation(), Expectation(required=False)):
+        assert reason(judged(Receipt(201, SENT.hex, 4), expected)) is Reason.MISMATCH
+
+
+def test_an_answer_without_a_digest_is_no_delivery() -> None:
+    assert reason(judged(Receipt(204))) is Reason.UNVERIFIED
+
+
+def test_where_the_configuration_asks_for_no_receipt_the_delivery_is_not_verified() -> None:
+    receipt = Receipt(204)
+    assert judged(receipt, Expectation(required=False)) == Delivered(SENT, receipt, verified=False)
+
+
+def test_a_long_lie_is_cut_in_the_error() -> None:
+    outcome = judged(Receipt(200, "\n" * 10_000))
+    assert isinstance(outcome, Deferred)
+    assert len(outcome.error) < 1000
+    assert outcome.error.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        (SENT.hex, Expectation()),
+        (f"  {SENT.hex.upper()}\n", Expectation()),
+        (f"sha256:{SENT.hex}", Expectation()),
+        (f"SHA-256: {SENT.hex}", Expectation()),
+        (SENT.hex[:16], Expectation(prefix=16)),
+        (f"sha256:{SENT.hex[:16]}", Expectation(prefix=16)),
+        (B64, Expectation(encoding="base64")),
+        (B64.rstrip("="), Expectation(encoding="base64")),
+        (f"sha256:{B64}", Expectation(encoding="base64")),
+        (B64[:12], Expectation(encoding="base64", prefix=12)),
+        (base64.urlsafe_b64encode(RAW).decode(), Expectation(encoding="base64url")),
+        (f"sha-256=:{B64}:", Expectation(encoding="base64")),
+        (f"sha-256=:{B64}:", Expectation()),
+        (f"md5=:kAFQmDzST7DWlj99KOF/cg==:, sha-256=:{B64}:", Expectation()),
+    ],
+)
+def test_the_digest_is_known_in_each_of_its_spellings(stated: str, expected: Expectation) -> None:
+    assert matches(SENT, stated, expected)
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ("", Expectation()),
+        ("", Expectation(prefix=8)),
+        (SENT.hex[:16], Expectation()),
+        (SENT.hex, Expectation(prefix=16)),
+        (SENT.hex + "00", Expectation()),
+        (f"sha512:{SENT.hex}", Expectation()),
+        (f"md5:{SENT.hex}", Expectation()),
+        (f":{SENT.hex}", Expectation()),
+        (B64, Expectation()),
+        (B64.swapcase(), Expectation(encoding="base64")),
+        (SENT.hex, Expectation(encoding="base64")),
+        (f"sha-512=:{B64}:", Expectation()),
+        (f"sha-256=:{base64.b64encode(bytes(32)).decode()}:", Expectation()),
+    ],
+)
+def test_anything_else_is_not_the_digest(stated: str, expected: Expectation) -> None:
+    assert not matches(SENT, stated, expected)
+
+
+def test_the_two_alphabets_of_base64_are_told_apart() -> None:
+    raw = bytes.fromhex(SPECIAL.hex)
+    standard, url_safe = base64.b64encode(raw).decode(), base64.urlsafe_b64encode(raw).decode()
+    assert matches(SPECIAL, standard, Expectation(encoding="base64"))
+    assert not matches(SPECIAL, url_safe, Expectation(encoding="base64"))
+    assert matches(SPECIAL, url_safe, Expectation(encoding="base64url"))
+
+
+@given(st.text(), st.sampled_from(["hex", "base64", "base64url"]), st.sampled_from([0, 8, 16]))
+def test_no_text_that_does_not_hold_the_digest_passes(stated: str, encoding: str, prefix: int) -> None:
+    assert not matches(SENT, stated, Expectation(encoding=encoding, prefix=prefix))
+
+
+@given(
+    st.binary(),
+    st.sampled_from(["sha256", "sha512", "sha1", "md5"]),
+    st.sampled_from(["hex", "base64", "base64url"]),
+)
+def test_every_digest_matches_itself_and_no_other(content: bytes, algorithm: str, encoding: str) -> None:
+    sent, other = a_digest(content, algorithm), a_digest(content + b"x", algorithm)
+
+    def stated(digest: Digest) -> str:
+        if encoding == "hex":
+            return digest.hex
+        encode = base64.b64encode if encoding == "base64" else base64.urlsafe_b64encode
+        return encode(bytes.fromhex(digest.hex)).decode()
+
+    assert matches(sent, stated(sent), Expectation(encoding=encoding))
+    assert not matches(sent, stated(other), Expectation(encoding=encoding))
