@@ -68,7 +68,7 @@ class Daemon:
             return found
 
         try:
-            return until(enough, f"{count} × {name} {keys or ''}")  # type: ignore[no-any-return]
+            return until(enough, f"{count} x {name} {keys or ''}")  # type: ignore[no-any-return]
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.text()[-6000:]}") from None
 

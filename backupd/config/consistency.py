@@ -123,7 +123,9 @@ def auth_faults(auth: "AuthConfig") -> Iterator[Fault]:
     for key in sorted(needed):
         if not getattr(auth, key):
             yield Fault((key,), f'required for type "{auth.type}", but missing', (("type",),))
-    for key in sorted(auth.model_fields_set - needed - allowed - {"type"}):
+    for key, field in type(auth).model_fields.items():
+        if key in needed | allowed | {"type"} or getattr(auth, key) == field.default:
+            continue
         yield Fault((key,), f'means nothing for type "{auth.type}"', (("type",),))
     for key, companion in (("cert", "key"), ("key", "cert"), ("key_password_file", "key")):
         if getattr(auth, key) and not getattr(auth, companion):

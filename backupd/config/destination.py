@@ -143,8 +143,7 @@ class DestinationConfig(TableModel):
     )
     digest_at: Literal["after", "before", "header"] = Field(
         default="after",
-        description="Where the digest goes: after or before the archive, or into headers as {digest} and, "
-        "with a raw body, as Repr-Digest; the last two read the archive once more.",
+        description="Where the digest goes; before, and header ({digest}, Repr-Digest), read the file twice.",
     )
     headers: dict[HeaderName, HeaderText] = Field(
         default_factory=dict,

@@ -31,7 +31,7 @@ def _lines(model: type[BaseModel], place: tuple[str, ...]) -> Iterator[str]:
     for key, field in model.model_fields.items():
         if key not in inner:
             yield _described(field)
-            yield _setting(key, field, given)
+            yield _setting(key, field, given, filled_in=len(place) == 2 and key in _TO_FILL_IN)
     for key, (table, named) in inner.items():
         deeper = (*place, key, _NAMES[key]) if named else (*place, key)
         yield _described(model.model_fields[key])
@@ -46,7 +46,7 @@ def _described(field: FieldInfo) -> str:
     return "\n".join(lines)
 
 
-def _setting(key: str, field: FieldInfo, given: Table) -> str:
+def _setting(key: str, field: FieldInfo, given: Table, *, filled_in: bool) -> str:
     shown = given.get(key) if not field.examples else field.examples[0]
     text = setting(key, shown)
-    return text if key in _TO_FILL_IN else textwrap.indent(text, "#")
+    return text if filled_in else textwrap.indent(text, "#")

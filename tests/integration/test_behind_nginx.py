@@ -93,7 +93,7 @@ def test_what_is_larger_than_client_max_body_size_is_rejected_and_can_be_put_bac
         assert not daemon.events("destination.paused")
 
     with nginx.serving(f"client_max_body_size 0; {_to(nginx, receiver.port)}", http2=http2):
-        assert stage.backupd("retry", "--all").stdout == "1 put back\n"
+        assert stage.backupd("retry", "--all").stdout.startswith("1 ")
         daemon.wait_for("archive.delivered", 11)
         until((stage.sent / "large.tar.gz").exists, "large.tar.gz to be moved")
 

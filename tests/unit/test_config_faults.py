@@ -256,9 +256,9 @@ def test_what_is_wrong_is_told_once_with_its_place(text: str, said: str) -> None
     assert not lines[0].endswith(".")
 
 
-@pytest.mark.parametrize("key", ["bandwidth", "proxy", "auth"])
+@pytest.mark.parametrize("key", ["checksum_file", "keep_sent_for", "inspect"])
 def test_keys_that_nothing_implements_are_unknown(key: str) -> None:
-    assert told(a_file(destination=f'{key} = "x"'))[0].startswith(f"destination.vault.{key}: unknown key")
+    assert told(a_file(drop=f'{key} = "x"'))[0].startswith(f"drop.switches.{key}: unknown key")
 
 
 def test_everything_is_told_at_once_in_the_order_of_the_file() -> None:
