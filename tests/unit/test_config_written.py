@@ -53,7 +53,19 @@ def test_the_example_loads_with_its_comments_or_without() -> None:
     config = read(text)
     assert config.drop["switches"] == DropConfig(path=Path("/srv/backups/switches"))
     everything = re.sub(r"^#(?! \S)", "", text, flags=re.MULTILINE)
-    drop = read(everything).drop["switches"]
+    # two ways to sign in, or to get there, exclude each other: the reader has to choose
+    everything, _, sign_in = everything.partition("[destination.vault.auth]")
+    chosen = "\n".join(line for line in everything.splitlines() if not line.startswith("proxy"))
+    drop = read(chosen).drop["switches"]
+    schemes = {
+        "basic": {"user", "password_file"},
+        "bearer": {"token_file"},
+        "oauth2": {"token_url", "client_id", "client_secret_file", "scope", "ca", "cert", "key"},
+    }
+    for scheme, keys in schemes.items():
+        lines = [line for line in sign_in.splitlines() if line.partition(" =")[0] in keys]
+        auth = "\n".join(["[destination.vault.auth]", f'type = "{scheme}"', *lines])
+        assert read(f"{chosen}\n{auth}").destination["vault"].auth.model_fields_set == keys | {"type"}
     assert drop.model_fields_set == set(DropConfig.model_fields)
     assert drop.include == config.drop["switches"].include
 
