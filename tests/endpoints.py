@@ -1,13 +1,15 @@
-"""Scripts for `ScriptedServer` that want a sign-in: a token endpoint, and an endpoint that checks."""
+"""Endpoints of all sorts: ones that want a sign-in, give out tokens, or never answer."""
 
 from __future__ import annotations
 
 import base64
 import json
+import socket
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from tests.scripted import Peer, Request, Script, answer, receipt_for
@@ -103,3 +105,17 @@ def guarded(is_good: Callable[[Request], bool], *, thinks: float = 0.0) -> Scrip
             peer.send(receipt_for(request.archive) if good else SIGN_IN_AGAIN)
 
     return script
+
+
+@contextmanager
+def a_full_listener() -> Iterator[int]:
+    """Yield a port on the loopback interface that never completes another connection."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]

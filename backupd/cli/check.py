@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from backupd.cli.options import BAD_CONFIG, DEFAULT_CONFIG, UNAVAILABLE, AsJson, ConfigPath
-from backupd.cli.output import print_json
+from backupd.cli.output import print_json, span
 from backupd.config.problem import Problem
 from backupd.core.names import printable
-from backupd.core.policy import Reason
 
 if TYPE_CHECKING:
+    from backupd.config.destination import DestinationConfig
     from backupd.upload.probe import Probe
 
 
@@ -40,7 +41,7 @@ def check(
     else:
         _print_problems(problems)
         for probe in probes:
-            _print_probe(probe, loaded.destination[probe.destination].url)
+            _print_probe(probe, loaded.destination[probe.destination])
     if any(problem.fatal for problem in problems):
         raise typer.Exit(BAD_CONFIG)
     if any(probe.reason for probe in probes):
@@ -48,7 +49,9 @@ def check(
 
 
 def _plain(probe: Probe) -> dict[str, object]:
-    return {**dataclasses.asdict(probe), "hint": _hint(probe)}
+    fields = dataclasses.asdict(probe)
+    del fields["advice"]
+    return {**fields, "hint": probe.hint}
 
 
 def _print_problems(problems: list[Problem]) -> None:
@@ -58,20 +61,42 @@ def _print_problems(problems: list[Problem]) -> None:
         typer.echo("ok: configuration, folders, keys and certificates")
 
 
-def _print_probe(probe: Probe, url: str) -> None:
-    where = f"destination.{probe.destination}: {url.partition('?')[0]}"
+def _print_probe(probe: Probe, destination: DestinationConfig) -> None:
+    where = f"destination.{probe.destination}: {destination.url.partition('?')[0]}"
     if probe.reason is None:
         typer.echo(f"ok: {where}: {probe.tls or 'no TLS'}, {probe.detail}, in {probe.took_s:.2f} s")
-        return
-    typer.echo(f"failed: {where}: {printable(probe.detail)} ({probe.reason})")
-    typer.echo(f"  hint: {_hint(probe)}")
+    else:
+        typer.echo(f"failed: {where}: {printable(probe.detail)} ({probe.reason})")
+        typer.echo(f"  hint: {probe.hint}")
+    for name, said in _facts(probe, destination):
+        line = f"  {name:{_NAME_WIDTH}}{printable(said)}"
+        typer.echo(line if len(line) <= _WIDTH else f"{line[: _WIDTH - 1]}…")
+    if probe.clock_is_off:
+        typer.echo("  hint: set the clock that is wrong; certificates and tokens depend on it")
 
 
-def _hint(probe: Probe) -> str:
-    match probe.reason:
-        case Reason.LOCAL_FILES:
-            return "mend the files it names: each has to be readable PEM, key and certificate a pair"
-        case Reason.CONNECTION_LOST:  # many servers give no reason when they refuse a certificate
-            return "the endpoint hung up: does it trust the CA of `cert`? its log may say"
-        case _:
-            return probe.hint
+_WIDTH = 100
+_NAME_WIDTH = 21
+
+
+def _facts(probe: Probe, destination: DestinationConfig) -> Iterator[tuple[str, str]]:
+    if probe.http_version:
+        yield "connection", " ".join(part for part in (probe.tls, probe.http_version) if part)
+    if probe.server_days_left is not None:
+        days = probe.server_days_left
+        left = f"{days} days left" if days >= 0 else f"expired {-days} days ago"
+        yield "its certificate", f"{left}, for {', '.join(probe.server_names) or 'no name'}"
+        yield "issued by", probe.server_issuer or "nobody"
+    if probe.certificate_required is not None:
+        yield "our certificate", "required" if probe.certificate_required else "not required"
+    if probe.signed_in is not None:
+        scheme = destination.auth.type if destination.auth.type != "none" else "headers"
+        yield "sign-in", f"{scheme}: {'not refused' if probe.signed_in else 'refused'}"
+    if probe.clock_ahead_s is not None:
+        yield "its clock", _clock(probe.clock_ahead_s)
+
+
+def _clock(ahead: float) -> str:
+    if abs(ahead) < 2:  # the field has whole seconds
+        return "as ours"
+    return f"{span(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'} ours"

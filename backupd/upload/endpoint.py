@@ -47,21 +47,6 @@ class Endpoint:
         """Return how to get there."""
         return _route(self.config)
 
-    def prefetch(self) -> None:
-        """Fetch what signing in needs; raises SignInError and the client's exceptions."""
-        if isinstance(self.auth, OAuth2):
-            self.auth.prefetch()
-
-    def async_transport(self, config: DestinationConfig) -> httpx.AsyncHTTPTransport:
-        """Return a transport that shows what `config` shows, to ask many endpoints at once."""
-        return httpx.AsyncHTTPTransport(
-            verify=make_context(config, http2=config.http2, tls_min=config.tls_min),
-            http2=config.http2,
-            local_address=config.local_address or None,
-            proxy=httpx.Proxy(config.proxy, auth=_proxy_auth(config)) if config.proxy else None,
-            trust_env=False,
-        )
-
     def transport(self, line: Line) -> httpx.BaseTransport:
         """Return a transport; raises TlsFilesError or SecretError where a file can't be used."""
         config = self.config

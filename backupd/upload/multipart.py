@@ -74,4 +74,4 @@ def _part(boundary: str, name: str) -> bytes:
 
 
 def _quoted(name: str) -> str:
-    return name.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
+    return "".join(_percent(c) if c in '"\\\r\n' else c for c in name)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import ssl
 import time
-from collections.abc import Mapping
-from contextlib import AsyncExitStack
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 
+import httpcore
 import httpx
 from cryptography import x509
 
@@ -19,24 +21,30 @@ from backupd.core.errors import BackupdError
 from backupd.core.policy import Reason, reason_of_status, rule_of
 from backupd.core.template import Template
 from backupd.upload.answer import reason_of_refusal
-from backupd.upload.endpoint import HEADERS, open_endpoint, timeouts
+from backupd.upload.backend import WireBackend
+from backupd.upload.endpoint import HEADERS, Endpoint, open_endpoint, timeouts
 from backupd.upload.failures import reason_of
-from backupd.upload.line import Abort, AttemptEndedError
+from backupd.upload.line import Abort, AttemptEndedError, Line
 from backupd.upload.oauth2 import SignInError
-from backupd.upload.wire import PIN_MISMATCH, spki_pin
+from backupd.upload.request import RequestMaker
+from backupd.upload.wire import PIN_MISMATCH
 
 _TAKEN = frozenset({200, 201, 202, 204, 400, 405, 411, 415, 422, 501})
 """What endpoints that take uploads answer to OPTIONS, or to a GET of their url."""
 _CLOCK_TOLERANCE = 60.0
 """Seconds by which two clocks may differ before it is worth a word."""
+_LONGEST_READ = 30.0
+"""Seconds to wait for an answer to a request without a body; uploads may be given far longer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
     """What a destination answered; `reason` is None where nothing speaks against an upload.
 
-    `certificate_asked` tells whether it wanted our certificate, None where it can't be told;
-    `server_days_left` how many days its own lasts; `clock_ahead_s` by how much its clock is ahead of ours.
+    `certificate_required` tells whether it would do without our certificate, None where that can't be
+    told; `signed_in` is False where it refused our sign-in, None where there is none or it was not asked;
+    `server_days_left` is how many days its own certificate lasts, `clock_ahead_s` by how much its clock is
+    ahead of ours.
     """
 
     destination: str
@@ -48,7 +56,7 @@ class Probe:
     server_names: tuple[str, ...] = ()
     server_issuer: str | None = None
     server_days_left: int | None = None
-    certificate_shown: bool | None = None
+    certificate_required: bool | None = None
     signed_in: bool | None = None
     clock_ahead_s: float | None = None
     took_s: float = 0.0
@@ -67,29 +75,58 @@ class Probe:
 
 def probe_all(destinations: Mapping[str, DestinationConfig]) -> list[Probe]:
     """Return a probe of each destination; all are asked at the same time."""
+    with (
+        closing(Abort()) as abort,
+        ThreadPoolExecutor(max(len(destinations), 1), "probe") as pool,
+    ):
+        try:
+            return list(pool.map(partial(_probe, abort), destinations.keys(), destinations.values()))
+        except BaseException:  # Ctrl-C: the others end at once, too
+            abort.set()
+            raise
 
-    async def ask() -> list[Probe]:
-        return await asyncio.gather(*(_probe(name, config) for name, config in destinations.items()))
 
-    return asyncio.run(ask())
-
-
-async def _probe(name: str, config: DestinationConfig) -> Probe:
+def _probe(abort: Abort, name: str, config: DestinationConfig) -> Probe:
     began = time.monotonic()
+    endpoint = open_endpoint(config, abort)
     try:
-        answer = await _ask(config, with_certificate=True)
+        answer = _ask(endpoint)
         probe = _described(name, config, answer)
         if config.cert is not None:
-            probe = replace(probe, certificate_shown=await _is_certificate_wanted(config, answer.status))
-    except (BackupdError, SignInError, AttemptEndedError) as error:
-        reason = Reason.SIGN_IN if isinstance(error, SignInError) else Reason.LOCAL_FILES
-        probe = Probe(name, reason, str(error).partition("\n")[0])
-    except (httpx.TransportError, OSError) as error:  # the async client lets errors of TLS through
-        reason, words = reason_of(error)
-        probe = Probe(name, reason, words)
-        if reason is Reason.TLS:
-            probe = await _with_certificate_seen(probe, config)
-    return replace(probe, took_s=time.monotonic() - began)
+            probe = replace(probe, certificate_required=_is_certificate_required(endpoint, answer))
+    except _FAILURES as error:
+        probe = _failed(name, error)
+        if probe.reason is Reason.TLS:
+            probe = _with_certificate_seen(probe, endpoint)
+    return replace(probe, took_s=round(time.monotonic() - began, 3))
+
+
+_FAILURES = (BackupdError, SignInError, AttemptEndedError, httpx.TransportError, httpx.InvalidURL)
+
+
+def _failed(name: str, error: Exception) -> Probe:
+    match error:
+        case BackupdError():
+            return Probe(name, Reason.LOCAL_FILES, error.message, advice=_LOCAL_FILES)
+        case SignInError():
+            return Probe(name, Reason.SIGN_IN, str(error), signed_in=False)
+        case AttemptEndedError():
+            return Probe(name, error.reason, error.error)
+        case httpx.TransportError():
+            reason, words = reason_of(error)
+            return Probe(name, reason, words, advice=_ADVICE.get(reason, ""))
+        case _:
+            return Probe(name, Reason.PROTOCOL, str(error))
+
+
+_LOCAL_FILES = (
+    "mend the files it names: a certificate, key or CA has to be PEM, a secret one line, "
+    "each readable for the daemon's user"
+)
+_ADVICE = {
+    # many servers give no reason when they refuse a certificate
+    Reason.CONNECTION_LOST: "the endpoint hung up: does it trust the CA of `cert`? its log may say",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,49 +147,56 @@ class _Answer:
         return reason
 
 
-async def _ask(config: DestinationConfig, *, with_certificate: bool) -> _Answer:
-    """Ask for the options of the url as an upload would go there, without its body."""
-    endpoint = open_endpoint(config, Abort())
-    shown = config if with_certificate else config.model_copy(update={"cert": None, "key": None})
-    template = Template.parse(config.url)
-    url = httpx.URL(template.render(dict.fromkeys(template.names, "check")))
-    async with AsyncExitStack() as stack:
-        if with_certificate and endpoint.auth is not None:
-            await asyncio.to_thread(endpoint.prefetch)
-        client = await stack.enter_async_context(
-            httpx.AsyncClient(
-                transport=endpoint.async_transport(shown),
-                auth=endpoint.auth if with_certificate else None,
-                timeout=timeouts(config),
-                headers={**HEADERS, "Host": url.netloc.decode("ascii")},
-                trust_env=False,
-            )
-        )
-        target = url
-        if endpoint.route.connect_to is not None:
-            host, port = endpoint.route.connect_to
-            target = url.copy_with(host=host, port=port)
-        name = endpoint.route.server_name or url.host
-        request = client.build_request("OPTIONS", target, extensions={"sni_hostname": name})
-        response = await client.send(request, stream=True)
-        stack.push_async_callback(response.aclose)
-        said = await anext(response.aiter_raw(), b"") if response.status_code == 400 else b""
-        return _answer(response, said[:1000].decode("utf-8", "replace"))
+def _ask(endpoint: Endpoint) -> _Answer:
+    """Ask for the options of the url as an upload would go there, without its body.
+
+    Raises what an upload would.
+    """
+    config = endpoint.config
+    connect = config.timeout.connect.total_seconds()
+    line = Line(endpoint.abort, deadline=2 * connect + _LONGEST_READ)
+    line.begin()
+    timeout = timeouts(config)
+    timeout.read = min(config.timeout.read.total_seconds(), _LONGEST_READ)
+    with httpx.Client(
+        transport=endpoint.transport(line),
+        auth=endpoint.auth,
+        timeout=timeout,
+        headers=HEADERS,
+        trust_env=False,
+        follow_redirects=False,
+    ) as client:
+        url, headers = RequestMaker(config, line).probe(_values(config))
+        with client.stream("OPTIONS", url, headers=headers) as response:
+            return _answer(response)
 
 
-def _answer(response: httpx.Response, said: str) -> _Answer:
-    stream = response.extensions["network_stream"]
-    connection = stream.get_extra_info("ssl_object")
+def _values(config: DestinationConfig) -> dict[str, str]:
+    """Return a value for every placeholder there is."""
+    texts = [config.url, *config.headers.values()]
+    return dict.fromkeys((name for text in texts for name in Template.parse(text).names), "check")
+
+
+def _answer(response: httpx.Response) -> _Answer:
+    connection = response.extensions["network_stream"].get_extra_info("ssl_object")
     tls = certificate = None
-    if isinstance(connection, ssl.SSLObject | ssl.SSLSocket):
+    if isinstance(connection, ssl.SSLSocket):
         tls, certificate = connection.version(), connection.getpeercert(binary_form=True)
+    # only now: with its last byte the connection may end, and forget its certificate
+    said = next(response.iter_raw(), b"") if response.status_code == 400 else b""
     return _Answer(
-        response.status_code, response.http_version, response.headers.get("Date"), tls, certificate, said
+        response.status_code,
+        response.http_version,
+        response.headers.get("Date"),
+        tls,
+        certificate,
+        said[:1000].decode("utf-8", "replace"),
     )
 
 
 def _described(name: str, config: DestinationConfig, answer: _Answer) -> Probe:
     now = datetime.now(UTC)
+    signs_in = config.auth.type != "none" or bool(config.header_files)
     probe = Probe(
         name,
         answer.reason,
@@ -160,23 +204,15 @@ def _described(name: str, config: DestinationConfig, answer: _Answer) -> Probe:
         answer.tls,
         answer.http_version,
         answer.status,
-        signed_in=answer.status not in (401, 403) if config.auth.type != "none" else None,
+        signed_in=answer.status not in (401, 403) if signs_in else None,
         clock_ahead_s=_clock_ahead(answer.date, now),
     )
-    if answer.certificate is None:
-        return probe
-    probe = _with_certificate(probe, answer.certificate, now)
-    pins = {pin.removeprefix("sha256//") for pin in config.pin_sha256}
-    if pins and (seen := spki_pin(answer.certificate)) not in pins:
-        return replace(
-            probe, reason=Reason.TLS, detail=f"{PIN_MISMATCH}: the endpoint's public key is {seen}"
-        )
-    return probe
+    return _with_certificate(probe, answer.certificate, now) if answer.certificate else probe
 
 
 def _clock_ahead(date: str | None, now: datetime) -> float | None:
     try:
-        return (parsedate_to_datetime(date) - now).total_seconds() if date else None
+        return round((parsedate_to_datetime(date) - now).total_seconds(), 1) if date else None
     except (ValueError, TypeError, OverflowError):
         return None
 
@@ -196,43 +232,58 @@ def _with_certificate(probe: Probe, der: bytes, now: datetime) -> Probe:
     )
 
 
-async def _is_certificate_wanted(config: DestinationConfig, status: int) -> bool:
+def _is_certificate_required(endpoint: Endpoint, with_it: _Answer) -> bool | None:
     """Tell whether the endpoint treats us differently without our certificate."""
+    bare = endpoint.config.model_copy(update={"cert": None, "key": None, "key_password_file": None})
     try:
-        answer = await _ask(config, with_certificate=False)
-    except (httpx.TransportError, BackupdError):
+        without = _ask(replace(endpoint, config=bare))
+    except httpx.TransportError as error:
+        reason, _ = reason_of(error)
+        return True if reason in (Reason.TLS, Reason.TLS_CLIENT, Reason.CONNECTION_LOST) else None
+    except (BackupdError, SignInError, AttemptEndedError):
+        return None
+    if without.reason is Reason.TLS_CLIENT:
         return True
-    if answer.reason is Reason.TLS_CLIENT:
-        return True
-    return answer.status in (400, 401, 403, 495, 496) and answer.status != status
+    return without.status in (400, 401, 403, 495, 496) and without.status != with_it.status
 
 
-async def _with_certificate_seen(probe: Probe, config: DestinationConfig) -> Probe:
+def _with_certificate_seen(probe: Probe, endpoint: Endpoint) -> Probe:
     """Look at the certificate that was not trusted, over a connection on which nothing is sent."""
-    url = httpx.URL(
-        Template.parse(config.url).render(dict.fromkeys(Template.parse(config.url).names, "check"))
-    )
-    host, port = url.host, url.port or 443
-    if config.connect_to:
-        host, _, text = config.connect_to.rpartition(":")
-        port = int(text)
+    config = endpoint.config
+    probe = replace(probe, advice=_advice(probe.detail, config))
+    if config.proxy:
+        return probe
+    try:
+        with _untrusted(endpoint) as stream:
+            der = stream.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    except (httpcore.NetworkError, httpcore.TimeoutException, AttemptEndedError):
+        return probe
+    return _with_certificate(probe, der, datetime.now(UTC)) if der else probe
+
+
+@contextmanager
+def _untrusted(endpoint: Endpoint) -> Iterator[httpcore.NetworkStream]:
+    """Yield a connection to whoever is there, checked in no way."""
+    config, timeout = endpoint.config, endpoint.config.timeout.connect.total_seconds()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    advice = _advice(probe.detail, config)
-    try:
-        async with asyncio.timeout(config.timeout.connect.total_seconds()):
-            _, writer = await asyncio.open_connection(
-                host.strip("[]"), port, ssl=context, server_hostname=config.server_name or url.host
-            )
-            der = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
-            writer.transport.abort()
-    except (OSError, TimeoutError):
-        return replace(probe, advice=advice)
-    return replace(_with_certificate(probe, der, datetime.now(UTC)), advice=advice) if der else probe
+    line = Line(endpoint.abort, deadline=2 * timeout)
+    line.begin()
+    url = httpx.URL(Template.parse(config.url).render(_values(config)))
+    backend = WireBackend(line, replace(endpoint.route, pins=frozenset()))
+    with (
+        closing(backend.connect_tcp(url.host, url.port or 443, timeout)) as plain,
+        closing(plain.start_tls(context, url.host, timeout)) as stream,
+    ):
+        yield stream
 
 
 def _advice(detail: str, config: DestinationConfig) -> str:
     """Return what to do about a certificate that was not trusted."""
+    if detail.startswith(PIN_MISMATCH):
+        return "if whoever runs the endpoint says that this is its key, put it into `pin_sha256`"
+    if "protocol version" in detail or "unsupported protocol" in detail:
+        return f"the endpoint does not speak TLS {config.tls_min} or later; update it, or lower `tls_min`"
     if "issuer" in detail or "self-signed" in detail or "self signed" in detail:
         named = str(config.ca) if config.ca else "the system's store"
         return f"`ca` ({named}) is not the authority that issued the endpoint's certificate; name that one"

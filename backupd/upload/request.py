@@ -72,6 +72,10 @@ class RequestMaker:
             return None
         return _address(self._query_url, {**cargo.variables, "digest": digest.hex})
 
+    def probe(self, values: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+        """Return address and headers of a request that only asks; raises SecretError for a header's file."""
+        return _address(self._url, values), self.own_headers(values)
+
     def own_headers(self, values: Mapping[str, str]) -> dict[str, str]:
         """Return the configured headers, those from files included."""
         plain = {key: template.render(values, _in_header).strip() for key, template in self._headers.items()}

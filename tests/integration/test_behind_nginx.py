@@ -17,7 +17,7 @@ from tests.programs import require
 from tests.scripted import Peer, ScriptedServer, answer, receipt_for
 from tests.servers.nginx import Nginx
 from tests.servers.process import a_listener
-from tests.stage import Daemon, Stage, until
+from tests.stage import Daemon, Stage
 from tests.uploading import MIB, a_destination, a_sender, an_archive
 
 SOON = 'retry = { initial = "0.1s", max = "0.4s" }\n'
@@ -94,8 +94,7 @@ def test_what_is_larger_than_client_max_body_size_is_rejected_and_can_be_put_bac
 
     with nginx.serving(f"client_max_body_size 0; {_to(nginx, receiver.port)}", http2=http2):
         assert stage.backupd("retry", "--all").stdout.startswith("1 ")
-        daemon.wait_for("archive.delivered", 11)
-        until((stage.sent / "large.tar.gz").exists, "large.tar.gz to be moved")
+        daemon.wait_for("archive.disposed", 12)
 
     _assert_delivered(stage, archives | {"large.tar.gz": large})
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from backupd.core.model import Deferred, Delivered, Outcome
 from backupd.core.policy import Reason
+from tests.endpoints import a_full_listener
 from tests.pki import Pki
 from tests.scripted import (
     Peer,
@@ -449,20 +450,6 @@ def test_a_certificate_that_is_renewed_counts_without_a_restart(tmp_path: Path, 
 
 
 # Time
-
-
-@contextmanager
-def a_full_listener() -> Iterator[int]:
-    """Yield a port on the loopback interface that never completes another connection."""
-    with ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(4):
-            sock = stack.enter_context(socket.socket())
-            sock.setblocking(False)
-            sock.connect_ex(listener.getsockname())
-        yield listener.getsockname()[1]
 
 
 def silent(peer: Peer) -> None:

@@ -172,23 +172,23 @@ def test_a_name_arrives_as_it_is_but_for_its_quotes(stage: Stage, server: str, q
 
 
 @pytest.mark.parametrize(
-    ("server", "reason"),
+    ("server", "reasons"),
     [
-        ("receiver", Reason.CONNECTION_LOST),  # uvicorn ends such connections without an alert
-        ("fastapi", Reason.CONNECTION_LOST),
-        ("django", Reason.TLS_CLIENT),
-        ("express", Reason.TLS_CLIENT),
+        ("receiver", {Reason.TLS_CLIENT, Reason.CONNECTION_LOST}),  # uvicorn seldom says why it hangs up
+        ("fastapi", {Reason.TLS_CLIENT, Reason.CONNECTION_LOST}),
+        ("django", {Reason.TLS_CLIENT}),
+        ("express", {Reason.TLS_CLIENT}),
     ],
     indirect=["server"],
 )
 def test_no_archive_is_charged_for_a_certificate_that_is_not_shown(
-    stage: Stage, server: str, reason: Reason
+    stage: Stage, server: str, reasons: set[Reason]
 ) -> None:
     with a_sender(a_destination(f"{server}/upload", ca=stage.pki.ca_pem)) as sender:
         outcome = sender.send(an_archive(stage.base, size=4 * MIB))
 
     assert isinstance(outcome, Deferred)
-    assert outcome.reason is reason
+    assert outcome.reason in reasons, outcome
     assert _stored(stage) == []
 
 

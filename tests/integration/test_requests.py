@@ -213,7 +213,7 @@ def test_the_digest_stands_where_it_is_asked_for(tmp_path: Path, pki: Pki, diges
 @pytest.mark.parametrize("keys", [{"digest_at": "before"}, {"digest_at": "header", "body": "raw"}])
 @pytest.mark.parametrize("undetected", [True, False])
 def test_a_file_that_is_rewritten_between_its_two_reads_is_superseded(
-    tmp_path: Path, pki: Pki, keys: dict[str, str], undetected: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pki: Pki, keys: dict[str, Any], undetected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = an_archive(tmp_path, CONTENT)
     read_once = RequestMaker.digest_of

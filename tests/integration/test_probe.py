@@ -1,0 +1,416 @@
+"""What `backupd check` finds out about a destination without sending it an archive."""
+
+from __future__ import annotations
+
+import json
+import ssl
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backupd.core.policy import Reason
+from backupd.upload.probe import Probe, probe_all
+from tests.endpoints import CLIENT_ID, CLIENT_SECRET, Login, a_full_listener, refused
+from tests.pki import Pki, in_days
+from tests.scripted import Peer, Request, Script, ScriptedServer, answer, header_of, server_context
+from tests.stage import Stage
+from tests.uploading import a_destination
+
+
+@pytest.fixture
+def pki(tmp_path: Path) -> Pki:
+    return Pki(tmp_path / "pki")
+
+
+def answering(
+    status: int = 204, said: bytes = b"", *, off: float = 0.0, thinks: float = 0.0, **headers: str
+) -> Script:
+    """Return a script whose clock is so many seconds ahead."""
+
+    def script(peer: Peer) -> None:
+        while True:
+            peer.read_request()
+            time.sleep(thinks)
+            date = formatdate(time.time() + off, usegmt=True)
+            peer.send(answer(status, said, Date=date, **headers))
+
+    return script
+
+
+def checking(value: str, name: str = "authorization") -> Script:
+    """Return a script that wants a header field to have this value."""
+
+    def script(peer: Peer) -> None:
+        while True:
+            good = peer.read_request().header(name) == value
+            peer.send(answer(204 if good else 401))
+
+    return script
+
+
+def probe(url: str, pki: Pki, **keys: Any) -> Probe:
+    keys = {"timeout": {"connect": "1s", "read": "1s"}, **keys}
+    (found,) = probe_all({"vault": a_destination(url, pki, **keys)})
+    return found
+
+
+def open_to_all(pki: Pki) -> ssl.SSLContext:
+    context = server_context(pki)
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def test_a_good_destination_is_described(pki: Pki) -> None:
+    server_pair = pki.issue_server("ninety", not_after=in_days(90.5))
+    with ScriptedServer(answering(405), server_context(pki, server_pair)) as server:
+        found = probe(server.url, pki)
+    assert found.reason is None
+    assert found.hint == ""
+    assert (found.tls, found.http_version, found.http_status) == ("TLSv1.3", "HTTP/1.1", 405)
+    assert found.server_names == ("localhost", "127.0.0.1")
+    assert found.server_days_left == 90
+    assert "trustme" in (found.server_issuer or "")
+    assert found.certificate_required is True
+    assert found.signed_in is None
+    assert abs(found.clock_ahead_s or 0.0) < 5
+    assert not found.clock_is_off
+    assert {head.split(b" ")[0] for head in server.heads} == {b"OPTIONS"}
+    assert all(header_of(head, "content-length") in (None, "0") for head in server.heads)
+
+
+def test_an_endpoint_that_would_do_without_our_certificate_is_told(pki: Pki) -> None:
+    with ScriptedServer(answering(), open_to_all(pki)) as server:
+        assert probe(server.url, pki).certificate_required is False
+        assert probe(server.url, pki, cert=None, key=None).certificate_required is None
+
+
+def test_a_sign_in_is_not_taken_for_a_certificate(pki: Pki, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("good")
+    with ScriptedServer(checking("Bearer good"), open_to_all(pki)) as server:
+        found = probe(server.url, pki, auth={"type": "bearer", "token_file": token})
+    assert found.reason is None
+    assert found.signed_in is True
+    assert found.certificate_required is False
+
+
+def test_another_authority_is_told_with_the_certificate_that_was_shown(pki: Pki, tmp_path: Path) -> None:
+    other = Pki(tmp_path / "other")
+    with ScriptedServer(answering(), server_context(pki)) as server:
+        found = probe(server.url, pki, ca=other.ca_pem)
+    assert found.reason is Reason.TLS
+    assert str(other.ca_pem) in found.hint
+    assert found.server_names == ("localhost", "127.0.0.1")
+    assert not server.heads
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_an_untrusted_client_certificate_is_told(pki: Pki, tmp_path: Path, version: ssl.TLSVersion) -> None:
+    stranger = Pki(tmp_path / "stranger")
+    with ScriptedServer(answering(), server_context(pki, version=version)) as server:
+        found = probe(server.url, pki, cert=stranger.client_cert, key=stranger.client_key)
+    assert found.reason is Reason.TLS_CLIENT
+    assert "`cert`" in found.hint
+
+
+def test_nobody_listening_is_told_from_a_port_that_swallows_everything(pki: Pki) -> None:
+    with ScriptedServer(answering()) as gone:
+        pass
+    refusing = probe(f"https://127.0.0.1:{gone.port}/", pki)
+    with a_full_listener() as port:
+        swallowing = probe(f"https://127.0.0.1:{port}/", pki)
+    assert refusing.reason is Reason.CONNECT
+    assert refusing.took_s < 1
+    assert swallowing.reason is Reason.CONNECT_TIMEOUT
+    assert "firewall" in swallowing.hint
+    assert 1 <= swallowing.took_s < 3
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (404, Reason.NOT_FOUND),
+        (401, Reason.UNAUTHORIZED),
+        (403, Reason.FORBIDDEN),
+        (302, Reason.REDIRECT),
+        (503, Reason.SERVER_ERROR),
+        (429, Reason.RATE_LIMITED),
+        (405, None),
+        (200, None),
+    ],
+)
+def test_what_it_answers_tells_whether_an_upload_could_work(
+    pki: Pki, status: int, reason: Reason | None
+) -> None:
+    with ScriptedServer(answering(status, Location="/x"), server_context(pki)) as server:
+        found = probe(server.url, pki)
+    assert found.reason is reason
+    assert found.http_status == status
+    assert bool(found.hint) == (reason is not None)
+
+
+@pytest.mark.parametrize("scheme", ["basic", "bearer", "header"])
+@pytest.mark.parametrize("right", [True, False])
+def test_credentials_are_tried(pki: Pki, tmp_path: Path, scheme: str, right: bool) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("right" if right else "wrong")
+    all_keys: dict[str, dict[str, Any]] = {
+        "basic": {"auth": {"type": "basic", "user": "me", "password_file": secret}},
+        "bearer": {"auth": {"type": "bearer", "token_file": secret}},
+        "header": {"header_files": {"X-API-Key": secret}},
+    }
+    script = {
+        "basic": checking("Basic bWU6cmlnaHQ="),
+        "bearer": checking("Bearer right"),
+        "header": checking("right", "x-api-key"),
+    }[scheme]
+    with ScriptedServer(script, server_context(pki)) as server:
+        found = probe(server.url, pki, **all_keys[scheme])
+    assert found.reason is (None if right else Reason.UNAUTHORIZED)
+    assert found.signed_in is right
+    assert "wrong" not in repr(found)
+
+
+@pytest.mark.parametrize("said", [None, refused("invalid_client", "no", 401)])
+def test_a_token_is_fetched_as_for_an_upload(pki: Pki, tmp_path: Path, said: bytes | None) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text(CLIENT_SECRET)
+    login = Login()
+    login.instead = said
+
+    def script(peer: Peer) -> None:
+        while True:
+            peer.send(answer(204 if login.is_good(peer.read_request()) else 401))
+
+    with (
+        ScriptedServer(login, server_context(pki)) as tokens,
+        ScriptedServer(script, server_context(pki)) as server,
+    ):
+        auth = {
+            "type": "oauth2",
+            "token_url": tokens.url,
+            "client_id": CLIENT_ID,
+            "client_secret_file": secret,
+            "ca": pki.ca_pem,
+            "cert": pki.client_cert,
+            "key": pki.client_key,
+        }
+        found = probe(server.url, pki, auth=auth)
+    assert found.reason is (None if said is None else Reason.SIGN_IN)
+    assert found.signed_in is (said is None)
+    assert len(login.issued_at) == 1
+    if said:
+        assert "invalid_client" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("keys", "right"),
+    [({}, False), ({"server_name": "vault.test"}, True), ({"server_name": "other.test"}, False)],
+)
+def test_a_certificate_for_another_name_is_told_with_its_names(
+    pki: Pki, keys: dict[str, Any], right: bool
+) -> None:
+    with ScriptedServer(answering(), server_context(pki, pki.issue_server("v", ("vault.test",)))) as server:
+        found = probe(server.url, pki, **keys)
+    assert found.server_names == ("vault.test",)
+    if right:
+        assert found.reason is None
+    else:
+        assert found.reason is Reason.TLS
+        assert "`server_name`" in found.hint
+
+
+def test_the_way_there_is_that_of_an_upload(pki: Pki) -> None:
+    seen: list[str] = []
+
+    def script(peer: Peer) -> None:
+        seen.append(peer._sock.getpeername()[0])
+        answering()(peer)
+
+    with ScriptedServer(script, server_context(pki, pki.issue_server("v", ("vault.test",)))) as server:
+        found = probe(
+            "https://vault.test/v1/{name}?x={digest}",
+            pki,
+            connect_to=f"127.0.0.1:{server.port}",
+            local_address="127.0.0.3",
+            headers={"X-Host": "{host}"},
+            digest_at="header",
+        )
+    assert found.reason is None
+    assert set(seen) == {"127.0.0.3"}
+    assert Request(server.heads[0], b"").path == "/v1/check?x=check"
+    assert header_of(server.heads[0], "host") == "vault.test"
+    assert header_of(server.heads[0], "x-host") == "check"
+
+
+def test_a_proxy_that_is_down_is_told_as_that(pki: Pki) -> None:
+    with ScriptedServer(answering()) as gone:
+        pass
+    found = probe("https://vault.example.net/", pki, proxy=f"http://127.0.0.1:{gone.port}")
+    assert found.reason is Reason.PROXY
+
+
+def test_an_expired_certificate_is_told_with_its_date(pki: Pki) -> None:
+    with ScriptedServer(answering(), server_context(pki, pki.issue_expired_server())) as server:
+        found = probe(server.url, pki)
+    assert found.reason is Reason.TLS
+    assert found.server_days_left is not None
+    assert found.server_days_left < -5000
+    assert "out of date" in found.hint
+
+
+def test_a_wrong_pin_is_told_with_the_one_that_was_seen_before_anything_is_sent(
+    pki: Pki, tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("secret-token")
+    wrong = "A" * 43 + "="
+    with ScriptedServer(answering(), server_context(pki)) as server:
+        auth = {"type": "bearer", "token_file": token}
+        found = probe(server.url, pki, pin_sha256=[wrong], auth=auth)
+        assert not server.heads
+        assert found.reason is Reason.TLS
+        assert "`pin_sha256`" in found.hint
+        shown = found.detail.rpartition(" ")[2]
+        assert probe(server.url, pki, pin_sha256=[wrong, shown], auth=auth).reason is None
+
+
+def test_an_endpoint_that_is_too_old_is_told(pki: Pki) -> None:
+    with ScriptedServer(answering(), server_context(pki, version=ssl.TLSVersion.TLSv1_2)) as server:
+        assert probe(server.url, pki).tls == "TLSv1.2"
+        found = probe(server.url, pki, tls_min="1.3")
+    assert found.reason is Reason.TLS
+    assert "`tls_min`" in found.hint
+
+
+@pytest.mark.parametrize("date", ["nonsense", "Mon, 99 Foo 9999 99:99:99 GMT", "1", ""])
+def test_a_date_that_is_none_says_nothing_of_the_clock(pki: Pki, date: str) -> None:
+    def script(peer: Peer) -> None:
+        while True:
+            peer.read_request()
+            peer.send(answer(204, Date=date))
+
+    with ScriptedServer(script, server_context(pki)) as server:
+        found = probe(server.url, pki)
+    assert found.reason is None
+    assert found.clock_ahead_s is None
+
+
+def test_one_that_never_answers_ends_in_time(pki: Pki) -> None:
+    def silent(peer: Peer) -> None:
+        peer.read_head()
+        peer.pause()
+
+    with ScriptedServer(silent, server_context(pki)) as server:
+        found = probe(server.url, pki)
+    assert found.reason is Reason.READ_TIMEOUT
+    assert found.took_s < 3
+
+
+def test_a_secret_that_is_not_there_is_told_with_its_file(pki: Pki, tmp_path: Path) -> None:
+    with ScriptedServer(answering(), server_context(pki)) as server:
+        found = probe(server.url, pki, auth={"type": "bearer", "token_file": tmp_path / "gone"})
+    assert found.reason is Reason.LOCAL_FILES
+    assert str(tmp_path / "gone") in found.detail
+    assert "backupd check" not in found.hint  # that is what was done
+
+
+def test_several_take_no_longer_than_the_slowest(pki: Pki) -> None:
+    with ExitStack() as stack:
+        slow = [
+            stack.enter_context(ScriptedServer(answering(thinks=0.4), server_context(pki))) for _ in range(8)
+        ]
+        swallowing = stack.enter_context(a_full_listener())
+        urls = [server.url for server in slow] + [f"https://127.0.0.1:{swallowing}/"]
+        destinations = {
+            str(number): a_destination(url, pki, timeout={"connect": "1s"}) for number, url in enumerate(urls)
+        }
+        began = time.monotonic()
+        found = probe_all(destinations)
+        elapsed = time.monotonic() - began
+    assert [each.destination for each in found] == list(destinations)
+    assert [each.reason for each in found] == [None] * 8 + [Reason.CONNECT_TIMEOUT]
+    assert elapsed < max(each.took_s for each in found) + 0.5
+    assert sum(each.took_s for each in found) > 2 * elapsed
+
+
+def test_no_destination_is_no_trouble() -> None:
+    assert probe_all({}) == []
+
+
+# The command
+
+
+def table(name: str, url: str, pki: Pki, more: str = "") -> str:
+    return f"""
+[destination.{name}]
+url = "{url}"
+ca = "{pki.ca_pem}"
+cert = "{pki.client_cert}"
+key = "{pki.client_key}"
+{more}
+"""
+
+
+def test_the_command_shows_what_was_found_in_lines_that_fit(stage: Stage) -> None:
+    token = stage.base / "token"
+    token.write_text("the-token")
+    names = tuple(f"host-{number}.vault.example.net" for number in range(9))
+    pair = stage.pki.issue_server("many", ("127.0.0.1", *names), not_after=in_days(7.5))
+    with (
+        ScriptedServer(answering(off=3700), server_context(stage.pki, pair)) as server,
+        ScriptedServer(answering(404), server_context(stage.pki)) as wrong,
+    ):
+        more = f'[destination.vault.auth]\ntype = "bearer"\ntoken_file = "{token}"'
+        stage.configure(server.url, more=more + table("other", wrong.url, stage.pki))
+        done = stage.backupd("check")
+    assert done.returncode == 69
+    assert done.stderr == ""
+    facts = [line for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert all(len(line) <= 100 for line in facts)
+    text = " ".join(done.stdout.split())
+    for words in (
+        f"ok: destination.vault: {server.url}: TLSv1.3, answered 204 to OPTIONS",
+        "connection TLSv1.3 HTTP/1.1",
+        "its certificate 7 days left, for 127.0.0.1, host-0.vault.example.net",
+        "issued by OU=Testing CA",
+        "our certificate required",
+        "sign-in bearer: not refused",
+        "its clock 1 h 1 min ahead of ours hint: set the clock",
+        f"failed: destination.other: {wrong.url}: answered 404 to OPTIONS (not_found)",
+        "its clock as ours",
+    ):
+        assert words in text
+    assert "the-token" not in done.stdout
+
+
+def test_the_same_as_json(stage: Stage, record_property: Callable[[str, object], None]) -> None:
+    with ScriptedServer(answering(), server_context(stage.pki)) as server:
+        stage.configure(server.url, more=table("down", "https://127.0.0.1:9/", stage.pki))
+        done = stage.backupd("check", "--json")
+    assert done.returncode == 69
+    vault, down = json.loads(done.stdout)["destinations"]
+    assert {**vault, "took_s": 0, "server_days_left": 0, "server_issuer": "", "clock_ahead_s": 0} == {
+        "destination": "vault",
+        "reason": None,
+        "detail": "answered 204 to OPTIONS",
+        "tls": "TLSv1.3",
+        "http_version": "HTTP/1.1",
+        "http_status": 204,
+        "server_names": ["localhost", "127.0.0.1"],
+        "server_issuer": "",
+        "server_days_left": 0,
+        "certificate_required": True,
+        "signed_in": None,
+        "clock_ahead_s": 0,
+        "took_s": 0,
+        "hint": "",
+    }
+    assert down["reason"] == "connect_failed"
+    assert down["hint"]
+    assert down["tls"] is None
