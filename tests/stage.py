@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.pki import Pki
 
-PATIENCE = 60.0
+PATIENCE = 180.0
 """Seconds after which a condition is given up; a machine may be slow, a test must not depend on it."""
 
 

@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -108,15 +108,21 @@ class Watching:
         """Return what was admitted, in order."""
         return [event["archive"] for event in self.events("archive.admitted")]
 
+    def _until(self, condition: Callable[[], bool], what: str) -> None:
+        try:
+            until(condition, what)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{(self.base / 'log').read_text()[-6000:]}") from None
+
     def pending(self) -> int:
         backlog = self.ledger.backlog()
         return backlog["vault"].pending if backlog else 0
 
     def wait_admitted(self, *names: str) -> None:
-        until(lambda: set(names) <= set(self.admitted()), f"{names} to be admitted")
+        self._until(lambda: set(names) <= set(self.admitted()), f"{names} to be admitted")
 
     def wait_event(self, name: str, count: int = 1) -> list[dict[str, Any]]:
-        until(lambda: len(self.events(name)) >= count, f"{count} x {name}")
+        self._until(lambda: len(self.events(name)) >= count, f"{count} x {name}")
         return self.events(name)
 
     def wait_scan(self) -> None:
@@ -547,7 +553,7 @@ def test_a_hundred_files_a_second_never_look_like_blindness(scene: Watching) -> 
     for number in range(200):
         path = scene.put(f"r{number}.cfg")
         if number % 10 == 0:
-            until(lambda path=path: path.name in scene.admitted(), "it")  # type: ignore[misc]
+            scene.wait_admitted(path.name)
             while (delivery := scene.ledger.claim("vault", datetime.now(UTC))) is not None:
                 (settled,) = scene.ledger.record([finished(delivery, delivered())], NOW)
                 os.unlink(scene.root / os.fsdecode(delivery.archive.relpath))
