@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.pki import Pki
 
-PATIENCE = 60.0
+PATIENCE = 180.0
 """Seconds after which a condition is given up; a machine may be slow, a test must not depend on it."""
 
 
@@ -155,7 +155,8 @@ key = "{self.pki.client_key}"
         if not folder.exists():
             return []
         suffixes = (".receipt.json", ".reason.json")
-        return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(suffixes))
+        found = (p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(suffixes))
+        return sorted(p for p in found if not p.name.startswith("."))
 
     def stored(self) -> list[Path]:
         """Return what the receiver stored."""

@@ -11,6 +11,8 @@ import httpx
 from backupd.core.policy import Reason
 from backupd.upload.wire import PIN_MISMATCH
 
+_NO_FAULT = (ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
 _BY_TYPE: tuple[tuple[type[httpx.TransportError], Reason], ...] = (
     (httpx.ConnectTimeout, Reason.CONNECT_TIMEOUT),
     (httpx.ReadTimeout, Reason.READ_TIMEOUT),
@@ -30,7 +32,7 @@ def reason_of(error: httpx.TransportError | OSError) -> tuple[Reason, str]:
         return Reason.PROXY, str(error)
     if not isinstance(error, httpx.TimeoutException):
         for cause in _causes(error):
-            if isinstance(cause, ssl.SSLError):
+            if isinstance(cause, ssl.SSLError) and not isinstance(cause, _NO_FAULT):
                 return _of_tls(cause)
             if isinstance(cause, socket.gaierror):
                 return Reason.DNS, cause.strerror or str(cause)
