@@ -98,7 +98,7 @@ def kill_at_a_bad_moment(stage: Stage, daemon: Daemon, chance: random.Random) ->
 
 def test_twenty_kills_lose_nothing_and_store_nothing_twice(stage: Stage, receiver: RunningReceiver) -> None:
     seed = random.randrange(1_000_000)
-    print(f"seed {seed}")  # noqa: T201 -- shown where it fails
+    print(f"seed {seed}")
     chance = random.Random(seed)
     stage.configure(
         receiver.url, drop='stable_for = "0s"', destination='[destination.vault.retry]\nmax = "1s"'
@@ -121,7 +121,7 @@ def test_twenty_kills_lose_nothing_and_store_nothing_twice(stage: Stage, receive
     until(lambda: not waiting(stage), f"all archives, seed {seed}\n{last.text()[-3000:]}")
     assert last.stop() == 0
 
-    print(f"{cut} of {KILLS} kills cut an upload")  # noqa: T201
+    print(f"{cut} of {KILLS} kills cut an upload")
     assert cut >= KILLS // 4
     assert len(digests) == 200
     assert_all_is_well(stage, digests)

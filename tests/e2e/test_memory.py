@@ -60,5 +60,5 @@ def test_the_peak_of_memory_is_the_same_for_a_big_archive_as_for_a_small_one(tmp
         with contextlib.contextmanager(a_stage)(tmp_path / str(number)) as stage:
             peaks.append(peak_of_a_delivery(stage, size))
     small, big = peaks
-    print(f"peak {small / MIB:.1f} MiB for {MIB} bytes, {big / MIB:.1f} MiB for {BIG}")  # noqa: T201
+    print(f"peak {small / MIB:.1f} MiB for {MIB} bytes, {big / MIB:.1f} MiB for {BIG}")
     assert big - small < 8 * MIB

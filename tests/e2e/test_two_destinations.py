@@ -1,0 +1,69 @@
+"""One destination that is down holds up neither the other one nor itself for longer than it must."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from backupd.receiver.serve import RunningReceiver, ServerTls
+from tests.stage import Stage, until
+
+COUNT = 1000
+
+_ANNEX = """
+[destination.annex]
+url = "{url}"
+ca = "{pki.ca_pem}"
+cert = "{pki.client_cert}"
+key = "{pki.client_key}"
+retry = {{ initial = "0.2s", max = "1s" }}
+"""
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _seconds_to_vault(stage: Stage, receiver: RunningReceiver, names: list[str], more: str) -> float:
+    """Deliver archives to the vault and return how long it took; the daemon goes on."""
+    stage.configure(receiver.url, more=more)
+    daemon = stage.daemon().ready()
+    began = time.monotonic()
+    for name in names:
+        stage.put(name, name.encode() + os.urandom(1000))
+    daemon.wait_for("delivery.verified", count=len(names), destination="vault")
+    return time.monotonic() - began
+
+
+def test_one_that_is_down_does_not_slow_the_other_and_gets_everything_later(
+    stage: Stage, receiver: RunningReceiver, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    alone = _seconds_to_vault(stage, receiver, [f"alone-{n}.cfg" for n in range(COUNT)], "")
+    first = stage._daemons[-1]
+    first.wait_for("archive.disposed", count=COUNT)
+    first.stop()
+
+    port = _free_port()
+    annex = _ANNEX.format(url=f"https://127.0.0.1:{port}/v1/upload", pki=stage.pki)
+    names = [f"both-{n}.cfg" for n in range(COUNT)]
+    beside = _seconds_to_vault(stage, receiver, names, annex)
+    daemon = stage._daemons[-1]
+
+    assert not daemon.events("archive.delivered")
+    assert not daemon.events("archive.rejected")
+    assert len(stage.archives(stage.drop)) - len(stage.archives(stage.sent)) == COUNT
+    tls = ServerTls(stage.pki.server_cert, stage.pki.server_key, stage.pki.ca_pem)
+    with RunningReceiver(tmp_path / "annex", tls, port=port):
+        daemon.wait_for("archive.disposed", count=COUNT)
+        stored = stage.archives(tmp_path / "annex" / "archives")
+
+    assert len(stored) == COUNT
+    assert len(daemon.events("archive.delivered")) == COUNT
+    assert until(lambda: len(stage.archives(stage.sent)) == 2 * COUNT, "the moves")
+    record_property("seconds", f"alone {alone:.1f}, beside one that is down {beside:.1f}")
+    print(f"{COUNT} archives: alone {alone:.1f} s, beside a destination that is down {beside:.1f} s")
