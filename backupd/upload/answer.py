@@ -12,8 +12,9 @@ import httpx
 from backupd.config.destination import ReceiptConfig
 from backupd.core.failure import failure
 from backupd.core.model import Deferred, Delivered, Digest, Outcome, Receipt, Rejected
-from backupd.core.policy import Reason, reason_of_status
+from backupd.core.policy import Reason
 from backupd.core.retry import parse_retry_after
+from backupd.core.statuses import reason_of_status
 from backupd.core.verify import Expectation, judge
 
 _MOST = 64 * 1024

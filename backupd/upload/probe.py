@@ -18,7 +18,8 @@ from cryptography import x509
 
 from backupd.config.destination import DestinationConfig
 from backupd.core.errors import BackupdError
-from backupd.core.policy import Reason, reason_of_status, rule_of
+from backupd.core.policy import Reason, rule_of
+from backupd.core.statuses import reason_of_status
 from backupd.core.template import Template
 from backupd.upload.answer import reason_of_refusal
 from backupd.upload.backend import WireBackend

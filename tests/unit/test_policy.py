@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backupd.core.policy import RULES, Charge, Reason, Then, reason_of_status, rule_of
+from backupd.core.policy import RULES, Charge, Reason, Then, rule_of
+from backupd.core.statuses import reason_of_status
 
 
 def test_every_reason_has_exactly_one_rule() -> None:

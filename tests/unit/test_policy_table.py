@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from backupd.config.loading import load
-from backupd.core.policy import RULES, Reason, as_markdown, reason_of_status
+from backupd.core.policy import RULES, Reason
+from backupd.core.statuses import as_markdown, reason_of_status
 from tests.documents import DOCS, Block, between, blocks
 
 PAGES = sorted(page.name for page in DOCS.glob("*.md"))
@@ -17,7 +18,7 @@ A_DROP = '[drop.switches]\npath = "/srv/backups/switches"\n'
 
 def test_the_table_on_the_page_is_that_of_the_policy() -> None:
     assert between("destinations.md", "policy") == as_markdown(), (
-        "put what `python -m backupd.core.policy` prints between the markers of docs/destinations.md"
+        "put what `python -m backupd.core.statuses` prints between the markers of docs/destinations.md"
     )
 
 

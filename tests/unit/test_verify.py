@@ -137,3 +137,8 @@ def test_every_digest_matches_itself_and_no_other(content: bytes, algorithm: str
 
     assert matches(sent, stated(sent), Expectation(encoding=encoding))
     assert not matches(sent, stated(other), Expectation(encoding=encoding))
+
+
+def test_a_quoted_digest_as_in_an_etag_is_read_without_its_quotes() -> None:
+    digest = Digest("md5", "9e107d9d372bb6826bd81d3542a419d6")
+    assert matches(digest, '"9e107d9d372bb6826bd81d3542a419d6"', Expectation())
