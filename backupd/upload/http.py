@@ -60,9 +60,11 @@ class HttpUploader(Uploader):
     def upload(self, cargo: Cargo) -> Outcome:
         """See `Uploader.upload`."""
         outcome = self._upload(cargo)
-        if isinstance(outcome, Deferred) and outcome.reason in _MENDED_BY_NEW_FILES:
+        if not isinstance(outcome, Deferred):
+            return outcome
+        if outcome.reason in _MENDED_BY_NEW_FILES:
             self.close()
-        return outcome
+        return replace(outcome, unknown=outcome.unknown or cargo.unknown)
 
     def _upload(self, cargo: Cargo) -> Outcome:
         self._line.begin()
@@ -84,7 +86,7 @@ class HttpUploader(Uploader):
             httpx.InvalidURL,
             httpx.TransportError,
         ) as error:
-            return replace(_deferred(error), unknown=cargo.unknown)
+            return _deferred(error)
 
     def _open_client(self) -> httpx.Client:
         return httpx.Client(
