@@ -7,7 +7,6 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
@@ -204,16 +203,21 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def _scripts() -> Iterator[tuple[int, str]]:
+def _load_scripts() -> tuple[tuple[int, str], ...]:
     folder = resources.files("backupd.ledger") / "migrations"
-    for entry in sorted(folder.iterdir(), key=lambda e: e.name):
-        if entry.name.endswith(".sql"):
-            yield int(entry.name.split("_")[0]), entry.read_text("utf-8")
+    entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
+    return tuple(
+        (int(e.name.split("_")[0]), e.read_text("utf-8")) for e in entries if e.name.endswith(".sql")
+    )
+
+
+_SCRIPTS = _load_scripts()
+"""Number and text of each migration; read at once, as an upgrade may replace the files under a daemon."""
 
 
 def _refuse_newer(connection: sqlite3.Connection, path: Path) -> int:
     version = int(connection.execute("PRAGMA user_version").fetchone()[0])
-    newest = max(number for number, _ in _scripts())
+    newest = _SCRIPTS[-1][0]
     if version > newest:
         raise LedgerError(
             f"{path}: schema version {version}, this backupd knows up to {newest}",
@@ -224,6 +228,6 @@ def _refuse_newer(connection: sqlite3.Connection, path: Path) -> int:
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     version = _refuse_newer(connection, path)
-    for number, script in _scripts():
+    for number, script in _SCRIPTS:
         if number > version:
             connection.executescript(f"BEGIN IMMEDIATE;\n{script}\nPRAGMA user_version = {number};\nCOMMIT;")
