@@ -66,7 +66,12 @@ def _identify(context: ssl.SSLContext, cert: Path, key: Path, password_file: Pat
     def password() -> bytes:
         if password_file is None:  # else OpenSSL would ask on the terminal
             raise TlsFilesError(f"{key}: is encrypted", "name its password's file in `key_password_file`")
-        return key_password(password_file)
+        try:
+            return key_password(password_file)
+        except OSError as error:
+            raise TlsFilesError(
+                f"{password_file}: can't be read ({error.strerror})", "check the file and its owner"
+            ) from error
 
     try:
         context.load_cert_chain(cert, key, password=password)

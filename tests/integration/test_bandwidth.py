@@ -293,7 +293,7 @@ def test_a_stop_ends_the_wait_for_bandwidth_at_once(tmp_path: Path, pki: Pki) ->
             began = time.monotonic()
             abort.set()
             assert reason_of(sending.result(timeout=5)) is Reason.STOPPED
-            assert time.monotonic() - began < 0.5
+            assert time.monotonic() - began < 1  # a grant takes sixteen
         uploader.close()
         abort.close()
 
