@@ -40,7 +40,7 @@ def retry(
         return
     record = history.delivery(delivery)
     if record.state is DeliveryState.REJECTED:
-        if not _restore(loaded, record):
+        if not _restore(loaded, history, record):
             raise UsageError(
                 f"{record.id}: its file is not in quarantine",
                 "it was put back before, or another destination has yet to have it: see `backupd list`",
@@ -59,7 +59,7 @@ def _restore_all(config: Config, history: History, then: str) -> None:
     restored, failed = 0, []
     for record in reversed(history.deliveries(DeliveryState.REJECTED, 1_000_000)):
         try:
-            restored += _restore(config, record)
+            restored += _restore(config, history, record)
         except UsageError as error:
             failed.append(str(error))
     noun = "archive" if restored == 1 else "archives"
@@ -68,7 +68,7 @@ def _restore_all(config: Config, history: History, then: str) -> None:
         raise UsageError("not all could be put back:\n" + "\n".join(failed))
 
 
-def _restore(config: Config, record: DeliveryRecord) -> bool:
+def _restore(config: Config, history: History, record: DeliveryRecord) -> bool:
     """Move a file from quarantine to where it was dropped; False if it is not in quarantine any more."""
     from backupd.drop.folder import DropFolder  # noqa: PLC0415
     from backupd.drop.move import rename_no_replace  # noqa: PLC0415
@@ -82,6 +82,7 @@ def _restore(config: Config, record: DeliveryRecord) -> bool:
         target, _, original = record.archive.relpath.rpartition(b"/")
         with folder.directory(source) as quarantine, folder.directory(target, create=True) as place:
             rename_no_replace(quarantine, name, place, original)
+        history.put_back(record.archive.id)
         with suppress(FileNotFoundError):
             folder.unlink(source + b"/" + fitted(name, b".reason.json"))
     except FileNotFoundError:

@@ -15,7 +15,9 @@ from backupd.core.errors import ConfigError
 
 DEFAULT_PATH: Final = Path("/etc/backupd/backupd.toml")
 
-_FILES: Final = ("ca", "cert", "key", "key_password_file")
+_TLS_FILES: Final = ("ca", "cert", "key", "key_password_file")
+_FILES: Final = (*_TLS_FILES, "proxy_password_file")
+_AUTH_FILES: Final = (*_TLS_FILES, "password_file", "token_file", "client_secret_file")
 _AT: Final = re.compile(r" \(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)$")
 _CREDENTIAL: Final = re.compile(
     r"(?P<shown>.*(?:auth|cookie|credential|key|passw|secret|token)[^=]*=\s*|.*://).*", re.IGNORECASE
@@ -66,6 +68,8 @@ def _read(path: Path) -> str:
         raise ConfigError(
             f"{path}: no such file", "`backupd init` prints one to begin with; --config names another"
         ) from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a directory", "name the file in it") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}", "save it as UTF-8 text") from None
     except OSError as error:
@@ -123,12 +127,17 @@ def _default_state_dir() -> str:
 def _find_credentials(data: Table) -> None:
     """Put the full path where a destination names a file in systemd's credentials directory."""
     folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    if not folder:
+        return
     for name in table_at(data, ["destination"]) or {}:
         destination = table_at(data, ["destination", name]) or {}
-        for key in _FILES:
-            value = destination.get(key)
-            if folder and isinstance(value, str) and _is_credential(folder, value):
-                destination[key] = os.path.join(folder, value)
+        auth = table_at(data, ["destination", name, "auth"]) or {}
+        headers = table_at(data, ["destination", name, "header_files"]) or {}
+        for table, keys in ((destination, _FILES), (auth, _AUTH_FILES), (headers, tuple(headers))):
+            for key in keys:
+                value = table.get(key)
+                if isinstance(value, str) and _is_credential(folder, value):
+                    table[key] = os.path.join(folder, value)
 
 
 def _is_credential(folder: str, name: str) -> bool:

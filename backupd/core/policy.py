@@ -111,7 +111,7 @@ RULES: tuple[Rule, ...] = (
         _D,
         Then.PAUSE,
         "the connection broke before the answer",
-        "look at the endpoint's log",
+        "look at the endpoint's log; one that hangs up at once may not accept our certificate",
         at_once=True,
     ),
     Rule(

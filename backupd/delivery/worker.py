@@ -109,9 +109,13 @@ class Worker:
         attempts: list[Attempt] = []
 
         def once() -> Outcome:
+            nonlocal delivery
             attempts.append(self._upload(delivery))
             self._tell_failure(delivery, len(attempts), attempts[-1])
-            return attempts[-1].outcome
+            outcome = attempts[-1].outcome
+            if isinstance(outcome, Deferred):  # what may be there is asked about before the next attempt
+                delivery = replace(delivery, unknown=outcome.unknown)
+            return outcome
 
         short_attempts(once, stop)
         return attempts
@@ -133,19 +137,19 @@ class Worker:
             return Superseded("the file is gone", gone=True), 0
         except OSError as error:
             return Deferred(Reason.UNREADABLE, error.strerror or str(error)), 0
-        cargo = Cargo(
-            delivery.id,
-            archive.relpath.rpartition(b"/")[2],
-            fd,
-            archive.fingerprint,
-            variables(archive, self._lane.host, source.label_pattern),
-            unknown=delivery.unknown,
-        )
         try:
+            cargo = Cargo(
+                delivery.id,
+                archive.relpath.rpartition(b"/")[2],
+                fd,
+                archive.fingerprint,
+                variables(archive, self._lane.host, source.label_pattern),
+                unknown=delivery.unknown,
+            )
             return _seen_again(self._uploader.upload(cargo), fd, source, archive.relpath), cargo.sent
         except Exception as error:  # noqa: BLE001 -- a bug must cost neither the archive nor the worker
             self._lane.log.emit(events.DAEMON_FAILED, error=repr(error), exc_info=error)
-            return Deferred(Reason.INTERNAL, repr(error)), cargo.sent
+            return Deferred(Reason.INTERNAL, repr(error)), 0
         finally:
             os.close(fd)
 

@@ -111,7 +111,9 @@ class History:
             (name,),
         )[0]
         rejected = self._query(
-            "SELECT count(*) FROM delivery WHERE state = 'rejected' AND destination = ?", (name,)
+            "SELECT count(*) FROM delivery JOIN archive ON archive.id = archive_id"
+            " WHERE delivery.state = 'rejected' AND destination = ? AND disposed_to IS NOT NULL",
+            (name,),
         )[0][0]
         last = self._query(
             "SELECT max(ended_at) FROM delivery WHERE state = 'delivered' AND destination = ?", (name,)
@@ -136,17 +138,22 @@ class History:
 
     def hasten(self, delivery_id: str, now: datetime) -> bool:
         """Make a pending delivery due at once; return False if it is not pending."""
+        query = "UPDATE delivery SET due_at = ? WHERE id = ? AND state = 'pending'"
+        return self._change(query, (as_micros(now), delivery_id)) > 0
+
+    def put_back(self, archive_id: int) -> None:
+        """Note that a rejected archive's file is no longer in quarantine."""
+        self._change("UPDATE archive SET disposed_to = NULL WHERE id = ?", (archive_id,))
+
+    def _change(self, query: str, values: tuple[object, ...]) -> int:
         try:
             self._db.execute("PRAGMA query_only = OFF")
-            changed = self._db.execute(
-                "UPDATE delivery SET due_at = ? WHERE id = ? AND state = 'pending'",
-                (as_micros(now), delivery_id),
-            ).rowcount
+            changed = self._db.execute(query, values).rowcount
         except sqlite3.Error as error:
             raise LedgerError(
                 f"the ledger can't be written: {error}", "run this as the daemon's user"
             ) from error
-        return changed > 0
+        return changed
 
     def _query(self, query: str, values: tuple[object, ...]) -> list[Row]:
         try:

@@ -47,6 +47,10 @@ class OAuth2(httpx.Auth):
     def __init__(self, tokens: TokenSource) -> None:
         self._tokens = tokens
 
+    def prefetch(self) -> None:
+        """Fetch a token if there is none, so that the flow need not wait for it; raises as `token`."""
+        self._tokens.token()
+
     def auth_flow(self, request: httpx.Request) -> Flow:
         """Sign a request; after a 401 try once more with a token that is not the refused one."""
         token = self._tokens.token()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 import time
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import partial
 
 import httpcore
 import httpx
@@ -22,9 +22,11 @@ from backupd.core.policy import Reason, rule_of
 from backupd.core.statuses import reason_of_status
 from backupd.core.template import Template
 from backupd.upload.answer import reason_of_refusal
+from backupd.upload.auth import OAuth2
 from backupd.upload.backend import WireBackend
 from backupd.upload.endpoint import HEADERS, Endpoint, open_endpoint, timeouts
 from backupd.upload.failures import reason_of
+from backupd.upload.in_thread import InThread
 from backupd.upload.line import Abort, AttemptEndedError, Line
 from backupd.upload.oauth2 import SignInError
 from backupd.upload.request import RequestMaker
@@ -76,29 +78,33 @@ class Probe:
 
 def probe_all(destinations: Mapping[str, DestinationConfig]) -> list[Probe]:
     """Return a probe of each destination; all are asked at the same time."""
-    with (
-        closing(Abort()) as abort,
-        ThreadPoolExecutor(max(len(destinations), 1), "probe") as pool,
-    ):
-        try:
-            return list(pool.map(partial(_probe, abort), destinations.keys(), destinations.values()))
-        except BaseException:  # Ctrl-C: the others end at once, too
-            abort.set()
-            raise
+    with closing(Abort()) as abort:
+        return asyncio.run(_probe_all(abort, destinations))
 
 
-def _probe(abort: Abort, name: str, config: DestinationConfig) -> Probe:
+async def _probe_all(abort: Abort, destinations: Mapping[str, DestinationConfig]) -> list[Probe]:
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(len(destinations) + 1, "probe"))
+    try:
+        return await asyncio.gather(*(_probe(abort, *each) for each in destinations.items()))
+    except BaseException:  # Ctrl-C: the others end at once, too
+        abort.set()
+        raise
+
+
+async def _probe(abort: Abort, name: str, config: DestinationConfig) -> Probe:
     began = time.monotonic()
     endpoint = open_endpoint(config, abort)
     try:
-        answer = _ask(endpoint)
+        answer = await _ask(endpoint)
         probe = _described(name, config, answer)
         if config.cert is not None:
-            probe = replace(probe, certificate_required=_is_certificate_required(endpoint, answer))
+            required = await _is_certificate_required(endpoint, answer)
+            probe = replace(probe, certificate_required=required)
     except _FAILURES as error:
         probe = _failed(name, error)
         if probe.reason is Reason.TLS:
-            probe = _with_certificate_seen(probe, endpoint)
+            probe = await asyncio.to_thread(_with_certificate_seen, probe, endpoint)
     return replace(probe, took_s=round(time.monotonic() - began, 3))
 
 
@@ -148,7 +154,7 @@ class _Answer:
         return reason
 
 
-def _ask(endpoint: Endpoint) -> _Answer:
+async def _ask(endpoint: Endpoint) -> _Answer:
     """Ask for the options of the url as an upload would go there, without its body.
 
     Raises what an upload would.
@@ -159,8 +165,10 @@ def _ask(endpoint: Endpoint) -> _Answer:
     line.begin()
     timeout = timeouts(config)
     timeout.read = min(config.timeout.read.total_seconds(), _LONGEST_READ)
-    with httpx.Client(
-        transport=endpoint.transport(line),
+    if isinstance(endpoint.auth, OAuth2):
+        await asyncio.to_thread(endpoint.auth.prefetch)
+    async with httpx.AsyncClient(
+        transport=InThread(endpoint.transport(line)),
         auth=endpoint.auth,
         timeout=timeout,
         headers=HEADERS,
@@ -168,8 +176,7 @@ def _ask(endpoint: Endpoint) -> _Answer:
         follow_redirects=False,
     ) as client:
         url, headers = RequestMaker(config, line).probe(_values(config))
-        with client.stream("OPTIONS", url, headers=headers) as response:
-            return _answer(response)
+        return _answer(await client.options(url, headers=headers))
 
 
 def _values(config: DestinationConfig) -> dict[str, str]:
@@ -179,19 +186,14 @@ def _values(config: DestinationConfig) -> dict[str, str]:
 
 
 def _answer(response: httpx.Response) -> _Answer:
-    connection = response.extensions["network_stream"].get_extra_info("ssl_object")
-    tls = certificate = None
-    if isinstance(connection, ssl.SSLSocket):
-        tls, certificate = connection.version(), connection.getpeercert(binary_form=True)
-    # only now: with its last byte the connection may end, and forget its certificate
-    said = next(response.iter_raw(), b"") if response.status_code == 400 else b""
+    seen = response.extensions["seen"]
     return _Answer(
         response.status_code,
         response.http_version,
         response.headers.get("Date"),
-        tls,
-        certificate,
-        said[:1000].decode("utf-8", "replace"),
+        seen.version,
+        seen.certificate,
+        response.content[:1000].decode("utf-8", "replace"),
     )
 
 
@@ -233,11 +235,11 @@ def _with_certificate(probe: Probe, der: bytes, now: datetime) -> Probe:
     )
 
 
-def _is_certificate_required(endpoint: Endpoint, with_it: _Answer) -> bool | None:
+async def _is_certificate_required(endpoint: Endpoint, with_it: _Answer) -> bool | None:
     """Tell whether the endpoint treats us differently without our certificate."""
     bare = endpoint.config.model_copy(update={"cert": None, "key": None, "key_password_file": None})
     try:
-        without = _ask(replace(endpoint, config=bare))
+        without = await _ask(replace(endpoint, config=bare))
     except httpx.TransportError as error:
         reason, _ = reason_of(error)
         return True if reason in (Reason.TLS, Reason.TLS_CLIENT, Reason.CONNECTION_LOST) else None

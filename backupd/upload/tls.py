@@ -70,7 +70,8 @@ def _identify(context: ssl.SSLContext, cert: Path, key: Path, password_file: Pat
             return key_password(password_file)
         except OSError as error:
             raise TlsFilesError(
-                f"{password_file}: can't be read ({error.strerror})", "check the file and its owner"
+                f"{password_file}: the password of {key} can't be read ({error.strerror})",
+                "check the file and its owner",
             ) from error
 
     try:

@@ -325,6 +325,8 @@ def test_rejected_archives_are_put_back_and_delivered_once_the_cause_is_gone(sta
     assert again.returncode == 2
     assert "not in quarantine" in again.stderr
     assert "nothing put back" in stage.backupd("retry", "--all").stdout
+    [told] = json.loads(stage.backupd("status", "--json").stdout)["destinations"]
+    assert told["rejected"] == 0
 
 
 def test_what_is_put_back_while_the_daemon_is_down_is_delivered_when_it_runs(stage: Stage) -> None:

@@ -198,6 +198,22 @@ class TestEnvironment:
         assert (destination.cert, destination.key) == (tmp_path / "client.pem", tmp_path / "client.key")
         assert destination.key_password_file == tmp_path / "password"
 
+    def test_so_is_every_other_secret(
+        self, write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+        for name in ("token", "api.key", "proxy.password"):
+            (tmp_path / name).touch()
+        text = a_file(
+            destination='auth = { type = "bearer", token_file = "token" }\n'
+            'header_files = { X-API-Key = "api.key" }\n'
+            'proxy = "http://proxy:3128"\nproxy_password_file = "proxy.password"'
+        )
+        destination = load(write(text)).destination["vault"]
+        assert destination.auth.token_file == tmp_path / "token"
+        assert destination.header_files == {"X-API-Key": tmp_path / "api.key"}
+        assert destination.proxy_password_file == tmp_path / "proxy.password"
+
     @pytest.mark.parametrize("name", ["other.pem", "../ca.pem", ".", ""])
     def test_other_relative_names_are_refused(
         self, write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
