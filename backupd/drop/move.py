@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import os
 from collections.abc import Iterator
 
@@ -37,10 +38,24 @@ def move(
                 continue
             # a producer may have renamed a new file over the name since we looked
             if not same_file(os.stat(new_name, dir_fd=target, follow_symlinks=False), expected):
-                rename_no_replace(target, new_name, source, name)
+                _put_back(target, new_name, source, name)
                 raise FileChangedError
             return to + b"/" + new_name if to else new_name
     raise FileExistsError(errno.EEXIST, "every name is taken")
+
+
+def _put_back(target: int, new_name: bytes, source: int, name: bytes) -> None:
+    """Undo a rename that took the wrong file: it was never delivered, and has to be found again.
+
+    Where its name is taken by yet another file, it gets a number in front, so that its ending stays.
+    """
+    for number in itertools.count(1):
+        try:
+            rename_no_replace(target, new_name, source, name)
+        except FileExistsError:
+            name = b"%d-%s" % (number, name[-240:])
+        else:
+            return
 
 
 def find_moved(folder: DropFolder, expected: Fingerprint, to: bytes, names: Iterator[bytes]) -> bytes | None:

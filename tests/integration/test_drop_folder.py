@@ -589,3 +589,30 @@ def test_the_daemon_ignores_the_signal_that_a_broken_lease_sends(stage: Stage) -
     assert ignored & 1 << (signal.SIGIO - 1)
     os.kill(daemon.pid, signal.SIGIO)
     assert daemon.stop() == 0
+
+
+def test_a_wrong_file_is_put_back_even_where_a_third_one_took_its_name(
+    folder: DropFolder, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = root / "r1.cfg"
+    path.write_bytes(b"delivered")
+    expected = fingerprint_of(os.stat(path))
+    rename = moving.rename_no_replace
+    calls: list[bytes] = []
+
+    def beaten_to_it(source: int, name: bytes, target: int, new_name: bytes) -> None:
+        calls.append(new_name)
+        if len(calls) == 1:  # between our look and the rename
+            (root / "new").write_bytes(b"second, not delivered")
+            (root / "new").rename(path)
+        rename(source, name, target, new_name)
+        if len(calls) == 1:  # before it is put back
+            path.write_bytes(b"third")
+
+    monkeypatch.setattr("backupd.drop.move.rename_no_replace", beaten_to_it)
+    with pytest.raises(FileChangedError):
+        move(folder, b"r1.cfg", expected, b"sent", iter([b"r1.cfg"]))
+
+    assert list((root / "sent").iterdir()) == []
+    assert path.read_bytes() == b"third"
+    assert (root / "1-r1.cfg").read_bytes() == b"second, not delivered"
