@@ -68,7 +68,14 @@ def a_context(pki: Pki, pair: KeyPair | None) -> ssl.SSLContext:
 
 def a_client(pki: Pki, pair: KeyPair | None = None) -> httpx.Client:
     pair = pair or KeyPair(pki.client_cert, pki.client_key)
-    return httpx.Client(verify=a_context(pki, pair), trust_env=False, timeout=30)
+    return httpx.Client(
+        limits=httpx.Limits(
+            max_keepalive_connections=0
+        ),  # a server may close after a 500; httpx would race it
+        verify=a_context(pki, pair),
+        trust_env=False,
+        timeout=30,
+    )
 
 
 def a_part(name: bytes, content: bytes, file_name: bytes | None = None) -> bytes:
