@@ -54,6 +54,7 @@ def demo(
     """Show an archive going through: receiver, throw-away CA, drop folder and daemon, all in one folder."""
     require_receiver()
     try:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the daemon is stopped, too
         base = Path(tempfile.mkdtemp(prefix="backupd-demo-"))
         typer.echo(f"everything below is in {base}\n")
         _play(base, keep=keep)

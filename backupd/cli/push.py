@@ -91,11 +91,13 @@ def push(
 
 def _require_file(file: Path) -> None:
     try:
-        mode = file.lstat().st_mode
+        status = file.lstat()
     except OSError as error:
         raise UsageError(f"{printable(str(file))}: {error.strerror}") from error
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(status.st_mode):
         raise UsageError(f"{printable(str(file))}: not a regular file", "name the archives themselves")
+    if status.st_size == 0:
+        raise UsageError(f"{printable(str(file))}: is empty", "an empty backup is no backup; see the device")
     if not os.access(file, os.R_OK):
         raise UsageError(f"{printable(str(file))}: Permission denied", "let your user read it")
 

@@ -72,6 +72,7 @@ def destination_faults(destination: "DestinationConfig") -> Iterator[Fault]:
     if destination.digest_field == destination.file_field:
         yield Fault(("digest_field",), "expected another field than file_field", (("file_field",),))
     yield from _body_faults(destination)
+    yield from _query_faults(destination)
     yield from _connection_faults(destination)
     for field in ("file_field", "digest_field"):
         if getattr(destination, field) in destination.fields:
@@ -95,6 +96,12 @@ def _body_faults(destination: "DestinationConfig") -> Iterator[Fault]:
     for one in destination.header_files:
         if any(one.lower() == other.lower() for other in destination.headers):
             yield Fault(("header_files", one), "the same header as in headers", (("headers",),))
+
+
+def _query_faults(destination: "DestinationConfig") -> Iterator[Fault]:
+    if destination.query_url and destination.receipt.digest == "none":
+        text = 'an answer without a digest proves nothing; expected receipt.digest other than "none"'
+        yield Fault(("query_url",), text, (("receipt", "digest"),))
 
 
 def _connection_faults(destination: "DestinationConfig") -> Iterator[Fault]:

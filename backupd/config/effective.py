@@ -22,11 +22,17 @@ def as_toml(config: Config) -> str:
     for destination in data["destination"].values():
         for key in ("headers", "fields"):
             destination[key] = {name: _hidden(name, value) for name, value in destination[key].items()}
-        destination["url"] = _QUERY_VALUE.sub(
-            lambda found: f"{found['name']}={_hidden(found['name'], found.group().partition('=')[2])}",
-            destination["url"],
-        )
+        auth = destination["auth"]
+        for table, key in ((destination, "url"), (destination, "query_url"), (auth, "token_url")):
+            if key in table:
+                table[key] = _without_credentials(table[key])
     return "\n".join(_lines(Config, data, ())).lstrip("\n") + "\n"
+
+
+def _without_credentials(url: str) -> str:
+    return _QUERY_VALUE.sub(
+        lambda found: f"{found['name']}={_hidden(found['name'], found.group().partition('=')[2])}", url
+    )
 
 
 def _hidden(name: str, value: str) -> str:

@@ -19,7 +19,7 @@ _STAND_INS: Final[Mapping[str, object]] = {
     "destination": {"stand-in": {"url": "https://stand-in.invalid/"}},
 }
 _ROUNDS: Final = 6
-_SECRET: Final = frozenset({"fields", "headers", "key", "key_password_file", "url"})
+_SECRET: Final = frozenset({"fields", "headers", "key", "key_password_file", "query_url", "token_url", "url"})
 
 _WHAT: Final[Mapping[str, str]] = {
     "bool_type": "true or false",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -167,8 +168,16 @@ class Disposal:
             drop=one.archive.drop,
             archive=one.archive.relpath,
             error=os.strerror(error.errno) if error.errno else str(error),
-            hint="give the daemon's user write permission to the folder, `sent_dir` and `rejected_dir`",
+            hint=_hint(error),
         )
+
+
+def _hint(error: OSError) -> str:
+    if error.errno in (errno.ENOTDIR, errno.ELOOP):
+        return "`sent_dir` and `rejected_dir` have to be folders, neither files nor links"
+    if error.errno == errno.EXDEV:
+        return "`sent_dir` and `rejected_dir` have to be on the filesystem of the archive"
+    return "give the daemon's user write permission to the folder, `sent_dir` and `rejected_dir`"
 
 
 def _record(one: Settled) -> dict[str, Any]:

@@ -682,3 +682,25 @@ def test_the_demo_tells_that_it_has_no_room(stage: Stage) -> None:
     assert "the demo can't run here: " in done.stderr
     assert "hint: " in done.stderr
     assert "Traceback" not in said(done)
+
+
+def test_a_demo_that_is_told_to_stop_leaves_no_daemon_behind(tmp_path: Path) -> None:
+    demo = subprocess.Popen(
+        [sys.executable, "-m", "backupd", "demo", "--keep"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert demo.stdout is not None
+    pid = 0
+    for line in demo.stdout:
+        if '"event":"daemon.started"' in line:
+            pid = json.loads(line)["pid"]
+        if line.startswith("Drop files into"):
+            break
+    assert pid
+    demo.terminate()
+    demo.stdout.read()
+    assert demo.wait() == 143
+    demo.stdout.close()
+    until(lambda: not Path(f"/proc/{pid}").exists(), "the end of the daemon")

@@ -261,6 +261,12 @@ def test_keys_that_nothing_implements_are_unknown(key: str) -> None:
     assert told(a_file(drop=f'{key} = "x"'))[0].startswith(f"drop.switches.{key}: unknown key")
 
 
+def test_nothing_is_asked_about_where_no_answer_would_prove_anything() -> None:
+    text = a_file(destination='query_url = "https://vault.example.net/{digest}"\nreceipt.digest = "none"')
+    [line] = told(text)
+    assert line.startswith("destination.vault.query_url: an answer without a digest proves nothing")
+
+
 def test_everything_is_told_at_once_in_the_order_of_the_file() -> None:
     text = """
         shutdown_grace = 5

@@ -89,6 +89,8 @@ def test_the_effective_configuration_hides_what_looks_like_a_credential() -> Non
     shown_text = as_toml(read(text))
     assert "geheim" not in shown_text
     assert "/{name}?site=east&api_key=***&x" in shown_text
+    asked = a_file(destination='query_url = "https://vault.example.net/{digest}?token=geheim&x=1"')
+    assert "geheim" not in as_toml(read(asked))
     hidden = read(shown_text).destination["vault"]
     assert hidden.headers == {"Authorization": "***", "x-api-key": "***", "X-Site": "north"}
     assert hidden.fields == {"token": "***", "site": "south"}
