@@ -59,10 +59,11 @@ class Intake:
         self._ledger = ledger
         self._log = log
         self._wake = wake
+        self._prefix = os.fsencode(config.path).rstrip(b"/") + b"/"
         self._notices: queue.SimpleQueue[_Notice | None] = queue.SimpleQueue()
         self._candidates = Candidates(name, config, folder, log)
         self._skip = frozenset(os.fsencode(d.strip("/")) for d in (config.sent_dir, config.rejected_dir))
-        self._sight = Sight(name, config, folder, log, self._notice)
+        self._sight = Sight(name, config, folder, log, self._notice, self._ignores)
         self._batch: list[Sighting] = []
         self._failing = False
         self._unadmitted: set[int] = set()
@@ -109,12 +110,9 @@ class Intake:
             pass
 
     def _take(self, notice: _Notice | None) -> None:
-        if notice is None:
+        if notice is None or not notice.path.startswith(self._prefix):
             return
-        prefix = os.fsencode(self._config.path).rstrip(b"/") + b"/"
-        if not notice.path.startswith(prefix):
-            return
-        relpath = notice.path[len(prefix) :]
+        relpath = notice.path[len(self._prefix) :]
         if self._is_skipped(relpath + b"/" if notice.is_directory else relpath):
             return
         if notice.is_directory:
@@ -122,6 +120,10 @@ class Intake:
                 self._scan(relpath, None, prove=False)
             return
         self._look(relpath)
+
+    def _ignores(self, directory: bytes) -> bool:
+        """Tell whether nothing in a directory, given by its absolute path, is looked at."""
+        return self._is_skipped(directory[len(self._prefix) :] + b"/")
 
     def _is_skipped(self, relpath: bytes) -> bool:
         directories = relpath.split(b"/")[:-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from backupd.config.models import DropConfig
 from backupd.drop.folder import DropFolder
 from backupd.drop.mounts import filesystem_of, is_remote
-from backupd.intake.watcher import Notice, Watcher, WatchError
+from backupd.intake.watcher import Ignores, Notice, Watcher, WatchError
 from backupd.ops import events
 from backupd.ops.log import EventLog
 
@@ -17,7 +17,13 @@ class Sight:
     """The eyes on one drop folder: inotify where it works, else frequent scans."""
 
     def __init__(
-        self, name: str, config: DropConfig, folder: DropFolder, log: EventLog, notice: Notice
+        self,
+        name: str,
+        config: DropConfig,
+        folder: DropFolder,
+        log: EventLog,
+        notice: Notice,
+        ignores: Ignores,
     ) -> None:
         self._drop = name
         self._config = config
@@ -25,6 +31,7 @@ class Sight:
         self._log = log
         self._path = str(config.path)
         self._notice = notice
+        self._ignores = ignores
         self._watcher: Watcher | None = None
         self._polling = False
         self._blind = False
@@ -126,7 +133,7 @@ class Sight:
             self._start()
 
     def _start(self) -> None:
-        watcher = Watcher(self._path, self._notice, recursive=self._config.recursive)
+        watcher = Watcher(self._path, self._notice, self._ignores, recursive=self._config.recursive)
         try:
             watcher.start()
         except WatchError as error:

@@ -5,30 +5,40 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from watchdog.events import (
     DirCreatedEvent,
-    DirMovedEvent,
     FileClosedEvent,
     FileCreatedEvent,
-    FileMovedEvent,
     FileSystemEvent,
     FileSystemEventHandler,
 )
 from watchdog.observers.api import BaseObserver
-from watchdog.observers.inotify import InotifyObserver
+from watchdog.observers.inotify import InotifyEmitter, InotifyObserver, InotifyWatchGroup
+from watchdog.observers.inotify_c import InotifyConstants, Mask
 
 from backupd.core.errors import BackupdError
 
-_EVENTS: list[type[FileSystemEvent]] = [
-    FileClosedEvent,
-    FileMovedEvent,
-    FileCreatedEvent,
-    DirCreatedEvent,
-    DirMovedEvent,
-]
-"""Our own opens and closes of what we upload must not wake us: nothing else is asked for."""
+_EVENTS: list[type[FileSystemEvent]] = [FileClosedEvent, FileCreatedEvent, DirCreatedEvent]
+_MASK = Mask(
+    InotifyConstants.IN_CLOSE_WRITE
+    | InotifyConstants.IN_CREATE
+    | InotifyConstants.IN_MOVED_TO
+    | InotifyConstants.IN_DELETE_SELF
+)
+"""What comes, and nothing of what goes: our own opens, closes and moves must not wake us.
+
+Without the other half of a move watchdog takes it for a creation; with it, it would hold back for half a
+second whatever comes after a file that was moved away.
+"""
+
+# a directory that was moved within the tree keeps its watch, under its new path
+warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning, "watchdog")
 
 _OVERFLOW_LOGGERS = ("watchdog.observers.inotify_c", "watchdog.observers.inotify")
 
@@ -47,15 +57,62 @@ class _Handler(FileSystemEventHandler):
         self._notice = notice
 
     def on_any_event(self, event: FileSystemEvent) -> None:
-        path = event.dest_path if isinstance(event, FileMovedEvent | DirMovedEvent) else event.src_path
-        self._notice(os.fsencode(path), event.is_directory)
+        self._notice(os.fsencode(event.src_path), event.is_directory)
+
+
+Ignores = Callable[[bytes], bool]
+"""Called with the absolute path of a directory."""
+
+
+@dataclass
+class _Watches(InotifyWatchGroup):
+    """The watches on a tree but for what is ignored in it: nothing that lies in `sent` costs anything."""
+
+    ignores: Ignores = lambda _: False
+
+    def _add_all_callbacks(self, path: bytes) -> None:
+        if path != self.path and self.ignores(path):
+            return
+        self._add_callback(path)
+        if not self.is_recursive:
+            return
+        for above, directories, _ in os.walk(path):
+            wanted = [name for name in directories if not self.ignores(os.path.join(above, name))]
+            directories[:] = [name for name in wanted if not os.path.islink(os.path.join(above, name))]
+            for name in directories:
+                self._add_callback(os.path.join(above, name))
+
+
+class _Emitter(InotifyEmitter):
+    def __init__(self, *arguments: Any, ignores: Ignores, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._ignores = ignores
+
+    def on_thread_start(self) -> None:
+        self._inotify = _Watches(
+            self._inotify_fd,
+            os.fsencode(self.watch.path),
+            event_mask=self.get_event_mask_from_filter(),
+            is_recursive=self.watch.is_recursive,
+            ignores=self._ignores,
+        )
+
+    def get_event_mask_from_filter(self) -> Mask:
+        return _MASK
+
+
+class _Observer(InotifyObserver):
+    def __init__(self, ignores: Ignores) -> None:
+        super().__init__()
+        self._emitter_class = partial(_Emitter, ignores=ignores)  # type: ignore[assignment] -- only called
 
 
 class Watcher:
     """Watches one drop folder by inotify; an observer of its own, so that no drop can blind another."""
 
-    def __init__(self, path: str, notice: Notice, *, recursive: bool) -> None:
+    def __init__(self, path: str, notice: Notice, ignores: Ignores, *, recursive: bool) -> None:
         self._path = path
+        self._ignores = ignores
         self._handler = _Handler(notice)
         self._recursive = recursive
         self._observer: BaseObserver | None = None
@@ -64,7 +121,7 @@ class Watcher:
     def start(self) -> None:
         """Begin to watch; raises WatchError where the kernel will not."""
         try:
-            self._observer = InotifyObserver()
+            self._observer = _Observer(self._ignores)
             self._observer.schedule(
                 self._handler, self._path, recursive=self._recursive, event_filter=_EVENTS
             )

@@ -9,13 +9,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from watchdog.observers.inotify import InotifyObserver
+from watchdog.observers.inotify_c import InotifyConstants
 
 from backupd.config.models import DropConfig
 from backupd.core.errors import LedgerError
@@ -29,7 +30,7 @@ from tests.factories import NOW, delivered, finished
 from tests.privileges import a_folder_of_nobody, without_rights
 from tests.stage import until
 
-# watchdog's thread would die of this one as an error; as a warning it is harmless
+# pytest forgets the filter that the watcher sets, and watchdog's thread would die of it as an error
 pytestmark = pytest.mark.filterwarnings("ignore:Callback with id:RuntimeWarning")
 
 SOON = timedelta(milliseconds=250)
@@ -42,7 +43,7 @@ class Watching:
     def __init__(self, base: Path, kind: type[SqliteLedger] = SqliteLedger, **config: Any) -> None:
         self.base = base
         self.root = base / "drop"
-        self.root.mkdir()
+        self.root.mkdir(exist_ok=True)
         self.state = base / "state"
         self.state.mkdir()
         self.ledger = kind(open_ledger(self.state).connection)
@@ -206,6 +207,45 @@ def test_events_alone_bring_whole_trees(by_events: Watching) -> None:
     by_events.wait_admitted("moved/a/b/later.cfg")
     (by_events.root / "moved").rename(by_events.root / "again")
     by_events.wait_admitted("again/a/b/later.cfg")
+
+
+def test_a_directory_that_is_renamed_in_place_is_watched_under_its_new_name(by_events: Watching) -> None:
+    (by_events.root / "site").mkdir()
+    by_events.put("site/r1.cfg")
+    by_events.wait_admitted("site/r1.cfg")
+    (by_events.root / "site").rename(by_events.root / "berlin")
+    by_events.wait_admitted("berlin/r1.cfg")
+    by_events.put("berlin/r2.cfg")
+    (by_events.root / "berlin" / "rack").mkdir()
+    by_events.put("berlin/rack/r3.cfg")
+    by_events.wait_admitted("berlin/r2.cfg", "berlin/rack/r3.cfg")
+    assert not by_events.events("library.warning")
+
+
+def test_our_own_folders_are_not_watched_nor_what_leaves(tmp_path: Path) -> None:
+    for name in ("sent/site", "rejected", ".hidden/deep", "site/sent"):
+        (tmp_path / "drop" / name).mkdir(parents=True)
+    with watching(tmp_path, rescan_every=NEVER) as scene:
+        (scene.root / "sent" / "later").mkdir()
+        (scene.root / "site" / "later").mkdir()
+        scene.put("site/later/r1.cfg")
+        scene.wait_admitted("site/later/r1.cfg")
+        masks = watched()
+    wanted = [scene.root, *(scene.root / name for name in ("site", "site/sent", "site/later"))]
+    assert set(masks) == {directory.stat().st_ino for directory in wanted}
+    assert not any(mask & InotifyConstants.IN_MOVED_FROM for mask in masks.values())
+
+
+def watched() -> dict[int, int]:
+    """Return the inode of each directory that this process watches by inotify, and the events it asks for."""
+    masks = {}
+    for info in Path("/proc/self/fdinfo").iterdir():
+        with suppress(FileNotFoundError):
+            for line in info.read_text().splitlines():
+                if line.startswith("inotify "):
+                    fields = dict(field.split(":", 1) for field in line.split()[1:])
+                    masks[int(fields["ino"], 16)] = int(fields["mask"], 16)
+    return masks
 
 
 def test_what_was_there_before_the_start_is_found(tmp_path: Path) -> None:
@@ -554,7 +594,7 @@ def test_a_hundred_files_a_second_never_look_like_blindness(scene: Watching) -> 
         path = scene.put(f"r{number}.cfg")
         if number % 10 == 0:
             scene.wait_admitted(path.name)
-            while (delivery := scene.ledger.claim("vault", datetime.now(UTC))) is not None:
+            for delivery in scene.ledger.claim("vault", datetime.now(UTC), most=100):
                 (settled,) = scene.ledger.record([finished(delivery, delivered())], NOW)
                 os.unlink(scene.root / os.fsdecode(delivery.archive.relpath))
                 scene.ledger.disposed([Disposed(settled.archive.id, None)], [], NOW)
