@@ -14,6 +14,7 @@ from backupd.core.model import DeliveryState
 from backupd.core.names import as_text, fitted, free_names
 from backupd.core.policy import Reason, rule_of
 from backupd.drop.folder import DropFolder
+from backupd.drop.held import HeldFolder
 from backupd.drop.move import FileChangedError, find_moved, move
 from backupd.drop.record import write_record
 from backupd.ledger.port import Disposed, Settled
@@ -47,22 +48,32 @@ class Disposal:
         done: list[Disposed] = []
         failed: list[int] = []
         touched: set[tuple[str, bytes]] = set()
+        held: dict[str, HeldFolder] = {}
         for one in settled:
             if not one.announced:
                 self._announce(one)
-            rule = self._rules.get(one.archive.drop)
+            drop = one.archive.drop
+            rule = self._rules.get(drop)
             if rule is None:
                 failed.append(one.archive.id)  # until the drop is configured again
                 continue
+            if drop not in held:
+                held[drop] = HeldFolder(rule.folder)
             try:
-                done.append(self._dispose(one, rule, touched))
+                done.append(self._dispose(one, rule, held[drop], touched))
                 self._failed.discard(one.archive.id)
             except OSError as error:
                 self._complain(one, error)
                 failed.append(one.archive.id)
-        return self._sync(done, touched, failed), failed
+        try:
+            return self._sync(done, touched, held, failed), failed
+        finally:
+            for folder in held.values():
+                folder.close()
 
-    def _dispose(self, one: Settled, rule: Rule, touched: set[tuple[str, bytes]]) -> Disposed:
+    def _dispose(
+        self, one: Settled, rule: Rule, folder: HeldFolder, touched: set[tuple[str, bytes]]
+    ) -> Disposed:
         archive = one.archive
         parent, _, name = archive.relpath.rpartition(b"/")
         action = rule.on_delivered if one.state is DeliveryState.DELIVERED else "reject"
@@ -73,30 +84,34 @@ class Disposal:
         if action != "delete":
             top = rule.sent_dir if action == "move" else rule.rejected_dir
             target, names = top + b"/" + parent if parent else top, free_names(name, archive.admitted_at)
-        moved_to = self._move(one, rule.folder, target, names)
+        moved_to = self._move(one, folder, target, names)
         if moved_to is None:
             self._tell(one, "gone", None)
             return Disposed(archive.id, None)
         if action == "delete":
-            rule.folder.unlink(moved_to)
+            folder.unlink(moved_to)
             self._tell(one, "deleted", None)
             moved_to = None
         else:
-            self._write_record(one, rule.folder, moved_to)
+            self._write_record(one, folder, moved_to)
             self._tell(one, "moved", moved_to)
         touched |= {(archive.drop, parent), (archive.drop, target)}
         return Disposed(archive.id, moved_to)
 
-    def _move(self, one: Settled, folder: DropFolder, target: bytes, names: Iterator[bytes]) -> bytes | None:
+    def _move(self, one: Settled, folder: HeldFolder, target: bytes, names: Iterator[bytes]) -> bytes | None:
         """Move the file; None if it is gone, or another content has its name: that one starts over."""
-        expected = one.archive.fingerprint
-        names, again = itertools.tee(names)
+        archive, expected = one.archive, one.archive.fingerprint
+        names, anew, again = itertools.tee(names, 3)
         try:
-            return move(folder, one.archive.relpath, expected, target, names)
+            try:
+                return move(folder, archive.relpath, expected, target, names)
+            except FileNotFoundError:
+                folder.close()  # it may be the directory that is gone
+                return move(folder, archive.relpath, expected, target, anew)
         except (FileNotFoundError, FileChangedError):
             return find_moved(folder, expected, target, again)
 
-    def _write_record(self, one: Settled, folder: DropFolder, moved_to: bytes) -> None:
+    def _write_record(self, one: Settled, folder: HeldFolder, moved_to: bytes) -> None:
         kind = b"receipt" if one.state is DeliveryState.DELIVERED else b"reason"
         directory, _, name = moved_to.rpartition(b"/")
         content = (json.dumps(_record(one), indent=2) + "\n").encode("ascii")
@@ -110,11 +125,15 @@ class Disposal:
             return
 
     def _sync(
-        self, done: list[Disposed], touched: set[tuple[str, bytes]], failed: list[int]
+        self,
+        done: list[Disposed],
+        touched: set[tuple[str, bytes]],
+        held: Mapping[str, HeldFolder],
+        failed: list[int],
     ) -> list[Disposed]:
         for drop, directory in sorted(touched):
             try:
-                self._rules[drop].folder.sync(directory)
+                held[drop].sync(directory)
             except FileNotFoundError:
                 continue  # the directory was removed with all that was in it
             except OSError:
