@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -183,6 +184,8 @@ class Daemon:
         self._abandon.set()
         pending = None
         if settled:
+            with suppress(LedgerError):  # the next start does it too
+                self._parts.ledger.release_claims()
             pending = sum(b.pending for b in self._parts.ledger.backlog().values())
             self._parts.ledger.close()
         self._log.emit(

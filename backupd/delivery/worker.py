@@ -8,6 +8,7 @@ import re
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -28,6 +29,9 @@ from backupd.upload.port import Cargo, Uploader
 
 _IDLE = 5.0
 """Seconds after which a worker looks at the ledger unasked: another process may have put something there."""
+
+_CLAIMS = 16
+"""Deliveries that are claimed in one transaction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,16 @@ class Lane:
     sources: Mapping[str, Source]
     log: EventLog
     host: str = field(default_factory=socket.gethostname)
+    _claimed: deque[Delivery] = field(default_factory=deque)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def claim(self) -> Delivery | None:
+        """Return the delivery that goes first, or None; small ones are claimed a few at a time."""
+        with self._lock:
+            if not self._claimed:
+                now = datetime.now(UTC)
+                self._claimed += self.ledger.claim(self.destination, now, self.priority, _CLAIMS)
+            return self._claimed.popleft() if self._claimed else None
 
 
 class Worker:
@@ -79,7 +93,7 @@ class Worker:
             return False
         delivery = None
         try:
-            delivery = lane.ledger.claim(lane.destination, datetime.now(UTC), lane.priority)
+            delivery = lane.claim()
         except LedgerError as error:
             lane.log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
         if delivery is None:

@@ -108,8 +108,10 @@ class Ledger(Protocol):
         """Make a pending delivery to each destination for each file not accounted for yet."""
         ...
 
-    def claim(self, destination: str, now: datetime, priority: Priority = Priority.OLDEST) -> Delivery | None:
-        """Return the due delivery that goes first, now claimed, or None."""
+    def claim(
+        self, destination: str, now: datetime, priority: Priority = Priority.OLDEST, most: int = 1
+    ) -> list[Delivery]:
+        """Return the due deliveries that go first, now claimed: at most so many, more than one if small."""
         ...
 
     def next_due(self, destination: str) -> datetime | None:

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import accumulate, takewhile
 
 from backupd.core.errors import LedgerError
 from backupd.core.gate import Gate
@@ -31,6 +32,9 @@ _FIRST = {
     Priority.SMALLEST: f"INDEXED BY delivery_smallest {_DUE} ORDER BY size",
     Priority.NEWEST: f"INDEXED BY delivery_newest {_DUE} ORDER BY archive_id DESC",
 }
+
+_SMALL = 4 * 1024 * 1024
+"""Bytes that are claimed in one go: what is larger must not keep others of higher priority back."""
 
 
 class SqliteLedger(Ledger):
@@ -96,19 +100,18 @@ class SqliteLedger(Ledger):
                 admitted.append(_insert(db, sighting, destinations, now))
         return Admission(tuple(admitted), tuple(superseded))
 
-    def claim(self, destination: str, now: datetime, priority: Priority = Priority.OLDEST) -> Delivery | None:
+    def claim(
+        self, destination: str, now: datetime, priority: Priority = Priority.OLDEST, most: int = 1
+    ) -> list[Delivery]:
         """See `Ledger.claim`."""
         with self._transaction(durable=False) as db:
-            row = db.execute(
-                f"UPDATE delivery SET state = 'claimed' WHERE id ="  # noqa: S608 -- own clauses
-                f" (SELECT id FROM delivery {_FIRST[priority]} LIMIT 1)"
-                " RETURNING id, archive_id, attempts, charged, faults, digest",
-                (destination, as_micros(now)),
-            ).fetchone()
-            if row is None:
-                return None
-            unknown = Digest.parse(row[5]) if row[5] else None
-            return Delivery(row[0], _archive(db, row[1]), destination, row[2], row[3], row[4], unknown)
+            first = db.execute(
+                f"SELECT id, size FROM delivery {_FIRST[priority]} LIMIT ?",  # noqa: S608 -- own clauses
+                (destination, as_micros(now), most),
+            ).fetchall()
+            totals = accumulate(size for _, size in first)
+            small = sum(1 for _ in takewhile(lambda total: total <= _SMALL, totals))
+            return [_claim(db, ident) for ident, _ in first[: max(small, 1)]]
 
     def next_due(self, destination: str) -> datetime | None:
         """See `Ledger.next_due`."""
@@ -184,6 +187,16 @@ class SqliteLedger(Ledger):
         """See `Ledger.close`."""
         with self._lock:
             self._db.close()
+
+
+def _claim(db: sqlite3.Connection, ident: str) -> Delivery:
+    row = db.execute(
+        "UPDATE delivery SET state = 'claimed' WHERE id = ?"
+        " RETURNING id, archive_id, destination, attempts, charged, faults, digest",
+        (ident,),
+    ).fetchone()
+    unknown = Digest.parse(row[6]) if row[6] else None
+    return Delivery(row[0], _archive(db, row[1]), row[2], row[3], row[4], row[5], unknown)
 
 
 def _live(db: sqlite3.Connection, sighting: Sighting) -> list[Archive]:

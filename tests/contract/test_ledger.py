@@ -90,8 +90,7 @@ def admit(
 
 
 def claim(ledger: Ledger, destination: str = "vault", now: datetime = LATER) -> Delivery:
-    delivery = ledger.claim(destination, now)
-    assert delivery is not None
+    (delivery,) = ledger.claim(destination, now)
     return delivery
 
 
@@ -116,7 +115,7 @@ def test_a_new_file_becomes_a_pending_delivery_to_each_destination(ledger: Ledge
     assert [delivery.destination for delivery in deliveries] == list(BOTH)
     assert [delivery.archive for delivery in deliveries] == [archive, archive]
     assert len({delivery.id for delivery in deliveries}) == 2
-    assert ledger.claim("vault", LATER) is None
+    assert not ledger.claim("vault", LATER)
 
 
 def test_the_same_file_is_admitted_once(bench: Bench) -> None:
@@ -163,7 +162,7 @@ def test_a_replaced_content_supersedes_the_one_that_is_pending(ledger: Ledger, c
     assert admission.superseded == (old,)
     assert [archive.fingerprint for archive in admission.admitted] == [changed]
     assert [claim(ledger, name).archive.fingerprint for name in BOTH] == [changed, changed]
-    assert ledger.claim("vault", LATER) is None
+    assert not ledger.claim("vault", LATER)
     assert ledger.undisposed() == []
 
 
@@ -267,13 +266,13 @@ def test_nothing_is_claimed_before_it_is_due(ledger: Ledger) -> None:
     due = step.step.due_at
     assert due is not None
     assert ledger.next_due("vault") == due
-    assert ledger.claim("vault", due - timedelta(microseconds=1)) is None
+    assert not ledger.claim("vault", due - timedelta(microseconds=1))
     assert claim(ledger, now=due).id == step.delivery.id
 
 
 def test_a_claim_is_one_of_its_own_destination(ledger: Ledger) -> None:
     admit(ledger, a_sighting(), to=("annex",))
-    assert ledger.claim("vault", LATER) is None
+    assert not ledger.claim("vault", LATER)
     assert ledger.next_due("vault") is None
     assert claim(ledger, "annex").destination == "annex"
 
@@ -285,22 +284,38 @@ def test_what_is_claimed_is_not_due(ledger: Ledger) -> None:
     assert ledger.next_due("vault") is None
 
 
+def test_small_ones_are_claimed_a_few_at_a_time_and_in_order(ledger: Ledger) -> None:
+    names = [b"r%d" % number for number in range(5)]
+    admit(ledger, *(a_sighting(name) for name in names))
+    claimed = ledger.claim("vault", LATER, most=3) + ledger.claim("vault", LATER, most=3)
+    assert [delivery.archive.relpath for delivery in claimed] == names
+    assert not ledger.claim("vault", LATER, most=3)
+
+
+def test_a_large_one_is_claimed_alone(ledger: Ledger) -> None:
+    large = a_sighting(b"large", fingerprint=a_fingerprint(size=1 << 30))
+    admit(ledger, large, a_sighting(b"r1"), a_sighting(b"r2"))
+    first, *others = ledger.claim("vault", LATER, most=3)
+    assert (first.archive.relpath, others) == (b"large", [])
+    assert len(ledger.claim("vault", LATER, most=3)) == 2
+
+
 def test_threads_never_claim_the_same(ledger: Ledger) -> None:
     admit(ledger, *(a_sighting(b"r%d" % number) for number in range(200)))
-    claimed: list[list[str]] = [[], [], []]
-    together = threading.Barrier(len(claimed))
+    by_thread: list[list[str]] = [[], [], []]
+    together = threading.Barrier(len(by_thread))
 
     def work(mine: list[str]) -> None:
         together.wait()
-        while (delivery := ledger.claim("vault", LATER)) is not None:
-            mine.append(delivery.id)
+        while claimed := ledger.claim("vault", LATER, most=3):
+            mine += [delivery.id for delivery in claimed]
 
-    threads = [threading.Thread(target=work, args=(mine,)) for mine in claimed]
+    threads = [threading.Thread(target=work, args=(mine,)) for mine in by_thread]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    ids = [ident for mine in claimed for ident in mine]
+    ids = [ident for mine in by_thread for ident in mine]
     assert len(ids) == len(set(ids)) == 200
 
 
@@ -549,8 +564,7 @@ def test_many_threads_admit_claim_and_record_at_the_same_time(ledger: Ledger) ->
             for turn in range(25):
                 admit(ledger, a_sighting(b"%d-%d" % (number, turn)))
                 ledger.known("switches")
-                delivery = ledger.claim("vault", LATER)
-                assert delivery is not None
+                (delivery,) = ledger.claim("vault", LATER)
                 ended = ledger.record([finished(delivery, delivered())], LATER)
                 settled[number] += ended
                 ledger.disposed([Disposed(one.archive.id, b"sent/x") for one in ended], [], LATER)

@@ -206,8 +206,7 @@ def test_what_a_disposition_hangs_on_is_synced_at_its_commit(tmp_path: Path) -> 
     connection.levels = []
     ledger = SqliteLedger(connection)
     ledger.admit([a_sighting()], ["vault"], NOW)
-    delivery = ledger.claim("vault", NOW)
-    assert delivery is not None
+    (delivery,) = ledger.claim("vault", NOW)
     assert connection.levels == [NORMAL, NORMAL]
     ledger.record([finished(delivery, delivered())], NOW)
     assert connection.levels == [NORMAL, NORMAL, FULL]
@@ -318,7 +317,7 @@ def test_a_full_disk_leaves_nothing_half_done_and_is_survived(small_disk: Path) 
     ledger = SqliteLedger(connection)
     names = [b"r%d" % number for number in range(100)]
     ledger.admit([a_sighting(name) for name in names], ["vault"], NOW)
-    claims = [claimed for _ in names if (claimed := ledger.claim("vault", NOW)) is not None]
+    claims = ledger.claim("vault", NOW, most=len(names))
     ended = [finished(one, deferred(), delivered(body="x" * 4000)) for one in claims]
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # no room left in the log
     filler = fill(small_disk)
@@ -375,7 +374,7 @@ ledger = SqliteLedger(open_ledger(Path(sys.argv[1])).connection)
 for number in itertools.count():
     names = [b"%s-%d-%d" % (sys.argv[2].encode(), number, n) for n in range(3)]
     ledger.admit([a_sighting(name) for name in names], ["vault"], NOW)
-    ended = [finished(ledger.claim("vault", NOW), delivered()) for _ in range(2)]
+    ended = [finished(one, delivered()) for one in ledger.claim("vault", NOW, most=2)]
     settled = ledger.record(ended, NOW)
     print(*(one.delivery.id for one in ended), flush=True)
     ledger.disposed([Disposed(settled[0].archive.id, b"sent/x")], [], NOW)
