@@ -69,7 +69,7 @@ class EventLog:
                 structlog.processors.ExceptionRenderer(),
                 _console if console else structlog.processors.JSONRenderer(separators=(",", ":")),
             ],
-        )
+        ).bind()  # once, and not for each line
 
     def emit(self, event: Event, *, exc_info: BaseException | None = None, **keys: object) -> None:
         """Log an event with some of its keys."""
