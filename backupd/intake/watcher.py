@@ -8,8 +8,6 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 from watchdog.events import (
     DirCreatedEvent,
@@ -84,9 +82,7 @@ class _Watches(InotifyWatchGroup):
 
 
 class _Emitter(InotifyEmitter):
-    def __init__(self, *arguments: Any, ignores: Ignores, **more: Any) -> None:
-        super().__init__(*arguments, **more)
-        self._ignores = ignores
+    ignores: Ignores
 
     def on_thread_start(self) -> None:
         self._inotify = _Watches(
@@ -94,7 +90,7 @@ class _Emitter(InotifyEmitter):
             os.fsencode(self.watch.path),
             event_mask=self.get_event_mask_from_filter(),
             is_recursive=self.watch.is_recursive,
-            ignores=self._ignores,
+            ignores=self.ignores,
         )
 
     def get_event_mask_from_filter(self) -> Mask:
@@ -104,7 +100,7 @@ class _Emitter(InotifyEmitter):
 class _Observer(InotifyObserver):
     def __init__(self, ignores: Ignores) -> None:
         super().__init__()
-        self._emitter_class = partial(_Emitter, ignores=ignores)  # type: ignore[assignment] -- only called
+        self._emitter_class = type("_EmitterHere", (_Emitter,), {"ignores": staticmethod(ignores)})
 
 
 class Watcher:

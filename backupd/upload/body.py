@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import closing
 
 from backupd.core.model import Digest, fingerprint_of
-from backupd.upload.hashing import Hashing
 from backupd.upload.line import Line
 from backupd.upload.multipart import Framing
 from backupd.upload.port import Cargo
 
-CHUNK = 1024 * 1024
+CHUNK = 256 * 1024
 """Bytes of a read."""
 
 
@@ -51,16 +49,11 @@ class Body:
         self.complete, self._cargo.sent = False, 0
         self._line.body_begins()
         check_unchanged(self._cargo)
-        with closing(Hashing(self._algorithm, self._cargo.fingerprint.size)) as hashing:
-            yield from self._sent(hashing)
-        self.complete = True
-        self._line.body_sent()
-
-    def _sent(self, hashing: Hashing) -> Iterator[bytes]:
+        hasher = hashlib.new(self._algorithm)
         size = self._cargo.fingerprint.size
         pending = self._framing.before
         for at, chunk in self._chunks():
-            hashing.update(chunk)
+            hasher.update(chunk)
             if at + len(chunk) < size:
                 yield pending + chunk if pending else chunk
                 pending = b""
@@ -68,11 +61,13 @@ class Body:
             else:
                 pending += chunk
         check_unchanged(self._cargo)  # before the last bytes: a request that is not complete stores nothing
-        self.digest = Digest(self._algorithm, hashing.hexdigest())
+        self.digest = Digest(self._algorithm, hasher.hexdigest())
         if self._expected not in (None, self.digest):
             raise FileChangedError("was rewritten since its digest was stated")
         yield pending + self._framing.after(self.digest.hex)
         self._handed_over(size)
+        self.complete = True
+        self._line.body_sent()
 
     def _handed_over(self, sent: int) -> None:
         self._cargo.sent = sent

@@ -58,6 +58,6 @@ class InThread(httpx.AsyncBaseTransport):
 
 def _seen(response: httpx.Response) -> Seen:
     connection = response.extensions["network_stream"].get_extra_info("ssl_object")
-    if not isinstance(connection, ssl.SSLSocket):
+    if not isinstance(connection, ssl.SSLObject):
         return Seen()
     return Seen(connection.version(), connection.getpeercert(binary_form=True))

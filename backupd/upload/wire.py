@@ -18,6 +18,7 @@ from typing import Any
 import httpcore
 
 from backupd.upload.line import Line
+from backupd.upload.tls_socket import TlsSocket
 
 _WANT_READ = (ssl.SSLWantReadError,)
 _WANT_WRITE = (ssl.SSLWantWriteError,)
@@ -48,7 +49,7 @@ DIRECT = Route()
 class Wire(httpcore.NetworkStream):
     """A connection, plain or TLS, on a socket that never blocks."""
 
-    def __init__(self, sock: socket.socket, line: Line, route: Route = DIRECT) -> None:
+    def __init__(self, sock: socket.socket | TlsSocket, line: Line, route: Route = DIRECT) -> None:
         self._sock = sock
         self._line = line
         self._route = route
@@ -58,19 +59,17 @@ class Wire(httpcore.NetworkStream):
         self._fault: OSError | None = None
         self._answered = 0
         # in HTTP/2 frames of the other side are part of sending
-        self._is_http2 = isinstance(sock, ssl.SSLSocket) and sock.selected_alpn_protocol() == "h2"
+        self._is_http2 = isinstance(sock, TlsSocket) and sock.tls.selected_alpn_protocol() == "h2"
 
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.NetworkStream:
         """Shake hands; `timeout` in seconds is for each wait of it."""
         try:
-            sock = ssl_context.wrap_socket(
-                self._sock,
-                server_hostname=self._route.server_name or server_hostname,
-                do_handshake_on_connect=False,
-            )
-            self._sock = sock
+            if isinstance(self._sock, TlsSocket):
+                raise httpcore.ConnectError("there is TLS on the connection already")
+            name = self._route.server_name or server_hostname
+            sock = TlsSocket(ssl_context, self._sock, name, self._line.moved)
             self._shake_hands(sock, timeout)
             self._check_pins(sock)
         except (OSError, ValueError) as error:
@@ -81,7 +80,7 @@ class Wire(httpcore.NetworkStream):
             raise
         return Wire(sock, self._line, self._route)
 
-    def _shake_hands(self, sock: ssl.SSLSocket, timeout: float | None) -> None:
+    def _shake_hands(self, sock: TlsSocket, timeout: float | None) -> None:
         while True:
             try:
                 sock.do_handshake()
@@ -94,10 +93,10 @@ class Wire(httpcore.NetworkStream):
             if not done:
                 raise httpcore.ConnectTimeout("no answer in the TLS handshake")
 
-    def _check_pins(self, sock: ssl.SSLSocket) -> None:
+    def _check_pins(self, sock: TlsSocket) -> None:
         if not self._route.pins:
             return
-        shown = spki_pin(sock.getpeercert(binary_form=True) or b"")
+        shown = spki_pin(sock.tls.getpeercert(binary_form=True) or b"")
         if shown not in self._route.pins:
             raise httpcore.ConnectError(f"{PIN_MISMATCH}: the endpoint's public key is {shown}")
 
@@ -147,7 +146,8 @@ class Wire(httpcore.NetworkStream):
                 raise httpcore.WriteError(str(error)) from error
             else:
                 view = view[count:]
-                self._line.moved(count)
+                if not isinstance(self._sock, TlsSocket):  # which tells by itself, and of less at a time
+                    self._line.moved(count)
 
     def _wait_to_send(self, events: int, timeout: float | None) -> None:
         if not self._is_http2 or not events:  # in HTTP/2 nobody here reads what would end the wait
@@ -161,7 +161,7 @@ class Wire(httpcore.NetworkStream):
         """Take in what has arrived, without waiting; raise WriteError if it is an answer or the end."""
         poller = select.poll()
         poller.register(self._sock.fileno(), select.POLLIN)
-        if poller.poll(0):
+        if (isinstance(self._sock, TlsSocket) and self._sock.holds_some) or poller.poll(0):
             self._hear()
         if self._ended or _is_final(self._heard):
             raise httpcore.WriteError("the destination answered before it had the whole request")
@@ -228,7 +228,7 @@ class Wire(httpcore.NetworkStream):
         """Return what httpcore asks of a stream."""
         match info:
             case "ssl_object":
-                return self._sock if isinstance(self._sock, ssl.SSLSocket) else None
+                return self._sock.tls if isinstance(self._sock, TlsSocket) else None
             case "is_readable":
                 return self._is_readable()
             case "socket":
