@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from backupd.cli.absent import absent
+from backupd.cli.apart import preflight_apart
 from backupd.cli.options import DEFAULT_CONFIG, ConfigPath
 from backupd.config.models import Config
 
@@ -20,17 +21,18 @@ def run(
     ] = "",
 ) -> None:
     """Run the daemon in the foreground; it logs to standard output and ends on SIGTERM or SIGINT."""
-    from backupd.assembly import run_daemon  # noqa: PLC0415
     from backupd.config.loading import load  # noqa: PLC0415
-    from backupd.config.preflight import preflight  # noqa: PLC0415
     from backupd.core.errors import ConfigError, UsageError  # noqa: PLC0415
-    from backupd.ops import events  # noqa: PLC0415
-    from backupd.ops.log import LEVELS, EventLog, LineWriter, take_over_library_loggers  # noqa: PLC0415
+
+    with absent("rich", "click"):  # structlog and httpx draw with them, where they find them
+        from backupd.assembly import run_daemon  # noqa: PLC0415
+        from backupd.ops import events  # noqa: PLC0415
+        from backupd.ops.log import LEVELS, EventLog, LineWriter, take_over_library_loggers  # noqa: PLC0415
 
     if log_level and log_level not in LEVELS:
         raise UsageError(f"--log-level: expected one of {', '.join(LEVELS)}, got {log_level!r}")
     loaded = load(config)
-    problems = preflight(loaded, datetime.now(UTC))
+    problems = preflight_apart(loaded)
     fatal = [str(problem) for problem in problems if problem.fatal]
     if fatal:
         raise ConfigError("\n".join((f"{config} can't be run:", *fatal)), "`backupd check` says more")
