@@ -76,12 +76,17 @@ class Daemon:
         self.wait_for("daemon.ready")
         return self
 
-    def memory_peak(self) -> int:
-        """Return the peak resident memory in bytes."""
+    def memory(self, which: str) -> int:
+        """Return its resident memory in bytes: `VmRSS` for now, `VmHWM` for the peak."""
         for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{which}:"):
                 return int(line.split()[1]) * 1024
-        raise AssertionError("no VmHWM")
+        raise AssertionError(f"no {which}")
+
+    def processor_time(self) -> float:
+        """Return the seconds that it has computed, its ended children's included."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
     def stop(self, patience: float = PATIENCE) -> int:
         """Tell it to stop and return its exit code."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from datetime import UTC, datetime
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
+from backupd.cli.absent import absent
+from backupd.cli.apart import preflight_apart
 from backupd.cli.options import DEFAULT_CONFIG, ConfigPath
-from backupd.config.models import Config
+from backupd.config.models import Config, LogLevel
 
 
 def run(
@@ -20,25 +22,33 @@ def run(
     ] = "",
 ) -> None:
     """Run the daemon in the foreground; it logs to standard output and ends on SIGTERM or SIGINT."""
-    from backupd.assembly import run_daemon  # noqa: PLC0415
     from backupd.config.loading import load  # noqa: PLC0415
-    from backupd.config.preflight import preflight  # noqa: PLC0415
     from backupd.core.errors import ConfigError, UsageError  # noqa: PLC0415
-    from backupd.ops import events  # noqa: PLC0415
-    from backupd.ops.log import LEVELS, EventLog, LineWriter, take_over_library_loggers  # noqa: PLC0415
 
-    if log_level and log_level not in LEVELS:
-        raise UsageError(f"--log-level: expected one of {', '.join(LEVELS)}, got {log_level!r}")
+    levels = get_args(LogLevel)
+    if log_level and log_level not in levels:
+        raise UsageError(f"--log-level: expected one of {', '.join(levels)}, got {log_level!r}")
     loaded = load(config)
-    problems = preflight(loaded, datetime.now(UTC))
+    problems = preflight_apart(loaded)
     fatal = [str(problem) for problem in problems if problem.fatal]
     if fatal:
         raise ConfigError("\n".join((f"{config} can't be run:", *fatal)), "`backupd check` says more")
+    with absent(*_unused(loaded)):
+        from backupd.assembly import run_daemon  # noqa: PLC0415
+        from backupd.ops import events  # noqa: PLC0415
+        from backupd.ops.log import EventLog, LineWriter, take_over_library_loggers  # noqa: PLC0415
     log = EventLog(LineWriter(1), level=log_level or loaded.log.level, console=_wants_console(loaded))
     take_over_library_loggers(log)
     for problem in problems:
         log.emit(events.CONFIG_WARNING, path=problem.where, error=problem.message, hint=problem.hint)
     raise typer.Exit(run_daemon(loaded, log, Path(config).absolute()))
+
+
+def _unused(config: Config) -> Iterator[str]:
+    """Name what libraries would load where they find it, though this daemon never uses it."""
+    yield from ("rich", "click")  # structlog and httpx draw with them
+    if not any(destination.http2 for destination in config.destination.values()):
+        yield "h2"
 
 
 def _wants_console(config: Config) -> bool:

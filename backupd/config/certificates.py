@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from backupd.config.destination import DestinationConfig
+from backupd.config.key_password import key_password
 from backupd.config.problem import Problem
 
 if TYPE_CHECKING:
@@ -50,11 +51,6 @@ class _File:
 
     def unusable(self, what: str, hint: str) -> _UnusableError:
         return _UnusableError(self.problem(what, hint))
-
-
-def key_password(path: Path) -> bytes:
-    """Return the password in the file at `path`: its content less the line end."""
-    return path.read_bytes().rstrip(b"\r\n")
 
 
 def certificate_problems(name: str, destination: DestinationConfig, now: datetime) -> Iterator[Problem]:

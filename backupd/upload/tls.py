@@ -6,7 +6,7 @@ import ssl
 from pathlib import Path
 from typing import Protocol
 
-from backupd.config.certificates import key_password
+from backupd.config.key_password import key_password
 from backupd.core.errors import ConfigError
 
 

@@ -1,4 +1,4 @@
-"""The daemon's memory does not depend on the size of an archive."""
+"""The daemon is small, whatever it has to send and whatever it has sent."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from backupd.ledger.database import open_ledger
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.stage import Stage, a_stage
 
@@ -38,7 +39,7 @@ def peak_of_a_delivery(stage: Stage, size: int) -> int:
             daemon = stage.daemon().ready()
             archive.rename(stage.drop / "big.tar")
             daemon.wait_for("archive.disposed")
-            peak = daemon.memory_peak()
+            peak = daemon.memory("VmHWM")
             assert daemon.stop() == 0
         record = json.loads((stage.sent / "big.tar.receipt.json").read_bytes())
         [stored] = stage.stored()
@@ -62,3 +63,46 @@ def test_the_peak_of_memory_is_the_same_for_a_big_archive_as_for_a_small_one(tmp
     small, big = peaks
     print(f"peak {small / MIB:.1f} MiB for {MIB} bytes, {big / MIB:.1f} MiB for {BIG}")
     assert big - small < 8 * MIB
+    assert max(peaks) <= 64 * MIB
+
+
+def fill_the_ledger(stage: Stage, archives: int) -> None:
+    """Enter archives that were delivered and moved."""
+    (stage.base / "state").mkdir()
+    db = open_ledger(stage.state).connection
+    db.executescript(
+        f"""
+        BEGIN;
+        WITH RECURSIVE number (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM number WHERE n < {archives})
+        INSERT INTO archive (drop_name, relpath, device, inode, size, mtime_ns, ctime_ns, admitted_at, state,
+            digest, disposition, disposed_to, disposed_at, live)
+        SELECT 'switches', CAST(printf('switch-%06d.tar.gz', n) AS BLOB), 1, n, 1000, 0, 0, n, 'delivered',
+            'sha256:' || printf('%064d', n), 'done', CAST(printf('sent/switch-%06d.tar.gz', n) AS BLOB), n, 0
+        FROM number;
+        INSERT INTO delivery (id, archive_id, destination, size, state, attempts, charged, ended_at, digest,
+            verified, http_status, receipt)
+        SELECT printf('%036d', id), id, 'vault', size, 'delivered', 1, 1, disposed_at, digest, 1, 201,
+            '{{"sha256": "' || substr(digest, 8) || '"}}' FROM archive;
+        INSERT INTO attempt (delivery_id, number, started_at, duration_us, sent, outcome)
+        SELECT id, 1, ended_at, 1000, size, 'delivered' FROM delivery;
+        COMMIT;
+        """
+    )
+    db.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delivered", [0, 100_000])
+def test_an_idle_daemon_is_small_and_soon_ready_whatever_it_has_delivered(
+    stage: Stage, delivered: int
+) -> None:
+    if delivered:
+        fill_the_ledger(stage, delivered)
+    stage.configure("https://localhost:1/")
+    daemon = stage.daemon().ready()
+    took = daemon.processor_time()
+    idle = daemon.memory("VmRSS")
+    assert daemon.stop() == 0
+    print(f"ready after {took:.2f} s of a processor, idle at {idle / MIB:.1f} MiB")
+    assert took < 1.0
+    assert idle <= 50 * MIB
