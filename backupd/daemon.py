@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -26,6 +27,12 @@ from backupd.ops.notify import Notifier
 _SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _AFTER_ABORT = 1.5
 """Seconds that aborted uploads get to end in good order."""
+
+_HEAD_START = 10.0
+"""Seconds that the first look has before deliveries begin: each is twice as quick without the other.
+
+No longer, or a drop folder on a server that hangs would keep all the others waiting.
+"""
 
 
 @dataclass(slots=True)
@@ -94,10 +101,15 @@ class Daemon:
         self._start("recorder", parts.recorder.run, self._abandon)
         for intake in parts.intakes:
             self._start(f"intake-{intake.name}", intake.run, self._stop)
+        self._wait_for_intakes(time.monotonic() + _HEAD_START)
         for number, worker in enumerate(parts.workers, 1):
             self._start(f"worker-{number}", worker.run, self._stop)
-        for intake in parts.intakes:
-            while not intake.ready.wait(0.1) and not self._failed:
+        self._wait_for_intakes(math.inf)
+
+    def _wait_for_intakes(self, until: float) -> None:
+        """Wait until every drop has been looked through once."""
+        for intake in self._parts.intakes:
+            while not intake.ready.wait(0.1) and not self._failed and time.monotonic() < until:
                 self._notifier.send("EXTEND_TIMEOUT_USEC=30000000")
 
     def _start(self, name: str, body: Callable[[threading.Event], None], stop: threading.Event) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -33,7 +32,7 @@ def run(
     fatal = [str(problem) for problem in problems if problem.fatal]
     if fatal:
         raise ConfigError("\n".join((f"{config} can't be run:", *fatal)), "`backupd check` says more")
-    with absent(*_unused(loaded)):
+    with absent("rich", "click"):  # structlog and httpx would draw with them
         from backupd.assembly import run_daemon  # noqa: PLC0415
         from backupd.ops import events  # noqa: PLC0415
         from backupd.ops.log import EventLog, LineWriter, take_over_library_loggers  # noqa: PLC0415
@@ -42,13 +41,6 @@ def run(
     for problem in problems:
         log.emit(events.CONFIG_WARNING, path=problem.where, error=problem.message, hint=problem.hint)
     raise typer.Exit(run_daemon(loaded, log, Path(config).absolute()))
-
-
-def _unused(config: Config) -> Iterator[str]:
-    """Name what libraries would load where they find it, though this daemon never uses it."""
-    yield from ("rich", "click")  # structlog and httpx draw with them
-    if not any(destination.http2 for destination in config.destination.values()):
-        yield "h2"
 
 
 def _wants_console(config: Config) -> bool:

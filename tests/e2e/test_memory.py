@@ -66,9 +66,12 @@ def test_the_peak_of_memory_is_the_same_for_a_big_archive_as_for_a_small_one(tmp
     assert max(peaks) <= 64 * MIB
 
 
-def fill_the_ledger(stage: Stage, archives: int) -> None:
-    """Enter archives that were delivered and moved."""
-    (stage.base / "state").mkdir()
+def have_sent(stage: Stage, archives: int) -> None:
+    """Have archives that were delivered and moved."""
+    stage.sent.mkdir()
+    for number in range(1, archives + 1):
+        (stage.sent / f"switch-{number:06}.tar.gz").touch()
+    stage.state.mkdir()
     db = open_ledger(stage.state).connection
     db.executescript(
         f"""
@@ -97,7 +100,7 @@ def test_an_idle_daemon_is_small_and_soon_ready_whatever_it_has_delivered(
     stage: Stage, delivered: int
 ) -> None:
     if delivered:
-        fill_the_ledger(stage, delivered)
+        have_sent(stage, delivered)
     stage.configure("https://localhost:1/")
     daemon = stage.daemon().ready()
     took = daemon.processor_time()

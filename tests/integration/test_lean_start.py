@@ -33,9 +33,9 @@ STARTED = """
 import sys
 from backupd.cli.absent import absent
 
-with absent("rich", "click", "h2"):
+with absent("rich", "click"):
     import backupd.assembly
-sys.exit(bool({"rich", "click", "h2"} & set(sys.modules)))
+sys.exit(bool({"rich", "click"} & set(sys.modules)))
 """
 
 

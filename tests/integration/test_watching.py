@@ -277,6 +277,16 @@ def test_what_goes_to_our_own_folders_and_hidden_ones_is_not_seen(scene: Watchin
     assert scene.admitted() == ["seen.cfg"]
 
 
+def test_a_hidden_folder_is_seen_from_when_it_is_shown(by_events: Watching) -> None:
+    hidden = by_events.root / ".part"
+    hidden.mkdir()
+    (hidden / "r1.cfg").write_bytes(b"abc")
+    hidden.rename(by_events.root / "shown")
+    by_events.wait_admitted("shown/r1.cfg")
+    (by_events.root / "shown" / "r2.cfg").write_bytes(b"abc")
+    by_events.wait_admitted("shown/r2.cfg")
+
+
 def test_without_recursion_nothing_below_is_seen(tmp_path: Path) -> None:
     with watching(tmp_path, recursive=False) as scene:
         (scene.root / "below").mkdir()
