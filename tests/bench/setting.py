@@ -1,0 +1,67 @@
+"""What all rows share: sizes, folders, certificates and the endpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.bench.ends import MIB, Nginx, Ours
+from tests.pki import Pki
+
+
+@dataclass
+class Setting:
+    """One invocation of the bench."""
+
+    base: Path
+    runs: int
+    short: bool
+    idle_seconds: float
+    pki: Pki
+    nginx: Nginx
+    _numbers: itertools.count[int] = field(default_factory=itertools.count)
+
+    def folder(self) -> Path:
+        """Return the path of a folder that is not there yet."""
+        return self.base / f"work{next(self._numbers)}"
+
+    def ours(self, *, url: str = "", workers: int | None = None, drops: int = 1) -> Ours:
+        """Return a daemon with folders of its own, not started."""
+        return Ours(self.folder(), self.pki, url or self.nginx.url, workers=workers, drops=drops)
+
+    def small(self, count: int) -> list[Path]:
+        """Make a folder of archives of 20 kB."""
+        folder = self.folder()
+        folder.mkdir()
+        paths = [folder / f"small-{number:06}.tar.gz" for number in range(count)]
+        for path in paths:
+            path.write_bytes(os.urandom(20_000))
+        return paths
+
+
+def large(path: Path, mib: int) -> str:
+    """Make an archive of random content; return its digest."""
+    digest = hashlib.sha256()
+    with path.open("wb") as stream:
+        for _ in range(mib):
+            block = os.urandom(MIB)
+            digest.update(block)
+            stream.write(block)
+    return digest.hexdigest()
+
+
+def sparse(path: Path, mib: int) -> None:
+    """Make an archive that is one hole."""
+    with path.open("wb") as stream:
+        stream.truncate(mib * MIB)
+
+
+def warm(*paths: Path) -> None:
+    """Read files, so that everyone finds them in the page cache."""
+    for path in paths:
+        with path.open("rb", buffering=0) as stream:
+            while stream.read(4 * MIB):
+                pass
