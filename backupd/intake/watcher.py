@@ -19,6 +19,7 @@ from watchdog.events import (
 from watchdog.observers.api import BaseObserver
 from watchdog.observers.inotify import InotifyEmitter, InotifyObserver, InotifyWatchGroup
 from watchdog.observers.inotify_c import InotifyConstants, Mask
+from watchdog.observers.inotify_move_event_grouper import InotifyMoveEventGrouper, PathedInotifyEvent
 
 from backupd.core.errors import BackupdError
 
@@ -62,11 +63,25 @@ Ignores = Callable[[bytes], bool]
 """Called with the absolute path of a directory."""
 
 
+class _Ungrouped(InotifyMoveEventGrouper):
+    """Looks for no other half of a move, of which none comes: it would look through all that waits."""
+
+    def put_event(self, event: PathedInotifyEvent) -> None:
+        self._queue.put(event)
+
+    def get_queued_moved_from_event(self, cookie: int) -> PathedInotifyEvent | None:  # noqa: ARG002
+        return None
+
+
 @dataclass
 class _Watches(InotifyWatchGroup):
     """The watches on a tree but for what is ignored in it: nothing that lies in `sent` costs anything."""
 
     ignores: Ignores = lambda _: False
+
+    def __post_init__(self) -> None:
+        self._move_event_grouper = _Ungrouped()
+        super().__post_init__()
 
     def _add_all_callbacks(self, path: bytes) -> None:
         if path != self.path and self.ignores(path):

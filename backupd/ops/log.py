@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import json
 import logging
 import os
 import threading
@@ -67,7 +68,7 @@ class EventLog:
             processors=[
                 _ordered,
                 structlog.processors.ExceptionRenderer(),
-                _console if console else structlog.processors.JSONRenderer(separators=(",", ":")),
+                _console if console else structlog.processors.JSONRenderer(serializer=_as_json),
             ],
         ).bind()  # once, and not for each line
 
@@ -105,6 +106,13 @@ class _LibraryHandler(logging.Handler):
         except (TypeError, ValueError):  # its arguments don't fit
             message = str(record.msg)
         self._log.emit(LIBRARY_WARNING, logger=record.name, error=message)
+
+
+_JSON = json.JSONEncoder(separators=(",", ":"))
+
+
+def _as_json(record: EventDict, **_: object) -> str:
+    return _JSON.encode(record)  # made once: `json.dumps` makes one for each line
 
 
 def _ordered(_logger: WrappedLogger, level: str, record: EventDict) -> EventDict:
