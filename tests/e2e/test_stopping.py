@@ -94,6 +94,18 @@ def test_an_upload_that_does_not_end_is_abandoned(stage: Stage, script: Script, 
         assert server.requests[-1].archive == LARGE
 
 
+def test_what_was_claimed_ahead_is_pending_again_after_a_stop(stage: Stage) -> None:
+    with ScriptedServer(never_answers, server_context(stage.pki)) as server:
+        stage.configure(server.url, top=f'shutdown_grace = "{GRACE}s"', destination="workers = 1")
+        for number in range(10):
+            stage.put(f"r{number}.tar.gz", b"content")
+        daemon = stage.daemon()
+        assert server.paused.wait(60)
+        assert states(stage).count("claimed") > 1
+        stop_in_time(daemon)
+        assert states(stage) == ["pending"] * 10
+
+
 def test_a_tls_handshake_that_stalls_is_abandoned(stage: Stage) -> None:
     context = server_context(stage.pki)
 
