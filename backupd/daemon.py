@@ -154,7 +154,10 @@ class Daemon:
             change = self._change_to(config)
         except BackupdError as error:
             self._log.emit(
-                events.CONFIG_REFUSED, config=str(self._config_path), error=error.message, hint=error.hint
+                events.CONFIG_REFUSED,
+                config=str(self._config_path),
+                error=error.message,
+                hint=error.hint or "mend the file and reload again",
             )
         else:
             self._certificates.note(found)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import ssl
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from backupd.config.destination import DestinationConfig
+from backupd.core.errors import BackupdError
 from backupd.upload.tls import make_context
 
 _State = tuple[tuple[int, int, int] | None, ...]
@@ -23,6 +25,8 @@ class Identity:
         self._config = config
         self._lock = threading.Lock()
         self._context: ssl.SSLContext | None = None
+        with suppress(BackupdError):  # told by the look at the files, or by the first upload
+            self._context = self._make()
         self._state = self._look()
         self.renewals = 0
         """How often the context was replaced; connections of another one are to be closed."""
