@@ -239,7 +239,7 @@ async def _is_certificate_required(endpoint: Endpoint, with_it: _Answer) -> bool
     """Tell whether the endpoint treats us differently without our certificate."""
     bare = endpoint.config.model_copy(update={"cert": None, "key": None, "key_password_file": None})
     try:
-        without = await _ask(replace(endpoint, config=bare))
+        without = await _ask(open_endpoint(bare, endpoint.abort))
     except httpx.TransportError as error:
         reason, _ = reason_of(error)
         return True if reason in (Reason.TLS, Reason.TLS_CLIENT, Reason.CONNECTION_LOST) else None
