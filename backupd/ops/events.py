@@ -61,6 +61,8 @@ KEYS = {
     "whose": "client or server",
     "days_left": "whole days until the certificate ends",
     "expires_at": "when the certificate ends",
+    "free_bytes": "bytes that are free on the filesystem",
+    "min_free_bytes": "bytes that `min_free` asks for",
 }
 """What each key means; an event uses some of them."""
 
@@ -210,6 +212,18 @@ DISPOSITION_FAILED = _event(
     "error",
     "drop archive error hint",
     "the file could not be moved or deleted; tried again",
+)
+ARCHIVE_EXPIRED = _event(
+    "archive.expired",
+    "info",
+    "drop archive path size reason",
+    "a delivered archive was removed from `sent_dir`: too_old, too_many or disk_low; no reason after a crash",
+)
+DISK_LOW = _event(
+    "disk.low",
+    "error",
+    "drop path free_bytes min_free_bytes error hint",
+    "less than `min_free` is free, and there is no sent archive left to remove; told again while it lasts",
 )
 
 ATTEMPT_FAILED = _event(
