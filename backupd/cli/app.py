@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from backupd import __version__
-from backupd.cli import check, config, demo, init, listing, push, receive, retry, run, status
+from backupd.cli import audit, check, config, demo, init, listing, push, receive, retry, run, status
 
 app = typer.Typer(
     name="backupd",
@@ -43,6 +43,7 @@ app.command("push")(push.push)
 app.command("status")(status.status)
 app.command("list")(listing.list_deliveries)
 app.command("show")(listing.show)
+app.command("audit")(audit.audit)
 app.command("retry")(retry.retry)
 app.command("init")(init.init)
 app.add_typer(config.app, name="config")
