@@ -1,0 +1,46 @@
+"""What systemd itself says of the unit files: nothing, and little exposure."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.systemd.conftest import ROOT
+from tests.systemd.machine import Machine
+
+pytestmark = [pytest.mark.systemd, pytest.mark.xdist_group("systemd")]
+
+UNITS = ("backupd.service", "backupd@.service")
+MOST = 1.1
+"""Exposure, out of 10."""
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_unit_is_as_little_exposed_as_it_can_be(machine: Machine, unit: str) -> None:
+    told = machine.run(
+        "systemd-analyze", "security", "--offline=yes", "--no-pager", f"/etc/systemd/system/{unit}"
+    ).stdout
+    found = re.search(r"Overall exposure level for \S+: (\d+\.\d+)", told)
+    assert found, told
+    print(f"{unit}: {found[1]}")
+    assert float(found[1]) <= MOST, told
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_systemd_has_nothing_to_say_against_a_unit(machine: Machine, unit: str) -> None:
+    told = machine.run("systemd-analyze", "verify", "--man=no", f"/etc/systemd/system/{unit}")
+    assert (told.stdout, told.stderr) == ("", "")  # it ends with 0 on misspelt keys as well
+
+
+def test_an_instance_is_as_the_only_one_but_for_its_places() -> None:
+    one, other = ((ROOT / "systemd" / unit).read_text().splitlines() for unit in UNITS)
+    own = [line for line in other if line not in one and not line.startswith("#")]
+    assert own == [
+        "Description=Delivers configuration backups to HTTPS endpoints (%i)",
+        "ExecStart=/opt/backupd/bin/backupd run --config /etc/backupd/%i.toml",
+        "StateDirectory=backupd/%i",
+    ]
+    assert len([line for line in one if not line.startswith("#")]) == len(
+        [line for line in other if not line.startswith("#")]
+    )
