@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import os
-import pwd
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import backupd
 from backupd.core.errors import BackupdError, UsageError
 
 USER = "backupd"
 PLACES = {
-    "backupd.service": "etc/systemd/system/backupd.service",
-    "backupd@.service": "etc/systemd/system/backupd@.service",
-    "backupd.sysusers.conf": "etc/sysusers.d/backupd.conf",
-    "backupd.tmpfiles.conf": "etc/tmpfiles.d/backupd.conf",
+    "etc/systemd/system/backupd.service": "backupd.service",
+    "etc/systemd/system/backupd.service.d/10-see-writers.conf": "see-writers.conf",
+    "etc/systemd/system/backupd@.service": "backupd@.service",
+    "etc/systemd/system/backupd@.service.d/10-see-writers.conf": "see-writers.conf",
+    "etc/sysusers.d/backupd.conf": "backupd.sysusers.conf",
+    "etc/tmpfiles.d/backupd.conf": "backupd.tmpfiles.conf",
 }
-"""The files that are shipped, and where they go below the root."""
+"""Where files go, below the root, and which of the shipped ones they are."""
 
 _SHIPPED_EXEC = "/opt/backupd/bin/backupd"
+_UNITS = "etc/systemd/system"
+_SYSUSERS = "etc/sysusers.d/backupd.conf"
+_TMPFILES = "etc/tmpfiles.d/backupd.conf"
 _FOLDERS = ("/etc/backupd", "/etc/backupd/tls", "/srv/backups")
 _LEFT = "left alone: /etc/backupd, /var/lib/backupd, the drop folders, the user backupd, drop-ins of your own"
 _HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 -- by ProtectHome and PrivateTmp
@@ -68,8 +70,10 @@ class Remove:
         return f"remove {self.path}"
 
     def do(self) -> None:
-        """Remove the file."""
+        """Remove the file, and a folder of drop-ins that it was alone in."""
         self.path.unlink()
+        if self.path.parent.suffix == ".d" and not any(self.path.parent.iterdir()):
+            self.path.parent.rmdir()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,8 @@ class Run:
 
     def do(self) -> None:
         """Run the command; raise BackupdError with what it said if it fails."""
+        import subprocess  # noqa: PLC0415 -- for this command alone
+
         try:
             done = subprocess.run(self.command, check=False, capture_output=True, text=True)  # noqa: S603
         except OSError as error:
@@ -129,36 +135,36 @@ def uninstall(root: Root = Path("/"), dry_run: DryRun = False) -> None:
 
 def _to_install(root: Path) -> Iterator[Step]:
     command = _command(root)
-    writes = [
-        Write(root / place, _shipped(name).replace(_SHIPPED_EXEC, command)) for name, place in PLACES.items()
-    ]
+    writes = [Write(root / place, _shipped(name, command)) for place, name in PLACES.items()]
     changed = [write for write in writes if _content(write.path) != write.content]
     yield from changed
     if not _is_live(root):
         return
-    sysusers, tmpfiles = (str(root / PLACES[f"backupd.{kind}.conf"]) for kind in ("sysusers", "tmpfiles"))
-    if not _is_user(USER):
-        yield Run(("systemd-sysusers", sysusers))
-    if not all(map(os.path.isdir, _FOLDERS)) or any(str(write.path) == tmpfiles for write in changed):
-        yield Run(("systemd-tmpfiles", "--create", tmpfiles))
-    if any(write.path.suffix == ".service" for write in changed):
+    paths = {write.path for write in changed}
+    if not _is_user(USER) or root / _SYSUSERS in paths:
+        yield Run(("systemd-sysusers", str(root / _SYSUSERS)))
+    if not all(map(os.path.isdir, _FOLDERS)) or root / _TMPFILES in paths:
+        yield Run(("systemd-tmpfiles", "--create", str(root / _TMPFILES)))
+    if any(path.is_relative_to(root / _UNITS) for path in paths):
         yield Run(("systemctl", "daemon-reload"))
 
 
 def _to_uninstall(root: Path) -> Iterator[Step]:
-    there = [Remove(root / place) for place in PLACES.values() if (root / place).exists()]
-    units = any(removal.path.suffix == ".service" for removal in there)
-    if _is_live(root) and units:
-        yield Run(("systemctl", "disable", "--now", *_services(root)))
+    there = [Remove(root / place) for place in PLACES if (root / place).exists()]
+    live_units = _is_live(root) and any(removal.path.is_relative_to(root / _UNITS) for removal in there)
+    if live_units and (services := _services(root)):
+        yield Run(("systemctl", "disable", "--now", *services))
     yield from there
-    if _is_live(root) and units:
+    if live_units:
         yield Run(("systemctl", "daemon-reload"))
 
 
 def _do(steps: Sequence[Step], *, dry_run: bool, needs_root: bool) -> None:
     """Say each step and do it; a dry run only says it."""
     if needs_root and not dry_run and os.geteuid() != 0:
-        raise UsageError("this changes the system and needs root", "use sudo, or --dry-run to see what it does")
+        raise UsageError(
+            "this changes the system and needs root", "use sudo, or --dry-run to see what it does"
+        )
     for step in steps:
         if not dry_run:
             try:
@@ -185,31 +191,33 @@ def _command(root: Path) -> str:
         if any(place.is_relative_to(hidden) for hidden in _HIDDEN):
             raise UsageError(
                 f"{place}: the service can't see that folder (ProtectHome, PrivateTmp)",
-                "/usr/bin/python3 -m venv /opt/backupd && /opt/backupd/bin/pip install backupd, and install from there",
+                "install with `/usr/bin/python3 -m venv /opt/backupd` and its pip, and run this from there",
             )
     return str(command)
 
 
 def _services(root: Path) -> list[str]:
-    """Return the service and its instances, as far as they run or are enabled."""
-    listed = subprocess.run(
-        ("systemctl", "list-units", "--all", "--plain", "--no-legend", "backupd@*.service"),  # noqa: S607
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    running = {line.split()[0] for line in listed.stdout.splitlines() if line.strip()}
-    enabled = {link.name for link in (root / "etc/systemd/system").glob("*.wants/backupd@*.service")}
-    return ["backupd.service", *sorted(running | enabled)]
+    """Return the service and its instances, as far as they are there, loaded or enabled."""
+    import subprocess  # noqa: PLC0415
+
+    units = root / _UNITS
+    command = ("systemctl", "list-units", "--all", "--plain", "--no-legend", "backupd@*.service")
+    try:
+        listed = subprocess.run(command, check=False, capture_output=True, text=True).stdout  # noqa: S603
+    except OSError:
+        listed = ""
+    loaded = {line.split()[0] for line in listed.splitlines() if line.strip()}
+    enabled = {link.name for link in units.glob("*.wants/backupd@*.service")}
+    only = ["backupd.service"] if (units / "backupd.service").exists() else []
+    return [*only, *sorted(loaded | enabled)]
 
 
-def _shipped(name: str) -> str:
+def _shipped(name: str, command: str) -> str:
     """Return a file of `systemd/`: within the package once that is installed, beside it in a checkout."""
-    package = resources.files("backupd")
-    places: tuple[Traversable, ...] = (package / "systemd" / name, package / ".." / "systemd" / name)
-    for place in places:
-        if place.is_file():
-            return place.read_text(encoding="utf-8")
+    package = Path(backupd.__file__).parent
+    for folder in (package / "systemd", package.parent / "systemd"):
+        if (folder / name).is_file():
+            return (folder / name).read_text(encoding="utf-8").replace(_SHIPPED_EXEC, command)
     raise BackupdError(f"{name}: not among the files of this installation", "install the package again")
 
 
@@ -227,6 +235,8 @@ def _is_live(root: Path) -> bool:
 
 
 def _is_user(name: str) -> bool:
+    import pwd  # noqa: PLC0415
+
     try:
         pwd.getpwnam(name)
     except KeyError:

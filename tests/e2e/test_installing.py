@@ -29,20 +29,19 @@ def test_a_dry_run_says_what_is_then_done_once(tmp_path: Path) -> None:
     dry = backupd("install", "--root", root, "--dry-run")
     assert there(tmp_path) == set()
     assert backupd("install", "--root", root) == dry
-    assert there(tmp_path) == set(PLACES.values())
+    assert there(tmp_path) == set(PLACES)
     assert "nothing to do" in backupd("install", "--root", root)
 
 
 def test_the_units_name_the_backupd_that_installs_them(tmp_path: Path) -> None:
     backupd("install", "--root", str(tmp_path))
-    unit = (tmp_path / PLACES["backupd.service"]).read_text()
+    unit = (tmp_path / "etc/systemd/system/backupd.service").read_text()
     assert f"ExecStart={Path(sys.executable).parent}/backupd run\n" in unit
 
 
 def test_uninstalling_takes_away_what_installing_brought(tmp_path: Path) -> None:
     backupd("install", "--root", str(tmp_path))
     mine = tmp_path / "etc/systemd/system/backupd.service.d/mine.conf"
-    mine.parent.mkdir()
     mine.write_text("[Service]\n")
     said = backupd("uninstall", "--root", str(tmp_path))
     assert there(tmp_path) == {"etc/systemd/system/backupd.service.d/mine.conf"}

@@ -132,6 +132,11 @@ key = "{key}"
                 logged.append({**entry, **keys})
         return logged
 
+    def told(self, message_id: str, unit: str = UNIT) -> list[dict[str, Any]]:
+        """Return what systemd itself has said of a unit under a message id since the test began."""
+        entries = self.machine.journal(unit, after=self._since)
+        return [entry for entry in entries if entry.get("MESSAGE_ID") == message_id]
+
     def wait_for(self, name: str, count: int = 1, unit: str = UNIT) -> list[dict[str, Any]]:
         """Wait until so many events of a name were logged, and return them."""
         found: list[dict[str, Any]] = until(
@@ -153,8 +158,9 @@ key = "{key}"
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         for left in machine.path("/etc/backupd").glob("*.toml"):
             left.unlink()
-        for drop_ins in machine.path("/etc/systemd/system").glob("backupd*.d"):
-            shutil.rmtree(drop_ins)
+        for drop_in in machine.path("/etc/systemd/system").glob("backupd*.d/*.conf"):
+            if drop_in.name != "10-see-writers.conf":
+                drop_in.unlink()
         machine.run("rm", "-rf", "/var/lib/backupd", "/var/lib/private/backupd")
         machine.systemctl("daemon-reload")
 

@@ -30,6 +30,26 @@ _OF_NO_USE = (
     *("sys-fs-fuse-connections.mount", "systemd-tmpfiles-clean.timer", "kmod-static-nodes.service"),
 )
 """Units that need hardware or sessions, which there are none of."""
+_APART = (
+    *("setpriv", "--pdeathsig", "KILL"),  # whatever becomes of us, it goes as well
+    *(
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "--pid",
+        "--fork",
+        "--kill-child=KILL",
+        "--mount-proc",
+    ),
+)
+_NAMESPACES = ("--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup")
+_JOURNALD = """[Journal]
+Storage=persistent
+RateLimitIntervalSec=0
+ForwardToWall=no
+Audit=no
+"""
 _ENVIRON = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin",
     "HOME": "/root",
@@ -70,10 +90,7 @@ class Machine:
         began = time.monotonic()
         with self._console.open("ab") as console:
             self._process = subprocess.Popen(
-                # whatever becomes of us, it goes as well
-                ["setpriv", "--pdeathsig", "KILL"]
-                + ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child=KILL"]
-                + ["--mount-proc", "bash", str(_BOOT), str(self.tree), self._name],
+                [*_APART, "bash", str(_BOOT), str(self.tree), self._name],
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
@@ -107,9 +124,9 @@ class Machine:
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command inside, as root."""
+        environ = (f"{key}={value}" for key, value in _ENVIRON.items())
         done = subprocess.run(
-            ["nsenter", "--target", str(self._leader), "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"]
-            + ["--", "env", "-i", *(f"{key}={value}" for key, value in _ENVIRON.items()), *command],
+            ["nsenter", f"--target={self._leader}", *_NAMESPACES, "--", "env", "-i", *environ, *command],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -148,7 +165,7 @@ class Machine:
 
     def cursor(self) -> str:
         """Return where the journal ends now."""
-        told = self.run("journalctl", "--sync", check=False)
+        self.run("journalctl", "--sync", check=False)
         told = self.run("journalctl", "--quiet", "-n", "1", "-o", "json")
         return str(json.loads(told.stdout)["__CURSOR"])
 
@@ -178,7 +195,7 @@ class Machine:
 
 
 def _plant(tree: Path) -> None:
-    """Make the tree that the machine boots from: folders, what it needs of the host's /etc, its own settings."""
+    """Make the tree to boot from: folders, what is needed of the host's /etc, settings of its own."""
     for folder in ("usr", "var/lib", "var/log/journal", "var/cache", "var/spool", "var/tmp", "run", "tmp"):
         (tree / folder).mkdir(parents=True)
     for folder in ("proc", "sys", "dev", "root", "home", "opt", "srv", "mnt", "etc/systemd/system"):
@@ -195,7 +212,7 @@ def _plant(tree: Path) -> None:
     for name, text in {
         "etc/machine-id": f"{uuid.uuid4().hex}\n",
         "etc/fstab": "",
-        "etc/systemd/journald.conf": "[Journal]\nStorage=persistent\nRateLimitIntervalSec=0\nForwardToWall=no\nAudit=no\n",
+        "etc/systemd/journald.conf": _JOURNALD,
         "etc/nsswitch.conf": "passwd: files systemd\ngroup: files systemd\nshadow: files\nhosts: files\n",
     }.items():
         (tree / name).write_text(text)
@@ -217,5 +234,3 @@ def _parent(pid: int) -> int:
 
 def _name_of(pid: int) -> str:
     return Path(f"/proc/{pid}/comm").read_text().strip()
-
-
