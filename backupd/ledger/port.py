@@ -133,8 +133,11 @@ class Ledger(Protocol):
         """
         ...
 
-    def release_claims(self) -> int:
-        """Make claimed deliveries pending again, as nobody holds them; return how many there were."""
+    def release_claims(self, delivery_ids: Sequence[str] | None = None) -> int:
+        """Make claimed deliveries pending again, which nobody holds; return how many there were.
+
+        All that are claimed, unless some are named.
+        """
         ...
 
     def backlog(self) -> Mapping[str, Backlog]:

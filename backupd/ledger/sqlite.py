@@ -159,10 +159,13 @@ class SqliteLedger(Ledger):
             )
             db.executemany("UPDATE archive SET announced = 1 WHERE id = ?", [(i,) for i in still_due])
 
-    def release_claims(self) -> int:
+    def release_claims(self, delivery_ids: Sequence[str] | None = None) -> int:
         """See `Ledger.release_claims`."""
+        release = "UPDATE delivery SET state = 'pending' WHERE state = 'claimed'"
         with self._transaction(durable=False) as db:
-            return db.execute("UPDATE delivery SET state = 'pending' WHERE state = 'claimed'").rowcount
+            if delivery_ids is None:
+                return db.execute(release).rowcount
+            return db.executemany(f"{release} AND id = ?", [(ident,) for ident in delivery_ids]).rowcount
 
     def backlog(self) -> Mapping[str, Backlog]:
         """See `Ledger.backlog`."""
