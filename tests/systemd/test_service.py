@@ -65,6 +65,8 @@ def test_an_archive_is_delivered_in_full_hardening(
 
     assert sent.read_bytes() == content
     assert [path.read_bytes() for path in site.stage.stored()] == [content]
+    folder = sent.parent.stat()
+    assert (folder.st_gid, folder.st_mode & 0o7777) == (site.drop.stat().st_gid, 0o2770)
     daemon = process_status(site)
     assert set(daemon["Uid"].split()) == {site.machine.run("id", "-u", "backupd").stdout.strip()}
     assert (daemon["NoNewPrivs"], daemon["Seccomp"]) == ("1", "2")
