@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class Site:
         self.machine = machine
         self.stage = stage
         self.drop = machine.path(DROP)
-        self.since = machine.cursor()
+        self.since = time.time()
         machine.run("install", "-d", "-o", "backupd", "-g", "backupd", "-m", "2770", DROP)
         tls = machine.path("/etc/backupd/tls")
         for name, mode in (("ca.pem", 0o644), ("client.pem", 0o644), ("client.key", 0o640)):
@@ -125,7 +126,7 @@ key = "{key}"
     def events(self, name: str, unit: str = UNIT) -> list[dict[str, Any]]:
         """Return what the daemon has logged under a name since the test began."""
         logged = []
-        for entry in self.machine.journal(unit, after=self.since):
+        for entry in self.machine.journal("--unit", unit, since=self.since):
             text = entry.get("MESSAGE") or ""
             keys = json.loads(text) if isinstance(text, str) and text.startswith("{") else {}
             if name == entry.get("BACKUPD_EVENT", keys.get("event")):
@@ -134,7 +135,7 @@ key = "{key}"
 
     def told(self, message_id: str, unit: str = UNIT) -> list[dict[str, Any]]:
         """Return what systemd itself has said of a unit under a message id since the test began."""
-        entries = self.machine.journal(unit, after=self.since)
+        entries = self.machine.journal("--unit", unit, since=self.since)
         return [entry for entry in entries if entry.get("MESSAGE_ID") == message_id]
 
     def wait_for(self, name: str, count: int = 1, unit: str = UNIT) -> list[dict[str, Any]]:

@@ -163,18 +163,15 @@ class Machine:
         """Return where a path of the machine is seen from here."""
         return self.tree / path.lstrip("/")
 
-    def cursor(self) -> str:
-        """Return where the journal ends now."""
-        self.run("journalctl", "--sync", check=False)
-        told = self.run("journalctl", "--quiet", "-n", "1", "-o", "json")
-        return str(json.loads(told.stdout)["__CURSOR"])
+    def journal(self, *arguments: str, since: float = 0.0) -> list[dict[str, Any]]:
+        """Return entries of the journal from a time on, as time.time() tells it.
 
-    def journal(self, unit: str, *matches: str, after: str = "") -> list[dict[str, Any]]:
-        """Return a unit's entries in the journal."""
+        Not by a cursor: with a match beside it, journalctl leaves out the first entry that it should show.
+        """
         self.run("journalctl", "--sync", check=False)
-        since = [f"--after-cursor={after}"] if after else []
-        told = self.run("journalctl", "--quiet", "--unit", unit, *since, *matches, "-o", "json")
-        return [json.loads(line) for line in told.stdout.splitlines()]
+        told = self.run("journalctl", "--quiet", f"--since=@{int(since)}", "-o", "json", *arguments)
+        entries = [json.loads(line) for line in told.stdout.splitlines()]
+        return [entry for entry in entries if int(entry["__REALTIME_TIMESTAMP"]) >= since * 1e6]
 
     def _find_leader(self) -> int:
         assert self._process is not None

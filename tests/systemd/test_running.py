@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import shutil
 
@@ -50,7 +49,7 @@ def test_a_worker_that_hangs_is_ended_by_the_watchdog_and_its_archive_delivered(
     assert site.pid() != first
     assert int(site.machine.show(UNIT, "NRestarts")["NRestarts"]) >= 1
     assert site.events("daemon.hung")[0]["thread"] == "worker of vault"
-    ends = [entry.get("MESSAGE", "") for entry in site.machine.journal(UNIT, after=site.since)]
+    ends = [entry.get("MESSAGE", "") for entry in site.machine.journal("--unit", UNIT, since=site.since)]
     assert any("Watchdog timeout" in text for text in ends)
     assert [path.read_bytes() for path in site.stage.stored()] == [b"content"]
 
@@ -124,11 +123,7 @@ def test_the_journal_can_be_asked_by_the_event(site: Site, receiver: RunningRece
     site.put("core.tar.gz", b"content")
     site.sent("core.tar.gz")
     site.wait_for("archive.delivered")
-    told = site.machine.run(
-        *("journalctl", "--quiet", "-o", "json", f"--after-cursor={site.since}"),
-        "BACKUPD_EVENT=archive.delivered",
-    )
-    (entry,) = map(json.loads, told.stdout.splitlines())
+    (entry,) = site.machine.journal("BACKUPD_EVENT=archive.delivered", since=site.since)
     assert entry["BACKUPD_ARCHIVE"] == "core.tar.gz"
     assert entry["_SYSTEMD_UNIT"] == UNIT
     assert entry["PRIORITY"] == "6"
