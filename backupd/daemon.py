@@ -83,6 +83,7 @@ class Daemon:
         undisposed = parts.recorder.recover()
         self._threads.start(parts.recorder.run, self._abandon, parts.recorder.pulse)
         self._begin(parts.drops, parts.destinations)
+        self._wait_for_intakes(parts.drops, math.inf)
         self._log.emit(
             events.DAEMON_READY,
             duration_s=time.monotonic() - self._began,
@@ -102,13 +103,13 @@ class Daemon:
             destination.gate.note()
             for worker in destination.workers:
                 self._threads.start(worker.run, destination.stop, worker.pulse)
-        self._wait_for_intakes(drops, math.inf)
 
     def _wait_for_intakes(self, drops: Mapping[str, DropPart], until: float) -> None:
         """Wait until every drop has been looked through once."""
         for drop in drops.values():
             while not drop.intake.ready.wait(0.1) and not self._threads.failed and time.monotonic() < until:
-                self._notifier.send("EXTEND_TIMEOUT_USEC=30000000", "WATCHDOG=1")
+                self._notifier.send("EXTEND_TIMEOUT_USEC=30000000")
+                self._show_life()
                 if signal.sigpending() & _STOPS:
                     return
 
