@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,12 @@ from backupd.core.step import Patience, Priority
 from backupd.daemon import Daemon, Parts
 from backupd.delivery.disposal import Disposal, Rule
 from backupd.delivery.gate import SharedGate
+from backupd.delivery.pruning import Pruning
 from backupd.delivery.recorder import Recorder
 from backupd.delivery.wakeup import Wakeup
 from backupd.delivery.worker import Lane, Source, Worker
 from backupd.drop.folder import DropFolder
+from backupd.intake.freshness import Freshness
 from backupd.intake.intake import Intake
 from backupd.ledger.database import StateLock, open_ledger
 from backupd.ledger.port import Ledger
@@ -82,10 +85,13 @@ def assemble(config: Config, ledger: Ledger, log: EventLog) -> Parts:
         for name in destinations:
             wakeups[name].ring()
 
+    freshness = Freshness(config.drop, ledger, log)
+    freshness.begin(datetime.now(UTC))
+    ticks = (freshness.tick, Pruning(ledger, config.keep_history_for).tick)
     for name, drop in config.drop.items():
         targets = destinations_of(config, drop)
-        intakes[name] = Intake(name, drop, targets, folders[name], ledger, log, wake)
-    return Parts(ledger, list(intakes.values()), workers, gates, wakeups, recorder, abort.set)
+        intakes[name] = Intake(name, drop, targets, folders[name], ledger, log, wake, freshness)
+    return Parts(ledger, list(intakes.values()), workers, gates, wakeups, recorder, abort.set, ticks)
 
 
 def make_uploader(destination: DestinationConfig, abort: Abort) -> Uploader:

@@ -46,6 +46,8 @@ class Parts:
     wakeups: Mapping[str, Wakeup]
     recorder: Recorder
     abort: Callable[[], None]
+    ticks: Sequence[Callable[[datetime], None]] = ()
+    """What is done at each heartbeat."""
 
 
 class Daemon:
@@ -143,6 +145,7 @@ class Daemon:
             self._notifier.send("WATCHDOG=1", self._status())
             if time.monotonic() >= next_beat:
                 self._heartbeat()
+                self._tick()
                 next_beat = time.monotonic() + self._heartbeat_every
 
     def _heartbeat(self) -> None:
@@ -165,6 +168,13 @@ class Daemon:
             delivered_bytes=tally.delivered_bytes,
             rejected=tally.rejected,
         )
+
+    def _tick(self) -> None:
+        for tick in self._parts.ticks:
+            try:
+                tick(datetime.now(UTC))
+            except LedgerError as error:
+                self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
 
     def _in_flight(self) -> int:
         return sum(worker.current is not None for worker in self._parts.workers)
