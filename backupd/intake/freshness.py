@@ -48,7 +48,7 @@ class Freshness:
 
     def labelled(self, sightings: Sequence[Sighting], now: datetime) -> list[Sighting]:
         """Return sightings with the devices that they come from."""
-        return [replace(s, tracked=self._tracked(s, now)) for s in sightings]
+        return [replace(s, tracked=self._tracked(s, now)) for s in sightings] if self._rules else [*sightings]
 
     def tick(self, now: datetime) -> None:
         """Say what is overdue, what has recovered, and what a killed daemon left unsaid of sizes."""

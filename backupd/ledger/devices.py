@@ -125,7 +125,7 @@ def note_arrival(db: sqlite3.Connection, archive: Archive, tracked: Tracked) -> 
 
 def devices(db: sqlite3.Connection) -> list[Device]:
     """Return every device that a ledger knows; none where no daemon has brought its schema up to date."""
-    if db.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'device'").fetchone()[0] == 0:
+    if not _is_up_to_date(db):
         return []
     query = f"{_DEVICE} WHERE d.listed OR d.archives ORDER BY d.drop_name, d.name"
     return [_as_device(row) for row in db.execute(query)]
@@ -136,6 +136,8 @@ def forget(db: sqlite3.Connection, name: str, drop: str | None, now: datetime) -
 
     One that the configuration lists stays known, but as if it had been listed only now.
     """
+    if not _is_up_to_date(db):
+        return []
     where = "name = ? AND (? IS NULL OR drop_name = ?) AND (listed OR archives)"
     values = (name, drop, drop)
     db.execute("BEGIN IMMEDIATE")
@@ -150,6 +152,10 @@ def forget(db: sqlite3.Connection, name: str, drop: str | None, now: datetime) -
             db.execute("ROLLBACK")
         raise
     return found
+
+
+def _is_up_to_date(db: sqlite3.Connection) -> bool:
+    return bool(db.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'device'").fetchone()[0])
 
 
 def _expect(db: sqlite3.Connection, drop: str, expectation: Expectation, at: int) -> None:
