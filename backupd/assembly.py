@@ -9,15 +9,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from backupd.certificates import Certificates
 from backupd.config.destination import DestinationConfig
+from backupd.config.examination import Examination, Examine
 from backupd.config.models import Config, DropConfig
 from backupd.core.errors import ConfigError
 from backupd.core.retry import Backoff
 from backupd.core.step import Patience, Priority
-from backupd.daemon import Daemon, Parts
+from backupd.daemon import Daemon
 from backupd.delivery.disposal import Disposal, Rule
 from backupd.delivery.gate import SharedGate
-from backupd.delivery.pruning import Pruning
 from backupd.delivery.recorder import Recorder
 from backupd.delivery.wakeup import Wakeup
 from backupd.delivery.worker import Lane, Source, Worker
@@ -29,6 +30,8 @@ from backupd.ledger.port import Ledger
 from backupd.ledger.sqlite import SqliteLedger
 from backupd.ops import events
 from backupd.ops.log import EventLog
+from backupd.parts import Change, DestinationPart, DropPart, Parts
+from backupd.upkeep import Upkeep
 from backupd.upload.endpoint import open_endpoint
 from backupd.upload.http import HttpUploader
 from backupd.upload.line import Abort
@@ -38,8 +41,8 @@ if TYPE_CHECKING:
     from backupd.upload.probe import Probe
 
 
-def run_daemon(config: Config, log: EventLog, config_path: Path) -> int:
-    """Run the daemon on a checked configuration; return its exit code."""
+def run_daemon(config: Config, log: EventLog, config_path: Path, found: Examination, examine: Examine) -> int:
+    """Run the daemon on a configuration, and what its examination found; return its exit code."""
     with StateLock(config.state_dir) as lock:
         opened = open_ledger(config.state_dir, check=not lock.was_clean)
         if opened.set_aside is not None:
@@ -49,49 +52,90 @@ def run_daemon(config: Config, log: EventLog, config_path: Path) -> int:
                 error="the ledger was damaged and has been put aside",
                 hint="pending archives are found again in the drop folders; the history is in that file",
             )
-        parts = assemble(config, SqliteLedger(opened.connection), log)
-        daemon = Daemon(
-            parts, log, shutdown_grace=config.shutdown_grace, heartbeat_every=config.heartbeat_every
-        )
-        return daemon.run(str(config.state_dir), str(config_path))
+        assembly = Assembly(config, SqliteLedger(opened.connection), log)
+        certificates = Certificates(assembly.parts, log, examine, found)
+        upkeep = Upkeep(assembly.parts, log, assembly.freshness)
+        return Daemon(
+            assembly.parts, log, config_path, examine, assembly.change_to, certificates, upkeep
+        ).run()
 
 
-def assemble(config: Config, ledger: Ledger, log: EventLog) -> Parts:
-    """Return all parts of a daemon for a configuration."""
-    abort = Abort()
-    folders = {name: open_folder(name, drop) for name, drop in config.drop.items()}
-    wakeups = {name: Wakeup() for name in config.destination}
-    gates = {
-        name: SharedGate(name, _backoff(destination), log, wakeups[name], ledger)
-        for name, destination in config.destination.items()
-    }
-    intakes: dict[str, Intake] = {}
+class Assembly:
+    """Makes the parts of a daemon for a configuration, and changes them for another."""
 
-    def look_again(drop: str, relpath: bytes) -> None:
-        if drop in intakes:
-            intakes[drop].look_again(relpath)
+    def __init__(self, config: Config, ledger: Ledger, log: EventLog) -> None:
+        self._log = log
+        self._ledger = ledger
+        self._abort = Abort()
+        self._folders = {name: open_folder(name, drop) for name, drop in config.drop.items()}
+        self._rules = _rules(config, self._folders)
+        self._sources = {name: _source(drop, self._folders[name]) for name, drop in config.drop.items()}
+        self.freshness = Freshness(ledger, log)
+        self.freshness.begin(config.drop, datetime.now(UTC))
+        disposal = Disposal(self._rules, log)
+        recorder = Recorder(ledger, disposal, log, self._look_again)
+        self.parts = Parts(config, ledger, {}, {}, recorder, self._abort.set)
+        self.parts.destinations |= {n: self._destination(n, d) for n, d in config.destination.items()}
+        self.parts.drops |= {n: self._drop(n, d, config) for n, d in config.drop.items()}
 
-    recorder = Recorder(ledger, Disposal(_rules(config, folders), log), log, look_again)
-    sources = {name: _source(drop, folders[name]) for name, drop in config.drop.items()}
-    workers = []
-    for name, destination in config.destination.items():
-        patience = Patience(_backoff(destination), destination.retry.give_up_after)
-        priority = Priority(destination.priority)
-        lane = Lane(name, ledger, gates[name], patience, priority, wakeups[name], sources, log)
-        endpoint = open_endpoint(destination, abort)
-        workers += [Worker(lane, HttpUploader(endpoint), recorder.put) for _ in range(destination.workers)]
+    def change_to(self, config: Config) -> Change:
+        """Have the parts be those for another configuration; what is the same goes on as it is.
 
-    def wake(destinations: Sequence[str]) -> None:
+        Raises ConfigError or LedgerError, and changes nothing, where a folder can't be opened or the ledger
+        not be written. What ended is still to be stopped, and what is new to be started.
+        """
+        before = self.parts.config
+        drops = {n: d for n, d in config.drop.items() if not _is_same_drop(n, before, config)}
+        destinations = {n: d for n, d in config.destination.items() if before.destination.get(n) != d}
+        folders = {n: open_folder(n, d) for n, d in drops.items() if not self._has_folder(n, d)}
+        self.freshness.begin(config.drop, datetime.now(UTC))
+        self._folders |= folders  # one that was replaced stays open: its archives may be under way
+        self._rules |= _rules(config, self._folders)
+        self._sources |= {n: _source(d, self._folders[n]) for n, d in drops.items()}
+        parts = self.parts
+        parts.config = config
+        drops_ended = {n: parts.drops.pop(n) for n in [*parts.drops] if n in drops or n not in config.drop}
+        gone = [n for n in parts.destinations if n in destinations or n not in config.destination]
+        destinations_ended = {n: parts.destinations.pop(n) for n in gone}
+        destinations_begun = {n: self._destination(n, d) for n, d in destinations.items()}
+        parts.destinations |= destinations_begun
+        drops_begun = {n: self._drop(n, d, config) for n, d in drops.items()}
+        parts.drops |= drops_begun
+        return Change(drops_ended, drops_begun, destinations_ended, destinations_begun)
+
+    def _has_folder(self, name: str, drop: DropConfig) -> bool:
+        return name in self._folders and self._folders[name].path == str(drop.path)
+
+    def _drop(self, name: str, drop: DropConfig, config: Config) -> DropPart:
+        targets, folder = destinations_of(config, drop), self._folders[name]
+        ledger, log = self._ledger, self._log
+        return DropPart(Intake(name, drop, targets, folder, ledger, log, self._wake, self.freshness))
+
+    def _destination(self, name: str, config: DestinationConfig) -> DestinationPart:
+        wakeup, backoff = Wakeup(), _backoff(config)
+        gate = SharedGate(name, backoff, self._log, wakeup, self._ledger)
+        patience = Patience(backoff, config.retry.give_up_after)
+        priority = Priority(config.priority)
+        lane = Lane(name, self._ledger, gate, patience, priority, wakeup, self._sources, self._log)
+        endpoint, put = open_endpoint(config, self._abort), self.parts.recorder.put
+        workers = tuple(Worker(lane, HttpUploader(endpoint), put) for _ in range(config.workers))
+        return DestinationPart(workers, gate, wakeup, endpoint.identity)
+
+    def _look_again(self, drop: str, relpath: bytes) -> None:
+        part = self.parts.drops.get(drop)
+        if part is not None:
+            part.intake.look_again(relpath)
+
+    def _wake(self, destinations: Sequence[str]) -> None:
         for name in destinations:
-            wakeups[name].ring()
+            part = self.parts.destinations.get(name)
+            if part is not None:
+                part.wakeup.ring()
 
-    freshness = Freshness(config.drop, ledger, log)
-    freshness.begin(datetime.now(UTC))
-    ticks = (freshness.tick, Pruning(ledger, config.keep_history_for).tick)
-    for name, drop in config.drop.items():
-        targets = destinations_of(config, drop)
-        intakes[name] = Intake(name, drop, targets, folders[name], ledger, log, wake, freshness)
-    return Parts(ledger, list(intakes.values()), workers, gates, wakeups, recorder, abort.set, ticks)
+
+def _is_same_drop(name: str, before: Config, after: Config) -> bool:
+    old, new = before.drop.get(name), after.drop[name]
+    return old == new and destinations_of(before, new) == destinations_of(after, new)
 
 
 def make_uploader(destination: DestinationConfig, abort: Abort) -> Uploader:

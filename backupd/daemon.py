@@ -1,4 +1,4 @@
-"""The daemon's threads, and the order in which they start and stop."""
+"""The order in which the daemon starts, goes on, takes a new configuration, and stops."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
+from pathlib import Path
 
 from backupd import __version__
-from backupd.core.errors import BackupdError, LedgerError
-from backupd.delivery.gate import SharedGate
-from backupd.delivery.recorder import Recorder
-from backupd.delivery.wakeup import Wakeup
-from backupd.delivery.worker import Worker
-from backupd.intake.intake import Intake
-from backupd.ledger.port import Ledger
+from backupd.certificates import Certificates
+from backupd.config.examination import Examine
+from backupd.config.loading import load
+from backupd.config.models import Config
+from backupd.core.errors import BackupdError, ConfigError, LedgerError
 from backupd.ops import events
 from backupd.ops.log import EventLog
 from backupd.ops.notify import Notifier
+from backupd.parts import Change, DestinationPart, DropPart, Parts
+from backupd.threads import Threads
+from backupd.upkeep import Upkeep
 
-_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+_STOPS = {signal.SIGTERM, signal.SIGINT}
+_SIGNALS = {*_STOPS, signal.SIGHUP}
 _AFTER_ABORT = 1.5
 """Seconds that aborted uploads get to end in good order."""
 
@@ -34,119 +36,155 @@ _HEAD_START = 10.0
 No longer, or a drop folder on a server that hangs would keep all the others waiting.
 """
 
-
-@dataclass(slots=True)
-class Parts:
-    """What assembly made: everything the daemon runs."""
-
-    ledger: Ledger
-    intakes: Sequence[Intake]
-    workers: Sequence[Worker]
-    gates: Mapping[str, SharedGate]
-    wakeups: Mapping[str, Wakeup]
-    recorder: Recorder
-    abort: Callable[[], None]
-    ticks: Sequence[Callable[[datetime], None]] = ()
-    """What is done at each heartbeat."""
+_TICK = 5.0
+"""Seconds between looks at the files of certificates."""
 
 
 class Daemon:
-    """Runs the parts until a signal, or until one of them breaks."""
+    """Runs the parts until a signal, or until one of them breaks.
+
+    `examine` looks at the configuration file and what it names; `change_to` changes the parts.
+    """
 
     def __init__(
         self,
         parts: Parts,
         log: EventLog,
-        *,
-        shutdown_grace: timedelta,
-        heartbeat_every: timedelta,
-        notifier: Notifier | None = None,
+        config_path: Path,
+        examine: Examine,
+        change_to: Callable[[Config], Change],
+        certificates: Certificates,
+        upkeep: Upkeep,
     ) -> None:
         self._parts = parts
         self._log = log
-        self._grace = shutdown_grace.total_seconds()
-        self._heartbeat_every = heartbeat_every.total_seconds()
-        self._notifier = notifier or Notifier()
-        self._stop = threading.Event()
+        self._config_path = config_path
+        self._examine = examine
+        self._change_to = change_to
+        self._certificates = certificates
+        self._upkeep = upkeep
+        self._notifier = Notifier()
+        self._threads = Threads(log)
+        self._retired: list[DestinationPart] = []
         self._abandon = threading.Event()
-        self._failed = False
-        self._threads: list[threading.Thread] = []
         self._began = time.monotonic()
 
-    def run(self, path: str, config: str) -> int:
-        """Run until SIGTERM or SIGINT; return the exit code. To be called in the main thread.
-
-        `path` and `config` are the state directory's and configuration's, for the log.
-        """
+    def run(self) -> int:
+        """Run until SIGTERM or SIGINT; return the exit code. To be called in the main thread."""
         # Blocked everywhere and waited for here: no handler ever runs in the middle of something.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         signal.signal(signal.SIGIO, signal.SIG_IGN)  # see drop.writer
-        self._log.emit(events.DAEMON_STARTED, version=__version__, pid=os.getpid(), config=config, path=path)
-        released = self._parts.ledger.release_claims()
-        undisposed = self._parts.recorder.recover()
-        for gate in self._parts.gates.values():
-            gate.note()
-        self._start_threads()
+        parts = self._parts
+        self._log.emit(
+            events.DAEMON_STARTED,
+            version=__version__,
+            pid=os.getpid(),
+            config=str(self._config_path),
+            path=str(parts.config.state_dir),
+        )
+        released = parts.ledger.release_claims()
+        undisposed = parts.recorder.recover()
+        self._threads.start(parts.recorder.run, self._abandon, parts.recorder.pulse)
+        self._begin(parts.drops, parts.destinations)
         self._log.emit(
             events.DAEMON_READY,
             duration_s=time.monotonic() - self._began,
-            pending=sum(b.pending for b in self._parts.ledger.backlog().values()),
+            pending=sum(b.pending for b in parts.ledger.backlog().values()),
             released=released,
             undisposed=undisposed,
         )
+        self._certificates.tell()
         self._notifier.send("READY=1", self._status())
-        received = self._wait_for_signal()
-        return self._shut_down(received)
+        return self._shut_down(self._go_on())
 
-    def _start_threads(self) -> None:
-        parts = self._parts
-        self._start("recorder", parts.recorder.run, self._abandon)
-        for intake in parts.intakes:
-            self._start(f"intake-{intake.name}", intake.run, self._stop)
-        self._wait_for_intakes(time.monotonic() + _HEAD_START)
-        for number, worker in enumerate(parts.workers, 1):
-            self._start(f"worker-{number}", worker.run, self._stop)
-        self._wait_for_intakes(math.inf)
+    def _begin(self, drops: Mapping[str, DropPart], destinations: Mapping[str, DestinationPart]) -> None:
+        for drop in drops.values():
+            self._threads.start(drop.intake.run, drop.stop, drop.intake.pulse)
+        self._wait_for_intakes(drops, time.monotonic() + _HEAD_START)
+        for destination in destinations.values():
+            destination.gate.note()
+            for worker in destination.workers:
+                self._threads.start(worker.run, destination.stop, worker.pulse)
+        self._wait_for_intakes(drops, math.inf)
 
-    def _wait_for_intakes(self, until: float) -> None:
+    def _wait_for_intakes(self, drops: Mapping[str, DropPart], until: float) -> None:
         """Wait until every drop has been looked through once."""
-        for intake in self._parts.intakes:
-            while not intake.ready.wait(0.1) and not self._failed and time.monotonic() < until:
-                self._notifier.send("EXTEND_TIMEOUT_USEC=30000000")
+        for drop in drops.values():
+            while not drop.intake.ready.wait(0.1) and not self._threads.failed and time.monotonic() < until:
+                self._notifier.send("EXTEND_TIMEOUT_USEC=30000000", "WATCHDOG=1")
+                if signal.sigpending() & _STOPS:
+                    return
 
-    def _start(self, name: str, body: Callable[[threading.Event], None], stop: threading.Event) -> None:
-        def guarded() -> None:
-            try:
-                body(stop)
-            except Exception as error:  # noqa: BLE001 -- whatever it is: say it and end for a restart
-                hint = (
-                    error.hint if isinstance(error, BackupdError) else "systemd restarts it; report the trace"
-                )
-                self._log.emit(
-                    events.DAEMON_FAILED, error=f"thread {name}: {error!r}", hint=hint, exc_info=error
-                )
-                self._failed = True
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        # daemonic: a thread that hangs in a system call must not keep the process from its end
-        thread = threading.Thread(target=guarded, name=name, daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-    def _wait_for_signal(self) -> signal.Signals:
+    def _go_on(self) -> signal.Signals:
+        """Wait for a signal that ends it, and see to what has its time meanwhile."""
         next_beat = time.monotonic() + self._heartbeat_every
         while True:
-            until = next_beat
-            if self._notifier.watchdog_every is not None:
-                until = min(until, time.monotonic() + self._notifier.watchdog_every)
-            received = signal.sigtimedwait(_SIGNALS, max(until - time.monotonic(), 0))
-            if received is not None:
+            received = signal.sigtimedwait(_SIGNALS, max(min(next_beat - time.monotonic(), self._tick), 0))
+            if received is not None and received.si_signo in _STOPS:
                 return signal.Signals(received.si_signo)
-            self._notifier.send("WATCHDOG=1", self._status())
+            if received is not None:
+                self._reload()
+            self._show_life()
+            self._certificates.tick()
             if time.monotonic() >= next_beat:
                 self._heartbeat()
-                self._tick()
+                self._certificates.tell()
+                self._upkeep.tick()
                 next_beat = time.monotonic() + self._heartbeat_every
+
+    @property
+    def _heartbeat_every(self) -> float:
+        return self._parts.config.heartbeat_every.total_seconds()
+
+    @property
+    def _tick(self) -> float:
+        return min(_TICK, self._notifier.watchdog_every or math.inf)
+
+    def _show_life(self) -> None:
+        every = self._notifier.watchdog_every
+        if every is None or self._threads.show_life(2 * every):
+            self._notifier.send("WATCHDOG=1", self._status())
+
+    def _reload(self) -> None:
+        """Take the configuration as it is now; one that can't be used changes nothing."""
+        self._notifier.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            found = self._examine()
+            config = load(self._config_path)
+            if found.fatal:
+                raise ConfigError("\n".join(map(str, found.fatal)), "`backupd check` says more")
+            if config.state_dir != self._parts.config.state_dir:
+                raise ConfigError("state_dir: can't be changed while it runs", "restart the daemon for that")
+            change = self._change_to(config)
+        except BackupdError as error:
+            self._log.emit(
+                events.CONFIG_REFUSED,
+                config=str(self._config_path),
+                error=error.message,
+                hint=error.hint or "mend the file and reload again",
+            )
+        else:
+            self._certificates.note(found)
+            self._exchange(change)
+        self._notifier.send("READY=1", self._status())
+
+    def _exchange(self, change: Change) -> None:
+        """Stop what ended and start what is new; an upload under way goes on to its end."""
+        for drop in change.drops_ended.values():
+            drop.end()
+        self._threads.join([d.intake.pulse for d in change.drops_ended.values()], time.monotonic() + _TICK)
+        for destination in change.destinations_ended.values():
+            destination.end()
+        running = self._threads.pulses()
+        self._retired = [p for p in self._retired if any(w.pulse in running for w in p.workers)]
+        self._retired += change.destinations_ended.values()
+        self._begin(change.drops_begun, change.destinations_begun)
+        self._log.emit(
+            events.CONFIG_RELOADED,
+            config=str(self._config_path),
+            drops_changed=sorted({*change.drops_ended, *change.drops_begun}),
+            destinations_changed=sorted({*change.destinations_ended, *change.destinations_begun}),
+        )
 
     def _heartbeat(self) -> None:
         try:
@@ -169,40 +207,46 @@ class Daemon:
             rejected=tally.rejected,
         )
 
-    def _tick(self) -> None:
-        for tick in self._parts.ticks:
-            try:
-                tick(datetime.now(UTC))
-            except LedgerError as error:
-                self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
+    def _destinations(self) -> list[DestinationPart]:
+        return [*self._parts.destinations.values(), *self._retired]
 
     def _in_flight(self) -> int:
-        return sum(worker.current is not None for worker in self._parts.workers)
+        return sum(worker.current is not None for part in self._destinations() for worker in part.workers)
 
     def _status(self) -> str:
+        """Return the line for `systemctl status`."""
+        parts = [f"uploading {self._in_flight()}"]
+        with suppress(LedgerError):
+            backlog = self._parts.ledger.backlog()
+            parts.insert(0, f"pending {sum(b.pending for b in backlog.values())}")
+            oldest = min((b.oldest for b in backlog.values() if b.oldest), default=None)
+            if oldest is not None:
+                parts.insert(1, f"oldest {_span((datetime.now(UTC) - oldest).total_seconds())}")
+        if self._parts.recorder.last_delivered is not None:
+            parts.append(f"last delivered {self._parts.recorder.last_delivered:%Y-%m-%d %H:%M:%S} UTC")
         shut = [name for name, gate in self._parts.gates.items() if gate.state != "open"]
-        paused = f"; paused: {', '.join(shut)}" if shut else ""
-        return f"STATUS=uploading {self._in_flight()}{paused}"
+        if shut:
+            parts.append(f"PAUSED: {', '.join(shut)}")
+        return "STATUS=" + "; ".join(parts)
 
     def _shut_down(self, received: signal.Signals) -> int:
         """Stop taking in, let uploads end within the grace, then abort them; what is left stays pending."""
         began = time.monotonic()
+        grace = self._parts.config.shutdown_grace.total_seconds()
         self._log.emit(events.DAEMON_STOPPING, signal=received.name, in_flight=self._in_flight())
-        extend = int((self._grace + 10) * 1_000_000)
-        self._notifier.send("STOPPING=1", f"EXTEND_TIMEOUT_USEC={extend}")
-        self._stop.set()
-        for intake in self._parts.intakes:
-            intake.poke()
-        for wakeup in self._parts.wakeups.values():
-            wakeup.ring()
-        workers = [t for t in self._threads if t.name.startswith("worker-")]
-        clean = _join(workers, began + self._grace)
+        self._notifier.send("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int((grace + 10) * 1_000_000)}")
+        for drop in self._parts.drops.values():
+            drop.end()
+        for destination in self._destinations():
+            destination.end()
+        workers = [worker.pulse for part in self._destinations() for worker in part.workers]
+        clean = self._threads.join(workers, began + grace)
         if not clean:
             self._parts.abort()
-            _join(workers, time.monotonic() + _AFTER_ABORT)
+            self._threads.join(workers, time.monotonic() + _AFTER_ABORT)
         self._parts.recorder.finish()
-        others = [t for t in self._threads if t not in workers]
-        settled = _join(others, time.monotonic() + _AFTER_ABORT)
+        others = [pulse for pulse in self._threads.pulses() if pulse not in workers]
+        settled = self._threads.join(others, time.monotonic() + _AFTER_ABORT)
         self._abandon.set()
         pending = None
         if settled:
@@ -213,11 +257,11 @@ class Daemon:
         self._log.emit(
             events.DAEMON_STOPPED, duration_s=time.monotonic() - began, clean=clean, pending=pending
         )
-        return 1 if self._failed else 0
+        return 1 if self._threads.failed else 0
 
 
-def _join(threads: Sequence[threading.Thread], until: float) -> bool:
-    """Wait for threads until a monotonic time; return whether all have ended."""
-    for thread in threads:
-        thread.join(max(until - time.monotonic(), 0))
-    return not any(thread.is_alive() for thread in threads)
+def _span(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

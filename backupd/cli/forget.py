@@ -39,4 +39,4 @@ def forget(
         typer.echo(f"{printable(device)} of {name}: {'its wait begins anew' if listed else 'forgotten'}")
         if listed:
             key = f"drop.{name}.expect.devices" if device else f"drop.{name}.expect"
-            typer.echo(f"  hint: it is expected by {key}; take it out there and restart the daemon")
+            typer.echo(f"  hint: it is expected by {key}; take it out there and reload the daemon")

@@ -9,7 +9,7 @@ from typing import Annotated, get_args
 import typer
 
 from backupd.cli.absent import absent
-from backupd.cli.apart import preflight_apart
+from backupd.cli.apart import examine_apart, examine_file_apart
 from backupd.cli.options import DEFAULT_CONFIG, ConfigPath
 from backupd.config.models import Config, LogLevel
 
@@ -28,19 +28,21 @@ def run(
     if log_level and log_level not in levels:
         raise UsageError(f"--log-level: expected one of {', '.join(levels)}, got {log_level!r}")
     loaded = load(config)
-    problems = preflight_apart(loaded)
-    fatal = [str(problem) for problem in problems if problem.fatal]
-    if fatal:
-        raise ConfigError("\n".join((f"{config} can't be run:", *fatal)), "`backupd check` says more")
+    found = examine_apart(loaded)
+    if found.fatal:
+        raise ConfigError(
+            "\n".join((f"{config} can't be run:", *map(str, found.fatal))), "`backupd check` says more"
+        )
     with absent("rich", "click"):  # structlog and httpx would draw with them
         from backupd.assembly import run_daemon  # noqa: PLC0415
         from backupd.ops import events  # noqa: PLC0415
         from backupd.ops.log import EventLog, LineWriter, take_over_library_loggers  # noqa: PLC0415
     log = EventLog(LineWriter(1), level=log_level or loaded.log.level, console=_wants_console(loaded))
     take_over_library_loggers(log)
-    for problem in problems:
+    for problem in found.problems:
         log.emit(events.CONFIG_WARNING, path=problem.where, error=problem.message, hint=problem.hint)
-    raise typer.Exit(run_daemon(loaded, log, Path(config).absolute()))
+    path = Path(config).absolute()
+    raise typer.Exit(run_daemon(loaded, log, path, found, lambda: examine_file_apart(path)))
 
 
 def _wants_console(config: Config) -> bool:

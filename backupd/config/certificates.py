@@ -71,6 +71,16 @@ def certificate_problems(name: str, destination: DestinationConfig, now: datetim
         yield from _key_problems(name, destination, destination.key, leaf)
 
 
+def expiry(destination: DestinationConfig) -> datetime | None:
+    """Return when the client certificate of a destination ends, or the first of its chain, if known."""
+    if destination.cert is None:
+        return None
+    try:
+        return min(each.not_valid_after_utc for each in _certificates(_File("cert", destination.cert)))
+    except _UnusableError:
+        return None
+
+
 def _authority_problems(file: _File, now: datetime) -> Iterator[Problem]:
     try:
         authorities = _certificates(file)

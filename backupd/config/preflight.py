@@ -8,8 +8,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Final
 
-from backupd.config.certificates import certificate_problems
+from backupd.config.certificates import certificate_problems, expiry
 from backupd.config.consistency import overlap
+from backupd.config.examination import Examination
 from backupd.config.models import Config, DropConfig
 from backupd.config.problem import Problem
 
@@ -18,6 +19,13 @@ __all__ = ["Problem", "preflight"]
 _ALL: Final = os.R_OK | os.W_OK | os.X_OK
 _REAL_FOLDER: Final = "put a folder in its place"
 _MOUNTS: Final = Path("/proc/self/mountinfo")
+
+
+def examine(config: Config, now: datetime) -> Examination:
+    """Return what `preflight` says, and when the client certificates expire."""
+    ends = {name: expiry(destination) for name, destination in config.destination.items()}
+    expires = {name: end.timestamp() for name, end in ends.items() if end is not None}
+    return Examination(tuple(preflight(config, now)), expires)
 
 
 def preflight(config: Config, now: datetime) -> list[Problem]:

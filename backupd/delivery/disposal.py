@@ -6,7 +6,7 @@ import errno
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,16 +40,19 @@ class Disposal:
         self._log = log
         self._failed: set[int] = set()
 
-    def dispose(self, settled: Sequence[Settled]) -> tuple[list[Disposed], list[int]]:
+    def dispose(
+        self, settled: Sequence[Settled], alive: Callable[[], None] = lambda: None
+    ) -> tuple[list[Disposed], list[int]]:
         """Dispose of each file; return what was done, and the ids of archives that it failed for.
 
-        What is returned as done is durable.
+        What is returned as done is durable. `alive` is called before each.
         """
         done: list[Disposed] = []
         failed: list[int] = []
         touched: set[tuple[str, bytes]] = set()
         held: dict[str, HeldFolder] = {}
         for one in settled:
+            alive()
             if not one.announced:
                 self._announce(one)
             drop = one.archive.drop

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from datetime import datetime, timedelta
+from datetime import datetime
 
-from backupd.ledger.upkeep import Upkeep
+from backupd.ledger.habits import Habits
 
 _BATCH = 200
 """Archives that go in one transaction: others wait some milliseconds for the ledger, no longer."""
@@ -15,14 +15,13 @@ _AT_MOST = 0.2
 
 
 class Pruning:
-    """Forgets what ended longer ago than history is kept; `tick` is called at each heartbeat."""
+    """Forgets what ended long ago; `tick` is called at each heartbeat."""
 
-    def __init__(self, ledger: Upkeep, keep_for: timedelta) -> None:
+    def __init__(self, ledger: Habits) -> None:
         self._ledger = ledger
-        self._keep_for = keep_for
 
-    def tick(self, now: datetime) -> None:
-        """Delete some of what is too old, if anything is."""
+    def tick(self, before: datetime) -> None:
+        """Delete some of what ended before a time, if anything did."""
         until = time.monotonic() + _AT_MOST
-        while self._ledger.prune(now - self._keep_for, _BATCH) == _BATCH and time.monotonic() < until:
+        while self._ledger.prune(before, _BATCH) == _BATCH and time.monotonic() < until:
             pass

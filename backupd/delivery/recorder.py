@@ -15,6 +15,7 @@ from backupd.delivery.disposal import Disposal
 from backupd.ledger.port import Finished, Ledger, Settled
 from backupd.ops import events
 from backupd.ops.log import EventLog
+from backupd.ops.pulse import Pulse
 
 _MOST_AT_ONCE = 256
 _TRY_AGAIN = 30.0
@@ -50,6 +51,9 @@ class Recorder:
         self._tally = Tally()
         self._leftover = False
         self._next_try = 0.0
+        self.pulse = Pulse("recorder")
+        self.last_delivered: datetime | None = None
+        """When this daemon saw an archive delivered last."""
 
     def put(self, finished: Finished) -> None:
         """Hand an ended claim over; waits while the recorder is far behind."""
@@ -75,7 +79,9 @@ class Recorder:
         """Record until `finish`; where the ledger can't be written it is tried again until `abandon`."""
         done = False
         while not done:
+            self.pulse.rest()
             batch, done = self._take()
+            self.pulse.beat()
             if batch and not self._record(batch, abandon):
                 return
             if self._leftover and time.monotonic() >= self._next_try:
@@ -102,8 +108,10 @@ class Recorder:
                 break
             except LedgerError as error:
                 self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
+                self.pulse.rest()
                 if abandon.wait(wait):
                     return False
+                self.pulse.beat()
                 wait = min(wait * 2, 30.0)
         for finished in batch:
             self._tell(finished)
@@ -119,10 +127,11 @@ class Recorder:
                     continue
                 if one.state is DeliveryState.DELIVERED:
                     self._tally.delivered += 1
+                    self.last_delivered = datetime.now(UTC)
                     self._tally.delivered_bytes += one.archive.fingerprint.size
                 else:
                     self._tally.rejected += 1
-        done, still_due = self._disposal.dispose(settled)
+        done, still_due = self._disposal.dispose(settled, self.pulse.beat)
         if still_due:
             self._leftover, self._next_try = True, time.monotonic() + _TRY_AGAIN
         try:

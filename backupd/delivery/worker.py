@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
@@ -25,6 +26,7 @@ from backupd.drop.folder import DropFolder
 from backupd.ledger.port import Finished, Ledger
 from backupd.ops import events
 from backupd.ops.log import EventLog
+from backupd.ops.pulse import Pulse
 from backupd.upload.port import Cargo, Uploader
 
 _IDLE = 5.0
@@ -66,6 +68,15 @@ class Lane:
                 self._claimed += self.ledger.claim(self.destination, now, self.priority, _CLAIMS)
             return self._claimed.popleft() if self._claimed else None
 
+    def give_back(self) -> None:
+        """Make pending again what was claimed and not begun, for whoever comes after."""
+        with self._lock:
+            claimed = [delivery.id for delivery in self._claimed]
+            self._claimed.clear()
+        if claimed:
+            with suppress(LedgerError):  # the next start releases every claim
+                self.ledger.release_claims(claimed)
+
 
 class Worker:
     """Brings deliveries to one destination, one at a time; `run` is the body of its thread."""
@@ -74,16 +85,22 @@ class Worker:
         self._lane = lane
         self._uploader = uploader
         self._hand_over = hand_over
+        self.pulse = Pulse(f"worker of {lane.destination}")
         self.current: Delivery | None = None
 
     def run(self, stop: threading.Event) -> None:
         """Deliver until told to stop; what is claimed then is still carried to its end."""
         try:
             while not stop.is_set():
+                self.pulse.beat()
                 heard = self._lane.wakeup.heard()
                 if not self._one(stop):
-                    self._lane.wakeup.wait(heard, self._patience())
+                    patience = self._patience()
+                    self.pulse.rest()
+                    self._lane.wakeup.wait(heard, patience)
         finally:
+            self._lane.give_back()
+            self.pulse.rest()
             self._uploader.close()
 
     def _one(self, stop: threading.Event) -> bool:
@@ -135,6 +152,7 @@ class Worker:
         return attempts
 
     def _upload(self, delivery: Delivery) -> Attempt:
+        self.pulse.beat()
         started_at, began = datetime.now(UTC), time.monotonic()
         outcome, sent = self._open_and_upload(delivery)
         duration = timedelta(seconds=time.monotonic() - began)
@@ -158,6 +176,7 @@ class Worker:
                 fd,
                 archive.fingerprint,
                 variables(archive, self._lane.host, source.label_pattern),
+                alive=self.pulse.beat,
                 unknown=delivery.unknown,
             )
             return _seen_again(self._uploader.upload(cargo), fd, source, archive.relpath), cargo.sent
@@ -172,7 +191,9 @@ class Worker:
         self._lane.gate.report(outcome)
         now = datetime.now(UTC)
         step = next_step(delivery, outcome, now, self._lane.patience, random.random())
+        self.pulse.rest()  # the recorder may be waiting for room on the disk
         self._hand_over(Finished(delivery, tuple(attempts), step))
+        self.pulse.beat()
 
     def _tell_failure(self, delivery: Delivery, number: int, attempt: Attempt) -> None:
         outcome = attempt.outcome

@@ -15,8 +15,8 @@ from backupd.core.labels import variables
 from backupd.core.model import Archive
 from backupd.core.sizes import change_of
 from backupd.core.template import Template
+from backupd.ledger.habits import Habits, Tracked
 from backupd.ledger.port import Sighting
-from backupd.ledger.upkeep import Tracked, Upkeep
 from backupd.ops import events
 from backupd.ops.log import EventLog
 
@@ -34,17 +34,22 @@ class Freshness:
     What is to be said stands in the ledger until it was said: an end in between says it again, never not.
     """
 
-    def __init__(self, drops: Mapping[str, DropConfig], ledger: Upkeep, log: EventLog) -> None:
-        self._rules = {name: _rule(drop) for name, drop in drops.items() if _is_tracked(drop)}
-        self._expected = {name: _expectation(drops[name]) for name in self._rules}
+    def __init__(self, ledger: Habits, log: EventLog) -> None:
+        self._rules: Mapping[str, _Rule] = {}
         self._ledger = ledger
         self._log = log
         self._host = socket.gethostname()
         self._saying = threading.Lock()
 
-    def begin(self, now: datetime) -> None:
-        """Take over what the configuration expects; to be called before anything is admitted."""
-        self._ledger.expect(self._expected, now)
+    def begin(self, drops: Mapping[str, DropConfig], now: datetime) -> None:
+        """Take over what a configuration expects; to be called before anything is admitted by it.
+
+        Raises LedgerError, and changes nothing, where the ledger can't be written.
+        """
+        tracked = {name: drop for name, drop in drops.items() if _is_tracked(drop)}
+        rules = {name: _rule(drop) for name, drop in tracked.items()}
+        self._ledger.expect({name: _expectation(drop) for name, drop in tracked.items()}, now)
+        self._rules = rules
 
     def labelled(self, sightings: Sequence[Sighting], now: datetime) -> list[Sighting]:
         """Return sightings with the devices that they come from."""

@@ -22,6 +22,7 @@ from backupd.intake.sight import Sight
 from backupd.ledger.port import Known, Ledger, Sighting, mark
 from backupd.ops import events
 from backupd.ops.log import EventLog
+from backupd.ops.pulse import Pulse
 
 _BATCH = 500
 """Archives admitted in one transaction."""
@@ -62,7 +63,7 @@ class Intake:
         self._ledger = ledger
         self._log = log
         self._wake = wake
-        self._freshness = freshness or Freshness({}, ledger, log)
+        self._freshness = freshness or Freshness(ledger, log)
         self._prefix = os.fsencode(config.path).rstrip(b"/") + b"/"
         self._notices: queue.SimpleQueue[_Notice | None] = queue.SimpleQueue()
         self._candidates = Candidates(name, config, folder, log)
@@ -72,6 +73,7 @@ class Intake:
         self._failing = False
         self._unadmitted: set[int] = set()
         self.ready = threading.Event()
+        self.pulse = Pulse(f"intake of {name}")
 
     def run(self, stop: threading.Event) -> None:
         """Take in archives until told to stop; `poke` ends a wait."""
@@ -79,6 +81,7 @@ class Intake:
         next_scan = time.monotonic()
         try:
             while not stop.is_set():
+                self.pulse.beat()
                 now = time.monotonic()
                 if now >= next_scan or self._sight.take_overflow():
                     proven = self._sight.check()
@@ -89,6 +92,7 @@ class Intake:
                 self._admit()
                 self._wait(next_scan)
         finally:
+            self.pulse.rest()
             self._sight.close()
 
     def poke(self) -> None:
@@ -107,7 +111,10 @@ class Intake:
         until = next_scan if due is None else min(next_scan, due)
         timeout = max(until - time.monotonic(), 0.0)
         try:
-            self._take(self._notices.get(timeout=min(timeout, self._sight.patience())))
+            self.pulse.rest()
+            notice = self._notices.get(timeout=min(timeout, self._sight.patience()))
+            self.pulse.beat()
+            self._take(notice)
             for _ in range(_BATCH):
                 self._take(self._notices.get_nowait())
         except queue.Empty:
@@ -157,6 +164,7 @@ class Intake:
             self._folder, below, self._skip, self._complain, recursive=self._config.recursive
         ):
             found += 1
+            self.pulse.beat()
             if stop is not None and stop.is_set():
                 return
             if mark(relpath, fingerprint_of(status)) in known.marks:

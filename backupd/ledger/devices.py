@@ -10,8 +10,8 @@ from datetime import datetime, timedelta
 from backupd.core.freshness import WHOLE_DROP, Device, Expectation
 from backupd.core.model import Archive
 from backupd.core.sizes import KEPT, unusual
+from backupd.ledger.habits import Habits, Tracked, UnusualSize
 from backupd.ledger.rows import Row, as_micros, as_time
-from backupd.ledger.upkeep import Tracked, UnusualSize, Upkeep
 
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -27,8 +27,8 @@ _CLEAR = "DELETE FROM device WHERE NOT (listed OR archives OR alarmed)"
 _OVER = "disposition = 'done' AND NOT live AND (state <> 'rejected' OR disposed_to IS NULL)"
 
 
-class SqliteUpkeep(Upkeep):
-    """The methods of `Upkeep`, for a ledger that has transactions."""
+class SqliteHabits(Habits):
+    """The methods of `Habits`, for a ledger that has transactions."""
 
     def _transaction(self, *, durable: bool) -> AbstractContextManager[sqlite3.Connection]:
         raise NotImplementedError
@@ -37,7 +37,7 @@ class SqliteUpkeep(Upkeep):
         raise NotImplementedError
 
     def expect(self, expectations: Mapping[str, Expectation], now: datetime) -> None:
-        """See `Upkeep.expect`."""
+        """See `Habits.expect`."""
         at = as_micros(now)
         with self._transaction(durable=False) as db:
             before = dict(db.execute("SELECT drop_name, device_by FROM expectation"))
@@ -52,7 +52,7 @@ class SqliteUpkeep(Upkeep):
             db.execute(_CLEAR)
 
     def doubtful(self, now: datetime) -> list[Device]:
-        """See `Upkeep.doubtful`."""
+        """See `Habits.doubtful`."""
         with self._reading() as db:
             rows = db.execute(
                 f"{_DEVICE} WHERE d.alarmed OR coalesce(d.last_at, d.known_at) + e.every < ?"
@@ -62,7 +62,7 @@ class SqliteUpkeep(Upkeep):
         return [_as_device(row) for row in rows]
 
     def alarmed(self, overdue: Sequence[Device], recovered: Sequence[Device]) -> None:
-        """See `Upkeep.alarmed`."""
+        """See `Habits.alarmed`."""
         changed = [(1, d.drop, d.name) for d in overdue if not d.alarmed]
         changed += [(0, d.drop, d.name) for d in recovered]
         if not changed:
@@ -72,7 +72,7 @@ class SqliteUpkeep(Upkeep):
             db.execute(_CLEAR)
 
     def unusual(self) -> list[UnusualSize]:
-        """See `Upkeep.unusual`."""
+        """See `Habits.unusual`."""
         with self._reading() as db:
             rows = db.execute(
                 "SELECT a.id, a.drop_name, a.relpath, u.device, a.size, u.median_size"
@@ -81,14 +81,14 @@ class SqliteUpkeep(Upkeep):
         return [UnusualSize(*row) for row in rows]
 
     def told(self, unusual: Sequence[UnusualSize]) -> None:
-        """See `Upkeep.told`."""
+        """See `Habits.told`."""
         with self._transaction(durable=False) as db:
             db.executemany(
                 "DELETE FROM unusual_size WHERE archive_id = ?", [(one.archive_id,) for one in unusual]
             )
 
     def prune(self, before: datetime, most: int) -> int:
-        """See `Upkeep.prune`."""
+        """See `Habits.prune`."""
         old = (
             f"SELECT id FROM archive INDEXED BY archive_over WHERE {_OVER}"  # noqa: S608 -- own clause
             " AND coalesce(disposed_at, admitted_at) < ?"

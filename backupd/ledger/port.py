@@ -10,7 +10,7 @@ from typing import Protocol
 from backupd.core.gate import Gate
 from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint
 from backupd.core.step import Priority, Step
-from backupd.ledger.upkeep import Tracked, Upkeep
+from backupd.ledger.habits import Habits, Tracked
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class Backlog:
     oldest: datetime | None
 
 
-class Ledger(Upkeep, Protocol):
+class Ledger(Habits, Protocol):
     """The durable record; safe to use from several threads.
 
     Every method raises `LedgerError` where the record can't be read or written; nothing is half done then.
@@ -139,8 +139,11 @@ class Ledger(Upkeep, Protocol):
         """
         ...
 
-    def release_claims(self) -> int:
-        """Make claimed deliveries pending again, as nobody holds them; return how many there were."""
+    def release_claims(self, delivery_ids: Sequence[str] | None = None) -> int:
+        """Make claimed deliveries pending again, which nobody holds; return how many there were.
+
+        All that are claimed, unless some are named.
+        """
         ...
 
     def backlog(self) -> Mapping[str, Backlog]:

@@ -14,7 +14,7 @@ from backupd.core.errors import LedgerError
 from backupd.core.gate import Gate
 from backupd.core.model import Archive, Delivery, DeliveryState, Digest
 from backupd.core.step import Priority, archive_state
-from backupd.ledger.devices import SqliteUpkeep, note_arrival
+from backupd.ledger.devices import SqliteHabits, note_arrival
 from backupd.ledger.port import Admission, Backlog, Disposed, Finished, Known, Ledger, Settled, Sighting, mark
 from backupd.ledger.rows import (
     ARCHIVE_COLUMNS,
@@ -38,7 +38,7 @@ _SMALL = 4 * 1024 * 1024
 """Bytes that are claimed in one go: what is larger must not keep others of higher priority back."""
 
 
-class SqliteLedger(SqliteUpkeep, Ledger):
+class SqliteLedger(SqliteHabits, Ledger):
     """A `Ledger` on a connection from `open_ledger`.
 
     What a disposition hangs on is committed with `synchronous=FULL`. Admissions and claims are not worth
@@ -163,10 +163,13 @@ class SqliteLedger(SqliteUpkeep, Ledger):
             )
             db.executemany("UPDATE archive SET announced = 1 WHERE id = ?", [(i,) for i in still_due])
 
-    def release_claims(self) -> int:
+    def release_claims(self, delivery_ids: Sequence[str] | None = None) -> int:
         """See `Ledger.release_claims`."""
+        release = "UPDATE delivery SET state = 'pending' WHERE state = 'claimed'"
         with self._transaction(durable=False) as db:
-            return db.execute("UPDATE delivery SET state = 'pending' WHERE state = 'claimed'").rowcount
+            if delivery_ids is None:
+                return db.execute(release).rowcount
+            return db.executemany(f"{release} AND id = ?", [(ident,) for ident in delivery_ids]).rowcount
 
     def backlog(self) -> Mapping[str, Backlog]:
         """See `Ledger.backlog`."""

@@ -54,6 +54,13 @@ KEYS = {
     "uptime_s": "seconds since the start",
     "logger": "the library's logger",
     "lost": "lines that could not be written",
+    "drops_changed": "names of the drops that began, ended or began anew",
+    "destinations_changed": "names of the destinations that began, ended or began anew",
+    "thread": "which thread",
+    "silent_s": "seconds without a sign of life",
+    "whose": "client or server",
+    "days_left": "whole days until the certificate ends",
+    "expires_at": "when the certificate ends",
     "device": "whom the archive comes from, by `expect.by`; left out for a drop as a whole",
     "last_at": "when its last archive was admitted; left out if none ever was",
     "overdue_s": "seconds since it should have come",
@@ -101,6 +108,39 @@ DAEMON_FAILED = _event(
     "daemon.failed", "error", "error hint exception", "a part of the daemon broke; it ends, for a restart"
 )
 CONFIG_WARNING = _event("config.warning", "warning", "path error hint", "usable, but worth a look")
+CONFIG_RELOADED = _event(
+    "config.reloaded", "info", "config drops_changed destinations_changed", "a new configuration is in force"
+)
+CONFIG_REFUSED = _event(
+    "config.refused",
+    "error",
+    "config error hint",
+    "a new configuration can't be used; the old one stays in force",
+)
+DAEMON_HUNG = _event(
+    "daemon.hung",
+    "error",
+    "thread silent_s hint",
+    "a thread shows no life; systemd is told nothing, and restarts it",
+)
+CERTIFICATE_RENEWED = _event(
+    "certificate.renewed",
+    "info",
+    "destination days_left",
+    "new certificate files are in use from the next archive on",
+)
+CERTIFICATE_REFUSED = _event(
+    "certificate.refused",
+    "error",
+    "destination error hint",
+    "new certificate files can't be used; the last good ones stay in use",
+)
+CERTIFICATE_EXPIRING = _event(
+    "certificate.expiring",
+    "warning",
+    "destination whose days_left expires_at hint",
+    "a certificate ends in fewer than 30, 14, 7, 3 or 1 days; told again at every start",
+)
 LEDGER_REPLACED = _event(
     "ledger.replaced",
     "error",

@@ -13,6 +13,7 @@ from backupd.config.auth import AuthConfig
 from backupd.config.destination import DestinationConfig
 from backupd.upload.auth import BasicFile, BearerFile, OAuth2
 from backupd.upload.bandwidth import Bandwidth
+from backupd.upload.identity import Identity
 from backupd.upload.line import Abort, Line
 from backupd.upload.oauth2 import Grant, TokenSource
 from backupd.upload.secret import read_secret
@@ -35,6 +36,7 @@ class Endpoint:
     abort: Abort
     bandwidth: Bandwidth | None
     auth: httpx.Auth | None
+    identity: Identity
 
     def line(self) -> Line:
         """Return the bounds of one uploader's attempts."""
@@ -51,7 +53,7 @@ class Endpoint:
         """Return a transport; raises TlsFilesError or SecretError where a file can't be used."""
         config = self.config
         return Transport(
-            make_context(config, http2=config.http2, tls_min=config.tls_min),
+            self.identity.context(),
             line,
             http2=config.http2,
             route=_route(config),
@@ -62,7 +64,7 @@ class Endpoint:
 def open_endpoint(config: DestinationConfig, abort: Abort) -> Endpoint:
     """Return what the uploaders of a destination share."""
     bandwidth = Bandwidth(config.bandwidth) if config.bandwidth else None
-    return Endpoint(config, abort, bandwidth, _sign_in(config.auth, config, abort))
+    return Endpoint(config, abort, bandwidth, _sign_in(config.auth, config, abort), Identity(config))
 
 
 def timeouts(config: DestinationConfig) -> httpx.Timeout:

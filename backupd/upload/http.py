@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import httpx
@@ -43,6 +44,7 @@ class HttpUploader(Uploader):
         self._make_transport = transport or endpoint.transport
         self._line = endpoint.line()
         self._client: httpx.Client | None = None
+        self._renewals = 0
         self._maker = RequestMaker(self._config, self._line)
         self._judge = Judge(self._config.receipt)
 
@@ -64,10 +66,15 @@ class HttpUploader(Uploader):
             return outcome
         if outcome.reason in _MENDED_BY_NEW_FILES:
             self.close()
+        if outcome.reason in (Reason.TLS, Reason.TLS_CLIENT):
+            with suppress(BackupdError):  # what can't be used is told by whoever looks after the files
+                self._endpoint.identity.renew()
         return replace(outcome, unknown=outcome.unknown or cargo.unknown)
 
     def _upload(self, cargo: Cargo) -> Outcome:
-        self._line.begin()
+        self._line.begin(cargo.alive)
+        if self._renewals != self._endpoint.identity.renewals:
+            self.close()
         try:
             client = self._client = self._client or self._open_client()
             if cargo.unknown is not None and _is_unchanged(cargo):
@@ -87,8 +94,12 @@ class HttpUploader(Uploader):
             httpx.TransportError,
         ) as error:
             return _deferred(error)
+        finally:
+            if self._line.peer_expires is not None:
+                self._endpoint.identity.server_expires = self._line.peer_expires
 
     def _open_client(self) -> httpx.Client:
+        self._renewals = self._endpoint.identity.renewals
         return httpx.Client(
             transport=self._make_transport(self._line),
             auth=self._endpoint.auth,

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import select
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from backupd.core.policy import Reason
 from backupd.upload.bandwidth import Bandwidth
+
+_SIGN_OF_LIFE = 1.0
+"""Seconds after which every wait shows life."""
 
 RATE_WINDOW = 60.0
 """Seconds over which the least rate is measured."""
@@ -69,10 +73,14 @@ class Line:
         self._min_rate = min_rate
         self._ends: float | None = None
         self._window: _Window | None = None
+        self._alive: Callable[[], None] = lambda: None
+        self.peer_expires: float | None = None
+        """When the certificate expires that the other side showed last, in seconds since the epoch."""
 
-    def begin(self) -> None:
-        """Start the clock of an attempt."""
+    def begin(self, alive: Callable[[], None] = lambda: None) -> None:
+        """Start the clock of an attempt; `alive` is called at least once a second while it waits or works."""
         now = time.monotonic()
+        self._alive = alive
         self._ends = None if self._deadline is None else now + self._deadline
         self._window = None
 
@@ -86,6 +94,7 @@ class Line:
 
     def moved(self, count: int) -> None:
         """Note bytes that the connection took."""
+        self._alive()
         if self._window is not None:
             self._window.moved += count
             self._check(time.monotonic())
@@ -119,6 +128,7 @@ class Line:
         while True:
             now = time.monotonic()
             self._check(now)
+            self._alive()
             ready = dict(poller.poll(self._milliseconds(now, until)))
             if self._abort.fileno() in ready:
                 raise AttemptEndedError(Reason.STOPPED, "the daemon was told to stop")
@@ -127,11 +137,11 @@ class Line:
             if until is not None and time.monotonic() >= until:
                 return False
 
-    def _milliseconds(self, now: float, until: float | None) -> int | None:
-        ends = [t for t in (until, self._ends) if t is not None]
+    def _milliseconds(self, now: float, until: float | None) -> int:
+        ends = [now + _SIGN_OF_LIFE, *(t for t in (until, self._ends) if t is not None)]
         if self._window is not None:
             ends.append(self._window.began + RATE_WINDOW)
-        return max(int((min(ends) - now) * 1000) + 1, 0) if ends else None
+        return max(int((min(ends) - now) * 1000) + 1, 0)
 
     def _check(self, now: float) -> None:
         if self._ends is not None and now >= self._ends:

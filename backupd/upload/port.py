@@ -11,8 +11,15 @@ from backupd.core.model import Digest, Fingerprint, Outcome
 Progress = Callable[[int], None]
 """Called with the bytes of the archive handed to the connection so far."""
 
+Alive = Callable[[], None]
+"""Called at least once a second while an upload waits or works, however slow it is."""
+
 
 def _no_progress(_sent: int) -> None:
+    return
+
+
+def _unwatched() -> None:
     return
 
 
@@ -31,6 +38,7 @@ class Cargo:
     fingerprint: Fingerprint
     variables: Mapping[str, str]
     progress: Progress = _no_progress
+    alive: Alive = _unwatched
     unknown: Digest | None = None
     sent: int = field(default=0, init=False)
 

@@ -26,6 +26,7 @@ from backupd.upload.auth import OAuth2
 from backupd.upload.backend import WireBackend
 from backupd.upload.endpoint import HEADERS, Endpoint, open_endpoint, timeouts
 from backupd.upload.failures import reason_of
+from backupd.upload.identity import Identity
 from backupd.upload.in_thread import InThread
 from backupd.upload.line import Abort, AttemptEndedError, Line
 from backupd.upload.oauth2 import SignInError
@@ -239,7 +240,7 @@ async def _is_certificate_required(endpoint: Endpoint, with_it: _Answer) -> bool
     """Tell whether the endpoint treats us differently without our certificate."""
     bare = endpoint.config.model_copy(update={"cert": None, "key": None, "key_password_file": None})
     try:
-        without = await _ask(replace(endpoint, config=bare))
+        without = await _ask(replace(endpoint, config=bare, identity=Identity(bare)))
     except httpx.TransportError as error:
         reason, _ = reason_of(error)
         return True if reason in (Reason.TLS, Reason.TLS_CLIENT, Reason.CONNECTION_LOST) else None

@@ -72,6 +72,7 @@ class Wire(httpcore.NetworkStream):
             sock = TlsSocket(ssl_context, self._sock, name, self._line.moved)
             self._shake_hands(sock, timeout)
             self._check_pins(sock)
+            self._line.peer_expires = _expiry(sock.tls)
         except (OSError, ValueError) as error:
             self.close()
             raise httpcore.ConnectError(str(error)) from error
@@ -245,6 +246,11 @@ class Wire(httpcore.NetworkStream):
         except (httpcore.WriteError, httpcore.RemoteProtocolError):
             return True
         return bool(self._heard)
+
+
+def _expiry(tls: ssl.SSLObject) -> float | None:
+    ends = (tls.getpeercert() or {}).get("notAfter")
+    return ssl.cert_time_to_seconds(ends) if isinstance(ends, str) else None
 
 
 def spki_pin(certificate: bytes) -> str:

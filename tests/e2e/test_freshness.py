@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sqlite3
 
 from backupd.receiver.serve import RunningReceiver
@@ -100,4 +101,21 @@ def test_what_is_done_with_goes_from_the_ledger_and_stays_in_the_folder(
 
     until(lambda: left() == 1, "the history to go")  # the last number is not given again
     assert len(stage.archives(stage.sent)) == 3
+    assert daemon.stop() == 0
+
+
+def test_a_reload_changes_who_is_expected(stage: Stage, receiver: RunningReceiver) -> None:
+    stage.configure(receiver.url, top=TOP, drop=EXPECT)
+    daemon = stage.daemon().ready()
+    stage.put("sw1-a.cfg", b"a" * 100)
+    daemon.wait_for("drop.overdue", device="sw1")
+
+    stage.configure(receiver.url, top=TOP, drop='expect.every = "1s"')
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_for("config.reloaded", drops_changed=["switches"])
+    daemon.wait_for("drop.recovered", device="sw1")  # nobody is told apart any more
+    overdue = until(lambda: [e for e in daemon.events("drop.overdue") if "device" not in e], "the whole drop")
+    assert overdue[0]["drop"] == "switches"
+    stage.put("sw2-a.cfg", b"a" * 100)
+    until(lambda: [e for e in daemon.events("drop.recovered") if "device" not in e], "it to recover")
     assert daemon.stop() == 0

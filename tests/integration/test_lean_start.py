@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from backupd.cli.absent import absent
-from backupd.cli.apart import preflight_apart
+from backupd.cli.apart import examine_apart
 from backupd.config.destination import DestinationConfig
 from backupd.config.loading import load
 from backupd.config.models import Config, DropConfig
@@ -21,10 +21,10 @@ from tests.stage import Stage
 LOOKED_APART = """
 import sys
 from pathlib import Path
-from backupd.cli.apart import preflight_apart
+from backupd.cli.apart import examine_apart
 from backupd.config.loading import load
 
-for problem in preflight_apart(load(Path(sys.argv[1]))):
+for problem in examine_apart(load(Path(sys.argv[1]))).problems:
     print(problem)
 sys.exit("cryptography" in sys.modules)
 """
@@ -67,7 +67,7 @@ def test_a_look_apart_says_the_same_and_leaves_nothing_loaded(stage: Stage) -> N
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # the test's process, not ours
 def test_a_path_that_is_no_text_comes_through(tmp_path: Path) -> None:
-    (problem,) = preflight_apart(a_config(tmp_path, b"bad\xff"))
+    (problem,) = examine_apart(a_config(tmp_path, b"bad\xff")).problems
     assert problem.message == f"{os.fsdecode(os.fsencode(tmp_path) + b'/bad' + bytes([0xFF]))} does not exist"
 
 
@@ -79,7 +79,7 @@ def test_where_there_can_be_no_child_the_look_is_our_own(
 
     monkeypatch.setattr("os.fork", no_fork)
     descriptors = len(os.listdir("/proc/self/fd"))
-    (problem,) = preflight_apart(a_config(tmp_path))
+    (problem,) = examine_apart(a_config(tmp_path)).problems
     assert problem.where == "drop.d.path"
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
@@ -89,7 +89,7 @@ def test_where_the_child_has_no_answer_the_look_is_our_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("backupd.cli.apart._say", lambda *_: os._exit(1))
-    (problem,) = preflight_apart(a_config(tmp_path))
+    (problem,) = examine_apart(a_config(tmp_path)).problems
     assert problem.where == "drop.d.path"
 
 

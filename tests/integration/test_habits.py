@@ -19,10 +19,10 @@ from backupd.delivery.pruning import Pruning
 from backupd.intake.freshness import Freshness
 from backupd.ledger import database
 from backupd.ledger.database import FILE_NAME, open_for_reading, open_ledger
+from backupd.ledger.habits import UnusualSize
 from backupd.ledger.history import DeviceRecord, History
 from backupd.ledger.port import Disposed, Sighting
 from backupd.ledger.sqlite import SqliteLedger
-from backupd.ledger.upkeep import UnusualSize
 from backupd.ops.events import Event
 from backupd.ops.log import EventLog, LineWriter
 from tests.factories import NOW, SECOND, a_fingerprint, a_sighting, deferred, delivered, finished
@@ -89,8 +89,8 @@ class Scene:
     def start(self, now: Any = NOW) -> None:
         """Begin as a new daemon does."""
         self.ledger = self._close(FailingLedger(open_ledger(self.state).connection))
-        self.freshness = Freshness(self.config, self.ledger, self.said)
-        self.freshness.begin(now)
+        self.freshness = Freshness(self.ledger, self.said)
+        self.freshness.begin(self.config, now)
 
     def kill(self, now: Any = NOW) -> None:
         self.ledger.close()
@@ -279,9 +279,9 @@ def test_deliveries_and_attempts_go_with_their_archive(
         ]
 
     assert counts() == [2, 2, 2]
-    Pruning(ledger, DAY).tick(NOW + DAY)
+    Pruning(ledger).tick(NOW)
     assert counts() == [2, 2, 2]
-    Pruning(ledger, DAY).tick(NOW + DAY + SECOND)
+    Pruning(ledger).tick(NOW + SECOND)
     assert counts() == [1, 1, 0]
 
 
@@ -296,9 +296,9 @@ def test_a_long_history_goes_in_many_small_transactions(tmp_path: Path, closed_a
     admitted = ledger.admit([a_sighting(b"%d" % n) for n in range(1000)], ["vault"], NOW).admitted
     ledger.record([finished(d, delivered()) for _ in admitted for d in ledger.claim("vault", NOW)], NOW)
     ledger.disposed([Disposed(archive.id, b"sent/x") for archive in admitted], [], NOW)
-    pruning = Pruning(ledger, DAY)
+    pruning = Pruning(ledger)
     for _ in range(1000):  # how many of them a tick gets done depends on the machine
-        pruning.tick(NOW + 2 * DAY)
+        pruning.tick(NOW + DAY)
         if sizes[-1] < 200:
             break
     assert sizes == [200, 200, 200, 200, 199]

@@ -1,4 +1,4 @@
-"""What the daemon's upkeep asks of a ledger: devices and their habits, and an end of old history."""
+"""What is asked of a ledger beside deliveries: devices and their habits, and an end of old history."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class UnusualSize:
     median_size: int
 
 
-class Upkeep(Protocol):
+class Habits(Protocol):
     """The part of a ledger that remembers devices; safe to use from several threads.
 
     Every method raises `LedgerError` where the record can't be read or written; nothing is half done then.

@@ -10,8 +10,8 @@ import pytest
 
 from backupd.core.freshness import Device, Expectation, judged
 from backupd.core.model import Archive, Outcome
+from backupd.ledger.habits import Tracked
 from backupd.ledger.port import Disposed, Ledger, Sighting
-from backupd.ledger.upkeep import Tracked
 from tests.contract.test_ledger import ADAPTERS, Bench
 from tests.factories import (
     NOW,

@@ -1,0 +1,181 @@
+"""A new configuration, and new certificates, while the daemon runs: nothing is lost, nothing waits."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pki import KeyPair, in_days
+from tests.scripted import Peer, ScriptedServer, in_turn, receipt_for, server_context, take_all
+from tests.stage import Daemon, Stage
+
+SOON = 'heartbeat_every = "0.5s"'
+"""So that certificates are looked at twice a second."""
+
+
+def reload(daemon: Daemon, event: str = "config.reloaded") -> dict[str, Any]:
+    """Have the configuration taken, and wait for what is said of it."""
+    before = len(daemon.events(event))
+    daemon.process.send_signal(signal.SIGHUP)
+    return daemon.wait_for(event, before + 1)[-1]
+
+
+def answers_when_told(peer: Peer) -> None:
+    request = peer.read_request()
+    peer.pause()
+    peer.send(receipt_for(request.archive))
+
+
+def put_in_place(stage: Stage, pair: KeyPair) -> None:
+    """Renew the client's files as certbot does: by renames, one after the other."""
+    for new, old in ((pair.cert, stage.pki.client_cert), (pair.key, stage.pki.client_key)):
+        part = Path(f"{old}.part")
+        shutil.copy(new, part)
+        part.chmod(0o600)
+        part.rename(old)
+
+
+def test_drops_and_destinations_come_and_go(stage: Stage) -> None:
+    other = stage.base / "firewalls"
+    other.mkdir()
+    with (
+        ScriptedServer(take_all, server_context(stage.pki)) as first,
+        ScriptedServer(take_all, server_context(stage.pki)) as second,
+    ):
+        stage.configure(first.url)
+        daemon = stage.daemon().ready()
+        tls = f'ca = "{stage.pki.ca_pem}"\ncert = "{stage.pki.client_cert}"\nkey = "{stage.pki.client_key}"'
+        stage.configure(
+            first.url,
+            more=f'[drop.firewalls]\npath = "{other}"\nstable_for = "0s"\n'
+            f'[destination.second]\nurl = "{second.url}"\n{tls}\n',
+        )
+        told = reload(daemon)
+        assert told["drops_changed"] == ["firewalls", "switches"]  # the old one has a new destination, too
+        assert told["destinations_changed"] == ["second"]
+        stage.put("new.cfg", b"for two", into=other)
+        stage.put("old.cfg", b"for two, too")
+        daemon.wait_for("archive.disposed", 2)
+        assert {r.archive for r in first.requests} == {r.archive for r in second.requests}
+        stage.configure(first.url)
+        assert reload(daemon)["drops_changed"] == ["firewalls", "switches"]
+        stage.put("later.cfg", b"for one")
+        daemon.wait_for("archive.disposed", archive="later.cfg")
+        assert len(second.requests) == 2
+        assert daemon.stop() == 0
+
+
+def test_an_upload_under_way_ends_by_the_old_configuration(stage: Stage) -> None:
+    with ScriptedServer(in_turn(answers_when_told, take_all), server_context(stage.pki)) as server:
+        stage.configure(server.url)
+        daemon = stage.daemon().ready()
+        stage.put("slow.cfg", b"slow")
+        assert server.paused.wait(60)
+        stage.configure(server.url, destination='fields = { note = "new" }')
+        assert reload(daemon)["destinations_changed"] == ["vault"]
+        stage.put("quick.cfg", b"quick")  # waits for nobody
+        daemon.wait_for("archive.disposed", archive="quick.cfg")
+        server.resumed.set()
+        daemon.wait_for("archive.disposed", archive="slow.cfg")
+        assert not daemon.events("attempt.failed")
+        assert [b'name="note"' in r.body for r in server.requests] == [False, True]
+        assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[drop.switches]\npaht = 3", "paht"),
+        ('[drop.switches]\npath = "/nowhere"\n[destination.vault]\nurl = "https://localhost/"', "/nowhere"),
+        ("nonsense", "nonsense"),
+    ],
+)
+def test_a_bad_configuration_changes_nothing(stage: Stage, text: str, says: str) -> None:
+    with ScriptedServer(take_all, server_context(stage.pki)) as server:
+        stage.configure(server.url)
+        daemon = stage.daemon().ready()
+        stage.config.write_text(text)
+        refused = reload(daemon, "config.refused")
+        assert says in refused["error"]
+        assert refused["hint"]
+        stage.put("a.cfg", b"abc")
+        daemon.wait_for("archive.disposed", archive="a.cfg")
+        assert daemon.stop() == 0
+
+
+def test_another_state_dir_needs_a_restart(stage: Stage) -> None:
+    stage.configure("https://localhost:1/")
+    daemon = stage.daemon().ready()
+    config = stage.config.read_text().replace(str(stage.state), str(stage.base / "elsewhere"))
+    stage.config.write_text(config)
+    assert "state_dir" in reload(daemon, "config.refused")["error"]
+
+
+def test_twenty_reloads_under_load_lose_nothing_and_send_nothing_twice(stage: Stage) -> None:
+    with ScriptedServer(take_all, server_context(stage.pki)) as server:
+        stage.configure(server.url)
+        daemon = stage.daemon().ready()
+        for number in range(20):
+            for each in range(10):
+                stage.put(f"{number}-{each}.cfg", f"{number} {each}".encode())
+            stage.configure(server.url, destination=f'fields = {{ note = "{number}" }}')
+            reload(daemon)
+        daemon.wait_for("archive.disposed", 200)
+        contents = [request.archive for request in server.requests]
+        assert len(contents) == len(set(contents)) == 200
+        assert not daemon.events("attempt.failed")
+        assert len(stage.archives(stage.sent)) == 200
+        assert daemon.stop() == 0
+
+
+def test_renewed_certificates_are_taken_up_between_archives(stage: Stage) -> None:
+    with ScriptedServer(in_turn(answers_when_told, take_all), server_context(stage.pki)) as server:
+        stage.configure(server.url, top=SOON)
+        daemon = stage.daemon().ready()
+        stage.put("slow.cfg", b"slow")
+        assert server.paused.wait(60)
+        put_in_place(stage, stage.pki.issue_client("renewed", not_after=in_days(200.5)))
+        renewed = daemon.wait_for("certificate.renewed")[0]
+        assert (renewed["destination"], renewed["days_left"]) == ("vault", 200)
+        server.resumed.set()
+        daemon.wait_for("archive.disposed", archive="slow.cfg")
+        stage.put("next.cfg", b"next")
+        daemon.wait_for("archive.disposed", archive="next.cfg")
+        names = [dict(rdn[0] for rdn in p.client_certificate["subject"])["commonName"] for p in server.peers]
+        assert names[0] != "renewed"
+        assert names[-1] == "renewed"
+        assert not daemon.events("attempt.failed")
+        assert daemon.stop() == 0
+
+
+def test_a_pair_that_does_not_fit_is_refused_and_the_last_good_one_goes_on(stage: Stage) -> None:
+    with ScriptedServer(take_all, server_context(stage.pki)) as server:
+        stage.configure(server.url, top=SOON)
+        daemon = stage.daemon().ready()
+        shutil.copy(stage.pki.issue_client("other").cert, stage.pki.client_cert)
+        refused = daemon.wait_for("certificate.refused")[0]
+        assert refused["destination"] == "vault"
+        assert "is not the key of the certificate" in refused["error"]
+        stage.put("a.cfg", b"abc")
+        daemon.wait_for("archive.disposed", archive="a.cfg")
+        assert not daemon.events("attempt.failed")
+        assert daemon.stop() == 0
+
+
+def test_certificates_that_end_soon_are_told_at_every_start(stage: Stage) -> None:
+    put_in_place(stage, stage.pki.issue_client("short", not_after=in_days(5.5)))
+    pair = stage.pki.issue_server("brief", not_after=in_days(2.5))
+    with ScriptedServer(take_all, server_context(stage.pki, pair)) as server:
+        stage.configure(server.url, top=SOON)
+        for number in range(2):
+            daemon = stage.daemon().ready()
+            (ours,) = daemon.wait_for("certificate.expiring", whose="client")
+            assert (ours["destination"], ours["days_left"]) == ("vault", 5)
+            stage.put(f"{number}.cfg", b"abc")
+            (theirs,) = daemon.wait_for("certificate.expiring", whose="server")
+            assert theirs["days_left"] == 2
+            assert daemon.stop() == 0
