@@ -23,6 +23,7 @@ from backupd.ops.log import EventLog
 from backupd.ops.notify import Notifier
 from backupd.parts import Change, DestinationPart, DropPart, Parts
 from backupd.threads import Threads
+from backupd.upkeep import Upkeep
 
 _STOPS = {signal.SIGTERM, signal.SIGINT}
 _SIGNALS = {*_STOPS, signal.SIGHUP}
@@ -53,6 +54,7 @@ class Daemon:
         examine: Examine,
         change_to: Callable[[Config], Change],
         certificates: Certificates,
+        upkeep: Upkeep,
     ) -> None:
         self._parts = parts
         self._log = log
@@ -60,6 +62,7 @@ class Daemon:
         self._examine = examine
         self._change_to = change_to
         self._certificates = certificates
+        self._upkeep = upkeep
         self._notifier = Notifier()
         self._threads = Threads(log)
         self._retired: list[DestinationPart] = []
@@ -127,6 +130,7 @@ class Daemon:
             if time.monotonic() >= next_beat:
                 self._heartbeat()
                 self._certificates.tell()
+                self._upkeep.tick()
                 next_beat = time.monotonic() + self._heartbeat_every
 
     @property
