@@ -23,6 +23,7 @@ from backupd.ops.log import EventLog
 from backupd.ops.notify import Notifier
 from backupd.parts import Change, DestinationPart, DropPart, Parts
 from backupd.threads import Threads
+from backupd.upkeep import Upkeep
 
 _STOPS = {signal.SIGTERM, signal.SIGINT}
 _SIGNALS = {*_STOPS, signal.SIGHUP}
@@ -53,6 +54,7 @@ class Daemon:
         examine: Examine,
         change_to: Callable[[Config], Change],
         certificates: Certificates,
+        upkeep: Upkeep,
     ) -> None:
         self._parts = parts
         self._log = log
@@ -60,6 +62,7 @@ class Daemon:
         self._examine = examine
         self._change_to = change_to
         self._certificates = certificates
+        self._upkeep = upkeep
         self._notifier = Notifier()
         self._threads = Threads(log)
         self._retired: list[DestinationPart] = []
@@ -83,6 +86,7 @@ class Daemon:
         undisposed = parts.recorder.recover()
         self._threads.start(parts.recorder.run, self._abandon, parts.recorder.pulse)
         self._begin(parts.drops, parts.destinations)
+        self._wait_for_intakes(parts.drops, math.inf)
         self._log.emit(
             events.DAEMON_READY,
             duration_s=time.monotonic() - self._began,
@@ -102,13 +106,13 @@ class Daemon:
             destination.gate.note()
             for worker in destination.workers:
                 self._threads.start(worker.run, destination.stop, worker.pulse)
-        self._wait_for_intakes(drops, math.inf)
 
     def _wait_for_intakes(self, drops: Mapping[str, DropPart], until: float) -> None:
         """Wait until every drop has been looked through once."""
         for drop in drops.values():
             while not drop.intake.ready.wait(0.1) and not self._threads.failed and time.monotonic() < until:
-                self._notifier.send("EXTEND_TIMEOUT_USEC=30000000", "WATCHDOG=1")
+                self._notifier.send("EXTEND_TIMEOUT_USEC=30000000")
+                self._show_life()
                 if signal.sigpending() & _STOPS:
                     return
 
@@ -126,6 +130,7 @@ class Daemon:
             if time.monotonic() >= next_beat:
                 self._heartbeat()
                 self._certificates.tell()
+                self._upkeep.tick()
                 next_beat = time.monotonic() + self._heartbeat_every
 
     @property

@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 
 from backupd.config import consistency
 from backupd.config.destination import DestinationConfig
+from backupd.config.expect import ExpectConfig
 from backupd.config.faults import raise_all
-from backupd.config.quantities import Duration, PositiveDuration, Size
+from backupd.config.quantities import Duration, Percentage, PositiveDuration, Size
 from backupd.config.table import TableModel
 from backupd.config.values import AbsolutePath, DropSubfolder, FilePattern, LabelPattern, Name
 
@@ -86,6 +87,14 @@ class DropConfig(TableModel):
         description="Regular expression on the relative path whose named groups become placeholders.",
         examples=["(?P<device>[^/]+)/.*"],
     )
+    size_alarm: Percentage | None = Field(
+        default=None,
+        description="Say so of an archive that is so much larger or smaller than its device's last ones.",
+        examples=["50%"],
+    )
+    expect: ExpectConfig = Field(
+        default_factory=ExpectConfig, description="How often each device is to send an archive."
+    )
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -105,6 +114,9 @@ class Config(TableModel):
     )
     heartbeat_every: PositiveDuration = Field(
         default=timedelta(seconds=60), description="How often the daemon logs that it is alive."
+    )
+    keep_history_for: PositiveDuration = Field(
+        default=timedelta(days=400), description="How long the ledger remembers archives that are done with."
     )
     log: LogConfig = Field(default_factory=LogConfig, description="How the daemon writes its log.")
     drop: dict[Name, DropConfig] = Field(min_length=1, description="Drop folders by name.")

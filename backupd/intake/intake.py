@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -16,6 +17,7 @@ from backupd.core.model import fingerprint_of
 from backupd.drop.folder import DropFolder
 from backupd.drop.walk import walk
 from backupd.intake.candidates import Candidates
+from backupd.intake.freshness import Freshness
 from backupd.intake.sight import Sight
 from backupd.ledger.port import Known, Ledger, Sighting, mark
 from backupd.ops import events
@@ -52,6 +54,7 @@ class Intake:
         ledger: Ledger,
         log: EventLog,
         wake: Wake,
+        freshness: Freshness | None = None,
     ) -> None:
         self.name = name
         self._config = config
@@ -60,6 +63,7 @@ class Intake:
         self._ledger = ledger
         self._log = log
         self._wake = wake
+        self._freshness = freshness or Freshness(ledger, log)
         self._prefix = os.fsencode(config.path).rstrip(b"/") + b"/"
         self._notices: queue.SimpleQueue[_Notice | None] = queue.SimpleQueue()
         self._candidates = Candidates(name, config, folder, log)
@@ -196,7 +200,8 @@ class Intake:
         if not batch:
             return
         try:
-            admission = self._ledger.admit(batch, self._destinations, datetime.now(UTC))
+            now = datetime.now(UTC)
+            admission = self._ledger.admit(self._freshness.labelled(batch, now), self._destinations, now)
         except LedgerError as error:
             self._unadmitted |= {hash(sighting.relpath) for sighting in batch}
             self._ledger_failed(error)
@@ -221,6 +226,9 @@ class Intake:
             )
         if admission.admitted:
             self._wake(self._destinations)
+        if admission.unusual:
+            with suppress(LedgerError):  # the next tick says it
+                self._freshness.say_unusual()
 
     def _ledger_failed(self, error: LedgerError) -> None:
         """Say so, once: the files stay where they are, and the next rescan tries again."""

@@ -10,15 +10,17 @@ from typing import Protocol
 from backupd.core.gate import Gate
 from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint
 from backupd.core.step import Priority, Step
+from backupd.ledger.habits import Habits, Tracked
 
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
-    """A stable, eligible file in a drop folder."""
+    """A stable, eligible file in a drop folder; `tracked` where its device is of interest."""
 
     drop: str
     relpath: bytes
     fingerprint: Fingerprint
+    tracked: Tracked | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +33,14 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What became of some sightings: new archives, and ones whose content they replace."""
+    """What became of some sightings: new archives, and ones whose content they replace.
+
+    `unusual` tells whether `Ledger.unusual` has something to say of a new one.
+    """
 
     admitted: tuple[Archive, ...] = ()
     superseded: tuple[Archive, ...] = ()
+    unusual: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +100,7 @@ class Backlog:
     oldest: datetime | None
 
 
-class Ledger(Protocol):
+class Ledger(Habits, Protocol):
     """The durable record; safe to use from several threads.
 
     Every method raises `LedgerError` where the record can't be read or written; nothing is half done then.

@@ -14,6 +14,7 @@ from backupd.core.errors import LedgerError
 from backupd.core.gate import Gate
 from backupd.core.model import Archive, Delivery, DeliveryState, Digest
 from backupd.core.step import Priority, archive_state
+from backupd.ledger.devices import SqliteHabits, note_arrival
 from backupd.ledger.port import Admission, Backlog, Disposed, Finished, Known, Ledger, Settled, Sighting, mark
 from backupd.ledger.rows import (
     ARCHIVE_COLUMNS,
@@ -37,7 +38,7 @@ _SMALL = 4 * 1024 * 1024
 """Bytes that are claimed in one go: what is larger must not keep others of higher priority back."""
 
 
-class SqliteLedger(Ledger):
+class SqliteLedger(SqliteHabits, Ledger):
     """A `Ledger` on a connection from `open_ledger`.
 
     What a disposition hangs on is committed with `synchronous=FULL`. Admissions and claims are not worth
@@ -90,6 +91,7 @@ class SqliteLedger(Ledger):
         """See `Ledger.admit`."""
         admitted: list[Archive] = []
         superseded: list[Archive] = []
+        unusual = False
         with self._transaction(durable=False) as db:
             for sighting in sightings:
                 live = _live(db, sighting)
@@ -98,7 +100,9 @@ class SqliteLedger(Ledger):
                     continue
                 superseded += [a for a in live if _supersede(db, a, now)]
                 admitted.append(_insert(db, sighting, destinations, now))
-        return Admission(tuple(admitted), tuple(superseded))
+                if sighting.tracked is not None:
+                    unusual |= note_arrival(db, admitted[-1], sighting.tracked)
+        return Admission(tuple(admitted), tuple(superseded), unusual)
 
     def claim(
         self, destination: str, now: datetime, priority: Priority = Priority.OLDEST, most: int = 1

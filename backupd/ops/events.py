@@ -61,6 +61,11 @@ KEYS = {
     "whose": "client or server",
     "days_left": "whole days until the certificate ends",
     "expires_at": "when the certificate ends",
+    "device": "whom the archive comes from, by `expect.by`; left out for a drop as a whole",
+    "last_at": "when its last archive was admitted; left out if none ever was",
+    "overdue_s": "seconds since it should have come",
+    "median_size": "bytes in the middle of the last ten archives of the device",
+    "change": "difference from that as a fraction of it: -0.5 for half of it",
 }
 """What each key means; an event uses some of them."""
 
@@ -162,6 +167,18 @@ WATCHER_BLIND = _event(
     "events were or may have been missed; the scan finds them",
 )
 WATCHER_RESTORED = _event("watcher.restored", "info", "drop path observer", "events come again")
+DROP_OVERDUE = _event(
+    "drop.overdue",
+    "warning",
+    "drop device last_at overdue_s",
+    "nothing came of it for longer than `expect.every`; said at each heartbeat until something does",
+)
+DROP_RECOVERED = _event(
+    "drop.recovered",
+    "info",
+    "drop device last_at",
+    "what was overdue has come, was forgotten, or is expected no longer",
+)
 
 ARCHIVE_ADMITTED = _event(
     "archive.admitted",
@@ -210,6 +227,12 @@ DISPOSITION_FAILED = _event(
     "error",
     "drop archive error hint",
     "the file could not be moved or deleted; tried again",
+)
+ARCHIVE_UNUSUAL_SIZE = _event(
+    "archive.unusual_size",
+    "warning",
+    "drop archive device size median_size change",
+    "its size differs from the usual by `size_alarm` or more; it is delivered as ever",
 )
 
 ATTEMPT_FAILED = _event(

@@ -184,7 +184,7 @@ def test_every_constant_is_in_the_catalogue_under_its_own_name() -> None:
 
 @pytest.mark.parametrize("event", CATALOGUE.values(), ids=CATALOGUE.keys())
 def test_an_event_is_a_noun_and_a_verb_with_known_keys(event: Event) -> None:
-    assert re.fullmatch(r"[a-z]+\.[a-z]+", event.name)
+    assert re.fullmatch(r"[a-z]+\.[a-z_]+", event.name)
     assert event.level in {"debug", "info", "warning", "error"}
     assert set(event.keys) <= set(KEYS) - ALWAYS
     assert len(set(event.keys)) == len(event.keys)
