@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from backupd import __version__
-from backupd.cli import check, config, demo, forget, init, listing, push, receive, retry, run, status
+from backupd.cli import check, config, demo, forget, init, install, listing, push, receive, retry, run, status
 
 app = typer.Typer(
     name="backupd",
@@ -47,5 +47,7 @@ app.command("retry")(retry.retry)
 app.command("forget")(forget.forget)
 app.command("init")(init.init)
 app.add_typer(config.app, name="config")
+app.command("install")(install.install)
+app.command("uninstall")(install.uninstall)
 app.command("receive")(receive.receive)
 app.command("demo")(demo.demo)
