@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 from backupd import __version__
 from backupd.core.errors import BackupdError, LedgerError
@@ -18,6 +18,7 @@ from backupd.delivery.gate import SharedGate
 from backupd.delivery.recorder import Recorder
 from backupd.delivery.wakeup import Wakeup
 from backupd.delivery.worker import Worker
+from backupd.heartbeat import Heartbeat
 from backupd.intake.intake import Intake
 from backupd.ledger.port import Ledger
 from backupd.ops import events
@@ -70,6 +71,7 @@ class Daemon:
         self._failed = False
         self._threads: list[threading.Thread] = []
         self._began = time.monotonic()
+        self._beats = Heartbeat(parts.ledger, parts.recorder, log, self._began)
 
     def run(self, path: str, config: str) -> int:
         """Run until SIGTERM or SIGINT; return the exit code. To be called in the main thread.
@@ -92,6 +94,7 @@ class Daemon:
             released=released,
             undisposed=undisposed,
         )
+        self._heartbeat()
         self._notifier.send("READY=1", self._status())
         received = self._wait_for_signal()
         return self._shut_down(received)
@@ -146,25 +149,7 @@ class Daemon:
                 next_beat = time.monotonic() + self._heartbeat_every
 
     def _heartbeat(self) -> None:
-        try:
-            backlog = self._parts.ledger.backlog()
-        except LedgerError as error:
-            self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
-            return
-        tally = self._parts.recorder.take_tally()
-        oldest = min((b.oldest for b in backlog.values() if b.oldest), default=None)
-        self._log.emit(
-            events.DAEMON_HEARTBEAT,
-            uptime_s=time.monotonic() - self._began,
-            pending={name: backlog[name].pending if name in backlog else 0 for name in self._parts.gates},
-            pending_bytes=sum(b.bytes for b in backlog.values()),
-            oldest_s=datetime.now(UTC) - oldest if oldest else 0.0,
-            in_flight=self._in_flight(),
-            gates={name: gate.state for name, gate in self._parts.gates.items()},
-            delivered=tally.delivered,
-            delivered_bytes=tally.delivered_bytes,
-            rejected=tally.rejected,
-        )
+        self._beats.beat(self._parts.gates, self._in_flight())
 
     def _in_flight(self) -> int:
         return sum(worker.current is not None for worker in self._parts.workers)

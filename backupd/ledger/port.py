@@ -141,6 +141,10 @@ class Ledger(Protocol):
         """Return what is pending (and claimed), by destination."""
         ...
 
+    def quarantined(self) -> int:
+        """Return how many rejected archives are in quarantine."""
+        ...
+
     def note_gate(self, destination: str, gate: Gate, error: str | None) -> None:
         """Note how a destination's gate stands, for whoever asks beside the daemon."""
         ...

@@ -13,7 +13,6 @@ import os
 import socket
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 
 from backupd.ops.lines import PRIORITIES, LineWriter, Record
 
@@ -56,6 +55,12 @@ class JournalWriter:
 
     debug = info = warning = error = line
 
+    def close(self) -> None:
+        """Close the connection; the next line makes another."""
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = None
+
     def _send(self, datagram: bytes) -> bool:
         for _ in range(2):  # once more over a new connection: the journal may have been restarted
             try:
@@ -66,7 +71,7 @@ class JournalWriter:
             except BlockingIOError:
                 return False
             except OSError:
-                self._disconnect()
+                self.close()
             else:
                 self._patience = _PATIENCE
                 return True
@@ -91,12 +96,6 @@ class JournalWriter:
                 raise
             self._socket = connection
         return self._socket
-
-    def _disconnect(self) -> None:
-        if self._socket is not None:
-            with suppress(OSError):
-                self._socket.close()
-        self._socket = None
 
 
 def reads(fd: int, environ: Mapping[str, str] = os.environ) -> bool:

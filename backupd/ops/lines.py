@@ -45,8 +45,7 @@ class LineWriter:
             left = data
             try:
                 while left:
-                    self._wait()
-                    left = left[os.write(self._fd, left) :]
+                    left = left[self._write(left) :]
             except OSError:
                 self._torn = self._torn or len(left) < len(data)
                 self.lost += 1
@@ -61,12 +60,13 @@ class LineWriter:
         with self._lock:
             self.lost -= lost
 
-    def _wait(self) -> None:
+    def _write(self, data: bytes) -> int:
         if self._left is None:
-            return
+            return os.write(self._fd, data)
         poll = select.poll()
         poll.register(self._fd, select.POLLOUT)
         if not poll.poll(self._left * 1000):
             self._left = 0.0
             raise TimeoutError
         self._left = self._patience
+        return os.write(self._fd, data[: select.PIPE_BUF])  # so much goes out at once if anything does
