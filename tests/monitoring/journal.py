@@ -32,7 +32,7 @@ class JournalSocket:
 
     def entries(self) -> list[Entry]:
         """Return what came since last asked."""
-        found = []
+        found: list[Entry] = []
         while True:
             try:
                 data, passed, _, _ = self._socket.recvmsg(1 << 20, socket.CMSG_LEN(4))
