@@ -35,9 +35,9 @@ _KEYS_OF: tuple[tuple[_Type, str], ...] = (
     (
         _COUNT,
         (
-            "pid size attempt sent http_status faults pending pending_bytes found candidates released undisposed"
-            " in_flight delivered delivered_bytes rejected lost rate quarantined overdue memory_bytes open_files"
-            " open_files_most"
+            "pid size attempt sent http_status faults pending pending_bytes found candidates released"
+            " undisposed in_flight delivered delivered_bytes rejected lost rate quarantined overdue"
+            " memory_bytes open_files open_files_most"
         ),
     ),
     (
