@@ -18,6 +18,7 @@ from backupd.config.examination import Examine
 from backupd.config.loading import load
 from backupd.config.models import Config
 from backupd.core.errors import BackupdError, ConfigError, LedgerError
+from backupd.heartbeat import Heartbeat
 from backupd.ops import events
 from backupd.ops.log import EventLog
 from backupd.ops.notify import Notifier
@@ -68,6 +69,7 @@ class Daemon:
         self._retired: list[DestinationPart] = []
         self._abandon = threading.Event()
         self._began = time.monotonic()
+        self._beats = Heartbeat(parts.ledger, parts.recorder, log, self._began)
 
     def run(self) -> int:
         """Run until SIGTERM or SIGINT; return the exit code. To be called in the main thread."""
@@ -94,7 +96,7 @@ class Daemon:
             released=released,
             undisposed=undisposed,
         )
-        self._certificates.tell()
+        self._beat()
         self._notifier.send("READY=1", self._status())
         return self._shut_down(self._go_on())
 
@@ -128,9 +130,7 @@ class Daemon:
             self._show_life()
             self._certificates.tick()
             if time.monotonic() >= next_beat:
-                self._heartbeat()
-                self._certificates.tell()
-                self._upkeep.tick()
+                self._beat()
                 next_beat = time.monotonic() + self._heartbeat_every
 
     @property
@@ -187,25 +187,12 @@ class Daemon:
             destinations_changed=sorted({*change.destinations_ended, *change.destinations_begun}),
         )
 
-    def _heartbeat(self) -> None:
-        try:
-            backlog = self._parts.ledger.backlog()
-        except LedgerError as error:
-            self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
-            return
-        tally = self._parts.recorder.take_tally()
-        oldest = min((b.oldest for b in backlog.values() if b.oldest), default=None)
-        self._log.emit(
-            events.DAEMON_HEARTBEAT,
-            uptime_s=time.monotonic() - self._began,
-            pending={name: backlog[name].pending if name in backlog else 0 for name in self._parts.gates},
-            pending_bytes=sum(b.bytes for b in backlog.values()),
-            oldest_s=datetime.now(UTC) - oldest if oldest else 0.0,
-            in_flight=self._in_flight(),
-            gates={name: gate.state for name, gate in self._parts.gates.items()},
-            delivered=tally.delivered,
-            delivered_bytes=tally.delivered_bytes,
-            rejected=tally.rejected,
+    def _beat(self) -> None:
+        """See to what has its time, then tell how things stand."""
+        self._upkeep.tick()
+        self._certificates.tell()
+        self._beats.beat(
+            self._parts.gates, self._in_flight(), self._certificates.days_left(), self._upkeep.overdue
         )
 
     def _destinations(self) -> list[DestinationPart]:

@@ -21,6 +21,11 @@ class Upkeep:
         self._freshness = freshness
         self._pruning = Pruning(parts.ledger)
 
+    @property
+    def overdue(self) -> int:
+        """Return how many devices are overdue."""
+        return self._freshness.overdue
+
     def tick(self) -> None:
         """Do it; what the ledger does not allow now is done at the next one."""
         now = datetime.now(UTC)

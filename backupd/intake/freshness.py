@@ -40,6 +40,8 @@ class Freshness:
         self._log = log
         self._host = socket.gethostname()
         self._saying = threading.Lock()
+        self.overdue = 0
+        """How many devices were overdue at the last tick."""
 
     def begin(self, drops: Mapping[str, DropConfig], now: datetime) -> None:
         """Take over what a configuration expects; to be called before anything is admitted by it.
@@ -71,6 +73,7 @@ class Freshness:
                 events.DROP_RECOVERED, drop=device.drop, device=device.name or None, last_at=device.last_at
             )
         self._ledger.alarmed(overdue, recovered)
+        self.overdue = len(overdue)
         self.say_unusual()
 
     def say_unusual(self) -> None:

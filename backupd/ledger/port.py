@@ -150,6 +150,10 @@ class Ledger(Habits, Protocol):
         """Return what is pending (and claimed), by destination."""
         ...
 
+    def quarantined(self) -> int:
+        """Return how many rejected archives are in quarantine."""
+        ...
+
     def note_gate(self, destination: str, gate: Gate, error: str | None) -> None:
         """Note how a destination's gate stands, for whoever asks beside the daemon."""
         ...

@@ -183,6 +183,16 @@ class SqliteLedger(SqliteHabits, Ledger):
             ).fetchall()
         return {name: Backlog(count, size, as_time(oldest)) for name, count, size, oldest in rows}
 
+    def quarantined(self) -> int:
+        """See `Ledger.quarantined`."""
+        with self._reading() as db:
+            row = db.execute(
+                "SELECT count(DISTINCT archive_id) FROM delivery INDEXED BY delivery_rejected"
+                " JOIN archive ON archive.id = archive_id"
+                " WHERE delivery.state = 'rejected' AND disposed_to IS NOT NULL"
+            ).fetchone()
+        return int(row[0])
+
     def note_gate(self, destination: str, gate: Gate, error: str | None) -> None:
         """See `Ledger.note_gate`."""
         times = [None if time is None else as_micros(time) for time in (gate.since, gate.until)]

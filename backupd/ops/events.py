@@ -59,13 +59,21 @@ KEYS = {
     "thread": "which thread",
     "silent_s": "seconds without a sign of life",
     "whose": "client or server",
-    "days_left": "whole days until the certificate ends",
     "expires_at": "when the certificate ends",
     "device": "whom the archive comes from, by `expect.by`; left out for a drop as a whole",
     "last_at": "when its last archive was admitted; left out if none ever was",
     "overdue_s": "seconds since it should have come",
     "median_size": "bytes in the middle of the last ten archives of the device",
     "change": "difference from that as a fraction of it: -0.5 for half of it",
+    "oldest_each": "age in seconds of each destination's oldest pending archive, 0 where none is pending",
+    "archives_per_s": "archives delivered a second since the last heartbeat",
+    "quarantined": "rejected archives that are in quarantine now",
+    "overdue": "devices from which nothing came for too long, as things stand",
+    "days_left": "whole days until the client certificate ends; of each destination in a heartbeat",
+    "memory_bytes": "resident memory of the daemon",
+    "open_files": "descriptors that the daemon has open",
+    "open_files_most": "descriptors that the daemon may have open",
+    "gate": "open, paused or probing",
 }
 """What each key means; an event uses some of them."""
 
@@ -97,8 +105,9 @@ DAEMON_READY = _event(
 DAEMON_HEARTBEAT = _event(
     "daemon.heartbeat",
     "info",
-    "uptime_s pending pending_bytes oldest_s in_flight gates delivered delivered_bytes rejected",
-    "still alive, and how things stand; its absence is an alarm",
+    "uptime_s pending pending_bytes oldest_s oldest_each in_flight gates delivered delivered_bytes rejected"
+    " rate archives_per_s quarantined days_left overdue memory_bytes open_files open_files_most",
+    "still alive, and how things stand, first at the start; its absence is an alarm",
 )
 DAEMON_STOPPING = _event(
     "daemon.stopping", "info", "signal in_flight", "told to stop; uploads get `shutdown_grace`"
@@ -262,6 +271,12 @@ DESTINATION_PAUSED = _event(
 DESTINATION_RESUMED = _event(
     "destination.resumed", "info", "destination down_for_s", "the destination answers again"
 )
+DESTINATION_STATUS = _event(
+    "destination.status",
+    "info",
+    "destination gate pending pending_bytes oldest_s days_left",
+    "how things stand with a destination, after each heartbeat",
+)
 LIBRARY_WARNING = _event("library.warning", "warning", "logger error", "a library has something to say")
 LOG_LOST = _event("log.lost", "error", "lost", "log lines could not be written; this is the first one again")
 
@@ -272,7 +287,8 @@ def as_markdown() -> str:
         "# Events",
         "",
         "One JSON object a line on standard output. This page is made from the program's own catalogue",
-        "(`python -m backupd.ops.events`).",
+        "(`python -m backupd.ops.events`), and so is the [JSON Schema](events.schema.json) of every line",
+        "(`python -m backupd.ops.events --schema`).",
         "",
         "Every line has `timestamp`, `level` and `event`.",
         "",
@@ -290,4 +306,6 @@ def as_markdown() -> str:
 if __name__ == "__main__":
     import sys
 
-    sys.stdout.write(as_markdown())
+    from backupd.ops.schema import as_json_schema
+
+    sys.stdout.write(as_json_schema() if "--schema" in sys.argv else as_markdown())

@@ -540,6 +540,18 @@ def test_without_deliveries_there_is_no_backlog(ledger: Ledger) -> None:
     assert ledger.backlog() == {}
 
 
+def test_what_is_in_quarantine_is_counted_by_archives(ledger: Ledger) -> None:
+    admit(ledger, a_sighting(b"r1"), to=BOTH)
+    admit(ledger, a_sighting(b"r2"), now=NOW + SECOND)
+    admit(ledger, a_sighting(b"r3"), now=NOW + 2 * SECOND)
+    end(ledger, rejected(), "annex")
+    settled = [one for _ in range(3) for one in end(ledger, rejected())]
+    assert ledger.quarantined() == 0
+    r1, r2, r3 = (Disposed(one.archive.id, b"rejected/" + one.archive.relpath) for one in settled)
+    ledger.disposed([r1, r2, Disposed(r3.archive_id, None)], [], LATER)
+    assert ledger.quarantined() == 2
+
+
 def test_a_gate_can_be_noted_again_and_again(ledger: Ledger) -> None:
     ledger.note_gate("vault", Gate(), None)
     paused = Gate(GateState.PAUSED, LATER, 3, Reason.CONNECT, NOW)

@@ -18,7 +18,8 @@ from backupd.drop.held import HeldFolder
 from backupd.ledger.port import Ending, Settled
 from backupd.ops import events
 from backupd.ops.events import Event
-from backupd.ops.log import EventLog, LineWriter
+from backupd.ops.lines import LineWriter
+from backupd.ops.log import EventLog
 from tests.factories import NOW
 
 

@@ -25,7 +25,8 @@ from backupd.intake.intake import Intake
 from backupd.ledger.database import open_ledger
 from backupd.ledger.port import Admission, Disposed, Sighting
 from backupd.ledger.sqlite import SqliteLedger
-from backupd.ops.log import EventLog, LineWriter
+from backupd.ops.lines import LineWriter
+from backupd.ops.log import EventLog
 from tests.factories import NOW, delivered, finished
 from tests.privileges import a_folder_of_nobody, without_rights
 from tests.stage import until
