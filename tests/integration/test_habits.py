@@ -24,7 +24,8 @@ from backupd.ledger.history import DeviceRecord, History
 from backupd.ledger.port import Disposed, Sighting
 from backupd.ledger.sqlite import SqliteLedger
 from backupd.ops.events import Event
-from backupd.ops.log import EventLog, LineWriter
+from backupd.ops.lines import LineWriter
+from backupd.ops.log import EventLog
 from tests.factories import NOW, SECOND, a_fingerprint, a_sighting, deferred, delivered, finished
 
 HOUR = timedelta(hours=1)
