@@ -14,11 +14,13 @@ from backupd.config.destination import DestinationConfig
 from backupd.config.examination import Examination, Examine
 from backupd.config.models import Config, DropConfig
 from backupd.core.errors import ConfigError
+from backupd.core.keeping import Order
 from backupd.core.retry import Backoff
 from backupd.core.step import Patience, Priority
 from backupd.daemon import Daemon
 from backupd.delivery.disposal import Disposal, Rule
 from backupd.delivery.gate import SharedGate
+from backupd.delivery.keeping import Keeper, Stock, Stocks
 from backupd.delivery.recorder import Recorder
 from backupd.delivery.wakeup import Wakeup
 from backupd.delivery.worker import Lane, Source, Worker
@@ -28,6 +30,7 @@ from backupd.intake.intake import Intake
 from backupd.ledger.database import StateLock, open_ledger
 from backupd.ledger.port import Ledger
 from backupd.ledger.sqlite import SqliteLedger
+from backupd.ledger.sqlite_shelf import open_shelf
 from backupd.ops import events
 from backupd.ops.log import EventLog
 from backupd.parts import Change, DestinationPart, DropPart, Parts
@@ -74,7 +77,8 @@ class Assembly:
         self.freshness.begin(config.drop, datetime.now(UTC))
         disposal = Disposal(self._rules, log)
         recorder = Recorder(ledger, disposal, log, self._look_again)
-        self.parts = Parts(config, ledger, {}, {}, recorder, self._abort.set)
+        keeper = Keeper(lambda: open_shelf(config.state_dir), self._stocks, log)
+        self.parts = Parts(config, ledger, {}, {}, recorder, self._abort.set, keeper)
         self.parts.destinations |= {n: self._destination(n, d) for n, d in config.destination.items()}
         self.parts.drops |= {n: self._drop(n, d, config) for n, d in config.drop.items()}
 
@@ -120,6 +124,13 @@ class Assembly:
         endpoint, put = open_endpoint(config, self._abort), self.parts.recorder.put
         workers = tuple(Worker(lane, HttpUploader(endpoint), put) for _ in range(config.workers))
         return DestinationPart(workers, gate, wakeup, endpoint.identity)
+
+    def _stocks(self) -> Stocks:
+        config = self.parts.config
+        return Stocks(
+            {name: _stock(drop, self._folders[name]) for name, drop in config.drop.items()},
+            config.heartbeat_every,
+        )
 
     def _look_again(self, drop: str, relpath: bytes) -> None:
         part = self.parts.drops.get(drop)
@@ -172,6 +183,12 @@ def _backoff(destination: DestinationConfig) -> Backoff:
 
 def _source(drop: DropConfig, folder: DropFolder) -> Source:
     return Source(folder, re.compile(drop.label_pattern) if drop.label_pattern else None)
+
+
+def _stock(drop: DropConfig, folder: DropFolder) -> Stock:
+    order = Order(drop.keep_sent_for, drop.keep_sent_last, drop.min_free)
+    pattern = re.compile(drop.label_pattern) if drop.label_pattern else None
+    return Stock(folder, os.fsencode(drop.sent_dir.strip("/")), order, pattern)
 
 
 def _rules(config: Config, folders: dict[str, DropFolder]) -> dict[str, Rule]:

@@ -89,6 +89,7 @@ class Daemon:
         self._threads.start(parts.recorder.run, self._abandon, parts.recorder.pulse)
         self._begin(parts.drops, parts.destinations)
         self._wait_for_intakes(parts.drops, math.inf)
+        self._threads.start(parts.keeper.run, parts.keeper.stop, parts.keeper.pulse)
         self._log.emit(
             events.DAEMON_READY,
             duration_s=time.monotonic() - self._began,
@@ -223,6 +224,7 @@ class Daemon:
         grace = self._parts.config.shutdown_grace.total_seconds()
         self._log.emit(events.DAEMON_STOPPING, signal=received.name, in_flight=self._in_flight())
         self._notifier.send("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int((grace + 10) * 1_000_000)}")
+        self._parts.keeper.stop.set()
         for drop in self._parts.drops.values():
             drop.end()
         for destination in self._destinations():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from backupd.config.models import Config
 from backupd.delivery.gate import SharedGate
+from backupd.delivery.keeping import Keeper
 from backupd.delivery.recorder import Recorder
 from backupd.delivery.wakeup import Wakeup
 from backupd.delivery.worker import Worker
@@ -55,6 +56,7 @@ class Parts:
     destinations: dict[str, DestinationPart]
     recorder: Recorder
     abort: Callable[[], None]
+    keeper: Keeper
 
     @property
     def gates(self) -> Mapping[str, SharedGate]:

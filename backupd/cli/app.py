@@ -7,7 +7,21 @@ from typing import Annotated
 import typer
 
 from backupd import __version__
-from backupd.cli import check, config, demo, forget, init, install, listing, push, receive, retry, run, status
+from backupd.cli import (
+    audit,
+    check,
+    config,
+    demo,
+    forget,
+    init,
+    install,
+    listing,
+    push,
+    receive,
+    retry,
+    run,
+    status,
+)
 
 app = typer.Typer(
     name="backupd",
@@ -43,6 +57,7 @@ app.command("push")(push.push)
 app.command("status")(status.status)
 app.command("list")(listing.list_deliveries)
 app.command("show")(listing.show)
+app.command("audit")(audit.audit)
 app.command("retry")(retry.retry)
 app.command("forget")(forget.forget)
 app.command("init")(init.init)

@@ -2,31 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from backupd.cli.filters import known, matcher, time_of
 from backupd.cli.options import DEFAULT_CONFIG, AsJson, ConfigPath
 from backupd.cli.output import ago, print_json, print_table, size
+from backupd.core.errors import UsageError
 from backupd.core.model import DeliveryState
 from backupd.core.names import as_text, printable
 from backupd.core.policy import Reason, rule_of
 from backupd.ledger.history import AttemptRecord, DeliveryRecord, History
+from backupd.ledger.records import ArchiveRecord, Search
+
+if TYPE_CHECKING:
+    from backupd.config.models import Config
+
+DropName = Annotated[str, typer.Option("--drop", help="Only of this drop.")]
+Since = Annotated[
+    str, typer.Option("--since", help='Only since then: "7d" for so long ago, or a date and time.')
+]
 
 
 def list_deliveries(
     config: ConfigPath = DEFAULT_CONFIG,
     state: Annotated[DeliveryState | None, typer.Option(help="Only deliveries of this state.")] = None,
+    drop: DropName = "",
+    destination: Annotated[str, typer.Option(help="Only to this destination.")] = "",
+    device: Annotated[str, typer.Option(help="Short for `--label device=…`.")] = "",
+    label: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Only what a group of the drop's label_pattern matches so."),
+    ] = None,
+    since: Since = "",
+    until: Annotated[str, typer.Option(help="Only before then, written like --since.")] = "",
+    name: Annotated[str, typer.Option(metavar="GLOB", help="Only archives whose name fits.")] = "",
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many, newest first.")] = 50,
     as_json: AsJson = False,
 ) -> None:
-    """List deliveries, newest first."""
-    records = open_history(config).deliveries(state, limit)
+    """List deliveries, newest first; times are those at which the archives were noticed."""
+    loaded, history = open_history(config)
+    now = datetime.now(UTC)
+    search = Search(
+        state,
+        known("--drop", drop, list(loaded.drop)),
+        known("--destination", destination, list(loaded.destination)),
+        time_of("--since", since, now),
+        time_of("--until", until, now),
+    )
+    labels = [*(label or ()), *([f"device={device}"] if device else ())]
+    records = history.find(search, matcher(loaded, name, labels), limit)
     if as_json:
         print_json(records)
         return
     if not records:
-        typer.echo("no deliveries yet" if state is None else f"no {state} deliveries")
+        every = search == Search(state) and not labels and not name
+        none = "no deliveries yet" if state is None else f"no {state} deliveries"
+        typer.echo(none if every else "no deliveries like that")
         return
     rows = [
         (r.id[:8], r.state, r.archive.drop, as_text(r.archive.relpath), size(r.archive.fingerprint.size),
@@ -41,53 +75,95 @@ def list_deliveries(
 
 
 def show(
-    delivery: Annotated[str, typer.Argument(metavar="ID", help="A delivery's id, or how it begins.")],
+    ident: Annotated[
+        str,
+        typer.Argument(metavar="ID", help="A delivery's id, or how it begins; or @ and an archive's number."),
+    ],
     config: ConfigPath = DEFAULT_CONFIG,
     as_json: AsJson = False,
 ) -> None:
-    """Show a delivery with its attempts and its receipt."""
-    history = open_history(config)
-    record = history.delivery(delivery)
-    attempts = history.attempts(record.id)
+    """Show the whole story of an archive: what became of it, each delivery, its attempts and its receipt."""
+    _, history = open_history(config)
+    asked = None if ident.startswith("@") else history.delivery(ident)
+    record = history.archive(asked.archive.id if asked else _number(ident))
+    deliveries = [asked] if asked else []
+    deliveries += [d for d in history.deliveries_of(record.archive.id) if asked is None or d.id != asked.id]
+    attempts = {d.id: history.attempts(d.id) for d in deliveries}
     if as_json:
-        print_json({"delivery": record, "attempts": attempts})
+        story = [{"delivery": d, "attempts": attempts[d.id]} for d in deliveries]
+        first = {"delivery": asked, "attempts": attempts[asked.id]} if asked else {}
+        print_json({**first, "archive": record, "deliveries": story})
         return
-    _print_delivery(record)
-    _print_attempts(attempts)
-    if record.receipt:
-        typer.echo(f"\nreceipt\n  {printable(record.receipt)}")
+    _print_archive(record)
+    for delivery in deliveries:
+        typer.echo()
+        _print_delivery(delivery)
+        _print_attempts(attempts[delivery.id])
+        if delivery.receipt:
+            typer.echo(f"receipt\n  {printable(delivery.receipt)}")
 
 
-def open_history(config: ConfigPath) -> History:
-    """Return the questions to the ledger of a configuration."""
+def _number(ident: str) -> int:
+    if not ident[1:].isdecimal() or len(ident) > 18:
+        raise UsageError(f"expected @ and the number of an archive, got {ident!r}", "such as `show @17`")
+    return int(ident[1:])
+
+
+def open_history(config: ConfigPath) -> tuple[Config, History]:
+    """Return a configuration and the questions to its ledger."""
     from backupd.config.loading import load  # noqa: PLC0415
     from backupd.ledger.database import open_for_reading  # noqa: PLC0415
 
-    return History(open_for_reading(load(config).state_dir))
+    loaded = load(config)
+    return loaded, History(open_for_reading(loaded.state_dir))
+
+
+def _print_archive(r: ArchiveRecord) -> None:
+    left = {
+        "expired": "removed",
+        "expiring": "being removed",
+        "gone": "found gone",
+        "changed": "found changed",
+    }
+    _print_facts(
+        {
+            "archive": f"@{r.archive.id} {r.archive.drop}: {as_text(r.archive.relpath)}",
+            "size": size(r.archive.fingerprint.size),
+            "admitted": _moment(r.archive.admitted_at),
+            "became": r.state,
+            "moved to": as_text(r.disposed_to) if r.disposed_to else None,
+            "disposed": _moment(r.disposed_at),
+            left.get(r.removal or "", "removal"): (_moment(r.removed_at) or "now") if r.removal else None,
+        }
+    )
 
 
 def _print_delivery(r: DeliveryRecord) -> None:
-    facts = {
-        "delivery": r.id,
-        "state": r.state,
-        "archive": f"{r.archive.drop}: {as_text(r.archive.relpath)}",
-        "size": size(r.archive.fingerprint.size),
-        "destination": r.destination,
-        "admitted": f"{r.archive.admitted_at:%Y-%m-%d %H:%M:%S} UTC ({ago(r.archive.admitted_at)})",
-        "ended": f"{r.ended_at:%Y-%m-%d %H:%M:%S} UTC ({ago(r.ended_at)})" if r.ended_at else None,
-        "due": ago(r.due_at) if r.due_at else None,
-        "digest": r.digest,
-        "verified": {True: "yes", False: "no, the configuration asks for no receipt"}.get(r.verified is True)
-        if r.verified is not None
-        else None,
-        "reason": r.reason,
-        "error": r.error,
-        "hint": _hint(r.reason),
-        "moved to": as_text(r.disposed_to) if r.disposed_to else None,
-    }
+    verified = {True: "yes", False: "no, the configuration asks for no receipt"}
+    _print_facts(
+        {
+            "delivery": r.id,
+            "state": r.state,
+            "destination": r.destination,
+            "ended": _moment(r.ended_at),
+            "due": ago(r.due_at) if r.due_at else None,
+            "digest": r.digest,
+            "verified": None if r.verified is None else verified[r.verified],
+            "reason": r.reason,
+            "error": r.error,
+            "hint": _hint(r.reason),
+        }
+    )
+
+
+def _print_facts(facts: dict[str, str | None]) -> None:
     for name, value in facts.items():
         if value is not None:
-            typer.echo(f"{name:12} {printable(str(value))}")
+            typer.echo(f"{name:12} {printable(value)}")
+
+
+def _moment(time: datetime | None) -> str | None:
+    return f"{time:%Y-%m-%d %H:%M:%S} UTC ({ago(time)})" if time else None
 
 
 def _hint(reason: str | None) -> str | None:

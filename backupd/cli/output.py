@@ -56,11 +56,23 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[object]], title
     console.print(table)
 
 
+def say(text: str, style: str = "") -> None:
+    """Print a line, in colour on a terminal that wants it (not with NO_COLOR)."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    Console(soft_wrap=True).print(Text(printable(text), style=style))
+
+
 _STYLES = {
     "rejected": "bold red",
     "failed": "bold red",
     "paused": "bold red",
     "no": "bold red",
+    "missing": "bold red",
+    "changed": "bold red",
+    "unreadable": "bold red",
+    "EXPIRED": "bold red",
     "probing": "yellow",
     "pending": "yellow",
     "warning": "yellow",

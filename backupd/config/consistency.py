@@ -35,6 +35,11 @@ def drop_faults(drop: "DropConfig") -> Iterator[Fault]:
             f'expected at least min_size, "{format_size(drop.min_size)}", got "{format_size(drop.max_size)}"',
             (("min_size",),),
         )
+    for key in ("keep_sent_for", "keep_sent_last"):
+        if getattr(drop, key) is not None and drop.on_delivered != "move":
+            yield Fault(
+                (key,), 'nothing is put into sent_dir; expected on_delivered "move"', (("on_delivered",),)
+            )
     if drop.destinations and len(set(drop.destinations)) < len(drop.destinations):
         yield Fault(("destinations",), "expected every destination once")
     for taken in sorted(_labels(drop) & PLACEHOLDERS):

@@ -2,7 +2,7 @@
 
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,7 @@ from backupd.config import consistency
 from backupd.config.destination import DestinationConfig
 from backupd.config.expect import ExpectConfig
 from backupd.config.faults import raise_all
+from backupd.config.free_space import FreeSpace
 from backupd.config.quantities import Duration, Percentage, PositiveDuration, Size
 from backupd.config.table import TableModel
 from backupd.config.values import AbsolutePath, DropSubfolder, FilePattern, LabelPattern, Name
@@ -81,6 +82,21 @@ class DropConfig(TableModel):
     rejected_dir: DropSubfolder = Field(
         default="rejected",
         description="Folder for rejected archives, relative to path, on the same filesystem.",
+    )
+    keep_sent_for: PositiveDuration | None = Field(
+        default=None,
+        description="Age at which archives in sent_dir are removed; never unless given.",
+        examples=["90d"],
+    )
+    keep_sent_last: Annotated[int, Field(ge=1, strict=True)] | None = Field(
+        default=None,
+        description="How many are kept of each device (group of label_pattern) or folder, however old.",
+        examples=[10],
+    )
+    min_free: FreeSpace | None = Field(
+        default=None,
+        description="Size or percentage to keep free by removing from sent_dir, the oldest first.",
+        examples=["5%"],
     )
     label_pattern: LabelPattern | None = Field(
         default=None,

@@ -38,13 +38,13 @@ def move(
                 continue
             # a producer may have renamed a new file over the name since we looked
             if not same_file(os.stat(new_name, dir_fd=target, follow_symlinks=False), expected):
-                _put_back(target, new_name, source, name)
+                put_back(target, new_name, source, name)
                 raise FileChangedError
             return to + b"/" + new_name if to else new_name
     raise FileExistsError(errno.EEXIST, "every name is taken")
 
 
-def _put_back(target: int, new_name: bytes, source: int, name: bytes) -> None:
+def put_back(target: int, new_name: bytes, source: int, name: bytes) -> None:
     """Undo a rename that took the wrong file: it was never delivered, and has to be found again.
 
     Where its name is taken by yet another file, it gets a number in front, so that its ending stays.

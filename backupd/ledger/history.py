@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import islice
 
 from backupd.core.errors import LedgerError, UsageError
 from backupd.core.freshness import overdue_by
 from backupd.core.model import Archive, DeliveryState
 from backupd.ledger import devices
+from backupd.ledger.records import ArchiveRecord, DropRecord, Search, Wanted
 from backupd.ledger.rows import ARCHIVE_COLUMNS, Row, as_archive, as_micros, as_time
 
 
@@ -79,12 +82,28 @@ class DeviceRecord:
     every: timedelta | None
 
 
+_CLAUSES = {
+    "state": "d.state = ?",
+    "drop": "a.drop_name = ?",
+    "destination": "d.destination = ?",
+    "since": "a.admitted_at >= ?",
+    "until": "a.admitted_at < ?",
+}
+
 _COLUMNS = ", ".join(f"a.{column}" for column in ARCHIVE_COLUMNS.split(", "))
 _DELIVERY = f"""
     SELECT d.id, d.destination, d.state, d.due_at, d.ended_at, d.attempts, d.reason, d.error, d.digest,
         d.verified, d.http_status, d.receipt, a.disposed_to, {_COLUMNS}
     FROM delivery d JOIN archive a ON a.id = d.archive_id
 """  # noqa: S608 -- own columns
+_ARCHIVE = f"""
+    SELECT a.state, a.digest, a.disposition, a.disposed_to, a.disposed_at, a.removal, a.removed_at, {_COLUMNS}
+    FROM archive a
+"""  # noqa: S608 -- own columns
+_PENDING = """
+    (SELECT archive_id, destination FROM delivery WHERE state = 'pending'
+    UNION ALL SELECT archive_id, destination FROM delivery WHERE state = 'claimed')
+"""  # apart, as each has an index of its own
 
 
 class History:
@@ -99,9 +118,70 @@ class History:
         rows = self._query(f"{_DELIVERY}{where} ORDER BY a.id DESC, d.destination LIMIT ?", (*values, most))
         return [_delivery(row) for row in rows]
 
+    def find(self, search: Search, wanted: Wanted, most: int) -> list[DeliveryRecord]:
+        """Return the latest deliveries that are searched for and wanted, newest first."""
+        asked = {name: getattr(search, name) for name in _CLAUSES}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        where = " AND ".join(_CLAUSES[name] for name in asked) or "true"
+        values = [as_micros(v) if isinstance(v, datetime) else v for v in asked.values()]
+        rows = self._each(f"{_DELIVERY} WHERE {where} ORDER BY a.id DESC, d.destination", tuple(values))
+        return [_delivery(row) for row in islice((r for r in rows if wanted(r[14], r[15])), most)]
+
+    def archive(self, ident: int) -> ArchiveRecord:
+        """Return an archive; raises UsageError where there is none with that number."""
+        rows = self._query(f"{_ARCHIVE} WHERE a.id = ?", (ident,))
+        if not rows:
+            raise UsageError(
+                f"no archive has the number {ident}", "`backupd list` shows the ids of deliveries"
+            )
+        return _archive(rows[0])
+
+    def deliveries_of(self, archive_id: int) -> list[DeliveryRecord]:
+        """Return the deliveries of an archive."""
+        rows = self._query(f"{_DELIVERY} WHERE d.archive_id = ? ORDER BY d.destination", (archive_id,))
+        return [_delivery(row) for row in rows]
+
+    def in_sent(self, drop: str, since: datetime | None, after: int, most: int) -> list[ArchiveRecord]:
+        """Return what has to lie in sent_dir: archives of a drop moved there since a time, by their ids."""
+        rows = self._query(
+            f"{_ARCHIVE} WHERE a.id > ? AND a.drop_name = ? AND a.state = 'delivered'"
+            " AND a.disposed_to IS NOT NULL AND a.disposed_at >= ?"
+            " AND (a.removal IS NULL OR a.removal IN ('gone', 'changed')) ORDER BY a.id LIMIT ?",
+            (after, drop, as_micros(since) if since else 0, most),
+        )
+        return [_archive(row) for row in rows]
+
+    def drop(self, name: str) -> DropRecord:
+        """Return how things stand with a drop."""
+        pending = self._query(
+            "SELECT count(*), coalesce(sum(size), 0), min(admitted_at) FROM archive"  # noqa: S608 -- own clause
+            f" WHERE drop_name = ? AND id IN (SELECT archive_id FROM {_PENDING})",
+            (name,),
+        )[0]
+        last = self._query(
+            "SELECT relpath, admitted_at FROM archive WHERE drop_name = ? ORDER BY id DESC LIMIT 1", (name,)
+        )
+        path, at = last[0] if last else (None, None)
+        return DropRecord(pending[0], pending[1], _time(pending[2]), path, _time(at))
+
+    def quarantined(self) -> int:
+        """Return how many archives lie in rejected_dir."""
+        return int(
+            self._query(
+                "SELECT count(DISTINCT archive_id) FROM delivery JOIN archive ON archive.id = archive_id"
+                " WHERE delivery.state = 'rejected' AND disposed_to IS NOT NULL",
+                (),
+            )[0][0]
+        )
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._db.close()
+
     def delivery(self, id_prefix: str) -> DeliveryRecord:
         """Return the delivery whose id begins so; raises UsageError if there is none, or several."""
-        rows = self._query(f"{_DELIVERY} WHERE substr(d.id, 1, ?) = ? LIMIT 2", (len(id_prefix), id_prefix))
+        end = id_prefix + "\U0010ffff"
+        rows = self._query(f"{_DELIVERY} WHERE d.id >= ? AND d.id < ? LIMIT 2", (id_prefix, end))
         if not rows:
             raise UsageError(f"no delivery has the id {id_prefix!r}", "`backupd list` shows the ids")
         if len(rows) > 1:
@@ -122,9 +202,8 @@ class History:
     def destination(self, name: str) -> DestinationRecord:
         """Return how things stand with a destination."""
         pending = self._query(
-            "SELECT count(*), coalesce(sum(archive.size), 0), min(admitted_at) FROM delivery"
-            " JOIN archive ON archive.id = archive_id"
-            " WHERE destination = ? AND (delivery.state = 'pending' OR delivery.state = 'claimed')",
+            "SELECT count(*), coalesce(sum(archive.size), 0), min(admitted_at)"  # noqa: S608 -- own clause
+            f" FROM {_PENDING} JOIN archive ON archive.id = archive_id WHERE destination = ?",
             (name,),
         )[0]
         rejected = self._query(
@@ -195,6 +274,14 @@ class History:
             ) from error
         return changed
 
+    def _each(self, query: str, values: tuple[object, ...]) -> Iterator[Row]:
+        try:
+            yield from self._db.execute(query, values)
+        except sqlite3.Error as error:
+            raise LedgerError(
+                f"the ledger can't be read: {error}", "run this as the daemon's user"
+            ) from error
+
     def _query(self, query: str, values: tuple[object, ...]) -> list[Row]:
         try:
             return self._db.execute(query, values).fetchall()
@@ -205,21 +292,7 @@ class History:
 
 
 def _delivery(row: Row) -> DeliveryRecord:
-    (
-        ident,
-        destination,
-        state,
-        due_at,
-        ended_at,
-        attempts,
-        reason,
-        error,
-        digest,
-        verified,
-        status,
-        receipt,
-        to,
-    ) = row[:13]
+    ident, destination, state, due_at, ended_at, attempts, reason, error, digest, verified = row[:10]
     return DeliveryRecord(
         ident,
         as_archive(row[13:]),
@@ -232,10 +305,14 @@ def _delivery(row: Row) -> DeliveryRecord:
         error,
         digest,
         None if verified is None else bool(verified),
-        status,
-        receipt,
-        to,
+        *row[10:13],
     )
+
+
+def _archive(row: Row) -> ArchiveRecord:
+    state, digest, disposition, to, at, removal, removed_at = row[:7]
+    archive = as_archive(row[7:])
+    return ArchiveRecord(archive, state, digest, disposition, to, _time(at), removal, _time(removed_at))
 
 
 def _time(micros: int | None) -> datetime | None:

@@ -74,6 +74,8 @@ KEYS = {
     "open_files": "descriptors that the daemon has open",
     "open_files_most": "descriptors that the daemon may have open",
     "gate": "open, paused or probing",
+    "free_bytes": "bytes that are free on the filesystem",
+    "min_free_bytes": "bytes that `min_free` asks for",
 }
 """What each key means; an event uses some of them."""
 
@@ -242,6 +244,18 @@ ARCHIVE_UNUSUAL_SIZE = _event(
     "warning",
     "drop archive device size median_size change",
     "its size differs from the usual by `size_alarm` or more; it is delivered as ever",
+)
+ARCHIVE_EXPIRED = _event(
+    "archive.expired",
+    "info",
+    "drop archive path size reason",
+    "a delivered archive was removed from `sent_dir`: too_old, too_many or disk_low; no reason after a crash",
+)
+DISK_LOW = _event(
+    "disk.low",
+    "error",
+    "drop path free_bytes min_free_bytes error hint",
+    "less than `min_free` is free, and there is no sent archive left to remove; told again while it lasts",
 )
 
 ATTEMPT_FAILED = _event(

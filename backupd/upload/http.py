@@ -26,6 +26,9 @@ from backupd.upload.request import Prepared, RequestMaker
 _FROM_A_GATEWAY = (502, 504)
 """Answers of a gateway that lost the one of whoever is behind it, who may have the archive."""
 
+_NOT_THERE = (404, 410)
+"""Answers to the question for a content that the destination does not have."""
+
 _MENDED_BY_NEW_FILES = frozenset({Reason.TLS, Reason.TLS_CLIENT, Reason.PROXY, Reason.LOCAL_FILES})
 """After these the files are read anew: a certificate or password may have been renewed."""
 
@@ -70,6 +73,21 @@ class HttpUploader(Uploader):
             with suppress(BackupdError):  # what can't be used is told by whoever looks after the files
                 self._endpoint.identity.renew()
         return replace(outcome, unknown=outcome.unknown or cargo.unknown)
+
+    def ask(self, cargo: Cargo, digest: Digest) -> Outcome | None:
+        """See `Uploader.ask`."""
+        self._line.begin(cargo.alive)
+        try:
+            client = self._client = self._client or self._open_client()
+            return self._ask(client, cargo, digest)
+        except (
+            BackupdError,
+            SignInError,
+            AttemptEndedError,
+            httpx.InvalidURL,
+            httpx.TransportError,
+        ) as error:
+            return _deferred(error)
 
     def _upload(self, cargo: Cargo) -> Outcome:
         self._line.begin(cargo.alive)
@@ -153,14 +171,16 @@ class HttpUploader(Uploader):
         return replace(lost, unknown=digest)
 
     def _ask(self, client: httpx.Client, cargo: Cargo, digest: Digest) -> Outcome | None:
-        """Return what the destination says of a content; None if it does not have it or can't be asked."""
+        """Return what the destination says of a content; None if it does not have it or knows no query."""
         url = self._maker.query_url(cargo, digest)
         if url is None or self._config.receipt.digest == "none":  # an answer would prove nothing
             return None
         headers = self._maker.own_headers({**cargo.variables, "digest": digest.hex})
         with client.stream("GET", url, headers=headers) as response:
-            if response.status_code != 200:
+            if response.status_code in _NOT_THERE:
                 return None
+            if response.status_code != 200:
+                return refusal(response)
             return self._judge.of_success(response, digest, cargo.fingerprint.size)
 
 

@@ -53,6 +53,14 @@ class Uploader(Protocol):
         """Send an archive and verify the receipt."""
         ...
 
+    def ask(self, cargo: Cargo, digest: Digest) -> Outcome | None:
+        """Return what the destination says of a content that it was sent, None if it does not have it.
+
+        `Delivered` only where it states that very digest. Nothing of the archive is read. Where it can't be
+        asked, this is the failure.
+        """
+        ...
+
     def close(self) -> None:
         """Give connections back."""
         ...

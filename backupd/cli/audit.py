@@ -1,0 +1,227 @@
+"""`backupd audit`: whether what is kept, and what was delivered, is still what it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from backupd.cli.filters import known, time_of
+from backupd.cli.listing import DropName, Since, open_history
+from backupd.cli.options import DEFAULT_CONFIG, REJECTED, AsJson, ConfigPath
+from backupd.cli.output import print_json, print_table, say
+from backupd.core.errors import UsageError
+from backupd.core.model import Digest
+from backupd.core.names import as_text, fitted
+from backupd.ledger.history import DeliveryRecord, History
+from backupd.ledger.records import ArchiveRecord
+
+if TYPE_CHECKING:
+    from backupd.config.models import Config
+    from backupd.drop.folder import DropFolder
+
+_CHUNK = 1024 * 1024
+_PAGE = 500
+
+
+class Verdict(StrEnum):
+    """What was found of an archive."""
+
+    OK = "ok"
+    MISSING = "missing"
+    CHANGED = "changed"
+    UNREADABLE = "unreadable"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was found of an archive; `destination` is None for the file that is kept here."""
+
+    id: int
+    drop: str
+    path: str
+    verdict: Verdict
+    detail: str = ""
+    destination: str | None = None
+
+
+def audit(
+    config: ConfigPath = DEFAULT_CONFIG,
+    drop: DropName = "",
+    since: Since = "",
+    remote: Annotated[
+        bool, typer.Option("--remote", help="Ask the destinations that have a query_url, too.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read what is kept in sent_dir anew, and compare it with the digests of ledger and receipts.
+
+    Ends with 3 if something is missing, changed or unreadable, or a destination no longer has it. What
+    the daemon removed in time (`keep_sent_for` and the like) is not looked for.
+    """
+    from backupd.cli.remote_audit import Remote  # noqa: PLC0415
+
+    loaded, history = open_history(config)
+    start = time_of("--since", since, datetime.now(UTC))
+    only = known("--drop", drop, list(loaded.drop))
+    names = [only] if only else list(loaded.drop)
+    asker = Remote(loaded) if remote else None
+    counts: dict[str, Counter[str]] = {"kept": Counter()}
+    wrong: list[Finding] = []
+    try:
+        with _bar(quiet=as_json) as advance:
+            for finding in _findings(loaded, history, names, start, asker, advance):
+                counts.setdefault(finding.destination or "kept", Counter())[finding.verdict] += 1
+                if finding.verdict is not Verdict.OK:
+                    wrong.append(finding)
+    finally:
+        if asker:
+            asker.close()
+    if as_json:
+        print_json({"counts": {k: {v: c[v] for v in Verdict} for k, c in counts.items()}, "wrong": wrong})
+    else:
+        _print(counts, wrong)
+    if wrong:
+        raise typer.Exit(REJECTED)
+
+
+Ask = Callable[[ArchiveRecord, DeliveryRecord], Finding | None]
+
+
+def _findings(
+    config: Config,
+    history: History,
+    names: list[str],
+    since: datetime | None,
+    asker: Ask | None,
+    advance: Callable[[int], None],
+) -> Iterator[Finding]:
+    from backupd.drop.folder import DropFolder  # noqa: PLC0415
+
+    for name in names:
+        try:
+            folder = DropFolder(str(config.drop[name].path))
+        except OSError as error:
+            raise UsageError(
+                f"{config.drop[name].path}: {error.strerror}", "run this as the daemon's user"
+            ) from error
+        try:
+            for record in _kept(history, name, since):
+                deliveries = history.deliveries_of(record.archive.id)
+                finding = _look(folder, record, deliveries)
+                if finding.verdict is Verdict.MISSING and history.archive(record.archive.id).removal in (
+                    "expiring",
+                    "expired",
+                ):
+                    continue  # removed in time, while we were looking
+                yield finding
+                for delivery in deliveries if asker else ():
+                    if asker and (said := asker(record, delivery)):
+                        yield said
+                advance(1)
+        finally:
+            folder.close()
+
+
+def _kept(history: History, drop: str, since: datetime | None) -> Iterator[ArchiveRecord]:
+    after = 0
+    while page := history.in_sent(drop, since, after, _PAGE):
+        yield from page
+        after = page[-1].archive.id
+
+
+def _look(folder: DropFolder, record: ArchiveRecord, deliveries: list[DeliveryRecord]) -> Finding:
+    archive, to = record.archive, record.disposed_to or b""
+
+    def found(verdict: Verdict, detail: str = "") -> Finding:
+        return Finding(archive.id, archive.drop, as_text(to), verdict, detail)
+
+    expected = {d.digest for d in deliveries if d.digest}
+    try:
+        fd = folder.open(to)
+    except (FileNotFoundError, NotADirectoryError):
+        return found(Verdict.MISSING)
+    except OSError as error:
+        return found(Verdict.UNREADABLE, error.strerror or str(error))
+    try:
+        digests = _digests(fd, {Digest.parse(text).algorithm for text in expected})
+    except OSError as error:
+        return found(Verdict.UNREADABLE, error.strerror or str(error))
+    finally:
+        os.close(fd)
+    if expected != digests:
+        return found(Verdict.CHANGED, "its content is not the one that was delivered")
+    stated = _stated(folder, to)
+    if stated is not None and not expected <= stated:
+        return found(Verdict.CHANGED, "its receipt states another digest")
+    return found(Verdict.OK)
+
+
+def _digests(fd: int, algorithms: set[str]) -> set[str]:
+    hashers = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
+    while chunk := os.read(fd, _CHUNK):
+        for hasher in hashers.values():
+            hasher.update(chunk)
+    return {str(Digest(name, hasher.hexdigest())) for name, hasher in hashers.items()}
+
+
+def _stated(folder: DropFolder, to: bytes) -> set[str] | None:
+    """Return the digests that the receipt beside a file states; None without one under its usual name."""
+    directory, _, name = to.rpartition(b"/")
+    record = fitted(name, b".receipt.json")
+    try:
+        fields = json.loads(folder.read(directory + b"/" + record if directory else record, 4 * _CHUNK))
+        return {each["digest"] for each in fields["deliveries"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # none, or somebody else's
+
+
+def _print(counts: dict[str, Counter[str]], wrong: list[Finding]) -> None:
+    if wrong:
+        rows = [
+            (f.verdict, f"@{f.id}", f.drop, f.path, f.destination or "kept here", f.detail) for f in wrong
+        ]
+        print_table(("found", "archive", "drop", "path", "where", "detail"), rows)
+    for where, count in counts.items():
+        told = ", ".join(f"{count[verdict]} {verdict}" for verdict in Verdict)
+        bad = count.total() - count[Verdict.OK]
+        say(
+            f"{'kept in sent_dir' if where == 'kept' else f'at {where}'}: {told}",
+            "bold red" if bad else "green",
+        )
+    if wrong:
+        say("  hint: `backupd show @NUMBER` tells what was delivered where and when")
+
+
+class _bar:  # noqa: N801 -- reads as the function that it is
+    """A count of archives while in a `with` block; none where the output is no terminal."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        from rich.console import Console  # noqa: PLC0415
+        from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn  # noqa: PLC0415
+
+        console = Console(stderr=True)
+        self._progress = Progress(
+            SpinnerColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=quiet or not console.is_terminal,
+        )
+        self._task = self._progress.add_task("archives", total=None)
+
+    def __enter__(self) -> Callable[[int], None]:
+        self._progress.start()
+        return lambda count: self._progress.advance(self._task, count)
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()

@@ -1,0 +1,94 @@
+"""How well a daemon does, in the words and numbers of a monitoring plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from enum import IntEnum
+
+
+class Level(IntEnum):
+    """The exit codes of a plugin; Monitoring Plugins Development Guidelines, "Plugin Return Codes"."""
+
+    OK = 0
+    WARNING = 1
+    CRITICAL = 2
+    UNKNOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """How things stand; `paused` is for how long each destination has been, `days_left` of certificates."""
+
+    running: bool = True
+    pending: int = 0
+    pending_bytes: int = 0
+    oldest: timedelta | None = None
+    rejected: int = 0
+    paused: Mapping[str, timedelta] = field(default_factory=dict)
+    days_left: Mapping[str, int] = field(default_factory=dict)
+    overdue: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """From when on something is a warning, or critical."""
+
+    warning_age: timedelta
+    critical_age: timedelta
+    warning_days: int = 14
+    critical_days: int = 3
+
+
+def plugin_line(facts: Facts, limits: Limits) -> tuple[Level, str]:
+    """Return the exit code and the line of output."""
+    found = list(_findings(facts, limits))
+    level = max((level for level, _ in found), default=Level.OK)
+    worst_first = sorted(found, key=lambda each: -each[0])
+    text = "; ".join(text for _, text in worst_first) or f"{facts.pending} pending, none rejected"
+    return level, f"{level.name} - {text.replace('|', '/')} | {_perfdata(facts, limits)}"
+
+
+def _findings(facts: Facts, limits: Limits) -> Iterator[tuple[Level, str]]:
+    if not facts.running:
+        yield Level.CRITICAL, "the daemon is not running"
+    if facts.oldest is not None and facts.oldest >= limits.warning_age:
+        text = f"the oldest pending archive waits for {_span(facts.oldest)}"
+        yield Level.CRITICAL if facts.oldest >= limits.critical_age else Level.WARNING, text
+    for name, length in facts.paused.items():
+        text = f"{name} is paused for {_span(length)}"
+        yield Level.CRITICAL if length >= limits.critical_age else Level.WARNING, text
+    if facts.rejected:
+        yield Level.WARNING, f"{facts.rejected} rejected"
+    for name, days in facts.days_left.items():
+        if days < limits.warning_days:
+            text = f"the certificate of {name} " + (f"ends in {days} days" if days >= 0 else "has expired")
+            yield Level.CRITICAL if days < limits.critical_days else Level.WARNING, text
+    if facts.overdue:
+        yield Level.WARNING, f"overdue: {', '.join(facts.overdue)}"
+
+
+def _perfdata(facts: Facts, limits: Limits) -> str:
+    oldest = facts.oldest.total_seconds() if facts.oldest else 0
+    warning, critical = limits.warning_age.total_seconds(), limits.critical_age.total_seconds()
+    values = [
+        f"pending={facts.pending}",
+        f"pending_bytes={facts.pending_bytes}B",
+        f"oldest={oldest:.0f}s;{warning:.0f};{critical:.0f}",
+        f"rejected={facts.rejected}",
+        f"paused={len(facts.paused)}",
+        f"overdue={len(facts.overdue)}",
+    ]
+    if facts.days_left:
+        days = min(facts.days_left.values())
+        values.append(f"certificate_days={days};{limits.warning_days}:;{limits.critical_days}:")
+    return " ".join(values)
+
+
+def _span(length: timedelta) -> str:
+    seconds = length.total_seconds()
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"

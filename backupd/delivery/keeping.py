@@ -1,0 +1,269 @@
+"""Removing sent archives whose time has come: by age, by number, and where the disk gets full."""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from backupd.core.errors import LedgerError
+from backupd.core.keeping import Expiry, Order, enough, series_of
+from backupd.core.names import as_text
+from backupd.delivery.room import Room, Shortage
+from backupd.drop.folder import DropFolder
+from backupd.drop.removal import is_ours, remove_archive, remove_receipt
+from backupd.ledger.shelf import Kept, Removal, Shelf
+from backupd.ops import events
+from backupd.ops.log import EventLog
+from backupd.ops.pulse import Pulse
+
+_EVERY = 60.0
+"""Seconds between looks; sooner where archives are kept for less."""
+
+_SOON = 0.05
+"""Seconds between the batches of much work, in which others get the disk."""
+
+_ANEW = timedelta(days=1)
+"""After which all is looked at once more: a clock may have been set back."""
+
+ZERO = timedelta(0)
+
+_MOST = 64
+"""Archives that are looked at, and removed, at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stock:
+    """The sent archives of a drop, and what is kept of them."""
+
+    folder: DropFolder
+    sent_dir: bytes
+    order: Order
+    label_pattern: re.Pattern[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stocks:
+    """The stocks of all drops, and how often a full disk is told of."""
+
+    of_drop: Mapping[str, Stock]
+    tell_every: timedelta
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How far a drop's archives were looked at under an order."""
+
+    order: Order
+    begun: datetime
+    last: Kept | None = None
+
+
+class Keeper:
+    """Keeps what is ordered of sent archives; `run` is the body of its thread.
+
+    A removal is committed before a file is touched, so that one which a crash cuts short is finished.
+    What is looked at once is looked at again only when something newer comes to its series.
+    """
+
+    def __init__(self, open_shelf: Callable[[], Shelf], stocks: Callable[[], Stocks], log: EventLog) -> None:
+        self._open_shelf = open_shelf
+        self._stocks = stocks
+        self._log = log
+        self._opened: Shelf | None = None
+        self._progress: dict[str, _Progress] = {}
+        self._grown: dict[str, set[bytes]] = {}
+        self._complained: set[int] = set()
+        self._room = Room(log)
+        self.stop = threading.Event()
+        self.pulse = Pulse("keeper of sent archives")
+
+    def run(self, stop: threading.Event) -> None:
+        """Look every so often until told to stop."""
+        try:
+            wait = 0.0
+            while not stop.wait(wait):
+                self.pulse.beat()
+                more = self.tick(datetime.now(UTC))
+                wait = _SOON if more else self._patience()
+                self.pulse.rest()
+        finally:
+            if self._opened is not None:
+                self._opened.close()
+
+    def tick(self, now: datetime) -> bool:
+        """Do a batch of what is due; return whether there is more to do at once."""
+        stocks = self._stocks()
+        wanted = {n: s for n, s in stocks.of_drop.items() if s.order != Order()}
+        if not wanted:
+            return False
+        try:
+            shelf = self._opened = self._opened or self._open_shelf()
+            able = {n: s for n, s in wanted.items() if _is_there(s) and self._finish_begun(shelf, n, s, now)}
+            more = [self._by_rule(shelf, n, s, now) for n, s in able.items() if s.order.expires]
+            shortages = self._room.shortages({n: (s.folder, s.order) for n, s in wanted.items()})
+            more += [self._make_room(shelf, short, able, now, stocks.tell_every) for short in shortages]
+        except LedgerError as error:
+            self._progress.clear()  # what was looked at may not have been seen to
+            self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
+            return False
+        return any(more)
+
+    def _patience(self) -> float:
+        orders = [stock.order for stock in self._stocks().of_drop.values()]
+        shortest = min((o.keep_for.total_seconds() for o in orders if o.keep_for), default=_EVERY)
+        return min(max(shortest, 1.0), _EVERY)
+
+    def _by_rule(self, shelf: Shelf, drop: str, stock: Stock, now: datetime) -> bool:
+        """Remove what is too old or too many; return whether there is more to look at."""
+        order, grown = stock.order, self._grown.setdefault(drop, set())
+        progress = self._progress.get(drop)
+        if progress is None or progress.order != order or not ZERO <= now - progress.begun < _ANEW:
+            progress = self._progress[drop] = _Progress(order, now)
+        until = now - order.keep_for if order.keep_for else now
+        due: dict[int, tuple[Kept, Expiry]] = {}
+        if order.keep_last:
+            if self._sort(shelf, drop, stock, grown):
+                return True  # who is among the last is known once all are sorted
+            while grown and len(due) < _MOST:
+                found = shelf.beyond(drop, series := grown.pop(), order.keep_last, until, _MOST)
+                due |= {
+                    k.archive.id: (k, e)
+                    for k in found
+                    if (e := order.verdict(now - k.since, order.keep_last))
+                }
+                if len(found) == _MOST:
+                    grown.add(series)
+        page = shelf.oldest(drop, progress.last, until, _MOST)
+        for kept in page:
+            newer = shelf.newer(kept, order.keep_last) if order.keep_last else 0
+            if expiry := order.verdict(now - kept.since, newer):
+                due[kept.archive.id] = kept, expiry
+            progress.last = kept
+        self._remove(shelf, stock.folder, list(due.values()), now)
+        return bool(grown) or len(page) == _MOST
+
+    def _sort(self, shelf: Shelf, drop: str, stock: Stock, grown: set[bytes]) -> bool:
+        """Note the series of what is new; return whether there is more of it."""
+        fresh = shelf.unsorted(drop, _MOST)
+        if fresh:
+            pattern = stock.label_pattern
+            series = {k.archive.id: series_of(k.archive.relpath, k.to, pattern) for k in fresh}
+            shelf.sort(series)
+            grown |= set(series.values())
+        return len(fresh) == _MOST
+
+    def _make_room(
+        self, shelf: Shelf, short: Shortage, able: Mapping[str, Stock], now: datetime, tell_every: timedelta
+    ) -> bool:
+        """Remove the oldest of all drops on a disk that is short of room; return whether to go on."""
+        pages = [shelf.oldest(name, None, now, _MOST) for name in short.drops if name in able]
+        oldest = list(heapq.merge(*pages, key=lambda k: (k.since, k.archive.id)))[:_MOST]
+        chosen = oldest[: enough(short.missing, [k.archive.fingerprint.size for k in oldest])]
+        freed = 0
+        for name in short.drops:
+            mine = [(k, Expiry.DISK_LOW) for k in chosen if k.archive.drop == name]
+            if mine:
+                freed += self._remove(shelf, able[name].folder, mine, now)
+        if not chosen:
+            self._room.tell(short, now, tell_every)
+        return bool(chosen) and freed < short.missing  # what was freed may show only after a while
+
+    def _finish_begun(self, shelf: Shelf, drop: str, stock: Stock, now: datetime) -> bool:
+        """Finish removals that were begun; return whether all could be."""
+        begun = shelf.condemned(drop, _MOST)
+        if not begun:
+            return True
+        self._take_away(shelf, stock.folder, [(kept, None) for kept in begun], now)
+        return not shelf.condemned(drop, 1)
+
+    def _remove(
+        self, shelf: Shelf, folder: DropFolder, due: Sequence[tuple[Kept, Expiry]], now: datetime
+    ) -> int:
+        """Remove what is still as it was put away; return the bytes that were freed."""
+        left = {k.archive.id: removal for k, _ in due if (removal := _left(folder, k))}
+        ours = [(k, e) for k, e in due if k.archive.id not in left]
+        if left:
+            shelf.ended(left, now)
+        if not ours:
+            return 0
+        shelf.condemn([k.archive.id for k, _ in ours])
+        return self._take_away(shelf, folder, ours, now)
+
+    def _take_away(
+        self, shelf: Shelf, folder: DropFolder, due: Iterable[tuple[Kept, Expiry | None]], now: datetime
+    ) -> int:
+        done: dict[int, Removal] = {}
+        touched: set[bytes] = set()
+        total = 0
+        for kept, expiry in due:
+            self.pulse.beat()
+            archive = kept.archive
+            try:
+                freed = remove_archive(folder, kept.to, archive)
+                if freed is not None:
+                    remove_receipt(folder, kept.to, archive)
+            except OSError as error:
+                self._complain(kept, error)
+                continue
+            self._complained.discard(archive.id)
+            done[archive.id] = Removal.CHANGED if freed is None else Removal.EXPIRED
+            if freed is None:
+                continue
+            total += freed
+            touched.add(kept.to.rpartition(b"/")[0])
+            self._log.emit(
+                events.ARCHIVE_EXPIRED,
+                drop=archive.drop,
+                archive=archive.relpath,
+                path=os.path.join(os.fsencode(folder.path), kept.to),
+                size=archive.fingerprint.size,
+                reason=expiry,
+            )
+        for directory in touched:
+            _sync(folder, directory)
+        if done:
+            shelf.ended(done, now)
+        return total
+
+    def _complain(self, kept: Kept, error: OSError) -> None:
+        if kept.archive.id in self._complained:
+            return
+        self._complained.add(kept.archive.id)
+        self._log.emit(
+            events.DISPOSITION_FAILED,
+            drop=kept.archive.drop,
+            archive=kept.archive.relpath,
+            error=f"{as_text(kept.to)} can't be removed ({os.strerror(error.errno or errno.EIO)})",
+            hint="give the daemon's user write permission to `sent_dir`, or remove the file",
+        )
+
+
+def _is_there(stock: Stock) -> bool:
+    """Tell whether there is a `sent_dir`: without, the filesystem may not be mounted now."""
+    try:
+        with stock.folder.directory(stock.sent_dir):
+            return True
+    except OSError:
+        return False
+
+
+def _left(folder: DropFolder, kept: Kept) -> Removal | None:
+    """Return what became of a file that is no longer as it was put away, or None."""
+    try:
+        return None if is_ours(folder.stat(kept.to), kept.archive.fingerprint) else Removal.CHANGED
+    except (FileNotFoundError, NotADirectoryError):
+        return Removal.GONE
+    except OSError:
+        return None  # the attempt to remove it will tell
+
+
+def _sync(folder: DropFolder, directory: bytes) -> None:
+    with suppress(OSError):  # after a power cut it may be there again; it was delivered all the same
+        folder.sync(directory)

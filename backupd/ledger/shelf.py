@@ -1,0 +1,71 @@
+"""What the keeper of sent archives asks of a ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Protocol
+
+from backupd.core.model import Archive
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A delivered archive whose file was moved to `to`, relative to its drop folder, at `since`."""
+
+    archive: Archive
+    to: bytes
+    since: datetime
+
+
+class Removal(StrEnum):
+    """What became of a file in sent_dir: removed by us, or no longer there, or no longer ours before that."""
+
+    EXPIRED = "expired"
+    GONE = "gone"
+    CHANGED = "changed"
+
+
+class Shelf(Protocol):
+    """The sent archives that are kept; for one thread.
+
+    Every method raises `LedgerError` where the record can't be read or written; nothing is half done then.
+    """
+
+    def unsorted(self, drop: str, most: int) -> list[Kept]:
+        """Return archives of a drop whose series is not noted yet, the first ones first."""
+        ...
+
+    def sort(self, series: Mapping[int, bytes]) -> None:
+        """Note the series of archives, by their ids."""
+        ...
+
+    def oldest(self, drop: str, after: Kept | None, until: datetime, most: int) -> list[Kept]:
+        """Return archives of a drop that were moved until a time, oldest first, those behind `after`."""
+        ...
+
+    def newer(self, kept: Kept, most: int) -> int:
+        """Return how many archives of the same series were moved after one; `most` for more than that."""
+        ...
+
+    def beyond(self, drop: str, series: bytes, last: int, until: datetime, most: int) -> list[Kept]:
+        """Return what is not among the last of a series, and was moved until a time; newest first."""
+        ...
+
+    def condemn(self, archive_ids: Sequence[int]) -> None:
+        """Note, durably, that archives are about to be removed; they are kept no longer."""
+        ...
+
+    def condemned(self, drop: str, most: int) -> list[Kept]:
+        """Return archives of a drop whose removal is noted as begun."""
+        ...
+
+    def ended(self, removals: Mapping[int, Removal], now: datetime) -> None:
+        """Note what became of files, by the ids of their archives."""
+        ...
+
+    def close(self) -> None:
+        """Close it; further calls are errors."""
+        ...

@@ -1,0 +1,140 @@
+"""The sent archives in SQLite, over a connection of its own: the keeper makes no worker wait for long."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from backupd.core.errors import LedgerError
+from backupd.ledger.database import FILE_NAME
+from backupd.ledger.rows import ARCHIVE_COLUMNS, Row, as_archive, as_micros, as_time
+from backupd.ledger.shelf import Kept, Removal, Shelf
+
+_COLUMNS = f"{ARCHIVE_COLUMNS}, disposed_to, disposed_at"
+_SENT = "state = 'delivered' AND disposed_to IS NOT NULL"
+_KEPT = f"{_SENT} AND removal IS NULL"
+_IN_SERIES = "series IS NOT NULL AND removal IS NULL"
+
+
+def open_shelf(state_dir: Path) -> Shelf:
+    """Open the ledger that the daemon has opened already, once more."""
+    path = state_dir / FILE_NAME
+    try:
+        connection = sqlite3.connect(
+            f"{path.as_uri()}?mode=rw", uri=True, timeout=30, isolation_level=None, check_same_thread=False
+        )
+        connection.execute("PRAGMA synchronous = FULL")
+    except sqlite3.Error as error:
+        raise LedgerError(f"{path}: {error}", "check the disk and the owner of `state_dir`") from error
+    return SqliteShelf(connection)
+
+
+class SqliteShelf(Shelf):
+    """A `Shelf` on a connection to a ledger whose schema is up to date."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._db = connection
+
+    def unsorted(self, drop: str, most: int) -> list[Kept]:
+        """See `Shelf.unsorted`."""
+        return self._kept(
+            f"INDEXED BY archive_unsorted WHERE drop_name = ? AND {_KEPT} AND series IS NULL"
+            " ORDER BY id LIMIT ?",
+            (drop, most),
+        )
+
+    def sort(self, series: Mapping[int, bytes]) -> None:
+        """See `Shelf.sort`."""
+        with self._transaction() as db:
+            db.executemany(
+                "UPDATE archive SET series = ? WHERE id = ?", [(s, ident) for ident, s in series.items()]
+            )
+
+    def oldest(self, drop: str, after: Kept | None, until: datetime, most: int) -> list[Kept]:
+        """See `Shelf.oldest`."""
+        behind = (as_micros(after.since), after.archive.id) if after else (-(1 << 62), 0)
+        return self._kept(
+            f"INDEXED BY archive_kept WHERE drop_name = ? AND {_KEPT}"
+            " AND (disposed_at, id) > (?, ?) AND disposed_at <= ? ORDER BY disposed_at, id LIMIT ?",
+            (drop, *behind, as_micros(until), most),
+        )
+
+    def newer(self, kept: Kept, most: int) -> int:
+        """See `Shelf.newer`."""
+        rows = self._query(
+            "SELECT count(*) FROM (SELECT 1 FROM archive INDEXED BY archive_series"  # noqa: S608 -- own clause
+            f" WHERE drop_name = ? AND {_IN_SERIES} AND (disposed_at, id) > (?, ?)"
+            " AND series = (SELECT series FROM archive WHERE id = ?) LIMIT ?)",
+            (kept.archive.drop, as_micros(kept.since), kept.archive.id, kept.archive.id, most),
+        )
+        return int(rows[0][0])
+
+    def beyond(self, drop: str, series: bytes, last: int, until: datetime, most: int) -> list[Kept]:
+        """See `Shelf.beyond`."""
+        return self._kept(
+            f"INDEXED BY archive_series WHERE drop_name = ? AND series = ? AND {_IN_SERIES}"  # noqa: S608
+            " AND disposed_at <= ? AND (disposed_at, id) < ("
+            "  SELECT disposed_at, id FROM archive INDEXED BY archive_series"
+            f" WHERE drop_name = ? AND series = ? AND {_IN_SERIES}"
+            "  ORDER BY disposed_at DESC, id DESC LIMIT 1 OFFSET ?"
+            " ) ORDER BY disposed_at DESC, id DESC LIMIT ?",
+            (drop, series, as_micros(until), drop, series, last - 1, most),
+        )
+
+    def condemn(self, archive_ids: Sequence[int]) -> None:
+        """See `Shelf.condemn`."""
+        with self._transaction() as db:
+            db.executemany(
+                "UPDATE archive SET removal = 'expiring' WHERE id = ?", [(i,) for i in archive_ids]
+            )
+
+    def condemned(self, drop: str, most: int) -> list[Kept]:
+        """See `Shelf.condemned`."""
+        return self._kept(
+            "INDEXED BY archive_expiring WHERE removal = 'expiring' AND drop_name = ? ORDER BY id LIMIT ?",
+            (drop, most),
+        )
+
+    def ended(self, removals: Mapping[int, Removal], now: datetime) -> None:
+        """See `Shelf.ended`."""
+        at = as_micros(now)
+        with self._transaction() as db:
+            db.executemany(
+                "UPDATE archive SET removal = ?, removed_at = ? WHERE id = ?",
+                [(removal, at, ident) for ident, removal in removals.items()],
+            )
+
+    def close(self) -> None:
+        """See `Shelf.close`."""
+        self._db.close()
+
+    def _kept(self, clauses: str, values: tuple[object, ...]) -> list[Kept]:
+        rows = self._query(f"SELECT {_COLUMNS} FROM archive {clauses}", values)  # noqa: S608 -- own clauses
+        return [Kept(as_archive(row), row[9], as_time(row[10])) for row in rows]
+
+    def _query(self, query: str, values: tuple[object, ...]) -> list[Row]:
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise LedgerError(
+                f"the ledger can't be read: {error}", "check the disk of `state_dir`"
+            ) from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise LedgerError(
+                f"the ledger can't be written: {error}", "check the disk of `state_dir`"
+            ) from error

@@ -1,0 +1,360 @@
+"""The commands that tell how things stand, as processes on real ledgers."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from backupd.ledger.database import open_ledger
+from backupd.receiver.serve import RunningReceiver, ServerTls
+from tests.pki import in_days
+from tests.stage import PATIENCE, Daemon, Stage, until
+
+STUCK = '[destination.vault.retry]\ninitial = "1h"\nmax = "1h"'
+
+
+def a_sent_archive(stage: Stage, receiver: RunningReceiver, *names: str, **config: str) -> Daemon:
+    """Deliver archives with a daemon, and return it."""
+    stage.configure(receiver.url, **config)
+    daemon = stage.daemon().ready()
+    for name in names:
+        folder = (stage.drop / name).parent
+        folder.mkdir(exist_ok=True, parents=True)
+        stage.put(Path(name).name, b"content of %s" % name.encode(), into=folder)
+    daemon.wait_for("archive.disposed", count=len(names))
+    return daemon
+
+
+def change(stage: Stage, statement: str, *values: object) -> None:
+    """Change the ledger behind everybody's back."""
+    connection = open_ledger(stage.state).connection
+    connection.execute(statement, values)
+    connection.close()
+
+
+def micros(ago: timedelta) -> int:
+    return int((datetime.now(UTC) - ago).timestamp() * 1_000_000)
+
+
+# status
+
+
+def test_status_tells_of_each_drop(stage: Stage, receiver: RunningReceiver) -> None:
+    a_sent_archive(stage, receiver, "one.cfg")
+    text = stage.backupd("status").stdout
+    assert re.search(rf"switches +{stage.drop} +inotify +0 +0 B +- +one\.cfg +\d+ s ago", text)
+    assert "\x1b" not in text
+    [drop] = json.loads(stage.backupd("status", "--json").stdout)["drops"]
+    assert (drop["name"], drop["observer"], drop["record"]["pending"]) == ("switches", "inotify", 0)
+    assert drop["record"]["last"] == "one.cfg"
+
+
+def on_a_terminal(stage: Stage, *arguments: str, until_seen: str = "", **environ: str) -> str:
+    """Run a command on a terminal; interrupt it with Ctrl-C once a pattern was written."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        env = {**os.environ, "BACKUPD_CONFIG": str(stage.config), "TERM": "xterm-256color", **environ}
+        os.execve(sys.executable, [sys.executable, "-m", "backupd", *arguments], env)
+    written, end = b"", time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        if select.select([terminal], [], [], 0.1)[0]:
+            try:
+                data = os.read(terminal, 65536)
+            except OSError:
+                break
+            if not data:
+                break
+            written += data
+            if until_seen and re.search(until_seen.encode(), written, re.DOTALL):
+                os.write(terminal, b"\x03")
+                until_seen = ""
+    else:
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == 0, written
+    return written.decode()
+
+
+def test_status_is_coloured_on_a_terminal_that_wants_it(stage: Stage, receiver: RunningReceiver) -> None:
+    a_sent_archive(stage, receiver, "one.cfg")
+    assert "\x1b[32mdaemon: running" in on_a_terminal(stage, "status")
+    plain = on_a_terminal(stage, "status", NO_COLOR="1")
+    assert "daemon: running" in plain
+    assert "\x1b[32m" not in plain
+
+
+def test_watch_shows_it_again_until_it_is_interrupted(stage: Stage, receiver: RunningReceiver) -> None:
+    a_sent_archive(stage, receiver, "one.cfg")
+    text = on_a_terminal(stage, "status", "--watch", until_seen="certificate of.*certificate of.*days")
+    assert text.count("\x1b[2J") >= 2
+    assert "Traceback" not in text
+
+
+def checked(stage: Stage, *arguments: str) -> tuple[int, str]:
+    done = stage.backupd("status", "--check", *arguments)
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
+    return done.returncode, done.stdout
+
+
+def test_check_is_ok_while_all_is_well_and_critical_without_a_daemon(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    daemon = a_sent_archive(stage, receiver, "one.cfg")
+    code, line = checked(stage)
+    assert code == 0
+    assert re.fullmatch(r"OK - 0 pending, none rejected \| pending=0 pending_bytes=0B .*\n", line)
+    daemon.stop()
+    code, line = checked(stage)
+    assert code == 2
+    assert line.startswith("CRITICAL - the daemon is not running")
+
+
+def test_check_warns_of_a_pause_and_of_age(stage: Stage) -> None:
+    stage.configure("https://127.0.0.1:9/", destination=STUCK)
+    daemon = stage.daemon().ready()
+    stage.put("sw.cfg", b"content")
+    daemon.wait_for("destination.paused")
+    code, line = checked(stage)
+    assert (code, "vault is paused" in line) == (1, True)
+    change(stage, "UPDATE archive SET admitted_at = ?", micros(timedelta(hours=7)))
+    code, line = checked(stage, "--warning-age", "6h", "--critical-age", "8h")
+    assert (code, "oldest pending archive waits for 7 h" in line) == (1, True)
+    assert checked(stage)[0] == 2
+
+
+def test_check_warns_of_what_is_rejected(stage: Stage) -> None:
+    tls = ServerTls(stage.pki.server_cert, stage.pki.server_key, stage.pki.ca_pem)
+    with RunningReceiver(stage.store, tls, max_size=1000) as receiver:
+        a_sent_archive(stage, receiver, "small.cfg")
+        stage.put("large.cfg", os.urandom(200_000))
+        until(lambda: stage.archives(stage.rejected), "a rejected archive")
+        assert until(lambda: checked(stage)[0] == 1, "a warning")
+    assert "1 rejected" in checked(stage)[1]
+    assert "rejected: 1 archive;" in stage.backupd("status").stdout
+
+
+@pytest.mark.parametrize(("days", "code"), [(10, 1), (2, 2)])
+def test_check_warns_of_certificates(stage: Stage, receiver: RunningReceiver, days: int, code: int) -> None:
+    pair = stage.pki.issue_client("soon", not_after=in_days(days))
+    stage.pki.client_cert.write_bytes(pair.cert.read_bytes())
+    stage.pki.client_key.write_bytes(pair.key.read_bytes())
+    a_sent_archive(stage, receiver, "one.cfg")
+    found, line = checked(stage)
+    assert found == code
+    assert "the certificate of vault ends in" in line
+
+
+def test_check_is_unknown_where_nothing_can_be_told(stage: Stage) -> None:
+    stage.configure("https://127.0.0.1:9/")
+    code, line = checked(stage)
+    assert (code, line.startswith("UNKNOWN - ")) == (3, True)
+    assert "no ledger here yet" in line
+    assert checked(stage, "--warning-age", "soon")[0] == 3
+    stage.config.write_text("nonsense")
+    assert checked(stage)[0] == 3
+
+
+# list, show
+
+
+def test_list_finds_by_drop_device_destination_time_and_name(stage: Stage, receiver: RunningReceiver) -> None:
+    pattern = """label_pattern = '(?P<site>[^/]+)/(?P<device>[^-]+)-.*'"""
+    a_sent_archive(stage, receiver, "north/r1-a.cfg", "north/r2-a.cfg", "south/r1-b.tar", drop=pattern)
+    change(stage, "UPDATE archive SET admitted_at = ? WHERE id = 1", micros(timedelta(days=3)))
+
+    def listed(*arguments: str) -> list[str]:
+        done = stage.backupd("list", "--json", *arguments)
+        assert done.returncode == 0, done.stderr
+        return sorted(r["archive"]["relpath"] for r in json.loads(done.stdout))
+
+    everything = ["north/r1-a.cfg", "north/r2-a.cfg", "south/r1-b.tar"]
+    assert listed("--drop", "switches", "--destination", "vault", "--state", "delivered") == everything
+    assert listed("--device", "r1") == ["north/r1-a.cfg", "south/r1-b.tar"]
+    assert listed("--device", "r1", "--label", "site=south") == ["south/r1-b.tar"]
+    assert listed("--name", "*.CFG") == ["north/r1-a.cfg", "north/r2-a.cfg"]
+    assert listed("--name", "south/*") == ["south/r1-b.tar"]
+    old = json.loads(stage.backupd("list", "--json", "--until", "2d").stdout)
+    assert len(old) == 1
+    assert len(listed("--since", "2d")) == 2
+    tomorrow = (datetime.now(UTC) + timedelta(days=1)).isoformat()
+    assert listed("--since", tomorrow) == []
+    assert stage.backupd("list", "--name", "none").stdout == "no deliveries like that\n"
+    for wrong in (
+        ["--drop", "swiches"],
+        ["--destination", "valt"],
+        ["--since", "soon"],
+        ["--label", "x"],
+        ["--label", "rack=1"],
+    ):
+        done = stage.backupd("list", *wrong)
+        assert (done.returncode, "hint: " in done.stderr) == (2, True)
+
+
+def test_show_tells_the_whole_story_of_an_archive(stage: Stage, receiver: RunningReceiver) -> None:
+    other = f'[destination.annex]\nurl = "{receiver.url}"\nca = "{stage.pki.ca_pem}"\n'
+    other += f'cert = "{stage.pki.client_cert}"\nkey = "{stage.pki.client_key}"\n'
+    a_sent_archive(stage, receiver, "one.cfg", more=other)
+    [one, two] = json.loads(stage.backupd("list", "--json").stdout)
+    number = one["archive"]["id"]
+    story = json.loads(stage.backupd("show", f"@{number}", "--json").stdout)
+    assert story["archive"]["disposed_to"] == "sent/one.cfg"
+    assert [d["delivery"] for d in story["deliveries"]] == [one, two]
+    assert all(len(d["attempts"]) == 1 for d in story["deliveries"])
+    text = stage.backupd("show", f"@{number}").stdout
+    for words in (
+        f"archive      @{number} switches: one.cfg",
+        one["id"],
+        two["id"],
+        "annex",
+        "vault",
+        "receipt",
+    ):
+        assert words in text
+    by_delivery = json.loads(stage.backupd("show", two["id"], "--json").stdout)
+    assert by_delivery["delivery"] == two
+    assert [d["delivery"] for d in by_delivery["deliveries"]] == [two, one]
+    for wrong in ("@", "@x", "@99"):
+        assert stage.backupd("show", wrong).returncode == 2
+
+
+# audit
+
+
+def audited(stage: Stage, *arguments: str) -> tuple[int, dict[str, dict[str, int]], list[dict[str, str]]]:
+    done = stage.backupd("audit", "--json", *arguments)
+    assert done.stderr == ""
+    told = json.loads(done.stdout)
+    return done.returncode, told["counts"], told["wrong"]
+
+
+def test_audit_tells_what_is_missing_changed_and_as_it_was(stage: Stage, receiver: RunningReceiver) -> None:
+    daemon = a_sent_archive(stage, receiver, "a.cfg", "b/b.cfg", "c.cfg", "d.cfg", "e.cfg")
+    assert stage.backupd("audit").stdout == "kept in sent_dir: 5 ok, 0 missing, 0 changed, 0 unreadable\n"
+    daemon.stop()
+    (stage.sent / "a.cfg").unlink()
+    (stage.sent / "b" / "b.cfg").write_bytes(b"something else")
+    (stage.sent / "c.cfg").unlink()
+    (stage.sent / "c.cfg").symlink_to("d.cfg")
+    receipt = stage.sent / "e.cfg.receipt.json"
+    receipt.write_text(re.sub(r"sha256:[0-9a-f]{4}", "sha256:0000", receipt.read_text()))
+    code, counts, wrong = audited(stage)
+    assert code == 3
+    assert counts == {"kept": {"ok": 1, "missing": 1, "changed": 2, "unreadable": 1}}
+    assert {w["path"]: w["verdict"] for w in wrong} == {
+        "sent/a.cfg": "missing",
+        "sent/b/b.cfg": "changed",
+        "sent/c.cfg": "unreadable",
+        "sent/e.cfg": "changed",
+    }
+    text = stage.backupd("audit").stdout
+    assert re.search(r"missing +@\d+ +switches +sent/a\.cfg", text)
+    change(stage, "UPDATE archive SET disposed_at = ?", micros(timedelta(days=3)))
+    assert audited(stage, "--since", "1d")[0] == 0
+    assert audited(stage, "--drop", "switches", "--since", "7d")[0] == 3
+
+
+def test_audit_does_not_look_for_what_was_removed_in_time(stage: Stage, receiver: RunningReceiver) -> None:
+    daemon = a_sent_archive(stage, receiver, "a.cfg", drop='keep_sent_for = "1s"')
+    daemon.wait_for("archive.expired")
+    daemon.stop()
+    assert audited(stage)[:2] == (0, {"kept": {"ok": 0, "missing": 0, "changed": 0, "unreadable": 0}})
+    [record] = json.loads(stage.backupd("list", "--json").stdout)
+    assert re.search(r"^removed +\d{4}-", stage.backupd("show", record["id"]).stdout, re.MULTILINE)
+
+
+def test_audit_asks_the_destinations_what_they_still_have(stage: Stage, receiver: RunningReceiver) -> None:
+    query = f'query_url = "{receiver.url}/{{digest}}"'
+    a_sent_archive(stage, receiver, "a.cfg", "b.cfg", destination=query)
+    assert audited(stage, "--remote")[:2] == (
+        0,
+        {
+            "kept": {"ok": 2, "missing": 0, "changed": 0, "unreadable": 0},
+            "vault": {"ok": 2, "missing": 0, "changed": 0, "unreadable": 0},
+        },
+    )
+    [lost] = [path for path in stage.stored() if path.read_bytes() == b"content of b.cfg"]
+    lost.unlink()
+    code, counts, wrong = audited(stage, "--remote")
+    assert (code, counts["vault"]["missing"]) == (3, 1)
+    assert [(w["path"], w["destination"]) for w in wrong] == [("b.cfg", "vault")]
+
+
+def test_audit_tells_of_a_destination_that_cannot_be_asked(stage: Stage, receiver: RunningReceiver) -> None:
+    a_sent_archive(stage, receiver, "a.cfg").stop()
+    refused = stage.backupd("audit", "--remote")
+    assert (refused.returncode, "query_url" in refused.stderr) == (2, True)
+    stage.configure(receiver.url, destination='query_url = "https://127.0.0.1:9/{digest}"')
+    code, counts, wrong = audited(stage, "--remote")
+    assert (code, counts["vault"]["unreadable"]) == (3, 1)
+    assert "Connection refused" in wrong[0]["detail"]
+
+
+# a large ledger
+
+
+def test_every_command_is_quick_on_a_ledger_of_a_hundred_thousand(stage: Stage) -> None:
+    """Quick is told by SQLite's own steps, not by the clock."""
+    stage.configure("https://127.0.0.1:9/")
+    stage.state.mkdir()
+    connection = open_ledger(stage.state).connection
+    count = 100_000
+    connection.execute("BEGIN")
+    connection.executemany(
+        "INSERT INTO archive (id, drop_name, relpath, device, inode, size, mtime_ns, ctime_ns, admitted_at,"
+        " state, disposition, disposed_to, disposed_at, live)"
+        " VALUES (?, 'switches', ?, 1, ?, 3, 1, 1, ?, 'delivered', 'done', ?, ?, 0)",
+        ((n, b"r%d.cfg" % n, n, n * 10**6, b"sent/r%d.cfg" % n, n * 10**6) for n in range(1, count + 1)),
+    )
+    connection.executemany(
+        "INSERT INTO delivery (id, archive_id, destination, size, state, ended_at, digest, attempts)"
+        " VALUES (?, ?, 'vault', 3, 'delivered', ?, 'sha256:00', 1)",
+        ((f"{n:08x}-0000", n, n * 10**6) for n in range(1, count + 1)),
+    )
+    connection.execute("COMMIT")
+    connection.close()
+    script = """
+import sqlite3, sys
+from pathlib import Path
+from backupd.ledger.history import History
+from backupd.ledger.records import Search
+connection = sqlite3.connect(sys.argv[1])
+steps = [0]
+def step():
+    steps[0] += 1
+connection.set_progress_handler(step, 100)
+history = History(connection)
+for ask in (
+    lambda: history.destination("vault"),
+    lambda: history.drop("switches"),
+    lambda: history.quarantined(),
+    lambda: history.delivery("0000a000"),
+    lambda: history.archive(70_000),
+    lambda: history.deliveries_of(70_000),
+    lambda: history.in_sent("switches", None, 50_000, 10),
+    lambda: history.find(Search(), lambda drop, path: True, 50),
+):
+    ask()
+print(steps[0] * 100)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(stage.state / "ledger.sqlite3")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) < 100_000  # one walk over all rows takes several times as many
+    assert len(json.loads(stage.backupd("list", "--json", "--name", "r7.cfg").stdout)) == 1
+    assert json.loads(stage.backupd("status", "--json").stdout)["drops"][0]["record"]["last"] == "r100000.cfg"

@@ -1,0 +1,100 @@
+"""Which sent archives are kept."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from backupd.config.free_space import FreeSpace
+from backupd.core.keeping import Expiry, MinFree, Order, enough, series_of
+from tests.unit.config_files import a_file, read, told
+
+DAY = timedelta(days=1)
+
+
+@pytest.mark.parametrize(
+    ("order", "age", "newer", "verdict"),
+    [
+        (Order(), 1000 * DAY, 1000, None),
+        (Order(keep_for=90 * DAY), 90 * DAY, 0, None),
+        (Order(keep_for=90 * DAY), 91 * DAY, 0, Expiry.TOO_OLD),
+        (Order(keep_last=3), 1000 * DAY, 2, None),
+        (Order(keep_last=3), timedelta(0), 3, Expiry.TOO_MANY),
+        (Order(keep_for=90 * DAY, keep_last=3), 91 * DAY, 2, None),
+        (Order(keep_for=90 * DAY, keep_last=3), 89 * DAY, 3, None),
+        (Order(keep_for=90 * DAY, keep_last=3), 91 * DAY, 3, Expiry.TOO_OLD),
+        (Order(min_free=MinFree(1)), 1000 * DAY, 1000, None),
+    ],
+)
+def test_an_archive_goes_when_it_is_old_and_not_among_the_last(
+    order: Order, age: timedelta, newer: int, verdict: Expiry | None
+) -> None:
+    assert order.verdict(age, newer) is verdict
+    assert order.expires is (order.keep_for is not None or order.keep_last is not None)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "series"),
+    [
+        (None, b"folder sent/site"),
+        ("(?P<site>[^/]+)/.*", b"folder sent/site"),
+        ("site/(?P<device>r[0-9]+)-.*", b"device r1"),
+        ("other/(?P<device>.*)", b"folder sent/site"),
+        ("site/(?P<device>x*).*", b"folder sent/site"),
+    ],
+)
+def test_a_series_is_a_device_s_or_else_a_folder_s(pattern: str | None, series: bytes) -> None:
+    compiled = re.compile(pattern) if pattern else None
+    assert series_of(b"site/r1-0304.cfg", b"sent/site/r1-0304.cfg", compiled) == series
+
+
+@pytest.mark.parametrize(
+    ("shortage", "sizes", "wanted"),
+    [
+        (-5, [3], 0),
+        (0, [3], 0),
+        (1, [], 0),
+        (1, [3, 3], 1),
+        (3, [3, 3], 1),
+        (4, [3, 3], 2),
+        (7, [3, 3], 2),
+        (3, [0, 0, 3, 1], 3),
+    ],
+)
+def test_no_more_goes_than_makes_up_for_the_shortage(shortage: int, sizes: list[int], wanted: int) -> None:
+    assert enough(shortage, sizes) == wanted
+
+
+def test_a_share_is_of_the_whole_filesystem() -> None:
+    assert MinFree(percent=5).of(1000) == 50
+    assert MinFree(size=70).of(1000) == 70
+
+
+@pytest.mark.parametrize(
+    ("text", "space", "written"),
+    [
+        ("5%", MinFree(percent=5.0), "5%"),
+        ("0.5%", MinFree(percent=0.5), "0.5%"),
+        ("2GiB", MinFree(2 * 1024**3), "2GiB"),
+    ],
+)
+def test_room_is_a_size_or_a_percentage(text: str, space: MinFree, written: str) -> None:
+    adapter = TypeAdapter[MinFree](FreeSpace)
+    assert adapter.validate_python(text) == space
+    assert adapter.dump_python(space, mode="json") == written
+
+
+@pytest.mark.parametrize("text", ["", "5", "100%", "-1%", "5 %", "0%", "0B", "much", 5, True])
+def test_other_texts_are_no_room(text: object) -> None:
+    with pytest.raises(ValidationError):
+        TypeAdapter[MinFree](FreeSpace).validate_python(text)
+
+
+@pytest.mark.parametrize("key", ['keep_sent_for = "1d"', "keep_sent_last = 1"])
+def test_only_what_is_moved_can_be_kept_for_a_time(key: str) -> None:
+    assert read(a_file(f"{key}\nmin_free = '1%'")).drop["switches"]
+    [finding] = told(a_file(f'on_delivered = "delete"\n{key}'))
+    assert 'expected on_delivered "move"' in finding
