@@ -295,31 +295,9 @@ LIBRARY_WARNING = _event("library.warning", "warning", "logger error", "a librar
 LOG_LOST = _event("log.lost", "error", "lost", "log lines could not be written; this is the first one again")
 
 
-def as_markdown() -> str:
-    """Return `docs/events.md`."""
-    lines = [
-        "# Events",
-        "",
-        "One JSON object a line on standard output. This page is made from the program's own catalogue",
-        "(`python -m backupd.ops.events`), and so is the [JSON Schema](events.schema.json) of every line",
-        "(`python -m backupd.ops.events --schema`).",
-        "",
-        "Every line has `timestamp`, `level` and `event`.",
-        "",
-        "| event | level | meaning | keys |",
-        "|---|---|---|---|",
-    ]
-    for event in CATALOGUE.values():
-        keys = ", ".join(f"`{key}`" for key in event.keys)
-        lines.append(f"| `{event.name}` | {event.level} | {event.meaning} | {keys} |")
-    lines += ["", "## Keys", "", "| key | meaning |", "|---|---|"]
-    lines += [f"| `{key}` | {meaning} |" for key, meaning in KEYS.items()]
-    return "\n".join(lines) + "\n"
-
-
 if __name__ == "__main__":
     import sys
 
-    from backupd.ops.schema import as_json_schema
+    from backupd.ops.pages import as_json_schema, as_markdown
 
     sys.stdout.write(as_json_schema() if "--schema" in sys.argv else as_markdown())

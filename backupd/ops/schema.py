@@ -1,8 +1,6 @@
-"""The JSON Schema of the log's lines, made from the catalogue: `docs/events.schema.json`."""
+"""The JSON Schema of the log's lines, made from the catalogue."""
 
 from __future__ import annotations
-
-import json
 
 from backupd.ops.events import CATALOGUE, KEYS, Event
 
@@ -86,11 +84,6 @@ def of_event(event: Event) -> dict[str, object]:
         "required": list(always),
         "additionalProperties": False,
     }
-
-
-def as_json_schema() -> str:
-    """Return `docs/events.schema.json`."""
-    return json.dumps(schema(), indent=2) + "\n"
 
 
 def _described(key: str, kind: _Type) -> _Type:

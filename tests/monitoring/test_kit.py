@@ -9,8 +9,6 @@ from backupd.ops.events import CATALOGUE, KEYS
 from tests.monitoring.tools import KIT, defined, run, used
 from tests.programs import require
 
-OF_OTHERS = {"drop.overdue", "drop.recovered"}
-
 
 def test_the_rules_are_valid_and_do_as_their_tests_say() -> None:
     promtool = require("promtool")
@@ -51,8 +49,8 @@ def test_program_and_page_name_only_events_and_keys_of_the_catalogue() -> None:
     named = set(re.findall(r'\$event == "([^"]+)"', program))
     named |= set(re.findall(r"BACKUPD_EVENT=([a-z.]+)", page)) | set(re.findall(r'event="([a-z.]+)"', page))
     assert len(named) > 10
-    assert named - set(CATALOGUE) <= OF_OTHERS
-    keys = set(re.findall(r',"(\w+)":', program)) - {"device"}
+    assert named - set(CATALOGUE) == set()
+    keys = set(re.findall(r',"(\w+)":', program))
     keys |= {key.lower() for key in re.findall(r"BACKUPD_([A-Z_]+)=", page)}
     assert keys - set(KEYS) == set()
 

@@ -12,7 +12,8 @@ import pytest
 
 import backupd
 from backupd.ops import events
-from backupd.ops.events import CATALOGUE, KEYS, Event, as_markdown
+from backupd.ops.events import CATALOGUE, KEYS, Event
+from backupd.ops.pages import as_markdown
 
 PACKAGE = Path(backupd.__file__).parent
 BY_NAME = {name: value for name, value in vars(events).items() if isinstance(value, Event)}
