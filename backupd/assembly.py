@@ -84,7 +84,7 @@ def assemble(config: Config, ledger: Ledger, log: EventLog) -> Parts:
 
     for name, drop in config.drop.items():
         targets = destinations_of(config, drop)
-        intakes[name] = Intake(name, drop, targets, folders[name], ledger, log, wake)
+        intakes[name] = Intake(name, drop, targets, folders[name], ledger, log, wake, recorder.look)
     return Parts(ledger, list(intakes.values()), workers, gates, wakeups, recorder, abort.set)
 
 
@@ -131,6 +131,7 @@ def _rules(config: Config, folders: dict[str, DropFolder]) -> dict[str, Rule]:
             drop.on_delivered,
             os.fsencode(drop.sent_dir.strip("/")),
             os.fsencode(drop.rejected_dir.strip("/")),
+            checksums=drop.checksum_file != "off",
         )
         for name, drop in config.drop.items()
     }

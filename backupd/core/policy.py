@@ -48,6 +48,9 @@ class Reason(StrEnum):
     # on our side
     LOCAL_FILES = "local_files_unusable"
     UNREADABLE = "archive_unreadable"
+    TRUNCATED = "truncated"
+    DAMAGED = "damaged"
+    CHECKSUM_MISMATCH = "checksum_mismatch"
     STOPPED = "stopped"
     GAVE_UP = "gave_up"
     INTERNAL = "internal_error"
@@ -264,6 +267,27 @@ RULES: tuple[Rule, ...] = (
         Then.LATER,
         "the archive can't be read on this host",
         "check its permissions and the disk",
+    ),
+    Rule(
+        Reason.TRUNCATED,
+        _A,
+        Then.REJECT,
+        "the archive ends too early or holds nothing (`inspect`)",
+        "look at the device; to send it all the same, set `inspect` off, then `backupd retry`",
+    ),
+    Rule(
+        Reason.DAMAGED,
+        _A,
+        Then.REJECT,
+        "the archive's content is damaged, or not what its name says (`inspect`)",
+        "look at the device; to send it all the same, set `inspect` off, then `backupd retry`",
+    ),
+    Rule(
+        Reason.CHECKSUM_MISMATCH,
+        _A,
+        Then.REJECT,
+        "the archive is not what its checksum file says (`checksum_file`)",
+        "find out which of the two is wrong; `backupd retry` puts back the archive alone",
     ),
     Rule(Reason.STOPPED, _D, Then.LATER, "the daemon was stopped during the upload", "nothing to do"),
     Rule(

@@ -8,17 +8,18 @@ from datetime import datetime
 from typing import Protocol
 
 from backupd.core.gate import Gate
-from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint
+from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint, Rejected
 from backupd.core.step import Priority, Step
 
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
-    """A stable, eligible file in a drop folder."""
+    """A stable, eligible file in a drop folder; `rejected` if it is not worth to be sent."""
 
     drop: str
     relpath: bytes
     fingerprint: Fingerprint
+    rejected: Rejected | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +32,14 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What became of some sightings: new archives, and ones whose content they replace."""
+    """What became of some sightings: new archives, and ones whose content they replace.
+
+    The `rejected` are not among the admitted; `Ledger.undisposed` returns them.
+    """
 
     admitted: tuple[Archive, ...] = ()
     superseded: tuple[Archive, ...] = ()
+    rejected: tuple[Archive, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +110,10 @@ class Ledger(Protocol):
         ...
 
     def admit(self, sightings: Sequence[Sighting], destinations: Sequence[str], now: datetime) -> Admission:
-        """Make a pending delivery to each destination for each file not accounted for yet."""
+        """Make a pending delivery to each destination for each file not accounted for yet.
+
+        Those of a rejected sighting have ended at once, durably, and are never to be claimed.
+        """
         ...
 
     def claim(

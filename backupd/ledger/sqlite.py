@@ -12,7 +12,7 @@ from itertools import accumulate, takewhile
 
 from backupd.core.errors import LedgerError
 from backupd.core.gate import Gate
-from backupd.core.model import Archive, Delivery, DeliveryState, Digest
+from backupd.core.model import Archive, Delivery, DeliveryState, Digest, Rejected
 from backupd.core.step import Priority, archive_state
 from backupd.ledger.port import Admission, Backlog, Disposed, Finished, Known, Ledger, Settled, Sighting, mark
 from backupd.ledger.rows import (
@@ -24,6 +24,7 @@ from backupd.ledger.rows import (
     attempt_row,
     delivery_row,
     fingerprint_columns,
+    storable,
 )
 
 _DUE = "WHERE destination = ? AND state = 'pending' AND due_at <= ?"
@@ -90,15 +91,21 @@ class SqliteLedger(Ledger):
         """See `Ledger.admit`."""
         admitted: list[Archive] = []
         superseded: list[Archive] = []
-        with self._transaction(durable=False) as db:
+        rejected: list[Archive] = []
+        with self._transaction(durable=any(s.rejected is not None for s in sightings)) as db:
             for sighting in sightings:
                 live = _live(db, sighting)
                 wanted = mark(sighting.relpath, sighting.fingerprint)
                 if any(mark(a.relpath, a.fingerprint) == wanted for a in live):
                     continue
                 superseded += [a for a in live if _supersede(db, a, now)]
-                admitted.append(_insert(db, sighting, destinations, now))
-        return Admission(tuple(admitted), tuple(superseded))
+                archive = _insert(db, sighting, destinations, now)
+                if sighting.rejected is None:
+                    admitted.append(archive)
+                else:
+                    _reject(db, archive, sighting.rejected, now)
+                    rejected.append(archive)
+        return Admission(tuple(admitted), tuple(superseded), tuple(rejected))
 
     def claim(
         self, destination: str, now: datetime, priority: Priority = Priority.OLDEST, most: int = 1
@@ -234,6 +241,16 @@ def _insert(db: sqlite3.Connection, s: Sighting, destinations: Sequence[str], no
         [(str(uuid.uuid4()), archive_id, name, s.fingerprint.size, at) for name in destinations],
     )
     return Archive(archive_id or 0, s.drop, s.relpath, s.fingerprint, as_time(at))
+
+
+def _reject(db: sqlite3.Connection, archive: Archive, why: Rejected, now: datetime) -> None:
+    """End all deliveries of an archive before the first attempt."""
+    db.execute(
+        "UPDATE delivery SET state = 'rejected', due_at = NULL, ended_at = ?, reason = ?, error = ?"
+        " WHERE archive_id = ?",
+        (as_micros(now), why.reason, storable(why.error), archive.id),
+    )
+    _settle(db, archive.id)
 
 
 def _settle(db: sqlite3.Connection, archive_id: int) -> list[Settled]:

@@ -171,6 +171,19 @@ DISPOSITION_FAILED = _event(
     "drop archive error hint",
     "the file could not be moved or deleted; tried again",
 )
+ARCHIVE_WAITING = _event(
+    "archive.waiting",
+    "warning",
+    "drop archive size reason error hint",
+    "a finished file is not sent as it looks truncated or damaged, or its checksum file is missing or wrong; "
+    "said once per content and reason",
+)
+INSPECTION_ENDED = _event(
+    "inspection.ended",
+    "debug",
+    "drop archive size error",
+    "an archive is sent without having been inspected to its end",
+)
 
 ATTEMPT_FAILED = _event(
     "attempt.failed",
