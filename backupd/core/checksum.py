@@ -1,4 +1,4 @@
-"""Checksum files: their names, and what they say: as coreutils, BSD's md5(1) and openssl-dgst(1) write them."""
+"""Checksum files: their names, and what they say, as coreutils, BSD's md5 and openssl write it."""
 
 from __future__ import annotations
 

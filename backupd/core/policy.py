@@ -77,6 +77,7 @@ class Rule:
 
 
 _D, _A = Charge.DESTINATION, Charge.ARCHIVE
+_LOOK_AT_THE_DEVICE = "look at the device; to send it all the same, `inspect` off, then `backupd retry`"
 
 RULES: tuple[Rule, ...] = (
     Rule(Reason.DNS, _D, Then.PAUSE, "the host name could not be resolved", "check the url and the resolver"),
@@ -269,24 +270,16 @@ RULES: tuple[Rule, ...] = (
         "check its permissions and the disk",
     ),
     Rule(
-        Reason.TRUNCATED,
-        _A,
-        Then.REJECT,
-        "the archive ends too early or holds nothing (`inspect`)",
-        "look at the device; to send it all the same, set `inspect` off, then `backupd retry`",
+        Reason.TRUNCATED, _A, Then.REJECT, "the archive ends too early or holds nothing", _LOOK_AT_THE_DEVICE
     ),
     Rule(
-        Reason.DAMAGED,
-        _A,
-        Then.REJECT,
-        "the archive's content is damaged, or not what its name says (`inspect`)",
-        "look at the device; to send it all the same, set `inspect` off, then `backupd retry`",
+        Reason.DAMAGED, _A, Then.REJECT, "damaged, or not what the archive's name says", _LOOK_AT_THE_DEVICE
     ),
     Rule(
         Reason.CHECKSUM_MISMATCH,
         _A,
         Then.REJECT,
-        "the archive is not what its checksum file says (`checksum_file`)",
+        "the archive is not what its checksum file states",
         "find out which of the two is wrong; `backupd retry` puts back the archive alone",
     ),
     Rule(Reason.STOPPED, _D, Then.LATER, "the daemon was stopped during the upload", "nothing to do"),

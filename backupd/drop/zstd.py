@@ -1,4 +1,4 @@
-"""Walking through zstd's frames by the sizes of their blocks (RFC 8878, section 3); Python can't decompress it."""
+"""Walking through zstd's frames by the sizes of their blocks (RFC 8878); Python can't decompress it."""
 
 from __future__ import annotations
 

@@ -38,9 +38,8 @@ _LONGEST = 600.0
 
 _MISSING, _UNUSABLE = "checksum_missing", "checksum_unusable"
 
+_LOOK_AT_THE_DEVICE = "look at the device; it is rejected if it does not change within `inspect_grace`"
 _HINTS = {
-    Reason.TRUNCATED: "it is rejected if it does not change within `inspect_grace`; look at the device",
-    Reason.DAMAGED: "it is rejected if it does not change within `inspect_grace`; look at the device",
     Reason.CHECKSUM_MISMATCH: "it is rejected if neither of the two changes within `inspect_grace`",
     _MISSING: 'put its checksum file beside it, or set `checksum_file` to "auto"',
     _UNUSABLE: 'expected a small file of "HASH  NAME"; "auto" does without after `inspect_grace`',
@@ -300,5 +299,5 @@ class Examination:
             size=sighting.fingerprint.size,
             reason=found.reason,
             error=found.error,
-            hint=_HINTS[found.reason],
+            hint=_HINTS.get(found.reason, _LOOK_AT_THE_DEVICE),
         )

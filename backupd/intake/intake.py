@@ -109,7 +109,7 @@ class Intake:
 
     def _wait(self, next_scan: float) -> None:
         dues = (self._candidates.next_due(), self._examination.next_due())
-        until = min(next_scan, *(due for due in dues if due is not None))
+        until = min([next_scan, *(due for due in dues if due is not None)])
         timeout = max(until - time.monotonic(), 0.0)
         try:
             self._take(self._notices.get(timeout=min(timeout, self._sight.patience())))
