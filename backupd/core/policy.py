@@ -279,8 +279,8 @@ RULES: tuple[Rule, ...] = (
         Reason.CHECKSUM_MISMATCH,
         _A,
         Then.REJECT,
-        "the archive is not what its checksum file states",
-        "find out which of the two is wrong; `backupd retry` puts back the archive alone",
+        "not what its checksum file says",
+        "see which of them is wrong",
     ),
     Rule(Reason.STOPPED, _D, Then.LATER, "the daemon was stopped during the upload", "nothing to do"),
     Rule(

@@ -17,12 +17,12 @@ from backupd.config.models import DropConfig
 from backupd.core.checksum import LISTS, archive_of
 from backupd.core.inspection import Finding
 from backupd.core.model import Digest, Rejected, fingerprint_of
-from backupd.core.names import as_text
 from backupd.core.policy import Reason
-from backupd.drop.checksum import Stated, digest_of, stated_beside
+from backupd.drop.checksum import digest_of, stated_beside
 from backupd.drop.folder import DropFolder
 from backupd.drop.inspect import LimitReachedError, inspect
 from backupd.drop.walk import Complaint
+from backupd.intake.found import MISSING, UNUSABLE, Found, compare
 from backupd.ledger.port import Sighting
 from backupd.ops import events
 from backupd.ops.log import EventLog
@@ -36,25 +36,7 @@ _AT_ONCE = 4
 _LONGEST = 600.0
 """Seconds of work after which an archive is not inspected further."""
 
-_MISSING, _UNUSABLE = "checksum_missing", "checksum_unusable"
-
-_LOOK_AT_THE_DEVICE = "look at the device; it is rejected if it does not change within `inspect_grace`"
-_HINTS = {
-    Reason.CHECKSUM_MISMATCH: "it is rejected if neither of the two changes within `inspect_grace`",
-    _MISSING: 'put its checksum file beside it, or set `checksum_file` to "auto"',
-    _UNUSABLE: 'expected a small file of "HASH  NAME"; "auto" does without after `inspect_grace`',
-}
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """Why a file is not to be admitted."""
-
-    reason: str
-    error: str
-
-
-_Steps = Generator[None, None, _Found | None]
+_Steps = Generator[None, None, Found | None]
 
 
 class _GoneError(Exception):
@@ -91,6 +73,7 @@ class Examination:
         self._folder = folder
         self._log = log
         self._complain = complain
+        self._required = config.checksum_file == "required"
         self._grace = config.inspect_grace.total_seconds()
         self._patience = min(self._grace, config.rescan_every.total_seconds())
         self._cases: dict[bytes, _Case] = {}
@@ -206,7 +189,9 @@ class Examination:
         try:
             fd = self._folder.open(sighting.relpath)
         except OSError as error:
-            raise _GoneError from error  # the rescan looks at it, and complains
+            if not isinstance(error, FileNotFoundError):
+                self._complain(sighting.relpath, error)
+            raise _GoneError from error
         try:
             size = sighting.fingerprint.size
             if fingerprint_of(os.fstat(fd)) != sighting.fingerprint:
@@ -214,12 +199,12 @@ class Examination:
             if self._config.inspect != "off" and not case.inspected:
                 case.damage = yield from self._inspect(case, fd)
                 case.inspected = True
-            found = None if case.damage is None else _Found(case.damage.reason, case.damage.error)
+            found = None if case.damage is None else Found(case.damage.reason, case.damage.error)
             if found is None and self._config.checksum_file != "off":
                 stated = stated_beside(self._folder, sighting.relpath)
                 for algorithm in {digest.algorithm for digest in stated.digests.values()} - set(case.digests):
                     case.digests[algorithm] = yield from digest_of(fd, size, algorithm)
-                found = self._compare(case, stated)
+                found = compare(stated, case.digests, required=self._required)
             if fingerprint_of(os.fstat(fd)) != sighting.fingerprint:
                 raise _GoneError
         except OSError as error:
@@ -245,6 +230,11 @@ class Examination:
                 yield
         except LimitReachedError as error:
             why = str(error)
+        except OSError:
+            raise
+        except Exception as error:  # noqa: BLE001 -- a bug must cost neither the archive nor the daemon
+            self._log.emit(events.DAEMON_FAILED, error=repr(error), exc_info=error)
+            why = repr(error)
         self._log.emit(
             events.INSPECTION_ENDED,
             drop=self._drop,
@@ -254,36 +244,22 @@ class Examination:
         )
         return None
 
-    def _compare(self, case: _Case, stated: Stated) -> _Found | None:
-        for file, digest in stated.digests.items():
-            found = case.digests[digest.algorithm]
-            if found != digest:
-                return _Found(Reason.CHECKSUM_MISMATCH, f"{as_text(file)} states {digest}, but it is {found}")
-        if stated.digests:
-            return None
-        for file, why in stated.unusable.items():
-            return _Found(_UNUSABLE, f"{as_text(file)} is of no use: {why}")
-        if self._config.checksum_file == "required":
-            return _Found(_MISSING, "there is no checksum file for it")
-        return None
-
-    def _judge(self, case: _Case, found: _Found | None) -> Sighting | None:
+    def _judge(self, case: _Case, found: Found | None) -> Sighting | None:
         sighting, now = case.sighting, time.monotonic()
         patient = now < case.since + self._grace
         if case.again:
             self._queue.append(sighting.relpath)
             return None
-        optional = self._config.checksum_file != "required"
-        if found is None or (found.reason == _UNUSABLE and optional and not patient):
+        if found is None or (found.reason == UNUSABLE and not self._required and not patient):
             self._drop_case(case)
             return sighting
-        if found.reason in (_MISSING, _UNUSABLE) or patient:
+        if found.reason in (MISSING, UNUSABLE) or patient:
             self._hold(case, found, now)
             return None
         self._drop_case(case)
         return replace(sighting, rejected=Rejected(Reason(found.reason), found.error))
 
-    def _hold(self, case: _Case, found: _Found, now: float) -> None:
+    def _hold(self, case: _Case, found: Found, now: float) -> None:
         sighting, end = case.sighting, case.since + self._grace
         case.due = now + self._config.rescan_every.total_seconds()
         if now < end:
@@ -299,5 +275,5 @@ class Examination:
             size=sighting.fingerprint.size,
             reason=found.reason,
             error=found.error,
-            hint=_HINTS.get(found.reason, _LOOK_AT_THE_DEVICE),
+            hint=found.hint,
         )

@@ -44,7 +44,7 @@ def rejected(stage: Stage, daemon: Daemon, name: str, reason: str) -> None:
     record = json.loads((stage.rejected / f"{name}.reason.json").read_text())
     assert [one["reason"] for one in record["deliveries"]] == [reason]
     assert stage.stored() == []
-    shown = json.loads(stage.backupd("list", "--state", "rejected", "--json").stdout.splitlines()[0])
+    (shown,) = json.loads(stage.backupd("list", "--state", "rejected", "--json").stdout)
     assert json.loads(stage.backupd("show", shown["id"], "--json").stdout)["attempts"] == []
 
 
@@ -73,6 +73,21 @@ def test_a_truncated_archive_is_held_and_then_rejected_once(
     again.wait_for("archive.disposed", archive="r2.tar.gz")
     assert not again.events("archive.rejected")
     assert not again.events("watcher.blind")
+
+
+def test_what_was_rejected_can_be_sent_all_the_same(stage: Stage, receiver: RunningReceiver) -> None:
+    content = a_backup()[:-3000]
+    stage.configure(receiver.url, drop='inspect = "full"\n' + QUICKLY)
+    stage.put("r1.tar.gz", content)
+    daemon = stage.daemon().ready()
+    daemon.wait_for("archive.disposed")
+    assert daemon.stop() == 0
+    stage.configure(receiver.url)
+
+    assert stage.backupd("retry", "--all").returncode == 0
+
+    stage.daemon().wait_for("archive.delivered", archive="r1.tar.gz")
+    assert [path.read_bytes() for path in stage.stored()] == [content]
 
 
 @pytest.mark.parametrize("how", ["appended to", "replaced"])
@@ -164,6 +179,20 @@ def test_what_states_another_checksum_is_rejected_without_a_request(
 
     assert (stage.rejected / "r1.cfg.sha256").exists()
     assert not (stage.drop / "r1.cfg.sha256").exists()
+
+
+def test_where_archives_are_deleted_their_checksum_files_are_too(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url, drop='checksum_file = "auto"\non_delivered = "delete"')
+    stage.put("r1.cfg.sha256sum", sha256(b"r1").encode() + b"  r1.cfg\n")
+    stage.put("r1.cfg", b"r1")
+    (stage.drop / "r2.cfg.md5").write_text("another's")
+    daemon = stage.daemon().ready()
+
+    daemon.wait_for("archive.disposed", disposition="deleted")
+
+    assert [path.name for path in stage.drop.iterdir()] == ["r2.cfg.md5"]
 
 
 def test_yesterdays_checksum_waits_for_todays(stage: Stage, receiver: RunningReceiver) -> None:

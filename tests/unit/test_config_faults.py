@@ -256,7 +256,7 @@ def test_what_is_wrong_is_told_once_with_its_place(text: str, said: str) -> None
     assert not lines[0].endswith(".")
 
 
-@pytest.mark.parametrize("key", ["checksum_file", "keep_sent_for", "inspect"])
+@pytest.mark.parametrize("key", ["checksum", "keep_sent_for", "inspection"])
 def test_keys_that_nothing_implements_are_unknown(key: str) -> None:
     assert told(a_file(drop=f'{key} = "x"'))[0].startswith(f"drop.switches.{key}: unknown key")
 
