@@ -275,9 +275,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         Reason.DAMAGED, _A, Then.REJECT, "damaged, or not what the archive's name says", _LOOK_AT_THE_DEVICE
     ),
-    Rule(
-        Reason.CHECKSUM_MISMATCH, _A, Then.REJECT, "not what its checksum file says", "see which is wrong"
-    ),
+    Rule(Reason.CHECKSUM_MISMATCH, _A, Then.REJECT, "not what its checksum file says", "see which is wrong"),
     Rule(Reason.STOPPED, _D, Then.LATER, "the daemon was stopped during the upload", "nothing to do"),
     Rule(
         Reason.GAVE_UP,

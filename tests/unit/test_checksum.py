@@ -115,6 +115,7 @@ def test_names_are_read_as_they_were_escaped(written: bytes, name: bytes) -> Non
         b"\0" * 100,
         SHA.decode().encode("utf-16"),
         b"g" * 64 + b"  r1\n",
+        b"a" * 50 + b"  r1\n",
     ],
 )
 def test_what_states_no_such_digest_is_of_no_use(text: bytes) -> None:

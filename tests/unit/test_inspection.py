@@ -271,6 +271,38 @@ def test_a_large_tar_size_in_a_pax_header_is_followed(file: File) -> None:
     assert file.inspected(plain.getvalue(), "a.tar") is None
 
 
+def test_what_would_take_too_much_memory_is_given_up(file: File) -> None:
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 256 << 20}]
+    content = lzma.compress(TEXT, filters=filters)
+    with pytest.raises(LimitReachedError, match="dictionary"):
+        file.inspected(content, "a.xz")
+
+
+@pytest.mark.parametrize("end", [b"\0" * 22, b"PK\5\6" + bytes(17), b"PK\5\6" + bytes(16) + b"\xff\xff"])
+def test_a_zip_without_an_end_of_its_directory_is_truncated(file: File, end: bytes) -> None:
+    found = file.inspected(b"PK\3\4" + bytes(100) + end, "a.zip")
+    assert found is not None
+    assert found.reason is Reason.TRUNCATED
+
+
+@pytest.mark.parametrize(("at", "value"), [(12, 0xFFFFFFF0), (16, 0xFFFFFFF0), (12, 1), (16, 0xFFFFFFFF)])
+def test_a_zip_whose_directory_is_elsewhere_is_damaged(file: File, at: int, value: int) -> None:
+    content = bytearray(a_zip())
+    end = content.rindex(b"PK\5\6")
+    content[end + at : end + at + 4] = value.to_bytes(4, "little")
+    found = file.inspected(bytes(content), "a.zip")
+    assert found is not None
+    assert found.reason is Reason.DAMAGED
+
+
+def test_an_encrypted_entry_is_known_by_its_place_alone(file: File) -> None:
+    content = bytearray(a_zip())
+    for at in (content.index(b"PK\3\4") + 6, content.index(b"PK\1\2") + 8):
+        content[at] |= 1
+    content[60] ^= 1
+    assert file.inspected(bytes(content), "a.zip") is None
+
+
 def test_a_zip64_is_followed(file: File, tmp_path: Path) -> None:
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
