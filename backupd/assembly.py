@@ -112,8 +112,9 @@ class Assembly:
 
     def _drop(self, name: str, drop: DropConfig, config: Config) -> DropPart:
         targets, folder = destinations_of(config, drop), self._folders[name]
+        settled = self.parts.recorder.look
         ledger, log = self._ledger, self._log
-        return DropPart(Intake(name, drop, targets, folder, ledger, log, self._wake, self.freshness))
+        return DropPart(Intake(name, drop, targets, folder, ledger, log, self._wake, settled, self.freshness))
 
     def _destination(self, name: str, config: DestinationConfig) -> DestinationPart:
         wakeup, backoff = Wakeup(), _backoff(config)
@@ -198,6 +199,7 @@ def _rules(config: Config, folders: dict[str, DropFolder]) -> dict[str, Rule]:
             drop.on_delivered,
             os.fsencode(drop.sent_dir.strip("/")),
             os.fsencode(drop.rejected_dir.strip("/")),
+            checksums=drop.checksum_file != "off",
         )
         for name, drop in config.drop.items()
     }

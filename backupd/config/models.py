@@ -19,6 +19,8 @@ LogFormat = Literal["auto", "json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Observer = Literal["auto", "inotify", "polling"]
 OnDelivered = Literal["move", "delete", "keep"]
+Inspect = Literal["off", "quick", "full"]
+ChecksumFile = Literal["off", "auto", "required"]
 
 USUAL_NAMES = (
     *("*.tar", "*.tgz", "*.tbz", "*.tbz2", "*.txz", "*.tzst", "*.gz", "*.bz2", "*.xz", "*.zst", "*.lz4"),
@@ -97,6 +99,18 @@ class DropConfig(TableModel):
         default=None,
         description="Size or percentage to keep free by removing from sent_dir, the oldest first.",
         examples=["5%"],
+    )
+    inspect: Inspect = Field(
+        default="off",
+        description="Whether archives are looked into first; quick their ends, full every byte of them.",
+    )
+    inspect_grace: Duration = Field(
+        default=timedelta(minutes=10),
+        description="How long an archive that is found wanting must stay unchanged before it is rejected.",
+    )
+    checksum_file: ChecksumFile = Field(
+        default="off",
+        description="Whether a checksum file beside an archive is heeded; auto where there is one.",
     )
     label_pattern: LabelPattern | None = Field(
         default=None,

@@ -13,6 +13,7 @@ from typing import Any
 from backupd.core.model import DeliveryState
 from backupd.core.names import as_text, fitted, free_names
 from backupd.core.policy import Reason, rule_of
+from backupd.drop.checksum import move_companions
 from backupd.drop.folder import DropFolder
 from backupd.drop.held import HeldFolder
 from backupd.drop.move import FileChangedError, find_moved, move
@@ -27,12 +28,16 @@ _MOST_HELD = 16
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What a drop does with its archives; the directories are relative to it."""
+    """What a drop does with its archives; the directories are relative to it.
+
+    With `checksums` an archive's own checksum files go where it goes.
+    """
 
     folder: DropFolder
     on_delivered: str
     sent_dir: bytes
     rejected_dir: bytes
+    checksums: bool = False
 
 
 class Disposal:
@@ -95,6 +100,8 @@ class Disposal:
         if moved_to is None:
             self._tell(one, "gone", None)
             return Disposed(archive.id, None)
+        if rule.checksums:
+            move_companions(folder, archive.relpath, None if action == "delete" else moved_to)
         if action == "delete":
             folder.unlink(moved_to)
             self._tell(one, "deleted", None)

@@ -8,19 +8,23 @@ from datetime import datetime
 from typing import Protocol
 
 from backupd.core.gate import Gate
-from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint
+from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint, Rejected
 from backupd.core.step import Priority, Step
 from backupd.ledger.habits import Habits, Tracked
 
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
-    """A stable, eligible file in a drop folder; `tracked` where its device is of interest."""
+    """A stable, eligible file in a drop folder.
+
+    `tracked` where its device is of interest, `rejected` if it is not worth to be sent.
+    """
 
     drop: str
     relpath: bytes
     fingerprint: Fingerprint
     tracked: Tracked | None = None
+    rejected: Rejected | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +40,13 @@ class Admission:
     """What became of some sightings: new archives, and ones whose content they replace.
 
     `unusual` tells whether `Ledger.unusual` has something to say of a new one.
+    The `rejected` are not among the admitted; `Ledger.undisposed` returns them.
     """
 
     admitted: tuple[Archive, ...] = ()
     superseded: tuple[Archive, ...] = ()
     unusual: bool = False
+    rejected: tuple[Archive, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +117,10 @@ class Ledger(Habits, Protocol):
         ...
 
     def admit(self, sightings: Sequence[Sighting], destinations: Sequence[str], now: datetime) -> Admission:
-        """Make a pending delivery to each destination for each file not accounted for yet."""
+        """Make a pending delivery to each destination for each file not accounted for yet.
+
+        Those of a rejected sighting have ended at once, durably, and are never to be claimed.
+        """
         ...
 
     def claim(

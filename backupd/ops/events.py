@@ -4,81 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KEYS = {
-    "timestamp": "when, RFC 3339 in UTC",
-    "level": "debug, info, warning or error",
-    "event": "which event",
-    "version": "of backupd",
-    "pid": "of the daemon",
-    "config": "path of the configuration file",
-    "drop": "name of the drop folder in the configuration",
-    "path": "absolute path of a folder or file",
-    "observer": "inotify or polling",
-    "filesystem": "type of the filesystem",
-    "archive": r"path of the archive relative to its drop folder; bytes that are no UTF-8 as \xNN",
-    "size": "bytes of the archive",
-    "digest": "algorithm:hex of the content",
-    "destination": "name of the destination in the configuration",
-    "destinations": "names of the destinations that the archive goes to",
-    "delivery_id": "the delivery, and the Idempotency-Key of all its requests",
-    "attempt": "number of the request made for the delivery, from 1",
-    "sent": "bytes of the archive that were handed to the connection",
-    "duration_s": "seconds that it took",
-    "rate": "bytes per second",
-    "http_status": "what the destination answered",
-    "verified": "false only where the configuration asks for no receipt",
-    "reason": "a fixed word for why",
-    "error": "the same in words",
-    "hint": "what to do about it",
-    "exception": "the stack trace of a bug, without the values of variables",
-    "moved_to": "path of the file now, relative to its drop folder",
-    "disposition": "moved, deleted, kept, or gone",
-    "retry_at": "when it is tried again",
-    "paused_for_s": "seconds for which the destination gets nothing",
-    "down_for_s": "seconds since the destination's first failure in a row",
-    "faults": "the destination's failures in a row",
-    "pending": "deliveries not ended",
-    "pending_bytes": "bytes of the archives of pending deliveries",
-    "oldest_s": "age in seconds of the oldest pending archive",
-    "found": "files found",
-    "candidates": "files that are not stable yet",
-    "released": "claims of a daemon that ended in the middle",
-    "undisposed": "delivered or rejected archives whose file is still to be moved",
-    "in_flight": "uploads under way",
-    "signal": "name of the signal",
-    "clean": "whether every upload ended within the grace",
-    "gates": "state of each destination's gate",
-    "delivered": "archives delivered since the last heartbeat",
-    "delivered_bytes": "bytes delivered since the last heartbeat",
-    "rejected": "archives rejected since the last heartbeat",
-    "uptime_s": "seconds since the start",
-    "logger": "the library's logger",
-    "lost": "lines that could not be written",
-    "drops_changed": "names of the drops that began, ended or began anew",
-    "destinations_changed": "names of the destinations that began, ended or began anew",
-    "thread": "which thread",
-    "silent_s": "seconds without a sign of life",
-    "whose": "client or server",
-    "expires_at": "when the certificate ends",
-    "device": "whom the archive comes from, by `expect.by`; left out for a drop as a whole",
-    "last_at": "when its last archive was admitted; left out if none ever was",
-    "overdue_s": "seconds since it should have come",
-    "median_size": "bytes in the middle of the last ten archives of the device",
-    "change": "difference from that as a fraction of it: -0.5 for half of it",
-    "oldest_each": "age in seconds of each destination's oldest pending archive, 0 where none is pending",
-    "archives_per_s": "archives delivered a second since the last heartbeat",
-    "quarantined": "rejected archives that are in quarantine now",
-    "overdue": "devices from which nothing came for too long, as things stand",
-    "days_left": "whole days until the client certificate ends; of each destination in a heartbeat",
-    "memory_bytes": "resident memory of the daemon",
-    "open_files": "descriptors that the daemon has open",
-    "open_files_most": "descriptors that the daemon may have open",
-    "gate": "open, paused or probing",
-    "free_bytes": "bytes that are free on the filesystem",
-    "min_free_bytes": "bytes that `min_free` asks for",
-}
-"""What each key means; an event uses some of them."""
-
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -256,6 +181,19 @@ DISK_LOW = _event(
     "error",
     "drop path free_bytes min_free_bytes error hint",
     "less than `min_free` is free, and there is no sent archive left to remove; told again while it lasts",
+)
+ARCHIVE_WAITING = _event(
+    "archive.waiting",
+    "warning",
+    "drop archive size reason error hint",
+    "a finished file is not sent as it looks truncated or damaged, or its checksum file is missing or wrong; "
+    "said once per content and reason",
+)
+INSPECTION_ENDED = _event(
+    "inspection.ended",
+    "debug",
+    "drop archive size error",
+    "an archive is sent without having been inspected to its end",
 )
 
 ATTEMPT_FAILED = _event(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from backupd.ops.events import CATALOGUE, KEYS
+from backupd.ops.events import CATALOGUE
+from backupd.ops.keys import KEYS
 from backupd.ops.schema import schema
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from backupd.ops.events import CATALOGUE, KEYS, Event
+from backupd.ops.events import CATALOGUE, Event
+from backupd.ops.keys import KEYS
 
 _Type = dict[str, object]
 

@@ -68,6 +68,7 @@ class Watching:
             self.ledger,
             EventLog(LineWriter(self._log), level="debug"),
             self.woken.append,
+            lambda: None,
         )
         self._stop = threading.Event()
         self._failure: BaseException | None = None

@@ -10,7 +10,8 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import backupd
-from backupd.ops.events import CATALOGUE, KEYS
+from backupd.ops.events import CATALOGUE
+from backupd.ops.keys import KEYS
 from backupd.ops.pages import as_json_schema
 from backupd.ops.schema import TYPES, schema
 from tests.lines import check_line, check_log
