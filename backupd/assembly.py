@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from backupd.delivery.recorder import Recorder
 from backupd.delivery.wakeup import Wakeup
 from backupd.delivery.worker import Lane, Source, Worker
 from backupd.drop.folder import DropFolder
+from backupd.intake.freshness import Freshness
 from backupd.intake.intake import Intake
 from backupd.ledger.database import StateLock, open_ledger
 from backupd.ledger.port import Ledger
@@ -32,6 +34,7 @@ from backupd.ledger.sqlite_shelf import open_shelf
 from backupd.ops import events
 from backupd.ops.log import EventLog
 from backupd.parts import Change, DestinationPart, DropPart, Parts
+from backupd.upkeep import Upkeep
 from backupd.upload.endpoint import open_endpoint
 from backupd.upload.http import HttpUploader
 from backupd.upload.line import Abort
@@ -54,7 +57,10 @@ def run_daemon(config: Config, log: EventLog, config_path: Path, found: Examinat
             )
         assembly = Assembly(config, SqliteLedger(opened.connection), log)
         certificates = Certificates(assembly.parts, log, examine, found)
-        return Daemon(assembly.parts, log, config_path, examine, assembly.change_to, certificates).run()
+        upkeep = Upkeep(assembly.parts, log, assembly.freshness)
+        return Daemon(
+            assembly.parts, log, config_path, examine, assembly.change_to, certificates, upkeep
+        ).run()
 
 
 class Assembly:
@@ -67,6 +73,8 @@ class Assembly:
         self._folders = {name: open_folder(name, drop) for name, drop in config.drop.items()}
         self._rules = _rules(config, self._folders)
         self._sources = {name: _source(drop, self._folders[name]) for name, drop in config.drop.items()}
+        self.freshness = Freshness(ledger, log)
+        self.freshness.begin(config.drop, datetime.now(UTC))
         disposal = Disposal(self._rules, log)
         recorder = Recorder(ledger, disposal, log, self._look_again)
         keeper = Keeper(lambda: open_shelf(config.state_dir), self._stocks, log)
@@ -77,13 +85,14 @@ class Assembly:
     def change_to(self, config: Config) -> Change:
         """Have the parts be those for another configuration; what is the same goes on as it is.
 
-        Raises ConfigError, and changes nothing, where a folder can't be opened. What ended is still to be
-        stopped, and what is new to be started.
+        Raises ConfigError or LedgerError, and changes nothing, where a folder can't be opened or the ledger
+        not be written. What ended is still to be stopped, and what is new to be started.
         """
         before = self.parts.config
         drops = {n: d for n, d in config.drop.items() if not _is_same_drop(n, before, config)}
         destinations = {n: d for n, d in config.destination.items() if before.destination.get(n) != d}
         folders = {n: open_folder(n, d) for n, d in drops.items() if not self._has_folder(n, d)}
+        self.freshness.begin(config.drop, datetime.now(UTC))
         self._folders |= folders  # one that was replaced stays open: its archives may be under way
         self._rules |= _rules(config, self._folders)
         self._sources |= {n: _source(d, self._folders[n]) for n, d in drops.items()}
@@ -103,7 +112,9 @@ class Assembly:
 
     def _drop(self, name: str, drop: DropConfig, config: Config) -> DropPart:
         targets, folder = destinations_of(config, drop), self._folders[name]
-        return DropPart(Intake(name, drop, targets, folder, self._ledger, self._log, self._wake))
+        settled = self.parts.recorder.look
+        ledger, log = self._ledger, self._log
+        return DropPart(Intake(name, drop, targets, folder, ledger, log, self._wake, settled, self.freshness))
 
     def _destination(self, name: str, config: DestinationConfig) -> DestinationPart:
         wakeup, backoff = Wakeup(), _backoff(config)
@@ -188,6 +199,7 @@ def _rules(config: Config, folders: dict[str, DropFolder]) -> dict[str, Rule]:
             drop.on_delivered,
             os.fsencode(drop.sent_dir.strip("/")),
             os.fsencode(drop.rejected_dir.strip("/")),
+            checksums=drop.checksum_file != "off",
         )
         for name, drop in config.drop.items()
     }

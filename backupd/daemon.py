@@ -18,11 +18,13 @@ from backupd.config.examination import Examine
 from backupd.config.loading import load
 from backupd.config.models import Config
 from backupd.core.errors import BackupdError, ConfigError, LedgerError
+from backupd.heartbeat import Heartbeat
 from backupd.ops import events
 from backupd.ops.log import EventLog
 from backupd.ops.notify import Notifier
 from backupd.parts import Change, DestinationPart, DropPart, Parts
 from backupd.threads import Threads
+from backupd.upkeep import Upkeep
 
 _STOPS = {signal.SIGTERM, signal.SIGINT}
 _SIGNALS = {*_STOPS, signal.SIGHUP}
@@ -53,6 +55,7 @@ class Daemon:
         examine: Examine,
         change_to: Callable[[Config], Change],
         certificates: Certificates,
+        upkeep: Upkeep,
     ) -> None:
         self._parts = parts
         self._log = log
@@ -60,11 +63,13 @@ class Daemon:
         self._examine = examine
         self._change_to = change_to
         self._certificates = certificates
+        self._upkeep = upkeep
         self._notifier = Notifier()
         self._threads = Threads(log)
         self._retired: list[DestinationPart] = []
         self._abandon = threading.Event()
         self._began = time.monotonic()
+        self._beats = Heartbeat(parts.ledger, parts.recorder, log, self._began)
 
     def run(self) -> int:
         """Run until SIGTERM or SIGINT; return the exit code. To be called in the main thread."""
@@ -83,6 +88,7 @@ class Daemon:
         undisposed = parts.recorder.recover()
         self._threads.start(parts.recorder.run, self._abandon, parts.recorder.pulse)
         self._begin(parts.drops, parts.destinations)
+        self._wait_for_intakes(parts.drops, math.inf)
         self._threads.start(parts.keeper.run, parts.keeper.stop, parts.keeper.pulse)
         self._log.emit(
             events.DAEMON_READY,
@@ -91,7 +97,7 @@ class Daemon:
             released=released,
             undisposed=undisposed,
         )
-        self._certificates.tell()
+        self._beat()
         self._notifier.send("READY=1", self._status())
         return self._shut_down(self._go_on())
 
@@ -103,13 +109,13 @@ class Daemon:
             destination.gate.note()
             for worker in destination.workers:
                 self._threads.start(worker.run, destination.stop, worker.pulse)
-        self._wait_for_intakes(drops, math.inf)
 
     def _wait_for_intakes(self, drops: Mapping[str, DropPart], until: float) -> None:
         """Wait until every drop has been looked through once."""
         for drop in drops.values():
             while not drop.intake.ready.wait(0.1) and not self._threads.failed and time.monotonic() < until:
-                self._notifier.send("EXTEND_TIMEOUT_USEC=30000000", "WATCHDOG=1")
+                self._notifier.send("EXTEND_TIMEOUT_USEC=30000000")
+                self._show_life()
                 if signal.sigpending() & _STOPS:
                     return
 
@@ -125,8 +131,7 @@ class Daemon:
             self._show_life()
             self._certificates.tick()
             if time.monotonic() >= next_beat:
-                self._heartbeat()
-                self._certificates.tell()
+                self._beat()
                 next_beat = time.monotonic() + self._heartbeat_every
 
     @property
@@ -183,25 +188,12 @@ class Daemon:
             destinations_changed=sorted({*change.destinations_ended, *change.destinations_begun}),
         )
 
-    def _heartbeat(self) -> None:
-        try:
-            backlog = self._parts.ledger.backlog()
-        except LedgerError as error:
-            self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
-            return
-        tally = self._parts.recorder.take_tally()
-        oldest = min((b.oldest for b in backlog.values() if b.oldest), default=None)
-        self._log.emit(
-            events.DAEMON_HEARTBEAT,
-            uptime_s=time.monotonic() - self._began,
-            pending={name: backlog[name].pending if name in backlog else 0 for name in self._parts.gates},
-            pending_bytes=sum(b.bytes for b in backlog.values()),
-            oldest_s=datetime.now(UTC) - oldest if oldest else 0.0,
-            in_flight=self._in_flight(),
-            gates={name: gate.state for name, gate in self._parts.gates.items()},
-            delivered=tally.delivered,
-            delivered_bytes=tally.delivered_bytes,
-            rejected=tally.rejected,
+    def _beat(self) -> None:
+        """See to what has its time, then tell how things stand."""
+        self._upkeep.tick()
+        self._certificates.tell()
+        self._beats.beat(
+            self._parts.gates, self._in_flight(), self._certificates.days_left(), self._upkeep.overdue
         )
 
     def _destinations(self) -> list[DestinationPart]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.lines import check_log
 from tests.pki import Pki
 
 PATIENCE = 180.0
@@ -113,6 +114,7 @@ class Stage:
         self.store = base / "store"
         self.state = base / "state"
         self.config = base / "backupd.toml"
+        self.log = base / "daemon.log"
         self._daemons: list[Daemon] = []
 
     def configure(
@@ -141,7 +143,7 @@ key = "{self.pki.client_key}"
 
     def daemon(self, environ: dict[str, str] | None = None) -> Daemon:
         """Start the daemon; it is ended with the test."""
-        daemon = Daemon(self.config, self.base / "daemon.log", environ)
+        daemon = Daemon(self.config, self.log, environ)
         self._daemons.append(daemon)
         return daemon
 
@@ -181,10 +183,12 @@ key = "{self.pki.client_key}"
         )
 
     def end(self) -> None:
-        """End whatever still runs."""
+        """End whatever still runs, and hold what was logged against the catalogue."""
         for daemon in self._daemons:
             if daemon.process.poll() is None:
                 daemon.kill()
+        if self.log.exists():
+            check_log(self.log.read_bytes().decode("utf-8", "replace"))
 
 
 def a_stage(base: Path) -> Iterator[Stage]:

@@ -7,7 +7,21 @@ from typing import Annotated
 import typer
 
 from backupd import __version__
-from backupd.cli import audit, check, config, demo, init, listing, push, receive, retry, run, status
+from backupd.cli import (
+    audit,
+    check,
+    config,
+    demo,
+    forget,
+    init,
+    install,
+    listing,
+    push,
+    receive,
+    retry,
+    run,
+    status,
+)
 
 app = typer.Typer(
     name="backupd",
@@ -45,7 +59,10 @@ app.command("list")(listing.list_deliveries)
 app.command("show")(listing.show)
 app.command("audit")(audit.audit)
 app.command("retry")(retry.retry)
+app.command("forget")(forget.forget)
 app.command("init")(init.init)
 app.add_typer(config.app, name="config")
+app.command("install")(install.install)
+app.command("uninstall")(install.uninstall)
 app.command("receive")(receive.receive)
 app.command("demo")(demo.demo)

@@ -36,8 +36,9 @@ def run(
     with absent("rich", "click"):  # structlog and httpx would draw with them
         from backupd.assembly import run_daemon  # noqa: PLC0415
         from backupd.ops import events  # noqa: PLC0415
-        from backupd.ops.log import EventLog, LineWriter, take_over_library_loggers  # noqa: PLC0415
-    log = EventLog(LineWriter(1), level=log_level or loaded.log.level, console=_wants_console(loaded))
+        from backupd.ops.journal import writer_for  # noqa: PLC0415
+        from backupd.ops.log import EventLog, take_over_library_loggers  # noqa: PLC0415
+    log = EventLog(writer_for(1), level=log_level or loaded.log.level, console=_wants_console(loaded))
     take_over_library_loggers(log)
     for problem in found.problems:
         log.emit(events.CONFIG_WARNING, path=problem.where, error=problem.message, hint=problem.hint)

@@ -44,6 +44,20 @@ def drop_faults(drop: "DropConfig") -> Iterator[Fault]:
         yield Fault(("destinations",), "expected every destination once")
     for taken in sorted(_labels(drop) & PLACEHOLDERS):
         yield Fault(("label_pattern",), f"the group {quoted(taken)} has the name of a built-in placeholder")
+    yield from _expect_faults(drop)
+
+
+def _expect_faults(drop: "DropConfig") -> Iterator[Fault]:
+    expect = drop.expect
+    if expect.devices and not expect.by:
+        yield Fault(("expect", "devices"), "expected by beside it", (("expect", "by"),))
+    for key in ("by", "devices"):
+        if getattr(expect, key) and expect.every is None and (key == "devices" or drop.size_alarm is None):
+            yield Fault(("expect", key), "expected every beside it", (("expect", "every"), ("size_alarm",)))
+    known = (PLACEHOLDERS - {"digest"}) | _labels(drop)
+    for placeholder in sorted(Template.parse(expect.by or "").names - known):
+        text = f"unknown placeholder {{{placeholder}}}{did_you_mean(placeholder, known)}"
+        yield Fault(("expect", "by"), text, (("label_pattern",),))
 
 
 def receipt_faults(receipt: "ReceiptConfig") -> Iterator[Fault]:

@@ -8,9 +8,10 @@ from pydantic import Field, model_validator
 
 from backupd.config import consistency
 from backupd.config.destination import DestinationConfig
+from backupd.config.expect import ExpectConfig
 from backupd.config.faults import raise_all
 from backupd.config.free_space import FreeSpace
-from backupd.config.quantities import Duration, PositiveDuration, Size
+from backupd.config.quantities import Duration, Percentage, PositiveDuration, Size
 from backupd.config.table import TableModel
 from backupd.config.values import AbsolutePath, DropSubfolder, FilePattern, LabelPattern, Name
 
@@ -18,6 +19,8 @@ LogFormat = Literal["auto", "json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Observer = Literal["auto", "inotify", "polling"]
 OnDelivered = Literal["move", "delete", "keep"]
+Inspect = Literal["off", "quick", "full"]
+ChecksumFile = Literal["off", "auto", "required"]
 
 USUAL_NAMES = (
     *("*.tar", "*.tgz", "*.tbz", "*.tbz2", "*.txz", "*.tzst", "*.gz", "*.bz2", "*.xz", "*.zst", "*.lz4"),
@@ -97,10 +100,30 @@ class DropConfig(TableModel):
         description="Size or percentage to keep free by removing from sent_dir, the oldest first.",
         examples=["5%"],
     )
+    inspect: Inspect = Field(
+        default="off",
+        description="Whether archives are looked into first; quick their ends, full every byte of them.",
+    )
+    inspect_grace: Duration = Field(
+        default=timedelta(minutes=10),
+        description="How long an archive that is found wanting must stay unchanged before it is rejected.",
+    )
+    checksum_file: ChecksumFile = Field(
+        default="off",
+        description="Whether a checksum file beside an archive is heeded; auto where there is one.",
+    )
     label_pattern: LabelPattern | None = Field(
         default=None,
         description="Regular expression on the relative path whose named groups become placeholders.",
         examples=["(?P<device>[^/]+)/.*"],
+    )
+    size_alarm: Percentage | None = Field(
+        default=None,
+        description="Say so of an archive that is so much larger or smaller than its device's last ones.",
+        examples=["50%"],
+    )
+    expect: ExpectConfig = Field(
+        default_factory=ExpectConfig, description="How often each device is to send an archive."
     )
 
     @model_validator(mode="after")
@@ -121,6 +144,9 @@ class Config(TableModel):
     )
     heartbeat_every: PositiveDuration = Field(
         default=timedelta(seconds=60), description="How often the daemon logs that it is alive."
+    )
+    keep_history_for: PositiveDuration = Field(
+        default=timedelta(days=400), description="How long the ledger remembers archives that are done with."
     )
     log: LogConfig = Field(default_factory=LogConfig, description="How the daemon writes its log.")
     drop: dict[Name, DropConfig] = Field(min_length=1, description="Drop folders by name.")

@@ -30,11 +30,15 @@ _BYTES_BY_UNIT: Final = {unit.lower(): factor for unit, factor in _BYTES.items()
 SIZE_PATTERN: Final = f"^{_NUMBER} ?(?:[kKmMgGtTpP][iI]?)?[bB]$"
 _SIZE: Final = re.compile(f"({_NUMBER}) ?((?:[kmgtp]i?)?b)", re.IGNORECASE)
 
+PERCENT_PATTERN: Final = f"^{_NUMBER}%$"
+_PERCENT: Final = re.compile(f"({_NUMBER})%")
+
 LONGEST: Final = timedelta(days=36500)
 LARGEST: Final = 2**63 - 1
 
 _A_DURATION: Final = 'a duration such as "2s"'
 _A_SIZE: Final = 'a size such as "20MB"'
+_A_PERCENTAGE: Final = 'a percentage from "1%" to "1000%"'
 
 
 def parse_duration(text: str) -> timedelta:
@@ -111,6 +115,20 @@ def _to_size(value: object) -> int:
         raise expected(str(error).removeprefix("expected ")) from None
 
 
+def _to_fraction(value: object) -> float:
+    if isinstance(value, float) and 0.01 <= value <= 10:
+        return value
+    match = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+    fraction = Decimal(match[1]) / 100 if match else Decimal(0)
+    if not Decimal("0.01") <= fraction <= 10:
+        raise expected(_A_PERCENTAGE)
+    return float(fraction)
+
+
+def _as_percentage(fraction: float) -> str:
+    return f"{fraction * 100:.10g}%"
+
+
 def _longer_than_nothing(value: timedelta) -> timedelta:
     if not value:
         raise expected('a duration longer than "0s"')
@@ -139,3 +157,11 @@ Size = Annotated[
     WithJsonSchema({"type": ["string", "integer"], "minimum": 0, "pattern": SIZE_PATTERN}),
 ]
 """A number of bytes; a bare number counts bytes, too."""
+
+Percentage = Annotated[
+    float,
+    BeforeValidator(_to_fraction),
+    PlainSerializer(_as_percentage, return_type=str, when_used="json"),
+    WithJsonSchema({"type": "string", "pattern": PERCENT_PATTERN}),
+]
+"""A fraction, written in percent."""

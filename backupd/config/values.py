@@ -131,6 +131,18 @@ def _field_text(value: str) -> str:
     return value
 
 
+def _device_name(value: str) -> str:
+    if not value or not value.isprintable():
+        raise expected("the name of a device")
+    return value
+
+
+def _device_template(value: str) -> str:
+    if not _template(value).names:
+        raise expected('a placeholder such as "{device}"')
+    return value
+
+
 def _header_name(value: str) -> str:
     if not _TOKEN.fullmatch(value):
         raise refused("expected a header name of letters, digits and dashes")
@@ -226,6 +238,8 @@ UrlTemplate = Annotated[str, AfterValidator(_url)]
 FieldName = Annotated[str, AfterValidator(_field_name)]
 DigestField = Annotated[str, AfterValidator(_digest_field)]
 FieldText = Annotated[str, AfterValidator(_field_text)]
+DeviceName = Annotated[str, AfterValidator(_device_name)]
+DeviceTemplate = Annotated[str, AfterValidator(_device_template)]
 HeaderName = Annotated[str, AfterValidator(_header_name)]
 HeaderText = Annotated[str, AfterValidator(_header_text)]
 DigestSource = Annotated[str, AfterValidator(_digest_source)]

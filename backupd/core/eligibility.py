@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from backupd.core.checksum import is_checksum_name
+
 _TEMPORARY = re.compile(
     r"(?:\..*|.*~|~.*|#.*#|.*\.(?:part|partial|tmp|temp|filepart|crdownload|swp|swx|lock|writing|upload|inprogress))",
     re.IGNORECASE | re.DOTALL,
@@ -21,6 +23,7 @@ class Ineligible(StrEnum):
 
     TEMPORARY = "temporary_name"
     EXCLUDED = "excluded"
+    CHECKSUM = "checksum_file"
     NOT_INCLUDED = "not_included"
     SYMLINK = "symlink"
     SPECIAL = "not_a_regular_file"
@@ -63,12 +66,16 @@ def _union(patterns: Iterable[str]) -> re.Pattern[str]:
 
 @dataclass(frozen=True, slots=True)
 class Eligibility:
-    """A drop's rules of what an archive is; sizes in bytes, `max_size` None for no limit."""
+    """A drop's rules of what an archive is; sizes in bytes, `max_size` None for no limit.
+
+    `checksums` tells whether checksum files are read as such, and so are no archives.
+    """
 
     include: Patterns
     exclude: Patterns
     min_size: int
     max_size: int | None
+    checksums: bool = False
 
     def of_name(self, relpath: bytes) -> Ineligible | None:
         """Return why a path can't be an archive by its name, or None."""
@@ -76,6 +83,8 @@ class Eligibility:
             return Ineligible.TEMPORARY
         if self.exclude.match(relpath):
             return Ineligible.EXCLUDED
+        if self.checksums and is_checksum_name(relpath.rpartition(b"/")[2]):
+            return Ineligible.CHECKSUM
         if not self.include.match(relpath):
             return Ineligible.NOT_INCLUDED
         return None

@@ -48,6 +48,9 @@ class Reason(StrEnum):
     # on our side
     LOCAL_FILES = "local_files_unusable"
     UNREADABLE = "archive_unreadable"
+    TRUNCATED = "truncated"
+    DAMAGED = "damaged"
+    CHECKSUM_MISMATCH = "checksum_mismatch"
     STOPPED = "stopped"
     GAVE_UP = "gave_up"
     INTERNAL = "internal_error"
@@ -74,6 +77,7 @@ class Rule:
 
 
 _D, _A = Charge.DESTINATION, Charge.ARCHIVE
+_LOOK_AT_THE_DEVICE = "look at the device; to send it all the same, `inspect` off, then `backupd retry`"
 
 RULES: tuple[Rule, ...] = (
     Rule(Reason.DNS, _D, Then.PAUSE, "the host name could not be resolved", "check the url and the resolver"),
@@ -265,6 +269,13 @@ RULES: tuple[Rule, ...] = (
         "the archive can't be read on this host",
         "check its permissions and the disk",
     ),
+    Rule(
+        Reason.TRUNCATED, _A, Then.REJECT, "the archive ends too early or holds nothing", _LOOK_AT_THE_DEVICE
+    ),
+    Rule(
+        Reason.DAMAGED, _A, Then.REJECT, "damaged, or not what the archive's name says", _LOOK_AT_THE_DEVICE
+    ),
+    Rule(Reason.CHECKSUM_MISMATCH, _A, Then.REJECT, "not what its checksum file says", "see which is wrong"),
     Rule(Reason.STOPPED, _D, Then.LATER, "the daemon was stopped during the upload", "nothing to do"),
     Rule(
         Reason.GAVE_UP,

@@ -45,7 +45,10 @@ _ALSO_SEEN_AS = {
     Reason.UNVERIFIED: ("2xx",),
     Reason.MISMATCH: ("2xx",),
     **dict.fromkeys(
-        (Reason.LOCAL_FILES, Reason.UNREADABLE, Reason.STOPPED, Reason.GAVE_UP, Reason.INTERNAL),
+        (
+            *(Reason.LOCAL_FILES, Reason.UNREADABLE, Reason.TRUNCATED, Reason.DAMAGED),
+            *(Reason.CHECKSUM_MISMATCH, Reason.STOPPED, Reason.GAVE_UP, Reason.INTERNAL),
+        ),
         ("on this host",),
     ),
 }

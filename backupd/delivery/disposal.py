@@ -13,6 +13,7 @@ from typing import Any
 from backupd.core.model import DeliveryState
 from backupd.core.names import as_text, fitted, free_names
 from backupd.core.policy import Reason, rule_of
+from backupd.drop.checksum import move_companions
 from backupd.drop.folder import DropFolder
 from backupd.drop.held import HeldFolder
 from backupd.drop.move import FileChangedError, find_moved, move
@@ -21,15 +22,22 @@ from backupd.ledger.port import Disposed, Settled
 from backupd.ops import events
 from backupd.ops.log import EventLog
 
+_MOST_HELD = 16
+"""Directories that stay open between two archives."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What a drop does with its archives; the directories are relative to it."""
+    """What a drop does with its archives; the directories are relative to it.
+
+    With `checksums` an archive's own checksum files go where it goes.
+    """
 
     folder: DropFolder
     on_delivered: str
     sent_dir: bytes
     rejected_dir: bytes
+    checksums: bool = False
 
 
 class Disposal:
@@ -51,28 +59,29 @@ class Disposal:
         failed: list[int] = []
         touched: set[tuple[str, bytes]] = set()
         held: dict[str, HeldFolder] = {}
-        for one in settled:
-            alive()
-            if not one.announced:
-                self._announce(one)
-            drop = one.archive.drop
-            rule = self._rules.get(drop)
-            if rule is None:
-                failed.append(one.archive.id)  # until the drop is configured again
-                continue
-            if drop not in held:
-                held[drop] = HeldFolder(rule.folder)
-            try:
-                done.append(self._dispose(one, rule, held[drop], touched))
-                self._failed.discard(one.archive.id)
-            except OSError as error:
-                self._complain(one, error)
-                failed.append(one.archive.id)
         try:
+            for one in settled:
+                alive()
+                if sum(map(len, held.values())) > _MOST_HELD:
+                    _close_all(held)
+                if not one.announced:
+                    self._announce(one)
+                drop = one.archive.drop
+                rule = self._rules.get(drop)
+                if rule is None:
+                    failed.append(one.archive.id)  # until the drop is configured again
+                    continue
+                if drop not in held:
+                    held[drop] = HeldFolder(rule.folder)
+                try:
+                    done.append(self._dispose(one, rule, held[drop], touched))
+                    self._failed.discard(one.archive.id)
+                except OSError as error:
+                    self._complain(one, error)
+                    failed.append(one.archive.id)
             return self._sync(done, touched, held, failed), failed
         finally:
-            for folder in held.values():
-                folder.close()
+            _close_all(held)
 
     def _dispose(
         self, one: Settled, rule: Rule, folder: HeldFolder, touched: set[tuple[str, bytes]]
@@ -91,6 +100,8 @@ class Disposal:
         if moved_to is None:
             self._tell(one, "gone", None)
             return Disposed(archive.id, None)
+        if rule.checksums:
+            move_companions(folder, archive.relpath, None if action == "delete" else moved_to)
         if action == "delete":
             folder.unlink(moved_to)
             self._tell(one, "deleted", None)
@@ -192,6 +203,11 @@ class Disposal:
             error=os.strerror(error.errno) if error.errno else str(error),
             hint=_hint(error),
         )
+
+
+def _close_all(held: Mapping[str, HeldFolder]) -> None:
+    for folder in held.values():
+        folder.close()
 
 
 def _hint(error: OSError) -> str:

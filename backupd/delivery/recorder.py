@@ -26,6 +26,10 @@ LookAgain = Callable[[str, bytes], None]
 """Called with a drop's name and a path in it that is worth a look."""
 
 
+class _Look:
+    """Asks to look for what is to be disposed of."""
+
+
 @dataclass(slots=True)
 class Tally:
     """What ended since last asked, for the heartbeat."""
@@ -46,7 +50,7 @@ class Recorder:
         self._disposal = disposal
         self._look_again = look_again
         self._log = log
-        self._queue: queue.Queue[Finished | None] = queue.Queue(_MOST_AT_ONCE)
+        self._queue: queue.Queue[Finished | _Look | None] = queue.Queue(_MOST_AT_ONCE)
         self._lock = threading.Lock()
         self._tally = Tally()
         self._leftover = False
@@ -58,6 +62,10 @@ class Recorder:
     def put(self, finished: Finished) -> None:
         """Hand an ended claim over; waits while the recorder is far behind."""
         self._queue.put(finished)
+
+    def look(self) -> None:
+        """Have what was settled by others than `run` disposed of; only `run` does that, so never twice."""
+        self._queue.put(_Look())
 
     def finish(self) -> None:
         """Have `run` end once everything handed over so far is recorded."""
@@ -92,7 +100,10 @@ class Recorder:
         try:
             item = self._queue.get(timeout=_TRY_AGAIN)
             while item is not None:
-                batch.append(item)
+                if isinstance(item, _Look):
+                    self._leftover, self._next_try = True, 0.0
+                else:
+                    batch.append(item)
                 if len(batch) >= _MOST_AT_ONCE:
                     return batch, False
                 item = self._queue.get_nowait()

@@ -107,6 +107,7 @@ class Worker:
         """Carry one delivery to its end; return False where there is nothing to do now."""
         lane = self._lane
         if not lane.gate.enter():
+            lane.give_back()  # nobody knows for how long
             return False
         delivery = None
         try:

@@ -35,7 +35,11 @@ class Candidates:
         self._folder = folder
         self._log = log
         self._eligibility = Eligibility(
-            Patterns(config.include), Patterns(config.exclude), config.min_size, config.max_size
+            Patterns(config.include),
+            Patterns(config.exclude),
+            config.min_size,
+            config.max_size,
+            checksums=config.checksum_file != "off",
         )
         self._tracker = StabilityTracker(config.stable_for.total_seconds())
         self._said: set[int] = set()

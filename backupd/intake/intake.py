@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -16,6 +17,8 @@ from backupd.core.model import fingerprint_of
 from backupd.drop.folder import DropFolder
 from backupd.drop.walk import walk
 from backupd.intake.candidates import Candidates
+from backupd.intake.examination import Examination
+from backupd.intake.freshness import Freshness
 from backupd.intake.sight import Sight
 from backupd.ledger.port import Known, Ledger, Sighting, mark
 from backupd.ops import events
@@ -29,6 +32,9 @@ _SURELY_MISSED = 5.0
 """Seconds after which an event that has not come will not come."""
 
 Wake = Callable[[Sequence[str]], None]
+
+Settled = Callable[[], None]
+"""Called when archives were rejected at once, so that the ledger has files to dispose of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,8 @@ class Intake:
         ledger: Ledger,
         log: EventLog,
         wake: Wake,
+        settled: Settled,
+        freshness: Freshness | None = None,
     ) -> None:
         self.name = name
         self._config = config
@@ -60,9 +68,12 @@ class Intake:
         self._ledger = ledger
         self._log = log
         self._wake = wake
+        self._freshness = freshness or Freshness(ledger, log)
+        self._settled = settled
         self._prefix = os.fsencode(config.path).rstrip(b"/") + b"/"
         self._notices: queue.SimpleQueue[_Notice | None] = queue.SimpleQueue()
         self._candidates = Candidates(name, config, folder, log)
+        self._examination = Examination(name, config, folder, log, self._candidates.complain)
         self._skip = frozenset(os.fsencode(d.strip("/")) for d in (config.sent_dir, config.rejected_dir))
         self._sight = Sight(name, config, folder, log, self._notice, self._ignores)
         self._batch: list[Sighting] = []
@@ -85,9 +96,11 @@ class Intake:
                     next_scan = time.monotonic() + self._sight.scan_every()
                     self.ready.set()
                 self._look_again()
+                self._batch += self._examination.work()
                 self._admit()
                 self._wait(next_scan)
         finally:
+            self._examination.close()
             self.pulse.rest()
             self._sight.close()
 
@@ -103,8 +116,8 @@ class Intake:
         self._notices.put(_Notice(path, is_directory))
 
     def _wait(self, next_scan: float) -> None:
-        due = self._candidates.next_due()
-        until = next_scan if due is None else min(next_scan, due)
+        dues = (self._candidates.next_due(), self._examination.next_due())
+        until = min([next_scan, *(due for due in dues if due is not None)])
         timeout = max(until - time.monotonic(), 0.0)
         try:
             self.pulse.rest()
@@ -126,6 +139,7 @@ class Intake:
             if self._config.recursive:
                 self._scan(relpath, None, prove=False)
             return
+        self._examination.noticed(relpath)
         self._look(relpath)
 
     def _ignores(self, directory: bytes) -> bool:
@@ -140,7 +154,7 @@ class Intake:
 
     def _look(self, relpath: bytes, status: os.stat_result | None = None) -> None:
         sighting = self._candidates.look(relpath, time.monotonic(), status)
-        if sighting is not None:
+        if sighting is not None and not self._examination.take(sighting):
             self._batch.append(sighting)
             if len(self._batch) >= _BATCH:
                 self._admit()
@@ -174,7 +188,7 @@ class Intake:
             events.DROP_SCANNED,
             drop=self.name,
             found=found,
-            candidates=len(self._candidates),
+            candidates=len(self._candidates) + len(self._examination),
             duration_s=time.monotonic() - started,
         )
 
@@ -183,7 +197,9 @@ class Intake:
         if time.time() - status.st_ctime <= _SURELY_MISSED:
             return False
         path = hash(relpath)
-        return path not in known.paths and path not in self._unadmitted and self._candidates.is_new(relpath)
+        if path in known.paths or path in self._unadmitted or relpath in self._examination:
+            return False
+        return self._candidates.is_new(relpath)
 
     def _complain(self, relpath: bytes, error: OSError) -> None:
         if not relpath:
@@ -196,7 +212,8 @@ class Intake:
         if not batch:
             return
         try:
-            admission = self._ledger.admit(batch, self._destinations, datetime.now(UTC))
+            now = datetime.now(UTC)
+            admission = self._ledger.admit(self._freshness.labelled(batch, now), self._destinations, now)
         except LedgerError as error:
             self._unadmitted |= {hash(sighting.relpath) for sighting in batch}
             self._ledger_failed(error)
@@ -221,6 +238,11 @@ class Intake:
             )
         if admission.admitted:
             self._wake(self._destinations)
+        if admission.rejected:
+            self._settled()
+        if admission.unusual:
+            with suppress(LedgerError):  # the next tick says it
+                self._freshness.say_unusual()
 
     def _ledger_failed(self, error: LedgerError) -> None:
         """Say so, once: the files stay where they are, and the next rescan tries again."""

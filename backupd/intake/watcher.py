@@ -18,7 +18,7 @@ from watchdog.events import (
 )
 from watchdog.observers.api import BaseObserver
 from watchdog.observers.inotify import InotifyEmitter, InotifyObserver, InotifyWatchGroup
-from watchdog.observers.inotify_c import InotifyConstants, Mask
+from watchdog.observers.inotify_c import InotifyConstants, Mask, WatchDescriptor
 from watchdog.observers.inotify_move_event_grouper import InotifyMoveEventGrouper, PathedInotifyEvent
 
 from backupd.core.errors import BackupdError
@@ -78,6 +78,30 @@ class _Watches(InotifyWatchGroup):
     """The watches on a tree but for what is ignored in it: nothing that lies in `sent` costs anything."""
 
     ignores: Ignores = lambda _: False
+
+    # A directory that was moved keeps its watch. watchdog counts on hearing of that; we need not, as long
+    # as there is one path for a watch and one watch for a path.
+
+    def _add_callback(self, path: bytes) -> None:
+        is_root = path == self.path
+        # the operator wrote the root, which may be a link
+        mask = Mask(self.event_mask & ~InotifyConstants.IN_DONT_FOLLOW) if is_root else self.event_mask
+        try:
+            watch = self._inotify_fd.add_callback(path, mask, self._callback, self._id)
+        except OSError:
+            if is_root:
+                raise
+            return
+        before = self._active_callbacks_by_watch.get(watch)
+        if before is not None and self._active_callbacks_by_path.get(before) == watch:
+            del self._active_callbacks_by_path[before]
+        self._active_callbacks_by_path[path] = watch
+        self._active_callbacks_by_watch[watch] = path
+
+    def _remove_watch_internally(self, wd: WatchDescriptor) -> None:
+        path = self._active_callbacks_by_watch.pop(wd, None)
+        if path is not None and self._active_callbacks_by_path.get(path) == wd:
+            del self._active_callbacks_by_path[path]
 
     def __post_init__(self) -> None:
         self._move_event_grouper = _Ungrouped()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import islice
 
 from backupd.core.errors import LedgerError, UsageError
+from backupd.core.freshness import overdue_by
 from backupd.core.model import Archive, DeliveryState
+from backupd.ledger import devices
 from backupd.ledger.records import ArchiveRecord, DropRecord, Search, Wanted
 from backupd.ledger.rows import ARCHIVE_COLUMNS, Row, as_archive, as_micros, as_time
 
@@ -63,6 +65,21 @@ class DestinationRecord:
     error: str | None
     since: datetime | None
     until: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRecord:
+    """A device that archives come from; `device` is empty for a drop as a whole.
+
+    `last_at` is None if nothing ever came of it, `every` where nothing is expected.
+    """
+
+    drop: str
+    device: str
+    last_at: datetime | None
+    archives: int
+    overdue: bool
+    every: timedelta | None
 
 
 _CLAUSES = {
@@ -220,6 +237,29 @@ class History:
             _time(since),
             _time(until),
         )
+
+    def devices(self, now: datetime) -> list[DeviceRecord]:
+        """Return every device, by drop and name, and whether it is overdue."""
+        try:
+            found = devices.devices(self._db)
+        except sqlite3.Error as error:
+            raise LedgerError(
+                f"the ledger can't be read: {error}", "run this as the daemon's user"
+            ) from error
+        return [
+            DeviceRecord(d.drop, d.name, d.last_at, d.archives, overdue_by(d, now) is not None, d.every)
+            for d in found
+        ]
+
+    def forget(self, device: str, drop: str | None, now: datetime) -> list[tuple[str, bool]]:
+        """Forget a device in one drop or all; return the drops that knew it, and whether they list it."""
+        try:
+            self._db.execute("PRAGMA query_only = OFF")
+            return devices.forget(self._db, device, drop, now)
+        except sqlite3.Error as error:
+            raise LedgerError(
+                f"the ledger can't be written: {error}", "run this as the daemon's user"
+            ) from error
 
     def hasten(self, delivery_id: str, now: datetime) -> bool:
         """Make a pending delivery due at once; return False if it is not pending."""

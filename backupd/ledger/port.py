@@ -8,17 +8,23 @@ from datetime import datetime
 from typing import Protocol
 
 from backupd.core.gate import Gate
-from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint
+from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint, Rejected
 from backupd.core.step import Priority, Step
+from backupd.ledger.habits import Habits, Tracked
 
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
-    """A stable, eligible file in a drop folder."""
+    """A stable, eligible file in a drop folder.
+
+    `tracked` where its device is of interest, `rejected` if it is not worth to be sent.
+    """
 
     drop: str
     relpath: bytes
     fingerprint: Fingerprint
+    tracked: Tracked | None = None
+    rejected: Rejected | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +37,16 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What became of some sightings: new archives, and ones whose content they replace."""
+    """What became of some sightings: new archives, and ones whose content they replace.
+
+    `unusual` tells whether `Ledger.unusual` has something to say of a new one.
+    The `rejected` are not among the admitted; `Ledger.undisposed` returns them.
+    """
 
     admitted: tuple[Archive, ...] = ()
     superseded: tuple[Archive, ...] = ()
+    unusual: bool = False
+    rejected: tuple[Archive, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +106,7 @@ class Backlog:
     oldest: datetime | None
 
 
-class Ledger(Protocol):
+class Ledger(Habits, Protocol):
     """The durable record; safe to use from several threads.
 
     Every method raises `LedgerError` where the record can't be read or written; nothing is half done then.
@@ -105,7 +117,10 @@ class Ledger(Protocol):
         ...
 
     def admit(self, sightings: Sequence[Sighting], destinations: Sequence[str], now: datetime) -> Admission:
-        """Make a pending delivery to each destination for each file not accounted for yet."""
+        """Make a pending delivery to each destination for each file not accounted for yet.
+
+        Those of a rejected sighting have ended at once, durably, and are never to be claimed.
+        """
         ...
 
     def claim(
@@ -142,6 +157,10 @@ class Ledger(Protocol):
 
     def backlog(self) -> Mapping[str, Backlog]:
         """Return what is pending (and claimed), by destination."""
+        ...
+
+    def quarantined(self) -> int:
+        """Return how many rejected archives are in quarantine."""
         ...
 
     def note_gate(self, destination: str, gate: Gate, error: str | None) -> None:

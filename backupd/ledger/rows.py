@@ -75,7 +75,7 @@ def delivery_row(finished: Finished, now: datetime) -> Row:
     digest = verified = receipt = None
     if isinstance(step.outcome, Delivered):
         digest, verified = str(step.outcome.digest), step.outcome.verified
-        receipt = _storable(step.outcome.receipt.body)
+        receipt = storable(step.outcome.receipt.body)
     elif isinstance(step.outcome, Deferred) and step.outcome.unknown is not None:
         digest = str(step.outcome.unknown)
     return (
@@ -116,13 +116,13 @@ def _why(outcome: Outcome) -> tuple[str | None, str | None, int | None]:
         case Delivered(receipt=receipt):
             return None, None, receipt.http_status
         case Superseded(error=error):
-            return None, _storable(error), None
+            return None, storable(error), None
         case Deferred(reason=reason, error=error, http_status=status):
-            return reason, _storable(error), status
+            return reason, storable(error), status
         case Rejected(reason=reason, error=error, http_status=status):
-            return reason, _storable(error), status
+            return reason, storable(error), status
 
 
-def _storable(text: str) -> str:
+def storable(text: str) -> str:
     """Return a text as valid Unicode: one that is none must not keep an outcome from being recorded."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -12,8 +12,9 @@ from itertools import accumulate, takewhile
 
 from backupd.core.errors import LedgerError
 from backupd.core.gate import Gate
-from backupd.core.model import Archive, Delivery, DeliveryState, Digest
+from backupd.core.model import Archive, Delivery, DeliveryState, Digest, Rejected
 from backupd.core.step import Priority, archive_state
+from backupd.ledger.devices import SqliteHabits, note_arrival
 from backupd.ledger.port import Admission, Backlog, Disposed, Finished, Known, Ledger, Settled, Sighting, mark
 from backupd.ledger.rows import (
     ARCHIVE_COLUMNS,
@@ -24,6 +25,7 @@ from backupd.ledger.rows import (
     attempt_row,
     delivery_row,
     fingerprint_columns,
+    storable,
 )
 
 _DUE = "WHERE destination = ? AND state = 'pending' AND due_at <= ?"
@@ -37,7 +39,7 @@ _SMALL = 4 * 1024 * 1024
 """Bytes that are claimed in one go: what is larger must not keep others of higher priority back."""
 
 
-class SqliteLedger(Ledger):
+class SqliteLedger(SqliteHabits, Ledger):
     """A `Ledger` on a connection from `open_ledger`.
 
     What a disposition hangs on is committed with `synchronous=FULL`. Admissions and claims are not worth
@@ -90,15 +92,24 @@ class SqliteLedger(Ledger):
         """See `Ledger.admit`."""
         admitted: list[Archive] = []
         superseded: list[Archive] = []
-        with self._transaction(durable=False) as db:
+        rejected: list[Archive] = []
+        unusual = False
+        with self._transaction(durable=any(s.rejected is not None for s in sightings)) as db:
             for sighting in sightings:
                 live = _live(db, sighting)
                 wanted = mark(sighting.relpath, sighting.fingerprint)
                 if any(mark(a.relpath, a.fingerprint) == wanted for a in live):
                     continue
                 superseded += [a for a in live if _supersede(db, a, now)]
-                admitted.append(_insert(db, sighting, destinations, now))
-        return Admission(tuple(admitted), tuple(superseded))
+                archive = _insert(db, sighting, destinations, now)
+                if sighting.rejected is not None:
+                    _reject(db, archive, sighting.rejected, now)
+                    rejected.append(archive)
+                    continue
+                admitted.append(archive)
+                if sighting.tracked is not None:
+                    unusual |= note_arrival(db, archive, sighting.tracked)
+        return Admission(tuple(admitted), tuple(superseded), unusual, tuple(rejected))
 
     def claim(
         self, destination: str, now: datetime, priority: Priority = Priority.OLDEST, most: int = 1
@@ -179,6 +190,16 @@ class SqliteLedger(Ledger):
             ).fetchall()
         return {name: Backlog(count, size, as_time(oldest)) for name, count, size, oldest in rows}
 
+    def quarantined(self) -> int:
+        """See `Ledger.quarantined`."""
+        with self._reading() as db:
+            row = db.execute(
+                "SELECT count(DISTINCT archive_id) FROM delivery INDEXED BY delivery_rejected"
+                " JOIN archive ON archive.id = archive_id"
+                " WHERE delivery.state = 'rejected' AND disposed_to IS NOT NULL"
+            ).fetchone()
+        return int(row[0])
+
     def note_gate(self, destination: str, gate: Gate, error: str | None) -> None:
         """See `Ledger.note_gate`."""
         times = [None if time is None else as_micros(time) for time in (gate.since, gate.until)]
@@ -237,6 +258,16 @@ def _insert(db: sqlite3.Connection, s: Sighting, destinations: Sequence[str], no
         [(str(uuid.uuid4()), archive_id, name, s.fingerprint.size, at) for name in destinations],
     )
     return Archive(archive_id or 0, s.drop, s.relpath, s.fingerprint, as_time(at))
+
+
+def _reject(db: sqlite3.Connection, archive: Archive, why: Rejected, now: datetime) -> None:
+    """End all deliveries of an archive before the first attempt."""
+    db.execute(
+        "UPDATE delivery SET state = 'rejected', due_at = NULL, ended_at = ?, reason = ?, error = ?"
+        " WHERE archive_id = ?",
+        (as_micros(now), why.reason, storable(why.error), archive.id),
+    )
+    _settle(db, archive.id)
 
 
 def _settle(db: sqlite3.Connection, archive_id: int) -> list[Settled]:

@@ -4,68 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KEYS = {
-    "timestamp": "when, RFC 3339 in UTC",
-    "level": "debug, info, warning or error",
-    "event": "which event",
-    "version": "of backupd",
-    "pid": "of the daemon",
-    "config": "path of the configuration file",
-    "drop": "name of the drop folder in the configuration",
-    "path": "absolute path of a folder or file",
-    "observer": "inotify or polling",
-    "filesystem": "type of the filesystem",
-    "archive": r"path of the archive relative to its drop folder; bytes that are no UTF-8 as \xNN",
-    "size": "bytes of the archive",
-    "digest": "algorithm:hex of the content",
-    "destination": "name of the destination in the configuration",
-    "destinations": "names of the destinations that the archive goes to",
-    "delivery_id": "the delivery, and the Idempotency-Key of all its requests",
-    "attempt": "number of the request made for the delivery, from 1",
-    "sent": "bytes of the archive that were handed to the connection",
-    "duration_s": "seconds that it took",
-    "rate": "bytes per second",
-    "http_status": "what the destination answered",
-    "verified": "false only where the configuration asks for no receipt",
-    "reason": "a fixed word for why",
-    "error": "the same in words",
-    "hint": "what to do about it",
-    "exception": "the stack trace of a bug, without the values of variables",
-    "moved_to": "path of the file now, relative to its drop folder",
-    "disposition": "moved, deleted, kept, or gone",
-    "retry_at": "when it is tried again",
-    "paused_for_s": "seconds for which the destination gets nothing",
-    "down_for_s": "seconds since the destination's first failure in a row",
-    "faults": "the destination's failures in a row",
-    "pending": "deliveries not ended",
-    "pending_bytes": "bytes of the archives of pending deliveries",
-    "oldest_s": "age in seconds of the oldest pending archive",
-    "found": "files found",
-    "candidates": "files that are not stable yet",
-    "released": "claims of a daemon that ended in the middle",
-    "undisposed": "delivered or rejected archives whose file is still to be moved",
-    "in_flight": "uploads under way",
-    "signal": "name of the signal",
-    "clean": "whether every upload ended within the grace",
-    "gates": "state of each destination's gate",
-    "delivered": "archives delivered since the last heartbeat",
-    "delivered_bytes": "bytes delivered since the last heartbeat",
-    "rejected": "archives rejected since the last heartbeat",
-    "uptime_s": "seconds since the start",
-    "logger": "the library's logger",
-    "lost": "lines that could not be written",
-    "drops_changed": "names of the drops that began, ended or began anew",
-    "destinations_changed": "names of the destinations that began, ended or began anew",
-    "thread": "which thread",
-    "silent_s": "seconds without a sign of life",
-    "whose": "client or server",
-    "days_left": "whole days until the certificate ends",
-    "expires_at": "when the certificate ends",
-    "free_bytes": "bytes that are free on the filesystem",
-    "min_free_bytes": "bytes that `min_free` asks for",
-}
-"""What each key means; an event uses some of them."""
-
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -94,8 +32,9 @@ DAEMON_READY = _event(
 DAEMON_HEARTBEAT = _event(
     "daemon.heartbeat",
     "info",
-    "uptime_s pending pending_bytes oldest_s in_flight gates delivered delivered_bytes rejected",
-    "still alive, and how things stand; its absence is an alarm",
+    "uptime_s pending pending_bytes oldest_s oldest_each in_flight gates delivered delivered_bytes rejected"
+    " rate archives_per_s quarantined days_left overdue memory_bytes open_files open_files_most",
+    "still alive, and how things stand, first at the start; its absence is an alarm",
 )
 DAEMON_STOPPING = _event(
     "daemon.stopping", "info", "signal in_flight", "told to stop; uploads get `shutdown_grace`"
@@ -164,6 +103,18 @@ WATCHER_BLIND = _event(
     "events were or may have been missed; the scan finds them",
 )
 WATCHER_RESTORED = _event("watcher.restored", "info", "drop path observer", "events come again")
+DROP_OVERDUE = _event(
+    "drop.overdue",
+    "warning",
+    "drop device last_at overdue_s",
+    "nothing came of it for longer than `expect.every`; said at each heartbeat until something does",
+)
+DROP_RECOVERED = _event(
+    "drop.recovered",
+    "info",
+    "drop device last_at",
+    "what was overdue has come, was forgotten, or is expected no longer",
+)
 
 ARCHIVE_ADMITTED = _event(
     "archive.admitted",
@@ -213,6 +164,12 @@ DISPOSITION_FAILED = _event(
     "drop archive error hint",
     "the file could not be moved or deleted; tried again",
 )
+ARCHIVE_UNUSUAL_SIZE = _event(
+    "archive.unusual_size",
+    "warning",
+    "drop archive device size median_size change",
+    "its size differs from the usual by `size_alarm` or more; it is delivered as ever",
+)
 ARCHIVE_EXPIRED = _event(
     "archive.expired",
     "info",
@@ -224,6 +181,19 @@ DISK_LOW = _event(
     "error",
     "drop path free_bytes min_free_bytes error hint",
     "less than `min_free` is free, and there is no sent archive left to remove; told again while it lasts",
+)
+ARCHIVE_WAITING = _event(
+    "archive.waiting",
+    "warning",
+    "drop archive size reason error hint",
+    "a finished file is not sent as it looks truncated or damaged, or its checksum file is missing or wrong; "
+    "said once per content and reason",
+)
+INSPECTION_ENDED = _event(
+    "inspection.ended",
+    "debug",
+    "drop archive size error",
+    "an archive is sent without having been inspected to its end",
 )
 
 ATTEMPT_FAILED = _event(
@@ -253,32 +223,19 @@ DESTINATION_PAUSED = _event(
 DESTINATION_RESUMED = _event(
     "destination.resumed", "info", "destination down_for_s", "the destination answers again"
 )
+DESTINATION_STATUS = _event(
+    "destination.status",
+    "info",
+    "destination gate pending pending_bytes oldest_s days_left",
+    "how things stand with a destination, after each heartbeat",
+)
 LIBRARY_WARNING = _event("library.warning", "warning", "logger error", "a library has something to say")
 LOG_LOST = _event("log.lost", "error", "lost", "log lines could not be written; this is the first one again")
-
-
-def as_markdown() -> str:
-    """Return `docs/events.md`."""
-    lines = [
-        "# Events",
-        "",
-        "One JSON object a line on standard output. This page is made from the program's own catalogue",
-        "(`python -m backupd.ops.events`).",
-        "",
-        "Every line has `timestamp`, `level` and `event`.",
-        "",
-        "| event | level | meaning | keys |",
-        "|---|---|---|---|",
-    ]
-    for event in CATALOGUE.values():
-        keys = ", ".join(f"`{key}`" for key in event.keys)
-        lines.append(f"| `{event.name}` | {event.level} | {event.meaning} | {keys} |")
-    lines += ["", "## Keys", "", "| key | meaning |", "|---|---|"]
-    lines += [f"| `{key}` | {meaning} |" for key, meaning in KEYS.items()]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
     import sys
 
-    sys.stdout.write(as_markdown())
+    from backupd.ops.pages import as_json_schema, as_markdown
+
+    sys.stdout.write(as_json_schema() if "--schema" in sys.argv else as_markdown())

@@ -1,56 +1,23 @@
-"""Structured logging: one event a line, to a descriptor."""
+"""Structured logging: one event a line, to a descriptor or the journal."""
 
 from __future__ import annotations
 
 import enum
 import json
 import logging
-import os
-import threading
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import structlog
-from structlog.typing import EventDict, WrappedLogger
+from structlog.typing import EventDict, Processor, WrappedLogger
 
 from backupd.core.names import as_text, printable
 from backupd.ops.events import LIBRARY_WARNING, LOG_LOST, Event
+from backupd.ops.journal import JournalWriter
+from backupd.ops.lines import LineWriter
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-
-
-class LineWriter:
-    """Writes whole lines to a descriptor and never raises; what could not be written is counted."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._lock = threading.Lock()
-        self._torn = False
-        self.lost = 0
-
-    def line(self, text: str) -> bool:
-        """Write a line; return whether it went out whole."""
-        data = (text + "\n").encode("utf-8", "backslashreplace")
-        with self._lock:
-            if self._torn:
-                data = b"\n" + data
-            left = data
-            try:
-                while left:
-                    left = left[os.write(self._fd, left) :]
-            except OSError:
-                self._torn = self._torn or len(left) < len(data)
-                self.lost += 1
-                return False
-            self._torn = False
-            return True
-
-    debug = info = warning = error = line
-
-    def forget(self, lost: int) -> None:
-        """Count so many lines as told of."""
-        with self._lock:
-            self.lost -= lost
 
 
 class EventLog:
@@ -60,7 +27,9 @@ class EventLog:
     seconds, None is left out. A name can't forge a line: JSON and the console renderer escape it.
     """
 
-    def __init__(self, writer: LineWriter, *, level: str = "info", console: bool = False) -> None:
+    def __init__(
+        self, writer: LineWriter | JournalWriter, *, level: str = "info", console: bool = False
+    ) -> None:
         self._writer = writer
         self._logger = structlog.wrap_logger(
             writer,
@@ -68,7 +37,7 @@ class EventLog:
             processors=[
                 _ordered,
                 structlog.processors.ExceptionRenderer(),
-                _console if console else structlog.processors.JSONRenderer(serializer=_as_json),
+                _with_its_record(_console if console else _as_json),
             ],
         ).bind()  # once, and not for each line
 
@@ -111,8 +80,17 @@ class _LibraryHandler(logging.Handler):
 _JSON = json.JSONEncoder(separators=(",", ":"))
 
 
-def _as_json(record: EventDict, **_: object) -> str:
+def _as_json(record: EventDict) -> str:
     return _JSON.encode(record)  # made once: `json.dumps` makes one for each line
+
+
+def _with_its_record(render: Callable[[EventDict], str]) -> Processor:
+    """Return the processor that hands a writer the line and what it shows."""
+
+    def processor(_logger: WrappedLogger, _level: str, record: EventDict) -> tuple[Any, Any]:
+        return (render(record), record), {}
+
+    return processor
 
 
 def _ordered(_logger: WrappedLogger, level: str, record: EventDict) -> EventDict:
@@ -143,15 +121,15 @@ def _plain(value: Any) -> Any:
 
 
 _COLOURS = {"debug": "\x1b[2m", "info": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[31m"}
+_NOT_SHOWN = {"timestamp", "level", "event", "exception"}
 
 
-def _console(_logger: WrappedLogger, level: str, record: EventDict) -> str:
-    trace = record.pop("exception", "")
-    clock, event = record.pop("timestamp")[11:23], record.pop("event")
-    record.pop("level")
-    keys = " ".join(f"{key}={_quoted(value)}" for key, value in record.items())
-    line = f"{clock} {_COLOURS[level]}{level:7}\x1b[0m \x1b[1m{event}\x1b[0m {keys}"
-    return "\n    | ".join((line, *map(printable, str(trace).splitlines())))
+def _console(record: EventDict) -> str:
+    keys = {key: value for key, value in record.items() if key not in _NOT_SHOWN}
+    clock, event, level = record["timestamp"][11:23], record["event"], record["level"]
+    shown = " ".join(f"{key}={_quoted(value)}" for key, value in keys.items())
+    line = f"{clock} {_COLOURS[level]}{level:7}\x1b[0m \x1b[1m{event}\x1b[0m {shown}"
+    return "\n    | ".join((line, *map(printable, str(record.get("exception", "")).splitlines())))
 
 
 def _quoted(value: object) -> str:

@@ -6,6 +6,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -192,6 +193,34 @@ def test_a_content_replaced_while_its_predecessor_awaits_disposal_is_admitted(le
     assert (len(admission.admitted), admission.superseded) == (1, ())
     assert [one.archive for one in ledger.undisposed()] == [settled.archive]
     assert admit(ledger, old) == ()  # still accounted for
+
+
+def test_a_rejected_sighting_is_settled_at_once_and_never_claimed(bench: Bench) -> None:
+    why = rejected(Reason.TRUNCATED)
+    sound, unsound = a_sighting(b"r1"), replace(a_sighting(b"r2"), rejected=why)
+    admission = bench.ledger.admit([sound, unsound], BOTH, NOW)
+
+    assert [archive.relpath for archive in admission.admitted] == [b"r1"]
+    assert [archive.relpath for archive in admission.rejected] == [b"r2"]
+    for ledger in (bench.ledger, bench.crash()):
+        (settled,) = ledger.undisposed()
+        assert settled.archive == admission.rejected[0]
+        assert (settled.state, settled.announced) == (DeliveryState.REJECTED, False)
+        assert {(e.destination, e.state, e.reason, e.error) for e in settled.endings} == {
+            (name, DeliveryState.REJECTED, "truncated", why.error) for name in BOTH
+        }
+        assert ledger.admit([unsound], BOTH, LATER).rejected == ()
+    assert [d.archive.relpath for d in bench.ledger.claim("vault", LATER, most=9)] == [b"r1"]
+
+
+def test_a_rejected_sighting_supersedes_the_content_that_it_replaces(ledger: Ledger) -> None:
+    (old,) = admit(ledger, a_sighting(), to=BOTH)
+    admission = ledger.admit([replace(a_sighting(), rejected=rejected())], BOTH, LATER)
+
+    assert admission.superseded == (old,)
+    assert ledger.claim("vault", LATER) == []
+    ledger.disposed([Disposed(admission.rejected[0].id, b"rejected/r1")], [], LATER)
+    assert ledger.known("switches").marks == frozenset()
 
 
 def test_known_are_the_files_of_a_drop_that_are_accounted_for(ledger: Ledger) -> None:
@@ -538,6 +567,18 @@ def test_the_backlog_is_what_is_pending_and_claimed_by_destination(ledger: Ledge
 
 def test_without_deliveries_there_is_no_backlog(ledger: Ledger) -> None:
     assert ledger.backlog() == {}
+
+
+def test_what_is_in_quarantine_is_counted_by_archives(ledger: Ledger) -> None:
+    admit(ledger, a_sighting(b"r1"), to=BOTH)
+    admit(ledger, a_sighting(b"r2"), now=NOW + SECOND)
+    admit(ledger, a_sighting(b"r3"), now=NOW + 2 * SECOND)
+    end(ledger, rejected(), "annex")
+    settled = [one for _ in range(3) for one in end(ledger, rejected())]
+    assert ledger.quarantined() == 0
+    r1, r2, r3 = (Disposed(one.archive.id, b"rejected/" + one.archive.relpath) for one in settled)
+    ledger.disposed([r1, r2, Disposed(r3.archive_id, None)], [], LATER)
+    assert ledger.quarantined() == 2
 
 
 def test_a_gate_can_be_noted_again_and_again(ledger: Ledger) -> None:

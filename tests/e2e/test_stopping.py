@@ -106,6 +106,16 @@ def test_what_was_claimed_ahead_is_pending_again_after_a_stop(stage: Stage) -> N
         assert states(stage) == ["pending"] * 10
 
 
+def test_while_a_destination_is_paused_nothing_is_claimed(stage: Stage) -> None:
+    stage.configure("https://localhost:1/", destination="workers = 1")
+    for number in range(5):
+        stage.put(f"r{number}.tar.gz", b"content")
+    daemon = stage.daemon().ready()
+    daemon.wait_for("destination.paused")
+    until(lambda: states(stage) == ["pending"] * 5, "everything to be pending")
+    assert daemon.stop() == 0
+
+
 def test_a_tls_handshake_that_stalls_is_abandoned(stage: Stage) -> None:
     context = server_context(stage.pki)
 

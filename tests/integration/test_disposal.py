@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from backupd.core.model import Archive, DeliveryState, fingerprint_of
+from backupd.core.policy import Reason
 from backupd.delivery.disposal import Disposal, Rule
 from backupd.drop.folder import DropFolder
 from backupd.drop.held import HeldFolder
 from backupd.ledger.port import Ending, Settled
 from backupd.ops import events
 from backupd.ops.events import Event
-from backupd.ops.log import EventLog, LineWriter
+from backupd.ops.lines import LineWriter
+from backupd.ops.log import EventLog
 from tests.factories import NOW
 
 
@@ -47,10 +50,17 @@ def folder(root: Path) -> Iterator[DropFolder]:
     folder.close()
 
 
-def delivered(root: Path, number: int) -> Settled:
-    path = root / f"r{number}.cfg"
+def rejected(number: int) -> Ending:
+    return Ending(
+        str(number), "vault", DeliveryState.REJECTED, NOW, None, None, 422, Reason.REFUSED, "no", None
+    )
+
+
+def delivered(root: Path, number: int, name: str = "") -> Settled:
+    name = name or f"r{number}.cfg"
+    path = root / name
     path.write_bytes(b"abc")
-    archive = Archive(number, "switches", os.fsencode(path.name), fingerprint_of(path.stat()), NOW)
+    archive = Archive(number, "switches", os.fsencode(name), fingerprint_of(path.stat()), NOW)
     ending = Ending(
         str(number), "vault", DeliveryState.DELIVERED, NOW, "sha256:00", True, 201, None, None, "{}"
     )
@@ -65,12 +75,34 @@ def test_a_sent_folder_that_is_removed_in_mid_batch_is_made_anew(folder: DropFol
     assert {path.name for path in (root / "sent").iterdir()} >= {"r1.cfg", "r2.cfg", "r2.cfg.receipt.json"}
 
 
-def test_many_directories_are_held_and_given_back(folder: DropFolder) -> None:
+def test_a_batch_over_many_directories_goes_where_it_should(folder: DropFolder, root: Path) -> None:
+    """Also where a file of the same name was sent before, and more directories than are held at a time."""
+    rule = Rule(folder, "move", b"done/ok", b"done/bad")
+    batch = []
+    for number in range(30):
+        for kind in ("ok", "bad"):
+            for place in (root / f"d{number}", root / "done" / kind / f"d{number}"):
+                place.mkdir(parents=True, exist_ok=True)
+            (root / "done" / kind / f"d{number}" / f"{kind}.cfg").write_bytes(b"an older one")
+        batch += [delivered(root, number, f"d{number}/ok.cfg"), delivered(root, number, f"d{number}/bad.cfg")]
+        batch[-1] = replace(batch[-1], state=DeliveryState.REJECTED, endings=(rejected(number),))
+    before = len(os.listdir("/proc/self/fd"))
+    log = EventLog(LineWriter(os.open(os.devnull, os.O_WRONLY)))
+    done, failed = Disposal({"switches": rule}, log).dispose(batch)
+    assert failed == []
+    assert all(one.to is not None and one.to.startswith(b"done/") for one in done)
+    assert len({one.to for one in done}) == 60
+    assert not [*root.glob("d*/*.cfg")]
+    assert len(os.listdir("/proc/self/fd")) == before + 1  # the log
+
+
+def test_a_directory_in_use_is_never_let_go(folder: DropFolder) -> None:
     before = len(os.listdir("/proc/self/fd"))
     held = HeldFolder(folder)
-    for number in range(40):
-        with held.directory(b"site-%d" % number, create=True) as one, held.directory(b"") as top:
-            assert os.path.samestat(os.fstat(one), os.stat(b"site-%d" % number, dir_fd=top))
-    assert len(os.listdir("/proc/self/fd")) - before <= 16
+    with held.directory(b"site", create=True) as site:
+        for number in range(40):
+            with held.directory(b"site-%d" % number, create=True) as one:
+                assert os.path.samestat(os.fstat(one), os.stat(folder.path + f"/site-{number}"))
+        assert os.path.samestat(os.fstat(site), os.stat(folder.path + "/site"))
     held.close()
     assert len(os.listdir("/proc/self/fd")) == before

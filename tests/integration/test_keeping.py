@@ -24,7 +24,8 @@ from backupd.ledger.database import FILE_NAME, open_ledger
 from backupd.ledger.port import Disposed, Sighting
 from backupd.ledger.sqlite import SqliteLedger
 from backupd.ledger.sqlite_shelf import SqliteShelf, open_shelf
-from backupd.ops.log import EventLog, LineWriter
+from backupd.ops.lines import LineWriter
+from backupd.ops.log import EventLog
 from tests.factories import NOW, a_fingerprint, a_sighting, delivered, finished, rejected
 from tests.privileges import needs_root
 

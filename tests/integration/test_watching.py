@@ -25,7 +25,8 @@ from backupd.intake.intake import Intake
 from backupd.ledger.database import open_ledger
 from backupd.ledger.port import Admission, Disposed, Sighting
 from backupd.ledger.sqlite import SqliteLedger
-from backupd.ops.log import EventLog, LineWriter
+from backupd.ops.lines import LineWriter
+from backupd.ops.log import EventLog
 from tests.factories import NOW, delivered, finished
 from tests.privileges import a_folder_of_nobody, without_rights
 from tests.stage import until
@@ -67,6 +68,7 @@ class Watching:
             self.ledger,
             EventLog(LineWriter(self._log), level="debug"),
             self.woken.append,
+            lambda: None,
         )
         self._stop = threading.Event()
         self._failure: BaseException | None = None
@@ -220,6 +222,36 @@ def test_a_directory_that_is_renamed_in_place_is_watched_under_its_new_name(by_e
     by_events.put("berlin/rack/r3.cfg")
     by_events.wait_admitted("berlin/r2.cfg", "berlin/rack/r3.cfg")
     assert not by_events.events("library.warning")
+
+
+def test_directories_that_take_each_others_places_confuse_nothing(tmp_path: Path) -> None:
+    with watching(tmp_path, rescan_every=NEVER) as scene:
+        for name in ("sent", "x", "y"):
+            (scene.root / name).mkdir()
+        (scene.root / "y").rename(scene.root / "sent" / "y")
+        (scene.root / "x").rename(scene.root / "y")
+        scene.put("y/r1.cfg")
+        scene.wait_admitted("y/r1.cfg")
+        (scene.root / "z").mkdir()
+        (scene.root / "z").rename(scene.root / "sent" / "z")
+        (scene.root / "z").mkdir()
+        (scene.root / "z").rmdir()
+        (scene.root / "sent" / "z").rmdir()
+        scene.put("r2.cfg")
+        scene.wait_admitted("r2.cfg")
+        assert all(emitter.is_alive() for emitter in scene.observer.emitters)
+    # and the intake has ended without a fault
+
+
+def test_a_root_that_is_a_link_is_watched(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "drop").symlink_to(tmp_path / "elsewhere")
+    with watching(tmp_path, rescan_every=NEVER) as scene:
+        scene.put("r1.cfg")
+        scene.wait_admitted("r1.cfg")
+        (scene.root / "site").mkdir()
+        scene.put("site/r2.cfg")
+        scene.wait_admitted("site/r2.cfg")
 
 
 def test_our_own_folders_are_not_watched_nor_what_leaves(tmp_path: Path) -> None:

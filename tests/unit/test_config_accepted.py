@@ -47,6 +47,22 @@ def test_labels_as_placeholders_where_every_drop_has_them() -> None:
     assert read(text).destination["vault"].headers == {"X-Device": "{device}"}
 
 
+def test_devices_are_told_apart_by_labels_and_what_is_built_in() -> None:
+    text = a_file(
+        "label_pattern = '(?P<device>[^/]+)/.*'\nsize_alarm = \"50%\"",
+        rest='[drop.switches.expect]\nevery = "26h"\nby = "{drop}/{device}"\ndevices = ["switches/sw1"]',
+    )
+    drop = read(text).drop["switches"]
+    assert drop.size_alarm == 0.5
+    assert (drop.expect.every, drop.expect.by) == (timedelta(hours=26), "{drop}/{device}")
+    assert drop.expect.devices == ("switches/sw1",)
+
+
+def test_devices_are_told_apart_for_their_sizes_alone() -> None:
+    text = a_file('size_alarm = "200%"\nexpect.by = "{stem}"')
+    assert read(text).drop["switches"].expect.every is None
+
+
 def test_a_digest_field_can_be_left_out() -> None:
     assert read(a_file(destination='digest_field = ""')).destination["vault"].digest_field == ""
 

@@ -35,6 +35,37 @@ from tests.unit.config_files import a_file, a_url, told
         (a_file("exclude = [2020-02-02]"), "exclude[0]: expected a text in quotes, got a date"),
         (a_file("path2 = 1"), 'drop.switches.path2: unknown key; did you mean "path"?'),
         (a_file('on_delivered = "mvoe"'), 'expected "move", "delete" or "keep", got "mvoe"'),
+        # who is expected
+        (
+            a_file("size_alarm = 50"),
+            'drop.switches.size_alarm: expected a percentage from "1%" to "1000%", got 50',
+        ),
+        (
+            a_file('size_alarm = "half"'),
+            'drop.switches.size_alarm: expected a percentage from "1%" to "1000%", got "half"',
+        ),
+        (a_file('expect.every = "0s"'), 'switches.expect.every: expected a duration longer than "0s"'),
+        (a_file('expect.evry = "1h"'), 'switches.expect.evry: unknown key; did you mean "every"?'),
+        (a_file('expect.every = "1h"\nexpect.by = "sw"'), 'expected a placeholder such as "{device}"'),
+        (
+            a_file('expect.every = "1h"\nexpect.by = "{nme}"'),
+            'unknown placeholder {nme}; did you mean "name"?',
+        ),
+        (a_file('expect.every = "1h"\nexpect.by = "{digest}"'), "expect.by: unknown placeholder {digest}"),
+        (a_file('expect.by = "{stem}"'), "drop.switches.expect.by: expected every beside it"),
+        (
+            a_file('size_alarm = "9%"\nexpect.by = "{stem}"\nexpect.devices = ["a"]'),
+            "drop.switches.expect.devices: expected every beside it",
+        ),
+        (
+            a_file('expect.every = "1h"\nexpect.devices = ["sw1"]'),
+            "drop.switches.expect.devices: expected by beside it",
+        ),
+        (
+            a_file('expect = { every = "1h", by = "{stem}", devices = ["sw1", ""] }'),
+            'switches.expect.devices[1]: expected the name of a device, got ""',
+        ),
+        (a_file(top='keep_history_for = "0s"'), 'keep_history_for: expected a duration longer than "0s"'),
         (a_file(destination="workers = 0"), "destination.vault.workers: expected at least 1, got 0"),
         (a_file(destination="workers = 65"), "destination.vault.workers: expected at most 64, got 65"),
         (a_file(destination='workers = "2"'), 'workers: expected a whole number, got "2"'),
@@ -256,7 +287,7 @@ def test_what_is_wrong_is_told_once_with_its_place(text: str, said: str) -> None
     assert not lines[0].endswith(".")
 
 
-@pytest.mark.parametrize("key", ["checksum_file", "inspect"])
+@pytest.mark.parametrize("key", ["checksum_files", "keep_sent", "inspection"])
 def test_keys_that_nothing_implements_are_unknown(key: str) -> None:
     assert told(a_file(drop=f'{key} = "x"'))[0].startswith(f"drop.switches.{key}: unknown key")
 

@@ -72,6 +72,7 @@ def test_the_example_loads_with_its_comments_or_without() -> None:
 
 def test_the_effective_configuration_reads_back_the_same() -> None:
     text = a_file(
+        "expect = { every = '26h', by = '{device}', devices = ['a b'] }\nsize_alarm = '12.5%'\n"
         "label_pattern = '(?P<device>[^/]+)/'\nmax_size = \"1.5GiB\"\ninclude = ['a \"b\"*', '\\']",
         'fields = { "a b" = "tab\\t\\u007f \\"{name}\\" é" }\n'
         'retry.give_up_after = "30d"\nsuccess = [204, 200]',

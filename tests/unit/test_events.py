@@ -12,7 +12,8 @@ import pytest
 
 import backupd
 from backupd.ops import events
-from backupd.ops.events import CATALOGUE, KEYS, Event, as_markdown
+from backupd.ops.events import CATALOGUE, KEYS, Event
+from backupd.ops.pages import as_markdown
 
 PACKAGE = Path(backupd.__file__).parent
 BY_NAME = {name: value for name, value in vars(events).items() if isinstance(value, Event)}
@@ -184,7 +185,7 @@ def test_every_constant_is_in_the_catalogue_under_its_own_name() -> None:
 
 @pytest.mark.parametrize("event", CATALOGUE.values(), ids=CATALOGUE.keys())
 def test_an_event_is_a_noun_and_a_verb_with_known_keys(event: Event) -> None:
-    assert re.fullmatch(r"[a-z]+\.[a-z]+", event.name)
+    assert re.fullmatch(r"[a-z]+\.[a-z_]+", event.name)
     assert event.level in {"debug", "info", "warning", "error"}
     assert set(event.keys) <= set(KEYS) - ALWAYS
     assert len(set(event.keys)) == len(event.keys)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from backupd.core.policy import Reason
 from backupd.ops import events
-from backupd.ops.log import EventLog, LineWriter, take_over_library_loggers
+from backupd.ops.lines import LineWriter
+from backupd.ops.log import EventLog, take_over_library_loggers
 
 
 class Pipe:

@@ -12,6 +12,7 @@ from backupd.config.quantities import (
     LONGEST,
     SIZE_PATTERN,
     Duration,
+    Percentage,
     PositiveDuration,
     Size,
     format_duration,
@@ -173,3 +174,24 @@ def test_nothing_is_no_positive_duration() -> None:
     with pytest.raises(ValidationError, match='longer than "0s"'):
         TypeAdapter(PositiveDuration).validate_python("0s")
     assert TypeAdapter(PositiveDuration).validate_python("1ms") == timedelta(milliseconds=1)
+
+
+PERCENTAGE = TypeAdapter(Percentage)
+
+
+@pytest.mark.parametrize(
+    ("text", "fraction"), [("1%", 0.01), ("50%", 0.5), ("33.3%", 0.333), ("100%", 1.0), ("1000%", 10.0)]
+)
+def test_percentages_are_fractions(text: str, fraction: float) -> None:
+    assert PERCENTAGE.validate_python(text) == fraction
+    assert PERCENTAGE.dump_python(fraction, mode="json") == text
+    assert PERCENTAGE.validate_python(fraction) == fraction
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", "50", "50 %", "0%", "0.9%", "1000.1%", "-5%", "5e1%", "٣%", "%", "50%\n", 50, 50.0, 0.0, None],
+)
+def test_other_values_are_no_percentages(value: object) -> None:
+    with pytest.raises(ValidationError, match='a percentage from "1%" to "1000%"'):
+        PERCENTAGE.validate_python(value)

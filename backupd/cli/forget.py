@@ -1,0 +1,42 @@
+"""`backupd forget`: no longer expect archives of a device that is gone."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+
+from backupd.cli.options import DEFAULT_CONFIG, ConfigPath
+from backupd.core.errors import UsageError
+from backupd.core.names import printable
+
+
+def forget(
+    device: Annotated[str, typer.Argument(metavar="DEVICE", help="Its name, as `drop.overdue` tells it.")],
+    drop: Annotated[
+        str, typer.Option(metavar="NAME", help="Forget it in this drop alone, not in every one.")
+    ] = "",
+    config: ConfigPath = DEFAULT_CONFIG,
+) -> None:
+    """Forget a device that sends nothing any more; a running daemon heeds it at its next heartbeat.
+
+    It is known again as soon as an archive of it comes.
+    """
+    from backupd.config.loading import load  # noqa: PLC0415
+    from backupd.ledger.database import open_for_reading  # noqa: PLC0415
+    from backupd.ledger.history import History  # noqa: PLC0415
+
+    loaded = load(config)
+    history = History(open_for_reading(loaded.state_dir))
+    forgotten = history.forget(device, drop or None, datetime.now(UTC))
+    if not forgotten:
+        raise UsageError(
+            f"no device is called {device!r}" + (f" in the drop {drop!r}" if drop else ""),
+            "names are as `drop.overdue` in the log tells them",
+        )
+    for name, listed in forgotten:
+        typer.echo(f"{printable(device)} of {name}: {'its wait begins anew' if listed else 'forgotten'}")
+        if listed:
+            key = f"drop.{name}.expect.devices" if device else f"drop.{name}.expect"
+            typer.echo(f"  hint: it is expected by {key}; take it out there and reload the daemon")

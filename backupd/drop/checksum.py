@@ -1,0 +1,96 @@
+"""Finding and reading the checksum files beside an archive; whatever lies there can do no harm."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Generator
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+
+from backupd.core.checksum import LISTS, own_files, stated_alone, stated_in_list
+from backupd.core.model import Digest
+from backupd.core.names import fitted
+from backupd.drop.folder import DropFolder
+from backupd.drop.held import HeldFolder
+from backupd.drop.move import rename_no_replace
+from backupd.drop.source import CHUNK, Source
+
+_MOST = 64 * 1024
+"""Bytes of a checksum file; of a larger one none is believed."""
+
+_Reader = Callable[[bytes, bytes, str], Digest | None]
+
+
+@dataclass(slots=True)
+class Stated:
+    """What checksum files say of an archive: digests by the file's name, and why a file is of no use."""
+
+    digests: dict[bytes, Digest] = field(default_factory=dict)
+    unusable: dict[bytes, str] = field(default_factory=dict)
+
+
+def stated_beside(folder: DropFolder, relpath: bytes) -> Stated:
+    """Return what the checksum files beside an archive say of it; its own count before the directory's."""
+    parent, _, name = relpath.rpartition(b"/")
+    stated = Stated()
+    with closing(HeldFolder(folder)) as held:
+        for files, reader in ((own_files(name), stated_alone), (LISTS, stated_in_list)):
+            _read_all(held, parent, name, files, reader, stated)
+            if stated.digests or stated.unusable:
+                break
+    return stated
+
+
+def _read_all(
+    folder: DropFolder, parent: bytes, name: bytes, files: dict[bytes, str], reader: _Reader, stated: Stated
+) -> None:
+    for file, algorithm in files.items():
+        try:
+            text = folder.read(parent + b"/" + file if parent else file, _MOST + 1)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            stated.unusable[file] = (
+                "it is a link" if error.errno == errno.ELOOP else error.strerror or str(error)
+            )
+            continue
+        if len(text) > _MOST:
+            stated.unusable[file] = f"it has more than {_MOST} bytes"
+            continue
+        digest = reader(text, name, algorithm)
+        if digest is not None:
+            stated.digests[file] = digest
+        elif reader is stated_alone:
+            stated.unusable[file] = f"it holds no {algorithm}"
+
+
+def digest_of(fd: int, size: int, algorithm: str) -> Generator[None, None, Digest]:
+    """Return the digest of an open file, in small steps; raises OSError where it can't be read."""
+    source, at = Source(fd, size), 0
+    hasher = hashlib.new(algorithm, usedforsecurity=False)
+    while data := source.read(at, CHUNK):
+        hasher.update(data)
+        at += len(data)
+        yield
+    return Digest(algorithm, hasher.hexdigest())
+
+
+def move_companions(folder: DropFolder, relpath: bytes, moved_to: bytes | None) -> None:
+    """Move an archive's own checksum files to where it went, under its new name; None removes them.
+
+    Only regular files, and over nobody else's; what can't be moved stays, as nothing depends on it.
+    """
+    parent, _, name = relpath.rpartition(b"/")
+    target, _, new_name = (moved_to or relpath).rpartition(b"/")
+    with folder.directory(parent) as source, folder.directory(target) as there:
+        for file in own_files(name):
+            with suppress(OSError):
+                if not stat.S_ISREG(os.stat(file, dir_fd=source, follow_symlinks=False).st_mode):
+                    continue
+                if moved_to is None:
+                    os.unlink(file, dir_fd=source)
+                else:
+                    rename_no_replace(source, file, there, fitted(new_name, file[len(name) :]))

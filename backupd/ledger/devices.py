@@ -1,0 +1,182 @@
+"""Devices, their habits, and the end of old history, in SQLite."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from datetime import datetime, timedelta
+
+from backupd.core.freshness import WHOLE_DROP, Device, Expectation
+from backupd.core.model import Archive
+from backupd.core.sizes import KEPT, unusual
+from backupd.ledger.habits import Habits, Tracked, UnusualSize
+from backupd.ledger.rows import Row, as_micros, as_time
+
+_MICROSECOND = timedelta(microseconds=1)
+
+_DEVICE = """
+    SELECT d.drop_name, d.name, d.known_at, d.last_at, d.archives,
+        CASE WHEN d.listed OR d.archives THEN e.every END, d.alarmed
+    FROM device d LEFT JOIN expectation e ON e.drop_name = d.drop_name
+"""
+_LET_GO = "UPDATE device SET known_at = ?, last_at = NULL, archives = 0, sizes = ''"
+_CLEAR = "DELETE FROM device WHERE NOT (listed OR archives OR alarmed)"
+"""A device that is let go has a row for as long as its alarm is not called off."""
+
+_OVER = "disposition = 'done' AND NOT live AND (state <> 'rejected' OR disposed_to IS NULL)"
+
+
+class SqliteHabits(Habits):
+    """The methods of `Habits`, for a ledger that has transactions."""
+
+    def _transaction(self, *, durable: bool) -> AbstractContextManager[sqlite3.Connection]:
+        raise NotImplementedError
+
+    def _reading(self) -> AbstractContextManager[sqlite3.Connection]:
+        raise NotImplementedError
+
+    def expect(self, expectations: Mapping[str, Expectation], now: datetime) -> None:
+        """See `Habits.expect`."""
+        at = as_micros(now)
+        with self._transaction(durable=False) as db:
+            before = dict(db.execute("SELECT drop_name, device_by FROM expectation"))
+            db.execute("UPDATE expectation SET every = NULL")
+            db.execute("UPDATE device SET listed = 0")
+            # a clock that was ahead and is put right must not hide anybody
+            db.execute("UPDATE device SET known_at = min(known_at, ?), last_at = min(last_at, ?)", (at, at))
+            for drop, expectation in expectations.items():
+                if drop in before and before[drop] != expectation.by:
+                    db.execute(f"{_LET_GO} WHERE drop_name = ?", (at, drop))
+                _expect(db, drop, expectation, at)
+            db.execute(_CLEAR)
+
+    def doubtful(self, now: datetime) -> list[Device]:
+        """See `Habits.doubtful`."""
+        with self._reading() as db:
+            rows = db.execute(
+                f"{_DEVICE} WHERE d.alarmed OR coalesce(d.last_at, d.known_at) + e.every < ?"
+                " ORDER BY d.drop_name, d.name",
+                (as_micros(now),),
+            ).fetchall()
+        return [_as_device(row) for row in rows]
+
+    def alarmed(self, overdue: Sequence[Device], recovered: Sequence[Device]) -> None:
+        """See `Habits.alarmed`."""
+        changed = [(1, d.drop, d.name) for d in overdue if not d.alarmed]
+        changed += [(0, d.drop, d.name) for d in recovered]
+        if not changed:
+            return
+        with self._transaction(durable=False) as db:
+            db.executemany("UPDATE device SET alarmed = ? WHERE drop_name = ? AND name = ?", changed)
+            db.execute(_CLEAR)
+
+    def unusual(self) -> list[UnusualSize]:
+        """See `Habits.unusual`."""
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT a.id, a.drop_name, a.relpath, u.device, a.size, u.median_size"
+                " FROM unusual_size u JOIN archive a ON a.id = u.archive_id ORDER BY a.id"
+            ).fetchall()
+        return [UnusualSize(*row) for row in rows]
+
+    def told(self, unusual: Sequence[UnusualSize]) -> None:
+        """See `Habits.told`."""
+        with self._transaction(durable=False) as db:
+            db.executemany(
+                "DELETE FROM unusual_size WHERE archive_id = ?", [(one.archive_id,) for one in unusual]
+            )
+
+    def prune(self, before: datetime, most: int) -> int:
+        """See `Habits.prune`."""
+        old = (
+            f"SELECT id FROM archive INDEXED BY archive_over WHERE {_OVER}"  # noqa: S608 -- own clause
+            " AND coalesce(disposed_at, admitted_at) < ?"
+            " AND id < (SELECT max(id) FROM archive)"  # the last number is never given again
+            " LIMIT ?"
+        )
+        with self._reading() as db:  # mostly there is nothing, and a write would be for nothing
+            if db.execute(old, (as_micros(before), 1)).fetchone() is None:
+                return 0
+        with self._transaction(durable=False) as db:
+            query = f"DELETE FROM archive WHERE id IN ({old})"  # noqa: S608 -- own clauses
+            return db.execute(query, (as_micros(before), most)).rowcount
+
+
+def note_arrival(db: sqlite3.Connection, archive: Archive, tracked: Tracked) -> bool:
+    """Note that a device sent an archive, which this transaction admits; tell if its size is unusual."""
+    device, size = (archive.drop, tracked.device), archive.fingerprint.size
+    at = as_micros(archive.admitted_at)
+    row = db.execute("SELECT sizes FROM device WHERE drop_name = ? AND name = ?", device).fetchone()
+    before = [int(each) for each in row[0].split()] if row else []
+    sizes = " ".join(map(str, [*before, size][-KEPT:]))
+    db.execute(
+        "INSERT INTO device (drop_name, name, known_at, last_at, archives, sizes) VALUES (?, ?, ?, ?, 1, ?)"
+        " ON CONFLICT DO UPDATE SET last_at = excluded.last_at, archives = archives + 1,"
+        " sizes = excluded.sizes",
+        (*device, at, at, sizes),
+    )
+    odd = None if tracked.size_alarm is None else unusual(size, before, tracked.size_alarm)
+    if odd is None:
+        return False
+    db.execute("INSERT INTO unusual_size VALUES (?, ?, ?)", (archive.id, tracked.device, odd.median))
+    return True
+
+
+def devices(db: sqlite3.Connection) -> list[Device]:
+    """Return every device that a ledger knows; none where no daemon has brought its schema up to date."""
+    if not _is_up_to_date(db):
+        return []
+    query = f"{_DEVICE} WHERE d.listed OR d.archives ORDER BY d.drop_name, d.name"
+    return [_as_device(row) for row in db.execute(query)]
+
+
+def forget(db: sqlite3.Connection, name: str, drop: str | None, now: datetime) -> list[tuple[str, bool]]:
+    """Forget a device, in one drop or all; return the drops that knew it, and whether they list it.
+
+    One that the configuration lists stays known, but as if it had been listed only now.
+    """
+    if not _is_up_to_date(db):
+        return []
+    where = "name = ? AND (? IS NULL OR drop_name = ?) AND (listed OR archives)"
+    values = (name, drop, drop)
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        query = f"SELECT drop_name, listed FROM device WHERE {where} ORDER BY drop_name"  # noqa: S608 -- own clause
+        found = [(row[0], bool(row[1])) for row in db.execute(query, values)]
+        db.execute(f"{_LET_GO} WHERE {where}", (as_micros(now), *values))
+        db.execute(_CLEAR)
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+    return found
+
+
+def _is_up_to_date(db: sqlite3.Connection) -> bool:
+    return bool(db.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'device'").fetchone()[0])
+
+
+def _expect(db: sqlite3.Connection, drop: str, expectation: Expectation, at: int) -> None:
+    every = None if expectation.every is None else expectation.every // _MICROSECOND
+    db.execute("INSERT OR REPLACE INTO expectation VALUES (?, ?, ?)", (drop, every, expectation.by))
+    whole = (WHOLE_DROP,) if expectation.by is None and every is not None else ()
+    db.executemany(
+        "INSERT INTO device (drop_name, name, known_at, listed) VALUES (?, ?, ?, 1)"
+        " ON CONFLICT DO UPDATE SET listed = 1",
+        [(drop, name, at) for name in (*whole, *expectation.devices)],
+    )
+
+
+def _as_device(row: Row) -> Device:
+    drop, name, known_at, last_at, archives, every, alarmed = row
+    return Device(
+        drop,
+        name,
+        as_time(known_at),
+        None if last_at is None else as_time(last_at),
+        archives,
+        None if every is None else every * _MICROSECOND,
+        bool(alarmed),
+    )

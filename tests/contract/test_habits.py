@@ -1,0 +1,271 @@
+"""What every ledger has to do of devices, sizes and old history; runs on each adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from backupd.core.freshness import Device, Expectation, judged
+from backupd.core.model import Archive, Outcome
+from backupd.ledger.habits import Tracked
+from backupd.ledger.port import Disposed, Ledger, Sighting
+from tests.contract.test_ledger import ADAPTERS, Bench
+from tests.factories import (
+    NOW,
+    SECOND,
+    a_fingerprint,
+    a_sighting,
+    deferred,
+    delivered,
+    finished,
+    rejected,
+)
+
+HOUR = timedelta(hours=1)
+DAY = timedelta(days=1)
+DAILY = Expectation(DAY, "{device}")
+
+
+@pytest.fixture(params=list(ADAPTERS.values()), ids=list(ADAPTERS))
+def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
+    yield from request.param(tmp_path)
+
+
+@pytest.fixture
+def ledger(bench: Bench) -> Ledger:
+    return bench.ledger
+
+
+def arrive(
+    ledger: Ledger,
+    device: str = "sw1",
+    *,
+    at: datetime = NOW,
+    size: int = 100,
+    alarm: float | None = None,
+    drop: str = "switches",
+    to: tuple[str, ...] = ("vault",),
+) -> tuple[Archive, bool]:
+    """Admit an archive of a device; return it, and whether its size is unusual."""
+    looks = a_fingerprint(size=size)
+    sighting = Sighting(drop, b"%s-%d.cfg" % (device.encode(), looks.inode), looks, Tracked(device, alarm))
+    admission = ledger.admit([sighting], to, at)
+    return admission.admitted[0], admission.unusual
+
+
+def overdue(ledger: Ledger, now: datetime) -> list[str]:
+    return [device.name for device in judged(ledger.doubtful(now), now)[0]]
+
+
+def alarm(ledger: Ledger, now: datetime) -> tuple[list[str], list[str]]:
+    """Do as a heartbeat does; return who is overdue, and who has recovered."""
+    late, recovered = judged(ledger.doubtful(now), now)
+    ledger.alarmed(late, recovered)
+    return [device.name for device in late], [device.name for device in recovered]
+
+
+# devices
+
+
+def test_a_device_is_learnt_from_its_first_archive(bench: Bench) -> None:
+    bench.ledger.expect({"switches": DAILY}, NOW)
+    arrive(bench.ledger, "sw1")
+    arrive(bench.ledger, "sw1", at=NOW + HOUR)
+    arrive(bench.ledger, "sw2")
+    for ledger in (bench.ledger, bench.crash()):
+        assert overdue(ledger, NOW + DAY) == []
+        assert overdue(ledger, NOW + DAY + SECOND) == ["sw2"]
+        found = ledger.doubtful(NOW + 2 * DAY)
+        assert found == [
+            Device("switches", "sw1", NOW, NOW + HOUR, 2, DAY),
+            Device("switches", "sw2", NOW, NOW, 1, DAY),
+        ]
+
+
+def test_a_listed_device_is_overdue_though_it_never_came(bench: Bench) -> None:
+    listed = {"switches": Expectation(DAY, "{device}", ("sw1", "sw2"))}
+    bench.ledger.expect(listed, NOW)
+    bench.crash().expect(listed, NOW + HOUR)  # a restart makes it no younger
+    arrive(bench.ledger, "sw2", at=NOW + HOUR)
+    assert bench.ledger.doubtful(NOW + DAY + SECOND) == [Device("switches", "sw1", NOW, None, 0, DAY)]
+
+
+def test_without_a_template_the_drop_as_a_whole_is_expected(ledger: Ledger) -> None:
+    ledger.expect({"switches": Expectation(DAY)}, NOW)
+    assert overdue(ledger, NOW + DAY + SECOND) == [""]
+    arrive(ledger, "", at=NOW + DAY)
+    assert overdue(ledger, NOW + DAY + SECOND) == []
+
+
+def test_the_same_name_in_two_drops_is_two_devices(ledger: Ledger) -> None:
+    ledger.expect({"switches": DAILY, "firewalls": Expectation(HOUR, "{device}")}, NOW)
+    arrive(ledger, drop="switches")
+    arrive(ledger, drop="firewalls")
+    assert [d.drop for d in ledger.doubtful(NOW + 2 * HOUR)] == ["firewalls"]
+
+
+def test_an_alarm_outlasts_a_crash_and_is_called_off_once(bench: Bench) -> None:
+    bench.ledger.expect({"switches": DAILY}, NOW)
+    arrive(bench.ledger)
+    late = NOW + 2 * DAY
+    assert alarm(bench.ledger, late) == (["sw1"], [])
+    ledger = bench.crash()
+    ledger.expect({"switches": DAILY}, late)
+    assert alarm(ledger, late) == (["sw1"], [])
+    arrive(ledger, at=late)
+    ledger = bench.crash()
+    assert judged(ledger.doubtful(late), late)[1]  # not said yet, and so not over
+    assert alarm(ledger, late) == ([], ["sw1"])
+    assert alarm(ledger, late) == ([], [])
+
+
+def test_a_device_that_is_listed_no_more_and_never_came_is_forgotten(ledger: Ledger) -> None:
+    ledger.expect({"switches": Expectation(DAY, "{device}", ("sw1", "sw2", "sw3"))}, NOW)
+    arrive(ledger, "sw1")
+    ledger.alarmed([d for d in ledger.doubtful(NOW + 2 * DAY) if d.name == "sw3"], [])
+    ledger.expect({"switches": DAILY}, NOW)
+    assert alarm(ledger, NOW + 2 * DAY) == (["sw1"], ["sw3"])
+
+
+def test_devices_that_were_told_apart_in_another_way_are_forgotten(ledger: Ledger) -> None:
+    ledger.expect({"switches": DAILY}, NOW)
+    arrive(ledger, "sw1")
+    alarm(ledger, NOW + 2 * DAY)
+    arrive(ledger, "sw2")
+    ledger.expect({"switches": Expectation(DAY, "{site}/{device}")}, NOW)
+    assert alarm(ledger, NOW + 9 * DAY) == ([], ["sw1"])
+    assert ledger.doubtful(NOW + 9 * DAY) == []
+
+
+def test_what_is_no_longer_expected_is_no_longer_overdue(ledger: Ledger) -> None:
+    ledger.expect({"switches": DAILY}, NOW)
+    arrive(ledger)
+    alarm(ledger, NOW + 2 * DAY)
+    ledger.expect({}, NOW + 2 * DAY)
+    assert alarm(ledger, NOW + 2 * DAY) == ([], ["sw1"])
+    ledger.expect({"switches": DAILY}, NOW + 3 * DAY)  # and what was learnt is not lost
+    assert alarm(ledger, NOW + 3 * DAY) == (["sw1"], [])
+
+
+def test_a_clock_that_was_ahead_hides_no_device(ledger: Ledger) -> None:
+    ledger.expect({"switches": DAILY}, NOW)
+    arrive(ledger, at=NOW + 9000 * DAY)
+    ledger.expect({"switches": DAILY}, NOW)
+    assert overdue(ledger, NOW + 2 * DAY) == ["sw1"]
+
+
+# sizes
+
+
+def test_an_unusual_size_is_kept_until_it_was_said(bench: Bench) -> None:
+    for _ in range(3):
+        assert not arrive(bench.ledger, size=100, alarm=0.5)[1]
+    archive, unusual = arrive(bench.ledger, size=20, alarm=0.5)
+    assert unusual
+    ledger = bench.crash()
+    (one,) = ledger.unusual()
+    assert (one.archive_id, one.drop, one.relpath) == (archive.id, "switches", archive.relpath)
+    assert (one.device, one.size, one.median_size) == ("sw1", 20, 100)
+    ledger.told([one])
+    assert bench.crash().unusual() == []
+
+
+def test_a_device_is_judged_by_its_own_sizes(ledger: Ledger) -> None:
+    for _ in range(3):
+        arrive(ledger, "sw1", size=100, alarm=0.5)
+        arrive(ledger, "sw2", size=9000, alarm=0.5)
+    assert not arrive(ledger, "sw2", size=9100, alarm=0.5)[1]
+    assert arrive(ledger, "sw1", size=9000, alarm=0.5)[1]
+
+
+def test_only_the_last_ten_sizes_count(ledger: Ledger) -> None:
+    for size in [100] * 20 + [900] * 6:
+        arrive(ledger, size=size, alarm=0.5)
+    ledger.told(ledger.unusual())
+    assert not arrive(ledger, size=900, alarm=0.5)[1]
+    assert ledger.unusual() == []
+
+
+def test_without_an_alarm_no_size_is_unusual(ledger: Ledger) -> None:
+    for size in (1, 1, 1, 1, 10**9):
+        assert not arrive(ledger, size=size)[1]
+    assert arrive(ledger, size=10**9, alarm=0.5)[1]  # but they were remembered
+
+
+# old history
+
+OLD = NOW - 500 * DAY
+LIMIT = NOW - 400 * DAY
+
+
+def done(
+    ledger: Ledger,
+    *,
+    at: datetime = OLD,
+    outcome: Outcome | None = None,
+    to: bytes | None = b"sent/x",
+    left: bool = False,
+) -> Archive:
+    """Admit an archive, end its delivery, and dispose of its file."""
+    archive, _ = arrive(ledger, at=at)
+    (delivery,) = ledger.claim("vault", at)
+    ledger.record([finished(delivery, outcome or delivered(), now=at)], at)
+    ledger.disposed([Disposed(archive.id, to, left)], [], at)
+    return archive
+
+
+def test_what_was_done_with_long_ago_is_forgotten_a_few_at_a_time(bench: Bench) -> None:
+    for _ in range(5):
+        done(bench.ledger)
+    done(bench.ledger, at=LIMIT)
+    assert [bench.ledger.prune(LIMIT, 2) for _ in range(4)] == [2, 2, 1, 0]
+    assert bench.crash().prune(LIMIT, 2) == 0
+
+
+def test_what_was_replaced_long_ago_is_forgotten(ledger: Ledger) -> None:
+    for _ in range(2):
+        ledger.admit([a_sighting(b"r1")], ["vault"], OLD)
+    assert ledger.prune(LIMIT, 9) == 1
+
+
+def test_nothing_is_forgotten_that_is_still_of_use(ledger: Ledger) -> None:
+    rejected_one = done(ledger, outcome=rejected(), to=b"rejected/x")
+    done(ledger, to=None, left=True)  # on_delivered = "keep"
+    undisposed, _ = arrive(ledger, at=OLD)
+    (delivery,) = ledger.claim("vault", OLD)
+    ledger.record([finished(delivery, delivered())], OLD)
+    waiting, _ = arrive(ledger, at=OLD)
+    (delivery,) = ledger.claim("vault", OLD)
+    ledger.record([finished(delivery, deferred())], OLD)
+    arrive(ledger, at=OLD)
+    assert ledger.claim("vault", OLD)
+    arrive(ledger, at=OLD)
+    assert ledger.prune(NOW + 9999 * DAY, 99) == 0
+    assert [one.archive for one in ledger.undisposed()] == [undisposed]
+    assert ledger.backlog()["vault"].pending == 3
+    assert len(ledger.known("switches").marks) == 5
+    assert waiting in [d.archive for d in ledger.claim("vault", NOW + DAY, most=9)]
+    assert rejected_one not in [one.archive for one in ledger.undisposed()]
+
+
+def test_a_rejected_archive_whose_file_is_gone_is_forgotten(ledger: Ledger) -> None:
+    done(ledger, outcome=rejected(), to=None)
+    done(ledger)
+    assert ledger.prune(LIMIT, 99) == 1
+
+
+def test_no_number_of_an_archive_is_given_twice(ledger: Ledger) -> None:
+    last = [done(ledger) for _ in range(3)][-1]
+    ledger.prune(LIMIT, 99)
+    assert arrive(ledger)[0].id > last.id
+
+
+def test_devices_outlast_their_history(ledger: Ledger) -> None:
+    ledger.expect({"switches": DAILY}, OLD)
+    done(ledger)
+    done(ledger)
+    assert ledger.prune(LIMIT, 99) == 1
+    assert [d.archives for d in ledger.doubtful(NOW)] == [2]

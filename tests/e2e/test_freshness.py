@@ -1,0 +1,121 @@
+"""The installed command as a process: devices that fall silent, and archives of unusual size."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sqlite3
+
+from backupd.receiver.serve import RunningReceiver
+from tests.stage import Stage, until
+
+TOP = 'heartbeat_every = "0.2s"'
+EXPECT = 'label_pattern = \'(?P<device>[^-]+)-.*\'\nexpect = { every = "1s", by = "{device}" }'
+
+
+def test_a_silent_device_is_told_of_across_a_kill_until_it_comes(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url, top=TOP, drop=EXPECT)
+    daemon = stage.daemon().ready()
+    stage.put("sw1-a.cfg", b"a" * 100)
+    first = daemon.wait_for("drop.overdue", count=2, device="sw1")[0]
+    assert (first["drop"], first["level"]) == ("switches", "warning")
+    assert first["overdue_s"] > 0
+    assert first["last_at"]
+    daemon.kill()
+
+    daemon = stage.daemon().ready()
+    daemon.wait_for("drop.overdue", device="sw1")
+    stage.put("sw1-b.cfg", b"b" * 100)
+    daemon.wait_for("drop.recovered", device="sw1")
+    daemon.wait_for("archive.delivered", archive="sw1-b.cfg")
+    assert daemon.stop() == 0
+
+
+def test_a_device_that_was_forgotten_is_told_of_no_more(stage: Stage, receiver: RunningReceiver) -> None:
+    stage.configure(receiver.url, top=TOP, drop=EXPECT)
+    daemon = stage.daemon().ready()
+    stage.put("sw1-a.cfg", b"a" * 100)
+    daemon.wait_for("drop.overdue", device="sw1")
+
+    done = stage.backupd("forget", "sw1")
+    assert (done.returncode, done.stdout) == (0, "sw1 of switches: forgotten\n")
+    daemon.wait_for("drop.recovered", device="sw1")
+    told, beats = len(daemon.events("drop.overdue")), len(daemon.events("daemon.heartbeat"))
+    daemon.wait_for("daemon.heartbeat", count=beats + 8)  # more than `every`
+    assert len(daemon.events("drop.overdue")) == told
+
+    again = stage.backupd("forget", "sw1", "--drop", "switches")
+    assert again.returncode == 2
+    assert "no device is called 'sw1' in the drop 'switches'" in again.stderr
+    assert daemon.stop() == 0
+
+
+def test_a_listed_device_that_never_came_is_overdue(stage: Stage, receiver: RunningReceiver) -> None:
+    listed = EXPECT.replace(" }", ', devices = ["sw9"] }')
+    stage.configure(receiver.url, top=TOP, drop=listed)
+    daemon = stage.daemon().ready()
+    overdue = daemon.wait_for("drop.overdue", device="sw9")[0]
+    assert "last_at" not in overdue
+
+    forgotten = stage.backupd("forget", "sw9")
+    assert forgotten.returncode == 0
+    assert "its wait begins anew\n  hint: it is expected by drop.switches.expect.devices" in forgotten.stdout
+    daemon.wait_for("drop.recovered", device="sw9")
+    assert daemon.stop() == 0
+
+
+def test_an_archive_of_unusual_size_is_delivered_and_said_once(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url, top=TOP, drop='size_alarm = "50%"')
+    daemon = stage.daemon().ready()
+    for number in range(3):
+        stage.put(f"{number}.cfg", b"%d" % number * 1000)
+        daemon.wait_for("archive.admitted", archive=f"{number}.cfg")
+    stage.put("odd.cfg", b"x" * 100)
+    (odd,) = daemon.wait_for("archive.unusual_size")
+    assert (odd["archive"], odd["size"], odd["median_size"], odd["change"]) == ("odd.cfg", 100, 1000, -0.9)
+    daemon.wait_for("archive.disposed", archive="odd.cfg")
+    assert daemon.stop() == 0
+    again = stage.daemon().ready()
+    again.wait_for("daemon.heartbeat", count=2)
+    assert not again.events("archive.unusual_size")
+    assert again.stop() == 0
+    assert stage.sent / "odd.cfg" in stage.archives(stage.sent)
+
+
+def test_what_is_done_with_goes_from_the_ledger_and_stays_in_the_folder(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url, top=f'{TOP}\nkeep_history_for = "1s"')
+    daemon = stage.daemon().ready()
+    for number in range(3):
+        stage.put(f"{number}.cfg", b"%d" % number * 1000)
+    daemon.wait_for("archive.disposed", count=3)
+
+    def left() -> int:
+        with contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=10)) as ledger:
+            return int(ledger.execute("SELECT count(*) FROM archive").fetchone()[0])
+
+    until(lambda: left() == 1, "the history to go")  # the last number is not given again
+    assert len(stage.archives(stage.sent)) == 3
+    assert daemon.stop() == 0
+
+
+def test_a_reload_changes_who_is_expected(stage: Stage, receiver: RunningReceiver) -> None:
+    stage.configure(receiver.url, top=TOP, drop=EXPECT)
+    daemon = stage.daemon().ready()
+    stage.put("sw1-a.cfg", b"a" * 100)
+    daemon.wait_for("drop.overdue", device="sw1")
+
+    stage.configure(receiver.url, top=TOP, drop='expect.every = "1s"')
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_for("config.reloaded", drops_changed=["switches"])
+    daemon.wait_for("drop.recovered", device="sw1")  # nobody is told apart any more
+    overdue = until(lambda: [e for e in daemon.events("drop.overdue") if "device" not in e], "the whole drop")
+    assert overdue[0]["drop"] == "switches"
+    stage.put("sw2-a.cfg", b"a" * 100)
+    until(lambda: [e for e in daemon.events("drop.recovered") if "device" not in e], "it to recover")
+    assert daemon.stop() == 0

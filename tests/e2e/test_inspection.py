@@ -1,0 +1,267 @@
+"""The daemon looks into archives and heeds checksum files before anything is sent."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zlib
+from pathlib import Path
+
+import pytest
+
+from backupd.receiver.serve import RunningReceiver
+from tests.stage import Daemon, Stage
+
+QUICKLY = 'rescan_every = "0.3s"\ninspect_grace = "1s"\n'
+PATIENTLY = 'rescan_every = "0.3s"\ninspect_grace = "1h"\n'
+
+
+def a_backup(size: int = 40_000) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as tar:
+        info = tarfile.TarInfo("running.cfg")
+        info.size = size
+        tar.addfile(info, io.BytesIO(os.urandom(size)))
+    return out.getvalue()
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def rejected(stage: Stage, daemon: Daemon, name: str, reason: str) -> None:
+    """Assert that an archive was rejected before any request, told once, and is in quarantine."""
+    daemon.wait_for("archive.disposed", archive=name)
+    (told,) = daemon.events("archive.rejected")
+    assert (told["archive"], told["reason"]) == (name, reason)
+    assert not daemon.events("archive.admitted")
+    assert (stage.rejected / name).exists()
+    record = json.loads((stage.rejected / f"{name}.reason.json").read_text())
+    assert [one["reason"] for one in record["deliveries"]] == [reason]
+    assert stage.stored() == []
+    (shown,) = json.loads(stage.backupd("list", "--state", "rejected", "--json").stdout)
+    assert json.loads(stage.backupd("show", shown["id"], "--json").stdout)["attempts"] == []
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_truncated_archive_is_held_and_then_rejected_once(
+    stage: Stage, receiver: RunningReceiver, restarted: bool
+) -> None:
+    drop = 'inspect = "full"\n' + (PATIENTLY if restarted else QUICKLY)
+    stage.configure(receiver.url, drop=drop, top='[log]\nlevel = "debug"')
+    if restarted:
+        stage.put("r1.tar.gz", a_backup()[:-3000])
+        first = stage.daemon().ready()
+        first.wait_for("drop.scanned", candidates=1)
+        first.kill()
+        stage.configure(receiver.url, drop='inspect = "full"\n' + QUICKLY)
+    daemon = stage.daemon().ready()
+    if not restarted:
+        stage.put("r1.tar.gz", a_backup()[:-3000])
+
+    rejected(stage, daemon, "r1.tar.gz", "truncated")
+
+    assert len(daemon.events("archive.waiting")) <= 1
+    again = stage.daemon() if daemon.stop() == 0 else daemon
+    again.ready()
+    stage.put("r2.tar.gz", a_backup())
+    again.wait_for("archive.disposed", archive="r2.tar.gz")
+    assert not again.events("archive.rejected")
+    assert not again.events("watcher.blind")
+
+
+def test_what_was_rejected_can_be_sent_all_the_same(stage: Stage, receiver: RunningReceiver) -> None:
+    content = a_backup()[:-3000]
+    stage.configure(receiver.url, drop='inspect = "full"\n' + QUICKLY)
+    stage.put("r1.tar.gz", content)
+    daemon = stage.daemon().ready()
+    daemon.wait_for("archive.disposed")
+    assert daemon.stop() == 0
+    stage.configure(receiver.url)
+
+    assert stage.backupd("retry", "--all").returncode == 0
+
+    stage.daemon().wait_for("archive.delivered", archive="r1.tar.gz")
+    assert [path.read_bytes() for path in stage.stored()] == [content]
+
+
+@pytest.mark.parametrize("how", ["appended to", "replaced"])
+def test_what_is_completed_in_time_is_delivered(stage: Stage, receiver: RunningReceiver, how: str) -> None:
+    stage.configure(receiver.url, drop='inspect = "full"\n' + 'rescan_every = "0.3s"\n')
+    daemon = stage.daemon().ready()
+    whole = a_backup()
+    stage.put("r1.tar.gz", whole[:-3000])
+    (said,) = daemon.wait_for("archive.waiting")
+    assert (said["archive"], said["reason"]) == ("r1.tar.gz", "truncated")
+    assert daemon.events("archive.admitted") == []
+
+    if how == "replaced":
+        stage.put("r1.tar.gz", whole)
+    else:
+        with (stage.drop / "r1.tar.gz").open("ab") as stream:
+            stream.write(whole[-3000:])
+
+    daemon.wait_for("archive.disposed")
+    assert [path.read_bytes() for path in stage.stored()] == [whole]
+    assert not daemon.events("archive.rejected")
+    assert not daemon.events("watcher.blind")
+
+
+def test_a_quick_look_holds_back_what_has_no_end_and_lets_the_unknown_pass(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url, drop='inspect = "quick"\n' + QUICKLY)
+    daemon = stage.daemon().ready()
+    stage.put("r1.cfg", b"hostname r1\n")
+    stage.put("r3.bz2", bz2.compress(os.urandom(5000)))
+    daemon.wait_for("archive.delivered", count=2)
+    assert len(stage.stored()) == 2
+
+    stage.put("r2.bz2", bz2.compress(os.urandom(5000))[:-50])
+
+    daemon.wait_for("archive.rejected", archive="r2.bz2", reason="truncated")
+    assert len(stage.stored()) == 2
+
+
+def test_a_bomb_is_looked_at_within_bounds_and_keeps_no_other_waiting(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url, drop='inspect = "full"', top='[log]\nlevel = "debug"')
+    squeeze = zlib.compressobj(9, zlib.DEFLATED, 31)
+    bomb = b"".join(squeeze.compress(bytes(1 << 20)) for _ in range(700)) + squeeze.flush()
+    stage.put("bomb.gz", bomb)
+    for number in range(20):
+        stage.put(f"r{number}.tar.gz", a_backup(5000))
+    daemon = stage.daemon().ready()
+
+    daemon.wait_for("archive.disposed", count=21)
+
+    assert [event["archive"] for event in daemon.events("inspection.ended")] == ["bomb.gz"]
+    assert daemon.memory("VmHWM") < 80 << 20
+    delivered = [event["archive"] for event in daemon.events("archive.delivered")]
+    assert len(delivered) == 21
+    assert delivered[-1] == "bomb.gz"
+
+
+def test_what_states_the_right_checksum_is_delivered_and_takes_it_along(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url, drop='checksum_file = "required"\n' + PATIENTLY)
+    content = os.urandom(5000)
+    daemon = stage.daemon().ready()
+    stage.put("r1.cfg.SHA512", hashlib.sha512(content).hexdigest().encode())
+    stage.put("r1.cfg", content)
+    stage.put("SHA256SUMS", f"{sha256(content)} *r2.cfg\n{'0' * 64} *r3.cfg\n".encode())
+    stage.put("r2.cfg", content)
+
+    daemon.wait_for("archive.disposed", count=2)
+
+    assert sorted(path.name for path in stage.drop.iterdir() if path.is_file()) == ["SHA256SUMS"]
+    assert (stage.sent / "r1.cfg.SHA512").exists()
+    assert [path.read_bytes() for path in stage.stored()] == [content, content]
+    assert not daemon.events("archive.ignored")
+
+
+def test_what_states_another_checksum_is_rejected_without_a_request(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url, drop='checksum_file = "auto"\n' + QUICKLY)
+    stage.put("r1.cfg.sha256", sha256(b"another").encode() + b"  r1.cfg\n")
+    stage.put("r1.cfg", b"hostname r1\n")
+    daemon = stage.daemon().ready()
+
+    rejected(stage, daemon, "r1.cfg", "checksum_mismatch")
+
+    assert (stage.rejected / "r1.cfg.sha256").exists()
+    assert not (stage.drop / "r1.cfg.sha256").exists()
+
+
+def test_where_archives_are_deleted_their_checksum_files_are_too(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url, drop='checksum_file = "auto"\non_delivered = "delete"')
+    stage.put("r1.cfg.sha256sum", sha256(b"r1").encode() + b"  r1.cfg\n")
+    stage.put("r1.cfg", b"r1")
+    (stage.drop / "r2.cfg.md5").write_text("another's")
+    daemon = stage.daemon().ready()
+
+    daemon.wait_for("archive.disposed", disposition="deleted")
+
+    assert [path.name for path in stage.drop.iterdir()] == ["r2.cfg.md5"]
+
+
+def test_yesterdays_checksum_waits_for_todays(stage: Stage, receiver: RunningReceiver) -> None:
+    stage.configure(receiver.url, drop='checksum_file = "auto"\nrescan_every = "1h"\ninspect_grace = "1h"')
+    daemon = stage.daemon().ready()
+    stage.put("r1.cfg.sha256", sha256(b"yesterday").encode())
+    stage.put("r1.cfg", b"today")
+    stage.put("r2.cfg", b"without one")
+    daemon.wait_for("archive.disposed", archive="r2.cfg")
+
+    stage.put("r1.cfg.sha256", sha256(b"today").encode())
+
+    daemon.wait_for("archive.disposed", archive="r1.cfg")
+    assert not daemon.events("archive.rejected")
+
+
+def test_a_required_checksum_is_waited_for_and_that_is_said_once(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url, drop='checksum_file = "required"\n' + QUICKLY)
+    daemon = stage.daemon().ready()
+    stage.put("r1.cfg", b"hostname r1\n")
+    (said,) = daemon.wait_for("archive.waiting")
+    assert (said["archive"], said["reason"]) == ("r1.cfg", "checksum_missing")
+    stage.put("r0.cfg.md5", hashlib.md5(b"r0").hexdigest().encode())
+    stage.put("r0.cfg", b"r0")
+    daemon.wait_for("archive.disposed", archive="r0.cfg")
+
+    stage.put("r1.cfg.sha256", sha256(b"hostname r1\n").encode() + b"  r1.cfg\n")
+
+    daemon.wait_for("archive.disposed", archive="r1.cfg")
+    assert len(daemon.events("archive.waiting")) == 1
+    assert not daemon.events("archive.rejected")
+
+
+def _a_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _a_link(path: Path) -> None:
+    path.symlink_to("/etc/hostname")
+
+
+def _a_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def _huge(path: Path) -> None:
+    with path.open("wb") as stream:
+        stream.truncate(10 << 30)
+
+
+def _garbage(path: Path) -> None:
+    path.write_bytes(os.urandom(3000))
+
+
+@pytest.mark.parametrize("make", [_a_fifo, _a_link, _a_folder, _huge, _garbage])
+@pytest.mark.parametrize("name", ["r1.cfg.sha256", "SHA256SUMS"])
+def test_whatever_lies_where_a_checksum_file_should_keeps_nothing_for_ever(
+    stage: Stage, receiver: RunningReceiver, make: object, name: str
+) -> None:
+    stage.configure(receiver.url, drop='checksum_file = "auto"\n' + QUICKLY)
+    assert callable(make)
+    make(stage.drop / name)
+    stage.put("r1.cfg", gzip.compress(b"hostname r1\n"))
+    daemon = stage.daemon().ready()
+
+    daemon.wait_for("archive.delivered", archive="r1.cfg")
+
+    assert len(stage.stored()) == 1
+    assert all(e["reason"] == "checksum_unusable" for e in daemon.events("archive.waiting"))
+    assert not daemon.events("daemon.failed")

@@ -1,0 +1,48 @@
+"""`backupd install --root`, as packagers and image builders use it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from backupd.cli.install import PLACES
+
+
+def backupd(*arguments: str) -> str:
+    """Run a command that has to succeed, and return what it printed."""
+    return subprocess.run(
+        [sys.executable, "-m", "backupd", *arguments],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=180,
+    ).stdout
+
+
+def there(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_dry_run_says_what_is_then_done_once(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    dry = backupd("install", "--root", root, "--dry-run")
+    assert there(tmp_path) == set()
+    assert backupd("install", "--root", root) == dry
+    assert there(tmp_path) == set(PLACES)
+    assert "nothing to do" in backupd("install", "--root", root)
+
+
+def test_the_units_name_the_backupd_that_installs_them(tmp_path: Path) -> None:
+    backupd("install", "--root", str(tmp_path))
+    unit = (tmp_path / "etc/systemd/system/backupd.service").read_text()
+    assert f"ExecStart={Path(sys.executable).parent}/backupd run\n" in unit
+
+
+def test_uninstalling_takes_away_what_installing_brought(tmp_path: Path) -> None:
+    backupd("install", "--root", str(tmp_path))
+    mine = tmp_path / "etc/systemd/system/backupd.service.d/mine.conf"
+    mine.write_text("[Service]\n")
+    said = backupd("uninstall", "--root", str(tmp_path))
+    assert there(tmp_path) == {"etc/systemd/system/backupd.service.d/mine.conf"}
+    assert "left alone" in said

@@ -1,0 +1,326 @@
+"""Devices, sizes and old history in a real ledger file, beside a daemon and across versions."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import pytest
+
+from backupd.config.models import DropConfig
+from backupd.core.errors import LedgerError
+from backupd.core.freshness import Expectation
+from backupd.core.model import Archive
+from backupd.delivery.pruning import Pruning
+from backupd.intake.freshness import Freshness
+from backupd.ledger import database
+from backupd.ledger.database import FILE_NAME, open_for_reading, open_ledger
+from backupd.ledger.habits import UnusualSize
+from backupd.ledger.history import DeviceRecord, History
+from backupd.ledger.port import Disposed, Sighting
+from backupd.ledger.sqlite import SqliteLedger
+from backupd.ops.events import Event
+from backupd.ops.lines import LineWriter
+from backupd.ops.log import EventLog
+from tests.factories import NOW, SECOND, a_fingerprint, a_sighting, deferred, delivered, finished
+
+HOUR = timedelta(hours=1)
+DAY = timedelta(days=1)
+
+T = TypeVar("T", bound=SqliteLedger | sqlite3.Connection)
+
+
+class Close(Protocol):
+    """Has something closed when the test ends."""
+
+    def __call__(self, it: T) -> T: ...
+
+
+@pytest.fixture
+def closed_after() -> Iterator[Close]:
+    with contextlib.ExitStack() as stack:
+
+        def close(it: Any) -> Any:
+            stack.callback(it.close)
+            return it
+
+        yield close
+
+
+class Said(EventLog):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__(LineWriter(2))
+        self.lines: list[tuple[str, dict[str, Any]]] = []
+
+    def emit(self, event: Event, *, exc_info: BaseException | None = None, **keys: object) -> None:
+        self.lines.append((event.name, {key: value for key, value in keys.items() if value is not None}))
+
+    def take(self) -> list[tuple[str, dict[str, Any]]]:
+        lines, self.lines = self.lines, []
+        return lines
+
+
+class FailingLedger(SqliteLedger):
+    """A ledger whose disk is full for a while."""
+
+    full = False
+
+    def _transaction(self, *, durable: bool) -> Any:
+        if self.full:
+            raise LedgerError("the ledger can't be written: database or disk is full", "check the disk")
+        return super()._transaction(durable=durable)
+
+
+class Scene:
+    """A ledger's file, and what a daemon does with it, at times that the test names."""
+
+    def __init__(self, state: Path, close: Close, **drop: Any) -> None:
+        self.state = state
+        self._close = close
+        self.said = Said()
+        self.config = {"switches": DropConfig.model_validate({"path": "/srv/x", **drop})}
+        self.start()
+
+    def start(self, now: Any = NOW) -> None:
+        """Begin as a new daemon does."""
+        self.ledger = self._close(FailingLedger(open_ledger(self.state).connection))
+        self.freshness = Freshness(self.ledger, self.said)
+        self.freshness.begin(self.config, now)
+
+    def kill(self, now: Any = NOW) -> None:
+        self.ledger.close()
+        self.start(now)
+
+    def arrive(self, name: bytes, *, at: Any = NOW, size: int = 100) -> bool:
+        sighting = Sighting("switches", name, a_fingerprint(size=size))
+        return self.ledger.admit(self.freshness.labelled([sighting], at), ["vault"], at).unusual
+
+    def tick(self, now: Any) -> list[tuple[str, dict[str, Any]]]:
+        self.freshness.tick(now)
+        return self.said.take()
+
+    def history(self) -> History:
+        return History(self._close(open_for_reading(self.state)))
+
+
+BY_DEVICE = {"label_pattern": "(?P<device>[^/]+)/.*", "expect": {"every": "1h", "by": "{device}"}}
+
+
+def test_what_is_overdue_is_said_at_each_tick_until_it_comes(tmp_path: Path, closed_after: Close) -> None:
+    scene = Scene(tmp_path, closed_after, **BY_DEVICE)
+    scene.arrive(b"sw1/a.cfg")
+    assert scene.tick(NOW + HOUR) == []
+    late = NOW + HOUR + 5 * SECOND
+    said = ("drop.overdue", {"drop": "switches", "device": "sw1", "last_at": NOW, "overdue_s": 5 * SECOND})
+    assert scene.tick(late) == [said]
+    scene.kill(late)
+    assert scene.tick(late) == [said]
+    scene.arrive(b"sw1/b.cfg", at=late)
+    scene.kill(late)
+    assert scene.tick(late) == [("drop.recovered", {"drop": "switches", "device": "sw1", "last_at": late})]
+    assert scene.tick(late) == []
+
+
+def test_a_drop_without_devices_is_told_without_one(tmp_path: Path, closed_after: Close) -> None:
+    scene = Scene(tmp_path, closed_after, expect={"every": "1h"})
+    assert scene.tick(NOW + 2 * HOUR) == [("drop.overdue", {"drop": "switches", "overdue_s": HOUR})]
+    scene.arrive(b"a.cfg", at=NOW + 2 * HOUR)
+    assert [name for name, _ in scene.tick(NOW + 2 * HOUR)] == ["drop.recovered"]
+
+
+def test_what_the_pattern_does_not_match_is_nobodys(tmp_path: Path, closed_after: Close) -> None:
+    scene = Scene(tmp_path, closed_after, size_alarm="50%", **BY_DEVICE)
+    for size in (1, 1, 1, 99):
+        assert not scene.arrive(b"stray.cfg", size=size)
+    assert scene.history().devices(NOW) == []
+
+
+def test_an_alarm_is_said_though_it_cannot_be_noted(tmp_path: Path, closed_after: Close) -> None:
+    scene = Scene(tmp_path, closed_after, **BY_DEVICE)
+    scene.arrive(b"sw1/a.cfg")
+    scene.ledger.full = True
+    for _ in range(2):
+        with pytest.raises(LedgerError):
+            scene.freshness.tick(NOW + 2 * HOUR)
+        assert [name for name, _ in scene.said.take()] == ["drop.overdue"]
+
+
+def test_an_unusual_size_is_said_once_also_by_the_next_daemon(tmp_path: Path, closed_after: Close) -> None:
+    scene = Scene(
+        tmp_path,
+        closed_after,
+        label_pattern="(?P<device>[^/]+)/.*",
+        size_alarm="50%",
+        expect={"by": "{device}"},
+    )
+    assert [scene.arrive(b"sw1/%d.cfg" % n) for n in range(3)] == [False] * 3
+    assert scene.arrive(b"sw1/small.cfg", size=40)
+    scene.kill()
+    said = scene.tick(NOW)
+    assert said == [
+        (
+            "archive.unusual_size",
+            {
+                "drop": "switches",
+                "archive": b"sw1/small.cfg",
+                "device": "sw1",
+                "size": 40,
+                "median_size": 100,
+                "change": -0.6,
+            },
+        )
+    ]
+    scene.kill()
+    assert scene.tick(NOW + 999 * DAY) == []  # without `every` nobody is overdue
+
+
+def test_an_admission_that_is_undone_leaves_no_trace_of_its_device(
+    tmp_path: Path, closed_after: Close, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tmp_path, closed_after, size_alarm="50%", **BY_DEVICE)
+    for number in range(3):
+        scene.arrive(b"sw1/%d.cfg" % number)
+
+    def broken(*_: object) -> bool:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("backupd.ledger.sqlite.note_arrival", broken)
+        with pytest.raises(LedgerError):
+            scene.arrive(b"sw1/odd.cfg", size=9000, at=NOW + HOUR)
+    assert scene.ledger.unusual() == []
+    assert [(d.last_at, d.archives) for d in scene.history().devices(NOW)] == [(NOW, 3)]
+    assert scene.ledger.backlog()["vault"].pending == 3
+    assert scene.arrive(b"sw1/odd.cfg", size=9000, at=NOW + HOUR)
+    assert [one.size for one in scene.ledger.unusual()] == [9000]
+
+
+# beside the daemon
+
+
+def test_devices_are_shown_and_forgotten_from_beside_the_daemon(tmp_path: Path, closed_after: Close) -> None:
+    scene = Scene(tmp_path, closed_after, **BY_DEVICE)
+    for name in (b"sw1/a.cfg", b"sw2/a.cfg"):
+        scene.arrive(name)
+    late = NOW + 2 * HOUR
+    scene.arrive(b"sw2/b.cfg", at=late)
+    history = scene.history()
+    assert history.devices(late) == [
+        DeviceRecord("switches", "sw1", NOW, 1, True, HOUR),
+        DeviceRecord("switches", "sw2", late, 2, False, HOUR),
+    ]
+    assert [keys["device"] for _, keys in scene.tick(late)] == ["sw1"]
+    assert history.forget("sw1", "elsewhere", late) == []
+    assert history.forget("sw1", None, late) == [("switches", False)]
+    assert [d.device for d in history.devices(late)] == ["sw2"]
+    assert history.forget("sw1", None, late) == []
+    assert scene.tick(late) == [("drop.recovered", {"drop": "switches", "device": "sw1"})]
+    assert scene.tick(late + HOUR) == []
+    scene.arrive(b"sw1/b.cfg", at=late)  # it comes back: it is expected again
+    assert [keys["device"] for _, keys in scene.tick(late + 2 * HOUR)] == ["sw1", "sw2"]
+
+
+def test_a_listed_device_that_is_forgotten_waits_anew(tmp_path: Path, closed_after: Close) -> None:
+    expect = {"every": "1h", "by": "{stem}", "devices": ["sw1"]}
+    scene = Scene(tmp_path, closed_after, expect=expect)
+    assert [name for name, _ in scene.tick(NOW + 2 * HOUR)] == ["drop.overdue"]
+    assert scene.history().forget("sw1", "switches", NOW + 2 * HOUR) == [("switches", True)]
+    assert [name for name, _ in scene.tick(NOW + 3 * HOUR)] == ["drop.recovered"]
+    assert [keys["overdue_s"] for _, keys in scene.tick(NOW + 4 * HOUR)] == [HOUR]
+
+
+# the schema, and its cost
+
+
+@pytest.fixture
+def version_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Archive]:
+    """A ledger as the version before devices left it, with one archive delivered and one pending."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(database, "_SCRIPTS", database._SCRIPTS[:1])
+        ledger = SqliteLedger(open_ledger(tmp_path).connection)
+        (old,) = ledger.admit([a_sighting(b"old.cfg")], ["vault"], NOW).admitted
+        (delivery,) = ledger.claim("vault", NOW)
+        ledger.record([finished(delivery, deferred(), delivered())], NOW)
+        ledger.disposed([Disposed(old.id, b"sent/old.cfg")], [], NOW)
+        ledger.admit([a_sighting(b"new.cfg")], ["vault"], NOW)
+        ledger.close()
+    return tmp_path, old
+
+
+def test_a_ledger_of_the_version_before_is_taken_over(
+    version_1: tuple[Path, Archive], closed_after: Close
+) -> None:
+    state, _ = version_1
+    history = History(closed_after(open_for_reading(state)))  # of a command that is newer than the daemon
+    assert (history.devices(NOW), history.forget("sw1", None, NOW)) == ([], [])
+    ledger = closed_after(SqliteLedger(open_ledger(state).connection))
+    assert ledger.backlog()["vault"].pending == 1
+    ledger.expect({"switches": Expectation(HOUR)}, NOW)
+    assert len(ledger.doubtful(NOW + 2 * HOUR)) == 1
+    assert ledger.prune(NOW + DAY, 9) == 1
+    assert ledger.backlog()["vault"].pending == 1
+
+
+def test_deliveries_and_attempts_go_with_their_archive(
+    version_1: tuple[Path, Archive], closed_after: Close
+) -> None:
+    state, _ = version_1
+    ledger = closed_after(SqliteLedger(open_ledger(state).connection))
+    raw = closed_after(sqlite3.connect(state / FILE_NAME))
+
+    def counts() -> list[int]:
+        return [
+            raw.execute(f"SELECT count(*) FROM {t}").fetchone()[0] for t in ("archive", "delivery", "attempt")
+        ]
+
+    assert counts() == [2, 2, 2]
+    Pruning(ledger).tick(NOW)
+    assert counts() == [2, 2, 2]
+    Pruning(ledger).tick(NOW + SECOND)
+    assert counts() == [1, 1, 0]
+
+
+def test_a_long_history_goes_in_many_small_transactions(tmp_path: Path, closed_after: Close) -> None:
+    class Counting(SqliteLedger):
+        def prune(self, before: Any, most: int) -> int:
+            sizes.append(super().prune(before, most))
+            return sizes[-1]
+
+    sizes: list[int] = []
+    ledger = closed_after(Counting(open_ledger(tmp_path).connection))
+    admitted = ledger.admit([a_sighting(b"%d" % n) for n in range(1000)], ["vault"], NOW).admitted
+    ledger.record([finished(d, delivered()) for _ in admitted for d in ledger.claim("vault", NOW)], NOW)
+    ledger.disposed([Disposed(archive.id, b"sent/x") for archive in admitted], [], NOW)
+    pruning = Pruning(ledger)
+    for _ in range(1000):  # how many of them a tick gets done depends on the machine
+        pruning.tick(NOW + DAY)
+        if sizes[-1] < 200:
+            break
+    assert sizes == [200, 200, 200, 200, 199]
+
+
+def test_what_is_not_old_costs_no_look_at_it(tmp_path: Path, closed_after: Close) -> None:
+    ledger = closed_after(SqliteLedger(open_ledger(tmp_path).connection))
+    statements: list[str] = []
+    ledger._db.set_trace_callback(statements.append)
+    ledger.prune(NOW, 9)
+    ledger._db.set_trace_callback(None)
+    assert len(statements) == 1  # no transaction where there is nothing to do
+    plan = [row[3] for row in ledger._db.execute(f"EXPLAIN QUERY PLAN {statements[0]}")]
+    assert any("SEARCH archive USING INDEX archive_over (<expr><?)" in step for step in plan), plan
+    assert not any("SCAN" in step for step in plan), plan
+
+
+def test_a_size_is_told_with_what_the_ledger_holds(tmp_path: Path, closed_after: Close) -> None:
+    scene = Scene(tmp_path, closed_after, size_alarm="50%")
+    for size in (10, 20, 30):
+        scene.arrive(b"%d.cfg" % size, size=size)
+    assert scene.arrive(b"odd.cfg", size=99)
+    (one,) = scene.ledger.unusual()
+    assert one == UnusualSize(one.archive_id, "switches", b"odd.cfg", "", 99, 20)

@@ -1,0 +1,120 @@
+"""A journal: systemd's own in a mount namespace, and a socket that reads its protocol."""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.programs import do_without, require
+from tests.stage import until
+
+Entry = list[tuple[str, str]]
+
+
+class JournalSocket:
+    """Takes entries as journald does, and reads them as its protocol says."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._socket.setblocking(False)
+        self.in_memory = 0
+
+    def entries(self) -> list[Entry]:
+        """Return what came since last asked."""
+        found: list[Entry] = []
+        while True:
+            try:
+                data, passed, _, _ = self._socket.recvmsg(1 << 20, socket.CMSG_LEN(4))
+            except BlockingIOError:
+                return found
+            if not data:
+                (fd,) = array.array("i", passed[0][2])
+                self.in_memory += 1
+                with os.fdopen(fd, "rb") as file:
+                    file.seek(0)
+                    data = file.read()
+            found.append(parsed(data))
+
+    def close(self) -> None:
+        self._socket.close()
+        self.path.unlink(missing_ok=True)
+
+
+def parsed(data: bytes) -> Entry:
+    """Return the fields of an entry; see systemd.io/JOURNAL_NATIVE_PROTOCOL."""
+    fields: Entry = []
+    while data:
+        line, _, rest = data.partition(b"\n")
+        name, is_text, value = line.partition(b"=")
+        if not is_text:
+            size = int.from_bytes(rest[:8], "little")
+            value, end, data = rest[8 : 8 + size], rest[8 + size : 9 + size], rest[9 + size :]
+            assert end == b"\n"
+        else:
+            data = rest
+        fields.append((name.decode(), value.decode()))
+    return fields
+
+
+class Journald:
+    """A running systemd-journald that sees a `/run` of its own."""
+
+    def __init__(self, base: Path, process: subprocess.Popen[bytes]) -> None:
+        self._base = base
+        self._process = process
+        self.socket = base / "systemd/journal/socket"
+
+    def inside(self) -> list[str]:
+        """Return the words that run a command where this journal is the system's."""
+        return [require("nsenter"), "--mount", f"--target={self._process.pid}"]
+
+    def stream(self) -> socket.socket:
+        """Return a standard output as systemd gives it to a service."""
+        stream = socket.socket(socket.AF_UNIX)
+        stream.connect(str(self._base / "systemd/journal/stdout"))
+        stream.sendall(b"backupd\nbackupd.service\n6\n1\n0\n0\n0\n")
+        return stream
+
+    def ask(self, *words: str) -> list[dict[str, Any]]:
+        """Return the entries that journalctl finds."""
+        folder = str(self._base / "log/journal")
+        done = subprocess.run(
+            [require("journalctl"), f"--directory={folder}", "--output=json", "--all", "--quiet", *words],
+            stdout=subprocess.PIPE,
+            check=False,
+        )
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@contextmanager
+def a_journald() -> Iterator[Journald]:
+    """Run a journald for a while; needs root."""
+    program = Path("/lib/systemd/systemd-journald")
+    if os.geteuid() != 0 or not program.exists():
+        do_without("a journald of one's own needs systemd and root")
+    base = Path(tempfile.mkdtemp(prefix="run-"))  # short: paths of sockets are
+    (base / "systemd/journal").mkdir(parents=True)
+    (base / "log/journal").mkdir(parents=True)
+    script = f"mount --bind {base} /run && exec {program}"
+    process = subprocess.Popen([require("unshare"), "--mount", "sh", "-c", script], stderr=subprocess.DEVNULL)
+    try:
+        journald = Journald(base, process)
+        until(lambda: journald.socket.exists() or process.poll() is not None, "the journal's socket")
+        if process.poll() is not None:
+            do_without("no journald can be run in a mount namespace here")
+        yield journald
+    finally:
+        process.terminate()
+        process.wait()
+        shutil.rmtree(base, ignore_errors=True)

@@ -1,0 +1,201 @@
+"""The journal gets each event with a field for each of its keys, and lines where it takes none."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from backupd.ops import events
+from backupd.ops.journal import JournalWriter, reads, writer_for
+from backupd.ops.lines import LineWriter
+from backupd.ops.log import EventLog
+from backupd.receiver.serve import RunningReceiver
+from tests.monitoring.journal import JournalSocket, a_journald
+from tests.stage import Stage, until
+
+
+@pytest.fixture
+def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[JournalSocket]:
+    monkeypatch.chdir(tmp_path)
+    journal = JournalSocket(Path("journal"))  # relative: paths of sockets are short
+    yield journal
+    journal.close()
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Path:
+    path = tmp_path / "lines"
+    path.touch()
+    return path
+
+
+@pytest.fixture
+def log(journal: JournalSocket, lines: Path) -> Iterator[EventLog]:
+    with lines.open("ab") as file:
+        writer = JournalWriter(LineWriter(file.fileno(), prefixed=True), str(journal.path))
+        yield EventLog(writer)
+        writer.close()
+
+
+def test_an_event_has_a_field_for_each_key(log: EventLog, journal: JournalSocket, lines: Path) -> None:
+    log.emit(
+        events.ARCHIVE_DELIVERED, archive=b"r1.cfg", size=3, destinations=("annex", "vault"), verified=True
+    )
+    log.emit(events.DAEMON_HEARTBEAT, gates={"vault": "paused"}, oldest_s=1.5)
+    (message, *fields), (_, *beat) = journal.entries()
+    assert message[0] == "MESSAGE"
+    assert json.loads(message[1])["archive"] == "r1.cfg"
+    assert fields == [
+        ("PRIORITY", "6"),
+        ("SYSLOG_IDENTIFIER", "backupd"),
+        ("BACKUPD_EVENT", "archive.delivered"),
+        ("BACKUPD_ARCHIVE", "r1.cfg"),
+        ("BACKUPD_SIZE", "3"),
+        ("BACKUPD_DESTINATIONS", "annex"),
+        ("BACKUPD_DESTINATIONS", "vault"),
+        ("BACKUPD_VERIFIED", "true"),
+    ]
+    assert dict(beat)["BACKUPD_GATES"] == '{"vault": "paused"}'
+    assert dict(beat)["BACKUPD_OLDEST_S"] == "1.5"
+    assert lines.read_bytes() == b""
+
+
+def test_the_priority_is_the_levels(log: EventLog, journal: JournalSocket) -> None:
+    log.emit(events.DESTINATION_PAUSED, destination="vault")
+    log.emit(events.ARCHIVE_IGNORED, reason="symlink")
+    assert [dict(entry)["PRIORITY"] for entry in journal.entries()] == ["3", "4"]
+
+
+def test_no_name_forges_a_field(log: EventLog, journal: JournalSocket) -> None:
+    name = b"r1\nPRIORITY=0\nBACKUPD_EVENT=archive.delivered\n\nMESSAGE\n\x03\0\0\0\0\0\0\0abc\n.cfg"
+    log.emit(events.ARCHIVE_REJECTED, archive=name)
+    (entry,) = journal.entries()
+    assert [field for field, _ in entry] == [
+        "MESSAGE",
+        "PRIORITY",
+        "SYSLOG_IDENTIFIER",
+        "BACKUPD_EVENT",
+        "BACKUPD_ARCHIVE",
+    ]
+    assert dict(entry)["BACKUPD_EVENT"] == "archive.rejected"
+    assert dict(entry)["BACKUPD_ARCHIVE"] == name.decode()
+
+
+def test_what_is_too_large_for_a_datagram_comes_whole(log: EventLog, journal: JournalSocket) -> None:
+    log.emit(events.ARCHIVE_REJECTED, error="x" * 3_000_000)
+    (entry,) = journal.entries()
+    assert dict(entry)["BACKUPD_ERROR"] == "x" * 3_000_000
+    assert journal.in_memory == 1
+
+
+def test_a_journal_that_takes_nothing_gets_lines_and_then_entries_again(
+    log: EventLog, journal: JournalSocket, lines: Path
+) -> None:
+    for number in range(1000):  # far more than its queue holds
+        log.emit(events.DAEMON_STARTED, pid=number)
+    kept = [int(dict(entry)["BACKUPD_PID"]) for entry in journal.entries()]
+    fell_back = [line.partition(b">") for line in lines.read_bytes().splitlines()]
+    assert {prefix for prefix, _, _ in fell_back} == {b"<6"}
+    assert kept + [json.loads(text)["pid"] for _, _, text in fell_back] == list(range(1000))
+    assert fell_back
+    log.emit(events.DAEMON_STARTED, pid=-1)
+    assert [dict(entry)["BACKUPD_PID"] for entry in journal.entries()] == ["-1"]
+
+
+def test_a_journal_that_is_restarted_is_found_again(log: EventLog, journal: JournalSocket) -> None:
+    log.emit(events.DAEMON_STARTED, pid=1)
+    journal.close()
+    again = JournalSocket(journal.path)
+    log.emit(events.DAEMON_STARTED, pid=2)
+    assert [dict(entry)["BACKUPD_PID"] for entry in again.entries()] == ["2"]
+    again.close()
+
+
+def test_without_its_socket_the_journal_gets_lines_with_priorities(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    status = os.fstat(writer)
+    environ = {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
+    log = EventLog(writer_for(writer, environ, str(tmp_path / "none")))
+    log.emit(events.DESTINATION_PAUSED, destination="vault")
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file:
+        text = file.read()
+    assert text.startswith(b"<3>{")
+    assert json.loads(text[3:])["destination"] == "vault"
+
+
+def test_what_goes_neither_way_is_counted_and_told() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    log = EventLog(JournalWriter(LineWriter(writer, prefixed=True), "/nonexistent/socket"))
+    for _ in range(3):
+        log.emit(events.DAEMON_STARTED, pid=1)
+    reader, fresh = os.pipe()
+    os.dup2(fresh, writer)
+    os.close(fresh)
+    log.emit(events.DAEMON_STARTED, pid=2)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file:
+        told = [json.loads(line[3:]) for line in file]
+    assert [(line["event"], line.get("lost")) for line in told] == [("log.lost", 3), ("daemon.started", None)]
+
+
+def test_a_reader_of_lines_that_takes_nothing_holds_nobody_up_for_good() -> None:
+    reader, writer = os.pipe()
+    lines = LineWriter(writer, patience=0.05)
+    while lines.line("x" * 5000):  # until the pipe is full
+        pass
+    assert lines.lost == 1
+    assert not lines.line("y")
+    while len(os.read(reader, 1 << 20)) == 1 << 20:
+        pass
+    assert lines.line("z")
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file:
+        assert file.read().splitlines()[-1] == b"z"
+
+
+def test_the_journal_is_asked_for_only_where_it_reads_that_descriptor() -> None:
+    status = os.fstat(1)
+    assert reads(1, {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"})
+    for said in ("", "1:2", "nonsense", f"{status.st_dev}:{status.st_ino + 1}"):
+        assert not reads(1, {"JOURNAL_STREAM": said})
+    assert not reads(1, {})
+    assert not reads(987, {"JOURNAL_STREAM": "1:2"})
+    assert isinstance(writer_for(1, {}), LineWriter)
+
+
+@pytest.mark.root
+def test_systemds_journal_finds_what_a_daemon_did_by_its_keys(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url)
+    name = "r1\nBACKUPD_EVENT=archive.rejected.cfg"
+    with a_journald() as journald, journald.stream() as stream:
+        status = os.fstat(stream.fileno())
+        daemon = subprocess.Popen(
+            [*journald.inside(), sys.executable, "-m", "backupd", "run", "--config", str(stage.config)],
+            stdout=stream.fileno(),
+            env={**os.environ, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"},
+        )
+        try:
+            until(lambda: journald.ask("BACKUPD_EVENT=daemon.ready"), "daemon.ready")
+            stage.put(name, b"abc")
+            (found,) = until(lambda: journald.ask("BACKUPD_EVENT=archive.delivered"), "archive.delivered")
+        finally:
+            daemon.send_signal(signal.SIGTERM)
+            daemon.wait()
+        assert found["BACKUPD_ARCHIVE"] == name
+        assert found["BACKUPD_DESTINATIONS"] == "vault"
+        assert found["PRIORITY"] == "6"
+        assert found["_TRANSPORT"] == "journal"
+        assert json.loads(found["MESSAGE"])["archive"] == name
+        assert not journald.ask("BACKUPD_EVENT=archive.rejected")
+        assert not journald.ask("_TRANSPORT=stdout")

@@ -1,0 +1,139 @@
+"""What real daemons log, as mtail and lnav read it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from backupd.receiver.serve import RunningReceiver
+from tests.e2e.test_outages import Endpoint, a_free_port
+from tests.monitoring.tools import lnav, metrics_of
+from tests.stage import Stage
+
+BEATS = 'heartbeat_every = "0.2s"'
+ANNEX = """
+[destination.annex]
+url = "https://127.0.0.1:{port}/"
+ca = "{pki.ca_pem}"
+cert = "{pki.client_cert}"
+key = "{pki.client_key}"
+[drop.people]
+path = "{people}"
+stable_for = "0.1s"
+destinations = ["annex"]
+"""
+
+
+def test_metrics_tell_what_was_delivered_rejected_and_paused(stage: Stage, tmp_path: Path) -> None:
+    people = tmp_path / "people"
+    people.mkdir()
+    more = ANNEX.format(port=a_free_port(), pki=stage.pki, people=people)
+    with Endpoint(stage.pki, lambda name: 422 if "poison" in name else 201) as endpoint:
+        stage.configure(endpoint.url, drop='destinations = ["vault"]', top=BEATS, more=more)
+        daemon = stage.daemon().ready()
+        stage.put('r1","size":999,"x":".cfg', b"abc")
+        stage.put("r2.cfg", b"defgh")
+        stage.put("poison.cfg", b"bad")
+        stage.put("waits.cfg", b"1234567", into=people)
+        daemon.wait_for("archive.delivered", count=2)
+        daemon.wait_for("destination.paused", destination="annex")
+        daemon.wait_for("archive.disposed", count=3)
+        daemon.wait_for("daemon.heartbeat", quarantined=1, pending={"annex": 1, "vault": 0})
+        daemon.wait_for("destination.status", count=len(daemon.events("destination.status")) + 4)
+        daemon.stop()
+    found = metrics_of(stage.log, tmp_path)
+    wanted = {
+        'backupd_archives_admitted_total{drop="switches"}': 3,
+        'backupd_archives_delivered_total{drop="switches"}': 2,
+        'backupd_archives_delivered_bytes_total{drop="switches"}': 8,
+        'backupd_archives_rejected_total{destination="vault",drop="switches",reason="archive_refused"}': 1,
+        'backupd_deliveries_total{destination="vault"}': 2,
+        'backupd_delivery_bytes_total{destination="vault"}': 8,
+        'backupd_destination_open{destination="annex"}': 0,
+        'backupd_destination_open{destination="vault"}': 1,
+        'backupd_pending{destination="annex"}': 1,
+        'backupd_pending{destination="vault"}': 0,
+        'backupd_pending_bytes{destination="annex"}': 7,
+        'backupd_oldest_seconds{destination="vault"}': 0,
+        'backupd_watcher_blind{drop="people"}': 0,
+        "backupd_quarantined{}": 1,
+        "backupd_lines_lost_total{}": 0,
+    }
+    assert {name: found.get(name) for name in wanted} == wanted
+    assert found['backupd_oldest_seconds{destination="annex"}'] > 0
+    assert found['backupd_destination_pauses_total{destination="annex",reason="connect_failed"}'] >= 1
+    last = daemon.events("daemon.heartbeat")[-1]
+    assert found["backupd_memory_bytes{}"] == last["memory_bytes"] > 10_000_000
+    assert found["backupd_open_files{}"] == last["open_files"] > 5
+    assert (
+        found["backupd_heartbeat_timestamp_seconds{}"] >= found["backupd_start_timestamp_seconds{}"] > 1.6e9
+    )
+
+
+def test_what_stands_is_told_again_by_a_daemon_that_begins_anew(stage: Stage, tmp_path: Path) -> None:
+    with Endpoint(stage.pki, lambda _: 422) as endpoint:
+        stage.configure(endpoint.url)
+        stage.put("poison.cfg", b"bad")
+        first = stage.daemon().ready()
+        first.wait_for("archive.disposed")
+        first.stop()
+        stage.log.rename(tmp_path / "first.log")
+        stage.daemon().wait_for("destination.status")
+        assert metrics_of(stage.log, tmp_path)["backupd_quarantined{}"] == 1
+        deliveries = json.loads(stage.backupd("list", "--json").stdout)
+        endpoint.status_of = lambda _: 201
+        assert stage.backupd("retry", deliveries[0]["id"]).returncode == 0
+        stage._daemons[-1].wait_for("archive.disposed")
+        stage._daemons[-1].stop()
+        stage.daemon().wait_for("destination.status")
+        assert metrics_of(stage.log, tmp_path)["backupd_quarantined{}"] == 0
+
+
+def test_events_that_are_rare_become_metrics(tmp_path: Path) -> None:
+    log = tmp_path / "rare.log"
+    forged = '{"timestamp":"2026-03-04T05:06:07.000Z","level":"info","event":"archive.gone"'
+    told: list[dict[str, object]] = [
+        {"event": "watcher.blind", "drop": "switches"},
+        {"event": "drop.overdue", "drop": "switches", "device": 'r"1', "overdue_s": 5.0},
+        {"event": "drop.overdue", "drop": "people", "overdue_s": 5.0},
+        {"event": "drop.overdue", "drop": "people", "device": "p1", "overdue_s": 5.0},
+        {"event": "drop.recovered", "drop": "people", "device": "p1"},
+        {"event": "log.lost", "lost": 7},
+        {"event": "ledger.failed", "error": "disk full"},
+        {"event": "daemon.failed", "error": forged},
+        {"event": "disposition.failed", "drop": "people"},
+        {"event": "drop.failed", "drop": "people"},
+        {"event": "archive.gone", "drop": "people"},
+        {"event": "daemon.heartbeat", "quarantined": 0, "overdue": 2},
+        {"event": "destination.status", "destination": "vault", "gate": "probing", "days_left": -3},
+    ]
+    begin: dict[str, object] = {"timestamp": "2026-03-04T05:06:07.000Z", "level": "info"}
+    log.write_text("".join(json.dumps(begin | line, separators=(",", ":")) + "\n" for line in told))
+    found = {name: value for name, value in metrics_of(log, tmp_path).items() if value}
+    assert found == {
+        'backupd_lines_total{level="info"}': len(told),
+        'backupd_watcher_blind{drop="switches"}': 1,
+        'backupd_drop_overdue{device="r\\\\\\"1",drop="switches"}': 1,
+        'backupd_drop_overdue{device="",drop="people"}': 1,
+        "backupd_lines_lost_total{}": 7,
+        "backupd_ledger_failures_total{}": 1,
+        "backupd_daemon_failures_total{}": 1,
+        'backupd_disposition_failures_total{drop="people"}': 1,
+        'backupd_drop_failures_total{drop="people"}': 1,
+        'backupd_archives_gone_total{drop="people"}': 1,
+        "backupd_drops_overdue{}": 2,
+        "backupd_heartbeat_timestamp_seconds{}": 1772600767,
+        'backupd_certificate_days_left{destination="vault"}': -3,
+    }
+
+
+def test_lnav_reads_the_log(stage: Stage, receiver: RunningReceiver, tmp_path: Path) -> None:
+    stage.configure(receiver.url)
+    daemon = stage.daemon().ready()
+    stage.put("r1.cfg", b"abc")
+    daemon.wait_for("archive.disposed")
+    daemon.stop()
+    rows = lnav(stage.log, tmp_path, ";SELECT log_level, log_body, archive, size FROM backupd_log")
+    assert [row["log_body"].rstrip() for row in rows] == [event["event"] for event in daemon.events()]
+    (admitted,) = (row for row in rows if row["log_body"].rstrip() == "archive.admitted")
+    assert (admitted["log_level"], admitted["archive"], int(admitted["size"])) == ("info", "r1.cfg", 3)

@@ -1,0 +1,68 @@
+"""The programs that read what backupd says: mtail, promtool, lnav."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import backupd
+from tests.programs import require
+
+KIT = Path(backupd.__file__).parent.parent / "docs" / "monitoring"
+
+
+def metrics_of(log: Path, base: Path) -> dict[str, float]:
+    """Return what mtail makes of a log: values by what Prometheus calls them."""
+    programs = base / "mtail"
+    programs.mkdir(exist_ok=True)
+    shutil.copy(KIT / "backupd.mtail", programs)
+    read = (
+        "--one_shot",
+        "--one_shot_format=prometheus",
+        "--logtostderr",
+        f"--progs={programs}",
+        f"--logs={log}",
+    )
+    said = run(require("mtail"), *read)
+    found = re.findall(r"^(backupd_\w+)\{(.*)\} (\S+)$", said, re.MULTILINE)
+    return {f"{name}{{{_without_program(labels)}}}": float(value) for name, labels, value in found}
+
+
+def _without_program(labels: str) -> str:
+    return re.sub(r'prog="[^"]*",?', "", labels).rstrip(",")
+
+
+def lnav(log: Path, base: Path, *commands: str) -> Any:
+    """Return the JSON that lnav prints after commands on a log."""
+    formats = base / "lnav" / "formats" / "backupd"
+    formats.mkdir(parents=True, exist_ok=True)
+    shutil.copy(KIT / "backupd.lnav.json", formats)
+    words = [word for command in (*commands, ":write-json-to -") for word in ("-c", command)]
+    said = run(require("lnav"), "-n", "-I", str(base / "lnav"), *words, str(log), home=base)
+    return json.loads(said)
+
+
+def run(*words: str, home: Path | None = None) -> str:
+    """Run a program, which has to end well, and return what it printed."""
+    environ = {"PATH": "/usr/bin:/bin", "HOME": str(home or "/nonexistent"), "TERM": "dumb", "TZ": "UTC"}
+    done = subprocess.run(
+        words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=environ, timeout=120
+    )
+    assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def defined() -> set[str]:
+    """Return the names of the metrics that the mtail program defines."""
+    return set(
+        re.findall(r"^(?:counter|gauge) (\w+)", (KIT / "backupd.mtail").read_text("utf-8"), re.MULTILINE)
+    )
+
+
+def used(text: str) -> set[str]:
+    """Return the names of metrics in a text."""
+    return set(re.findall(r"\bbackupd_\w+", text))

@@ -1,0 +1,98 @@
+"""`backupd install` and `uninstall` on a machine with systemd."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from backupd.cli.install import PLACES
+from backupd.receiver.serve import RunningReceiver
+from tests.systemd.conftest import BACKUPD, UNIT, Site
+from tests.systemd.machine import Machine
+
+pytestmark = [pytest.mark.systemd, pytest.mark.xdist_group("systemd")]
+
+
+@pytest.fixture
+def installed(machine: Machine) -> Iterator[Machine]:
+    """The machine, on which the service is installed again afterwards."""
+    yield machine
+    machine.run(BACKUPD, "install")
+
+
+def files(machine: Machine) -> dict[str, tuple[int, int, int]]:
+    """Return the identity, mode and time of what is installed."""
+    stats = {place: machine.path(place).stat() for place in PLACES}
+    return {place: (told.st_ino, told.st_mode, told.st_mtime_ns) for place, told in stats.items()}
+
+
+def test_installing_it_again_changes_nothing(machine: Machine) -> None:
+    before = files(machine)
+    assert machine.run(BACKUPD, "install").stdout.startswith("nothing to do")
+    assert files(machine) == before
+    assert {mode & 0o7777 for _, mode, _ in before.values()} == {0o644}
+    assert machine.show(UNIT, "LoadState", "NeedDaemonReload") == {
+        "LoadState": "loaded",
+        "NeedDaemonReload": "no",
+    }
+
+
+def test_the_user_and_the_folders_are_made(machine: Machine) -> None:
+    assert machine.run("getent", "passwd", "backupd").stdout.endswith(":/var/lib/backupd:/usr/sbin/nologin\n")
+    told = machine.run("stat", "--format=%n %a %U %G", "/etc/backupd", "/etc/backupd/tls", "/srv/backups")
+    assert told.stdout.splitlines() == [
+        "/etc/backupd 750 root backupd",
+        "/etc/backupd/tls 750 root backupd",
+        "/srv/backups 755 root root",
+    ]
+
+
+def test_a_unit_that_differs_is_renewed_and_a_drop_in_stays(site: Site, installed: Machine) -> None:
+    site.drop_in("mine", "[Service]\nTimeoutStopSec=42s\n")
+    installed.write(f"/etc/systemd/system/{UNIT}", "[Service]\nExecStart=/bin/false\n")
+    dry = installed.run(BACKUPD, "install", "--dry-run").stdout
+    assert "/bin/false" in installed.path(f"/etc/systemd/system/{UNIT}").read_text()
+    done = installed.run(BACKUPD, "install").stdout
+    assert done == dry
+    assert done.splitlines()[:2] == [f"write /etc/systemd/system/{UNIT}", "run systemctl daemon-reload"]
+    shown = installed.show(UNIT, "ExecStart", "TimeoutStopUSec")
+    assert f"path={BACKUPD} " in shown["ExecStart"]
+    assert shown["TimeoutStopUSec"] == "42s"
+
+
+def test_uninstalling_stops_it_and_leaves_data_and_configuration(
+    site: Site, receiver: RunningReceiver, installed: Machine
+) -> None:
+    site.configure(receiver.url)
+    site.configure(receiver.url, instance="second", drop="/srv/backups/second")
+    installed.run("install", "-d", "-o", "backupd", "-g", "backupd", "-m", "2770", "/srv/backups/second")
+    installed.systemctl("enable", "--now", "backupd.service", "backupd@second.service")
+    site.put("core.tar.gz", b"content")
+    sent = site.sent("core.tar.gz")
+    dry = installed.run(BACKUPD, "uninstall", "--dry-run").stdout
+    assert site.pid() != 0
+
+    told = installed.run(BACKUPD, "uninstall").stdout
+
+    assert told == dry
+    assert "left alone" in told
+    assert site.pid() == 0
+    assert site.pid("backupd@second.service") == 0
+    assert not list(installed.path("/etc/systemd/system/multi-user.target.wants").glob("backupd*"))
+    assert not any(installed.path(place).exists() for place in PLACES)
+    assert installed.show(UNIT, "LoadState") == {"LoadState": "not-found"}
+    assert sent.read_bytes() == b"content"
+    assert installed.path("/var/lib/backupd/ledger.sqlite3").exists()
+    assert installed.path("/etc/backupd/backupd.toml").exists()
+    assert installed.run("id", "backupd").returncode == 0
+    assert "nothing to do" in installed.run(BACKUPD, "uninstall").stdout
+
+
+def test_without_root_it_says_what_it_needs(machine: Machine) -> None:
+    as_nobody = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", BACKUPD)
+    for command in ("install", "uninstall"):
+        refused = machine.run(*as_nobody, command, check=False)
+        assert refused.returncode == 2
+        assert "needs root" in refused.stderr
+        assert machine.run(*as_nobody, command, "--dry-run").returncode == 0

@@ -1,0 +1,129 @@
+"""What goes on while the service runs under systemd: watchdog, reloads, renewed certificates, the journal."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+
+import pytest
+
+from backupd.receiver.serve import RunningReceiver
+from tests.scripted import Peer, ScriptedServer, in_turn, receipt_for, server_context, take_all
+from tests.stage import until
+from tests.systemd.conftest import UNIT, Site
+
+pytestmark = [pytest.mark.systemd, pytest.mark.xdist_group("systemd")]
+
+HANGS_ONCE = """
+import os, socket, threading, time
+
+_really = socket.getaddrinfo
+
+def getaddrinfo(*arguments, **keywords):
+    try:
+        os.close(os.open(os.environ["STATE_DIRECTORY"] + "/hung", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return _really(*arguments, **keywords)
+    while True:
+        time.sleep(60)
+
+socket.getaddrinfo = getaddrinfo
+"""
+"""A resolver that never answers whoever asks it first, for which there is no time limit of ours."""
+
+
+def test_a_worker_that_hangs_is_ended_by_the_watchdog_and_its_archive_delivered(
+    site: Site, receiver: RunningReceiver
+) -> None:
+    site.configure(receiver.url.replace("127.0.0.1", "localhost"))
+    site.machine.write("/opt/hangs/sitecustomize.py", HANGS_ONCE)
+    site.drop_in("hangs", "[Service]\nEnvironment=PYTHONPATH=/opt/hangs\nWatchdogSec=1s\nLimitCORE=0\n")
+    site.start()
+    first = site.pid()
+    site.put("core.tar.gz", b"content")
+
+    assert site.sent("core.tar.gz").read_bytes() == b"content"
+
+    assert site.pid() != first
+    assert int(site.machine.show(UNIT, "NRestarts")["NRestarts"]) >= 1
+    assert site.events("daemon.hung")[0]["thread"] == "worker of vault"
+    ends = [entry.get("MESSAGE", "") for entry in site.machine.journal("--unit", UNIT, since=site.since)]
+    assert any("Watchdog timeout" in text for text in ends)
+    assert [path.read_bytes() for path in site.stage.stored()] == [b"content"]
+
+
+def test_twenty_reloads_under_load_lose_nothing(site: Site, receiver: RunningReceiver) -> None:
+    site.configure(receiver.url)
+    site.start()
+    pid = site.pid()
+    contents = {f"r{number}.tar.gz": os.urandom(200_000) for number in range(60)}
+    left = iter(contents.items())
+    for reload in range(1, 21):
+        for _ in range(3):
+            site.put(*next(left))
+        site.configure(receiver.url, destination=f"workers = {1 + reload % 3}")
+        site.machine.systemctl("reload", UNIT)
+        site.wait_for("config.reloaded", reload)  # systemd does not wait for it
+
+    for name, content in contents.items():
+        assert site.sent(name).read_bytes() == content
+
+    assert site.pid() == pid
+    assert site.machine.show(UNIT, "NRestarts") == {"NRestarts": "0"}
+    stored = [hashlib.sha256(path.read_bytes()).digest() for path in site.stage.stored()]
+    assert sorted(stored) == sorted(hashlib.sha256(content).digest() for content in contents.values())
+    assert len(site.wait_for("archive.delivered", len(contents))) == len(contents)
+
+
+def test_certificates_that_are_renewed_in_mid_upload_are_taken_up_by_the_next(site: Site) -> None:
+    def takes_its_time(peer: Peer) -> None:
+        request = peer.read_request()
+        peer.pause()
+        peer.send(receipt_for(request.archive))
+        take_all(peer)
+
+    def names(server: ScriptedServer) -> list[str]:
+        subjects = [dict(pair[0] for pair in peer.client_certificate["subject"]) for peer in server.peers]
+        return [subject["commonName"] for subject in subjects]
+
+    with ScriptedServer(in_turn(takes_its_time, take_all), server_context(site.stage.pki)) as server:
+        site.configure(server.url, destination="workers = 1")
+        site.start()
+        site.put("before.tar.gz", b"before")
+        assert server.paused.wait(60)
+        renewed = site.stage.pki.issue_client("renewed")
+        for new, name in ((renewed.cert, "client.pem"), (renewed.key, "client.key")):
+            there = site.machine.path(f"/etc/backupd/tls/{name}")
+            part = there.with_suffix(".part")
+            shutil.copyfile(new, part)
+            shutil.copystat(there, part)
+            os.chown(part, there.stat().st_uid, there.stat().st_gid)
+            part.rename(there)
+        site.machine.systemctl("reload", UNIT)
+        site.wait_for("certificate.renewed")
+        server.go_on()
+        site.sent("before.tar.gz")
+        site.put("after.tar.gz", b"after")
+        site.sent("after.tar.gz")
+
+        until(lambda: len(server.requests) == 2, "both requests")
+        assert names(server) == ["client", "renewed"]
+        assert [request.archive for request in server.requests] == [b"before", b"after"]
+        assert not site.events("attempt.failed")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("backupd.ops.journal") is None, reason="backupd.ops.journal is not there yet"
+)
+def test_the_journal_can_be_asked_by_the_event(site: Site, receiver: RunningReceiver) -> None:
+    site.configure(receiver.url)
+    site.start()
+    site.put("core.tar.gz", b"content")
+    site.sent("core.tar.gz")
+    site.wait_for("archive.delivered")
+    (entry,) = site.machine.journal("BACKUPD_EVENT=archive.delivered", since=site.since)
+    assert entry["BACKUPD_ARCHIVE"] == "core.tar.gz"
+    assert entry["_SYSTEMD_UNIT"] == UNIT
+    assert entry["PRIORITY"] == "6"

@@ -1,0 +1,316 @@
+"""Looking into archives: each format whole, cut at every byte, and with every byte changed."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import random
+import tarfile
+import tracemalloc
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backupd.core.inspection import Finding
+from backupd.core.policy import Reason
+from backupd.drop.inspect import LimitReachedError, inspect
+
+TEXT = b"".join(b"interface Gi1/0/%d\n description %d\n" % (n, n * n) for n in range(40))
+
+
+def a_tar(tar_format: int = tarfile.PAX_FORMAT) -> bytes:
+    """Return a tar with all kinds of members."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tar_format) as tar:
+        for name, data in (("running.cfg", TEXT), ("n" * 90 + "/" + "x" * 120, b"1"), ("empty", b"")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE):
+            info = tarfile.TarInfo(f"of-{kind!r}")
+            info.type, info.linkname = kind, "running.cfg"
+            tar.addfile(info)
+        info = tarfile.TarInfo("ü" * 30)
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b"abc"))
+    return out.getvalue()
+
+
+def a_zip(method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    """Return a zip with two files and a comment."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", method) as archive:
+        archive.writestr("running.cfg", TEXT)
+        archive.writestr("startup.cfg", b"abc")
+        archive.comment = b"of router 1"
+    return out.getvalue()
+
+
+def a_zstd() -> bytes:
+    """Return a frame of raw and run-length blocks, behind a skippable one."""
+
+    def block(data: bytes, kind: int, size: int, *, last: bool) -> bytes:
+        return (size << 3 | kind << 1 | last).to_bytes(3, "little") + data
+
+    body = (
+        block(TEXT, 0, len(TEXT), last=False)
+        + block(b"x", 1, 5000, last=False)
+        + block(b"e", 0, 1, last=True)
+    )
+    frame = b"\x28\xb5\x2f\xfd" + bytes([0b00000100, 0x58]) + body + b"abcd"
+    return (
+        b"\x28\xb5\x2f\xfd"
+        + bytes([0b00100000, 3])
+        + block(b"abc", 0, 3, last=True)
+        + (b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"hello")
+        + frame
+    )
+
+
+TAR = a_tar()
+WHOLE = {
+    "r.tar": TAR,
+    "gnu.tar": a_tar(tarfile.GNU_FORMAT),
+    "r.gz": gzip.compress(TEXT),
+    "r.tar.gz": gzip.compress(TAR),
+    "two.gz": gzip.compress(TEXT) + gzip.compress(b"more"),
+    "r.bz2": bz2.compress(TEXT),
+    "r.tbz2": bz2.compress(TAR),
+    "two.bz2": bz2.compress(TEXT) + bz2.compress(b"more"),
+    "r.xz": lzma.compress(TEXT),
+    "r.tar.xz": lzma.compress(TAR),
+    "two.xz": lzma.compress(TEXT) + bytes(8) + lzma.compress(b"more"),
+    "r.zip": a_zip(),
+    "stored.zip": a_zip(zipfile.ZIP_STORED),
+    "r.zst": a_zstd(),
+}
+
+
+class File:
+    """A file in memory, to be inspected again and again."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("archive")
+
+    def inspected(self, content: bytes, name: str = "", *, full: bool = True) -> Finding | None:
+        os.ftruncate(self.fd, 0)
+        os.pwrite(self.fd, content, 0)
+        steps = inspect(self.fd, len(content), name.encode(), full=full)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as stop:
+                found: Finding | None = stop.value
+                return found
+
+
+@pytest.fixture
+def file() -> Iterator[File]:
+    made = File()
+    yield made
+    os.close(made.fd)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("full", [False, True])
+def test_a_whole_archive_passes_under_its_name_and_under_any_other(file: File, name: str, full: bool) -> None:
+    for called in (name, name.upper(), "noname", "wrong.zip", "wrong.gz"):
+        assert file.inspected(WHOLE[name], called, full=full) is None
+
+
+def _ends(name: str) -> set[int]:
+    """Return where a beginning of an archive is an archive itself."""
+    if name.startswith("two"):
+        first = {"two.gz": gzip.compress(TEXT), "two.bz2": bz2.compress(TEXT), "two.xz": lzma.compress(TEXT)}
+        whole = len(first[name])
+        return set(range(whole, whole + (14 if name == "two.xz" else 10)))
+    if name == "r.zst":
+        return {*range(12, 16), *range(25, 29)}  # between two frames, or within the next one's mark
+    return set()
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE if not name.endswith(".tar")])
+def test_an_archive_that_is_cut_at_any_byte_is_truncated(file: File, name: str) -> None:
+    content, ends = WHOLE[name], _ends(name)
+    passed = {n for n in range(len(content)) if file.inspected(content[:n], name) is None}
+    reasons = {f.reason for n in range(len(content)) if (f := file.inspected(content[:n], name))}
+
+    assert passed <= ends, sorted(passed - ends)
+    assert reasons <= {Reason.TRUNCATED, Reason.DAMAGED}
+    assert Reason.TRUNCATED in reasons
+
+
+@pytest.mark.parametrize("name", ["r.tar", "gnu.tar"])
+def test_a_tar_that_is_cut_anywhere_before_its_first_block_of_zeros_is_truncated(
+    file: File, name: str
+) -> None:
+    content = WHOLE[name]
+    end = len(content.rstrip(b"\0")) // 512 * 512
+    for cut in [*range(0, end, 256), *range(1, 1100), end - 1, end]:
+        found = file.inspected(content[:cut], name)
+        assert found is not None, cut
+        assert found.reason is Reason.TRUNCATED, cut
+
+
+@pytest.mark.parametrize("name", ["r.bz2", "r.xz", "r.zip", "r.tar", "r.zst"])
+def test_a_quick_look_sees_a_missing_end_too(file: File, name: str) -> None:
+    found = file.inspected(WHOLE[name][: len(WHOLE[name]) * 2 // 3], name, full=False)
+
+    assert found is not None
+    assert found.reason is Reason.TRUNCATED
+
+
+@pytest.mark.parametrize("name", ["r.gz", "r.bz2", "r.xz", "r.zip", "stored.zip"])
+def test_a_changed_byte_in_the_middle_is_damage(file: File, name: str) -> None:
+    content = WHOLE[name]
+    for at in range(60, len(content) - 200, 7):
+        changed = content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :]
+        found = file.inspected(changed, name)
+        assert found is not None, at
+        assert found.reason in (Reason.DAMAGED, Reason.TRUNCATED), at
+
+
+@pytest.mark.parametrize("name", ["r.gz", "r.bz2", "r.xz", "r.tar.gz", "r.zst"])
+@pytest.mark.parametrize("behind", [bytes(3), bytes(5000), b"\r\n", b"signature" * 100])
+def test_what_follows_the_end_is_left_alone(file: File, name: str, behind: bytes) -> None:
+    assert file.inspected(WHOLE[name] + behind, name) is None
+    assert file.inspected(WHOLE[name] + behind, name, full=False) is None
+
+
+UNSOUND = {
+    "empty.gz": (b"", Reason.TRUNCATED),
+    "nothing.gz": (gzip.compress(b""), Reason.TRUNCATED),
+    "nothing.xz": (lzma.compress(b""), Reason.TRUNCATED),
+    "nothing.zip": (b"PK\5\6" + bytes(18), Reason.TRUNCATED),
+    "nothing.tar": (bytes(10240), Reason.TRUNCATED),
+    "nothing.tar.gz": (gzip.compress(bytes(10240)), Reason.TRUNCATED),
+    "zeros.zip": (bytes(5000), Reason.TRUNCATED),
+    "text.tar.gz": (b"550 no such file\r\n", Reason.DAMAGED),
+    "page.zip": (b"<!DOCTYPE html>" * 100, Reason.DAMAGED),
+    "text.tar": (TEXT, Reason.DAMAGED),
+    "notar.tar.gz": (gzip.compress(TEXT), Reason.DAMAGED),
+    "cut.tar.gz": (gzip.compress(TAR[:2000]), Reason.TRUNCATED),
+    "broken.tar": (TAR[:100] + b"x" + TAR[101:512] + b"y" * 5000, Reason.DAMAGED),
+}
+
+
+SEEN_IN_FULL_ONLY = {"nothing.gz", "nothing.xz", "nothing.tar.gz", "notar.tar.gz", "cut.tar.gz"}
+
+
+@pytest.mark.parametrize("name", UNSOUND)
+def test_what_is_named_like_an_archive_and_is_none_is_told(file: File, name: str) -> None:
+    content, reason = UNSOUND[name]
+    found = file.inspected(content, name)
+
+    assert file.inspected(content, name, full=False) == (None if name in SEEN_IN_FULL_ONLY else found)
+    assert found is not None
+    assert found.reason is reason
+    assert found.error
+
+
+@pytest.mark.parametrize("name", ["a.cfg", "a.txt", "a", "a.7z", "a.gpg", "a.tar.gz.gpg", "a.enc", "a.ucs"])
+@pytest.mark.parametrize(
+    "content", [b"", b"x", bytes(2000), TEXT, b"Salted__" + TEXT, b"BZhello", b"PK is short"]
+)
+def test_what_is_of_no_known_kind_always_passes(file: File, name: str, content: bytes) -> None:
+    assert file.inspected(content, name) is None
+
+
+@given(st.sampled_from(sorted(WHOLE)), st.randoms(use_true_random=False), st.booleans())
+def test_garbage_behind_a_true_beginning_ends_with_a_finding_or_without(
+    name: str, chance: random.Random, full: bool
+) -> None:
+    content = bytearray(WHOLE[name])
+    for _ in range(chance.randint(1, 20)):
+        content[chance.randrange(6, len(content))] = chance.randrange(256)
+    made = File()
+    try:
+        found = made.inspected(bytes(content), name, full=full)
+    except LimitReachedError:
+        found = None
+    finally:
+        os.close(made.fd)
+    assert found is None or found.error
+
+
+def _bombs() -> dict[str, bytes]:
+    squeeze = zlib.compressobj(9, zlib.DEFLATED, 31)
+    gz = b"".join(squeeze.compress(bytes(1 << 20)) for _ in range(600)) + squeeze.flush()
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for number in range(6):
+            archive.writestr(f"{number}", bytes(100 << 20))
+    return {"b.gz": gz, "b.zip": out.getvalue()}
+
+
+def test_bombs_are_given_up_in_bounded_memory(file: File) -> None:
+    for name, content in _bombs().items():
+        tracemalloc.start()
+        with pytest.raises(LimitReachedError):
+            file.inspected(content, name)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 16 << 20, name
+
+
+def test_a_large_tar_size_in_a_pax_header_is_followed(file: File) -> None:
+    plain = io.BytesIO()
+    with tarfile.open(fileobj=plain, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("large")
+        info.size = 2000
+        info.pax_headers = {"size": "2000"}
+        tar.addfile(info, io.BytesIO(b"y" * 2000))
+    assert file.inspected(plain.getvalue(), "a.tar") is None
+
+
+def test_what_would_take_too_much_memory_is_given_up(file: File) -> None:
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 256 << 20}]
+    content = lzma.compress(TEXT, filters=filters)
+    with pytest.raises(LimitReachedError, match="dictionary"):
+        file.inspected(content, "a.xz")
+
+
+@pytest.mark.parametrize("end", [b"\0" * 22, b"PK\5\6" + bytes(17), b"PK\5\6" + bytes(16) + b"\xff\xff"])
+def test_a_zip_without_an_end_of_its_directory_is_truncated(file: File, end: bytes) -> None:
+    found = file.inspected(b"PK\3\4" + bytes(100) + end, "a.zip")
+    assert found is not None
+    assert found.reason is Reason.TRUNCATED
+
+
+@pytest.mark.parametrize(("at", "value"), [(12, 0xFFFFFFF0), (16, 0xFFFFFFF0), (12, 1), (16, 0xFFFFFFFF)])
+def test_a_zip_whose_directory_is_elsewhere_is_damaged(file: File, at: int, value: int) -> None:
+    content = bytearray(a_zip())
+    end = content.rindex(b"PK\5\6")
+    content[end + at : end + at + 4] = value.to_bytes(4, "little")
+    found = file.inspected(bytes(content), "a.zip")
+    assert found is not None
+    assert found.reason is Reason.DAMAGED
+
+
+def test_an_encrypted_entry_is_known_by_its_place_alone(file: File) -> None:
+    content = bytearray(a_zip())
+    for at in (content.index(b"PK\3\4") + 6, content.index(b"PK\1\2") + 8):
+        content[at] |= 1
+    content[60] ^= 1
+    assert file.inspected(bytes(content), "a.zip") is None
+
+
+def test_a_zip64_is_followed(file: File, tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open(zipfile.ZipInfo("large"), "w", force_zip64=True) as member:
+            member.write(TEXT)
+        for number in range(66_000):
+            archive.writestr(str(number), b"")
+    content = path.read_bytes()
+
+    assert file.inspected(content, "a.zip") is None
+    assert file.inspected(content[:-30], "a.zip") is not None

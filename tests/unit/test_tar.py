@@ -1,0 +1,94 @@
+"""Following a tar: what its rarer headers say of the data behind them."""
+
+from __future__ import annotations
+
+import pytest
+
+from backupd.core.tar import BLOCK, TarError, TarWalk, is_tar_header
+
+END = bytes(2 * BLOCK)
+
+
+def a_header(kind: bytes = b"0", size: bytes = b"00000000000", *, sparse: bool = False) -> bytes:
+    """Return a header with a valid checksum."""
+    block = bytearray(BLOCK)
+    block[:6], block[124 : 124 + len(size)], block[156:157] = b"r1.cfg", size, kind
+    block[257:263] = b"ustar\0"
+    block[482] = sparse
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def walked(content: bytes, step: int = 100) -> TarWalk:
+    """Return a walk that was fed a content in pieces, to its end."""
+    walk = TarWalk()
+    for at in range(0, len(content), step):
+        walk.feed(content[at : at + step])
+    walk.finish()
+    return walk
+
+
+DATA = bytes(range(1, 201)) + bytes(BLOCK - 200)
+
+
+@pytest.mark.parametrize("step", [1, 100, 511, 512, 513, 1 << 20])
+def test_members_are_counted_however_the_bytes_come(step: int) -> None:
+    content = a_header(size=b"%011o" % 200) + DATA + a_header(b"5") + END
+    assert walked(content, step).members == 2
+
+
+SOUND = {
+    "a size in base 256": a_header(size=b"\x80" + (200).to_bytes(11, "big")) + DATA,
+    "a size without digits": a_header(size=b""),
+    "a sparse file with two more blocks of its map": (
+        a_header(b"S", b"%011o" % 200, sparse=True) + bytes(504) + b"\1" + bytes(7) + bytes(BLOCK) + DATA
+    ),
+    "a sparse file with a short map": a_header(b"S", b"%011o" % 200) + DATA,
+    "a link with data": a_header(b"1", b"%011o" % 200) + DATA + a_header(),
+    "a link with a size and no data": a_header(b"1", b"%011o" % 200) + a_header(),
+    "a long name": a_header(b"L", b"%011o" % 200) + DATA + a_header(),
+    "pax records for all": a_header(b"g", b"%011o" % 200) + DATA + a_header(),
+    "pax records without a size": a_header(b"x", b"%011o" % 200) + DATA + a_header(),
+    "no pax records": a_header(b"x") + a_header(),
+    "a size in a pax record": (
+        a_header(b"x", b"%011o" % 12) + b"12 size=200\n" + bytes(500) + a_header(size=b"77777777777") + DATA
+    ),
+}
+
+
+@pytest.mark.parametrize("content", SOUND.values(), ids=SOUND)
+def test_what_stands_behind_a_header_is_no_other_header(content: bytes) -> None:
+    assert walked(content + END).members in (1, 2)
+    assert walked(content + END + b"whatever").ended
+
+
+UNSOUND = {
+    "a size that is no number": (a_header(size=b"no number  ") + END, False),
+    "a pax record of more than there is": (a_header(b"x", b"%011o" % (2 << 20)) + DATA, True),
+    "no header where one should be": (a_header() + DATA + END, False),
+    "a header that was changed": (b"x" + a_header()[1:] + END, False),
+    "no end": (a_header(), True),
+    "no member": (END, True),
+    "nothing": (b"", True),
+}
+
+
+@pytest.mark.parametrize(("content", "cut"), UNSOUND.values(), ids=UNSOUND)
+def test_what_is_no_sound_tar_is_told_from_what_was_cut(content: bytes, cut: bool) -> None:
+    with pytest.raises(TarError) as told:
+        walked(content)
+    assert told.value.cut == cut
+
+
+def test_a_checksum_with_signs_counts_too() -> None:
+    block = bytearray(a_header())
+    block[0] = 200
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % (sum(block) - 256)
+    assert is_tar_header(bytes(block))
+
+
+@pytest.mark.parametrize("block", [b"", bytes(BLOCK), b"x" * BLOCK, a_header()[:-1], DATA])
+def test_other_blocks_are_no_headers(block: bytes) -> None:
+    assert not is_tar_header(block)
