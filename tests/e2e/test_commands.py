@@ -88,6 +88,7 @@ def archive(stage: Stage) -> Path:
         ("status", "backlog"),
         ("list", "newest first"),
         ("show", "attempts and its receipt"),
+        ("audit", "digests of ledger and receipts"),
         ("retry", "rejected archives back"),
         ("init", "commented configuration"),
         ("config", "schema"),
@@ -366,7 +367,7 @@ def test_check_offline_asks_nobody(stage: Stage) -> None:
 # --- status, list, show -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [["status"], ["list"], ["show", "0"], ["retry", "--all"]])
+@pytest.mark.parametrize("command", [["status"], ["list"], ["show", "0"], ["audit"], ["retry", "--all"]])
 def test_before_the_first_start_the_ledger_is_told_to_be_missing(stage: Stage, command: list[str]) -> None:
     stage.configure("https://127.0.0.1:9/")
     done = stage.backupd(*command)

@@ -328,6 +328,7 @@ def test_every_command_is_quick_on_a_ledger_of_a_hundred_thousand(stage: Stage) 
     script = """
 import sqlite3, sys
 from pathlib import Path
+from backupd.core.model import DeliveryState
 from backupd.ledger.history import History
 from backupd.ledger.records import Search
 connection = sqlite3.connect(sys.argv[1])
@@ -345,6 +346,8 @@ for ask in (
     lambda: history.deliveries_of(70_000),
     lambda: history.in_sent("switches", None, 50_000, 10),
     lambda: history.find(Search(), lambda drop, path: True, 50),
+    *(lambda state=state: history.find(Search(state), lambda drop, path: True, 50)
+      for state in DeliveryState if state != "superseded"),
 ):
     ask()
 print(steps[0] * 100)

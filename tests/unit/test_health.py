@@ -27,6 +27,7 @@ LIMITS = Limits(HOUR, 6 * HOUR)
         (Facts(days_left={"vault": 13}), Level.WARNING, "the certificate of vault ends in 13 days"),
         (Facts(days_left={"vault": 2}), Level.CRITICAL, "the certificate of vault ends in 2 days"),
         (Facts(days_left={"vault": -1}), Level.CRITICAL, "the certificate of vault has expired"),
+        (Facts(pending=1, oldest=72 * HOUR), Level.CRITICAL, "archive waits for 3 d"),
         (Facts(overdue=["r1 (switches)"]), Level.WARNING, "overdue: r1 (switches)"),
         (
             Facts(running=False, rejected=1),
