@@ -12,7 +12,8 @@ import pytest
 
 import backupd
 from backupd.ops import events
-from backupd.ops.events import CATALOGUE, KEYS, Event
+from backupd.ops.events import CATALOGUE, Event
+from backupd.ops.keys import KEYS
 from backupd.ops.pages import as_markdown
 
 PACKAGE = Path(backupd.__file__).parent
