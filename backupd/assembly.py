@@ -29,8 +29,8 @@ from backupd.intake.freshness import Freshness
 from backupd.intake.intake import Intake
 from backupd.ledger.database import StateLock, open_ledger
 from backupd.ledger.port import Ledger
+from backupd.ledger.shelf import Shelf
 from backupd.ledger.sqlite import SqliteLedger
-from backupd.ledger.sqlite_shelf import open_shelf
 from backupd.ops import events
 from backupd.ops.log import EventLog
 from backupd.parts import Change, DestinationPart, DropPart, Parts
@@ -77,7 +77,7 @@ class Assembly:
         self.freshness.begin(config.drop, datetime.now(UTC))
         disposal = Disposal(self._rules, log)
         recorder = Recorder(ledger, disposal, log, self._look_again)
-        keeper = Keeper(lambda: open_shelf(config.state_dir), self._stocks, log)
+        keeper = Keeper(lambda: _open_shelf(config), self._stocks, log)
         self.parts = Parts(config, ledger, {}, {}, recorder, self._abort.set, keeper)
         self.parts.destinations |= {n: self._destination(n, d) for n, d in config.destination.items()}
         self.parts.drops |= {n: self._drop(n, d, config) for n, d in config.drop.items()}
@@ -143,6 +143,12 @@ class Assembly:
             part = self.parts.destinations.get(name)
             if part is not None:
                 part.wakeup.ring()
+
+
+def _open_shelf(config: Config) -> Shelf:
+    from backupd.ledger.sqlite_shelf import open_shelf  # noqa: PLC0415 -- for whoever removes what was sent
+
+    return open_shelf(config.state_dir)
 
 
 def _is_same_drop(name: str, before: Config, after: Config) -> bool:

@@ -74,13 +74,14 @@ def take_stock(config: Path) -> Standing:
             [history.destination(name) for name in loaded.destination],
             history.quarantined(),
             list(_certificates(loaded)),
-            overdue_devices(loaded, history),
+            overdue_devices(loaded, history, datetime.now(UTC)),
         )
 
 
-def overdue_devices(_config: Config, _history: History) -> list[OverdueDevice]:
-    """Return the devices whose backup should have come by now; nothing says yet when that is."""
-    return []
+def overdue_devices(config: Config, history: History, now: datetime) -> list[OverdueDevice]:
+    """Return the devices whose backup should have come by now."""
+    found = [d for d in history.devices(now) if d.overdue and d.drop in config.drop]
+    return [OverdueDevice(d.drop, d.device, d.last_at) for d in found]
 
 
 def facts_of(standing: Standing, now: datetime) -> Facts:
@@ -94,7 +95,7 @@ def facts_of(standing: Standing, now: datetime) -> Facts:
         standing.rejected,
         {d.name: now - (d.since or now) for d in standing.destinations if d.gate not in (None, "open")},
         {c.destination: c.days_left for c in standing.certificates},
-        [f"{d.device} ({d.drop})" for d in standing.overdue],
+        [f"{d.device or 'all'} ({d.drop})" for d in standing.overdue],
     )
 
 

@@ -20,7 +20,6 @@ from backupd.core.model import Digest, Rejected, fingerprint_of
 from backupd.core.policy import Reason
 from backupd.drop.checksum import digest_of, stated_beside
 from backupd.drop.folder import DropFolder
-from backupd.drop.inspect import LimitReachedError, inspect
 from backupd.drop.walk import Complaint
 from backupd.intake.found import MISSING, UNUSABLE, Found, compare
 from backupd.ledger.port import Sighting
@@ -215,6 +214,8 @@ class Examination:
         return found
 
     def _inspect(self, case: _Case, fd: int) -> Generator[None, None, Finding | None]:
+        from backupd.drop.inspect import LimitReachedError, inspect  # noqa: PLC0415 -- few drops inspect
+
         sighting = case.sighting
         name = sighting.relpath.rpartition(b"/")[2]
         steps = inspect(fd, sighting.fingerprint.size, name, full=self._config.inspect == "full")
