@@ -108,4 +108,4 @@ def test_an_idle_daemon_is_small_and_soon_ready_whatever_it_has_delivered(
     assert daemon.stop() == 0
     print(f"ready after {took:.2f} s of a processor, idle at {idle / MIB:.1f} MiB")
     assert took < 1.0
-    assert idle <= 52 * MIB
+    assert idle <= 54 * MIB  # 51; the first start of a new version, which compiles, takes 1.3 more

@@ -444,7 +444,9 @@ def test_a_certificate_that_is_renewed_counts_without_a_restart(tmp_path: Path, 
             archive = an_archive(tmp_path, CONTENT)
             assert failed(sender.send(archive))[0] is Reason.TLS_CLIENT
             renewed.key.replace(expired.key)
-            assert failed(sender.send(archive))[0] is Reason.LOCAL_FILES  # half of a new pair
+            assert (
+                failed(sender.send(archive))[0] is Reason.TLS_CLIENT
+            )  # half of a new pair: the old one stays
             renewed.cert.replace(expired.cert)
             assert isinstance(sender.send(archive), Delivered)
 
