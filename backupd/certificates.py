@@ -28,6 +28,7 @@ class Certificates:
         self._expires = dict(found.expires)
         self._changing: set[str] = set()
         self._told: dict[tuple[str, str], int] = {}
+        self._refused: set[str] = set()
 
     def tick(self) -> None:
         """Take up what was renewed: once its files rest, as a key comes a moment after its certificate."""
@@ -52,7 +53,12 @@ class Certificates:
         }
 
     def tell(self) -> None:
-        """Tell of each certificate that has come to fewer days than was told of it before."""
+        """Tell of each certificate that has come to fewer days than was told of it before.
+
+        What was refused is tried again: the fault may have been mended beside the files.
+        """
+        if refused := self._refused & set(self._parts.destinations):
+            self._take_up(refused)
         now = time.time()
         for name, whose, end in self._all():
             days = int((end - now) // _DAY)
@@ -95,7 +101,9 @@ class Certificates:
                 self._log.emit(
                     events.CERTIFICATE_REFUSED, destination=name, error=error.message, hint=error.hint
                 )
+                self._refused.add(name)
                 continue
+            self._refused.discard(name)
             if found and name in found.expires:
                 self._expires[name] = found.expires[name]
             self._log.emit(events.CERTIFICATE_RENEWED, destination=name, days_left=self.days_left().get(name))

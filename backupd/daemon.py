@@ -176,6 +176,7 @@ class Daemon:
             drop.end()
         self._threads.join([d.intake.pulse for d in change.drops_ended.values()], time.monotonic() + _TICK)
         for destination in change.destinations_ended.values():
+            destination.gate.retire()
             destination.end()
         running = self._threads.pulses()
         self._retired = [p for p in self._retired if any(w.pulse in running for w in p.workers)]
@@ -242,7 +243,7 @@ class Daemon:
         if settled:
             with suppress(LedgerError):  # the next start does it too
                 self._parts.ledger.release_claims()
-            pending = sum(b.pending for b in self._parts.ledger.backlog().values())
+                pending = sum(b.pending for b in self._parts.ledger.backlog().values())
             self._parts.ledger.close()
         self._log.emit(
             events.DAEMON_STOPPED, duration_s=time.monotonic() - began, clean=clean, pending=pending

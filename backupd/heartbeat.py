@@ -25,6 +25,7 @@ class Heartbeat:
         self._recorder = recorder
         self._log = log
         self._began = self._last = began
+        self._removed: set[str] = set()
 
     def beat(
         self,
@@ -46,7 +47,7 @@ class Heartbeat:
             return
         now = datetime.now(UTC)
         days_left = days_left or {}
-        mine = {name: backlog.get(name, _NOTHING) for name in gates}
+        mine = {name: backlog.get(name, _NOTHING) for name in [*gates, *backlog]}
         ages = {name: _age(one, now) for name, one in mine.items()}
         tally, process, seconds = self._recorder.take_tally(), vitals(), self._since_last()
         self._log.emit(
@@ -70,16 +71,29 @@ class Heartbeat:
             open_files=process.open_files,
             open_files_most=process.open_files_most,
         )
-        for name, gate in gates.items():
+        for name, one in mine.items():
+            if name not in gates:
+                self._tell_of_removed(name, one)
             self._log.emit(
                 events.DESTINATION_STATUS,
                 destination=name,
-                gate=gate.state,
-                pending=mine[name].pending,
-                pending_bytes=mine[name].bytes,
+                gate=gates[name].state if name in gates else None,
+                pending=one.pending,
+                pending_bytes=one.bytes,
                 oldest_s=ages[name],
                 days_left=days_left.get(name),
             )
+
+    def _tell_of_removed(self, name: str, backlog: Backlog) -> None:
+        """Say, once, that archives wait for a destination that is configured no more."""
+        if name not in self._removed:
+            self._log.emit(
+                events.CONFIG_WARNING,
+                path=f"destination.{name}",
+                error=f"{backlog.pending} archives are pending for it, and it is configured no more",
+                hint="configure it again, until they are delivered; they stay in their drop folders",
+            )
+        self._removed.add(name)
 
     def _since_last(self) -> float:
         now = time.monotonic()

@@ -65,13 +65,15 @@ def take_stock(config: Path) -> Standing:
     loaded = load(config)
     pid = daemon_pid(loaded.state_dir)
     with closing(History(open_for_reading(loaded.state_dir))) as history:
+        # one that is configured no more may have archives waiting for it
+        names = dict.fromkeys([*loaded.destination, *history.destinations_pending()])
         return Standing(
             pid,
             [
                 DropStanding(name, drop.path, _observer(drop.path, drop.observer), history.drop(name))
                 for name, drop in loaded.drop.items()
             ],
-            [history.destination(name) for name in loaded.destination],
+            [history.destination(name) for name in names],
             history.quarantined(),
             list(_certificates(loaded)),
             overdue_devices(loaded, history, datetime.now(UTC)),

@@ -163,6 +163,13 @@ def config_faults(config: "Config") -> Iterator[Fault]:
     for name, drop in config.drop.items():
         yield from _unknown_destinations(name, drop, config)
         yield from _deletions_without_proof(name, drop, config)
+        if drop.keep_sent_for is not None and drop.keep_sent_for > config.keep_history_for:
+            yield Fault(
+                ("drop", name, "keep_sent_for"),
+                f'expected at most keep_history_for, "{format_duration(config.keep_history_for)}", '
+                f'got "{format_duration(drop.keep_sent_for)}": what the ledger forgot is never removed',
+                (("keep_history_for",),),
+            )
     for (one, first), (other, second) in combinations(config.drop.items(), 2):
         if overlap(first.path, second.path):
             yield Fault(

@@ -16,10 +16,9 @@ def _number(field: bytes) -> int | None:
     if field[0] & 0x80:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
     digits = field.split(b"\0")[0].strip()
-    try:
-        return int(digits or b"0", 8)
-    except ValueError:
+    if digits.strip(b"01234567"):  # int() would take a sign, and the walk go backwards
         return None
+    return int(digits or b"0", 8)
 
 
 def is_tar_header(block: bytes) -> bool:

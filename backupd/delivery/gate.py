@@ -34,6 +34,11 @@ class SharedGate:
         self._ledger = ledger
         self._lock = threading.Lock()
         self._gate = Gate()
+        self._retired = False
+
+    def retire(self) -> None:
+        """Say nothing any more: the destination has another gate, and this one's last word is old."""
+        self._retired = True
 
     @property
     def state(self) -> GateState:
@@ -87,10 +92,14 @@ class SharedGate:
 
     def note(self, error: str | None = None) -> None:
         """Write to the ledger how the gate stands."""
+        if self._retired:
+            return
         with suppress(LedgerError):  # nothing hangs on it; what matters fails by itself, and is said
             self._ledger.note_gate(self._destination, self._gate, error)
 
     def _tell(self, before: Gate, after: Gate, outcome: Outcome, now: datetime) -> None:
+        if self._retired:
+            return
         down_for = now - (before.since or now)
         if isinstance(outcome, Deferred) and after.until is not None:
             self._log.emit(

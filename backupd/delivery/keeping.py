@@ -16,6 +16,7 @@ from backupd.core.errors import LedgerError
 from backupd.core.keeping import Expiry, Order, enough, series_of
 from backupd.core.names import as_text
 from backupd.delivery.room import Room, Shortage
+from backupd.drop.checksum import remove_companions
 from backupd.drop.folder import DropFolder
 from backupd.drop.removal import is_ours, remove_archive, remove_receipt
 from backupd.ledger.shelf import Kept, Removal, Shelf
@@ -176,12 +177,12 @@ class Keeper:
         return bool(chosen) and freed < short.missing  # what was freed may show only after a while
 
     def _finish_begun(self, shelf: Shelf, drop: str, stock: Stock, now: datetime) -> bool:
-        """Finish removals that were begun; return whether all could be."""
+        """Finish removals that were begun; return False where that many fail that more should not begin."""
         begun = shelf.condemned(drop, _MOST)
         if not begun:
             return True
         self._take_away(shelf, stock.folder, [(kept, None) for kept in begun], now)
-        return not shelf.condemned(drop, 1)
+        return len(shelf.condemned(drop, _MOST)) < _MOST
 
     def _remove(
         self, shelf: Shelf, folder: DropFolder, due: Sequence[tuple[Kept, Expiry]], now: datetime
@@ -207,11 +208,13 @@ class Keeper:
             archive = kept.archive
             try:
                 freed = remove_archive(folder, kept.to, archive)
-                if freed is not None:
-                    remove_receipt(folder, kept.to, archive)
             except OSError as error:
                 self._complain(kept, error)
                 continue
+            if freed is not None:
+                with suppress(OSError):  # the archive is gone; what is left beside it harms nobody
+                    remove_companions(folder, kept.to)
+                    remove_receipt(folder, kept.to, archive)
             self._complained.discard(archive.id)
             done[archive.id] = Removal.CHANGED if freed is None else Removal.EXPIRED
             if freed is None:

@@ -70,12 +70,10 @@ class Lane:
 
     def give_back(self) -> None:
         """Make pending again what was claimed and not begun, for whoever comes after."""
-        with self._lock:
-            claimed = [delivery.id for delivery in self._claimed]
-            self._claimed.clear()
-        if claimed:
-            with suppress(LedgerError):  # the next start releases every claim
-                self.ledger.release_claims(claimed)
+        with self._lock, suppress(LedgerError):  # they are still here then, and go before all others
+            if self._claimed:
+                self.ledger.release_claims([delivery.id for delivery in self._claimed])
+                self._claimed.clear()
 
 
 class Worker:
@@ -178,6 +176,7 @@ class Worker:
                 archive.fingerprint,
                 variables(archive, self._lane.host, source.label_pattern),
                 alive=self.pulse.beat,
+                resting=self.pulse.rest,
                 unknown=delivery.unknown,
             )
             return _seen_again(self._uploader.upload(cargo), fd, source, archive.relpath), cargo.sent

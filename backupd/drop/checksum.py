@@ -15,7 +15,6 @@ from backupd.core.model import Digest
 from backupd.core.names import fitted
 from backupd.drop.folder import DropFolder
 from backupd.drop.held import HeldFolder
-from backupd.drop.move import rename_no_replace
 from backupd.drop.source import CHUNK, Source
 
 _MOST = 64 * 1024
@@ -78,10 +77,20 @@ def digest_of(fd: int, size: int, algorithm: str) -> Generator[None, None, Diges
     return Digest(algorithm, hasher.hexdigest())
 
 
+def remove_companions(folder: DropFolder, relpath: bytes) -> None:
+    """Remove the checksum files beside an archive that was removed; only regular files."""
+    parent, _, name = relpath.rpartition(b"/")
+    with folder.directory(parent) as directory:
+        for file in own_files(name):
+            with suppress(FileNotFoundError):
+                if stat.S_ISREG(os.stat(file, dir_fd=directory, follow_symlinks=False).st_mode):
+                    os.unlink(file, dir_fd=directory)
+
+
 def move_companions(folder: DropFolder, relpath: bytes, moved_to: bytes | None) -> None:
     """Move an archive's own checksum files to where it went, under its new name; None removes them.
 
-    Only regular files, and over nobody else's; what can't be moved stays, as nothing depends on it.
+    Only regular files; what can't be moved stays, as nothing depends on it.
     """
     parent, _, name = relpath.rpartition(b"/")
     target, _, new_name = (moved_to or relpath).rpartition(b"/")
@@ -93,4 +102,6 @@ def move_companions(folder: DropFolder, relpath: bytes, moved_to: bytes | None) 
                 if moved_to is None:
                     os.unlink(file, dir_fd=source)
                 else:
-                    rename_no_replace(source, file, there, fitted(new_name, file[len(name) :]))
+                    # what lies there is of an archive of this name that was removed
+                    new = fitted(new_name, file[len(name) :])
+                    os.rename(file, new, src_dir_fd=source, dst_dir_fd=there)

@@ -16,8 +16,11 @@ _BLOCKS_A_STEP = 64
 
 def walk_zstd(source: Source) -> Generator[None, None, None]:
     """Follow all frames to the last one's end; raises UnsoundError if the file ends before that."""
-    at = held = 0
+    at = held = frames = 0
     while at < source.size:
+        frames += 1
+        if frames % _BLOCKS_A_STEP == 0:
+            yield
         magic = source.read(at, 4)
         if magic[1:] == b"\x2a\x4d\x18" and magic[0] & 0xF0 == 0x50:
             at += 8 + int.from_bytes(source.read(at + 4, 4), "little")

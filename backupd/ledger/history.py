@@ -170,6 +170,15 @@ class History:
         path, at = last[0] if last else (None, None)
         return DropRecord(pending[0], pending[1], _time(pending[2]), path, _time(at))
 
+    def destinations_pending(self) -> list[str]:
+        """Return the names of the destinations that something is pending for."""
+        rows = self._query(
+            "SELECT DISTINCT destination FROM delivery INDEXED BY delivery_due WHERE state = 'pending'"
+            " UNION SELECT DISTINCT destination FROM delivery WHERE state = 'claimed' ORDER BY 1",
+            (),
+        )
+        return [row[0] for row in rows]
+
     def quarantined(self) -> int:
         """Return how many archives lie in rejected_dir."""
         return int(

@@ -49,7 +49,8 @@ class WireBackend(httpcore.NetworkBackend):
         self, host: str, port: int, timeout: float | None, options: Iterable[httpcore.SOCKET_OPTION]
     ) -> httpcore.NetworkStream:
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            with self._line.unwatched():
+                found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             raise httpcore.ConnectError(str(error)) from error
         failure: httpcore.NetworkError | httpcore.TimeoutException | None = None

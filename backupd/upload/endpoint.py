@@ -28,6 +28,10 @@ HEADERS = {
 }
 
 
+_TOKEN_WITHIN = 45.0
+"""Seconds for a token, in which no life is shown: less than the service's WatchdogSec."""
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """A destination's sign-in and bandwidth limit, shared by its uploaders."""
@@ -93,7 +97,7 @@ def _sign_in(auth: AuthConfig, config: DestinationConfig, abort: Abort) -> httpx
 
 def _token_client(auth: AuthConfig, config: DestinationConfig, abort: Abort) -> httpx.Client:
     """Return a client for the token endpoint, which has its own CA and certificate."""
-    line = Line(abort, deadline=2 * config.timeout.connect.total_seconds() + 30)
+    line = Line(abort, deadline=min(2 * config.timeout.connect.total_seconds() + 30, _TOKEN_WITHIN))
     line.begin()
     return httpx.Client(
         transport=Transport(make_context(auth), line, proxy=_proxy(config)),

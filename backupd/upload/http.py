@@ -48,6 +48,7 @@ class HttpUploader(Uploader):
         self._line = endpoint.line()
         self._client: httpx.Client | None = None
         self._renewals = 0
+        self._look_anew = False
         self._maker = RequestMaker(self._config, self._line)
         self._judge = Judge(self._config.receipt)
 
@@ -69,14 +70,12 @@ class HttpUploader(Uploader):
             return outcome
         if outcome.reason in _MENDED_BY_NEW_FILES:
             self.close()
-        if outcome.reason in (Reason.TLS, Reason.TLS_CLIENT):
-            with suppress(BackupdError):  # what can't be used is told by whoever looks after the files
-                self._endpoint.identity.renew()
+        self._look_anew = outcome.reason in (Reason.TLS, Reason.TLS_CLIENT)
         return replace(outcome, unknown=outcome.unknown or cargo.unknown)
 
     def ask(self, cargo: Cargo, digest: Digest) -> Outcome | None:
         """See `Uploader.ask`."""
-        self._line.begin(cargo.alive)
+        self._line.begin(cargo.alive, cargo.resting)
         try:
             client = self._client = self._client or self._open_client()
             return self._ask(client, cargo, digest)
@@ -91,6 +90,9 @@ class HttpUploader(Uploader):
 
     def _upload(self, cargo: Cargo) -> Outcome:
         self._line.begin(cargo.alive)
+        if self._look_anew:
+            with suppress(BackupdError):  # what can't be used is told by whoever looks after the files
+                self._endpoint.identity.renew()
         if self._renewals != self._endpoint.identity.renewals:
             self.close()
         try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from backupd.core.policy import Reason
@@ -74,13 +75,16 @@ class Line:
         self._ends: float | None = None
         self._window: _Window | None = None
         self._alive: Callable[[], None] = lambda: None
+        self._resting: Callable[[], None] = lambda: None
         self.peer_expires: float | None = None
         """When the certificate expires that the other side showed last, in seconds since the epoch."""
 
-    def begin(self, alive: Callable[[], None] = lambda: None) -> None:
-        """Start the clock of an attempt; `alive` is called at least once a second while it waits or works."""
+    def begin(
+        self, alive: Callable[[], None] = lambda: None, resting: Callable[[], None] = lambda: None
+    ) -> None:
+        """Start the clock of an attempt; `alive` and `resting` are those of `Cargo`."""
         now = time.monotonic()
-        self._alive = alive
+        self._alive, self._resting = alive, resting
         self._ends = None if self._deadline is None else now + self._deadline
         self._window = None
 
@@ -98,6 +102,15 @@ class Line:
         if self._window is not None:
             self._window.moved += count
             self._check(time.monotonic())
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Enclose a wait that can't be bounded: it is slow, not hung."""
+        self._resting()
+        try:
+            yield
+        finally:
+            self._alive()
 
     def check(self) -> None:
         """Raise AttemptEndedError where the attempt is to end now."""

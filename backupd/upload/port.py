@@ -12,7 +12,10 @@ Progress = Callable[[int], None]
 """Called with the bytes of the archive handed to the connection so far."""
 
 Alive = Callable[[], None]
-"""Called at least once a second while an upload waits or works, however slow it is."""
+"""Called at least once a second while an upload waits or works, however slow it is.
+
+`resting` is called before the one wait that nobody can interrupt: that for the name service.
+"""
 
 
 def _no_progress(_sent: int) -> None:
@@ -39,6 +42,7 @@ class Cargo:
     variables: Mapping[str, str]
     progress: Progress = _no_progress
     alive: Alive = _unwatched
+    resting: Alive = _unwatched
     unknown: Digest | None = None
     sent: int = field(default=0, init=False)
 

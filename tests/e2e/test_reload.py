@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -66,6 +67,30 @@ def test_drops_and_destinations_come_and_go(stage: Stage) -> None:
         stage.put("later.cfg", b"for one")
         daemon.wait_for("archive.disposed", archive="later.cfg")
         assert len(second.requests) == 2
+        assert daemon.stop() == 0
+
+
+def test_archives_of_a_destination_that_is_no_more_are_told(stage: Stage) -> None:
+    with ScriptedServer(take_all, server_context(stage.pki)) as server:
+        tls = f'ca = "{stage.pki.ca_pem}"\ncert = "{stage.pki.client_cert}"\nkey = "{stage.pki.client_key}"'
+        gone = f'[destination.gone]\nurl = "https://localhost:1/"\n{tls}\n'
+        stage.configure(server.url, top=SOON, more=gone)
+        daemon = stage.daemon().ready()
+        stage.put("a.cfg", b"abc")
+        daemon.wait_for("delivery.verified")
+        daemon.wait_for("destination.paused", destination="gone")
+        stage.configure(server.url, top=SOON)
+        reload(daemon)
+        told = daemon.wait_for("config.warning", path="destination.gone")[0]
+        assert told["error"].startswith("1 archives are pending")
+        assert daemon.wait_for("destination.status", destination="gone")[-1]["pending"] == 1
+        status = json.loads(stage.backupd("status", "--json").stdout)
+        assert {d["name"]: d["pending"] for d in status["destinations"]} == {"vault": 0, "gone": 1}
+        stage.configure(
+            server.url, top=SOON, more=gone.replace("localhost:1/", server.url.partition("//")[2])
+        )
+        reload(daemon)
+        daemon.wait_for("archive.disposed", archive="a.cfg")
         assert daemon.stop() == 0
 
 

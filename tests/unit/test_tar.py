@@ -32,6 +32,12 @@ def walked(content: bytes, step: int = 100) -> TarWalk:
 DATA = bytes(range(1, 201)) + bytes(BLOCK - 200)
 
 
+@pytest.mark.parametrize("size", [b"-0000001130", b"+0000001130", b"0_000001130"])
+def test_a_size_with_a_sign_is_no_size(size: bytes) -> None:
+    with pytest.raises(TarError):  # and no walk backwards without an end
+        walked(a_header(size=size) + END)
+
+
 @pytest.mark.parametrize("step", [1, 100, 511, 512, 513, 1 << 20])
 def test_members_are_counted_however_the_bytes_come(step: int) -> None:
     content = a_header(size=b"%011o" % 200) + DATA + a_header(b"5") + END
