@@ -13,6 +13,7 @@ import pytest
 from backupd.core.model import Archive, DeliveryState, fingerprint_of
 from backupd.core.policy import Reason
 from backupd.delivery.disposal import Disposal, Rule
+from backupd.drop.checksum import move_companions, remove_companions
 from backupd.drop.folder import DropFolder
 from backupd.drop.held import HeldFolder
 from backupd.ledger.port import Ending, Settled
@@ -106,3 +107,17 @@ def test_a_directory_in_use_is_never_let_go(folder: DropFolder) -> None:
         assert os.path.samestat(os.fstat(site), os.stat(folder.path + "/site"))
     held.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_checksum_file_goes_with_its_archive_and_in_place_of_an_old_one(
+    folder: DropFolder, root: Path
+) -> None:
+    (root / "sent").mkdir()
+    (root / "sent" / "r1.cfg.sha256").write_text("of one that was removed")
+    (root / "r1.cfg.sha256").write_text("of this one")
+    move_companions(folder, b"r1.cfg", b"sent/r1.cfg")
+    assert (root / "sent" / "r1.cfg.sha256").read_text() == "of this one"
+    assert not (root / "r1.cfg.sha256").exists()
+    (root / "sent" / "r1.cfg.md5").symlink_to("/etc/passwd")
+    remove_companions(folder, b"sent/r1.cfg")
+    assert [path.name for path in (root / "sent").iterdir()] == ["r1.cfg.md5"]
