@@ -319,7 +319,7 @@ def test_a_zip64_is_followed(file: File, tmp_path: Path) -> None:
 def test_many_small_frames_give_others_their_turn(tmp_path: Path) -> None:
     frame = b"\x50\x2a\x4d\x18" + bytes(4)
     path = tmp_path / "r.zst"
-    path.write_bytes(frame * 10_000 + a_zstd())
+    path.write_bytes(a_zstd() + frame * 10_000)
     fd = os.open(path, os.O_RDONLY)
     try:
         assert sum(1 for _ in inspect(fd, path.stat().st_size, b"r.zst", full=False)) > 100
