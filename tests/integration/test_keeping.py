@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from backupd.delivery.keeping import Keeper, Stock, Stocks
 from backupd.drop.folder import DropFolder
 from backupd.ledger.database import FILE_NAME, open_ledger
 from backupd.ledger.port import Disposed, Sighting
+from backupd.ledger.shelf import Shelf
 from backupd.ledger.sqlite import SqliteLedger
 from backupd.ledger.sqlite_shelf import SqliteShelf, open_shelf
 from backupd.ops.lines import LineWriter
@@ -42,6 +44,7 @@ class Site:
         self.root.mkdir(exist_ok=True)
         self.folder = DropFolder(str(self.root))
         self.ledger = SqliteLedger(open_ledger(self.state).connection)
+        self._closing = ExitStack()
         self._lines = base / "log"
         self._log = EventLog(LineWriter(os.open(self._lines, os.O_WRONLY | os.O_CREAT | os.O_APPEND)))
         self._disposal = Disposal({"switches": Rule(self.folder, "move", b"sent", b"rejected")}, self._log)
@@ -51,7 +54,17 @@ class Site:
 
     def begin(self) -> None:
         """Begin as another daemon."""
-        self.keeper = Keeper(lambda: open_shelf(self.state), self._stocks, self._log)
+        self.keeper = Keeper(self._open_shelf, self._stocks, self._log)
+
+    def _open_shelf(self) -> Shelf:
+        shelf = open_shelf(self.state)
+        self._closing.callback(shelf.close)
+        return shelf
+
+    def end(self) -> None:
+        self._closing.close()
+        self.ledger.close()
+        self.folder.close()
 
     def _stocks(self) -> Stocks:
         return Stocks(
@@ -89,7 +102,8 @@ class Site:
         return [line for line in lines if line["event"] == name]
 
     def removals(self) -> dict[str, str | None]:
-        rows = sqlite3.connect(self.state / FILE_NAME).execute("SELECT relpath, removal FROM archive")
+        with closing(sqlite3.connect(self.state / FILE_NAME)) as db:
+            rows = db.execute("SELECT relpath, removal FROM archive").fetchall()
         return {os.fsdecode(path): removal for path, removal in rows}
 
 
@@ -97,8 +111,7 @@ class Site:
 def site(tmp_path: Path) -> Iterator[Site]:
     site = Site(tmp_path, tmp_path / "drop")
     yield site
-    site.ledger.close()
-    site.folder.close()
+    site.end()
 
 
 def test_what_is_older_goes_with_its_receipt_and_nothing_else_does(site: Site) -> None:
@@ -284,6 +297,7 @@ def test_the_cost_of_a_look_does_not_grow_with_the_history(site: Site) -> None:
         (site.root / "sent").mkdir(exist_ok=True)
         site.keep(NOW + DAY, keep_for=90 * DAY, keep_last=5)
         connection = sqlite3.connect(site.state / FILE_NAME, isolation_level=None)
+        site._closing.callback(connection.close)
         site.keeper._opened = SqliteShelf(connection)
         ticked = [0]
 
@@ -307,8 +321,7 @@ def full_site(tmp_path: Path) -> Iterator[Site]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=True)
     site = Site(tmp_path, disk)
     yield site
-    site.ledger.close()
-    site.folder.close()
+    site.end()
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
