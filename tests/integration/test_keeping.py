@@ -319,10 +319,12 @@ def full_site(tmp_path: Path) -> Iterator[Site]:
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=True)
-    site = Site(tmp_path, disk)
-    yield site
-    site.end()
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    try:
+        site = Site(tmp_path, disk)
+        yield site
+        site.end()
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 MIB = 1024 * 1024
