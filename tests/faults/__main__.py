@@ -1,0 +1,52 @@
+"""The long part of the fault suite: `python -m tests.faults [--minutes N] [--only NAME] [--seed N]`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.faults.campaign import Campaign, Terms
+
+CAMPAIGNS: dict[str, float] = {}
+"""The modules of `tests.faults` that hold a campaign, in their order, each with its share of the time."""
+
+
+def campaign_of(name: str) -> Campaign:
+    campaign: Campaign = importlib.import_module(f"tests.faults.{name}").campaign
+    return campaign
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0, help="for all campaigns together")
+    parser.add_argument(
+        "--only", choices=[*CAMPAIGNS], action="append", help="this campaign; may be repeated"
+    )
+    parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
+    arguments = parser.parse_args()
+    chosen = arguments.only or [*CAMPAIGNS]
+    print(f"seed {arguments.seed}", flush=True)
+    broken = 0
+    for name in chosen:
+        share = arguments.minutes * 60 * CAMPAIGNS[name] / sum(CAMPAIGNS[other] for other in chosen)
+        with tempfile.TemporaryDirectory(prefix="backupd-faults-") as base:
+            Path(base).chmod(0o755)  # some cases run as another user
+            began = time.monotonic()
+            report = campaign_of(name)(Terms(Path(base), began + share, arguments.seed))
+        seconds = time.monotonic() - began
+        print(f"{name}: {report.tried} cases, {report.held} held, {seconds:.0f} s", flush=True)
+        for figure, value in report.figures.items():
+            print(f"  {figure}: {value}", flush=True)
+        for fault in report.broken:
+            print(f"  BROKEN {fault}", flush=True)
+        broken += len(report.broken)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
