@@ -32,14 +32,16 @@ def until(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -
 
 
 class Daemon:
-    """`backupd run` as a process, and what it logs."""
+    """`backupd run` as a process, and what it logs; `program` is a module that runs it otherwise."""
 
-    def __init__(self, config: Path, log: Path, environ: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, config: Path, log: Path, environ: dict[str, str] | None = None, program: str = "backupd"
+    ) -> None:
         self._log = log
         self._read_from = log.stat().st_size if log.exists() else 0
         with log.open("ab") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "backupd", "run", "--config", str(config)],
+                [sys.executable, "-m", program, "run", "--config", str(config)],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(environ or {})},
@@ -141,9 +143,9 @@ key = "{self.pki.client_key}"
         )
         return self.config
 
-    def daemon(self, environ: dict[str, str] | None = None) -> Daemon:
+    def daemon(self, environ: dict[str, str] | None = None, program: str = "backupd") -> Daemon:
         """Start the daemon; it is ended with the test."""
-        daemon = Daemon(self.config, self.log, environ)
+        daemon = Daemon(self.config, self.log, environ, program)
         self._daemons.append(daemon)
         return daemon
 

@@ -1,0 +1,273 @@
+"""The crash matrix: a delivery is struck at each of its system calls, and has to end well all the same.
+
+python -m tests.faults.crash docs/reliability.md    # all of it, and the table in the document
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from tests.faults.campaign import Report, Terms
+from tests.faults.delivery import DELETED, KEPT, MOVED, REJECTED, Archive, BrokenError, Ground
+from tests.faults.shim import Call, Manner
+from tests.faults.stepping import STEPS
+
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EMFILE, errno.EROFS, errno.EXDEV)
+_WRITES = ("write", "send")
+_GOES_ON = 1.0
+"""Seconds that a daemon gets to go on by itself after one error; then it is started anew, without it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """What is done to which call of a step, counted from the moment in which the archive appears."""
+
+    step: int
+    at: int
+    manner: Manner
+    error: int = 0
+
+    @property
+    def column(self) -> str:
+        """Return the column of the table that it belongs to."""
+        match self.manner:
+            case Manner.KILL_BEFORE | Manner.KILL_HALFWAY:
+                return "killed"
+            case Manner.CUT_POWER:
+                return "power cut"
+            case Manner.FAIL:
+                return errno.errorcode[self.error]
+            case _:
+                return f"{errno.errorcode[self.error]} from there on"
+
+    @property
+    def kills(self) -> bool:
+        return self.manner in (Manner.KILL_BEFORE, Manner.KILL_HALFWAY, Manner.CUT_POWER)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was tried: by step and column, how many cases, and which of them broke a promise."""
+
+    tried: Counter[tuple[str, str]] = field(default_factory=Counter)
+    broken: list[str] = field(default_factory=list)
+    broken_at: Counter[tuple[str, str]] = field(default_factory=Counter)
+    told_twice: int = 0
+    gave_up: Counter[str] = field(default_factory=Counter)
+    """Daemons that ended by themselves after an error, by the call."""
+
+    @property
+    def cases(self) -> int:
+        return self.tried.total()
+
+
+def recorded(ground: Ground) -> list[Call]:
+    """Return the calls of one delivery that nothing happens to."""
+    ground.start()
+    first = ground.put()  # what only a first delivery does, such as a connection, is no part of it
+    ground.wait_until_over(first)
+    archive = ground.put(ground.shim.arm)
+    ground.wait_until_over(archive)
+    ground.shim.disarm()
+    ground.check_the_end(archive)
+    return ground.shim.calls
+
+
+def by_step(calls: Sequence[Call]) -> dict[int, list[Call]]:
+    """Return the calls of each step."""
+    found: dict[int, list[Call]] = {}
+    for call in calls:
+        found.setdefault(call.step, []).append(call)
+    return found
+
+
+def all_strikes(calls: Sequence[Call], ground: Ground) -> Iterator[Strike]:
+    """Yield all there is to try; some calls more than were recorded, as another run may have more."""
+    for step, recorded_ones in by_step(calls).items():
+        for at, call in enumerate([*recorded_ones, None, None], 1):
+            if ground.drive is not None:
+                yield Strike(step, at, Manner.CUT_POWER)
+                continue
+            yield Strike(step, at, Manner.KILL_BEFORE)
+            if call is None or call.name in _WRITES:
+                yield Strike(step, at, Manner.KILL_HALFWAY)
+            if call is not None and not call.is_local:
+                continue
+            if ground.ending is MOVED:
+                yield from (Strike(step, at, Manner.FAIL, error) for error in ERRORS)
+                yield from (Strike(step, at, Manner.FAIL_FROM_NOW_ON, error) for error in ERRORS[:2])
+            else:
+                yield Strike(step, at, Manner.FAIL, ERRORS[at % len(ERRORS)])
+
+
+def some_strikes(calls: Sequence[Call], ground: Ground, chance: random.Random) -> Iterator[Strike]:
+    """Yield one of each step: a kill and an error, or a cut of the power."""
+    for step, recorded_ones in by_step(calls).items():
+        at = chance.randint(1, len(recorded_ones))
+        if ground.drive is not None:
+            yield Strike(step, at, Manner.CUT_POWER)
+            continue
+        yield Strike(step, at, Manner.KILL_BEFORE)
+        local = [at for at, call in enumerate(recorded_ones, 1) if call.is_local]
+        if local:
+            yield Strike(step, chance.choice(local), Manner.FAIL, chance.choice(ERRORS))
+
+
+def strike(ground: Ground, one: Strike, tally: Tally) -> bool:
+    """Try one case; return whether there was such a call to strike."""
+    daemon = ground.start()
+    archive = ground.put(lambda: ground.shim.arm(one.step, one.at, one.manner, one.error))
+    try:
+        struck = _see_it_end(ground, one, archive)
+        if struck is None:
+            return False
+        cell = STEPS[struck.step], one.column
+        tally.tried[cell] += 1
+        try:
+            if ground.drive is not None:
+                ground.drive.power_on()
+            ground.check_nothing_lost(archive)
+            if daemon.process.poll() is not None and not one.kills:
+                tally.gave_up[f"{struck.name} of {struck.path}: {errno.errorcode[one.error]}"] += 1
+            if one.kills or not ground.is_over(archive):
+                ground.restart(gently=one.manner is Manner.FAIL)
+                ground.wait_until_over(archive)
+            told = ground.check_the_end(archive)
+            tally.told_twice += told > 1
+            ground.check_the_ledger()
+        except AssertionError as error:
+            tally.broken_at[cell] += 1
+            what = f"{ground.ending.name}, {one}, {struck.name} of {struck.path} ({STEPS[struck.step]})"
+            tally.broken.append(f"{what}: {error}")
+            ground.restart()
+        return True
+    finally:
+        ground.shim.disarm()
+        ground.clear(archive)
+
+
+def _see_it_end(ground: Ground, one: Strike, archive: Archive) -> Call | None:
+    """Wait until the daemon has ended, or the delivery, or neither seems to come; return what was struck.
+
+    Nothing reads the ledger of a daemon that was killed: whoever closes it last would tidy it up.
+    """
+    daemon = ground.daemon
+    assert daemon is not None
+    struck_at = None
+    over = False
+    began = time.monotonic()
+    while daemon.process.poll() is None:
+        if not over and ground.told("archive.disposed", archive):
+            over = ground.is_over(archive)
+        struck = ground.shim.struck
+        if struck is not None:
+            struck_at = struck_at or time.monotonic()
+            if not one.kills and (over or time.monotonic() - struck_at > _GOES_ON):
+                break
+        elif over:
+            time.sleep(0.05)  # the last calls come after the commit that we see
+            if ground.shim.struck is None and daemon.process.poll() is None:
+                return None
+        if time.monotonic() - began > 180:
+            raise BrokenError(f"{archive.name} did not end: {daemon.text()[-3000:]}")
+        time.sleep(0.005)
+    return ground.shim.struck
+
+
+def run_all(ground: Ground, terms: Terms | None = None) -> Tally:
+    """Try all there is, or what there is time for, in an order of chance."""
+    tally = Tally()
+    with ground.open():
+        chosen = list(all_strikes(recorded(ground), ground))
+        if terms is not None:
+            random.Random(terms.seed).shuffle(chosen)
+        for one in chosen:
+            if terms is not None and not terms.go_on():
+                break
+            strike(ground, one, tally)
+    return tally
+
+
+def run_some(ground: Ground, seed: int, since: str = STEPS[0]) -> Tally:
+    """Try one of each step, from one on."""
+    tally = Tally()
+    with ground.open():
+        for one in some_strikes(recorded(ground), ground, random.Random(seed)):
+            if one.step >= STEPS.index(since):
+                strike(ground, one, tally)
+    return tally
+
+
+def table_of(tally: Tally) -> str:
+    """Return a Markdown table of steps and what was tried of them: held, of so many."""
+    columns = ["killed", "power cut", *(errno.errorcode[e] for e in ERRORS)]
+    columns += [c for c in sorted({column for _, column in tally.tried}) if c not in columns]
+    columns = [c for c in columns if any(tally.tried[step, c] for step in STEPS)]
+    lines = [f"| step | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for step in STEPS:
+        cells = [_cell(tally, step, column) for column in columns]
+        lines.append(f"| {step} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(tally: Tally, step: str, column: str) -> str:
+    tried, broken = tally.tried[step, column], tally.broken_at[step, column]
+    return f"{tried - broken}/{tried}" if tried else ""
+
+
+def grounds(base: Path) -> Iterator[Ground]:
+    """Yield an installation for each way in which a delivery ends, and one that can lose its power."""
+    for ending in (MOVED, DELETED, KEPT, REJECTED):
+        yield Ground(base / ending.name, ending)
+    yield Ground(base / "power", MOVED, can_lose_power=True)
+
+
+def campaign(terms: Terms) -> Report:
+    """Try cases drawn by chance, on each installation in turn, as long as there is time."""
+    report = Report()
+    share = (terms.until - time.monotonic()) / 5
+    for number, ground in enumerate(grounds(terms.base)):
+        tally = run_all(ground, replace(terms, until=terms.until - share * (4 - number)))
+        report.tried += tally.cases
+        report.broken += tally.broken
+        report.figures[ground.name] = (
+            f"{tally.cases} cases, {tally.told_twice} told twice, {tally.gave_up.total()} daemons ended"
+        )
+    return report
+
+
+BEGIN, END = "<!-- made by tests/faults/crash.py -->\n", "<!-- end of what is made -->\n"
+
+
+def main(document: Path) -> int:
+    """Try everything, and write the tables into a document."""
+    broken = 0
+    parts = []
+    with tempfile.TemporaryDirectory(prefix="backupd-faults-") as base:
+        for ground in grounds(Path(base)):
+            began = time.monotonic()
+            tally = run_all(ground)
+            held = tally.cases - len(tally.broken)
+            parts.append(f"**{ground.name}**: {tally.cases} cases, {held} held.\n\n{table_of(tally)}")
+            seconds = time.monotonic() - began
+            print(f"{ground.name}: {tally.cases} cases, {held} held, {seconds:.0f} s", flush=True)
+            print(f"  told twice {tally.told_twice}; ended by themselves: {dict(tally.gave_up)}", flush=True)
+            for one in tally.broken:
+                print(f"  BROKEN {one}", flush=True)
+            broken += len(tally.broken)
+    before, _, rest = document.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    document.write_text(before + BEGIN + "\n".join(parts) + END + after, encoding="utf-8")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,243 @@
+"""One delivery after another under a daemon that loads the shim, and what has to be true of each."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backupd.receiver.serve import RunningReceiver, ServerTls
+from tests.faults.disk import Disk, a_disk
+from tests.faults.shim import Shim
+from tests.stage import Daemon, Stage, until
+
+SIZE = 600_000
+"""Bytes of an archive: three pieces of a request's body."""
+
+
+class BrokenError(AssertionError):
+    """A promise was broken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a drop's deliveries end, and the configuration that has them do so."""
+
+    name: str
+    drop: str
+    folder: str
+    """Where the archive ends, relative to the drop folder; "" for nowhere."""
+    record: str = ""
+    state: str = "delivered"
+
+
+MOVED = Ending("moved", "", "sent", "receipt")
+DELETED = Ending("deleted", 'on_delivered = "delete"', "")
+KEPT = Ending("kept", 'on_delivered = "keep"', ".")
+REJECTED = Ending("rejected", 'inspect = "quick"\ninspect_grace = "0s"', "rejected", "reason", "rejected")
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """An archive that was dropped."""
+
+    name: str
+    content: bytes
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+
+class Ground:
+    """An installation whose drop folder and ledger lie in one folder, `disk`, with a receiver beside it."""
+
+    def __init__(self, base: Path, ending: Ending, *, can_lose_power: bool = False) -> None:
+        self.ending = ending
+        self.drive: Disk | None = None
+        self._can_lose_power = can_lose_power
+        self.stage = Stage(base)
+        self.disk = base / "disk"
+        self.disk.mkdir()
+        self.stage.drop.rmdir()
+        self.stage.drop, self.stage.state = self.disk / "drop", self.disk / "state"
+        self.stage.sent, self.stage.rejected = self.stage.drop / "sent", self.stage.drop / "rejected"
+        self.shim = Shim(base, self.disk)
+        self.daemon: Daemon | None = None
+        self._number = 0
+
+    @property
+    def name(self) -> str:
+        """Return what happens to its archives and to it."""
+        return f"an archive that is {self.ending.name}" + ", the power cut" * self._can_lose_power
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """Run the receiver; end everything afterwards."""
+        stage = self.stage
+        tls = ServerTls(stage.pki.server_cert, stage.pki.server_key, stage.pki.ca_pem)
+        with contextlib.ExitStack() as after:
+            if self._can_lose_power:
+                self.drive = after.enter_context(a_disk(stage.base / "disk.img", self.disk))
+            stage.drop.mkdir(exist_ok=True)
+            after.callback(stage.end)
+            after.callback(self.shim.disarm)
+            with RunningReceiver(stage.store, tls) as receiver:
+                stage.configure(
+                    receiver.url,
+                    top='heartbeat_every = "1h"',
+                    drop=f'stable_for = "0s"\n{self.ending.drop}',
+                    destination='workers = 1\n[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.2s"',
+                )
+                yield
+
+    def start(self) -> Daemon:
+        """Start the daemon, with the shim at rest, where none runs."""
+        if self.daemon is None or self.daemon.process.poll() is not None:
+            self.shim.disarm()
+            self.daemon = self.stage.daemon(self.shim.environ, "tests.faults.stepping").ready()
+        return self.daemon
+
+    def restart(self, *, gently: bool = False) -> Daemon:
+        """Start the daemon anew, without a fault; gently: the fault ends first, then it is told to stop."""
+        if gently:
+            self.shim.disarm()
+        if self.daemon is not None:
+            if gently:
+                self.daemon.stop()
+            else:
+                self.daemon.kill()
+            self.daemon = None
+        return self.start()
+
+    def put(self, before_it_is_seen: Callable[[], None] = lambda: None) -> Archive:
+        """Drop an archive behind the back of the daemon, which sees it once it is on the disk."""
+        self._number += 1
+        daemon = self.start()
+        # of a drop that inspects, this is no archive at all
+        archive = Archive(f"sw-{self._number:05}.tar.gz", b"%05d" % self._number + os.urandom(SIZE))
+        part = self.disk / "part"
+        with part.open("wb") as stream:
+            stream.write(archive.content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        daemon.process.send_signal(signal.SIGSTOP)
+        try:
+            part.rename(self.stage.drop / archive.name)
+            for folder in (self.disk, self.stage.drop):
+                fd = os.open(folder, os.O_RDONLY)
+                os.fsync(fd)
+                os.close(fd)
+            before_it_is_seen()
+        finally:
+            daemon.process.send_signal(signal.SIGCONT)
+        return archive
+
+    def told(self, name: str, archive: Archive) -> int:
+        """Return how often an event of an archive was logged, whatever daemon it was."""
+        count = 0
+        for line in self.stage.log.read_bytes().splitlines():
+            if name.encode() in line and archive.name.encode() in line:
+                with contextlib.suppress(ValueError):  # the beginning of a line, at a kill
+                    count += json.loads(line)["event"] == name
+        return count
+
+    def is_over(self, archive: Archive) -> bool:
+        """Tell whether the archive's file was disposed of, and that was noted."""
+        with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(self._ledger()) as ledger:
+            # raised where the daemon is killed meanwhile
+            row = ledger.execute(
+                "SELECT 1 FROM archive WHERE relpath = ? AND disposition = 'done' AND state = ?",
+                (archive.name.encode(), self.ending.state),
+            ).fetchone()
+            return row is not None
+        return False
+
+    def wait_until_over(self, archive: Archive, patience: float = 180.0) -> None:
+        until(lambda: self.is_over(archive), f"the end of {archive.name}", patience)
+
+    def stored(self, archive: Archive) -> int:
+        """Return how often the receiver has an archive."""
+        folder = self.stage.store / "archives"
+        name = f"{archive.name.removesuffix('.tar.gz')}.{archive.digest[:16]}*"
+        return sum(path.read_bytes() == archive.content for path in folder.glob(name))
+
+    def copies(self, archive: Archive) -> list[Path]:
+        """Return the whole copies of an archive below the drop folder, hidden ones too."""
+        found = (path for path in self.stage.drop.rglob("*") if path.is_file())
+        same = (path for path in found if path.stat().st_size == len(archive.content))
+        return [path for path in same if path.read_bytes() == archive.content]
+
+    def check_nothing_lost(self, archive: Archive) -> None:
+        """Check what holds at any moment: the archive is there, unless it was delivered and deleted."""
+        copies = self.copies(archive)
+        stored = self.stored(archive)
+        in_place = self.stage.drop / archive.name in copies
+        _expect(stored <= 1, f"the receiver stored it {stored} times")
+        _expect(len(copies) <= 1, f"there are several: {copies}")
+        if self.ending is REJECTED:
+            _expect(bool(copies), "it is gone")
+            _expect(not stored, "it was sent")
+        elif not in_place:
+            _expect(bool(stored), f"it left its place and was not delivered: {copies}")
+            _expect(bool(copies) or self.ending is DELETED, "it is gone")
+        for event in ("delivery.verified", "archive.delivered", "archive.disposed"):
+            if self.ending is not REJECTED and self.told(event, archive):
+                _expect(bool(stored), f"{event} was told before it was stored")
+
+    def check_the_end(self, archive: Archive) -> int:
+        """Check what holds in the end; return how often the archive's end was told."""
+        self.check_nothing_lost(archive)
+        ending, drop = self.ending, self.stage.drop
+        wanted = [drop / ending.folder / archive.name] if ending.folder else []
+        _expect(self.copies(archive) == wanted, f"copies: {self.copies(archive)}")
+        _expect(self.stored(archive) == (ending is not REJECTED), "it is not stored")
+        leftovers = [p for p in drop.rglob(".*") if p.is_file()]
+        _expect(not leftovers, f"left behind: {leftovers}")
+        if ending.record:
+            records = list((drop / ending.folder).glob(f"{archive.name}.*.json"))
+            _expect(len(records) == 1, f"records: {records}")
+            said = json.loads(records[0].read_bytes())
+            _expect((said["archive"], said["size"]) == (archive.name, len(archive.content)), f"says {said}")
+            if ending is not REJECTED:
+                _expect(said["digest"] == f"sha256:{archive.digest}", f"says {said}")
+        with contextlib.closing(self._ledger()) as ledger:
+            rows = ledger.execute(
+                "SELECT a.state, d.state, d.verified FROM archive a JOIN delivery d ON d.archive_id = a.id"
+                " WHERE relpath = ? AND a.state <> 'superseded'",
+                (archive.name.encode(),),
+            ).fetchall()
+        verified = None if ending is REJECTED else 1
+        _expect(rows == [(ending.state, ending.state, verified)], f"the ledger has {rows}")
+        told = self.told(f"archive.{ending.state}", archive)
+        _expect(told >= 1, "its end was not told")
+        other = "archive.delivered" if ending is REJECTED else "archive.rejected"
+        _expect(not self.told(other, archive), f"{other} was told")
+        return told
+
+    def check_the_ledger(self) -> None:
+        with contextlib.closing(self._ledger()) as ledger:
+            rows: list[Any] = ledger.execute("PRAGMA integrity_check").fetchall()
+        _expect(rows == [("ok",)], f"integrity_check: {rows}")
+
+    def clear(self, archive: Archive) -> None:
+        """Remove what an archive left, so that looking for the next one costs no more."""
+        for path in [*self.copies(archive), *self.stage.drop.rglob(f"{archive.name}.*.json")]:
+            path.unlink()
+        for path in (self.stage.store / "archives").iterdir():
+            path.unlink()
+
+    def _ledger(self) -> sqlite3.Connection:
+        return sqlite3.connect(self.stage.state / "ledger.sqlite3", timeout=30)
+
+
+def _expect(is_true: bool, what: str) -> None:
+    if not is_true:
+        raise BrokenError(what)

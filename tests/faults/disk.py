@@ -1,0 +1,56 @@
+"""A filesystem of its own, from which the power can be cut: whatever was not synced is gone then."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.privileges import IS_ROOT
+
+_OPTIONS = "loop,commit=600"
+"""Nothing reaches the disk by itself: only what is synced."""
+
+
+def _run(*command: str | Path) -> None:
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+
+
+class Disk:
+    """An ext4 filesystem in a file, mounted on a folder."""
+
+    def __init__(self, image: Path, folder: Path) -> None:
+        self._image, self._folder = image, folder
+
+    def mount(self) -> None:
+        _run("mount", "-o", _OPTIONS, self._image, self._folder)
+
+    def power_on(self) -> None:
+        """Mount it anew after the power was cut, as a boot does."""
+        _run("umount", self._folder)
+        self.mount()
+
+
+@contextlib.contextmanager
+def a_disk(image: Path, folder: Path, size: int = 64_000_000) -> Iterator[Disk]:
+    """Yield a new disk, mounted; skip the test where there can be none."""
+    if not IS_ROOT or shutil.which("mkfs.ext4", path=f"{os.environ['PATH']}:/sbin:/usr/sbin") is None:
+        pytest.skip("needs root, and mkfs.ext4")
+    with image.open("wb") as stream:
+        stream.truncate(size)
+    _run("mkfs.ext4", "-q", "-F", image)
+    disk = Disk(image, folder)
+    try:
+        disk.mount()
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no loop device can be mounted: {error.stderr.decode()}")
+    try:
+        yield disk
+    finally:
+        # the daemon was told to end, and may still be about it
+        subprocess.run(["umount", "--lazy", str(folder)], check=False, capture_output=True)

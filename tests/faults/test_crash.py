@@ -1,0 +1,44 @@
+"""A delivery that is struck at any of its steps ends well: one case of each kind, drawn by chance."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.faults import crash
+from tests.faults.delivery import DELETED, KEPT, MOVED, REJECTED, Ending, Ground
+from tests.faults.stepping import STEPS
+from tests.privileges import needs_root
+
+SEED = random.randrange(1_000_000)
+
+
+def assert_held(tally: crash.Tally, seed: int) -> None:
+    assert tally.broken == [], f"seed {seed}: {tally.broken}"
+    assert not tally.gave_up, f"seed {seed}: daemons ended by themselves: {tally.gave_up}"
+
+
+def test_a_kill_and_an_error_at_each_step_lose_nothing(tmp_path: Path) -> None:
+    tally = crash.run_some(Ground(tmp_path, MOVED), SEED)
+
+    assert_held(tally, SEED)
+    assert {step for step, column in tally.tried if column == "killed"} == set(STEPS)
+    assert tally.cases >= 2 * len(STEPS) - 2  # of the answer, nothing is local
+
+
+@pytest.mark.parametrize("ending", [DELETED, KEPT, REJECTED], ids=lambda ending: ending.name)
+def test_what_comes_after_the_outcome_loses_nothing_however_it_ends(tmp_path: Path, ending: Ending) -> None:
+    tally = crash.run_some(Ground(tmp_path, ending), SEED, since="outcome committed")
+
+    assert_held(tally, SEED)
+    assert tally.cases >= 2
+
+
+@needs_root
+def test_a_power_cut_at_each_step_loses_nothing(tmp_path: Path) -> None:
+    tally = crash.run_some(Ground(tmp_path, MOVED, can_lose_power=True), SEED)
+
+    assert_held(tally, SEED)
+    assert {step for step, _ in tally.tried} == set(STEPS)
