@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import select
 import socket
 import ssl
 import struct
@@ -121,6 +122,17 @@ class Peer:
                 self._piece()
         except (EndedError, OSError):
             return
+
+    def drain_nothing(self) -> None:
+        """Read nothing more until the client ends the connection, or the test does."""
+        watch = select.poll()
+        watch.register(self._sock, select.POLLRDHUP)
+        watch.poll(PATIENCE * 1000)
+
+    @property
+    def socket(self) -> socket.socket:
+        """The connection, for a script that passes on what it does not understand."""
+        return self._sock
 
     def reset(self) -> None:
         """End the connection by a reset."""

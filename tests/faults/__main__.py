@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.faults.campaign import Campaign, Terms
 
-CAMPAIGNS = {"crash": 3.0, "load": 2.0, "soak": 1.5}
+CAMPAIGNS = {"crash": 3.0, "network": 2.0, "load": 2.0, "soak": 1.5}
 """The modules of `tests.faults` that hold a campaign, in their order, each with its share of the time."""
 
 

@@ -10,6 +10,13 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from backupd.cli import main
+from backupd.delivery import disposal
+from backupd.drop.held import HeldFolder
+from backupd.ledger.sqlite import SqliteLedger
+from backupd.upload.body import Body
+from backupd.upload.http import HttpUploader
+
 STEPS = (
     "seen",
     "admitted",
@@ -44,11 +51,6 @@ def _during(step: str, after: str, function: Callable[..., Any]) -> Callable[...
 
 def tell_steps() -> None:
     """Wrap whatever carries out a step."""
-    from backupd.delivery import disposal
-    from backupd.drop.held import HeldFolder
-    from backupd.ledger.sqlite import SqliteLedger
-    from backupd.upload.body import Body
-    from backupd.upload.http import HttpUploader
 
     def wrap(owner: Any, name: str, step: str, after: str) -> None:
         setattr(owner, name, _during(step, after, getattr(owner, name)))
@@ -73,7 +75,5 @@ def tell_steps() -> None:
 
 
 if __name__ == "__main__":
-    from backupd.cli import main
-
     tell_steps()
     main()

@@ -1,0 +1,206 @@
+"""A proxy between daemon and receiver that spoils one connection after another, by a schedule."""
+
+from __future__ import annotations
+
+import enum
+import http.client
+import select
+import socket
+import ssl
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from tests.pki import Pki
+from tests.scripted import EndedError, Peer, ScriptedServer, server_context
+
+_PIECE = 64 * 1024
+_ALERT = bytes.fromhex("1503030002022a")
+"""A TLS alert, in the open, where only encrypted records may come."""
+
+
+class Kind(enum.Enum):
+    """What happens to a connection; the ones that need to read the answer end TLS in the proxy."""
+
+    RESET_AT_ONCE = "reset at once"
+    HANG = "accepted, and nothing more"
+    RESET_IN_BODY = "reset in the body"
+    STALL_IN_BODY = "stalled in the body"
+    SLOW_BODY = "a byte at a time in the body"
+    ALERT_IN_BODY = "a TLS alert in the body"
+    STALL_BEFORE_ANSWER = "stalled before the answer"
+    WRONG_CERTIFICATE = "another certificate"
+    NO_ANSWER = "closed before the answer"
+    HALF_AN_ANSWER = "cut within the answer"
+    SLOW_ANSWER = "a byte at a time in the answer"
+    TWO_ANSWERS = "answered twice"
+    CLOSED_TWICE = "closed by header, twice, and by both layers"
+
+
+_IN_THE_BODY = {
+    Kind.RESET_IN_BODY,
+    Kind.STALL_IN_BODY,
+    Kind.SLOW_BODY,
+    Kind.ALERT_IN_BODY,
+    Kind.STALL_BEFORE_ANSWER,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What happens to a connection, after so many bytes that the daemon sent, or answers that went well."""
+
+    kind: Kind
+    after: int = 0
+    good: int = 0
+
+
+class FaultProxy:
+    """Serves while in its block; connections beyond the schedule are passed on. `struck` counts faults."""
+
+    def __init__(self, pki: Pki, port: int, schedule: Sequence[Fault], other: Pki | None = None) -> None:
+        self._target = port
+        self._schedule = list(schedule)
+        self._lock = threading.Lock()
+        self._ours = server_context(pki)
+        self._wrong = server_context(pki, (other or Pki(pki.folder / "other")).issue_server())
+        self._towards = ssl.create_default_context(cafile=pki.ca_pem)
+        self._towards.load_cert_chain(pki.client_cert, pki.client_key)
+        self._server = ScriptedServer(self._serve)
+        self.struck: Counter[Kind] = Counter()
+        self.port = self._server.port
+
+    def __enter__(self) -> Self:
+        self._server.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.__exit__(None, None, None)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every fault of the schedule has had its connection."""
+        return not self._schedule
+
+    def _serve(self, peer: Peer) -> None:
+        with self._lock:
+            fault = self._schedule.pop(0) if self._schedule else None
+        if fault is None:
+            self._relay(peer, None)
+        elif fault.kind is Kind.RESET_AT_ONCE:
+            self._strike(fault)
+            peer.reset()
+        elif fault.kind is Kind.HANG:
+            self._strike(fault)
+            peer.drain_nothing()
+        elif fault.kind is Kind.WRONG_CERTIFICATE:
+            self._strike(fault)
+            peer.shake_hands(self._wrong)
+        elif fault.kind in _IN_THE_BODY:
+            self._relay(peer, fault)
+        else:
+            peer.shake_hands(self._ours)
+            self._answer(peer, fault)
+
+    def _strike(self, fault: Fault) -> None:
+        with self._lock:
+            self.struck[fault.kind] += 1
+
+    def _relay(self, peer: Peer, fault: Fault | None) -> None:
+        """Pass bytes on, until the fault has its time; the same thread sees to both directions."""
+        near = peer.socket
+        with socket.create_connection(("127.0.0.1", self._target)) as far:
+            sent, spoiled = 0, False
+            while True:
+                readable, _, _ = select.select([near, far], [], [])
+                if far in readable and not (spoiled and fault and fault.kind is Kind.STALL_BEFORE_ANSWER):
+                    data = far.recv(_PIECE)
+                    if not data:
+                        return
+                    near.sendall(data)
+                elif far in readable:
+                    far.recv(_PIECE)  # the receiver has it all, and nobody hears of it
+                if near not in readable:
+                    continue
+                data = near.recv(_PIECE)
+                if not data:
+                    return
+                sent += len(data)
+                far.sendall(data)
+                if fault is not None and not spoiled and sent > fault.after:
+                    spoiled = True
+                    self._strike(fault)
+                    if self._spoil(peer, near, far, fault):
+                        return
+
+    def _spoil(self, peer: Peer, near: socket.socket, far: socket.socket, fault: Fault) -> bool:
+        """Do to a connection what is due; return whether that was its end."""
+        match fault.kind:
+            case Kind.RESET_IN_BODY:
+                peer.reset()
+            case Kind.STALL_IN_BODY:
+                peer.drain_nothing()
+            case Kind.ALERT_IN_BODY:
+                near.sendall(_ALERT)
+                peer.drain()
+            case Kind.SLOW_BODY:
+                while data := near.recv(1):
+                    far.sendall(data)
+                    if self._server.stopping.wait(1):
+                        return True
+            case _:
+                return False
+        return True
+
+    def _answer(self, peer: Peer, fault: Fault) -> None:
+        """Take whole requests, hand them to the receiver, and spoil one of its answers."""
+        good = fault.good
+        while True:
+            peer.read_head()
+            answer = self._answer_of(peer)
+            if good:
+                good -= 1
+                peer.send(answer)
+                continue
+            self._strike(fault)
+            match fault.kind:
+                case Kind.HALF_AN_ANSWER:
+                    peer.send(answer[: 1 + fault.after % (len(answer) - 1)])
+                case Kind.SLOW_ANSWER:
+                    peer.drip(answer, 1)
+                case Kind.TWO_ANSWERS:
+                    peer.send(answer + answer)
+                    peer.drain()
+                case Kind.CLOSED_TWICE:
+                    status, _, rest = answer.partition(b"\r\n")
+                    peer.send(status + b"\r\nConnection: close\r\nConnection: close\r\n" + rest)
+                    peer.half_close()
+                    peer.drain()
+                case _:
+                    pass
+            return
+
+    def _answer_of(self, peer: Peer) -> bytes:
+        method, path, _ = peer.head.split(b"\r\n")[0].decode("ascii").split(" ")
+        lines = [line.partition(b":") for line in peer.head.split(b"\r\n")[1:]]
+        headers = {key.decode("latin-1"): value.strip().decode("latin-1") for key, _, value in lines}
+        length = {key.lower(): value for key, value in headers.items()}.get("content-length", "0")
+        body = peer.read(int(length))
+        connection = http.client.HTTPSConnection("127.0.0.1", self._target, context=self._towards)
+        try:
+            connection.request(method, path, body or None, headers)
+            response = connection.getresponse()
+            content = response.read()
+        except OSError as error:
+            raise EndedError from error
+        finally:
+            connection.close()
+        fields = [(k, v) for k, v in response.getheaders() if k.lower() not in _HOP_BY_HOP]
+        head = [f"HTTP/1.1 {response.status} As Stored", *(f"{k}: {v}" for k, v in fields)]
+        head.append(f"Content-Length: {len(content)}")
+        return "\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + content
+
+
+_HOP_BY_HOP = {"connection", "content-length", "transfer-encoding", "keep-alive"}

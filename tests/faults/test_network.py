@@ -1,0 +1,42 @@
+"""The network does what it likes, and every archive arrives once."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.faults.network import Tally, deliver, run
+from tests.faults.proxy import Fault, Kind
+
+SEED = random.randrange(1_000_000)
+
+
+LOSE_THE_ANSWER = (Kind.STALL_BEFORE_ANSWER, Kind.NO_ANSWER, Kind.HALF_AN_ANSWER, Kind.SLOW_ANSWER)
+HARMLESS = (Kind.TWO_ANSWERS, Kind.CLOSED_TWICE)
+
+
+@pytest.mark.parametrize("kind", [*Kind], ids=lambda kind: kind.value)
+def test_each_fault_costs_no_archive_and_stores_none_twice(tmp_path: Path, kind: Kind) -> None:
+    struck, failed = deliver(tmp_path, [Fault(kind, after=5_000)] * 2, 6, asks=False, sizes=(300_000,))
+
+    assert struck == {kind: 2}
+    assert failed > 0 or kind in HARMLESS
+
+
+@pytest.mark.parametrize("kind", LOSE_THE_ANSWER, ids=lambda kind: kind.value)
+def test_a_lost_answer_is_asked_for(tmp_path: Path, kind: Kind) -> None:
+    struck, _ = deliver(tmp_path, [Fault(kind, after=302_000)] * 2, 6, asks=True, sizes=(300_000,))
+
+    assert struck == {kind: 2}
+
+
+def test_any_schedule_ends_with_all_archives_delivered_once() -> None:
+    print(f"seed {SEED}")
+    tally = Tally()
+
+    run(SEED, count=60, times=1, most=2, tally=tally)
+
+    assert tally.archives == 120
+    assert tally.struck.total() >= 13
