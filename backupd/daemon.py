@@ -194,7 +194,11 @@ class Daemon:
         self._upkeep.tick()
         self._certificates.tell()
         self._beats.beat(
-            self._parts.gates, self._in_flight(), self._certificates.days_left(), self._upkeep.overdue
+            self._parts.gates,
+            self._in_flight(),
+            self._certificates.days_left(),
+            self._upkeep.overdue,
+            sum(drop.intake.is_blind for drop in self._parts.drops.values()),
         )
 
     def _destinations(self) -> list[DestinationPart]:

@@ -33,11 +33,12 @@ class Heartbeat:
         in_flight: int,
         days_left: Mapping[str, int] | None = None,
         overdue: int | None = None,
+        blind: int | None = None,
     ) -> None:
         """Log a heartbeat, and a line for each destination.
 
         `days_left` are those of the destinations' client certificates, `overdue` counts the drops from which
-        nothing came for too long; what is not known is left out.
+        nothing came for too long, `blind` those that only a scan looks at; what is not known is left out.
         """
         try:
             backlog = self._ledger.backlog()
@@ -67,6 +68,7 @@ class Heartbeat:
             quarantined=quarantined,
             days_left=days_left or None,
             overdue=overdue,
+            blind=blind,
             memory_bytes=process.memory_bytes,
             open_files=process.open_files,
             open_files_most=process.open_files_most,

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,24 @@ def until(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -
 
 
 class Daemon:
-    """`backupd run` as a process, and what it logs; `program` is a module that runs it otherwise."""
+    """`backupd run` as a process, and what it logs.
+
+    `program` is a module that runs it otherwise, `before` a command that ends in running another.
+    """
 
     def __init__(
-        self, config: Path, log: Path, environ: dict[str, str] | None = None, program: str = "backupd"
+        self,
+        config: Path,
+        log: Path,
+        environ: dict[str, str] | None = None,
+        program: str = "backupd",
+        before: Sequence[str] = (),
     ) -> None:
         self._log = log
         self._read_from = log.stat().st_size if log.exists() else 0
         with log.open("ab") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", program, "run", "--config", str(config)],
+                [*before, sys.executable, "-m", program, "run", "--config", str(config)],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(environ or {})},
@@ -143,9 +151,14 @@ key = "{self.pki.client_key}"
         )
         return self.config
 
-    def daemon(self, environ: dict[str, str] | None = None, program: str = "backupd") -> Daemon:
+    def daemon(
+        self,
+        environ: dict[str, str] | None = None,
+        program: str = "backupd",
+        before: Sequence[str] = (),
+    ) -> Daemon:
         """Start the daemon; it is ended with the test."""
-        daemon = Daemon(self.config, self.log, environ, program)
+        daemon = Daemon(self.config, self.log, environ, program, before)
         self._daemons.append(daemon)
         return daemon
 

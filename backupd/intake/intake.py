@@ -90,7 +90,7 @@ class Intake:
             while not stop.is_set():
                 self.pulse.beat()
                 now = time.monotonic()
-                if now >= next_scan or self._sight.take_overflow():
+                if self._sight.has_missed_some() or now >= next_scan:
                     proven = self._sight.check()
                     self._scan(b"", stop, prove=proven and self.ready.is_set())
                     next_scan = time.monotonic() + self._sight.scan_every()
@@ -112,7 +112,15 @@ class Intake:
         """Ask for a look at a path, as an event would."""
         self._notices.put(_Notice(os.fsencode(self._config.path) + b"/" + relpath, is_directory=False))
 
+    @property
+    def is_blind(self) -> bool:
+        """Whether no events come from the folder, or it can't be read."""
+        return self._sight.is_blind
+
     def _notice(self, path: bytes, is_directory: bool) -> None:
+        if path == self._prefix:
+            self._sight.heard()
+            return
         self._notices.put(_Notice(path, is_directory))
 
     def _wait(self, next_scan: float) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from backupd.config.models import DropConfig
 from backupd.drop.folder import DropFolder
 from backupd.drop.mounts import filesystem_of, is_remote
@@ -11,6 +13,9 @@ from backupd.ops.log import EventLog
 
 _POLL_EVERY = 5.0
 """Seconds between scans where there are no events, unless `rescan_every` is less."""
+
+_SILENT = 5.0
+"""Seconds after which an event that was provoked will not come."""
 
 
 class Sight:
@@ -36,6 +41,13 @@ class Sight:
         self._polling = False
         self._blind = False
         self._root_failing = False
+        self._asked: float | None = None
+        """When the watcher was last asked for a sign of life that has not come yet, monotonic."""
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether only the scan brings archives, if anything does."""
+        return self._blind or self._root_failing
 
     def open(self) -> None:
         """Choose how to look, say so, and begin."""
@@ -60,6 +72,7 @@ class Sight:
 
     def close(self) -> None:
         """Stop looking."""
+        self._asked = None
         if self._watcher is not None:
             self._watcher.stop()
             self._watcher = None
@@ -73,8 +86,16 @@ class Sight:
         """Return for how many seconds an overflow may go unnoticed."""
         return 1.0 if not self._polling else self.scan_every()
 
-    def take_overflow(self) -> bool:
-        """Tell whether events were dropped by the kernel since last asked; it is said."""
+    def heard(self) -> None:
+        """Note that an event came of the folder itself, which only a watcher that sees can tell of."""
+        self._asked = None
+
+    def has_missed_some(self) -> bool:
+        """Tell whether events were lost since last asked, so that a scan is due; it is said."""
+        if self._asked is not None and time.monotonic() - self._asked > _SILENT:
+            self._say_blind("silent", "the folder was opened, and no event told of it", "")
+            self._restart()
+            return True
         if self._watcher is None or not self._watcher.take_overflow():
             return False
         self._say_blind(
@@ -99,7 +120,22 @@ class Sight:
                 self._say_blind("dead", "a thread of the watcher has ended", "")
             self._restart()
             return False
-        return True
+        return self._ask(self._watcher)
+
+    def _ask(self, watcher: Watcher) -> bool:
+        """Ask for a sign of life, where none is awaited: a quiet folder and a blind watcher look the same."""
+        if self._asked is not None:
+            return True
+        self._asked = time.monotonic()  # before: the answer comes in another thread
+        try:
+            watched = watcher.ask(self._folder.fileno())
+        except OSError:
+            self._asked = None  # the scan tells of a folder that can't be read
+            return True
+        if not watched:
+            self._say_blind("removed", "the kernel watches the folder no more", "")
+            self._restart()
+        return watched
 
     def lost(self, relpath: bytes) -> None:
         """Say that the scan found a file that no event had told of, and begin to watch anew."""

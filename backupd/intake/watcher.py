@@ -18,7 +18,13 @@ from watchdog.events import (
 )
 from watchdog.observers.api import BaseObserver
 from watchdog.observers.inotify import InotifyEmitter, InotifyObserver, InotifyWatchGroup
-from watchdog.observers.inotify_c import InotifyConstants, Mask, WatchDescriptor
+from watchdog.observers.inotify_c import (
+    InotifyConstants,
+    InotifyEvent,
+    Mask,
+    WatchDescriptor,
+    inotify_add_watch,
+)
 from watchdog.observers.inotify_move_event_grouper import InotifyMoveEventGrouper, PathedInotifyEvent
 
 from backupd.core.errors import BackupdError
@@ -98,6 +104,30 @@ class _Watches(InotifyWatchGroup):
         self._active_callbacks_by_path[path] = watch
         self._active_callbacks_by_watch[watch] = path
 
+    def ask(self, root: int) -> bool:
+        """Open the folder under the eyes of its watch; return False where the watch is gone.
+
+        `root` is a descriptor of the folder. The kernel gives the same number for a directory that is watched
+        already, and with it what else is to be told of it: for a moment, that somebody opens it.
+        """
+        queue = self._inotify_fd._inotify_fd  # noqa: SLF001 -- watchdog knows no changed mask
+        folder = b"/proc/self/fd/%d" % root
+        mask = self.event_mask & ~InotifyConstants.IN_DONT_FOLLOW
+        watch = inotify_add_watch(queue, folder, mask | InotifyConstants.IN_OPEN)
+        if watch != self._active_callbacks_by_path.get(self.path):
+            return False
+        os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        inotify_add_watch(queue, folder, mask)
+        return True
+
+    def on_event(self, event: InotifyEvent) -> None:
+        """See `WatchCallback.on_event`; an opening of the folder is passed on as an event of `path/`."""
+        if not event.is_open:
+            super().on_event(event)
+        elif not event.name:
+            closed = InotifyEvent(event.wd, InotifyConstants.IN_CLOSE_WRITE, 0, b"")
+            self._move_event_grouper.put_event(PathedInotifyEvent(closed, self.path + b"/"))
+
     def _remove_watch_internally(self, wd: WatchDescriptor) -> None:
         path = self._active_callbacks_by_watch.pop(wd, None)
         if path is not None and self._active_callbacks_by_path.get(path) == wd:
@@ -122,6 +152,7 @@ class _Watches(InotifyWatchGroup):
 
 class _Emitter(InotifyEmitter):
     ignores: Ignores
+    _inotify: _Watches | None
 
     def on_thread_start(self) -> None:
         self._inotify = _Watches(
@@ -189,6 +220,15 @@ class Watcher:
             return False
         reader = getattr(observer, "_inotify_fd", None)
         return all(e.is_alive() for e in observer.emitters) and (reader is None or reader.is_alive())
+
+    def ask(self, root: int) -> bool:
+        """Have an event come, of `path/`, that proves life; return False where none can come any more.
+
+        `root` is a descriptor of the folder. Raises OSError where that can't be opened.
+        """
+        emitters = self._observer.emitters if self._observer is not None else ()
+        watches = [emitter._inotify for emitter in emitters if isinstance(emitter, _Emitter)]  # noqa: SLF001
+        return all(watch is not None and watch.ask(root) for watch in watches)
 
     def take_overflow(self) -> bool:
         """Tell whether the kernel's queue has overflowed since last asked."""

@@ -33,7 +33,7 @@ DAEMON_HEARTBEAT = _event(
     "daemon.heartbeat",
     "info",
     "uptime_s pending pending_bytes oldest_s oldest_each in_flight gates delivered delivered_bytes rejected"
-    " rate archives_per_s quarantined days_left overdue memory_bytes open_files open_files_most",
+    " rate archives_per_s quarantined days_left overdue blind memory_bytes open_files open_files_most",
     "still alive, and how things stand, first at the start; its absence is an alarm",
 )
 DAEMON_STOPPING = _event(

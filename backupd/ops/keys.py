@@ -65,6 +65,7 @@ KEYS = {
     "archives_per_s": "archives delivered a second since the last heartbeat",
     "quarantined": "rejected archives that are in quarantine now",
     "overdue": "devices from which nothing came for too long, as things stand",
+    "blind": "drop folders that tell of nothing by themselves, so that only the scan finds archives there",
     "days_left": "whole days until the client certificate ends; of each destination in a heartbeat",
     "memory_bytes": "resident memory of the daemon",
     "open_files": "descriptors that the daemon has open",

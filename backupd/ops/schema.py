@@ -38,7 +38,7 @@ _KEYS_OF: tuple[tuple[_Type, str], ...] = (
         _COUNT,
         (
             "pid size attempt sent http_status faults pending pending_bytes found candidates released"
-            " undisposed in_flight delivered delivered_bytes rejected lost rate quarantined overdue"
+            " undisposed in_flight delivered delivered_bytes rejected lost rate quarantined overdue blind"
             " memory_bytes open_files open_files_most median_size free_bytes min_free_bytes"
         ),
     ),

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from watchdog.observers.inotify import InotifyObserver
-from watchdog.observers.inotify_c import InotifyConstants
+from watchdog.observers.inotify_c import InotifyConstants, inotify_rm_watch
 
 from backupd.config.models import DropConfig
 from backupd.core.errors import LedgerError
@@ -562,6 +562,54 @@ def test_files_that_no_event_told_of_are_found_and_that_is_said_once(
         scene.wait_admitted("later.cfg")
         assert blindness(scene) == ["missed"]
         assert len(scene.events("watcher.restored")) == 1
+
+
+def test_a_quiet_folder_whose_watcher_is_deaf_is_told_from_one_that_is_only_quiet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backupd.intake.sight._SILENT", 1.5)
+    with watching(tmp_path) as scene:
+        for _ in range(10):
+            scene.wait_scan()
+        assert blindness(scene) == []
+        assert not scene.intake.is_blind
+
+        deaf = make_deaf(scene)
+        scene.wait_event("watcher.restored")
+        assert scene.observer is not deaf
+        assert blindness(scene) == ["silent"]
+        scene.scan_no_more()
+        scene.put("later.cfg")
+        scene.wait_admitted("later.cfg")
+
+
+def test_a_watch_that_the_kernel_gave_up_is_noticed_by_the_next_scan(scene: Watching) -> None:
+    reader = scene.observer._inotify_fd
+    assert reader is not None
+    for watch in [*reader._watch_for_wd]:
+        inotify_rm_watch(reader._inotify_fd, watch)
+    scene.wait_event("watcher.restored")
+    assert blindness(scene) == ["removed"]
+    scene.scan_no_more()
+    scene.put("later.cfg")
+    scene.wait_admitted("later.cfg")
+
+
+def test_looking_for_a_sign_of_life_opens_nobodys_files(scene: Watching) -> None:
+    """Whoever opens a file meanwhile is not taken for a sign, nor for an archive that was written."""
+    path = scene.put("r1.cfg")
+    scene.wait_admitted("r1.cfg")
+    before = path.stat(), scene.root.stat()
+    for _ in range(200):
+        path.read_bytes()
+    for _ in range(5):
+        scene.wait_scan()
+    assert (path.stat().st_ctime_ns, scene.root.stat().st_mtime_ns) == (
+        before[0].st_ctime_ns,
+        before[1].st_mtime_ns,
+    )
+    assert scene.admitted() == ["r1.cfg"]
+    assert blindness(scene) == []
 
 
 def test_files_that_an_event_told_of_prove_no_blindness(
