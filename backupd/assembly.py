@@ -55,12 +55,20 @@ def run_daemon(config: Config, log: EventLog, config_path: Path, found: Examinat
                 error="the ledger was damaged and has been put aside",
                 hint="pending archives are found again in the drop folders; the history is in that file",
             )
+        elif opened.is_new and not lock.is_first:
+            log.emit(
+                events.LEDGER_REPLACED,
+                path=str(config.state_dir),
+                error="the ledger is gone, and a new one was begun",
+                hint="pending archives are found again in the drop folders; find out who removed the file",
+            )
         assembly = Assembly(config, SqliteLedger(opened.connection), log)
         certificates = Certificates(assembly.parts, log, examine, found)
         upkeep = Upkeep(assembly.parts, log, assembly.freshness)
-        return Daemon(
-            assembly.parts, log, config_path, examine, assembly.change_to, certificates, upkeep
-        ).run()
+        daemon = Daemon(assembly.parts, log, config_path, examine, assembly.change_to, certificates, upkeep)
+        code = daemon.run()
+        lock.ended_well = code == 0
+        return code
 
 
 class Assembly:

@@ -41,3 +41,7 @@ class LedgerError(BackupdError):
     """The ledger can't be opened, read or written."""
 
     exit_code = 78
+
+
+class LedgerDamagedError(BackupdError):
+    """The ledger's content can't be believed any more; no `LedgerError`, as trying again mends nothing."""

@@ -83,9 +83,12 @@ class DropFolder:
         parent, _, name = relpath.rpartition(b"/")
         with self.directory(parent) as directory:
             fd = os.open(name, _FILE, dir_fd=directory)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+        except OSError:
             os.close(fd)
-            raise OSError(errno.EINVAL, "not a regular file")
+            raise
         return fd
 
     def read(self, relpath: bytes, most: int) -> bytes:

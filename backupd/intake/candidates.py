@@ -89,18 +89,18 @@ class Candidates:
             return None
         try:
             fd = self._folder.open(relpath)
+            try:
+                opened, is_written = fingerprint_of(os.fstat(fd)), is_being_written(fd)
+            finally:
+                os.close(fd)
         except FileNotFoundError:
             return None
         except OSError as error:
             self.complain(relpath, error)
             return None
-        try:
-            opened = fingerprint_of(os.fstat(fd))
-            if opened != fingerprint_of(status) or is_being_written(fd):
-                self._tracker.hold(relpath, opened, now)
-                return None
-        finally:
-            os.close(fd)
+        if is_written or opened != fingerprint_of(status):
+            self._tracker.hold(relpath, opened, now)
+            return None
         self._said.discard(hash(relpath))
         return Sighting(self._drop, relpath, opened)
 

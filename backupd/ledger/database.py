@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from backupd.core.errors import LedgerError
+from backupd.core.errors import BackupdError, LedgerDamagedError, LedgerError
 
 FILE_NAME = "ledger.sqlite3"
 LOCK_NAME = "backupd.lock"
@@ -27,6 +27,8 @@ class StateLock:
         self._path = state_dir / LOCK_NAME
         try:
             state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
+            self.is_first = not self._path.exists()
+            """Whether no daemon had a ledger here before."""
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         except OSError as error:
             raise LedgerError(
@@ -42,6 +44,8 @@ class StateLock:
                 "give each instance a `state_dir` of its own, or stop the other one",
             ) from error
         self.was_clean = os.fstat(self._fd).st_size == 0
+        self.ended_well = True
+        """To be set: whether what it was held for ended as it should."""
         holder_now = f"{os.getpid()}\n".encode("ascii")
         try:
             os.pwrite(self._fd, holder_now, 0)  # never empty in between: that would be a clean end
@@ -72,7 +76,7 @@ class StateLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.release(clean=kind is None)
+        self.release(clean=kind is None and self.ended_well)
 
 
 def daemon_pid(state_dir: Path) -> int | None:
@@ -93,10 +97,11 @@ def daemon_pid(state_dir: Path) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A connection to the ledger, and where a damaged predecessor was put aside."""
+    """A connection to the ledger, where a damaged predecessor was put aside, and whether there was none."""
 
     connection: sqlite3.Connection
     set_aside: Path | None = None
+    is_new: bool = False
 
 
 def open_ledger(state_dir: Path, *, check: bool = False) -> Opened:
@@ -108,9 +113,10 @@ def open_ledger(state_dir: Path, *, check: bool = False) -> Opened:
     """
     path = state_dir / FILE_NAME
     try:
-        aside = _set_aside(path) if _is_emptied(path) else None
+        is_new = not path.exists()
+        aside = _set_aside(path) if _is_emptied(path) or (is_new and _wal_of(path).exists()) else None
         try:
-            return Opened(_connect(path, check=check), aside)
+            return Opened(_connect(path, check=check), aside, is_new)
         except sqlite3.DatabaseError as error:
             if not _is_damage(error):
                 raise
@@ -152,6 +158,10 @@ def _is_emptied(path: Path) -> bool:
         return False
 
 
+def _wal_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}-wal")
+
+
 def _connect(path: Path, *, check: bool) -> sqlite3.Connection:
     created = _create(path)
     try:
@@ -176,7 +186,7 @@ def _create(path: Path) -> bool:
 
 
 def _opened(path: Path, *, check: bool) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
     try:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA foreign_keys = ON")
@@ -191,7 +201,18 @@ def _opened(path: Path, *, check: bool) -> sqlite3.Connection:
     return connection
 
 
-def _is_damage(error: sqlite3.DatabaseError) -> bool:
+def failure(what: str, error: sqlite3.Error) -> BackupdError:
+    """Return the error of a ledger that can't be read, or written, when it was open already."""
+    if _is_damage(error):
+        return LedgerDamagedError(
+            f"the ledger is damaged: {error}",
+            "the daemon ends, and the next start puts the ledger aside and begins anew from the folders;"
+            " look at the disk of `state_dir`",
+        )
+    return LedgerError(f"the ledger can't be {what}: {error}", "check the disk of `state_dir`")
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
     return type(error) is sqlite3.DatabaseError  # OperationalError and friends: locked, full, read-only
 
 

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from datetime import datetime
 from itertools import accumulate, takewhile
 
-from backupd.core.errors import LedgerError
 from backupd.core.gate import Gate
 from backupd.core.model import Archive, Delivery, DeliveryState, Digest, Rejected
 from backupd.core.step import Priority, archive_state
+from backupd.ledger.database import failure
 from backupd.ledger.devices import SqliteHabits, note_arrival
 from backupd.ledger.port import Admission, Backlog, Disposed, Finished, Known, Ledger, Settled, Sighting, mark
 from backupd.ledger.rows import (
@@ -64,9 +64,7 @@ class SqliteLedger(SqliteHabits, Ledger):
                         self._db.execute("ROLLBACK")
                     raise
             except sqlite3.Error as error:
-                raise LedgerError(
-                    f"the ledger can't be written: {error}", "check the disk of `state_dir`"
-                ) from error
+                raise failure("written", error) from error
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -74,9 +72,7 @@ class SqliteLedger(SqliteHabits, Ledger):
             try:
                 yield self._db
             except sqlite3.Error as error:
-                raise LedgerError(
-                    f"the ledger can't be read: {error}", "check the disk of `state_dir`"
-                ) from error
+                raise failure("read", error) from error
 
     def known(self, drop: str) -> Known:
         """See `Ledger.known`."""

@@ -81,7 +81,7 @@ LEDGER_REPLACED = _event(
     "ledger.replaced",
     "error",
     "path error hint",
-    "the ledger was damaged, put aside, and begun anew from the folders",
+    "the ledger was damaged and put aside, or gone, and is begun anew from the folders",
 )
 LEDGER_FAILED = _event(
     "ledger.failed", "error", "error hint", "the ledger can't be used now; it is tried again"

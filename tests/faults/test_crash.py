@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.faults import crash
 from tests.faults.delivery import DELETED, KEPT, MOVED, REJECTED, Ending, Ground
+from tests.faults.shim import Manner
 from tests.faults.stepping import STEPS
 from tests.privileges import needs_root
 
@@ -26,6 +28,17 @@ def test_a_kill_and_an_error_at_each_step_lose_nothing(tmp_path: Path) -> None:
     assert_held(tally, SEED)
     assert {step for step, column in tally.tried if column == "killed"} == set(STEPS)
     assert tally.cases >= 2 * len(STEPS) - 2  # of the answer, nothing is local
+
+
+def test_no_error_of_a_look_at_a_file_ends_the_daemon(tmp_path: Path) -> None:
+    tally, ground = crash.Tally(), Ground(tmp_path, MOVED)
+    with ground.open():
+        calls = [call for call in crash.recorded(ground) if STEPS[call.step] == "seen" and call.is_local]
+        for at in range(2, len(calls) + 2):  # the first one reads the event
+            crash.strike(ground, crash.Strike(0, at, Manner.FAIL, errno.EIO), tally)
+
+    assert_held(tally, 0)
+    assert tally.cases >= 4
 
 
 @pytest.mark.parametrize("ending", [DELETED, KEPT, REJECTED], ids=lambda ending: ending.name)

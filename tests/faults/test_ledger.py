@@ -1,0 +1,261 @@
+"""Whatever happens to the ledger: no archive is lost or touched, what can be rebuilt is, the rest is said."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from backupd.ledger.database import FILE_NAME
+from backupd.receiver.serve import RunningReceiver
+from tests.privileges import needs_root
+from tests.stage import Daemon, Stage, until
+
+QUICK = '[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.5s"'
+PAGE = 4096
+
+
+def overwrite(path: Path, at: int, size: int) -> None:
+    with path.open("r+b") as stream:
+        stream.seek(at)
+        stream.write(os.urandom(size))
+
+
+def header(ledger: Path) -> None:
+    overwrite(ledger, 0, 100)
+
+
+def inner_pages(ledger: Path) -> None:
+    for page in range(1, ledger.stat().st_size // PAGE):
+        overwrite(ledger, page * PAGE, 200)
+
+
+def emptied(ledger: Path) -> None:
+    os.truncate(ledger, 0)
+
+
+def cut(ledger: Path) -> None:
+    os.truncate(ledger, ledger.stat().st_size // 2)
+
+
+def missing(ledger: Path) -> None:
+    ledger.unlink()
+
+
+def all_missing(ledger: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        ledger.with_name(ledger.name + suffix).unlink(missing_ok=True)
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Return what tells whether anybody touched the files of a folder."""
+    stats = {p.name: p.stat() for p in folder.iterdir() if p.is_file()}
+    return {name: (s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats.items()}
+
+
+@pytest.fixture
+def waiting(stage: Stage, receiver: RunningReceiver) -> Daemon:
+    """A daemon that was killed with one archive sent and one pending."""
+    stage.configure(receiver.url, drop='stable_for = "0s"', more=QUICK)
+    daemon = stage.daemon().ready()
+    stage.put("sent.tar.gz", b"sent")
+    daemon.wait_for("archive.disposed", archive="sent.tar.gz")
+    receiver.__exit__(None, None, None)
+    stage.put("pending.tar.gz", b"pending")
+    daemon.wait_for("delivery.deferred", archive="pending.tar.gz")
+    daemon.kill()
+    receiver.__enter__()
+    return daemon
+
+
+def assert_delivered(stage: Stage, *names: str) -> None:
+    """Check that the receiver has each once, and that each lies in `sent`."""
+    assert sorted(path.name for path in stage.archives(stage.drop)) == sorted(names)
+    assert sorted(path.name for path in stage.archives(stage.sent)) == sorted(names)
+    assert sorted(path.name.partition(".")[0] for path in stage.stored()) == sorted(
+        name.partition(".")[0] for name in names
+    )
+
+
+@pytest.mark.parametrize("damage", [header, inner_pages, emptied, cut, missing, all_missing])
+def test_a_ledger_that_is_lost_is_begun_anew_from_the_folders(
+    stage: Stage, waiting: Daemon, damage: Callable[[Path], None]
+) -> None:
+    ledger = stage.state / FILE_NAME
+    with contextlib.closing(sqlite3.connect(ledger)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    before = stamps(stage.sent)
+    kept = ledger.read_bytes()
+    damage(ledger)
+
+    daemon = stage.daemon()
+    daemon.wait_for("archive.disposed", archive="pending.tar.gz")
+
+    assert [line["level"] for line in daemon.events("ledger.replaced")] == ["error"]
+    assert {name: found for name, found in stamps(stage.sent).items() if name in before} == before
+    assert_delivered(stage, "pending.tar.gz", "sent.tar.gz")
+    assert not [line for line in daemon.events("archive.delivered") if line["archive"] == "sent.tar.gz"]
+    if damage not in (missing, all_missing):
+        aside = [p for p in stage.state.iterdir() if ".damaged-" in p.name]
+        assert aside
+        assert damage is not header or aside[0].read_bytes()[100:] == kept[100:]
+    assert daemon.stop() == 0
+
+
+def test_the_first_ledger_of_all_replaces_none(stage: Stage, receiver: RunningReceiver) -> None:
+    stage.configure(receiver.url)
+    daemon = stage.daemon().ready()
+    assert not daemon.events("ledger.replaced")
+    assert daemon.stop() == 0
+
+
+def test_pages_that_are_damaged_under_the_daemon_end_it_and_the_next_start_mends_them(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    """A ledger that contradicts itself is not tried again and again while archives pile up."""
+    stage.configure(receiver.url, top='heartbeat_every = "1s"', drop='stable_for = "0s"', more=QUICK)
+    daemon = stage.daemon().ready()
+    stage.put("sent.tar.gz", b"sent")
+    daemon.wait_for("archive.disposed", archive="sent.tar.gz")
+    with contextlib.closing(sqlite3.connect(stage.state / FILE_NAME)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    inner_pages(stage.state / FILE_NAME)
+    stage.put("after.tar.gz", b"after")
+
+    def has_ended() -> bool:
+        with contextlib.suppress(OSError):  # what SQLite has in its cache hides the damage
+            stage.put(f"more-{len(os.listdir(stage.drop))}.tar.gz", b"more")
+        return daemon.process.poll() is not None
+
+    until(has_ended, f"the daemon to end\n{daemon.text()[-2000:]}")
+    assert daemon.process.returncode == 1  # systemd starts it anew, other than after 78
+    assert "the ledger is damaged" in daemon.text()
+
+    again = stage.daemon()
+    again.wait_for("ledger.replaced")
+    until(lambda: len(stage.archives(stage.drop)) == len(stage.archives(stage.sent)), "all archives")
+    again.wait_for("archive.disposed", archive="after.tar.gz")
+    assert len(stage.stored()) == len(stage.archives(stage.sent))
+    assert again.stop() == 0
+
+
+def test_a_ledger_that_is_removed_under_the_daemon_costs_nothing(stage: Stage, waiting: Daemon) -> None:
+    daemon = stage.daemon().ready()
+    daemon.wait_for("archive.disposed", archive="pending.tar.gz")
+    all_missing(stage.state / FILE_NAME)
+    stage.put("after.tar.gz", b"after")
+    daemon.wait_for("archive.disposed", archive="after.tar.gz")
+    assert daemon.stop() == 0
+
+    again = stage.daemon().ready()
+    assert again.events("ledger.replaced")
+    stage.put("later.tar.gz", b"later")
+    again.wait_for("archive.disposed", archive="later.tar.gz")
+    assert_delivered(stage, "after.tar.gz", "later.tar.gz", "pending.tar.gz", "sent.tar.gz")
+    assert again.stop() == 0
+
+
+def test_a_ledger_of_a_newer_program_is_refused_and_nothing_is_touched(stage: Stage, waiting: Daemon) -> None:
+    ledger = stage.state / FILE_NAME
+    with contextlib.closing(sqlite3.connect(ledger)) as db:
+        db.execute("PRAGMA user_version = 99")
+    before = stamps(stage.drop), stamps(stage.sent), ledger.read_bytes()
+    daemon = stage.daemon()
+    assert daemon.process.wait(180) == 78
+    assert "schema version 99" in daemon.text()
+    assert (stamps(stage.drop), stamps(stage.sent), ledger.read_bytes()) == before
+
+
+def test_a_ledger_that_another_process_holds_is_waited_for(stage: Stage, waiting: Daemon) -> None:
+    daemon = stage.daemon().ready()
+    daemon.wait_for("archive.disposed", archive="pending.tar.gz")
+    with contextlib.closing(sqlite3.connect(stage.state / FILE_NAME, isolation_level=None)) as db:
+        db.execute("BEGIN EXCLUSIVE")
+        stage.put("after.tar.gz", b"after")
+        failed = daemon.wait_for("ledger.failed")  # after SQLite's own patience
+        assert "locked" in failed[0]["error"]
+        assert (stage.drop / "after.tar.gz").exists()
+        db.execute("ROLLBACK")
+    daemon.wait_for("archive.disposed", archive="after.tar.gz")
+    assert_delivered(stage, "after.tar.gz", "pending.tar.gz", "sent.tar.gz")
+    assert daemon.stop() == 0
+
+
+@pytest.fixture
+def own_disk(stage: Stage) -> Iterator[Path]:
+    """A small filesystem for the ledger alone."""
+    stage.state.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "backupd-test", str(stage.state)], check=True)
+    try:
+        yield stage.state
+    finally:
+        subprocess.run(["umount", "--lazy", stage.state], check=True)
+
+
+@needs_root
+def test_a_full_disk_of_the_ledger_is_said_and_archives_wait(
+    stage: Stage, receiver: RunningReceiver, own_disk: Path
+) -> None:
+    stage.configure(receiver.url, drop='stable_for = "0s"\nrescan_every = "1s"', more=QUICK)
+    daemon = stage.daemon().ready()
+    stage.put("sent.tar.gz", b"sent")
+    daemon.wait_for("archive.disposed", archive="sent.tar.gz")
+    fill(own_disk)
+    stage.put("waits.tar.gz", b"waits")
+    daemon.wait_for("ledger.failed")
+    assert (stage.drop / "waits.tar.gz").exists()
+    assert len(stage.stored()) == 1
+    (own_disk / "full").unlink()
+    daemon.wait_for("archive.disposed", archive="waits.tar.gz")
+    assert_delivered(stage, "sent.tar.gz", "waits.tar.gz")
+    assert daemon.stop() == 0
+
+
+def fill(disk: Path) -> None:
+    """Leave no byte free."""
+    with (disk / "full").open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+        while True:
+            stream.write(bytes(PAGE))
+
+
+@needs_root
+def test_a_read_only_state_folder_keeps_it_from_starting_and_nothing_is_touched(
+    stage: Stage, waiting: Daemon
+) -> None:
+    subprocess.run(["mount", "--bind", stage.state, stage.state], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", stage.state], check=True)
+        before = stamps(stage.drop), stamps(stage.sent)
+        daemon = stage.daemon()
+        assert daemon.process.wait(180) == 78
+        assert str(stage.state) in daemon.text()
+        assert (stamps(stage.drop), stamps(stage.sent)) == before
+    finally:
+        subprocess.run(["umount", "--lazy", stage.state], check=True)
+    daemon = stage.daemon()
+    daemon.wait_for("archive.disposed", archive="pending.tar.gz")
+    assert daemon.stop() == 0
+
+
+def test_what_was_rejected_stays_in_quarantine_when_the_ledger_is_lost(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url, drop='stable_for = "0s"\ninspect = "quick"\ninspect_grace = "0s"')
+    daemon = stage.daemon().ready()
+    stage.put("bad.tar.gz", b"no archive at all")
+    daemon.wait_for("archive.disposed", archive="bad.tar.gz")
+    assert daemon.stop() == 0
+    before = stamps(stage.rejected)
+    shutil.rmtree(stage.state)
+
+    again = stage.daemon().ready()
+    stage.put("after.tar.gz", (b"\x1f\x8b\x08" + bytes(7)) + b"\x03\x00" + bytes(8))
+    again.wait_for("archive.disposed", archive="after.tar.gz")
+    assert stamps(stage.rejected) == before
+    assert again.stop() == 0
