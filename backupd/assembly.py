@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backupd.certificates import Certificates
+from backupd.clock import Clock
 from backupd.config.destination import DestinationConfig
 from backupd.config.examination import Examination, Examine
 from backupd.config.models import Config, DropConfig
@@ -64,7 +65,7 @@ def run_daemon(config: Config, log: EventLog, config_path: Path, found: Examinat
             )
         assembly = Assembly(config, SqliteLedger(opened.connection), log)
         certificates = Certificates(assembly.parts, log, examine, found)
-        upkeep = Upkeep(assembly.parts, log, assembly.freshness)
+        upkeep = Upkeep(assembly.parts, log, assembly.freshness, assembly.clock)
         daemon = Daemon(assembly.parts, log, config_path, examine, assembly.change_to, certificates, upkeep)
         code = daemon.run()
         lock.ended_well = code == 0
@@ -81,11 +82,12 @@ class Assembly:
         self._folders = {name: open_folder(name, drop) for name, drop in config.drop.items()}
         self._rules = _rules(config, self._folders)
         self._sources = {name: _source(drop, self._folders[name]) for name, drop in config.drop.items()}
+        self.clock = Clock()
         self.freshness = Freshness(ledger, log)
         self.freshness.begin(config.drop, datetime.now(UTC))
         disposal = Disposal(self._rules, log)
         recorder = Recorder(ledger, disposal, log, self._look_again)
-        keeper = Keeper(lambda: _open_shelf(config), self._stocks, log)
+        keeper = Keeper(lambda: _open_shelf(config), self._stocks, log, self.clock.believed)
         self.parts = Parts(config, ledger, {}, {}, recorder, self._abort.set, keeper)
         self.parts.destinations |= {n: self._destination(n, d) for n, d in config.destination.items()}
         self.parts.drops |= {n: self._drop(n, d, config) for n, d in config.drop.items()}

@@ -85,6 +85,7 @@ class Daemon:
             path=str(parts.config.state_dir),
         )
         released = parts.ledger.release_claims()
+        self._upkeep.bring_forward()
         undisposed = parts.recorder.recover()
         self._threads.start(parts.recorder.run, self._abandon, parts.recorder.pulse)
         self._begin(parts.drops, parts.destinations)
@@ -130,6 +131,7 @@ class Daemon:
                 self._reload()
             self._show_life()
             self._certificates.tick()
+            self._upkeep.mind_clock()
             if time.monotonic() >= next_beat:
                 self._beat()
                 next_beat = time.monotonic() + self._heartbeat_every

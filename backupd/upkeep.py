@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+from backupd.clock import ZERO, Clock
 from backupd.core.errors import LedgerError
 from backupd.delivery.pruning import Pruning
 from backupd.intake.freshness import Freshness
@@ -13,9 +14,13 @@ from backupd.parts import Parts
 
 
 class Upkeep:
-    """Says which devices fell silent, and ends old history; `tick` is called at each heartbeat."""
+    """Says which devices fell silent, and ends old history; `tick` is called at each heartbeat.
 
-    def __init__(self, parts: Parts, log: EventLog, freshness: Freshness) -> None:
+    `mind_clock` is called more often.
+    """
+
+    def __init__(self, parts: Parts, log: EventLog, freshness: Freshness, clock: Clock) -> None:
+        self._clock = clock
         self._parts = parts
         self._log = log
         self._freshness = freshness
@@ -31,6 +36,37 @@ class Upkeep:
         now = datetime.now(UTC)
         try:
             self._freshness.tick(now)
-            self._pruning.tick(now - self._parts.config.keep_history_for)
+            self._pruning.tick(self._clock.believed() - self._parts.config.keep_history_for)
+        except LedgerError as error:
+            self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
+
+    def bring_forward(self) -> None:
+        """Have no delivery wait for a time that only a wrong clock can have meant.
+
+        Raises LedgerError where the ledger can't be written.
+        """
+        now = datetime.now(UTC)
+        for name, destination in self._parts.config.destination.items():
+            self._parts.ledger.bring_forward(name, now + destination.retry.max)
+
+    def mind_clock(self) -> None:
+        """Look whether the clock was set, say so, and see to what waits for a time."""
+        step = self._clock.step()
+        if step == ZERO:
+            return
+        self._log.emit(
+            events.CLOCK_SET,
+            step_s=step,
+            hint="see to the host's clock; for a day, what is removed in time goes by the clock as it was"
+            if step > ZERO
+            else "see to the host's clock; what waits is tried no later than it would have been",
+        )
+        if step > ZERO:
+            return
+        for gate in self._parts.gates.values():
+            gate.set_back(-step)
+        try:
+            self.bring_forward()
+            self._freshness.begin(self._parts.config.drop, datetime.now(UTC))
         except LedgerError as error:
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)

@@ -134,6 +134,10 @@ class Peer:
         """The connection, for a script that passes on what it does not understand."""
         return self._sock
 
+    @property
+    def socket_is_open(self) -> bool:
+        return self._sock.fileno() >= 0
+
     def reset(self) -> None:
         """End the connection by a reset."""
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

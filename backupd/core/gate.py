@@ -62,6 +62,11 @@ class Gate:
         """Return the gate after the destination did its part, whatever it said of the archive."""
         return Gate()
 
+    def set_back(self, by: timedelta) -> Gate:
+        """Return the gate where the clock was set back; it opens no later than it would have."""
+        until, since = (None if time is None else time - by for time in (self.until, self.since))
+        return replace(self, until=until, since=since)
+
     def left(self, now: datetime) -> Gate:
         """Return the gate after a probe that told nothing (nothing was due, or we were stopped)."""
         if self.state is GateState.PROBING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from backupd.core.errors import LedgerError
 from backupd.core.gate import Gate, GateState
@@ -56,6 +56,13 @@ class SharedGate:
         """Return the seconds until `enter` may succeed again; None: until a report."""
         left = self._gate.wait(datetime.now(UTC))
         return None if left is None else left.total_seconds()
+
+    def set_back(self, by: timedelta) -> None:
+        """Note that the clock was set back."""
+        with self._lock:
+            self._gate = self._gate.set_back(by)
+        self._wakeup.ring()
+        self.note()
 
     def leave(self) -> None:
         """Note that what had entered told nothing about the destination."""

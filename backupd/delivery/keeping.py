@@ -73,10 +73,17 @@ class Keeper:
     What is looked at once is looked at again only when something newer comes to its series.
     """
 
-    def __init__(self, open_shelf: Callable[[], Shelf], stocks: Callable[[], Stocks], log: EventLog) -> None:
+    def __init__(
+        self,
+        open_shelf: Callable[[], Shelf],
+        stocks: Callable[[], Stocks],
+        log: EventLog,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
         self._open_shelf = open_shelf
         self._stocks = stocks
         self._log = log
+        self._now = now
         self._opened: Shelf | None = None
         self._progress: dict[str, _Progress] = {}
         self._grown: dict[str, set[bytes]] = {}
@@ -91,7 +98,7 @@ class Keeper:
             wait = 0.0
             while not stop.wait(wait):
                 self.pulse.beat()
-                more = self.tick(datetime.now(UTC))
+                more = self.tick(self._now())
                 wait = _SOON if more else self._patience()
                 self.pulse.rest()
         finally:

@@ -133,6 +133,10 @@ class Ledger(Habits, Protocol):
         """Return when the next pending delivery of a destination is due."""
         ...
 
+    def bring_forward(self, destination: str, latest: datetime) -> None:
+        """Make no pending delivery of a destination due after a time."""
+        ...
+
     def record(self, finished: Sequence[Finished], now: datetime) -> list[Settled]:
         """Commit, durably, how claims ended; return the archives that are settled by it."""
         ...

@@ -128,6 +128,15 @@ class SqliteLedger(SqliteHabits, Ledger):
             ).fetchone()
         return None if row[0] is None else as_time(row[0])
 
+    def bring_forward(self, destination: str, latest: datetime) -> None:
+        """See `Ledger.bring_forward`."""
+        with self._transaction(durable=False) as db:
+            db.execute(
+                "UPDATE delivery SET due_at = ?2"
+                " WHERE destination = ?1 AND state = 'pending' AND due_at > ?2",
+                (destination, as_micros(latest)),
+            )
+
     def record(self, finished: Sequence[Finished], now: datetime) -> list[Settled]:
         """See `Ledger.record`."""
         settled: list[Settled] = []

@@ -59,6 +59,12 @@ DAEMON_HUNG = _event(
     "thread silent_s hint",
     "a thread shows no life; systemd is told nothing, and restarts it",
 )
+CLOCK_SET = _event(
+    "clock.set",
+    "warning",
+    "step_s hint",
+    "the host's clock was set, by more than a second at once; a host that slept is no such thing",
+)
 CERTIFICATE_RENEWED = _event(
     "certificate.renewed",
     "info",

@@ -21,6 +21,9 @@ SOCKET = "/run/systemd/journal/socket"
 _PATIENCE = 1.0
 """Seconds for which a journal that takes nothing is waited for, once; then not at all until it does."""
 
+_PATIENCE_WITH_A_READER = 5.0
+"""Likewise for whoever reads our output: what hangs there must keep no archive from its destination."""
+
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _PLAIN = ("timestamp", "level", "event")
 
@@ -112,7 +115,7 @@ def writer_for(
 ) -> LineWriter | JournalWriter:
     """Return what writes the log: to the journal where it reads that descriptor, else lines to it."""
     if not reads(fd, environ):
-        return LineWriter(fd)
+        return LineWriter(fd, patience=_PATIENCE_WITH_A_READER)
     return JournalWriter(LineWriter(fd, prefixed=True, patience=_PATIENCE), path)
 
 

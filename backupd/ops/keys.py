@@ -53,6 +53,7 @@ KEYS = {
     "drops_changed": "names of the drops that began, ended or began anew",
     "destinations_changed": "names of the destinations that began, ended or began anew",
     "thread": "which thread",
+    "step_s": "seconds by which the clock was set, negative where it was set back",
     "silent_s": "seconds without a sign of life",
     "whose": "client or server",
     "expires_at": "when the certificate ends",

@@ -28,7 +28,10 @@ _KEYS_OF: tuple[tuple[_Type, str], ...] = (
     (_FLAG, "verified clean"),
     (
         _SECONDS,
-        "duration_s paused_for_s down_for_s oldest_s uptime_s silent_s overdue_s archives_per_s change",
+        (
+            "duration_s paused_for_s down_for_s oldest_s uptime_s silent_s step_s overdue_s archives_per_s"
+            " change"
+        ),
     ),
     (_each(_SECONDS), "oldest_each"),
     (_each(_GATE), "gates"),

@@ -1,5 +1,5 @@
 /* Makes a system call fail, or the process end at it: the N-th one since it was armed, of those that reach
-   the folder under test or the network. Preloaded into the daemon by the tests, and part of nothing else.
+   the folder under test or the network. Sets the clock, too. Preloaded into the daemon by the tests, and part of nothing else.
 
    The control page is shared with the test, whose side is shim.py: the two layouts have to agree. */
 
@@ -21,6 +21,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #define MOST 4096
@@ -37,6 +38,7 @@ struct call {
 };
 
 struct control {
+    int64_t clock_ahead; /* seconds, armed or not */
     int32_t armed;
     int32_t only; /* the step whose calls count; -1: all */
     int32_t at;
@@ -241,4 +243,11 @@ int fcntl64(int fd, int command, ...) {
     REAL(int, "fcntl64", int, int, ...);
     int watched = command == F_DUPFD_CLOEXEC || command == F_SETLK;
     return watched && meets(command == F_SETLK ? "lock" : "dup", fd, NULL, NULL) ? -1 : real(fd, command, argument);
+}
+
+int clock_gettime(clockid_t clock, struct timespec *to) {
+    REAL(int, "clock_gettime", clockid_t, struct timespec *);
+    int result = real(clock, to);
+    if (!result && control && clock == CLOCK_REALTIME) to->tv_sec += control->clock_ahead;
+    return result;
 }

@@ -1,0 +1,49 @@
+"""The host's clock, which somebody may set."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+
+_NOTICED = timedelta(seconds=1)
+"""What is less between two looks is the clock being kept right."""
+
+_DOUBT = timedelta(days=1)
+"""For how long a clock that was set forward is not believed, where something would be removed by it."""
+
+ZERO = timedelta(0)
+
+
+class Clock:
+    """Notices when the clock is set; a host that slept is no such thing."""
+
+    def __init__(self) -> None:
+        self._offset = _offset()
+        self._doubted = ZERO
+        self._doubted_until = ZERO
+
+    def step(self) -> timedelta:
+        """Return by how much the clock was set since last asked, negative where it was set back."""
+        before, self._offset = self._offset, _offset()
+        step = self._offset - before
+        if abs(step) < _NOTICED:
+            return ZERO
+        self._doubted = max(self._believed_ahead() + step, ZERO)
+        self._doubted_until = _since_boot() + _DOUBT
+        return step
+
+    def believed(self) -> datetime:
+        """Return the time by which archives may be removed: without what the clock went forward by lately."""
+        unnoticed = _offset() - self._offset
+        return datetime.now(UTC) - self._believed_ahead() - max(unnoticed, ZERO)
+
+    def _believed_ahead(self) -> timedelta:
+        return self._doubted if _since_boot() < self._doubted_until else ZERO
+
+
+def _since_boot() -> timedelta:
+    return timedelta(seconds=time.clock_gettime(time.CLOCK_BOOTTIME))
+
+
+def _offset() -> timedelta:
+    return timedelta(seconds=time.time()) - _since_boot()

@@ -1,0 +1,211 @@
+"""The host's clock, its sleep, its descriptors and the other end of our output: deliveries go on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from backupd.receiver.serve import RunningReceiver
+from tests.faults.shim import Shim
+from tests.scripted import Peer, ScriptedServer, receipt_for, server_context
+from tests.stage import Daemon, Stage, until
+
+DAYS = 86400
+QUICK = '[destination.vault.retry]\ninitial = "0.1s"\nmax = "1s"'
+
+
+@pytest.fixture
+def shim(stage: Stage) -> Shim:
+    return Shim(stage.base, stage.base / "nothing")
+
+
+def an_archive_waits(stage: Stage, receiver: RunningReceiver, shim: Shim, ahead: float) -> Daemon:
+    """Have an archive wait for a receiver that is down, by a clock that is wrong."""
+    stage.configure(receiver.url, drop='stable_for = "0s"', more=QUICK)
+    shim.set_clock(ahead)
+    daemon = stage.daemon(shim.environ).ready()
+    receiver.__exit__(None, None, None)
+    stage.put("waits.tar.gz", b"waits")
+    daemon.wait_for("delivery.deferred", archive="waits.tar.gz")
+    return daemon
+
+
+@pytest.mark.parametrize("days", [3, 400])
+def test_a_clock_that_is_set_back_makes_no_archive_wait(
+    stage: Stage, receiver: RunningReceiver, shim: Shim, days: int
+) -> None:
+    daemon = an_archive_waits(stage, receiver, shim, days * DAYS)
+    shim.set_clock(0)
+    told = daemon.wait_for("clock.set")
+    assert -days * DAYS - 5 < told[0]["step_s"] < -days * DAYS + 5
+    receiver.__enter__()
+    daemon.wait_for("archive.disposed", archive="waits.tar.gz")
+    assert len(daemon.events("clock.set")) == 1
+    assert daemon.stop() == 0
+
+
+def test_a_start_by_an_earlier_clock_makes_no_archive_wait(
+    stage: Stage, receiver: RunningReceiver, shim: Shim
+) -> None:
+    an_archive_waits(stage, receiver, shim, 3 * DAYS).kill()
+    receiver.__enter__()
+    shim.set_clock(-3 * DAYS)
+    daemon = stage.daemon(shim.environ)
+    daemon.wait_for("archive.disposed", archive="waits.tar.gz")
+    assert daemon.stop() == 0
+
+
+def test_a_clock_that_is_set_forward_is_said_and_removes_nothing(
+    stage: Stage, receiver: RunningReceiver, shim: Shim
+) -> None:
+    stage.configure(
+        receiver.url,
+        top='heartbeat_every = "1s"\nkeep_history_for = "90d"',
+        drop='stable_for = "0s"\nkeep_sent_for = "30d"',
+        more=QUICK,
+    )
+    daemon = stage.daemon(shim.environ).ready()
+    stage.put("sent.tar.gz", b"sent")
+    daemon.wait_for("archive.disposed", archive="sent.tar.gz")
+    shim.set_clock(400 * DAYS)
+    daemon.wait_for("clock.set")
+    daemon.wait_for("daemon.heartbeat", len(daemon.events("daemon.heartbeat")) + 2)  # history would end here
+    stage.put("later.tar.gz", b"later")
+    daemon.wait_for("archive.disposed", archive="later.tar.gz")
+    assert (stage.sent / "sent.tar.gz").read_bytes() == b"sent"
+    assert "sent.tar.gz" in stage.backupd("list").stdout
+    assert daemon.stop() == 0
+
+
+def test_a_host_that_sleeps_in_the_middle_of_an_upload(stage: Stage) -> None:
+    """The connection is as good as gone when it wakes: the archive is sent again."""
+    content = os.urandom(3_000_000)
+
+    def falls_asleep(peer: Peer) -> None:
+        peer.read_head()
+        if peer.number == 0:
+            peer.read(100_000)
+            peer.pause()
+            return
+        peer.read(int(length(peer)))
+        peer.send(receipt_for(content))
+
+    def length(peer: Peer) -> str:
+        return peer.head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0].decode()
+
+    with ScriptedServer(falls_asleep, server_context(stage.pki)) as server:
+        stage.configure(server.url, drop='stable_for = "0s"', more=QUICK)
+        daemon = stage.daemon().ready()
+        stage.put("core.tar.gz", content)
+        assert server.paused.wait(60)
+        daemon.process.send_signal(signal.SIGSTOP)
+        server.go_on()
+        until(lambda: not server.peers[0].socket_is_open, "the server to have given up")
+        daemon.process.send_signal(signal.SIGCONT)
+        daemon.wait_for("archive.disposed", archive="core.tar.gz")
+        assert len(server.peers) == 2
+        assert daemon.stop() == 0
+
+
+def test_without_descriptors_it_says_so_and_goes_on_when_there_are_some(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url, drop='stable_for = "0s"\nrescan_every = "1s"', more=QUICK)
+    daemon = stage.daemon().ready()
+    stage.put("before.tar.gz", b"before")
+    daemon.wait_for("archive.disposed", archive="before.tar.gz")
+    limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+    for number in range(3):
+        stage.put(f"waits-{number}.tar.gz", b"waits %d" % number)
+
+    def is_said() -> bool:
+        return any("Too many open files" in str(line.get("error")) for line in daemon.events())
+
+    until(is_said, f"a word of it\n{daemon.text()[-2000:]}")
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limits)
+    for number in range(3):
+        daemon.wait_for("archive.disposed", archive=f"waits-{number}.tar.gz")
+    assert not daemon.events("daemon.failed")
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("most", [5, 8, 12, 16, 20])
+def test_too_few_descriptors_for_a_start_end_in_words_or_in_deliveries(
+    stage: Stage, receiver: RunningReceiver, most: int
+) -> None:
+    stage.configure(receiver.url, drop='stable_for = "0s"', more=QUICK)
+    content = stage.put("core.tar.gz", b"core").read_bytes()
+    daemon = stage.daemon(before=["prlimit", f"--nofile={most}:{most}"])
+
+    def is_said() -> bool:
+        return "Too many open files" in daemon.text() or "unable to open database file" in daemon.text()
+
+    until(lambda: is_said() or (stage.sent / "core.tar.gz").exists(), f"either\n{daemon.text()[-3000:]}")
+    daemon.kill()
+    stage.log.unlink()  # a traceback of Python's own start is no line of the catalogue
+    again = stage.daemon()
+    until((stage.sent / "core.tar.gz").exists, "the archive")
+    assert (stage.sent / "core.tar.gz").read_bytes() == content
+    assert again.ready().stop() == 0
+
+
+@contextlib.contextmanager
+def writing_to(stage: Stage, stdout: IO[bytes] | int) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the daemon with another standard output."""
+    command = [sys.executable, "-m", "backupd", "run", "--config", str(stage.config), "--log-level", "debug"]
+    process = subprocess.Popen(command, stdout=stdout, stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def delivers_many(stage: Stage, process: subprocess.Popen[bytes]) -> None:
+    """Have more delivered than a pipe holds lines of."""
+    for number in range(300):
+        stage.put(f"sw-{number:03}-{'x' * 150}.tar.gz", b"%d" % number)
+    until(lambda: len(stage.archives(stage.sent)) == 300, "all archives")
+    assert len(stage.stored()) == 300
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(180) == 0
+
+
+def test_a_full_disk_behind_the_output_stops_no_delivery(stage: Stage, receiver: RunningReceiver) -> None:
+    stage.configure(receiver.url, drop='stable_for = "0s"')
+    with Path("/dev/full").open("wb", buffering=0) as full, writing_to(stage, full) as process:
+        delivers_many(stage, process)
+
+
+def test_an_output_that_nobody_reads_any_more_stops_no_delivery(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url, drop='stable_for = "0s"')
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        with writing_to(stage, writer) as process:
+            delivers_many(stage, process)
+    finally:
+        os.close(writer)
+
+
+def test_an_output_that_nobody_empties_stops_no_delivery(stage: Stage, receiver: RunningReceiver) -> None:
+    stage.configure(receiver.url, drop='stable_for = "0s"')
+    reader, writer = os.pipe()
+    try:
+        with writing_to(stage, writer) as process:
+            delivers_many(stage, process)
+    finally:
+        os.close(writer)
+        os.close(reader)

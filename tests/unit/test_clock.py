@@ -1,0 +1,90 @@
+"""A clock that is set: noticed, told from a host that slept, and not believed where something is removed."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from backupd.clock import ZERO, Clock
+
+START = datetime(2026, 5, 1, tzinfo=UTC).timestamp()
+
+
+class Host:
+    """What the host's clocks say."""
+
+    def __init__(self) -> None:
+        self.wall, self.boot = START, 1000.0
+
+    def passes(self, seconds: float) -> None:
+        self.wall += seconds
+        self.boot += seconds
+
+    @property
+    def now(self) -> datetime:
+        return datetime.fromtimestamp(self.wall, UTC)
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Host:
+    host = Host()
+    monkeypatch.setattr(time, "time", lambda: host.wall)
+    monkeypatch.setattr(time, "clock_gettime", lambda _: host.boot)
+
+    class Now(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
+            return host.now
+
+    monkeypatch.setattr("backupd.clock.datetime", Now)
+    return host
+
+
+def test_time_that_passes_is_no_step_whether_the_host_slept_or_not(host: Host) -> None:
+    clock = Clock()
+    for seconds in (5, 0.5, 8 * 3600):
+        host.passes(seconds)
+        assert clock.step() == ZERO
+    assert clock.believed() == host.now
+
+
+def test_being_kept_right_is_no_step_however_much_it_comes_to(host: Host) -> None:
+    clock = Clock()
+    for _ in range(100):
+        host.passes(5)
+        host.wall += 0.1
+        assert clock.step() == ZERO
+
+
+@pytest.mark.parametrize("seconds", [-3 * 86400, -2, 2, 3 * 86400])
+def test_a_step_is_told_once(host: Host, seconds: float) -> None:
+    clock = Clock()
+    host.passes(5)
+    host.wall += seconds
+    assert clock.step() == timedelta(seconds=seconds)
+    assert clock.step() == ZERO
+
+
+def test_a_step_forward_is_not_believed_for_a_day_noticed_or_not(host: Host) -> None:
+    clock = Clock()
+    host.wall += 400 * 86400
+    assert clock.believed() == datetime.fromtimestamp(START, UTC)
+    clock.step()
+    host.passes(3600)
+    assert clock.believed() == datetime.fromtimestamp(START + 3600, UTC)
+    host.passes(86400)
+    assert clock.believed() == host.now
+
+
+def test_a_step_back_is_believed_at_once(host: Host) -> None:
+    clock = Clock()
+    host.wall += 400 * 86400
+    clock.step()
+    host.wall -= 400 * 86400
+    clock.step()
+    assert clock.believed() == host.now
+    host.wall -= 86400
+    clock.step()
+    assert clock.believed() == host.now
