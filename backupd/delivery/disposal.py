@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from backupd.core.model import DeliveryState
@@ -53,8 +54,10 @@ class Disposal:
     ) -> tuple[list[Disposed], list[int]]:
         """Dispose of each file; return what was done, and the ids of archives that it failed for.
 
-        What is returned as done is durable. `alive` is called before each.
+        What is returned as done is durable. `alive` is called before each. What is to be said is said last,
+        right before the caller's commit: a kill in between has it said again.
         """
+        said: list[Callable[[], None]] = []
         done: list[Disposed] = []
         failed: list[int] = []
         touched: set[tuple[str, bytes]] = set()
@@ -65,7 +68,7 @@ class Disposal:
                 if sum(map(len, held.values())) > _MOST_HELD:
                     _close_all(held)
                 if not one.announced:
-                    self._announce(one)
+                    said.append(partial(self._announce, one))
                 drop = one.archive.drop
                 rule = self._rules.get(drop)
                 if rule is None:
@@ -74,56 +77,57 @@ class Disposal:
                 if drop not in held:
                     held[drop] = HeldFolder(rule.folder)
                 try:
-                    done.append(self._dispose(one, rule, held[drop], touched))
+                    disposed, disposition = self._dispose(one, rule, held[drop], touched)
+                    done.append(disposed)
+                    said.append(partial(self._tell, one, disposition, disposed.to))
                     self._failed.discard(one.archive.id)
                 except OSError as error:
                     self._complain(one, error)
                     failed.append(one.archive.id)
             return self._sync(done, touched, held, failed), failed
         finally:
+            for say in said:
+                say()
             _close_all(held)
 
     def _dispose(
         self, one: Settled, rule: Rule, folder: HeldFolder, touched: set[tuple[str, bytes]]
-    ) -> Disposed:
+    ) -> tuple[Disposed, str]:
+        """Return what was done, and the word for it."""
         archive = one.archive
         parent, _, name = archive.relpath.rpartition(b"/")
         action = rule.on_delivered if one.state is DeliveryState.DELIVERED else "reject"
         if action == "keep":
-            self._tell(one, "kept", None)
-            return Disposed(archive.id, None, left=True)
+            return Disposed(archive.id, None, left=True), "kept"
         target, names = parent, iter([b".backupd-%d.deleted" % archive.id])
         if action != "delete":
             top = rule.sent_dir if action == "move" else rule.rejected_dir
             target, names = top + b"/" + parent if parent else top, free_names(name, archive.admitted_at)
         moved_to = self._move(one, folder, target, names)
         if moved_to is None:
-            self._tell(one, "gone", None)
-            return Disposed(archive.id, None)
+            return Disposed(archive.id, None), "gone"
         if rule.checksums:
             move_companions(folder, archive.relpath, None if action == "delete" else moved_to)
+        touched |= {(archive.drop, parent), (archive.drop, target)}
         if action == "delete":
             folder.unlink(moved_to)
-            self._tell(one, "deleted", None)
-            moved_to = None
-        else:
-            self._write_record(one, folder, moved_to)
-            self._tell(one, "moved", moved_to)
-        touched |= {(archive.drop, parent), (archive.drop, target)}
-        return Disposed(archive.id, moved_to)
+            return Disposed(archive.id, None), "deleted"
+        self._write_record(one, folder, moved_to)
+        return Disposed(archive.id, moved_to), "moved"
 
     def _move(self, one: Settled, folder: HeldFolder, target: bytes, names: Iterator[bytes]) -> bytes | None:
         """Move the file; None if it is gone, or another content has its name: that one starts over."""
         archive, expected = one.archive, one.archive.fingerprint
         names, anew, again = itertools.tee(names, 3)
+        hidden = b".backupd-%d.taken" % archive.id
         try:
             try:
-                return move(folder, archive.relpath, expected, target, names)
+                return move(folder, archive.relpath, expected, target, names, hidden)
             except FileNotFoundError:
                 folder.close()  # it may be the directory that is gone
-                return move(folder, archive.relpath, expected, target, anew)
+                return move(folder, archive.relpath, expected, target, anew, hidden)
         except (FileNotFoundError, FileChangedError):
-            return find_moved(folder, expected, target, again)
+            return find_moved(folder, archive.relpath, expected, target, again, hidden)
 
     def _write_record(self, one: Settled, folder: HeldFolder, moved_to: bytes) -> None:
         kind = b"receipt" if one.state is DeliveryState.DELIVERED else b"reason"

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from backupd.core.errors import LedgerError
 from backupd.core.model import Deferred, Delivered, DeliveryState, Superseded
 from backupd.delivery.disposal import Disposal
-from backupd.ledger.port import Finished, Ledger, Settled
+from backupd.ledger.port import Disposed, Finished, Ledger, Settled
 from backupd.ops import events
 from backupd.ops.log import EventLog
 from backupd.ops.pulse import Pulse
@@ -55,6 +55,9 @@ class Recorder:
         self._tally = Tally()
         self._leftover = False
         self._next_try = 0.0
+        self._done: list[Disposed] = []
+        self._still_due: list[int] = []
+        """What became of files, as far as the ledger does not have it yet."""
         self.pulse = Pulse("recorder")
         self.last_delivered: datetime | None = None
         """When this daemon saw an archive delivered last."""
@@ -145,19 +148,32 @@ class Recorder:
         done, still_due = self._disposal.dispose(settled, self.pulse.beat)
         if still_due:
             self._leftover, self._next_try = True, time.monotonic() + _TRY_AGAIN
+        self._done += done
+        self._still_due += still_due
+        self._note()
+
+    def _note(self) -> None:
         try:
-            self._ledger.disposed(done, still_due, datetime.now(UTC))
+            self._ledger.disposed(self._done, self._still_due, datetime.now(UTC))
         except LedgerError as error:
-            self._leftover, self._next_try = True, time.monotonic() + _TRY_AGAIN
-            self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
+            self._put_off(error)
+        else:
+            self._done, self._still_due = [], []
 
     def _try_again(self) -> None:
         self._leftover = False
+        if self._done or self._still_due:
+            self._note()
+        if self._leftover:
+            return
         try:
             self._dispose(self._ledger.undisposed())
         except LedgerError as error:
-            self._leftover, self._next_try = True, time.monotonic() + _TRY_AGAIN
-            self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
+            self._put_off(error)
+
+    def _put_off(self, error: LedgerError) -> None:
+        self._leftover, self._next_try = True, time.monotonic() + _TRY_AGAIN
+        self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
 
     def _tell(self, finished: Finished) -> None:
         delivery, step, last = finished.delivery, finished.step, finished.attempts[-1]

@@ -7,6 +7,7 @@ import errno
 import itertools
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 
 from backupd.core.model import Fingerprint, fingerprint_of
 from backupd.drop.folder import DropFolder
@@ -20,10 +21,16 @@ class FileChangedError(Exception):
 
 
 def move(
-    folder: DropFolder, relpath: bytes, expected: Fingerprint, to: bytes, names: Iterator[bytes]
+    folder: DropFolder,
+    relpath: bytes,
+    expected: Fingerprint,
+    to: bytes,
+    names: Iterator[bytes],
+    hidden: bytes,
 ) -> bytes:
     """Move a file into the directory `to`, under the first of `names` that is free; return its new path.
 
+    It is there under the name `hidden` first, of its own, until we saw that it is the one that was meant.
     Raises FileNotFoundError if it is gone, FileChangedError if it is not as expected; it is in its old
     place then. The directories are not synced yet.
     """
@@ -31,16 +38,18 @@ def move(
     with folder.directory(parent) as source, folder.directory(to, create=True) as target:
         if fingerprint_of(os.stat(name, dir_fd=source, follow_symlinks=False)) != expected:
             raise FileChangedError
+        rename_no_replace(source, name, target, hidden)
+        # a producer may have renamed a new file over the name since we looked
+        if not same_file(os.stat(hidden, dir_fd=target, follow_symlinks=False), expected):
+            put_back(target, hidden, source, name)
+            raise FileChangedError
         for new_name in names:
             try:
-                rename_no_replace(source, name, target, new_name)
+                rename_no_replace(target, hidden, target, new_name)
             except FileExistsError:
                 continue
-            # a producer may have renamed a new file over the name since we looked
-            if not same_file(os.stat(new_name, dir_fd=target, follow_symlinks=False), expected):
-                put_back(target, new_name, source, name)
-                raise FileChangedError
             return to + b"/" + new_name if to else new_name
+        put_back(target, hidden, source, name)
     raise FileExistsError(errno.EEXIST, "every name is taken")
 
 
@@ -58,12 +67,33 @@ def put_back(target: int, new_name: bytes, source: int, name: bytes) -> None:
             return
 
 
-def find_moved(folder: DropFolder, expected: Fingerprint, to: bytes, names: Iterator[bytes]) -> bytes | None:
-    """Return where an earlier `move` with the same arguments put the file, or None."""
+def find_moved(
+    folder: DropFolder,
+    relpath: bytes,
+    expected: Fingerprint,
+    to: bytes,
+    names: Iterator[bytes],
+    hidden: bytes,
+) -> bytes | None:
+    """Return where an earlier `move` with the same arguments put the file, or None.
+
+    What a crash left under the hidden name goes where it belongs: ours on, another one back.
+    """
+    parent, _, old_name = relpath.rpartition(b"/")
     try:
         with folder.directory(to) as target:
+            is_ours = False
+            with suppress(FileNotFoundError):
+                is_ours = same_file(os.stat(hidden, dir_fd=target, follow_symlinks=False), expected)
+                if not is_ours:
+                    with folder.directory(parent, create=True) as source:
+                        put_back(target, hidden, source, old_name)
             for name in names:
-                if same_file(os.stat(name, dir_fd=target, follow_symlinks=False), expected):
+                if is_ours:
+                    with suppress(FileExistsError):
+                        rename_no_replace(target, hidden, target, name)
+                        return to + b"/" + name if to else name
+                elif same_file(os.stat(name, dir_fd=target, follow_symlinks=False), expected):
                     return to + b"/" + name if to else name
     except FileNotFoundError:
         pass  # `move` would have used the first free name

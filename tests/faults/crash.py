@@ -5,6 +5,7 @@ python -m tests.faults.crash docs/reliability.md    # all of it, and the table i
 
 from __future__ import annotations
 
+import concurrent.futures
 import errno
 import random
 import sys
@@ -223,8 +224,12 @@ def _cell(tally: Tally, step: str, column: str) -> str:
     return f"{tried - broken}/{tried}" if tried else ""
 
 
+GROUNDS = 5
+
+
 def grounds(base: Path) -> Iterator[Ground]:
     """Yield an installation for each way in which a delivery ends, and one that can lose its power."""
+    base.mkdir(exist_ok=True)
     for ending in (MOVED, DELETED, KEPT, REJECTED):
         yield Ground(base / ending.name, ending)
     yield Ground(base / "power", MOVED, can_lose_power=True)
@@ -233,9 +238,9 @@ def grounds(base: Path) -> Iterator[Ground]:
 def campaign(terms: Terms) -> Report:
     """Try cases drawn by chance, on each installation in turn, as long as there is time."""
     report = Report()
-    share = (terms.until - time.monotonic()) / 5
+    share = (terms.until - time.monotonic()) / GROUNDS
     for number, ground in enumerate(grounds(terms.base)):
-        tally = run_all(ground, replace(terms, until=terms.until - share * (4 - number)))
+        tally = run_all(ground, replace(terms, until=terms.until - share * (GROUNDS - 1 - number)))
         report.tried += tally.cases
         report.broken += tally.broken
         report.figures[ground.name] = (
@@ -247,26 +252,31 @@ def campaign(terms: Terms) -> Report:
 BEGIN, END = "<!-- made by tests/faults/crash.py -->\n", "<!-- end of what is made -->\n"
 
 
+def _run(number: int, base: Path) -> tuple[str, Tally]:
+    ground = list(grounds(base))[number]
+    return ground.name, run_all(ground)
+
+
 def main(document: Path) -> int:
-    """Try everything, and write the tables into a document."""
-    broken = 0
-    parts = []
+    """Try everything, on all installations at a time, and write the tables into a document."""
     with tempfile.TemporaryDirectory(prefix="backupd-faults-") as base:
-        for ground in grounds(Path(base)):
-            began = time.monotonic()
-            tally = run_all(ground)
-            held = tally.cases - len(tally.broken)
-            parts.append(f"**{ground.name}**: {tally.cases} cases, {held} held.\n\n{table_of(tally)}")
-            seconds = time.monotonic() - began
-            print(f"{ground.name}: {tally.cases} cases, {held} held, {seconds:.0f} s", flush=True)
-            print(f"  told twice {tally.told_twice}; ended by themselves: {dict(tally.gave_up)}", flush=True)
-            for one in tally.broken:
-                print(f"  BROKEN {one}", flush=True)
-            broken += len(tally.broken)
+        numbers = range(GROUNDS)
+        with concurrent.futures.ProcessPoolExecutor(GROUNDS) as pool:
+            results = list(pool.map(_run, numbers, [Path(base) / str(number) for number in numbers]))
+    parts = []
+    for name, tally in results:
+        held = tally.cases - len(tally.broken)
+        parts.append(
+            f"**{name[0].upper()}{name[1:]}**: {tally.cases} cases, {held} held.\n\n{table_of(tally)}"
+        )
+        print(f"{name}: {tally.cases} cases, {held} held", flush=True)
+        print(f"  told twice {tally.told_twice}; ended by themselves: {dict(tally.gave_up)}", flush=True)
+        for one in tally.broken:
+            print(f"  BROKEN {one}", flush=True)
     before, _, rest = document.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
-    document.write_text(before + BEGIN + "\n".join(parts) + END + after, encoding="utf-8")
-    return 1 if broken else 0
+    document.write_text(before + BEGIN + "\n" + "\n".join(parts) + "\n" + END + after, encoding="utf-8")
+    return 1 if any(tally.broken for _, tally in results) else 0
 
 
 if __name__ == "__main__":

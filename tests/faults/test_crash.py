@@ -33,8 +33,7 @@ def test_a_kill_and_an_error_at_each_step_lose_nothing(tmp_path: Path) -> None:
 def test_no_error_of_a_look_at_a_file_ends_the_daemon(tmp_path: Path) -> None:
     tally, ground = crash.Tally(), Ground(tmp_path, MOVED)
     with ground.open():
-        calls = [call for call in crash.recorded(ground) if STEPS[call.step] == "seen" and call.is_local]
-        for at in range(2, len(calls) + 2):  # the first one reads the event
+        for at in range(1, 8):  # more than there are
             crash.strike(ground, crash.Strike(0, at, Manner.FAIL, errno.EIO), tally)
 
     assert_held(tally, 0)

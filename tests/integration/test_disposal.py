@@ -17,25 +17,9 @@ from backupd.drop.checksum import move_companions, remove_companions
 from backupd.drop.folder import DropFolder
 from backupd.drop.held import HeldFolder
 from backupd.ledger.port import Ending, Settled
-from backupd.ops import events
-from backupd.ops.events import Event
 from backupd.ops.lines import LineWriter
 from backupd.ops.log import EventLog
 from tests.factories import NOW
-
-
-class Interrupting(EventLog):
-    """Removes a folder once the first file was disposed of."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(LineWriter(os.open(os.devnull, os.O_WRONLY)))
-        self._folder: Path | None = folder
-
-    def emit(self, event: Event, *, exc_info: BaseException | None = None, **keys: object) -> None:
-        if event is events.ARCHIVE_DISPOSED and self._folder is not None:
-            shutil.rmtree(self._folder)
-            self._folder = None
-        super().emit(event, exc_info=exc_info, **keys)
 
 
 @pytest.fixture
@@ -70,8 +54,17 @@ def delivered(root: Path, number: int, name: str = "") -> Settled:
 
 def test_a_sent_folder_that_is_removed_in_mid_batch_is_made_anew(folder: DropFolder, root: Path) -> None:
     rule = Rule(folder, "move", b"sent", b"rejected")
-    disposal = Disposal({"switches": rule}, Interrupting(root / "sent"))
-    done, failed = disposal.dispose([delivered(root, number) for number in range(3)])
+    begun = []
+
+    def remove_after_the_first() -> None:
+        begun.append(1)
+        if len(begun) == 2:
+            shutil.rmtree(root / "sent")
+
+    with open(os.devnull, "wb") as null:
+        disposal = Disposal({"switches": rule}, EventLog(LineWriter(null.fileno())))
+        batch = [delivered(root, number) for number in range(3)]
+        done, failed = disposal.dispose(batch, remove_after_the_first)
     assert ([one.to for one in done], failed) == ([b"sent/r0.cfg", b"sent/r1.cfg", b"sent/r2.cfg"], [])
     assert {path.name for path in (root / "sent").iterdir()} >= {"r1.cfg", "r2.cfg", "r2.cfg.receipt.json"}
 

@@ -95,7 +95,7 @@ def test_a_directory_swapped_for_a_link_after_the_look_leads_nowhere(folder: Dro
     with pytest.raises(NotADirectoryError):
         folder.open(b"site/secret.cfg")
     with pytest.raises(NotADirectoryError):
-        move(folder, b"site/secret.cfg", looks, b"sent", names_of(b"secret.cfg"))
+        move(folder, b"site/secret.cfg", looks, b"sent", names_of(b"secret.cfg"), b".taken")
     assert (root.parent / "outside" / "secret.cfg").read_text() == "secret"
 
 
@@ -302,7 +302,10 @@ def test_no_descriptor_is_left_open_by_a_walk_that_is_given_up(folder: DropFolde
 
 def test_a_file_is_moved_into_a_new_directory(folder: DropFolder, root: Path) -> None:
     looks = put(root / "site" / "r1.cfg")
-    assert move(folder, b"site/r1.cfg", looks, b"sent/site", names_of(b"r1.cfg")) == b"sent/site/r1.cfg"
+    assert (
+        move(folder, b"site/r1.cfg", looks, b"sent/site", names_of(b"r1.cfg"), b".taken")
+        == b"sent/site/r1.cfg"
+    )
     assert (root / "sent/site/r1.cfg").read_bytes() == b"abc"
     assert not (root / "site" / "r1.cfg").exists()
     assert (
@@ -312,6 +315,7 @@ def test_a_file_is_moved_into_a_new_directory(folder: DropFolder, root: Path) ->
             fingerprint_of((root / "sent/site/r1.cfg").stat()),
             b"",
             names_of(b"x"),
+            b".taken",
         )
         == b"x"
     )
@@ -321,7 +325,7 @@ def test_a_move_never_overwrites(folder: DropFolder, root: Path) -> None:
     expected = [b"sent/r1.cfg", b"sent/r1.cfg.20260304T050607Z", b"sent/r1.cfg.20260304T050607Z-2"]
     for number, new_name in enumerate(expected):
         looks = put(root / "r1.cfg", b"%d" % number)
-        assert move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg")) == new_name
+        assert move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken") == new_name
     assert [(root / os.fsdecode(name)).read_bytes() for name in expected] == [b"0", b"1", b"2"]
 
 
@@ -330,40 +334,98 @@ def test_a_move_stops_at_a_directory_or_link_under_the_new_name(folder: DropFold
     (root / "sent" / "r2.cfg").symlink_to("nowhere")
     for name in (b"r1.cfg", b"r2.cfg"):
         looks = put(root / os.fsdecode(name))
-        assert move(folder, name, looks, b"sent", names_of(name)) == b"sent/" + name + b".20260304T050607Z"
+        assert (
+            move(folder, name, looks, b"sent", names_of(name), b".taken")
+            == b"sent/" + name + b".20260304T050607Z"
+        )
 
 
 def test_a_file_that_is_gone_or_changed_is_not_moved(folder: DropFolder, root: Path) -> None:
     looks = put(root / "r1.cfg")
     put(root / "r1.cfg", b"longer than before")
     with pytest.raises(FileChangedError):
-        move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"))
+        move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken")
     assert (root / "r1.cfg").exists()
     (root / "r1.cfg").unlink()
     with pytest.raises(FileNotFoundError):
-        move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"))
+        move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken")
 
 
 def test_without_a_free_name_a_file_stays_in_place(folder: DropFolder, root: Path) -> None:
     looks = put(root / "r1.cfg")
     put(root / "sent" / "r1.cfg")
     with pytest.raises(FileExistsError):
-        move(folder, b"r1.cfg", looks, b"sent", iter([b"r1.cfg"]))
+        move(folder, b"r1.cfg", looks, b"sent", iter([b"r1.cfg"]), b".taken")
     assert (root / "r1.cfg").exists()
 
 
+class CutShortError(BaseException):
+    """Stands for a kill."""
+
+
+def cut_short_after_taking(
+    folder: DropFolder, root: Path, monkeypatch: pytest.MonkeyPatch, new: bytes | None
+) -> Fingerprint:
+    """Have a move killed after its first rename, before which a producer may have put another file there."""
+    looks = put(root / "r1.cfg", b"old")
+    rename = moving.rename_no_replace
+
+    def killed(source: int, name: bytes, target: int, new_name: bytes) -> None:
+        if new is not None:
+            put(root.parent / "new", new)
+            (root.parent / "new").rename(root / "r1.cfg")
+        rename(source, name, target, new_name)
+        raise CutShortError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(moving, "rename_no_replace", killed)
+        with pytest.raises(CutShortError):
+            move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken")
+    return looks
+
+
+def test_a_move_that_was_cut_short_is_finished(
+    folder: DropFolder, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(root / "sent" / "r1.cfg", b"an older one")
+    looks = cut_short_after_taking(folder, root, monkeypatch, None)
+
+    moved_to = find_moved(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken")
+
+    assert moved_to is not None
+    assert (root / os.fsdecode(moved_to)).read_bytes() == b"old"
+    assert not (root / "r1.cfg").exists()
+    assert len(list((root / "sent").iterdir())) == 2
+
+
+def test_a_wrong_file_whose_move_was_cut_short_is_put_back(
+    folder: DropFolder, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = cut_short_after_taking(folder, root, monkeypatch, b"never delivered")
+    put(root / "r1.cfg", b"the next one")
+
+    assert find_moved(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken") is None
+
+    assert (root / "1-r1.cfg").read_bytes() == b"never delivered"
+    assert (root / "r1.cfg").read_bytes() == b"the next one"
+    assert list((root / "sent").iterdir()) == []
+
+
 def test_another_file_renamed_over_the_name_in_the_last_moment_is_put_back(
-    folder: DropFolder, root: Path
+    folder: DropFolder, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = put(root / "r1.cfg", b"old")
     put(root.parent / "new", b"new")
+    rename = moving.rename_no_replace
 
-    def names() -> Iterator[bytes]:
-        (root.parent / "new").rename(root / "r1.cfg")  # between the look and the rename
-        yield b"r1.cfg"
+    def beaten_to_it(source: int, name: bytes, target: int, new_name: bytes) -> None:
+        if (root.parent / "new").exists():
+            (root.parent / "new").rename(root / "r1.cfg")
+        rename(source, name, target, new_name)
 
+    monkeypatch.setattr(moving, "rename_no_replace", beaten_to_it)
     with pytest.raises(FileChangedError):
-        move(folder, b"r1.cfg", looks, b"sent", names())
+        move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken")
     assert (root / "r1.cfg").read_bytes() == b"new"
     assert list((root / "sent").iterdir()) == []
 
@@ -373,17 +435,17 @@ def test_a_moved_file_is_found_after_a_crash(folder: DropFolder, root: Path) -> 
     put(root / "sent" / "r1.cfg", b"an older one")
     put(root / "r1.cfg")  # rewritten in place: the inode is the same
     looks = fingerprint_of((root / "r1.cfg").stat())
-    moved_to = move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"))
+    moved_to = move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken")
     put(root / "r1.cfg", b"a newer one")
-    assert find_moved(folder, looks, b"sent", names_of(b"r1.cfg")) == moved_to
+    assert find_moved(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken") == moved_to
 
 
 def test_a_file_that_was_never_moved_is_not_found(folder: DropFolder, root: Path) -> None:
     looks = put(root / "r1.cfg")
-    assert find_moved(folder, looks, b"sent", names_of(b"r1.cfg")) is None
+    assert find_moved(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken") is None
     put(root / "sent" / "r1.cfg", b"another")
-    assert find_moved(folder, looks, b"sent", names_of(b"r1.cfg")) is None
-    assert find_moved(folder, looks, b"sent", iter([b"r1.cfg"])) is None
+    assert find_moved(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken") is None
+    assert find_moved(folder, b"r1.cfg", looks, b"sent", iter([b"r1.cfg"]), b".taken") is None
 
 
 def test_a_rename_changes_nothing_by_which_a_file_is_known(folder: DropFolder, root: Path) -> None:
@@ -412,7 +474,7 @@ def test_a_filesystem_without_renameat2_is_looked_at_before_the_rename(
     monkeypatch.setattr(moving, "_libc", OldFilesystem(error))
     for expected in (b"sent/r1.cfg", b"sent/r1.cfg.20260304T050607Z"):
         looks = put(root / "r1.cfg", expected)
-        assert move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg")) == expected
+        assert move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken") == expected
         assert (root / os.fsdecode(expected)).read_bytes() == expected
 
 
@@ -422,7 +484,7 @@ def test_another_failure_of_a_rename_is_passed_on(
     monkeypatch.setattr(moving, "_libc", OldFilesystem(errno.EXDEV))
     looks = put(root / "r1.cfg")
     with pytest.raises(OSError, match="cross-device") as failed:
-        move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"))
+        move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken")
     assert failed.value.errno == errno.EXDEV
     assert (root / "r1.cfg").exists()
 
@@ -439,7 +501,9 @@ def test_threads_that_move_the_same_names_lose_nothing(folder: DropFolder, root:
                 item = next(todo, None)
             if item is None:
                 return
-            moved.append(move(folder, os.fsencode(item[0]), item[1], b"sent", names_of(b"r1.cfg")))
+            moved.append(
+                move(folder, os.fsencode(item[0]), item[1], b"sent", names_of(b"r1.cfg"), b".%d" % hash(item))
+            )
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -611,7 +675,7 @@ def test_a_wrong_file_is_put_back_even_where_a_third_one_took_its_name(
 
     monkeypatch.setattr("backupd.drop.move.rename_no_replace", beaten_to_it)
     with pytest.raises(FileChangedError):
-        move(folder, b"r1.cfg", expected, b"sent", iter([b"r1.cfg"]))
+        move(folder, b"r1.cfg", expected, b"sent", iter([b"r1.cfg"]), b".taken")
 
     assert list((root / "sent").iterdir()) == []
     assert path.read_bytes() == b"third"
