@@ -1,0 +1,264 @@
+"""Someone who may write in the drop folder plays tricks: nothing outside is read, moved or overwritten."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from backupd.receiver.serve import RunningReceiver
+from tests.privileges import needs_root
+from tests.stage import Daemon, Stage, until
+
+OFTEN = 'stable_for = "0s"\nrescan_every = "1s"'
+SECRET = b"a secret of somebody else " * 40
+_EXCHANGE = 2
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Swap two names in one step, as renameat2(2) does."""
+    with suppress(FileNotFoundError):
+        if _libc.renameat2(-100, os.fsencode(one), -100, os.fsencode(other), _EXCHANGE):
+            raise OSError(ctypes.get_errno(), "renameat2")
+
+
+class Outside:
+    """A folder beside the drop folder with files of somebody else."""
+
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        self.folder = folder
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_bytes(SECRET)
+        self._before = self._state()
+
+    def _state(self) -> dict[str, tuple[int, int, bytes]]:
+        files = [path for path in self.folder.rglob("*") if path.is_file()]
+        return {
+            str(path.relative_to(self.folder)): (s.st_ino, s.st_mtime_ns, path.read_bytes())
+            for path in files
+            for s in [path.stat()]
+        }
+
+    def assert_untouched(self, stage: Stage) -> None:
+        assert self._state() == self._before
+        for folder in (stage.store / "archives", stage.sent, stage.rejected):
+            real = [] if folder.is_symlink() else folder.rglob("*")
+            found = [path for path in real if path.is_file() and not path.is_symlink()]
+            assert not [path for path in found if path.read_bytes() == SECRET]
+
+
+@contextmanager
+def meanwhile(trick: Callable[[], None]) -> Iterator[Counter[str]]:
+    """Play a trick again and again; yield how often."""
+    played: Counter[str] = Counter()
+    stopping = threading.Event()
+
+    def play() -> None:
+        while not stopping.is_set():
+            trick()
+            played["times"] += 1
+
+    thread = threading.Thread(target=play)
+    thread.start()
+    try:
+        yield played
+    finally:
+        stopping.set()
+        thread.join()
+
+
+def a_link(path: Path, outside: Outside) -> None:
+    path.symlink_to(outside.folder / "r0.cfg")
+
+
+def a_pipe(path: Path, outside: Outside) -> None:
+    os.mkfifo(path)
+
+
+def a_hole(path: Path, outside: Outside) -> None:
+    path.mkdir()
+
+
+@pytest.mark.parametrize("kind", [a_link, a_pipe, a_hole])
+def test_files_that_are_swapped_for_something_else_under_our_eyes(
+    stage: Stage, receiver: RunningReceiver, kind: Callable[[Path, Outside], None]
+) -> None:
+    outside = Outside(stage.base / "outside", ["r0.cfg"])
+    stage.configure(receiver.url, drop=OFTEN)
+    bait, trap = stage.drop / "r0.cfg", stage.base / "trap"
+    daemon = stage.daemon().ready()
+
+    def swap_to_and_fro() -> None:
+        if not bait.exists() and not bait.is_symlink():
+            bait.write_bytes(b"bait")
+        kind(trap, outside)
+        exchange(bait, trap)
+        exchange(bait, trap)
+        trap.rmdir() if trap.is_dir() and not trap.is_symlink() else trap.unlink(missing_ok=True)
+
+    with meanwhile(swap_to_and_fro) as played:
+        for number in range(1, 31):
+            stage.put(f"r{number}.cfg", b"%d" % number)
+        for number in range(1, 31):
+            daemon.wait_for("archive.disposed", archive=f"r{number}.cfg")
+        until(lambda: played["times"] > 300, "enough swaps")
+    outside.assert_untouched(stage)
+    assert not daemon.events("daemon.failed")
+    assert daemon.stop() == 0
+
+
+def test_a_directory_that_is_swapped_for_a_link_while_archives_are_moved(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    names = [f"r{number}.cfg" for number in range(100)]
+    outside = Outside(stage.base / "outside", names)
+    stage.configure(receiver.url, drop=OFTEN)
+    site, trap = stage.drop / "site", stage.base / "trap"
+    site.mkdir()
+    trap.symlink_to(outside.folder)
+    daemon = stage.daemon().ready()
+    real = os.stat(site).st_ino
+
+    with meanwhile(lambda: exchange(site, trap)) as played:
+        for name in names:
+            while True:  # until it is the real one that we put it into
+                with suppress(OSError):
+                    fd = os.open(site, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                    break
+            with open(os.open(name, os.O_WRONLY | os.O_CREAT, 0o644, dir_fd=fd), "wb") as stream:
+                stream.write(name.encode())
+            os.close(fd)
+        until(lambda: played["times"] > 2000, "enough swaps")
+    if os.lstat(site).st_ino != real:
+        exchange(site, trap)
+    for name in names:
+        daemon.wait_for("archive.disposed", archive=f"site/{name}")
+    outside.assert_untouched(stage)
+    assert sorted(p.read_bytes() for p in stage.archives(stage.sent)) == sorted(map(str.encode, names))
+    assert not daemon.events("daemon.failed")
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("folder", ["sent", "rejected"])
+def test_a_folder_of_ours_that_is_a_link_to_outside(
+    stage: Stage, receiver: RunningReceiver, folder: str
+) -> None:
+    outside = Outside(stage.base / "outside", ["r0.cfg"])
+    stage.configure(receiver.url, drop=f'{OFTEN}\ninspect = "quick"\ninspect_grace = "0s"')
+    daemon = stage.daemon().ready()
+    (stage.drop / folder).symlink_to(outside.folder)
+    name = "r1.cfg" if folder == "sent" else "r1.tar.gz"  # which is none
+    stage.put(name, b"not compressed")
+    failed = daemon.wait_for("disposition.failed", archive=name)
+    assert "neither files nor links" in failed[0]["hint"]
+    assert (stage.drop / name).exists()
+    outside.assert_untouched(stage)
+    assert sorted(p.name for p in outside.folder.iterdir()) == ["r0.cfg"]
+    (stage.drop / folder).unlink()
+    assert daemon.stop() == 0
+
+    again = stage.daemon().ready()
+    until((stage.drop / folder / name).exists, "it to be moved")
+    assert len(daemon.events("disposition.failed")) == 1
+    assert again.stop() == 0
+
+
+def test_a_hard_link_to_a_file_outside_leaves_that_one_as_it_was(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    """Who may read it may send it; the kernel lets nobody else make such a link (fs.protected_hardlinks)."""
+    stage.configure(receiver.url, drop='stable_for = "0s"')
+    daemon = stage.daemon().ready()
+    theirs = stage.base / "theirs"
+    theirs.write_bytes(b"theirs")
+    before = theirs.stat()
+    os.link(theirs, stage.drop / "r1.cfg")
+    daemon.wait_for("archive.disposed", archive="r1.cfg")
+    after = theirs.stat()
+    assert theirs.read_bytes() == b"theirs"
+    assert (after.st_ino, after.st_mtime_ns, after.st_mode, after.st_uid) == (
+        before.st_ino,
+        before.st_mtime_ns,
+        before.st_mode,
+        before.st_uid,
+    )
+    assert daemon.stop() == 0
+
+
+@needs_root
+def test_a_sparse_file_of_eight_exbibytes_keeps_no_other_from_its_destination(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "backupd-test", str(stage.drop)], check=True)
+    try:
+        stage.configure(receiver.url, drop=OFTEN, destination="workers = 2")
+        daemon = stage.daemon().ready()
+        with (stage.drop / "huge.tar.gz").open("wb") as stream:
+            os.truncate(stream.fileno(), 2**63 - 1)
+        daemon.wait_for("archive.admitted", archive="huge.tar.gz")
+        for number in range(20):
+            (stage.drop / f"r{number}.cfg").write_bytes(b"%d" % number)
+        for number in range(20):
+            daemon.wait_for("archive.disposed", archive=f"r{number}.cfg")
+        assert daemon.memory("VmHWM") < 150 * 2**20
+        os.truncate(stage.drop / "huge.tar.gz", 5)
+        daemon.wait_for("archive.disposed", archive="huge.tar.gz")
+        assert (stage.sent / "huge.tar.gz").read_bytes() == bytes(5)
+        assert daemon.stop() == 0
+    finally:
+        subprocess.run(["umount", "--lazy", str(stage.drop)], check=True)
+
+
+def test_a_folder_full_of_rubbish_is_said_once_a_piece_and_costs_no_archive(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    count = 20_000
+    stage.configure(receiver.url, top='heartbeat_every = "1s"', drop=OFTEN)
+    for number in range(count):
+        os.close(os.open(stage.drop / f"rubbish-{number}.pdf", os.O_CREAT | os.O_WRONLY))
+    daemon = stage.daemon().ready()
+    stage.put("r1.cfg", b"among them")
+    daemon.wait_for("archive.disposed", archive="r1.cfg")
+    scanned = len(daemon.events("daemon.heartbeat"))
+    daemon.wait_for("daemon.heartbeat", scanned + 3)
+    ignored = Counter(line["archive"] for line in daemon.events("archive.ignored"))
+    assert len(ignored) == count
+    assert set(ignored.values()) == {1}
+    assert daemon.memory("VmHWM") < 150 * 2**20
+    assert daemon.stop() == 0
+    shutil.rmtree(stage.drop)
+
+
+def test_an_ancestor_that_is_replaced_by_a_link_leads_nowhere(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    """The daemon works below the folder that it holds, whatever its path has come to lead to."""
+    outside = Outside(stage.base / "outside", [])
+    place = stage.base / "srv"
+    place.mkdir()
+    stage.drop.rename(place / "drop")
+    stage.drop, before = place / "drop", stage.drop
+    stage.sent = stage.drop / "sent"
+    stage.configure(receiver.url, drop='stable_for = "0s"\nrescan_every = "1h"')
+    daemon: Daemon = stage.daemon().ready()
+    (outside.folder / "drop").mkdir()
+    (outside.folder / "drop" / "r1.cfg").write_bytes(SECRET)
+    stage.put("r1.cfg", b"ours")
+    place.rename(stage.base / "moved")
+    place.symlink_to(outside.folder)
+    daemon.wait_for("archive.disposed", archive="r1.cfg")
+    assert (outside.folder / "drop" / "r1.cfg").read_bytes() == SECRET
+    assert [p.read_bytes() for p in stage.stored()] == [b"ours"]
+    assert (stage.base / "moved" / "drop" / "sent" / "r1.cfg").read_bytes() == b"ours"
+    assert not before.exists()
+    assert daemon.stop() == 0

@@ -1,0 +1,204 @@
+"""Writers that do what writers do: what is delivered in the end is what they meant, whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from backupd.receiver.serve import RunningReceiver
+from tests.privileges import needs_root
+from tests.scripted import Peer, ScriptedServer, receipt_for, server_context
+from tests.stage import Daemon, Stage, until
+
+OFTEN = 'stable_for = "0.1s"\nrescan_every = "1s"'
+SIZE = 100_000
+BIG = 12_000_000
+"""More than the sockets between daemon and endpoint hold."""
+
+
+def scans(daemon: Daemon, count: int = 2) -> None:
+    """Wait until the folder was looked through so many times from now on."""
+    daemon.wait_for("drop.scanned", len(daemon.events("drop.scanned")) + count)
+
+
+def settle(stage: Stage, daemon: Daemon, count: int) -> list[bytes]:
+    """Wait until so many archives lie in `sent`, and nothing waits; return their contents."""
+
+    def settled() -> bool:
+        waiting = [p for p in stage.archives(stage.drop) if not p.is_relative_to(stage.sent)]
+        return not waiting and len(stage.archives(stage.sent)) >= count
+
+    until(settled, f"{count} archives in sent\n{daemon.text()[-3000:]}")
+    return sorted(path.read_bytes() for path in stage.archives(stage.sent))
+
+
+@needs_root  # to be told of somebody else's open file takes CAP_LEASE
+def test_a_writer_that_pauses_with_the_file_open_is_waited_for(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url, top='[log]\nlevel = "debug"', drop=OFTEN)
+    daemon = stage.daemon().ready()
+    with (stage.drop / "core.tar.gz").open("wb", buffering=0) as stream:
+        stream.write(b"first half, ")
+        scans(daemon, 3)
+        assert not daemon.events("archive.admitted")
+        stream.write(b"second half")
+    assert settle(stage, daemon, 1) == [b"first half, second half"]
+    assert len(stage.stored()) == 1
+    assert daemon.stop() == 0
+
+
+def test_what_is_appended_after_it_was_sent_is_an_archive_of_its_own(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    """A writer that closes, and later opens the name again, finds nothing there to append to."""
+    stage.configure(receiver.url, drop=OFTEN)
+    daemon = stage.daemon().ready()
+    for part in (b"first", b"second"):
+        with (stage.drop / "core.tar.gz").open("ab") as stream:
+            stream.write(part)
+        daemon.wait_for("archive.disposed", 1 + (part == b"second"), archive="core.tar.gz")
+    assert settle(stage, daemon, 2) == [b"first", b"second"]
+    assert daemon.stop() == 0
+
+
+def appended(path: Path) -> bytes:
+    with path.open("ab") as stream:
+        stream.write(b"more")
+    return path.read_bytes()
+
+
+def cut(path: Path) -> bytes:
+    os.truncate(path, path.stat().st_size // 2)
+    return path.read_bytes()
+
+
+def rewritten_behind_our_back(path: Path) -> bytes:
+    """In place, with the size and the times put back: only the change time tells."""
+    before = path.stat()
+    content = os.urandom(before.st_size)
+    with path.open("r+b") as stream:
+        stream.write(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (
+        before.st_size,
+        before.st_mtime_ns,
+        before.st_ino,
+    )
+    return content
+
+
+def renamed_over(path: Path) -> bytes:
+    content = os.urandom(SIZE)
+    part = path.parent.parent / "part"
+    part.write_bytes(content)
+    part.rename(path)
+    return content
+
+
+def dropped_again(path: Path) -> bytes:
+    path.unlink()
+    return renamed_over(path)
+
+
+CHANGES = [appended, cut, rewritten_behind_our_back, renamed_over, dropped_again]
+
+
+class Held:
+    """Serves like a good endpoint, but holds its first request when half of it is there."""
+
+    def __init__(self) -> None:
+        self.whole: list[bytes] = []
+
+    def __call__(self, peer: Peer) -> None:
+        while True:
+            head = peer.read_head()
+            length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+            body = peer.read(length // 2)
+            if peer.number == 0:
+                peer.pause()
+            body += peer.read(length - len(body))
+            content = body.partition(b'; filename="')[2].partition(b"\r\n\r\n")[2].rpartition(b"\r\n--")[0]
+            content = content.partition(b"\r\n--")[0] if b'name="sha256"' in content else content
+            self.whole.append(content)
+            peer.send(receipt_for(content))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_during_the_upload_has_the_new_content_delivered_and_the_old_one_never(
+    stage: Stage, change: Callable[[Path], bytes]
+) -> None:
+    held = Held()
+    with ScriptedServer(held, server_context(stage.pki)) as server:
+        stage.configure(
+            server.url,
+            drop=OFTEN,
+            destination="workers = 1",
+            more='[destination.vault.retry]\ninitial = "0.1s"\nmax = "1s"',
+        )
+        daemon = stage.daemon().ready()
+        old = os.urandom(BIG)
+        path = stage.put("core.tar.gz", old)
+        assert server.paused.wait(60)
+        new = change(path)
+        server.go_on()
+
+        assert settle(stage, daemon, 1) == [new]
+        assert old not in held.whole  # the request was never made whole
+        delivered = daemon.events("archive.delivered")
+        assert [line["size"] for line in delivered] == [len(new)]
+        assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_before_the_upload_has_the_new_content_delivered_alone(
+    stage: Stage, receiver: RunningReceiver, change: Callable[[Path], bytes]
+) -> None:
+    stage.configure(
+        receiver.url, drop=OFTEN, more='[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.5s"'
+    )
+    receiver.__exit__(None, None, None)
+    daemon = stage.daemon().ready()
+    path = stage.put("core.tar.gz", os.urandom(SIZE))
+    daemon.wait_for("delivery.deferred", archive="core.tar.gz")
+    new = change(path)
+    receiver.__enter__()
+
+    assert settle(stage, daemon, 1) == [new]
+    assert [stored.read_bytes() for stored in stage.stored()] == [new]
+    assert len(daemon.events("archive.delivered")) == 1
+    assert daemon.stop() == 0
+
+
+def test_a_name_that_is_used_again_and_again_keeps_every_content(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url, drop='stable_for = "0s"')
+    daemon = stage.daemon().ready()
+    contents = []
+    for number in range(5):
+        contents.append(b"content %d" % number)
+        stage.put("core.tar.gz", contents[-1])
+        daemon.wait_for("archive.disposed", number + 1, archive="core.tar.gz")
+    assert settle(stage, daemon, 5) == contents
+    assert sorted(stored.read_bytes() for stored in stage.stored()) == contents
+    assert daemon.stop() == 0
+
+
+def test_a_folder_with_a_thousand_files_that_is_moved_in(stage: Stage, receiver: RunningReceiver) -> None:
+    stage.configure(receiver.url, drop='stable_for = "0s"')
+    daemon = stage.daemon().ready()
+    site = stage.base / "site"
+    for number in range(1000):
+        folder = site / f"rack-{number % 10}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"sw-{number}.cfg").write_bytes(b"%d" % number)
+    site.rename(stage.drop / "site")
+    assert settle(stage, daemon, 1000) == sorted(b"%d" % number for number in range(1000))
+    assert len(stage.stored()) == 1000
+    assert (stage.sent / "site" / "rack-7" / "sw-17.cfg").read_bytes() == b"17"
+    assert daemon.stop() == 0
