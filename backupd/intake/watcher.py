@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import threading
@@ -114,6 +115,9 @@ class _Watches(InotifyWatchGroup):
         folder = b"/proc/self/fd/%d" % root
         mask = self.event_mask & ~InotifyConstants.IN_DONT_FOLLOW
         watch = inotify_add_watch(queue, folder, mask | InotifyConstants.IN_OPEN)
+        if watch == -1:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
         if watch != self._active_callbacks_by_path.get(self.path):
             return False
         os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))

@@ -16,6 +16,7 @@ from backupd.core.policy import Reason
 from backupd.core.retry import parse_retry_after
 from backupd.core.statuses import reason_of_status
 from backupd.core.verify import Expectation, judge
+from backupd.upload.secret import secrets_of, without
 
 _MOST = 64 * 1024
 """Bytes of an answer that are read."""
@@ -57,7 +58,7 @@ class Judge:
             response.status_code,
             digest[:1024] if isinstance(digest, str) else None,
             _as_count(size),
-            body[:4096].decode("utf-8", "backslashreplace"),
+            _quoted(response, body)[:4096],
         )
 
 
@@ -126,8 +127,14 @@ def _read(response: httpx.Response) -> bytes:
 
 def _explained(response: httpx.Response, body: bytes) -> str:
     """Return a status with the beginning of what the destination says about it."""
-    said = body[:300].decode("utf-8", "backslashreplace").strip()
+    said = _quoted(response, body)[:300].strip()
     line = f"{response.status_code} {response.reason_phrase}".strip()
     if 300 <= response.status_code < 400:
         line += f" to {response.headers.get('Location', 'nowhere').partition('?')[0][:200]}"
+    line = without(line, secrets_of(response.request))
     return f"{line}: {said}" if said else line
+
+
+def _quoted(response: httpx.Response, body: bytes) -> str:
+    """Return a body as text to be logged and kept: an endpoint may echo the secrets of the request."""
+    return without(body.decode("utf-8", "backslashreplace"), secrets_of(response.request))

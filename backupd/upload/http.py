@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx
 
@@ -121,6 +122,7 @@ class HttpUploader(Uploader):
     def _open_client(self) -> httpx.Client:
         self._renewals = self._endpoint.identity.renewals
         return httpx.Client(
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # no request depends on another
             transport=self._make_transport(self._line),
             auth=self._endpoint.auth,
             timeout=timeouts(self._config),
@@ -131,7 +133,13 @@ class HttpUploader(Uploader):
 
     def _send(self, client: httpx.Client, cargo: Cargo, prepared: Prepared) -> Outcome:
         body = prepared.body
-        request = client.build_request(prepared.method, prepared.url, content=body, headers=prepared.headers)
+        request = client.build_request(
+            prepared.method,
+            prepared.url,
+            content=body,
+            headers=prepared.headers,
+            extensions=self._maker.extensions,
+        )
         try:
             response = client.send(request, stream=True)
             try:
@@ -178,7 +186,7 @@ class HttpUploader(Uploader):
         if url is None or self._config.receipt.digest == "none":  # an answer would prove nothing
             return None
         headers = self._maker.own_headers({**cargo.variables, "digest": digest.hex})
-        with client.stream("GET", url, headers=headers) as response:
+        with client.stream("GET", url, headers=headers, extensions=self._maker.extensions) as response:
             if response.status_code in _NOT_THERE:
                 return None
             if response.status_code != 200:

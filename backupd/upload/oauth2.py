@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import threading
@@ -18,7 +17,7 @@ import httpx
 from backupd.core.policy import Reason
 from backupd.upload.failures import reason_of
 from backupd.upload.line import AttemptEndedError
-from backupd.upload.secret import read_secret
+from backupd.upload.secret import read_secret, without
 
 _MOST = 64 * 1024
 """Bytes of an answer; a header could hold no longer token."""
@@ -106,7 +105,8 @@ class TokenSource:
         try:
             return _token_in(status, answer, asked_at)
         except SignInError as error:
-            raise SignInError(_without(secret, grant.client_id, str(error))) from None
+            pair = f"{_encoded(grant.client_id)}:{_encoded(secret)}"
+            raise SignInError(without(str(error), (secret, pair))) from None
 
     def _ask(self, form: dict[str, str], sign_in: httpx.Auth) -> tuple[int, bytes]:
         try:
@@ -128,14 +128,6 @@ class TokenSource:
 def _encoded(text: str) -> str:
     """Return text as RFC 6749 section 2.3.1 wants it before it goes into Basic authentication."""
     return urllib.parse.quote_plus(text)
-
-
-def _without(secret: str, client_id: str, text: str) -> str:
-    """Return text without a secret in any form in which an endpoint may echo it."""
-    pair = f"{_encoded(client_id)}:{_encoded(secret)}"
-    for form in (secret, _encoded(secret), base64.b64encode(pair.encode()).decode("ascii")):
-        text = text.replace(form, "***")
-    return text
 
 
 def _read(response: httpx.Response) -> bytes:

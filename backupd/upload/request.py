@@ -20,7 +20,7 @@ from backupd.upload.body import CHUNK, Body, ReadFailedError, check_unchanged
 from backupd.upload.line import Line
 from backupd.upload.multipart import Framing, frame, raw
 from backupd.upload.port import Cargo
-from backupd.upload.secret import read_secret
+from backupd.upload.secret import SECRET_HEADERS, read_secret
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,11 @@ class RequestMaker:
             encoded = base64.b64encode(binascii.unhexlify(digest.hex)).decode("ascii")
             headers["Repr-Digest"] = f"{RFC_9530_NAMES[algorithm]}=:{encoded}:"
         return Prepared(self._config.method, _address(self._url, values), headers, body)
+
+    @property
+    def extensions(self) -> dict[str, object]:
+        """Return what a request carries along for whoever quotes its answer."""
+        return {SECRET_HEADERS: tuple(self._config.header_files)}
 
     def query_url(self, cargo: Cargo, digest: Digest) -> str | None:
         """Return the address that tells whether a content is stored, or None without `query_url`."""

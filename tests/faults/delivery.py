@@ -129,6 +129,7 @@ class Ground:
             stream.flush()
             os.fsync(stream.fileno())
         daemon.process.send_signal(signal.SIGSTOP)
+        until(lambda: _stands_still(daemon.pid), "the daemon to stand still")
         try:
             part.rename(self.stage.drop / archive.name)
             for folder in (self.disk, self.stage.drop):
@@ -236,6 +237,12 @@ class Ground:
 
     def _ledger(self) -> sqlite3.Connection:
         return sqlite3.connect(self.stage.state / "ledger.sqlite3", timeout=30)
+
+
+def _stands_still(pid: int) -> bool:
+    """Tell whether every thread of a process is stopped, which a signal does in its own time."""
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
 def _expect(is_true: bool, what: str) -> None:
