@@ -206,8 +206,8 @@ def failure(what: str, error: sqlite3.Error) -> BackupdError:
     if _is_damage(error):
         return LedgerDamagedError(
             f"the ledger is damaged: {error}",
-            "the daemon ends; the next start checks the ledger, puts it aside if it is damaged, and begins anew"
-            " from the folders; look at the disk of `state_dir`",
+            "the daemon ends; the next start checks the ledger, puts aside one that is damaged, and begins"
+            " anew from the folders; look at the disk of `state_dir`",
         )
     return LedgerError(f"the ledger can't be {what}: {error}", "check the disk of `state_dir`")
 
