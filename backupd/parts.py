@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from backupd.config.models import Config
@@ -62,11 +62,6 @@ class Parts:
     def gates(self) -> Mapping[str, SharedGate]:
         """Return the gate of each destination."""
         return {name: part.gate for name, part in self.destinations.items()}
-
-    def workers(self) -> Iterator[Worker]:
-        """Yield the workers of all destinations."""
-        for part in self.destinations.values():
-            yield from part.workers
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ from backupd.cli.output import print_json, print_table, say
 from backupd.core.errors import UsageError
 from backupd.core.model import Digest
 from backupd.core.names import as_text, fitted
-from backupd.ledger.history import DeliveryRecord, History
-from backupd.ledger.records import ArchiveRecord
+from backupd.ledger.history import History
+from backupd.ledger.records import ArchiveRecord, DeliveryRecord
 
 if TYPE_CHECKING:
     from backupd.config.models import Config

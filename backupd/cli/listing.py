@@ -14,8 +14,8 @@ from backupd.core.errors import UsageError
 from backupd.core.model import DeliveryState
 from backupd.core.names import as_text, printable
 from backupd.core.policy import Reason, rule_of
-from backupd.ledger.history import AttemptRecord, DeliveryRecord, History
-from backupd.ledger.records import ArchiveRecord, Search
+from backupd.ledger.history import History
+from backupd.ledger.records import ArchiveRecord, AttemptRecord, DeliveryRecord, Search
 
 if TYPE_CHECKING:
     from backupd.config.models import Config

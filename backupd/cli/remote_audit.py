@@ -11,8 +11,7 @@ from backupd.core.labels import variables
 from backupd.core.model import Deferred, Delivered, Digest, Rejected
 from backupd.core.names import as_text
 from backupd.core.policy import Reason
-from backupd.ledger.history import DeliveryRecord
-from backupd.ledger.records import ArchiveRecord
+from backupd.ledger.records import ArchiveRecord, DeliveryRecord
 
 if TYPE_CHECKING:
     from backupd.cli.audit import Finding

@@ -13,7 +13,8 @@ from backupd.config.models import Config
 from backupd.core.errors import UsageError
 from backupd.core.model import DeliveryState
 from backupd.core.names import as_text, fitted, printable
-from backupd.ledger.history import DeliveryRecord, History
+from backupd.ledger.history import History
+from backupd.ledger.records import DeliveryRecord
 
 
 def retry(

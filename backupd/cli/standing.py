@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backupd.core.health import Facts
-from backupd.ledger.history import DestinationRecord, History
-from backupd.ledger.records import DropRecord
+from backupd.ledger.history import History
+from backupd.ledger.records import DestinationRecord, DropRecord
 
 if TYPE_CHECKING:
     from backupd.config.models import Config

@@ -17,7 +17,7 @@ from backupd.cli.standing import CertificateAge, DropStanding, OverdueDevice, St
 from backupd.core.errors import BackupdError, UsageError
 from backupd.core.health import Level, Limits, plugin_line
 from backupd.core.names import as_text
-from backupd.ledger.history import DestinationRecord
+from backupd.ledger.records import DestinationRecord
 
 _EVERY = 2.0
 """Seconds between two looks of `--watch`."""

@@ -7,6 +7,8 @@ import fcntl
 import os
 import sqlite3
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
@@ -14,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from backupd.core.errors import BackupdError, LedgerDamagedError, LedgerError
+from backupd.core.errors import LedgerDamagedError, LedgerError
 
 FILE_NAME = "ledger.sqlite3"
 LOCK_NAME = "backupd.lock"
@@ -201,15 +203,33 @@ def _opened(path: Path, *, check: bool) -> sqlite3.Connection:
     return connection
 
 
-def failure(what: str, error: sqlite3.Error) -> BackupdError:
-    """Return the error of a ledger that can't be read, or written, when it was open already."""
-    if _is_damage(error):
-        return LedgerDamagedError(
-            f"the ledger is damaged: {error}",
-            "the daemon ends; the next start checks the ledger, puts aside one that is damaged, and begins"
-            " anew from the folders; look at the disk of `state_dir`",
-        )
-    return LedgerError(f"the ledger can't be {what}: {error}", "check the disk of `state_dir`")
+@contextmanager
+def failures(what: str) -> Iterator[None]:
+    """Raise what goes wrong with a ledger that was open; `what` is what can't be done: read, written."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        if _is_damage(error):
+            raise LedgerDamagedError(
+                f"the ledger is damaged: {error}",
+                "the daemon ends; the next start checks the ledger, puts a damaged one aside and begins"
+                " anew from the folders; look at the disk of `state_dir`",
+            ) from error
+        raise LedgerError(f"the ledger can't be {what}: {error}", "check the disk of `state_dir`") from error
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """Commit what is done within, all of it or nothing; raises as `failures`."""
+    with failures("written"):
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:  # SQLite rolls back by itself where the disk is full
+                db.execute("ROLLBACK")
+            raise
 
 
 def _is_damage(error: sqlite3.Error) -> bool:

@@ -4,83 +4,25 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from contextlib import contextmanager
+from datetime import datetime
 from itertools import islice
 
 from backupd.core.errors import LedgerError, UsageError
 from backupd.core.freshness import overdue_by
-from backupd.core.model import Archive, DeliveryState
+from backupd.core.model import DeliveryState
 from backupd.ledger import devices
-from backupd.ledger.records import ArchiveRecord, DropRecord, Search, Wanted
+from backupd.ledger.records import (
+    ArchiveRecord,
+    AttemptRecord,
+    DeliveryRecord,
+    DestinationRecord,
+    DeviceRecord,
+    DropRecord,
+    Search,
+    Wanted,
+)
 from backupd.ledger.rows import ARCHIVE_COLUMNS, Row, as_archive, as_micros, as_time
-
-
-@dataclass(frozen=True, slots=True)
-class DeliveryRecord:
-    """A delivery with all that the ledger knows of it; times are UTC."""
-
-    id: str
-    archive: Archive
-    destination: str
-    state: DeliveryState
-    due_at: datetime | None
-    ended_at: datetime | None
-    attempts: int
-    reason: str | None
-    error: str | None
-    digest: str | None
-    verified: bool | None
-    http_status: int | None
-    receipt: str | None
-    disposed_to: bytes | None
-
-
-@dataclass(frozen=True, slots=True)
-class AttemptRecord:
-    """A request that was made for a delivery."""
-
-    number: int
-    started_at: datetime
-    duration_s: float
-    sent: int
-    outcome: str
-    reason: str | None
-    error: str | None
-    http_status: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class DestinationRecord:
-    """How things stand with a destination; `gate` None if the daemon has never noted one."""
-
-    name: str
-    pending: int
-    pending_bytes: int
-    oldest: datetime | None
-    rejected: int
-    last_delivered: datetime | None
-    gate: str | None
-    reason: str | None
-    error: str | None
-    since: datetime | None
-    until: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceRecord:
-    """A device that archives come from; `device` is empty for a drop as a whole.
-
-    `last_at` is None if nothing ever came of it, `every` where nothing is expected.
-    """
-
-    drop: str
-    device: str
-    last_at: datetime | None
-    archives: int
-    overdue: bool
-    every: timedelta | None
-
 
 _CLAUSES = {
     "drop": "a.drop_name = ?",
@@ -249,12 +191,8 @@ class History:
 
     def devices(self, now: datetime) -> list[DeviceRecord]:
         """Return every device, by drop and name, and whether it is overdue."""
-        try:
+        with _told("read"):
             found = devices.devices(self._db)
-        except sqlite3.Error as error:
-            raise LedgerError(
-                f"the ledger can't be read: {error}", "run this as the daemon's user"
-            ) from error
         return [
             DeviceRecord(d.drop, d.name, d.last_at, d.archives, overdue_by(d, now) is not None, d.every)
             for d in found
@@ -262,13 +200,9 @@ class History:
 
     def forget(self, device: str, drop: str | None, now: datetime) -> list[tuple[str, bool]]:
         """Forget a device in one drop or all; return the drops that knew it, and whether they list it."""
-        try:
+        with _told("written"):
             self._db.execute("PRAGMA query_only = OFF")
             return devices.forget(self._db, device, drop, now)
-        except sqlite3.Error as error:
-            raise LedgerError(
-                f"the ledger can't be written: {error}", "run this as the daemon's user"
-            ) from error
 
     def hasten(self, delivery_id: str, now: datetime) -> bool:
         """Make a pending delivery due at once; return False if it is not pending."""
@@ -280,30 +214,24 @@ class History:
         self._change("UPDATE archive SET disposed_to = NULL WHERE id = ?", (archive_id,))
 
     def _change(self, query: str, values: tuple[object, ...]) -> int:
-        try:
+        with _told("written"):
             self._db.execute("PRAGMA query_only = OFF")
-            changed = self._db.execute(query, values).rowcount
-        except sqlite3.Error as error:
-            raise LedgerError(
-                f"the ledger can't be written: {error}", "run this as the daemon's user"
-            ) from error
-        return changed
+            return self._db.execute(query, values).rowcount
 
     def _each(self, query: str, values: tuple[object, ...]) -> Iterator[Row]:
-        try:
+        with _told("read"):
             yield from self._db.execute(query, values)
-        except sqlite3.Error as error:
-            raise LedgerError(
-                f"the ledger can't be read: {error}", "run this as the daemon's user"
-            ) from error
 
     def _query(self, query: str, values: tuple[object, ...]) -> list[Row]:
-        try:
-            return self._db.execute(query, values).fetchall()
-        except sqlite3.Error as error:
-            raise LedgerError(
-                f"the ledger can't be read: {error}", "run this as the daemon's user"
-            ) from error
+        return list(self._each(query, values))
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise LedgerError(f"the ledger can't be {what}: {error}", "run this as the daemon's user") from error
 
 
 def _delivery(row: Row) -> DeliveryRecord:

@@ -13,7 +13,7 @@ from itertools import accumulate, takewhile
 from backupd.core.gate import Gate
 from backupd.core.model import Archive, Delivery, DeliveryState, Digest, Rejected
 from backupd.core.step import Priority, archive_state
-from backupd.ledger.database import failure
+from backupd.ledger.database import failures, transaction
 from backupd.ledger.devices import SqliteHabits, note_arrival
 from backupd.ledger.port import Admission, Backlog, Disposed, Finished, Known, Ledger, Settled, Sighting, mark
 from backupd.ledger.rows import (
@@ -52,27 +52,15 @@ class SqliteLedger(SqliteHabits, Ledger):
 
     @contextmanager
     def _transaction(self, *, durable: bool) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            try:
-                self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-                self._db.execute("BEGIN IMMEDIATE")
-                try:
-                    yield self._db
-                    self._db.execute("COMMIT")
-                except BaseException:
-                    if self._db.in_transaction:  # SQLite rolls back by itself where the disk is full
-                        self._db.execute("ROLLBACK")
-                    raise
-            except sqlite3.Error as error:
-                raise failure("written", error) from error
+        with self._lock, failures("written"):
+            self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            with transaction(self._db):
+                yield self._db
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            try:
-                yield self._db
-            except sqlite3.Error as error:
-                raise failure("read", error) from error
+        with self._lock, failures("read"):
+            yield self._db
 
     def known(self, drop: str) -> Known:
         """See `Ledger.known`."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
 from backupd.core.errors import LedgerError
-from backupd.ledger.database import FILE_NAME
+from backupd.ledger.database import FILE_NAME, failures, transaction
 from backupd.ledger.rows import ARCHIVE_COLUMNS, Row, as_archive, as_micros, as_time
 from backupd.ledger.shelf import Kept, Removal, Shelf
 
@@ -48,8 +47,8 @@ class SqliteShelf(Shelf):
 
     def sort(self, series: Mapping[int, bytes]) -> None:
         """See `Shelf.sort`."""
-        with self._transaction() as db:
-            db.executemany(
+        with transaction(self._db):
+            self._db.executemany(
                 "UPDATE archive SET series = ? WHERE id = ?", [(s, ident) for ident, s in series.items()]
             )
 
@@ -86,8 +85,8 @@ class SqliteShelf(Shelf):
 
     def condemn(self, archive_ids: Sequence[int]) -> None:
         """See `Shelf.condemn`."""
-        with self._transaction() as db:
-            db.executemany(
+        with transaction(self._db):
+            self._db.executemany(
                 "UPDATE archive SET removal = 'expiring' WHERE id = ?", [(i,) for i in archive_ids]
             )
 
@@ -101,8 +100,8 @@ class SqliteShelf(Shelf):
     def ended(self, removals: Mapping[int, Removal], now: datetime) -> None:
         """See `Shelf.ended`."""
         at = as_micros(now)
-        with self._transaction() as db:
-            db.executemany(
+        with transaction(self._db):
+            self._db.executemany(
                 "UPDATE archive SET removal = ?, removed_at = ? WHERE id = ?",
                 [(removal, at, ident) for ident, removal in removals.items()],
             )
@@ -116,25 +115,5 @@ class SqliteShelf(Shelf):
         return [Kept(as_archive(row), row[9], as_time(row[10])) for row in rows]
 
     def _query(self, query: str, values: tuple[object, ...]) -> list[Row]:
-        try:
+        with failures("read"):
             return self._db.execute(query, values).fetchall()
-        except sqlite3.Error as error:
-            raise LedgerError(
-                f"the ledger can't be read: {error}", "check the disk of `state_dir`"
-            ) from error
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-        except sqlite3.Error as error:
-            raise LedgerError(
-                f"the ledger can't be written: {error}", "check the disk of `state_dir`"
-            ) from error

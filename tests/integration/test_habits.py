@@ -20,8 +20,9 @@ from backupd.intake.freshness import Freshness
 from backupd.ledger import database
 from backupd.ledger.database import FILE_NAME, open_for_reading, open_ledger
 from backupd.ledger.habits import UnusualSize
-from backupd.ledger.history import DeviceRecord, History
+from backupd.ledger.history import History
 from backupd.ledger.port import Disposed, Sighting
+from backupd.ledger.records import DeviceRecord
 from backupd.ledger.sqlite import SqliteLedger
 from backupd.ops.events import Event
 from backupd.ops.lines import LineWriter

@@ -71,7 +71,8 @@ def test_any_answer_is_judged_and_never_raises(
     def an_httpx_response() -> httpx.Response:
         headers = [(b"X-Sum", stated.encode("latin-1")), (b"X-Size", stated.encode("latin-1"))]
         headers += [(b"Retry-After", retry_after.encode("latin-1")), (b"Location", stated.encode("latin-1"))]
-        return httpx.Response(status, headers=headers, stream=_Bytes(body))
+        request = httpx.Request("POST", "https://vault.test/", headers={"Authorization": "Basic YTpiYmJi"})
+        return httpx.Response(status, headers=headers, stream=_Bytes(body), request=request)
 
     outcome = Judge(config).of_success(an_httpx_response(), SENT, 5)
     assert isinstance(outcome, Delivered) == (source == "none" and "receipt says" not in repr(outcome))

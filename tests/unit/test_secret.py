@@ -1,0 +1,52 @@
+"""Secrets are taken out of a text in every form, and what is no secret stays."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import urllib.parse
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backupd.upload.secret import SECRET_HEADERS, secrets_of, without
+
+a_secret = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E, exclude_characters="*"), min_size=4)
+
+
+@given(a_secret, st.text(), st.text())
+def test_no_form_of_a_secret_is_left(secret: str, before: str, after: str) -> None:
+    for form in (
+        secret,
+        json.dumps(secret)[1:-1],
+        urllib.parse.quote(secret, safe=""),
+        urllib.parse.quote_plus(secret),
+        html.escape(secret),
+        base64.b64encode(secret.encode()).decode(),
+    ):
+        assert form not in without(f"<{form}>", [secret])
+    assert secret not in without(before + secret + after, [secret])
+
+
+def test_what_is_no_secret_is_left_as_it_is() -> None:
+    assert without("the disk is full", ["token-1", "", "is"]) == "the disk is full"
+
+
+@pytest.mark.parametrize(
+    ("headers", "named", "secrets"),
+    [
+        ({}, (), {""}),
+        ({"Authorization": "Bearer tok"}, (), {"tok"}),
+        ({"Authorization": "Basic YTpiOmM="}, (), {"YTpiOmM=", "a:b:c", "b:c"}),
+        ({"Authorization": "Basic %%%"}, (), {"%%%", ""}),
+        ({"X-Api-Key": "k1", "X-Other": "o"}, ("x-api-key",), {"k1", ""}),
+    ],
+)
+def test_the_secrets_of_a_request(headers: dict[str, str], named: tuple[str, ...], secrets: set[str]) -> None:
+    request = httpx.Request(
+        "POST", "https://vault.test/", headers=headers, extensions={SECRET_HEADERS: named}
+    )
+    assert set(secrets_of(request)) == secrets
