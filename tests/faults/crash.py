@@ -252,17 +252,19 @@ def campaign(terms: Terms) -> Report:
 BEGIN, END = "<!-- made by tests/faults/crash.py -->\n", "<!-- end of what is made -->\n"
 
 
-def _run(number: int, base: Path) -> tuple[str, Tally]:
+def _run(number: int, base: Path, until: float | None, seed: int) -> tuple[str, Tally]:
     ground = list(grounds(base))[number]
-    return ground.name, run_all(ground)
+    return ground.name, run_all(ground, None if until is None else Terms(base, until, seed))
 
 
-def main(document: Path) -> int:
-    """Try everything, on all installations at a time, and write the tables into a document."""
+def main(document: Path, minutes: float | None = None) -> int:
+    """Try everything, or what there is time for, on all installations at a time; put tables in a document."""
+    seed = random.randrange(1_000_000)
+    until = None if minutes is None else time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory(prefix="backupd-faults-") as base:
-        numbers = range(GROUNDS)
         with concurrent.futures.ProcessPoolExecutor(GROUNDS) as pool:
-            results = list(pool.map(_run, numbers, [Path(base) / str(number) for number in numbers]))
+            runs = [pool.submit(_run, n, Path(base) / str(n), until, seed) for n in range(GROUNDS)]
+            results = [run.result() for run in runs]
     parts = []
     for name, tally in results:
         held = tally.cases - len(tally.broken)
@@ -280,4 +282,4 @@ def main(document: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else None))

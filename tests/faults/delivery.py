@@ -129,7 +129,7 @@ class Ground:
             stream.flush()
             os.fsync(stream.fileno())
         daemon.process.send_signal(signal.SIGSTOP)
-        until(lambda: _stands_still(daemon.pid), "the daemon to stand still")
+        until(lambda: stands_still(daemon.pid), "the daemon to stand still")
         try:
             part.rename(self.stage.drop / archive.name)
             for folder in (self.disk, self.stage.drop):
@@ -152,8 +152,8 @@ class Ground:
 
     def is_over(self, archive: Archive) -> bool:
         """Tell whether the archive's file was disposed of, and that was noted."""
-        with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(self._ledger()) as ledger:
-            # raised where the daemon is killed meanwhile
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(self._ledger()) as ledger:
+            # raised where the daemon is killed meanwhile, or the power is cut
             row = ledger.execute(
                 "SELECT 1 FROM archive WHERE relpath = ? AND disposition = 'done' AND state = ?",
                 (archive.name.encode(), self.ending.state),
@@ -239,7 +239,7 @@ class Ground:
         return sqlite3.connect(self.stage.state / "ledger.sqlite3", timeout=30)
 
 
-def _stands_still(pid: int) -> bool:
+def stands_still(pid: int) -> bool:
     """Tell whether every thread of a process is stopped, which a signal does in its own time."""
     stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
     return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)

@@ -62,7 +62,7 @@ def stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
 @pytest.fixture
 def waiting(stage: Stage, receiver: RunningReceiver) -> Daemon:
     """A daemon that was killed with one archive sent and one pending."""
-    stage.configure(receiver.url, drop='stable_for = "0s"', more=QUICK)
+    stage.configure(receiver.url, drop='stable_for = "0s"\nrescan_every = "1s"', more=QUICK)
     daemon = stage.daemon().ready()
     stage.put("sent.tar.gz", b"sent")
     daemon.wait_for("archive.disposed", archive="sent.tar.gz")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from backupd.receiver.serve import RunningReceiver
+from tests.faults.delivery import stands_still
 from tests.privileges import needs_root
 from tests.stage import Daemon, Stage, until
 
@@ -144,8 +145,9 @@ def test_more_events_than_the_queue_holds_cost_no_archive(stage: Stage, receiver
     daemon = stage.daemon().ready()
     daemon.process.send_signal(signal.SIGSTOP)
     try:
+        until(lambda: stands_still(daemon.pid), "the daemon to stand still")
         noise = stage.drop / "noise.pdf"
-        for _ in range(most // 2 + 10):  # a creation and a close each
+        for _ in range(most):  # a creation and a close each
             noise.write_bytes(b"")
             noise.unlink()
         stage.put("after.tar.gz", b"after")
