@@ -109,13 +109,13 @@ class Candidates:
         self._complained.discard(hash(relpath))
         return Sighting(self._drop, relpath, opened)
 
-    def _ignore(self, relpath: bytes, why: Ineligible, **keys: object) -> None:
+    def _ignore(self, relpath: bytes, why: Ineligible, size: int | None = None) -> None:
         """Say, once, that something is no archive; of too many of them say no more than that."""
         if hash(relpath) in self._said:
             return
         if len(self._said) < _MOST_SAID:
             self._said.add(hash(relpath))
-            self._say(relpath, reason=why, hint=_HINTS.get(why), **keys)
+            self._say(relpath, reason=why, hint=_HINTS.get(why), size=size)
         elif not self._is_full:
             self._is_full = True
             error = f"more than {_MOST_SAID} files here are no archives; further ones are not told"
@@ -131,5 +131,21 @@ class Candidates:
         hint = "give the daemon's user read permission; it is tried again at each rescan"
         self._say(relpath, reason="unreadable", error=error.strerror, hint=hint)
 
-    def _say(self, relpath: bytes, **keys: object) -> None:
-        self._log.emit(events.ARCHIVE_IGNORED, drop=self._drop, archive=relpath, exc_info=None, **keys)
+    def _say(
+        self,
+        relpath: bytes,
+        *,
+        reason: str,
+        hint: str | None,
+        error: str | None = None,
+        size: int | None = None,
+    ) -> None:
+        self._log.emit(
+            events.ARCHIVE_IGNORED,
+            drop=self._drop,
+            archive=relpath,
+            size=size,
+            reason=reason,
+            error=error,
+            hint=hint,
+        )
