@@ -172,19 +172,49 @@ def test_a_ledger_of_a_newer_program_is_refused_and_nothing_is_touched(stage: St
     assert (stamps(stage.drop), stamps(stage.sent), ledger.read_bytes()) == before
 
 
-def test_a_ledger_that_another_process_holds_is_waited_for(stage: Stage, waiting: Daemon) -> None:
-    daemon = stage.daemon().ready()
-    daemon.wait_for("archive.disposed", archive="pending.tar.gz")
-    with contextlib.closing(sqlite3.connect(stage.state / FILE_NAME, isolation_level=None)) as db:
+@contextlib.contextmanager
+def held(ledger: Path) -> Iterator[None]:
+    """Have somebody else hold the ledger."""
+    with contextlib.closing(sqlite3.connect(ledger, isolation_level=None)) as db:
         db.execute("BEGIN EXCLUSIVE")
-        stage.put("after.tar.gz", b"after")
-        failed = daemon.wait_for("ledger.failed")  # after SQLite's own patience
-        assert "locked" in failed[0]["error"]
-        assert (stage.drop / "after.tar.gz").exists()
+        yield
         db.execute("ROLLBACK")
+
+
+def test_a_ledger_that_another_process_holds_is_waited_for(stage: Stage, receiver: RunningReceiver) -> None:
+    """Nor does whoever waits keep others from reading it: systemd would take us for hung."""
+    stage.configure(
+        receiver.url, top='heartbeat_every = "0.2s"', drop='stable_for = "0s"\nrescan_every = "0.5s"'
+    )
+    daemon = stage.daemon().ready()
+    with held(stage.state / FILE_NAME):
+        before = len(daemon.events("daemon.heartbeat"))
+        stage.put("after.tar.gz", b"after")
+        failed = daemon.wait_for("ledger.failed")  # after our patience
+        assert len(daemon.events("daemon.heartbeat")) > before + 3
+        assert "locked" in failed[0]["error"]
+        assert "another process holds it" in failed[0]["hint"]
+        assert (stage.drop / "after.tar.gz").exists()
     daemon.wait_for("archive.disposed", archive="after.tar.gz")
-    assert_delivered(stage, "after.tar.gz", "pending.tar.gz", "sent.tar.gz")
+    assert_delivered(stage, "after.tar.gz")
     assert daemon.stop() == 0
+
+
+@pytest.mark.slow
+def test_a_daemon_ends_when_told_and_refuses_to_start_while_another_process_holds_the_ledger(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url, drop='rescan_every = "0.5s"')
+    daemon = stage.daemon().ready()
+    with held(stage.state / FILE_NAME):
+        stage.put("sw.tar.gz", b"content")
+        daemon.wait_for("ledger.failed")
+        assert daemon.stop() == 0
+        refused = stage.daemon()
+        assert refused.process.wait(180) == 78
+        assert "locked" in refused.text()
+        assert (stage.drop / "sw.tar.gz").exists()
+    stage.daemon().wait_for("archive.disposed", archive="sw.tar.gz")
 
 
 @pytest.fixture
