@@ -43,6 +43,9 @@ class Candidates:
         )
         self._tracker = StabilityTracker(config.stable_for.total_seconds())
         self._said: set[int] = set()
+        self._complained: set[int] = set()
+        self._is_full = False
+        """Whether there are more files that are no archives than are remembered; that is said, too."""
 
     def __len__(self) -> int:
         return len(self._tracker)
@@ -74,7 +77,8 @@ class Candidates:
 
     def is_new(self, relpath: bytes) -> bool:
         """Tell whether a path would be a candidate that was never looked at."""
-        if self._eligibility.of_name(relpath) is not None or hash(relpath) in self._said:
+        known = hash(relpath) in self._said or hash(relpath) in self._complained
+        if known or self._is_full or self._eligibility.of_name(relpath) is not None:
             return False
         return relpath not in self._tracker
 
@@ -102,20 +106,30 @@ class Candidates:
             self._tracker.hold(relpath, opened, now)
             return None
         self._said.discard(hash(relpath))
+        self._complained.discard(hash(relpath))
         return Sighting(self._drop, relpath, opened)
 
     def _ignore(self, relpath: bytes, why: Ineligible, **keys: object) -> None:
-        self._say(relpath, {"reason": why, "hint": _HINTS.get(why), **keys})
+        """Say, once, that something is no archive; of too many of them say no more than that."""
+        if hash(relpath) in self._said:
+            return
+        if len(self._said) < _MOST_SAID:
+            self._said.add(hash(relpath))
+            self._say(relpath, reason=why, hint=_HINTS.get(why), **keys)
+        elif not self._is_full:
+            self._is_full = True
+            error = f"more than {_MOST_SAID} files here are no archives; further ones are not told"
+            self._say(relpath, reason="too_many", error=error, hint="clear the folder, or `exclude` them")
 
     def complain(self, relpath: bytes, error: OSError) -> None:
         """Say, once, that something can't be read."""
-        hint = "give the daemon's user read permission; it is tried again at each rescan"
-        self._say(relpath, {"reason": "unreadable", "error": error.strerror, "hint": hint})
-
-    def _say(self, relpath: bytes, keys: dict[str, object]) -> None:
-        if hash(relpath) in self._said:
+        if hash(relpath) in self._complained:
             return
-        if len(self._said) >= _MOST_SAID:
-            self._said.clear()
-        self._said.add(hash(relpath))
+        if len(self._complained) >= _MOST_SAID:
+            self._complained.clear()
+        self._complained.add(hash(relpath))
+        hint = "give the daemon's user read permission; it is tried again at each rescan"
+        self._say(relpath, reason="unreadable", error=error.strerror, hint=hint)
+
+    def _say(self, relpath: bytes, **keys: object) -> None:
         self._log.emit(events.ARCHIVE_IGNORED, drop=self._drop, archive=relpath, exc_info=None, **keys)

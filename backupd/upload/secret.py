@@ -6,6 +6,7 @@ import base64
 import binascii
 import html
 import json
+import re
 import urllib.parse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -70,8 +71,13 @@ def secrets_of(request: httpx.Request) -> Iterator[str]:
 def _forms(secret: str) -> Iterator[str]:
     in_json = json.dumps(secret)[1:-1]
     yield secret
-    yield urllib.parse.quote(secret, safe="")
-    yield urllib.parse.quote_plus(secret)
+    for quoted in (
+        urllib.parse.quote(secret),
+        urllib.parse.quote(secret, safe=""),
+        urllib.parse.quote_plus(secret),
+    ):
+        yield quoted
+        yield re.sub("%..", lambda code: code[0].lower(), quoted)
     yield in_json
     yield in_json.replace("/", "\\/")
     yield html.escape(secret)

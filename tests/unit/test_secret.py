@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import re
 import urllib.parse
 
 import httpx
@@ -22,7 +23,9 @@ def test_no_form_of_a_secret_is_left(secret: str, before: str, after: str) -> No
     for form in (
         secret,
         json.dumps(secret)[1:-1],
+        urllib.parse.quote(secret),
         urllib.parse.quote(secret, safe=""),
+        re.sub("%..", lambda code: code[0].lower(), urllib.parse.quote(secret)),
         urllib.parse.quote_plus(secret),
         html.escape(secret),
         base64.b64encode(secret.encode()).decode(),
