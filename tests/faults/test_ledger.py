@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from backupd.ledger.database import FILE_NAME
 from backupd.receiver.serve import RunningReceiver
 from tests.privileges import needs_root
+from tests.scripted import Peer, ScriptedServer, answer, receipt_for, server_context
 from tests.stage import Daemon, Stage, until
 
 QUICK = '[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.5s"'
@@ -143,6 +145,86 @@ def test_pages_that_are_damaged_under_the_daemon_end_it_and_the_next_start_mends
     again.wait_for("archive.disposed", archive="after.tar.gz")
     assert len(stage.stored()) == len(stage.archives(stage.sent))
     assert again.stop() == 0
+
+
+def bring_in_log(ledger: Path) -> None:
+    """Have the pages in the file itself, and none in its log."""
+    with contextlib.closing(sqlite3.connect(ledger)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def a_page(ledger: Path, name: str) -> None:
+    """Spoil the first page of a table or index."""
+    bring_in_log(ledger)
+    with contextlib.closing(sqlite3.connect(ledger)) as db:
+        [page] = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (name,)).fetchone()
+    overwrite(ledger, (page - 1) * PAGE, PAGE)
+
+
+def a_table(ledger: Path) -> None:
+    a_page(ledger, "archive")
+
+
+def an_index(ledger: Path) -> None:
+    a_page(ledger, "delivery_due")
+
+
+def half(ledger: Path) -> None:
+    bring_in_log(ledger)
+    cut(ledger)
+
+
+def the_log(ledger: Path) -> None:
+    """Spoil the pages in the write-ahead log, but not what says which they are."""
+    log = ledger.with_name(f"{ledger.name}-wal")
+    for frame in range((log.stat().st_size - 32) // (24 + PAGE)):
+        overwrite(log, 32 + frame * (24 + PAGE) + 32, PAGE - 8)
+
+
+@pytest.mark.parametrize("damage", [a_table, an_index, half, the_log])
+def test_damage_under_the_daemon_is_said_by_an_event_and_costs_no_archive(
+    stage: Stage, damage: Callable[[Path], None]
+) -> None:
+    """Whichever thread finds it: the one that beats, too."""
+    ledger, down = stage.state / FILE_NAME, threading.Event()
+
+    def script(peer: Peer) -> None:
+        while True:
+            content = peer.read_request().archive
+            peer.send(answer(503) if down.is_set() else receipt_for(content))
+
+    with ScriptedServer(script, server_context(stage.pki)) as server:
+        stage.configure(server.url, top='heartbeat_every = "0.2s"', drop='rescan_every = "0.2s"', more=QUICK)
+        names = {f"sw-{number}.tar.gz" for number in range(40)}
+        for name in names:
+            stage.put(name, name.encode())
+        daemon = stage.daemon().ready()
+        daemon.wait_for("archive.disposed", count=len(names))
+        down.set()
+        stage.put("later.tar.gz", b"later")
+        daemon.wait_for("destination.paused")
+        before = stamps(stage.sent)
+
+        with contextlib.closing(sqlite3.connect(ledger, isolation_level=None)) as other:
+            version = other.execute("PRAGMA user_version").fetchone()[0]
+            other.execute(f"PRAGMA user_version = {version}")
+            damage(ledger)
+            with contextlib.suppress(sqlite3.DatabaseError):  # the daemon is to read it anew
+                other.execute(f"PRAGMA user_version = {version}")
+
+        until(lambda: daemon.process.poll() is not None, "the daemon to end")
+        assert daemon.process.returncode == 1
+        assert all("damaged" in line["error"] for line in daemon.events("daemon.failed"))
+        assert daemon.events("daemon.failed")
+        assert daemon.events("daemon.stopped")
+        assert stamps(stage.sent) == before
+        assert len(daemon.events("archive.delivered")) == len(names)
+        down.clear()
+        again = stage.daemon()
+        again.wait_for("archive.disposed", archive="later.tar.gz")
+        assert again.events("ledger.replaced")
+        assert {path.name for path in stage.archives(stage.sent)} == {*names, "later.tar.gz"}
+        assert again.stop() == 0
 
 
 def test_a_ledger_that_is_removed_under_the_daemon_costs_nothing(stage: Stage, waiting: Daemon) -> None:
