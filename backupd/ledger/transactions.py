@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import time
@@ -24,6 +25,9 @@ class Transactions:
         connection.execute("PRAGMA busy_timeout = 0")  # SQLite would wait with our lock held
         self._db = connection
         self._lock = threading.Lock()
+        path = connection.execute("PRAGMA database_list").fetchone()[2]
+        files = (path, f"{path}-wal") if path else ()  # one in memory has none
+        self._files = {file: os.stat(file) for file in files if os.path.exists(file)}
 
     @contextmanager
     def _transaction(self, *, durable: bool) -> Iterator[sqlite3.Connection]:
@@ -50,6 +54,19 @@ class Transactions:
             else:
                 return
             time.sleep(_PAUSE)
+
+    def check_files(self) -> None:
+        """See `Ledger.check_files`."""
+        for path, status in self._files.items():
+            try:
+                if os.path.samestat(os.stat(path), status):
+                    continue
+            except OSError:
+                pass  # it is not there, as far as we may see
+            raise LedgerError(
+                f"{path} was removed or replaced under the daemon",
+                "restart it: it goes on, but what it records now is lost then, and commands see nothing",
+            )
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:

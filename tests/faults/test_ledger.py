@@ -243,6 +243,38 @@ def test_a_ledger_that_is_removed_under_the_daemon_costs_nothing(stage: Stage, w
     assert again.stop() == 0
 
 
+def log_missing(ledger: Path) -> None:
+    ledger.with_name(f"{ledger.name}-wal").unlink()
+
+
+def replaced(ledger: Path) -> None:
+    """As by somebody who puts an old copy back."""
+    copy = ledger.with_name("copy")
+    shutil.copy(ledger, copy)
+    copy.rename(ledger)
+
+
+@pytest.mark.parametrize("remove", [missing, log_missing, all_missing, replaced])
+def test_a_ledger_that_is_removed_under_the_daemon_is_said_at_each_heartbeat(
+    stage: Stage, receiver: RunningReceiver, remove: Callable[[Path], None]
+) -> None:
+    stage.configure(receiver.url, top='heartbeat_every = "0.2s"', drop='stable_for = "0s"')
+    daemon = stage.daemon().ready()
+    daemon.wait_for("daemon.heartbeat", count=3)
+    assert not daemon.events("ledger.failed")
+    remove(stage.state / FILE_NAME)
+    for line in daemon.wait_for("ledger.failed", count=2):
+        assert "was removed or replaced under the daemon" in line["error"]
+    stage.put("after.tar.gz", b"after")
+    daemon.wait_for("archive.disposed", archive="after.tar.gz")
+    assert daemon.stop() == 0
+    again = stage.daemon().ready()
+    again.wait_for("daemon.heartbeat", count=2)
+    assert not again.events("ledger.failed")
+    assert_delivered(stage, "after.tar.gz")
+    assert again.stop() == 0
+
+
 def test_a_ledger_of_a_newer_program_is_refused_and_nothing_is_touched(stage: Stage, waiting: Daemon) -> None:
     ledger = stage.state / FILE_NAME
     with contextlib.closing(sqlite3.connect(ledger)) as db:
@@ -282,21 +314,16 @@ def test_a_ledger_that_another_process_holds_is_waited_for(stage: Stage, receive
     assert daemon.stop() == 0
 
 
-@pytest.mark.slow
-def test_a_daemon_ends_when_told_and_refuses_to_start_while_another_process_holds_the_ledger(
-    stage: Stage, receiver: RunningReceiver
+def test_a_daemon_does_not_start_while_another_process_holds_the_ledger(
+    stage: Stage, waiting: Daemon
 ) -> None:
-    stage.configure(receiver.url, drop='rescan_every = "0.5s"')
-    daemon = stage.daemon().ready()
+    before = stamps(stage.drop), stamps(stage.sent)
     with held(stage.state / FILE_NAME):
-        stage.put("sw.tar.gz", b"content")
-        daemon.wait_for("ledger.failed")
-        assert daemon.stop() == 0
         refused = stage.daemon()
         assert refused.process.wait(180) == 78
         assert "locked" in refused.text()
-        assert (stage.drop / "sw.tar.gz").exists()
-    stage.daemon().wait_for("archive.disposed", archive="sw.tar.gz")
+        assert (stamps(stage.drop), stamps(stage.sent)) == before
+    stage.daemon().wait_for("archive.disposed", archive="pending.tar.gz")
 
 
 @pytest.fixture
