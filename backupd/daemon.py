@@ -17,7 +17,7 @@ from backupd.certificates import Certificates
 from backupd.config.examination import Examine
 from backupd.config.loading import load
 from backupd.config.models import Config
-from backupd.core.errors import BackupdError, ConfigError, LedgerError
+from backupd.core.errors import BackupdError, ConfigError, LedgerDamagedError, LedgerError
 from backupd.heartbeat import Heartbeat
 from backupd.ops import events
 from backupd.ops.log import EventLog
@@ -100,7 +100,12 @@ class Daemon:
         )
         self._beat()
         self._notifier.send("READY=1", self._status())
-        return self._shut_down(self._go_on())
+        try:
+            received = self._go_on()
+        except LedgerDamagedError as error:  # found by this thread, and not by one of the others
+            self._log.emit(events.DAEMON_FAILED, error=error.message, hint=error.hint)
+            self._threads.failed, received = True, signal.SIGTERM
+        return self._shut_down(received)
 
     def _begin(self, drops: Mapping[str, DropPart], destinations: Mapping[str, DestinationPart]) -> None:
         for drop in drops.values():
@@ -247,7 +252,7 @@ class Daemon:
         self._abandon.set()
         pending = None
         if settled:
-            with suppress(LedgerError):  # the next start does it too
+            with suppress(LedgerError, LedgerDamagedError):  # the next start does it too
                 self._parts.ledger.release_claims()
                 pending = sum(b.pending for b in self._parts.ledger.backlog().values())
             self._parts.ledger.close()

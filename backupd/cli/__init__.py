@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import sys
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
@@ -12,6 +13,7 @@ def main() -> None:
     """Run the command line; what goes wrong is told in words, with the exit code that belongs to it."""
     from backupd.core.errors import BackupdError  # noqa: PLC0415 -- what a command needs is imported by it
 
+    _open_what_is_closed()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names may hold what the locale can't write
@@ -27,6 +29,15 @@ def main() -> None:
             raise
         sys.stderr.write(_told(error))
         sys.exit(1)
+
+
+def _open_what_is_closed() -> None:
+    """Have descriptors 0 to 2 lead nowhere if they are closed: else a file of ours would get our output."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    sys.stdout = sys.stdout or io.TextIOWrapper(io.FileIO(1, "w", closefd=False))
+    sys.stderr = sys.stderr or io.TextIOWrapper(io.FileIO(2, "w", closefd=False))
 
 
 def _told(error: BaseException) -> str:

@@ -7,8 +7,6 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
@@ -16,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from backupd.core.errors import LedgerDamagedError, LedgerError
+from backupd.core.errors import LedgerError
+from backupd.ledger.transactions import is_damage
 
 FILE_NAME = "ledger.sqlite3"
 LOCK_NAME = "backupd.lock"
@@ -120,7 +119,7 @@ def open_ledger(state_dir: Path, *, check: bool = False) -> Opened:
         try:
             return Opened(_connect(path, check=check), aside, is_new)
         except sqlite3.DatabaseError as error:
-            if not _is_damage(error):
+            if not is_damage(error):
                 raise
         aside = _set_aside(path)
         return Opened(_connect(path, check=False), aside)
@@ -201,39 +200,6 @@ def _opened(path: Path, *, check: bool) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
-
-
-@contextmanager
-def failures(what: str) -> Iterator[None]:
-    """Raise what goes wrong with a ledger that was open; `what` is what can't be done: read, written."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        if _is_damage(error):
-            raise LedgerDamagedError(
-                f"the ledger is damaged: {error}",
-                "the daemon ends; the next start checks the ledger, puts a damaged one aside and begins"
-                " anew from the folders; look at the disk of `state_dir`",
-            ) from error
-        raise LedgerError(f"the ledger can't be {what}: {error}", "check the disk of `state_dir`") from error
-
-
-@contextmanager
-def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """Commit what is done within, all of it or nothing; raises as `failures`."""
-    with failures("written"):
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:  # SQLite rolls back by itself where the disk is full
-                db.execute("ROLLBACK")
-            raise
-
-
-def _is_damage(error: sqlite3.Error) -> bool:
-    return type(error) is sqlite3.DatabaseError  # OperationalError and friends: locked, full, read-only
 
 
 def _set_aside(path: Path) -> Path:

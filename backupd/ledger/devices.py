@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from datetime import datetime, timedelta
 
 from backupd.core.freshness import WHOLE_DROP, Device, Expectation
@@ -12,6 +11,7 @@ from backupd.core.model import Archive
 from backupd.core.sizes import KEPT, unusual
 from backupd.ledger.habits import Habits, Tracked, UnusualSize
 from backupd.ledger.rows import Row, as_micros, as_time
+from backupd.ledger.transactions import Transactions
 
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -27,14 +27,8 @@ _CLEAR = "DELETE FROM device WHERE NOT (listed OR archives OR alarmed)"
 _OVER = "disposition = 'done' AND NOT live AND (state <> 'rejected' OR disposed_to IS NULL)"
 
 
-class SqliteHabits(Habits):
-    """The methods of `Habits`, for a ledger that has transactions."""
-
-    def _transaction(self, *, durable: bool) -> AbstractContextManager[sqlite3.Connection]:
-        raise NotImplementedError
-
-    def _reading(self) -> AbstractContextManager[sqlite3.Connection]:
-        raise NotImplementedError
+class SqliteHabits(Transactions, Habits):
+    """The methods of `Habits`."""
 
     def expect(self, expectations: Mapping[str, Expectation], now: datetime) -> None:
         """See `Habits.expect`."""

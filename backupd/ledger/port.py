@@ -171,6 +171,10 @@ class Ledger(Habits, Protocol):
         """Note how a destination's gate stands, for whoever asks beside the daemon."""
         ...
 
+    def check_files(self) -> None:
+        """Raise LedgerError if what is recorded goes where nobody will find it."""
+        ...
+
     def close(self) -> None:
         """Close the ledger; further calls are errors."""
         ...

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import sqlite3
-import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from itertools import accumulate, takewhile
 
 from backupd.core.gate import Gate
 from backupd.core.model import Archive, Delivery, DeliveryState, Digest, Rejected
 from backupd.core.step import Priority, archive_state
-from backupd.ledger.database import failures, transaction
 from backupd.ledger.devices import SqliteHabits, note_arrival
 from backupd.ledger.port import Admission, Backlog, Disposed, Finished, Known, Ledger, Settled, Sighting, mark
 from backupd.ledger.rows import (
@@ -45,22 +42,6 @@ class SqliteLedger(SqliteHabits, Ledger):
     What a disposition hangs on is committed with `synchronous=FULL`. Admissions and claims are not worth
     a sync: what a power cut takes of them, the scan and `release_claims` bring back.
     """
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._db = connection
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def _transaction(self, *, durable: bool) -> Iterator[sqlite3.Connection]:
-        with self._lock, failures("written"):
-            self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-            with transaction(self._db):
-                yield self._db
-
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, failures("read"):
-            yield self._db
 
     def known(self, drop: str) -> Known:
         """See `Ledger.known`."""

@@ -8,9 +8,10 @@ from datetime import datetime
 from pathlib import Path
 
 from backupd.core.errors import LedgerError
-from backupd.ledger.database import FILE_NAME, failures, transaction
+from backupd.ledger.database import FILE_NAME
 from backupd.ledger.rows import ARCHIVE_COLUMNS, Row, as_archive, as_micros, as_time
 from backupd.ledger.shelf import Kept, Removal, Shelf
+from backupd.ledger.transactions import failures, transaction
 
 _COLUMNS = f"{ARCHIVE_COLUMNS}, disposed_to, disposed_at"
 _SENT = "state = 'delivered' AND disposed_to IS NOT NULL"

@@ -14,6 +14,7 @@ from typing import IO
 
 import pytest
 
+from backupd.ledger.database import LOCK_NAME
 from backupd.receiver.serve import RunningReceiver
 from tests.faults.shim import Shim
 from tests.scripted import Peer, ScriptedServer, receipt_for, server_context
@@ -209,3 +210,28 @@ def test_an_output_that_nobody_empties_stops_no_delivery(stage: Stage, receiver:
     finally:
         os.close(writer)
         os.close(reader)
+
+
+@pytest.mark.parametrize(
+    ("closed", "log_format"), [(">&-", "json"), ("<&- >&- 2>&-", "json"), ("<&- >&- 2>&-", "auto")]
+)
+def test_a_closed_output_stops_no_delivery_and_leads_into_no_file(
+    stage: Stage, receiver: RunningReceiver, closed: str, log_format: str
+) -> None:
+    """Else the first file that is opened would be the output: the lock, the ledger, an archive."""
+    stage.configure(
+        receiver.url, top=f'[log]\nformat = "{log_format}"', drop='stable_for = "0s"\ninspect = "off"'
+    )
+    command = f"exec '{sys.executable}' -m backupd run --config '{stage.config}' {closed}"
+    stage.put("core.tar.gz", b"core")
+    process = subprocess.Popen(["sh", "-c", command], stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: process.poll() is not None or (stage.sent / "core.tar.gz").exists(), "the archive")
+        assert process.poll() is None
+        assert (stage.state / LOCK_NAME).read_text() == f"{process.pid}\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(180) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert [path.read_bytes() for path in stage.archives(stage.drop)] == [b"core"]

@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from backupd.ledger.database import FILE_NAME
 from backupd.receiver.serve import RunningReceiver
 from tests.privileges import needs_root
+from tests.scripted import Peer, ScriptedServer, answer, receipt_for, server_context
 from tests.stage import Daemon, Stage, until
 
 QUICK = '[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.5s"'
@@ -145,6 +147,86 @@ def test_pages_that_are_damaged_under_the_daemon_end_it_and_the_next_start_mends
     assert again.stop() == 0
 
 
+def bring_in_log(ledger: Path) -> None:
+    """Have the pages in the file itself, and none in its log."""
+    with contextlib.closing(sqlite3.connect(ledger)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def a_page(ledger: Path, name: str) -> None:
+    """Spoil the first page of a table or index."""
+    bring_in_log(ledger)
+    with contextlib.closing(sqlite3.connect(ledger)) as db:
+        [page] = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (name,)).fetchone()
+    overwrite(ledger, (page - 1) * PAGE, PAGE)
+
+
+def a_table(ledger: Path) -> None:
+    a_page(ledger, "archive")
+
+
+def an_index(ledger: Path) -> None:
+    a_page(ledger, "delivery_due")
+
+
+def half(ledger: Path) -> None:
+    bring_in_log(ledger)
+    cut(ledger)
+
+
+def the_log(ledger: Path) -> None:
+    """Spoil the pages in the write-ahead log, but not what says which they are."""
+    log = ledger.with_name(f"{ledger.name}-wal")
+    for frame in range((log.stat().st_size - 32) // (24 + PAGE)):
+        overwrite(log, 32 + frame * (24 + PAGE) + 32, PAGE - 8)
+
+
+@pytest.mark.parametrize("damage", [a_table, an_index, half, the_log])
+def test_damage_under_the_daemon_is_said_by_an_event_and_costs_no_archive(
+    stage: Stage, damage: Callable[[Path], None]
+) -> None:
+    """Whichever thread finds it: the one that beats, too."""
+    ledger, down = stage.state / FILE_NAME, threading.Event()
+
+    def script(peer: Peer) -> None:
+        while True:
+            content = peer.read_request().archive
+            peer.send(answer(503) if down.is_set() else receipt_for(content))
+
+    with ScriptedServer(script, server_context(stage.pki)) as server:
+        stage.configure(server.url, top='heartbeat_every = "0.2s"', drop='rescan_every = "0.2s"', more=QUICK)
+        names = {f"sw-{number}.tar.gz" for number in range(40)}
+        for name in names:
+            stage.put(name, name.encode())
+        daemon = stage.daemon().ready()
+        daemon.wait_for("archive.disposed", count=len(names))
+        down.set()
+        stage.put("later.tar.gz", b"later")
+        daemon.wait_for("destination.paused")
+        before = stamps(stage.sent)
+
+        with contextlib.closing(sqlite3.connect(ledger, isolation_level=None)) as other:
+            version = other.execute("PRAGMA user_version").fetchone()[0]
+            other.execute(f"PRAGMA user_version = {version}")
+            damage(ledger)
+            with contextlib.suppress(sqlite3.DatabaseError):  # the daemon is to read it anew
+                other.execute(f"PRAGMA user_version = {version}")
+
+        until(lambda: daemon.process.poll() is not None, "the daemon to end")
+        assert daemon.process.returncode == 1
+        assert all("damaged" in line["error"] for line in daemon.events("daemon.failed"))
+        assert daemon.events("daemon.failed")
+        assert daemon.events("daemon.stopped")
+        assert stamps(stage.sent) == before
+        assert len(daemon.events("archive.delivered")) == len(names)
+        down.clear()
+        again = stage.daemon()
+        again.wait_for("archive.disposed", archive="later.tar.gz")
+        assert again.events("ledger.replaced")
+        assert {path.name for path in stage.archives(stage.sent)} == {*names, "later.tar.gz"}
+        assert again.stop() == 0
+
+
 def test_a_ledger_that_is_removed_under_the_daemon_costs_nothing(stage: Stage, waiting: Daemon) -> None:
     daemon = stage.daemon().ready()
     daemon.wait_for("archive.disposed", archive="pending.tar.gz")
@@ -161,6 +243,38 @@ def test_a_ledger_that_is_removed_under_the_daemon_costs_nothing(stage: Stage, w
     assert again.stop() == 0
 
 
+def log_missing(ledger: Path) -> None:
+    ledger.with_name(f"{ledger.name}-wal").unlink()
+
+
+def replaced(ledger: Path) -> None:
+    """As by somebody who puts an old copy back."""
+    copy = ledger.with_name("copy")
+    shutil.copy(ledger, copy)
+    copy.rename(ledger)
+
+
+@pytest.mark.parametrize("remove", [missing, log_missing, all_missing, replaced])
+def test_a_ledger_that_is_removed_under_the_daemon_is_said_at_each_heartbeat(
+    stage: Stage, receiver: RunningReceiver, remove: Callable[[Path], None]
+) -> None:
+    stage.configure(receiver.url, top='heartbeat_every = "0.2s"', drop='stable_for = "0s"')
+    daemon = stage.daemon().ready()
+    daemon.wait_for("daemon.heartbeat", count=3)
+    assert not daemon.events("ledger.failed")
+    remove(stage.state / FILE_NAME)
+    for line in daemon.wait_for("ledger.failed", count=2):
+        assert "was removed or replaced under the daemon" in line["error"]
+    stage.put("after.tar.gz", b"after")
+    daemon.wait_for("archive.disposed", archive="after.tar.gz")
+    assert daemon.stop() == 0
+    again = stage.daemon().ready()
+    again.wait_for("daemon.heartbeat", count=2)
+    assert not again.events("ledger.failed")
+    assert_delivered(stage, "after.tar.gz")
+    assert again.stop() == 0
+
+
 def test_a_ledger_of_a_newer_program_is_refused_and_nothing_is_touched(stage: Stage, waiting: Daemon) -> None:
     ledger = stage.state / FILE_NAME
     with contextlib.closing(sqlite3.connect(ledger)) as db:
@@ -172,19 +286,44 @@ def test_a_ledger_of_a_newer_program_is_refused_and_nothing_is_touched(stage: St
     assert (stamps(stage.drop), stamps(stage.sent), ledger.read_bytes()) == before
 
 
-def test_a_ledger_that_another_process_holds_is_waited_for(stage: Stage, waiting: Daemon) -> None:
-    daemon = stage.daemon().ready()
-    daemon.wait_for("archive.disposed", archive="pending.tar.gz")
-    with contextlib.closing(sqlite3.connect(stage.state / FILE_NAME, isolation_level=None)) as db:
+@contextlib.contextmanager
+def held(ledger: Path) -> Iterator[None]:
+    """Have somebody else hold the ledger."""
+    with contextlib.closing(sqlite3.connect(ledger, isolation_level=None)) as db:
         db.execute("BEGIN EXCLUSIVE")
-        stage.put("after.tar.gz", b"after")
-        failed = daemon.wait_for("ledger.failed")  # after SQLite's own patience
-        assert "locked" in failed[0]["error"]
-        assert (stage.drop / "after.tar.gz").exists()
+        yield
         db.execute("ROLLBACK")
+
+
+def test_a_ledger_that_another_process_holds_is_waited_for(stage: Stage, receiver: RunningReceiver) -> None:
+    """Nor does whoever waits keep others from reading it: systemd would take us for hung."""
+    stage.configure(
+        receiver.url, top='heartbeat_every = "0.2s"', drop='stable_for = "0s"\nrescan_every = "0.5s"'
+    )
+    daemon = stage.daemon().ready()
+    with held(stage.state / FILE_NAME):
+        before = len(daemon.events("daemon.heartbeat"))
+        stage.put("after.tar.gz", b"after")
+        failed = daemon.wait_for("ledger.failed")  # after our patience
+        assert len(daemon.events("daemon.heartbeat")) > before + 3
+        assert "locked" in failed[0]["error"]
+        assert "another process holds it" in failed[0]["hint"]
+        assert (stage.drop / "after.tar.gz").exists()
     daemon.wait_for("archive.disposed", archive="after.tar.gz")
-    assert_delivered(stage, "after.tar.gz", "pending.tar.gz", "sent.tar.gz")
+    assert_delivered(stage, "after.tar.gz")
     assert daemon.stop() == 0
+
+
+def test_a_daemon_does_not_start_while_another_process_holds_the_ledger(
+    stage: Stage, waiting: Daemon
+) -> None:
+    before = stamps(stage.drop), stamps(stage.sent)
+    with held(stage.state / FILE_NAME):
+        refused = stage.daemon()
+        assert refused.process.wait(180) == 78
+        assert "locked" in refused.text()
+        assert (stamps(stage.drop), stamps(stage.sent)) == before
+    stage.daemon().wait_for("archive.disposed", archive="pending.tar.gz")
 
 
 @pytest.fixture
