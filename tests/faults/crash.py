@@ -162,7 +162,7 @@ def _see_it_end(ground: Ground, one: Strike, archive: Archive) -> Call | None:
     """
     daemon = ground.daemon
     assert daemon is not None
-    struck_at = None
+    struck_at = gone_by = None
     over = False
     began = time.monotonic()
     while daemon.process.poll() is None:
@@ -174,8 +174,8 @@ def _see_it_end(ground: Ground, one: Strike, archive: Archive) -> Call | None:
             if not one.kills and (over or time.monotonic() - struck_at > _GOES_ON):
                 break
         elif over:
-            time.sleep(0.05)  # the last calls come after the commit that we see
-            if ground.shim.struck is None and daemon.process.poll() is None:
+            gone_by = gone_by or time.monotonic()  # the last calls come after the commit that we see
+            if time.monotonic() - gone_by > _GOES_ON and ground.shim.struck is None:
                 return None
         if time.monotonic() - began > 180:
             raise BrokenError(f"{archive.name} did not end: {daemon.text()[-3000:]}")
