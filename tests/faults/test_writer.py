@@ -32,6 +32,7 @@ def settle(stage: Stage, daemon: Daemon, count: int) -> list[bytes]:
         return not waiting and len(stage.archives(stage.sent)) >= count
 
     until(settled, f"{count} archives in sent\n{daemon.text()[-3000:]}")
+    daemon.wait_for("archive.disposed", count)  # said last
     return sorted(path.read_bytes() for path in stage.archives(stage.sent))
 
 
