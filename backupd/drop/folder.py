@@ -43,6 +43,15 @@ class DropFolder:
             return False
         return os.path.samestat(there, os.fstat(self._fd))
 
+    def check_readable(self) -> None:
+        """Raise OSError where we have no right any more to what our descriptor still leads to."""
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._fd)
+        try:
+            with os.scandir(fd) as entries:
+                next(entries, None)
+        finally:
+            os.close(fd)
+
     def reopen(self) -> None:
         """Hold the directory that the path leads to now, under the same descriptor number."""
         fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

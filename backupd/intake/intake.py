@@ -118,10 +118,9 @@ class Intake:
         return self._sight.is_blind
 
     def _notice(self, path: bytes, is_directory: bool) -> None:
-        if path == self._prefix:
-            self._sight.heard()
-            return
-        self._notices.put(_Notice(path, is_directory))
+        self._sight.heard()
+        if path != self._prefix:
+            self._notices.put(_Notice(path, is_directory))
 
     def _wait(self, next_scan: float) -> None:
         dues = (self._candidates.next_due(), self._examination.next_due())

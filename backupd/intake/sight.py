@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from backupd.config.models import DropConfig
 from backupd.drop.folder import DropFolder
 from backupd.drop.mounts import filesystem_of, is_remote
-from backupd.intake.watcher import Ignores, Notice, Watcher, WatchError
+from backupd.intake.watcher import LIMITS_HINT, Ignores, Notice, Watcher, WatchError
 from backupd.ops import events
 from backupd.ops.log import EventLog
 
@@ -39,7 +40,8 @@ class Sight:
         self._ignores = ignores
         self._watcher: Watcher | None = None
         self._polling = False
-        self._blind = False
+        self._blind = ""
+        """Why we see nothing, as it was last said; empty while we see."""
         self._root_failing = False
         self._asked: float | None = None
         """When the watcher was last asked for a sign of life that has not come yet, monotonic."""
@@ -47,7 +49,7 @@ class Sight:
     @property
     def is_blind(self) -> bool:
         """Whether only the scan brings archives, if anything does."""
-        return self._blind or self._root_failing
+        return bool(self._blind) or self._root_failing
 
     def open(self) -> None:
         """Choose how to look, say so, and begin."""
@@ -80,14 +82,14 @@ class Sight:
     def scan_every(self) -> float:
         """Return the seconds until the next scan."""
         every = self._config.rescan_every.total_seconds()
-        return min(every, _POLL_EVERY) if self._polling or self._blind or self._root_failing else every
+        return min(every, _POLL_EVERY) if self._polling or self.is_blind else every
 
     def patience(self) -> float:
         """Return for how many seconds an overflow may go unnoticed."""
         return 1.0 if not self._polling else self.scan_every()
 
     def heard(self) -> None:
-        """Note that an event came of the folder itself, which only a watcher that sees can tell of."""
+        """Note that an event came, which only a watcher that sees can tell of."""
         self._asked = None
 
     def has_missed_some(self) -> bool:
@@ -101,23 +103,30 @@ class Sight:
         self._say_blind(
             "overflow", "the kernel's queue was full", "raise fs.inotify.max_queued_events (sysctl)"
         )
-        self._say_restored()
+        self._say_what_is_seen(self._watcher)
         return True
 
     def check(self) -> bool:
         """Look after the eyes; return whether they were open since the last check."""
         if not self._folder.is_in_place():
             self._say_blind("replaced", "the folder was moved, deleted, unmounted or mounted over", "")
-            if not self._reopen():
-                return False
+            if self._works(self._folder.reopen):
+                self._restart()
+            return False
+        was_failing = self._root_failing
+        if not self._works(self._folder.check_readable):
+            return False
+        if was_failing:
             self._restart()
             return False
-        self._root_failing = False
         if self._polling:
             return False
         if self._watcher is None or not self._watcher.is_alive():
             if self._watcher is not None:
                 self._say_blind("dead", "a thread of the watcher has ended", "")
+            self._restart()
+            return False
+        if self._watcher.is_partial():
             self._restart()
             return False
         return self._ask(self._watcher)
@@ -153,10 +162,12 @@ class Sight:
                 hint="make the folder readable and writable for the daemon's user; it is tried again",
             )
         self._root_failing = True
+        self._blind = self._blind or "unreadable"
 
-    def _reopen(self) -> bool:
+    def _works(self, access: Callable[[], None]) -> bool:
+        """Return whether the folder can be had; that it can't is said."""
         try:
-            self._folder.reopen()
+            access()
         except OSError as error:
             self.root_failed(error)
             return False
@@ -165,7 +176,9 @@ class Sight:
 
     def _restart(self) -> None:
         self.close()
-        if not self._polling:
+        if self._polling:
+            self._say_restored()
+        else:
             self._start()
 
     def _start(self) -> None:
@@ -176,10 +189,16 @@ class Sight:
             self._say_blind("refused", error.message, error.hint)
             return
         self._watcher = watcher
-        self._say_restored()
+        self._say_what_is_seen(watcher)
+
+    def _say_what_is_seen(self, watcher: Watcher) -> None:
+        if watcher.is_partial():
+            self._say_blind("refused", f"{self._path}: some directories are not watched", LIMITS_HINT)
+        else:
+            self._say_restored()
 
     def _say_blind(self, reason: str, error: str, hint: str) -> None:
-        if not self._blind:
+        if reason != self._blind:
             self._log.emit(
                 events.WATCHER_BLIND,
                 drop=self._drop,
@@ -188,9 +207,10 @@ class Sight:
                 error=error,
                 hint=hint or "nothing: the scan finds what was missed, and the watcher is made anew",
             )
-        self._blind = True
+        self._blind = reason
 
     def _say_restored(self) -> None:
         if self._blind:
-            self._log.emit(events.WATCHER_RESTORED, drop=self._drop, path=self._path, observer="inotify")
-        self._blind = False
+            observer = "polling" if self._polling else "inotify"
+            self._log.emit(events.WATCHER_RESTORED, drop=self._drop, path=self._path, observer=observer)
+        self._blind = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import os
 import threading
@@ -48,6 +49,8 @@ warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning, "watchdog"
 
 _OVERFLOW_LOGGERS = ("watchdog.observers.inotify_c", "watchdog.observers.inotify")
 
+LIMITS_HINT = "raise fs.inotify.max_user_watches and max_user_instances (sysctl) if a limit is reached"
+
 Notice = Callable[[bytes, bool], None]
 """Called with an absolute path and whether it is a directory."""
 
@@ -85,6 +88,8 @@ class _Watches(InotifyWatchGroup):
     """The watches on a tree but for what is ignored in it: nothing that lies in `sent` costs anything."""
 
     ignores: Ignores = lambda _: False
+    is_partial: bool = False
+    """Whether the kernel had no watch left for some directory."""
 
     # A directory that was moved keeps its watch. watchdog counts on hearing of that; we need not, as long
     # as there is one path for a watch and one watch for a path.
@@ -95,9 +100,10 @@ class _Watches(InotifyWatchGroup):
         mask = Mask(self.event_mask & ~InotifyConstants.IN_DONT_FOLLOW) if is_root else self.event_mask
         try:
             watch = self._inotify_fd.add_callback(path, mask, self._callback, self._id)
-        except OSError:
+        except OSError as error:
             if is_root:
                 raise
+            self.is_partial |= error.errno in (errno.ENOSPC, errno.ENOMEM)
             return
         before = self._active_callbacks_by_watch.get(watch)
         if before is not None and self._active_callbacks_by_path.get(before) == watch:
@@ -120,8 +126,10 @@ class _Watches(InotifyWatchGroup):
             raise OSError(code, os.strerror(code))
         if watch != self._active_callbacks_by_path.get(self.path):
             return False
-        os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-        inotify_add_watch(queue, folder, mask)
+        try:
+            os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        finally:
+            inotify_add_watch(queue, folder, mask)
         return True
 
     def on_event(self, event: InotifyEvent) -> None:
@@ -200,7 +208,7 @@ class Watcher:
             self.stop()
             raise WatchError(
                 f"{self._path}: no events ({error.strerror or error})",
-                "raise fs.inotify.max_user_watches and max_user_instances (sysctl) if a limit is reached",
+                LIMITS_HINT,
             ) from error
         self._overflow.attach()
 
@@ -230,13 +238,19 @@ class Watcher:
 
         `root` is a descriptor of the folder. Raises OSError where that can't be opened.
         """
-        emitters = self._observer.emitters if self._observer is not None else ()
-        watches = [emitter._inotify for emitter in emitters if isinstance(emitter, _Emitter)]  # noqa: SLF001
-        return all(watch is not None and watch.ask(root) for watch in watches)
+        return all(watches is not None and watches.ask(root) for watches in self._all_watches())
+
+    def is_partial(self) -> bool:
+        """Tell whether some directories are not watched, because a limit is reached."""
+        return any(watches is not None and watches.is_partial for watches in self._all_watches())
 
     def take_overflow(self) -> bool:
         """Tell whether the kernel's queue has overflowed since last asked."""
         return self._overflow.take()
+
+    def _all_watches(self) -> list[_Watches | None]:
+        emitters = self._observer.emitters if self._observer is not None else ()
+        return [emitter._inotify for emitter in emitters if isinstance(emitter, _Emitter)]  # noqa: SLF001
 
 
 def _is_no_farewell(record: logging.LogRecord) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,10 @@ from tests.privileges import needs_root
 from tests.stage import Daemon, Stage, until
 
 OFTEN = 'stable_for = "0s"\nrescan_every = "1s"'
+SCANS_TOLD = '[log]\nlevel = "debug"\n'
+"""Without it no `drop.scanned` is logged, and nothing is known of what a scan found."""
+KNOBS = Path("/proc/sys/user")
+OWN_LIMITS = ["unshare", "--user", "--map-root-user"]
 
 
 def deliver(stage: Stage, daemon: Daemon, name: str) -> None:
@@ -25,19 +31,39 @@ def deliver(stage: Stage, daemon: Daemon, name: str) -> None:
 
 
 def sees_again(stage: Stage, daemon: Daemon, name: str) -> None:
-    """Show that events come: some archive is admitted while no scan has ended."""
+    """Show that events come: some archive is admitted while no scan has ended since it was dropped."""
+    daemon.wait_for("drop.scanned")
+    tries = itertools.count(1)
 
     def came_by_event() -> bool:
-        came_by_event.tries += 1  # type: ignore[attr-defined]
-        archive = f"{name}-{came_by_event.tries}.tar.gz"  # type: ignore[attr-defined]
+        archive = f"{name}-{next(tries)}.tar.gz"
         known = len(daemon.events())
         deliver(stage, daemon, archive)
-        lines = daemon.events()[known:]
-        names = [line["event"] for line in lines[: [line.get("archive") for line in lines].index(archive)]]
-        return "drop.scanned" not in names
+        lines = [(line["event"], line.get("archive")) for line in daemon.events()[known:]]
+        return ("drop.scanned", None) not in lines[: lines.index(("archive.admitted", archive))]
 
-    came_by_event.tries = 0  # type: ignore[attr-defined]
     until(came_by_event, "an archive that an event told of")
+
+
+def within_limits(**limits: int) -> list[str]:
+    """Return the beginning of a command for the daemon to run under its own limits of inotify."""
+    first = "; ".join(f"echo {value} > {KNOBS / name}" for name, value in limits.items())
+    return [*OWN_LIMITS, "sh", "-c", f'{first}; exec "$@"', "sh"]
+
+
+def set_limit(daemon: Daemon, name: str, value: int) -> None:
+    subprocess.run(
+        ["nsenter", "--user", f"--target={daemon.pid}", "sh", "-c", f"echo {value} > {KNOBS / name}"],
+        check=True,
+    )
+
+
+@pytest.fixture
+def own_limits() -> None:
+    """Skip where a process can't have limits of its own."""
+    able = [*OWN_LIMITS, "test", "-w", str(KNOBS / "max_inotify_watches")]
+    if subprocess.run(able, check=False, capture_output=True).returncode:
+        pytest.skip("user namespaces can't be made")
 
 
 @pytest.fixture
@@ -55,7 +81,7 @@ def mount(folder: Path) -> None:
 @needs_root
 @pytest.mark.usefixtures("mounts")
 def test_a_root_that_is_mounted_over_and_unmounted(stage: Stage, receiver: RunningReceiver) -> None:
-    stage.configure(receiver.url, drop=OFTEN)
+    stage.configure(receiver.url, drop=OFTEN, more=SCANS_TOLD)
     daemon = stage.daemon().ready()
     deliver(stage, daemon, "before.tar.gz")
 
@@ -111,16 +137,13 @@ def test_archives_that_wait_on_a_filesystem_that_goes_away_are_sent_when_it_is_b
         subprocess.run(["umount", "--lazy", image], check=True)
 
 
+@pytest.mark.usefixtures("own_limits")
 @pytest.mark.parametrize("limit", ["max_inotify_instances", "max_inotify_watches"])
 def test_a_limit_of_the_kernel_is_said_and_archives_are_found_without_events(
     stage: Stage, receiver: RunningReceiver, limit: str
 ) -> None:
-    knob = Path("/proc/sys/user") / limit
-    within = ["unshare", "--user", "--map-root-user"]
-    if subprocess.run([*within, "test", "-w", knob], check=False, capture_output=True).returncode:
-        pytest.skip("user namespaces can't be made")
-    stage.configure(receiver.url, top='heartbeat_every = "1s"', drop=OFTEN)
-    daemon = stage.daemon(before=[*within, "sh", "-c", f'echo 0 > {knob}; exec "$@"', "sh"])
+    stage.configure(receiver.url, top='heartbeat_every = "1s"', drop=OFTEN, more=SCANS_TOLD)
+    daemon = stage.daemon(before=within_limits(**{limit: 0}))
 
     refused = daemon.wait_for("watcher.blind", reason="refused")[0]
     assert f"max_user_{limit.rpartition('_')[2]}" in refused["hint"]
@@ -128,20 +151,110 @@ def test_a_limit_of_the_kernel_is_said_and_archives_are_found_without_events(
     deliver(stage, daemon, "found.tar.gz")
     assert len(daemon.events("watcher.blind")) == 1  # however often it is tried again
 
-    subprocess.run(
-        ["nsenter", "--user", f"--target={daemon.pid}", "sh", "-c", f"echo 1000 > {knob}"],
-        check=True,
-    )
+    set_limit(daemon, limit, 1000)
     daemon.wait_for("watcher.restored")
     sees_again(stage, daemon, "later")
     daemon.wait_for("daemon.heartbeat", blind=0)
     assert daemon.stop() == 0
 
 
+@pytest.mark.usefixtures("own_limits")
+def test_a_limit_that_leaves_only_some_directories_unwatched_is_said(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url, top='heartbeat_every = "1s"', drop=OFTEN, more=SCANS_TOLD)
+    daemon = stage.daemon(before=within_limits(max_inotify_watches=2)).ready()
+    sees_again(stage, daemon, "root")
+    assert daemon.events("watcher.blind") == []
+
+    for name in ("first", "second"):
+        (stage.drop / name).mkdir()
+    refused = daemon.wait_for("watcher.blind", reason="refused")[0]
+    assert "max_user_watches" in refused["hint"]
+    daemon.wait_for("daemon.heartbeat", blind=1)
+    for name in ("first", "second"):
+        deliver(stage, daemon, f"{name}/found.tar.gz")
+    scans = len(daemon.events("drop.scanned"))
+    daemon.wait_for("drop.scanned", scans + 3)
+    assert len(daemon.events("watcher.blind")) == 1
+    assert daemon.events("watcher.restored") == []
+
+    set_limit(daemon, "max_inotify_watches", 1000)
+    daemon.wait_for("watcher.restored")
+    for name in ("first", "second"):
+        sees_again(stage, daemon, f"{name}/later")
+    daemon.wait_for("daemon.heartbeat", blind=0)
+    assert daemon.stop() == 0
+
+
+@pytest.mark.usefixtures("own_limits")
+def test_each_further_reason_to_be_blind_is_said(stage: Stage, receiver: RunningReceiver) -> None:
+    """The root is replaced while the kernel has no watcher left to give."""
+    stage.configure(receiver.url, drop=OFTEN, more=SCANS_TOLD)
+    daemon = stage.daemon(before=within_limits(max_inotify_instances=1)).ready()
+    set_limit(daemon, "max_inotify_instances", 0)
+    stage.drop.rename(stage.base / "away")
+    stage.drop.mkdir()
+    daemon.wait_for("watcher.blind", reason="replaced")
+    daemon.wait_for("watcher.blind", reason="refused")
+    deliver(stage, daemon, "found.tar.gz")
+    assert len(daemon.events("watcher.blind")) == 2
+
+    set_limit(daemon, "max_inotify_instances", 1000)
+    daemon.wait_for("watcher.restored")
+    sees_again(stage, daemon, "later")
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("go", [shutil.rmtree, lambda root: root.rename(root.with_name("away"))])
+def test_a_root_that_goes_and_is_made_anew(
+    stage: Stage, receiver: RunningReceiver, go: Callable[[Path], object]
+) -> None:
+    stage.configure(receiver.url, top='heartbeat_every = "1s"', drop=OFTEN, more=SCANS_TOLD)
+    daemon = stage.daemon().ready()
+    deliver(stage, daemon, "before.tar.gz")
+    go(stage.drop)
+    daemon.wait_for("watcher.blind", reason="replaced")
+    (failed,) = daemon.wait_for("drop.failed", error="No such file or directory")
+    assert failed["hint"]
+    daemon.wait_for("daemon.heartbeat", blind=1)
+
+    stage.drop.mkdir()
+    deliver(stage, daemon, "after.tar.gz")
+    daemon.wait_for("watcher.restored")
+    sees_again(stage, daemon, "later")
+    assert len(daemon.events("watcher.blind")) == len(daemon.events("drop.failed")) == 1
+    assert daemon.stop() == 0
+
+
+@needs_root
+def test_a_root_that_is_made_unreadable_in_its_place(stage: Stage, receiver: RunningReceiver) -> None:
+    stage.configure(receiver.url, top='heartbeat_every = "1s"', drop=OFTEN, more=SCANS_TOLD)
+    bound_by_modes = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    daemon = stage.daemon(before=bound_by_modes).ready()
+    deliver(stage, daemon, "before.tar.gz")
+    mode = stage.drop.stat().st_mode
+    stage.drop.chmod(0)
+    (failed,) = daemon.wait_for("drop.failed", error="Permission denied")
+    assert "readable" in failed["hint"]
+    daemon.wait_for("daemon.heartbeat", blind=1)
+    stage.put("meanwhile.tar.gz", b"meanwhile")
+    daemon.wait_for("archive.ignored", archive="meanwhile.tar.gz", reason="unreadable")
+    assert len(daemon.events("drop.failed")) == 1
+
+    stage.drop.chmod(mode)
+    daemon.wait_for("watcher.restored")
+    daemon.wait_for("archive.disposed", archive="meanwhile.tar.gz")
+    sees_again(stage, daemon, "later")
+    daemon.wait_for("daemon.heartbeat", blind=0)
+    assert len(daemon.events("drop.failed")) == 1
+    assert daemon.stop() == 0
+
+
 def test_more_events_than_the_queue_holds_cost_no_archive(stage: Stage, receiver: RunningReceiver) -> None:
     """The daemon stands still while the kernel's queue runs over, and goes on."""
     most = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
-    stage.configure(receiver.url, drop='stable_for = "0s"')
+    stage.configure(receiver.url, drop='stable_for = "0s"', more=SCANS_TOLD)
     daemon = stage.daemon().ready()
     daemon.process.send_signal(signal.SIGSTOP)
     try:

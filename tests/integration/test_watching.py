@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -470,6 +471,19 @@ def test_a_root_that_is_deleted_and_made_anew_later_is_watched_again(scene: Watc
     assert len(scene.events("watcher.blind")) == len(scene.events("drop.failed")) == 1
 
 
+def test_a_root_that_is_polled_may_be_replaced_again_and_again(tmp_path: Path) -> None:
+    with watching(tmp_path, observer="polling") as scene:
+        for number in range(1, 3):
+            scene.root.rename(scene.base / f"away-{number}")
+            scene.root.mkdir()
+            restored = scene.wait_event("watcher.restored", number)
+            assert {event["observer"] for event in restored} == {"polling"}
+            scene.put(f"r{number}.cfg")
+            scene.wait_admitted(f"r{number}.cfg")
+            assert blindness(scene) == ["replaced"] * number
+            assert not scene.intake.is_blind
+
+
 def test_after_a_replacement_events_alone_bring_files_again(scene: Watching) -> None:
     scene.root.rename(scene.base / "away")
     scene.root.mkdir()
@@ -600,6 +614,22 @@ def test_a_quiet_folder_whose_watcher_is_deaf_is_told_from_one_that_is_only_quie
         scene.scan_no_more()
         scene.put("later.cfg")
         scene.wait_admitted("later.cfg")
+
+
+def test_a_folder_with_much_to_tell_is_not_taken_for_a_blind_watcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sign of life may wait behind thousands of events, or be lost in an overflow: they are signs too."""
+    now = [100.0]
+    monkeypatch.setattr("backupd.intake.sight.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("backupd.intake.watcher.Watcher.ask", lambda _watcher, _root: True)
+    with watching(tmp_path, rescan_every=NEVER) as scene:
+        scene.put("r1.cfg")
+        scene.wait_admitted("r1.cfg")
+        now[0] += 3600
+        scene.put("r2.cfg")  # by its admission the watcher was judged by the new time
+        scene.wait_admitted("r2.cfg")
+        assert blindness(scene) == []
 
 
 def test_a_watch_that_the_kernel_gave_up_is_noticed_by_the_next_scan(scene: Watching) -> None:
