@@ -99,11 +99,12 @@ class Disposal:
         action = rule.on_delivered if one.state is DeliveryState.DELIVERED else "reject"
         if action == "keep":
             return Disposed(archive.id, None, left=True), "kept"
-        target, names = parent, iter([b".backupd-%d.deleted" % archive.id])
-        if action != "delete":
+        if action == "delete":
+            target, name = parent, b".backupd-%d.deleted" % archive.id
+        else:
             top = rule.sent_dir if action == "move" else rule.rejected_dir
-            target, names = top + b"/" + parent if parent else top, free_names(name, archive.admitted_at)
-        moved_to = self._move(one, folder, target, names)
+            target = top + b"/" + parent if parent else top
+        moved_to = self._move(one, folder, target, free_names(name, archive.admitted_at))
         if moved_to is None:
             return Disposed(archive.id, None), "gone"
         if rule.checksums:
@@ -215,6 +216,8 @@ def _close_all(held: Mapping[str, HeldFolder]) -> None:
 
 
 def _hint(error: OSError) -> str:
+    if error.errno in (errno.EEXIST, errno.EISDIR):
+        return "remove what has the hidden name of a file of ours in the folder, `sent_dir` or `rejected_dir`"
     if error.errno in (errno.ENOTDIR, errno.ELOOP):
         return "`sent_dir` and `rejected_dir` have to be folders, neither files nor links"
     if error.errno == errno.EXDEV:

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import socket
+import stat
 import threading
 import time
 from collections import deque
@@ -167,6 +168,8 @@ class Worker:
         except (FileNotFoundError, NotADirectoryError):
             return Superseded("the file is gone", gone=True), 0
         except OSError as error:
+            if _is_something_else(source, archive.relpath):
+                return Superseded("something that is no file has its name", gone=True), 0
             return Deferred(Reason.UNREADABLE, error.strerror or str(error)), 0
         try:
             cargo = Cargo(
@@ -213,6 +216,14 @@ class Worker:
             sent=attempt.sent,
             duration_s=attempt.duration,
         )
+
+
+def _is_something_else(source: Source, relpath: bytes) -> bool:
+    """Tell whether what can't be opened is a link, a folder or a device: the archive itself is gone."""
+    try:
+        return not stat.S_ISREG(source.folder.stat(relpath).st_mode)
+    except OSError:
+        return False
 
 
 def _seen_again(outcome: Outcome, fd: int, source: Source, relpath: bytes) -> Outcome:

@@ -38,7 +38,7 @@ def move(
     with folder.directory(parent) as source, folder.directory(to, create=True) as target:
         if fingerprint_of(os.stat(name, dir_fd=source, follow_symlinks=False)) != expected:
             raise FileChangedError
-        rename_no_replace(source, name, target, hidden)
+        take(source, name, target, hidden)
         # a producer may have renamed a new file over the name since we looked
         if not same_file(os.stat(hidden, dir_fd=target, follow_symlinks=False), expected):
             put_back(target, hidden, source, name)
@@ -51,6 +51,15 @@ def move(
             return to + b"/" + new_name if to else new_name
         put_back(target, hidden, source, name)
     raise FileExistsError(errno.EEXIST, "every name is taken")
+
+
+def take(source: int, name: bytes, target: int, hidden: bytes) -> None:
+    """Rename a file to a hidden name of ours; whatever has that name is another's, and has to leave it."""
+    try:
+        rename_no_replace(source, name, target, hidden)
+    except FileExistsError:
+        put_back(target, hidden, source, name)
+        rename_no_replace(source, name, target, hidden)
 
 
 def put_back(target: int, new_name: bytes, source: int, name: bytes) -> None:

@@ -9,7 +9,7 @@ from backupd.core.names import fitted
 from backupd.drop.folder import DropFolder
 from backupd.drop.move import rename_no_replace
 
-_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def write_record(folder: DropFolder, relpath: bytes, content: bytes) -> None:
@@ -32,7 +32,12 @@ def write_record(folder: DropFolder, relpath: bytes, content: bytes) -> None:
 
 
 def _write(directory: int, name: bytes, content: bytes) -> None:
-    fd = os.open(name, _FLAGS, 0o660, dir_fd=directory)
+    """Write a file that is new: what has its name may be a pipe, or a link to something of worth."""
+    try:
+        fd = os.open(name, _FLAGS, 0o660, dir_fd=directory)
+    except FileExistsError:
+        os.unlink(name, dir_fd=directory)
+        fd = os.open(name, _FLAGS, 0o660, dir_fd=directory)
     try:
         view = memoryview(content)
         while view:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from backupd.core.model import Archive, Fingerprint
 from backupd.core.names import as_text, fitted
 from backupd.drop.folder import DropFolder
-from backupd.drop.move import put_back, rename_no_replace
+from backupd.drop.move import put_back, take
 
 _MOST = 4 * 1024 * 1024
 """Bytes of a record that are read to see whose it is."""
@@ -43,7 +43,7 @@ def remove_archive(folder: DropFolder, relpath: bytes, archive: Archive) -> int 
             with suppress(FileNotFoundError):
                 if not is_ours(os.stat(name, dir_fd=fd, follow_symlinks=False), expected):
                     return None
-                rename_no_replace(fd, name, fd, hidden)
+                take(fd, name, fd, hidden)
             status = os.stat(hidden, dir_fd=fd, follow_symlinks=False)
             if not is_ours(status, expected):
                 put_back(fd, hidden, fd, name)

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from backupd.drop.folder import DropFolder
 
 Complaint = Callable[[bytes, OSError], None]
 
+_LONGEST = 4096
+"""Bytes of a path, PATH_MAX: each step on the way is opened anew, so that depth costs its square."""
+
 
 def walk(
-    folder: DropFolder, below: bytes, skip: frozenset[bytes], complain: Complaint, *, recursive: bool
+    folder: DropFolder,
+    below: bytes,
+    skip: frozenset[bytes],
+    complain: Complaint,
+    *,
+    recursive: bool,
+    go_on: Callable[[], bool] = lambda: True,
 ) -> Iterator[tuple[bytes, os.stat_result]]:
     """Yield the relative path and status of all that is no directory, below a directory of the folder.
 
     `skip` names directories that are not entered, relative to the folder. What can't be read goes to
-    `complain`, except what has vanished meanwhile; the rest of the walk goes on.
+    `complain`, except what has vanished meanwhile; the rest of the walk goes on. `go_on` is asked before
+    each directory.
     """
     waiting = [below]
-    while waiting:
+    while waiting and go_on():
         directory = waiting.pop()
         try:
-            with folder.directory(directory) as fd, os.scandir(fd) as entries:
+            with _opened(folder, directory) as entries:
                 for entry in entries:
                     name = os.fsencode(entry.name)
                     relpath = directory + b"/" + name if directory else name
@@ -41,3 +53,11 @@ def walk(
                 complain(directory, error)
         except OSError as error:
             complain(directory, error)
+
+
+@contextmanager
+def _opened(folder: DropFolder, directory: bytes) -> Iterator[Iterator[os.DirEntry[str]]]:
+    if len(directory) >= _LONGEST:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    with folder.directory(directory) as fd, os.scandir(fd) as entries:
+        yield entries

@@ -177,18 +177,24 @@ class Intake:
         except LedgerError as error:
             self._ledger_failed(error)
             return
+
+        def go_on() -> bool:
+            self.pulse.beat()
+            return stop is None or not stop.is_set()
+
         for relpath, status in walk(
-            self._folder, below, self._skip, self._complain, recursive=self._config.recursive
+            self._folder, below, self._skip, self._complain, recursive=self._config.recursive, go_on=go_on
         ):
             found += 1
-            self.pulse.beat()
-            if stop is not None and stop.is_set():
-                return
+            if not go_on():
+                break
             if mark(relpath, fingerprint_of(status)) in known.marks:
                 continue
             if prove and missed is None and self._was_missed(relpath, status, known):
                 missed = relpath
             self._look(relpath, status)
+        if not go_on():
+            return
         if missed is not None and self._notices.empty():
             self._sight.lost(missed)
         self._log.emit(

@@ -9,6 +9,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from watchdog.events import (
@@ -155,11 +156,17 @@ class _Watches(InotifyWatchGroup):
         self._add_callback(path)
         if not self.is_recursive:
             return
-        for above, directories, _ in os.walk(path):
-            wanted = [name for name in directories if not self.ignores(os.path.join(above, name))]
-            directories[:] = [name for name in wanted if not os.path.islink(os.path.join(above, name))]
-            for name in directories:
-                self._add_callback(os.path.join(above, name))
+        waiting = [path]
+        while waiting:  # os.walk calls itself for each level, before Python 3.12
+            with suppress(OSError), os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False) and not self.ignores(entry.path):
+                        self._add_callback(entry.path)
+                        waiting.append(entry.path)
+
+    def _recursive_simulate(self, src_path: bytes) -> list[InotifyEvent]:  # noqa: ARG002
+        """Make up no events: of a new directory all is looked through, and that is watched by then."""
+        return []
 
 
 class _Emitter(InotifyEmitter):
