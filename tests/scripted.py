@@ -185,11 +185,14 @@ class ScriptedServer:
         self.stopping = threading.Event()
         self._script = script
         self._context = context
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
-        self.port: int = self._listener.getsockname()[1]
+        self._holder = socket.socket()  # keeps the port ours while nobody listens on it
+        self._holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._holder.bind(("127.0.0.1", 0))
+        self.port: int = self._holder.getsockname()[1]
         self.scheme = "https" if context else "http"
-        self._threads = [threading.Thread(target=self._accept, name="scripted-server")]
+        self._listening = threading.Lock()
+        self._listen()
+        self._threads: list[threading.Thread] = []
 
     @property
     def url(self) -> str:
@@ -204,8 +207,37 @@ class ScriptedServer:
         """End every `pause`."""
         self.resumed.set()
 
+    def refuse(self) -> None:
+        """Have connections refused, until `take_again`; those that are there go on."""
+        with self._listening:
+            if not self.stopping.is_set():
+                self._stop_listening()
+
+    def take_again(self) -> None:
+        """Take connections again after `refuse`."""
+        with self._listening:
+            if self.is_refusing:
+                self._listen()
+                self._acceptor.start()
+
+    @property
+    def is_refusing(self) -> bool:
+        """Whether nobody listens."""
+        return self._listener.fileno() < 0
+
+    def _listen(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", self.port), backlog=64)
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
+        self._acceptor = threading.Thread(target=self._accept, name="scripted-server")
+
+    def _stop_listening(self) -> None:
+        if not self.is_refusing:
+            self._listener.shutdown(socket.SHUT_RDWR)
+            self._acceptor.join()
+            self._listener.close()
+
     def __enter__(self) -> Self:
-        self._threads[0].start()
+        self._acceptor.start()
         return self
 
     def __exit__(
@@ -213,12 +245,12 @@ class ScriptedServer:
     ) -> None:
         self.stopping.set()
         self.resumed.set()
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._threads[0].join()
-        self._listener.close()
+        with self._listening:
+            self._stop_listening()
+        self._holder.close()
         for peer in self.peers:
             peer.hang_up()
-        for thread in self._threads[1:]:
+        for thread in self._threads:
             thread.join()
         for peer in self.peers:
             if error is None and peer.fault and not isinstance(peer.fault, EndedError | OSError):

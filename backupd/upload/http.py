@@ -30,6 +30,9 @@ _FROM_A_GATEWAY = (502, 504)
 _NOT_THERE = (404, 410)
 """Answers to the question for a content that the destination does not have."""
 
+_NEVER_ANSWERED = 501
+"""Answer of an endpoint that knows no questions; any other trouble with one may pass."""
+
 _MENDED_BY_NEW_FILES = frozenset({Reason.TLS, Reason.TLS_CLIENT, Reason.PROXY, Reason.LOCAL_FILES})
 """After these the files are read anew: a certificate or password may have been renewed."""
 
@@ -102,6 +105,8 @@ class HttpUploader(Uploader):
                 found = self._ask(client, cargo, cargo.unknown)
                 if isinstance(found, Delivered):
                     return found
+                if isinstance(found, Deferred) and _may_be_answered_later(found):
+                    return replace(found, error=f"asked for what was sent: {found.error}")
             return self._send(client, cargo, self._maker.prepare(cargo))
         except FileChangedError as error:
             return Superseded(str(error))
@@ -196,6 +201,12 @@ class HttpUploader(Uploader):
 
 def _is_unchanged(cargo: Cargo) -> bool:
     return fingerprint_of(os.fstat(cargo.fd)) == cargo.fingerprint
+
+
+def _may_be_answered_later(asked: Deferred) -> bool:
+    """Tell whether a question met but a passing trouble: until it has passed, nothing is sent again."""
+    passes = asked.reason in (Reason.RATE_LIMITED, Reason.SERVER_ERROR)
+    return passes and asked.http_status != _NEVER_ANSWERED
 
 
 def _deferred(error: Exception) -> Deferred:

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from typing import Self
 
 from tests.pki import Pki
-from tests.scripted import EndedError, Peer, ScriptedServer, server_context
+from tests.scripted import EndedError, Peer, ScriptedServer, answer, server_context
 
 _PIECE = 64 * 1024
+_IN_HANDSHAKE = 1_000
+"""Bytes from the receiver that come before its side of the handshake is over."""
+
 _ALERT = bytes.fromhex("1503030002022a")
 """A TLS alert, in the open, where only encrypted records may come."""
 
@@ -24,7 +27,9 @@ _ALERT = bytes.fromhex("1503030002022a")
 class Kind(enum.Enum):
     """What happens to a connection; the ones that need to read the answer end TLS in the proxy."""
 
+    REFUSED = "refused from then on"
     RESET_AT_ONCE = "reset at once"
+    RESET_IN_HANDSHAKE = "reset in the handshake"
     HANG = "accepted, and nothing more"
     RESET_IN_BODY = "reset in the body"
     STALL_IN_BODY = "stalled in the body"
@@ -34,6 +39,8 @@ class Kind(enum.Enum):
     WRONG_CERTIFICATE = "another certificate"
     NO_ANSWER = "closed before the answer"
     HALF_AN_ANSWER = "cut within the answer"
+    RESET_IN_ANSWER = "reset in the answer"
+    BAD_GATEWAY = "a 502 in place of the answer"
     SLOW_ANSWER = "a byte at a time in the answer"
     TWO_ANSWERS = "answered twice"
     CLOSED_TWICE = "closed by header, twice, and by both layers"
@@ -50,19 +57,28 @@ _IN_THE_BODY = {
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What happens to a connection, after so many bytes that the daemon sent, or answers that went well."""
+    """What happens to a connection, after so many bytes that the daemon sent, or answers that went well.
+
+    `pace` is the seconds from byte to byte where it is slow.
+    """
 
     kind: Kind
     after: int = 0
     good: int = 0
+    pace: float = 1.0
 
 
 class FaultProxy:
-    """Serves while in its block; connections beyond the schedule are passed on. `struck` counts faults."""
+    """Serves while in its block; connections beyond the schedule are passed on. `struck` counts faults.
+
+    A fault whose connection ends before its time has come is for another connection.
+    """
 
     def __init__(self, pki: Pki, port: int, schedule: Sequence[Fault], other: Pki | None = None) -> None:
         self._target = port
         self._schedule = list(schedule)
+        self._planned = len(schedule)
+        self._stricken: set[int] = set()
         self._lock = threading.Lock()
         self._ours = server_context(pki)
         self._wrong = server_context(pki, (other or Pki(pki.folder / "other")).issue_server())
@@ -81,32 +97,69 @@ class FaultProxy:
 
     @property
     def is_over(self) -> bool:
-        """Whether every fault of the schedule has had its connection."""
-        return not self._schedule
+        """Whether every fault of the schedule has struck."""
+        with self._lock:
+            return self.struck.total() == self._planned
+
+    @property
+    def is_refusing(self) -> bool:
+        """Whether connections are refused, until `take_again`."""
+        return self._server.is_refusing
+
+    def take_again(self) -> None:
+        """Take connections again."""
+        self._server.take_again()
 
     def _serve(self, peer: Peer) -> None:
         with self._lock:
             fault = self._schedule.pop(0) if self._schedule else None
         if fault is None:
             self._relay(peer, None)
-        elif fault.kind is Kind.RESET_AT_ONCE:
-            self._strike(fault)
-            peer.reset()
-        elif fault.kind is Kind.HANG:
-            self._strike(fault)
-            peer.drain_nothing()
-        elif fault.kind is Kind.WRONG_CERTIFICATE:
-            self._strike(fault)
-            peer.shake_hands(self._wrong)
-        elif fault.kind in _IN_THE_BODY:
-            self._relay(peer, fault)
-        else:
-            peer.shake_hands(self._ours)
-            self._answer(peer, fault)
+            return
+        try:
+            self._serve_badly(peer, fault)
+        finally:
+            with self._lock:
+                if peer.number not in self._stricken:
+                    self._schedule.insert(0, fault)
 
-    def _strike(self, fault: Fault) -> None:
+    def _serve_badly(self, peer: Peer, fault: Fault) -> None:
+        match fault.kind:
+            case Kind.REFUSED:
+                self._server.refuse()
+                self._strike(peer, fault)
+                peer.reset()
+            case Kind.RESET_AT_ONCE:
+                self._strike(peer, fault)
+                peer.reset()
+            case Kind.RESET_IN_HANDSHAKE:
+                self._cut_handshake(peer, fault)
+            case Kind.HANG:
+                self._strike(peer, fault)
+                peer.drain_nothing()
+            case Kind.WRONG_CERTIFICATE:
+                self._strike(peer, fault)
+                peer.shake_hands(self._wrong)
+            case kind if kind in _IN_THE_BODY:
+                self._relay(peer, fault)
+            case _:
+                peer.shake_hands(self._ours)
+                self._answer(peer, fault)
+
+    def _strike(self, peer: Peer, fault: Fault) -> None:
         with self._lock:
+            self._stricken.add(peer.number)
             self.struck[fault.kind] += 1
+
+    def _cut_handshake(self, peer: Peer, fault: Fault) -> None:
+        with socket.create_connection(("127.0.0.1", self._target)) as far:
+            hello = peer.socket.recv(_PIECE)
+            if not hello:
+                return
+            far.sendall(hello)
+            peer.send(far.recv(1 + fault.after % _IN_HANDSHAKE))
+            self._strike(peer, fault)
+            peer.reset()
 
     def _relay(self, peer: Peer, fault: Fault | None) -> None:
         """Pass bytes on, until the fault has its time; the same thread sees to both directions."""
@@ -131,7 +184,7 @@ class FaultProxy:
                 far.sendall(data)
                 if fault is not None and not spoiled and sent > fault.after:
                     spoiled = True
-                    self._strike(fault)
+                    self._strike(peer, fault)
                     if self._spoil(peer, near, far, fault):
                         return
 
@@ -148,7 +201,7 @@ class FaultProxy:
             case Kind.SLOW_BODY:
                 while data := near.recv(1):
                     far.sendall(data)
-                    if self._server.stopping.wait(1):
+                    if self._server.stopping.wait(fault.pace):
                         return True
             case _:
                 return False
@@ -159,22 +212,27 @@ class FaultProxy:
         good = fault.good
         while True:
             peer.read_head()
-            answer = self._answer_of(peer)
+            stored = self._answer_of(peer)
             if good:
                 good -= 1
-                peer.send(answer)
+                peer.send(stored)
                 continue
-            self._strike(fault)
+            self._strike(peer, fault)
             match fault.kind:
                 case Kind.HALF_AN_ANSWER:
-                    peer.send(answer[: 1 + fault.after % (len(answer) - 1)])
+                    peer.send(stored[: 1 + fault.after % (len(stored) - 1)])
+                case Kind.RESET_IN_ANSWER:
+                    peer.send(stored[: fault.after % len(stored)])
+                    peer.reset()
+                case Kind.BAD_GATEWAY:
+                    peer.send(answer(502))
                 case Kind.SLOW_ANSWER:
-                    peer.drip(answer, 1)
+                    peer.drip(stored, fault.pace)
                 case Kind.TWO_ANSWERS:
-                    peer.send(answer + answer)
+                    peer.send(stored + stored)
                     peer.drain()
                 case Kind.CLOSED_TWICE:
-                    status, _, rest = answer.partition(b"\r\n")
+                    status, _, rest = stored.partition(b"\r\n")
                     peer.send(status + b"\r\nConnection: close\r\nConnection: close\r\n" + rest)
                     peer.half_close()
                     peer.drain()

@@ -9,6 +9,7 @@ import os
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -618,6 +619,57 @@ def test_one_that_can_not_be_asked_about_is_not_sent_again_before_it_can(tmp_pat
             assert second.unknown == first.unknown
             assert isinstance(courier.send(archive), Delivered)
     assert vault.log == ["sent", "asked"]
+
+
+def ask_in_vain(tmp_path: Path, pki: Pki, status: int) -> tuple[Vault, list[Outcome]]:
+    """Have an answer lost, and the question for the archive answered by a status, twice; then all is well."""
+    vault, refusals = Vault(), [answer(status, Retry_After="7")] * 2
+
+    def script(peer: Peer) -> None:
+        if peer.number in (1, 2):
+            peer.read_request()
+            peer.send(refusals.pop())
+            vault.log.append(f"answered {status}")
+        vault(peer)
+
+    outcomes: list[Outcome] = []
+    with ScriptedServer(script, server_context(pki)) as server:
+        destination = a_destination(server.url, pki, query_url=f"{server.url}/{{digest}}")
+        archive = an_archive(tmp_path, CONTENT)
+        for _ in range(3):
+            with a_courier(destination) as courier:  # as after a restart: nothing but the ledger knows
+                last = outcomes[-1] if outcomes else None
+                courier.unknown = last.unknown if isinstance(last, Deferred) else None
+                outcomes.append(courier.send(archive))
+            if isinstance(outcomes[-1], Delivered):
+                break
+    return vault, outcomes
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
+def test_while_the_question_meets_trouble_nothing_is_sent_anew(tmp_path: Path, pki: Pki, status: int) -> None:
+    vault, (first, second, third) = ask_in_vain(tmp_path, pki, status)
+
+    assert isinstance(first, Deferred)
+    assert isinstance(second, Deferred)
+    assert second.unknown == first.unknown
+    assert second.http_status == status
+    assert second.retry_after == timedelta(seconds=7)
+    assert str(status) in second.error
+    assert isinstance(third, Delivered)
+    assert vault.log == ["sent", f"answered {status}", f"answered {status}", "asked"]
+
+
+@pytest.mark.parametrize("status", [302, 400, 401, 403, 405, 409, 422, 501])
+def test_where_the_question_is_never_answered_the_archive_is_sent_again(
+    tmp_path: Path, pki: Pki, status: int
+) -> None:
+    """An endpoint that takes archives but no questions may not keep them from arriving."""
+    vault, outcomes = ask_in_vain(tmp_path, pki, status)
+
+    assert isinstance(outcomes[-1], Delivered)
+    assert vault.log == ["sent", f"answered {status}", f"answered {status}", "sent"]
+    assert len(set(vault.keys)) == 1
 
 
 @pytest.mark.parametrize("query", ["asked", "not asked"])
