@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,10 +17,13 @@ from backupd.core.policy import Reason
 from backupd.core.retry import parse_retry_after
 from backupd.core.statuses import reason_of_status
 from backupd.core.verify import Expectation, judge
-from backupd.upload.secret import secrets_of, without
+from backupd.upload.secret import quotable
 
 _MOST = 64 * 1024
 """Bytes of an answer that are read."""
+_LONGEST_DIGEST = 1024
+_LARGEST = 2**63
+"""More bytes than any file has; what states more, or a negative size, is no less wrong for being cut."""
 
 _NO_WORD_ABOUT_THE_ARCHIVE = {
     "The SSL certificate error": Reason.TLS_CLIENT,
@@ -38,27 +42,35 @@ class Judge:
 
     def of_success(self, response: httpx.Response, sent: Digest, size: int) -> Outcome:
         """Return `Delivered` if the receipt in an answer is for what was sent, else why it is not."""
-        return judge(sent, size, self._receipt(response, _read(response)), self._expected)
+        return self._judged(response, _read(response), sent, size)
 
     def of_duplicate(self, response: httpx.Response, sent: Digest, size: int) -> Delivered | Rejected:
         """Return `Delivered` if a 409 states the very content that was to be sent, else the rejection."""
         body = _read(response)
         if self._expected.required:
-            outcome = judge(sent, size, self._receipt(response, body), self._expected)
+            outcome = self._judged(response, body, sent, size)
             if isinstance(outcome, Delivered):
                 return outcome
         refused = _refusal(response, body)
         assert isinstance(refused, Rejected)  # noqa: S101 -- what the policy says of a 409
         return refused
 
+    def _judged(self, response: httpx.Response, body: bytes, sent: Digest, size: int) -> Outcome:
+        receipt = self._receipt(response, body)
+        outcome = judge(sent, size, receipt, self._expected)
+        if isinstance(outcome, Delivered) or receipt.digest is None:
+            return outcome
+        hidden = replace(receipt, digest=quotable(receipt.digest, response.request, _LONGEST_DIGEST))
+        return judge(sent, size, hidden, self._expected)  # no less of a failure, in words that can be told
+
     def _receipt(self, response: httpx.Response, body: bytes) -> Receipt:
         digest = _stated(self._config.digest, response.headers, body)
         size = _stated(self._config.size, response.headers, body) if self._config.size else None
         return Receipt(
             response.status_code,
-            digest[:1024] if isinstance(digest, str) else None,
+            digest[:_LONGEST_DIGEST] if isinstance(digest, str) else None,
             _as_count(size),
-            _quoted(response, body)[:4096],
+            _quoted(response, body, 4096),
         )
 
 
@@ -110,7 +122,7 @@ def _stated(where: str, headers: Mapping[str, str], body: bytes) -> object:
 
 def _as_count(value: object) -> int | None:
     if isinstance(value, int) and not isinstance(value, bool):
-        return value
+        return min(max(value, -1), _LARGEST)
     if isinstance(value, str) and value.isascii() and value.isdigit():
         return int(value[:20])
     return None
@@ -127,14 +139,14 @@ def _read(response: httpx.Response) -> bytes:
 
 def _explained(response: httpx.Response, body: bytes) -> str:
     """Return a status with the beginning of what the destination says about it."""
-    said = _quoted(response, body)[:300].strip()
-    line = f"{response.status_code} {response.reason_phrase}".strip()
+    said = _quoted(response, body, 300).strip()
+    line = f"{response.status_code} {quotable(response.reason_phrase, response.request, 100)}".strip()
     if 300 <= response.status_code < 400:
-        line += f" to {response.headers.get('Location', 'nowhere').partition('?')[0][:200]}"
-    line = without(line, secrets_of(response.request))
+        place = quotable(response.headers.get("Location", "nowhere"), response.request, 200)
+        line += f" to {place.partition('?')[0]}"
     return f"{line}: {said}" if said else line
 
 
-def _quoted(response: httpx.Response, body: bytes) -> str:
-    """Return a body as text to be logged and kept: an endpoint may echo the secrets of the request."""
-    return without(body.decode("utf-8", "backslashreplace"), secrets_of(response.request))
+def _quoted(response: httpx.Response, body: bytes, most: int) -> str:
+    """Return the beginning of a body, to be logged and kept: it may echo the secrets of the request."""
+    return quotable(body.decode("utf-8", "backslashreplace"), response.request, most)

@@ -17,7 +17,7 @@ import httpx
 from backupd.core.policy import Reason
 from backupd.upload.failures import reason_of
 from backupd.upload.line import AttemptEndedError
-from backupd.upload.secret import read_secret, without
+from backupd.upload.secret import SECRETS, quotable, read_secret
 
 _MOST = 64 * 1024
 """Bytes of an answer; a header could hold no longer token."""
@@ -101,20 +101,19 @@ class TokenSource:
         else:
             sign_in = httpx.BasicAuth(_encoded(grant.client_id), _encoded(secret))
         asked_at = time.monotonic()
-        status, answer = self._ask(form, sign_in)
-        try:
-            return _token_in(status, answer, asked_at)
-        except SignInError as error:
-            pair = f"{_encoded(grant.client_id)}:{_encoded(secret)}"
-            raise SignInError(without(str(error), (secret, pair))) from None
+        response, body = self._ask(form, sign_in, (secret, _encoded(secret)))
+        return _token_in(response, body, asked_at)
 
-    def _ask(self, form: dict[str, str], sign_in: httpx.Auth) -> tuple[int, bytes]:
+    def _ask(
+        self, form: dict[str, str], sign_in: httpx.Auth, secrets: tuple[str, ...]
+    ) -> tuple[httpx.Response, bytes]:
+        url, known = self._grant.token_url, {SECRETS: secrets}
         try:
             with (
                 self._open_client() as client,
-                client.stream("POST", self._grant.token_url, data=form, auth=sign_in) as response,
+                client.stream("POST", url, data=form, auth=sign_in, extensions=known) as response,
             ):
-                return response.status_code, _read(response)
+                return response, _read(response)
         except httpx.TransportError as error:
             _, words = reason_of(error)
             words = words.replace("the destination's", "its")
@@ -139,13 +138,14 @@ def _read(response: httpx.Response) -> bytes:
     return data
 
 
-def _token_in(status: int, body: bytes, asked_at: float) -> _Token:
+def _token_in(response: httpx.Response, body: bytes, asked_at: float) -> _Token:
     try:
         answer: Any = json.loads(body)
     except (ValueError, RecursionError):
         answer = None
-    if status != 200 or not isinstance(answer, dict) or "access_token" not in answer:
-        raise SignInError(f"the token endpoint answered {status}{_complaint(answer)}")
+    if response.status_code != 200 or not isinstance(answer, dict) or "access_token" not in answer:
+        complaint = quotable(_complaint(answer), response.request, 1000)
+        raise SignInError(f"the token endpoint answered {response.status_code}{complaint}")
     value, kind = answer["access_token"], answer.get("token_type", "bearer")
     if not isinstance(value, str) or not value or not all("!" <= char <= "~" for char in value):
         raise SignInError("the token endpoint gave a token that no header can hold")
@@ -164,5 +164,5 @@ def _complaint(answer: object) -> str:
     """Return the error of RFC 6749 section 5.2 in an answer."""
     if not isinstance(answer, dict):
         return " without JSON"
-    words = [str(answer[key])[:1000] for key in ("error", "error_description") if key in answer]
+    words = [str(answer[key]) for key in ("error", "error_description") if key in answer]
     return f": {': '.join(words)}" if words else ""

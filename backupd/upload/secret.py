@@ -13,12 +13,22 @@ from pathlib import Path
 
 import httpx
 
+from backupd.config.values import names_a_credential
 from backupd.core.errors import ConfigError
 
 _MOST = 64 * 1024
 
 SECRET_HEADERS = "backupd.secret_headers"  # noqa: S105 -- the name of a list of names
 """The extension of a request that names its header fields which hold secrets, sign-in aside."""
+
+SECRETS = "backupd.secrets"
+"""The extension of a request that holds further secrets of it, those in its body for one."""
+
+_NO_SECRETS = frozenset({"authorization", "idempotency-key"})
+"""Header fields that are named like secrets: the one is looked at by itself, the other is none."""
+
+_IN_A_PAGE = {"&": ["amp"], "<": ["lt"], ">": ["gt"], '"': ["quot"], "'": ["apos"]}
+_IN_A_FORM = {" ": [r"\+"]}
 
 _LEAST = 4
 """Characters of what is kept out of a text: less is no secret, and would take words apart."""
@@ -47,16 +57,27 @@ def read_secret(path: Path) -> str:
 
 def without(text: str, secrets: Iterable[str]) -> str:
     """Return a text without secrets, in whatever form an endpoint may echo them."""
-    forms = {form for secret in secrets for form in _forms(secret) if len(form) >= _LEAST}
-    for form in sorted(forms, key=len, reverse=True):
+    secrets = [secret for secret in secrets if len(secret) >= _LEAST]
+    for form in sorted({form for secret in secrets for form in _forms(secret)}, key=len, reverse=True):
         text = text.replace(form, "***")
+    for secret in sorted(set(secrets), key=len, reverse=True):
+        text = re.sub(_escaped(secret), "***", text)
     return text
 
 
+def quotable(text: str, request: httpx.Request, most: int) -> str:
+    """Return the beginning of what was said to a request, without its secrets: `most` characters."""
+    return without(text, secrets_of(request))[:most]
+
+
 def secrets_of(request: httpx.Request) -> Iterator[str]:
-    """Yield the secrets that a request carries in its header."""
+    """Yield the secrets that a request carries, and what is named like one in its header and address."""
+    yield from request.extensions.get(SECRETS, ())
     for name in request.extensions.get(SECRET_HEADERS, ()):
         yield request.headers.get(name, "")
+    for name, value in (*request.headers.items(), *request.url.params.multi_items()):
+        if names_a_credential(name) and name not in _NO_SECRETS:
+            yield value
     scheme, _, value = request.headers.get("Authorization", "").partition(" ")
     yield value
     if scheme == "Basic":
@@ -81,4 +102,27 @@ def _forms(secret: str) -> Iterator[str]:
     yield in_json
     yield in_json.replace("/", "\\/")
     yield html.escape(secret)
-    yield base64.b64encode(secret.encode()).decode("ascii")
+    encoded = base64.b64encode(secret.encode()).decode("ascii")
+    yield encoded
+    yield encoded.rstrip("=")
+    yield encoded.rstrip("=").translate(str.maketrans("+/", "-_"))
+
+
+def _escaped(secret: str) -> str:
+    """Return a pattern of a secret of which each character may be escaped in its own way, and repeatedly.
+
+    All that repeats has a limit and no choice is taken back, so that no text takes long to be searched.
+    """
+    return "".join(map(_escaped_run, re.findall(r"[A-Za-z0-9]+|\\+|.", secret)))
+
+
+def _escaped_run(run: str) -> str:
+    if run.isalnum():
+        return run
+    code, count = ord(run[0]), len(run)
+    in_address = "%(?:25){0,3}" if run == "%" else rf"%(?:25){{0,3}}(?i:{code:02x})"
+    if run[0] == "\\":
+        return rf"(?>\\{{{count},{16 * count}}}|(?>{in_address}){{{count}}})"
+    names = "|".join([f"#0{{0,5}}{code}", f"#[xX]0{{0,5}}(?i:{code:x})", *_IN_A_PAGE.get(run, ())])
+    in_page, in_json = rf"&(?:amp;){{0,3}}(?:{names});", rf"\\{{0,16}}(?:u(?i:{code:04x})|{re.escape(run)})"
+    return f"(?>{'|'.join([in_address, in_page, in_json, *_IN_A_FORM.get(run, ())])})"

@@ -7,6 +7,7 @@ import html
 import json
 import re
 import urllib.parse
+from collections.abc import Callable
 
 import httpx
 import pytest
@@ -32,6 +33,41 @@ def test_no_form_of_a_secret_is_left(secret: str, before: str, after: str) -> No
     ):
         assert form not in without(f"<{form}>", [secret])
     assert secret not in without(before + secret + after, [secret])
+
+
+ESCAPES = [
+    lambda char: char,
+    lambda char: f"\\u{ord(char):04x}",
+    lambda char: f"\\u{ord(char):04X}",
+    lambda char: f"%{ord(char):02x}",
+    lambda char: f"%25{ord(char):02X}",
+    lambda char: f"&#{ord(char)};",
+    lambda char: f"&#x{ord(char):X};",
+    lambda char: f"&amp;#{ord(char)};",
+    lambda char: html.escape(html.escape(char)),
+    lambda char: json.dumps(json.dumps(char))[3:-3],
+    urllib.parse.quote_plus,
+]
+
+
+@given(
+    st.text("abc019-._~ !#$'()+,/:;<=>?@[]^`{|}\"", min_size=4, max_size=20).filter(lambda s: s.strip()),
+    st.lists(st.sampled_from(ESCAPES), min_size=20, max_size=20),
+)
+def test_each_character_may_be_escaped_in_its_own_way(
+    secret: str, escapes: list[Callable[[str], str]]
+) -> None:
+    escaped = [
+        char if char.isalnum() else escape(char) for char, escape in zip(secret, escapes, strict=False)
+    ]
+    assert without(f"it was {''.join(escaped)}", [secret]) == "it was ***"
+
+
+@pytest.mark.parametrize("secret", ["%" * 40, "&" * 40, "\\" * 40, '\\"' * 20, "%&" * 20, "# +" * 20])
+def test_no_text_takes_long_to_be_searched(secret: str) -> None:
+    for filler in ("%25", "&amp;", "\\", "&#0", "%", "&"):
+        text = (secret[:-1] + filler * 20) * 300
+        assert len(without(text, [secret])) <= len(text)
 
 
 def test_what_is_no_secret_is_left_as_it_is() -> None:
