@@ -141,7 +141,7 @@ def _sent_whole(stage: Stage) -> int:
             "SELECT count(*) FROM attempt JOIN delivery ON delivery_id = delivery.id"
             " WHERE sent >= size GROUP BY delivery_id"
         ).fetchall()
-    return max(row[0] for row in rows)
+    return max(int(row[0]) for row in rows)
 
 
 def _check(stage: Stage, digests: dict[str, str]) -> None:
