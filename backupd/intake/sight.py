@@ -8,7 +8,8 @@ from collections.abc import Callable
 from backupd.config.models import DropConfig
 from backupd.drop.folder import DropFolder
 from backupd.drop.mounts import filesystem_of, is_remote
-from backupd.intake.watcher import LIMITS_HINT, Ignores, Notice, Watcher, WatchError
+from backupd.intake.inotify import Ignores
+from backupd.intake.watcher import LIMITS_HINT, Notice, Watcher, WatchError
 from backupd.ops import events
 from backupd.ops.log import EventLog
 

@@ -41,7 +41,9 @@ class Body:
         self.complete = False
         self.digest = Digest(algorithm, "")
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
+        """Return its bytes, the framing's included; `len` ends before what a file can have."""
         blank = hashlib.new(self._algorithm).hexdigest()
         return len(self._framing.before) + self._cargo.fingerprint.size + len(self._framing.after(blank))
 

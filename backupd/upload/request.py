@@ -58,7 +58,7 @@ class RequestMaker:
         headers = {
             **self.own_headers(values),
             "Content-Type": framing.content_type,
-            "Content-Length": str(len(body)),
+            "Content-Length": str(body.size),
             "Idempotency-Key": cargo.delivery_id,
         }
         if digest and self._config.body == "raw" and algorithm in RFC_9530_NAMES:

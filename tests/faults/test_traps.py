@@ -223,8 +223,9 @@ def test_huge_files_that_are_sent_and_read_without_end_stop_no_other_and_no_end(
 ) -> None:
     """With a deadline one worker is enough; and what is read for its digest heeds the end, too."""
     with a_filesystem_for_huge_files(stage):
+        drop = f'{OFTEN}\nchecksum_file = "auto"'
         stage.configure(
-            receiver.url, top='shutdown_grace = "0s"', drop=OFTEN, destination=destination, more=SOON
+            receiver.url, top='shutdown_grace = "0s"', drop=drop, destination=destination, more=SOON
         )
         daemon = stage.daemon().ready()
         a_huge_file(stage.drop / "sent.cfg")

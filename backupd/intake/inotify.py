@@ -1,0 +1,178 @@
+"""watchdog's inotify, as a drop folder needs it: fewer events, no moves, watches where none is ignored."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from watchdog.events import DirCreatedEvent
+from watchdog.observers.inotify import InotifyEmitter, InotifyObserver, InotifyWatchGroup
+from watchdog.observers.inotify_c import (
+    InotifyConstants,
+    InotifyEvent,
+    Mask,
+    WatchDescriptor,
+    inotify_add_watch,
+)
+from watchdog.observers.inotify_move_event_grouper import (
+    GroupedInotifyEvent,
+    InotifyMoveEventGrouper,
+    PathedInotifyEvent,
+)
+
+_MASK = Mask(
+    InotifyConstants.IN_CLOSE_WRITE
+    | InotifyConstants.IN_CREATE
+    | InotifyConstants.IN_MOVED_TO
+    | InotifyConstants.IN_DELETE_SELF
+)
+"""What comes, and nothing of what goes: our own opens, closes and moves must not wake us.
+
+Without the other half of a move watchdog takes it for a creation; with it, it would hold back for half a
+second whatever comes after a file that was moved away.
+"""
+
+# a directory that was moved within the tree keeps its watch, under its new path
+warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning, "watchdog")
+
+Ignores = Callable[[bytes], bool]
+"""Called with the absolute path of a directory."""
+
+
+class _Ungrouped(InotifyMoveEventGrouper):
+    """Looks for no other half of a move, of which none comes: it would look through all that waits."""
+
+    def put_event(self, event: PathedInotifyEvent) -> None:
+        self._queue.put(event)
+
+    def get_queued_moved_from_event(self, cookie: int) -> PathedInotifyEvent | None:  # noqa: ARG002
+        return None
+
+
+@dataclass
+class Watches(InotifyWatchGroup):
+    """The watches on a tree but for what is ignored in it: nothing that lies in `sent` costs anything."""
+
+    ignores: Ignores = lambda _: False
+    is_partial: bool = False
+    """Whether the kernel had no watch left for some directory."""
+
+    # A directory that was moved keeps its watch. watchdog counts on hearing of that; we need not, as long
+    # as there is one path for a watch and one watch for a path.
+
+    def _add_callback(self, path: bytes) -> None:
+        is_root = path == self.path
+        # the operator wrote the root, which may be a link
+        mask = Mask(self.event_mask & ~InotifyConstants.IN_DONT_FOLLOW) if is_root else self.event_mask
+        try:
+            watch = self._inotify_fd.add_callback(path, mask, self._callback, self._id)
+        except OSError as error:
+            if is_root:
+                raise
+            self.is_partial |= error.errno in (errno.ENOSPC, errno.ENOMEM)
+            return
+        before = self._active_callbacks_by_watch.get(watch)
+        if before is not None and self._active_callbacks_by_path.get(before) == watch:
+            del self._active_callbacks_by_path[before]
+        self._active_callbacks_by_path[path] = watch
+        self._active_callbacks_by_watch[watch] = path
+
+    def ask(self, root: int) -> bool:
+        """Open the folder under the eyes of its watch; return False where the watch is gone.
+
+        `root` is a descriptor of the folder. The kernel gives the same number for a directory that is watched
+        already, and with it what else is to be told of it: for a moment, that somebody opens it.
+        """
+        queue = self._inotify_fd._inotify_fd  # noqa: SLF001 -- watchdog knows no changed mask
+        folder = b"/proc/self/fd/%d" % root
+        mask = self.event_mask & ~InotifyConstants.IN_DONT_FOLLOW
+        watch = inotify_add_watch(queue, folder, mask | InotifyConstants.IN_OPEN)
+        if watch == -1:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        if watch != self._active_callbacks_by_path.get(self.path):
+            return False
+        try:
+            os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        finally:
+            inotify_add_watch(queue, folder, mask)
+        return True
+
+    def on_event(self, event: InotifyEvent) -> None:
+        """See `WatchCallback.on_event`; an opening of the folder is passed on as an event of `path/`."""
+        if not event.is_open:
+            super().on_event(event)
+        elif not event.name:
+            closed = InotifyEvent(event.wd, InotifyConstants.IN_CLOSE_WRITE, 0, b"")
+            self._move_event_grouper.put_event(PathedInotifyEvent(closed, self.path + b"/"))
+
+    def _remove_watch_internally(self, wd: WatchDescriptor) -> None:
+        path = self._active_callbacks_by_watch.pop(wd, None)
+        if path is not None and self._active_callbacks_by_path.get(path) == wd:
+            del self._active_callbacks_by_path[path]
+
+    def __post_init__(self) -> None:
+        self._move_event_grouper = _Ungrouped()
+        super().__post_init__()
+
+    def _add_all_callbacks(self, path: bytes) -> None:
+        if path != self.path and self.ignores(path):
+            return
+        self._add_callback(path)
+        if not self.is_recursive:
+            return
+        waiting = [path]
+        while waiting:  # os.walk calls itself for each level, before Python 3.12
+            with suppress(OSError), os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False) and not self.ignores(entry.path):
+                        self._add_callback(entry.path)
+                        waiting.append(entry.path)
+
+    def _recursive_simulate(self, src_path: bytes) -> list[InotifyEvent]:  # noqa: ARG002
+        """Make up no events: of a new directory all is looked through, and that is watched by then."""
+        return []
+
+
+class Emitter(InotifyEmitter):
+    """Tells of a drop folder's events."""
+
+    ignores: Ignores
+    _inotify: Watches | None
+
+    def on_thread_start(self) -> None:
+        """Begin to watch; raises OSError where the kernel will not."""
+        self._inotify = Watches(
+            self._inotify_fd,
+            os.fsencode(self.watch.path),
+            event_mask=self.get_event_mask_from_filter(),
+            is_recursive=self.watch.is_recursive,
+            ignores=self.ignores,
+        )
+
+    def get_event_mask_from_filter(self) -> Mask:
+        """Return what the kernel is asked for."""
+        return _MASK
+
+    def build_and_queue_event(self, event: GroupedInotifyEvent, *, full_events: bool = False) -> None:
+        """See `InotifyEmitter`; of a directory that was moved in, we look through all ourselves.
+
+        watchdog would tell of each entry in it, by calling itself for each level.
+        """
+        if isinstance(event, PathedInotifyEvent) and event.ev.is_moved_to and event.ev.is_directory:
+            self.queue_event(DirCreatedEvent(self._decode_path(event.path)))
+        else:
+            super().build_and_queue_event(event, full_events=full_events)
+
+
+class Observer(InotifyObserver):
+    """Hands the events on, with emitters of ours."""
+
+    def __init__(self, ignores: Ignores) -> None:
+        super().__init__()
+        self._emitter_class = type("_EmitterHere", (Emitter,), {"ignores": staticmethod(ignores)})
