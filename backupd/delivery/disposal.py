@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,7 +59,7 @@ class Disposal:
         right before the caller's commit: a kill in between has it said again.
         """
         said: list[Callable[[], None]] = []
-        done: list[Disposed] = []
+        done: list[tuple[Settled, Disposed, str]] = []
         failed: list[int] = []
         touched: set[tuple[str, bytes]] = set()
         held: dict[str, HeldFolder] = {}
@@ -77,14 +78,19 @@ class Disposal:
                 if drop not in held:
                     held[drop] = HeldFolder(rule.folder)
                 try:
-                    disposed, disposition = self._dispose(one, rule, held[drop], touched)
-                    done.append(disposed)
-                    said.append(partial(self._tell, one, disposition, disposed.to))
-                    self._failed.discard(one.archive.id)
+                    done.append((one, *self._dispose(one, rule, held[drop], touched)))
                 except OSError as error:
                     self._complain(one, error)
                     failed.append(one.archive.id)
-            return self._sync(done, touched, held, failed), failed
+            try:
+                _sync(touched, held)
+            except OSError as error:
+                for one, _, _ in done:
+                    said.append(partial(self._complain, one, error))
+                    failed.append(one.archive.id)
+                done = []
+            said += [partial(self._tell, *each) for each in done]
+            return [disposed for _, disposed, _ in done], failed
         finally:
             for say in said:
                 say()
@@ -143,23 +149,6 @@ class Disposal:
                 continue
             return
 
-    def _sync(
-        self,
-        done: list[Disposed],
-        touched: set[tuple[str, bytes]],
-        held: Mapping[str, HeldFolder],
-        failed: list[int],
-    ) -> list[Disposed]:
-        for drop, directory in sorted(touched):
-            try:
-                held[drop].sync(directory)
-            except FileNotFoundError:
-                continue  # the directory was removed with all that was in it
-            except OSError:
-                failed += [one.archive_id for one in done]
-                return []
-        return done
-
     def _announce(self, one: Settled) -> None:
         archive = one.archive
         about = {"drop": archive.drop, "archive": archive.relpath, "size": archive.fingerprint.size}
@@ -188,13 +177,14 @@ class Disposal:
             hint=rule_of(Reason(why.reason)).hint if why.reason else None,
         )
 
-    def _tell(self, one: Settled, disposition: str, moved_to: bytes | None) -> None:
+    def _tell(self, one: Settled, disposed: Disposed, disposition: str) -> None:
+        self._failed.discard(one.archive.id)
         self._log.emit(
             events.ARCHIVE_DISPOSED,
             drop=one.archive.drop,
             archive=one.archive.relpath,
             disposition=disposition,
-            moved_to=moved_to,
+            moved_to=disposed.to,
         )
 
     def _complain(self, one: Settled, error: OSError) -> None:
@@ -210,6 +200,12 @@ class Disposal:
         )
 
 
+def _sync(touched: set[tuple[str, bytes]], held: Mapping[str, HeldFolder]) -> None:
+    for drop, directory in sorted(touched):
+        with suppress(FileNotFoundError):  # the directory was removed with all that was in it
+            held[drop].sync(directory)
+
+
 def _close_all(held: Mapping[str, HeldFolder]) -> None:
     for folder in held.values():
         folder.close()
@@ -222,6 +218,10 @@ def _hint(error: OSError) -> str:
         return "`sent_dir` and `rejected_dir` have to be folders, neither files nor links"
     if error.errno == errno.EXDEV:
         return "`sent_dir` and `rejected_dir` have to be on the filesystem of the archive"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "make room on that filesystem; it is tried again"
+    if error.errno in (errno.EIO, errno.EROFS):
+        return "see what the kernel says of that disk; the archive is still there, and it is tried again"
     return "give the daemon's user write permission to the folder, `sent_dir` and `rejected_dir`"
 
 

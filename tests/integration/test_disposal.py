@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +91,39 @@ def test_a_batch_over_many_directories_goes_where_it_should(folder: DropFolder, 
     assert len({one.to for one in done}) == 60
     assert not [*root.glob("d*/*.cfg")]
     assert len(os.listdir("/proc/self/fd")) == before + 1  # the log
+
+
+def test_a_directory_that_cannot_be_synced_is_said_and_tried_again(
+    folder: DropFolder, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it can be, nothing is told to be disposed of: a power cut might undo it."""
+    rule = Rule(folder, "move", b"sent", b"rejected")
+    batch = [delivered(root, 1), delivered(root, 2)]
+    real = os.fsync
+
+    def fails_for_directories(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(fd)
+
+    with (tmp_path / "log").open("wb") as log:
+        disposal = Disposal({"switches": rule}, EventLog(LineWriter(log.fileno())))
+        monkeypatch.setattr(os, "fsync", fails_for_directories)
+        assert disposal.dispose(batch) == ([], [1, 2])
+        again = [replace(one, announced=True) for one in batch]
+        assert disposal.dispose(again) == ([], [1, 2])
+        monkeypatch.undo()
+        done, failed = disposal.dispose(again)
+    assert ([one.to for one in done], failed) == ([b"sent/r1.cfg", b"sent/r2.cfg"], [])
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [(line["event"], line["archive"]) for line in lines] == [
+        (event, name)
+        for event in ("archive.delivered", "disposition.failed", "archive.disposed")
+        for name in ("r1.cfg", "r2.cfg")
+    ]
+    assert {line["error"] for line in lines if line["event"] == "disposition.failed"} == {
+        "Input/output error"
+    }
 
 
 def test_a_directory_in_use_is_never_let_go(folder: DropFolder) -> None:
