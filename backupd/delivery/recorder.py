@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -18,6 +19,10 @@ from backupd.ops.log import EventLog
 from backupd.ops.pulse import Pulse
 
 _MOST_AT_ONCE = 256
+
+_MOMENT = 1.0
+"""Seconds in which a recorder that records makes room for one more."""
+
 _TRY_AGAIN = 30.0
 """Seconds between attempts to dispose of files that could not be."""
 
@@ -72,7 +77,8 @@ class Recorder:
 
     def finish(self) -> None:
         """Have `run` end once everything handed over so far is recorded."""
-        self._queue.put(None)
+        with suppress(queue.Full):  # as the ledger can't be written: `abandon` ends it then
+            self._queue.put(None, timeout=_MOMENT)
 
     def take_tally(self) -> Tally:
         """Return what ended since last asked."""
