@@ -173,7 +173,7 @@ class Intake:
     def _scan(self, below: bytes, stop: threading.Event | None, *, prove: bool) -> None:
         started, found, missed = time.monotonic(), 0, None
         try:
-            known = self._ledger.known(self.name)
+            known = self._ledger.known(self.name, below)
         except LedgerError as error:
             self._ledger_failed(error)
             return

@@ -112,8 +112,8 @@ class Ledger(Habits, Protocol):
     Every method raises `LedgerError` where the record can't be read or written; nothing is half done then.
     """
 
-    def known(self, drop: str) -> Known:
-        """Return which files of a drop are accounted for."""
+    def known(self, drop: str, below: bytes = b"") -> Known:
+        """Return which files of a drop are accounted for: all, or those below a directory of it."""
         ...
 
     def admit(self, sightings: Sequence[Sighting], destinations: Sequence[str], now: datetime) -> Admission:

@@ -43,13 +43,17 @@ class SqliteLedger(SqliteHabits, Ledger):
     a sync: what a power cut takes of them, the scan and `release_claims` bring back.
     """
 
-    def known(self, drop: str) -> Known:
+    def known(self, drop: str, below: bytes = b"") -> Known:
         """See `Ledger.known`."""
         query = f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE drop_name = ? AND live"  # noqa: S608 -- own columns
+        values: tuple[str | bytes, ...] = (drop,)
+        if below:  # a million new directories must not each cost a look at all that waits
+            query += " AND relpath > ? AND relpath < ?"
+            values = (drop, below + b"/", below + b"0")  # which comes after the slash
         with self._reading() as db:
             pairs = [
                 (mark(a.relpath, a.fingerprint), hash(a.relpath))
-                for a in map(as_archive, db.execute(query, (drop,)))
+                for a in map(as_archive, db.execute(query, values))
             ]
         return Known(frozenset(m for m, _ in pairs), frozenset(p for _, p in pairs))
 

@@ -232,6 +232,16 @@ def test_known_are_the_files_of_a_drop_that_are_accounted_for(ledger: Ledger) ->
     assert ledger.known("nowhere").marks == frozenset()
 
 
+def test_known_below_a_directory_are_the_files_in_it_and_no_others(ledger: Ledger) -> None:
+    paths = [b"a", b"a-b/x", b"a/x", b"a/y/z", b"a0", b"a0/x", b"b/a/x", b"a/\xff"]
+    ledger.admit([a_sighting(path) for path in paths], BOTH, NOW)
+
+    known = ledger.known("switches", b"a")
+
+    assert known.paths == {hash(path) for path in (b"a/x", b"a/y/z", b"a/\xff")}
+    assert len(known.marks) == 3
+
+
 def test_a_superseded_content_is_no_longer_known(ledger: Ledger) -> None:
     admit(ledger, a_sighting(b"r1"))
     new = a_sighting(b"r1")

@@ -214,6 +214,17 @@ def test_what_a_disposition_hangs_on_is_synced_at_its_commit(tmp_path: Path) -> 
     ledger.close()
 
 
+def test_what_is_known_below_a_directory_costs_no_look_at_the_others(tmp_path: Path) -> None:
+    ledger = SqliteLedger(open_ledger(tmp_path).connection)
+    statements: list[str] = []
+    ledger._db.set_trace_callback(statements.append)
+    ledger.known("switches", b"site")
+    ledger._db.set_trace_callback(None)
+    plan = [row[3] for row in ledger._db.execute(f"EXPLAIN QUERY PLAN {statements[0]}")]
+    assert plan == ["SEARCH archive USING INDEX archive_live (drop_name=? AND relpath>? AND relpath<?)"], plan
+    ledger.close()
+
+
 # damage
 
 
