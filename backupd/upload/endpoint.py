@@ -46,7 +46,16 @@ class Endpoint:
         """Return the bounds of one uploader's attempts."""
         config = self.config
         deadline = config.deadline.total_seconds() if config.deadline else None
-        return Line(self.abort, deadline=deadline, min_rate=config.min_rate, bandwidth=self.bandwidth)
+        # to connect, to sign in, for the answer to come, and for it to end
+        patience = (config.timeout.connect + 2 * config.timeout.read).total_seconds()
+        patience += 0 if self.auth is None else _TOKEN_WITHIN
+        return Line(
+            self.abort,
+            deadline=deadline,
+            patience=patience,
+            min_rate=config.min_rate,
+            bandwidth=self.bandwidth,
+        )
 
     @property
     def route(self) -> Route:

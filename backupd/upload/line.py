@@ -56,8 +56,9 @@ class _Window:
 class Line:
     """The bounds of one uploader's attempts; its connections ask it how long they may wait.
 
-    `deadline` is in seconds for a whole attempt, None for none; `min_rate` in bytes per second while
-    the body is sent, 0 for none; `bandwidth` is shared with the destination's other uploaders.
+    `deadline` is in seconds for a whole attempt, None for none; `patience` for all that comes before the
+    body, and again for all that comes after it; `min_rate` in bytes per second while the body is sent, 0
+    for none; `bandwidth` is shared with the destination's other uploaders.
     """
 
     def __init__(
@@ -65,14 +66,17 @@ class Line:
         abort: Abort,
         *,
         deadline: float | None = None,
+        patience: float | None = None,
         min_rate: int = 0,
         bandwidth: Bandwidth | None = None,
     ) -> None:
         self._abort = abort
         self._bandwidth = bandwidth
         self._deadline = deadline
+        self._patience = patience
         self._min_rate = min_rate
         self._ends: float | None = None
+        self._patient_until: float | None = None
         self._window: _Window | None = None
         self._alive: Callable[[], None] = lambda: None
         self._resting: Callable[[], None] = lambda: None
@@ -87,14 +91,21 @@ class Line:
         self._alive, self._resting = alive, resting
         self._ends = None if self._deadline is None else now + self._deadline
         self._window = None
+        self._be_patient(now)
 
     def body_begins(self) -> None:
         """From here on the least rate counts; what went before was no sending."""
         self._window = _Window(time.monotonic()) if self._min_rate else None
+        self._patient_until = None
 
     def body_sent(self) -> None:
         """From here on the destination works, and the rate says nothing."""
         self._window = None
+        self._be_patient(time.monotonic())
+
+    def _be_patient(self, now: float) -> None:
+        """Bound what is no sending: who answers a byte at a time would else keep us for days."""
+        self._patient_until = None if self._patience is None else now + self._patience
 
     def moved(self, count: int) -> None:
         """Note bytes that the connection took."""
@@ -151,7 +162,8 @@ class Line:
                 return False
 
     def _milliseconds(self, now: float, until: float | None) -> int:
-        ends = [now + _SIGN_OF_LIFE, *(t for t in (until, self._ends) if t is not None)]
+        bounds = (until, self._ends, self._patient_until)
+        ends = [now + _SIGN_OF_LIFE, *(t for t in bounds if t is not None)]
         if self._window is not None:
             ends.append(self._window.began + RATE_WINDOW)
         return max(int((min(ends) - now) * 1000) + 1, 0)
@@ -159,6 +171,8 @@ class Line:
     def _check(self, now: float) -> None:
         if self._ends is not None and now >= self._ends:
             raise AttemptEndedError(Reason.DEADLINE, f"not done after {self._deadline:g} s")
+        if self._patient_until is not None and now >= self._patient_until:
+            raise AttemptEndedError(Reason.READ_TIMEOUT, f"no end of the answer after {self._patience:g} s")
         window = self._window
         if window is not None and now - window.began >= RATE_WINDOW:
             rate = window.moved / (now - window.began)

@@ -269,6 +269,41 @@ def test_an_answer_that_does_harm_costs_little_memory_and_no_archive(
         assert daemon.stop() == 0
 
 
+def slow_interim_answers(peer: Peer) -> None:
+    peer.drip(b"HTTP/1.1 102 Wait\r\n\r\n" * 20_000, 0.05)
+
+
+@pytest.mark.parametrize("harm", [slow_header, slow_interim_answers])
+def test_an_answer_a_byte_at_a_time_is_given_up_without_a_deadline_too(
+    stage: Stage, harm: Callable[[Peer], None]
+) -> None:
+    """Else a few of them would keep all workers, and no event tell why nothing arrives."""
+    done: list[int] = []
+
+    def script(peer: Peer) -> None:
+        while True:
+            request = peer.read_request()
+            if not done:
+                done.append(1)
+                harm(peer)
+                return
+            peer.send(receipt_for(request.archive))
+
+    with ScriptedServer(script, server_context(stage.pki)) as server:
+        stage.configure(
+            server.url,
+            drop='stable_for = "0s"',
+            destination='workers = 1\ntimeout = { connect = "1s", read = "1s" }',
+            more=QUICK.format(name="vault"),
+        )
+        daemon = stage.daemon().ready()
+        stage.put("r1.cfg", b"r1")
+        (failed,) = daemon.wait_for("attempt.failed", archive="r1.cfg")
+        assert (failed["reason"], failed["error"]) == ("read_timeout", "no end of the answer after 3 s")
+        daemon.wait_for("archive.disposed", archive="r1.cfg")
+        assert daemon.stop() == 0
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_no_redirect_is_followed_with_an_archive(stage: Stage, status: int) -> None:
     with ScriptedServer(lambda peer: peer.drain()) as elsewhere:
