@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,11 @@ import pytest
 
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.stage import Stage, a_stage
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Have more workers than processors: half of the time a test waits for what it has started."""
+    return max(os.cpu_count() or 1, 4)
 
 
 @pytest.fixture

@@ -43,7 +43,8 @@ class TimeoutConfig(TableModel):
         default=timedelta(seconds=10), description="Longest wait for a connection and its TLS handshake."
     )
     read: PositiveDuration = Field(
-        default=timedelta(minutes=10), description="Longest wait for the answer once everything is sent, and again for its end."
+        default=timedelta(minutes=10),
+        description="Longest wait for the answer once everything is sent, and again for its end.",
     )
     write: PositiveDuration = Field(
         default=timedelta(seconds=60), description="Longest wait for one piece of the archive to be taken."
