@@ -82,17 +82,18 @@ def recorded(ground: Ground) -> list[Call]:
     return ground.shim.calls
 
 
-def by_step(calls: Sequence[Call]) -> dict[int, list[Call]]:
-    """Return the calls of each step."""
+def by_step(calls: Sequence[Call], ground: Ground) -> dict[int, list[Call]]:
+    """Return the calls of each step that is the ending's own."""
     found: dict[int, list[Call]] = {}
     for call in calls:
-        found.setdefault(call.step, []).append(call)
+        if call.step >= STEPS.index(ground.ending.since):
+            found.setdefault(call.step, []).append(call)
     return found
 
 
 def all_strikes(calls: Sequence[Call], ground: Ground) -> Iterator[Strike]:
     """Yield all there is to try; some calls more than were recorded, as another run may have more."""
-    for step, recorded_ones in by_step(calls).items():
+    for step, recorded_ones in by_step(calls, ground).items():
         for at, call in enumerate([*recorded_ones, None, None], 1):
             if ground.drive is not None:
                 yield Strike(step, at, Manner.CUT_POWER)
@@ -102,16 +103,13 @@ def all_strikes(calls: Sequence[Call], ground: Ground) -> Iterator[Strike]:
                 yield Strike(step, at, Manner.KILL_HALFWAY)
             if call is not None and not call.is_local:
                 continue
-            if ground.ending is MOVED:
-                yield from (Strike(step, at, Manner.FAIL, error) for error in ERRORS)
-                yield from (Strike(step, at, Manner.FAIL_FROM_NOW_ON, error) for error in ERRORS[:2])
-            else:
-                yield Strike(step, at, Manner.FAIL, ERRORS[at % len(ERRORS)])
+            yield from (Strike(step, at, Manner.FAIL, error) for error in ERRORS)
+            yield from (Strike(step, at, Manner.FAIL_FROM_NOW_ON, error) for error in ERRORS[:2])
 
 
 def some_strikes(calls: Sequence[Call], ground: Ground, chance: random.Random) -> Iterator[Strike]:
     """Yield one of each step: a kill and an error, or a cut of the power."""
-    for step, recorded_ones in by_step(calls).items():
+    for step, recorded_ones in by_step(calls, ground).items():
         at = chance.randint(1, len(recorded_ones))
         if ground.drive is not None:
             yield Strike(step, at, Manner.CUT_POWER)
@@ -197,13 +195,11 @@ def run_all(ground: Ground, terms: Terms | None = None) -> Tally:
     return tally
 
 
-def run_some(ground: Ground, seed: int, since: str = STEPS[0]) -> Tally:
-    """Try one of each step, from one on."""
+def run_some(ground: Ground, seed: int) -> Tally:
+    """Try one of each step."""
     tally = Tally()
     with ground.open():
         for one in some_strikes(recorded(ground), ground, random.Random(seed)):
-            if one.step < STEPS.index(since):
-                continue
             at = one.at
             while not strike(ground, replace(one, at=at), tally) and at > 1:
                 at -= 1  # another run may have fewer calls: an answer may come in one read or in two
@@ -227,23 +223,27 @@ def _cell(tally: Tally, step: str, column: str) -> str:
     return f"{tried - broken}/{tried}" if tried else ""
 
 
-GROUNDS = 5
+ENDINGS = [
+    *((ending, False) for ending in (MOVED, DELETED, KEPT, REJECTED)),
+    *((ending, True) for ending in (MOVED, DELETED, REJECTED)),
+]
+"""The ways in which a delivery ends, and whether it is the power that is cut."""
 
 
-def grounds(base: Path) -> Iterator[Ground]:
-    """Yield an installation for each way in which a delivery ends, and one that can lose its power."""
+def a_ground(number: int, base: Path) -> Ground:
+    """Return an installation for one of `ENDINGS`."""
+    ending, can_lose_power = ENDINGS[number]
     base.mkdir(exist_ok=True)
-    for ending in (MOVED, DELETED, KEPT, REJECTED):
-        yield Ground(base / ending.name, ending)
-    yield Ground(base / "power", MOVED, can_lose_power=True)
+    return Ground(base / str(number), ending, can_lose_power=can_lose_power)
 
 
 def campaign(terms: Terms) -> Report:
     """Try cases drawn by chance, on each installation in turn, as long as there is time."""
     report = Report()
-    share = (terms.until - time.monotonic()) / GROUNDS
-    for number, ground in enumerate(grounds(terms.base)):
-        tally = run_all(ground, replace(terms, until=terms.until - share * (GROUNDS - 1 - number)))
+    share = (terms.until - time.monotonic()) / len(ENDINGS)
+    for left, number in zip(reversed(range(len(ENDINGS))), range(len(ENDINGS)), strict=True):
+        ground = a_ground(number, terms.base)
+        tally = run_all(ground, replace(terms, until=terms.until - share * left))
         report.tried += tally.cases
         report.broken += tally.broken
         report.figures[ground.name] = (
@@ -256,7 +256,7 @@ BEGIN, END = "<!-- made by tests/faults/crash.py -->\n", "<!-- end of what is ma
 
 
 def _run(number: int, base: Path, until: float | None, seed: int) -> tuple[str, Tally]:
-    ground = list(grounds(base))[number]
+    ground = a_ground(number, base)
     return ground.name, run_all(ground, None if until is None else Terms(base, until, seed))
 
 
@@ -272,8 +272,8 @@ def main(document: Path, minutes: float | None = None) -> int:
     seed = random.randrange(1_000_000)
     until = None if minutes is None else time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory(prefix="backupd-faults-") as base:
-        with concurrent.futures.ProcessPoolExecutor(GROUNDS) as pool:
-            runs = [pool.submit(_run, n, Path(base) / str(n), until, seed) for n in range(GROUNDS)]
+        with concurrent.futures.ProcessPoolExecutor(len(ENDINGS)) as pool:
+            runs = [pool.submit(_run, n, Path(base), until, seed) for n in range(len(ENDINGS))]
             for run in concurrent.futures.as_completed(runs):
                 if run.exception() is None:
                     _print(*run.result())

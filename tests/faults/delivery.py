@@ -36,11 +36,13 @@ class Ending:
     """Where the archive ends, relative to the drop folder; "" for nowhere."""
     record: str = ""
     state: str = "delivered"
+    since: str = "seen"
+    """The first step that is its own; those before are the same as of an archive that is moved."""
 
 
 MOVED = Ending("moved", "", "sent", "receipt")
-DELETED = Ending("deleted", 'on_delivered = "delete"', "")
-KEPT = Ending("kept", 'on_delivered = "keep"', ".")
+DELETED = Ending("deleted", 'on_delivered = "delete"', "", since="outcome committed")
+KEPT = Ending("kept", 'on_delivered = "keep"', ".", since="outcome committed")
 REJECTED = Ending("rejected", 'inspect = "quick"\ninspect_grace = "0s"', "rejected", "reason", "rejected")
 
 

@@ -42,7 +42,7 @@ def test_no_error_of_a_look_at_a_file_ends_the_daemon(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", [DELETED, KEPT, REJECTED], ids=lambda ending: ending.name)
 def test_what_comes_after_the_outcome_loses_nothing_however_it_ends(tmp_path: Path, ending: Ending) -> None:
-    tally = crash.run_some(Ground(tmp_path, ending), SEED, since="outcome committed")
+    tally = crash.run_some(Ground(tmp_path, ending), SEED)
 
     assert_held(tally, SEED)
     assert tally.cases >= 2
