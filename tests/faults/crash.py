@@ -1,15 +1,9 @@
-"""The crash matrix: a delivery is struck at each of its system calls, and has to end well all the same.
-
-python -m tests.faults.crash docs/reliability.md    # all of it, and the table in the document
-"""
+"""The crash matrix: a delivery is struck at each of its system calls, and has to end well all the same."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import errno
 import random
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -68,6 +62,14 @@ class Tally:
     @property
     def cases(self) -> int:
         return self.tried.total()
+
+    def add(self, other: Tally) -> None:
+        """Count what another has counted."""
+        self.tried += other.tried
+        self.broken += other.broken
+        self.broken_at += other.broken_at
+        self.told_twice += other.told_twice
+        self.gave_up += other.gave_up
 
 
 def recorded(ground: Ground) -> list[Call]:
@@ -181,15 +183,14 @@ def _see_it_end(ground: Ground, one: Strike, archive: Archive) -> Call | None:
     return ground.shim.struck
 
 
-def run_all(ground: Ground, terms: Terms | None = None) -> Tally:
-    """Try all there is, or what there is time for, in an order of chance."""
+def run_all(ground: Ground, terms: Terms) -> Tally:
+    """Try what there is time for, in an order of chance."""
     tally = Tally()
     with ground.open():
         chosen = list(all_strikes(recorded(ground), ground))
-        if terms is not None:
-            random.Random(terms.seed).shuffle(chosen)
+        random.Random(terms.seed).shuffle(chosen)
         for one in chosen:
-            if terms is not None and not terms.go_on():
+            if not terms.go_on():
                 break
             strike(ground, one, tally)
     return tally
@@ -204,23 +205,6 @@ def run_some(ground: Ground, seed: int) -> Tally:
             while not strike(ground, replace(one, at=at), tally) and at > 1:
                 at -= 1  # another run may have fewer calls: an answer may come in one read or in two
     return tally
-
-
-def table_of(tally: Tally) -> str:
-    """Return a Markdown table of steps and what was tried of them: held, of so many."""
-    columns = ["killed", "power cut", *(errno.errorcode[e] for e in ERRORS)]
-    columns += [c for c in sorted({column for _, column in tally.tried}) if c not in columns]
-    columns = [c for c in columns if any(tally.tried[step, c] for step in STEPS)]
-    lines = [f"| step | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for step in STEPS:
-        cells = [_cell(tally, step, column) for column in columns]
-        lines.append(f"| {step} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(tally: Tally, step: str, column: str) -> str:
-    tried, broken = tally.tried[step, column], tally.broken_at[step, column]
-    return f"{tried - broken}/{tried}" if tried else ""
 
 
 ENDINGS = [
@@ -250,45 +234,3 @@ def campaign(terms: Terms) -> Report:
             f"{tally.cases} cases, {tally.told_twice} told twice, {tally.gave_up.total()} daemons ended"
         )
     return report
-
-
-BEGIN, END = "<!-- made by tests/faults/crash.py -->\n", "<!-- end of what is made -->\n"
-
-
-def _run(number: int, base: Path, until: float | None, seed: int) -> tuple[str, Tally]:
-    ground = a_ground(number, base)
-    return ground.name, run_all(ground, None if until is None else Terms(base, until, seed))
-
-
-def _print(name: str, tally: Tally) -> None:
-    print(f"{name}: {tally.cases} cases, {tally.cases - len(tally.broken)} held", flush=True)
-    print(f"  told twice {tally.told_twice}; ended by themselves: {dict(tally.gave_up)}", flush=True)
-    for one in tally.broken:
-        print(f"  BROKEN {one}", flush=True)
-
-
-def main(document: Path, minutes: float | None = None) -> int:
-    """Try everything, or what there is time for, on all installations at a time; put tables in a document."""
-    seed = random.randrange(1_000_000)
-    until = None if minutes is None else time.monotonic() + 60 * minutes
-    with tempfile.TemporaryDirectory(prefix="backupd-faults-") as base:
-        with concurrent.futures.ProcessPoolExecutor(len(ENDINGS)) as pool:
-            runs = [pool.submit(_run, n, Path(base), until, seed) for n in range(len(ENDINGS))]
-            for run in concurrent.futures.as_completed(runs):
-                if run.exception() is None:
-                    _print(*run.result())
-            results = [run.result() for run in runs]
-    parts = []
-    for name, tally in results:
-        held = tally.cases - len(tally.broken)
-        parts.append(
-            f"**{name[0].upper()}{name[1:]}**: {tally.cases} cases, {held} held.\n\n{table_of(tally)}"
-        )
-    before, _, rest = document.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    document.write_text(before + BEGIN + "\n" + "\n".join(parts) + "\n" + END + after, encoding="utf-8")
-    return 1 if any(tally.broken for _, tally in results) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else None))

@@ -46,6 +46,11 @@ KEPT = Ending("kept", 'on_delivered = "keep"', ".", since="outcome committed")
 REJECTED = Ending("rejected", 'inspect = "quick"\ninspect_grace = "0s"', "rejected", "reason", "rejected")
 
 
+def name_of(ending: Ending, can_lose_power: bool) -> str:
+    """Return what happens to archives of an ending, and to their host."""
+    return f"an archive that is {ending.name}" + ", the power cut" * can_lose_power
+
+
 @dataclass(frozen=True, slots=True)
 class Archive:
     """An archive that was dropped."""
@@ -78,7 +83,7 @@ class Ground:
     @property
     def name(self) -> str:
         """Return what happens to its archives and to it."""
-        return f"an archive that is {self.ending.name}" + ", the power cut" * self._can_lose_power
+        return name_of(self.ending, self._can_lose_power)
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
