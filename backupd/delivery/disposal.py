@@ -115,7 +115,8 @@ class Disposal:
             return Disposed(archive.id, None), "gone"
         if rule.checksums:
             move_companions(folder, archive.relpath, None if action == "delete" else moved_to)
-        touched |= {(archive.drop, parent), (archive.drop, target)}
+        # those above it, too: they may have been made for it, now or before a crash
+        touched |= {(archive.drop, directory) for directory in (parent, *_up_from(target))}
         if action == "delete":
             folder.unlink(moved_to)
             return Disposed(archive.id, None), "deleted"
@@ -198,6 +199,13 @@ class Disposal:
             error=os.strerror(error.errno) if error.errno else str(error),
             hint=_hint(error),
         )
+
+
+def _up_from(directory: bytes) -> Iterator[bytes]:
+    while directory:
+        yield directory
+        directory = directory.rpartition(b"/")[0]
+    yield b""
 
 
 def _sync(touched: set[tuple[str, bytes]], held: Mapping[str, HeldFolder]) -> None:

@@ -15,8 +15,8 @@ _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 def write_record(folder: DropFolder, relpath: bytes, content: bytes) -> None:
     """Write a new file, synced under another name and then renamed; its directory is not synced yet.
 
-    What an earlier attempt left, all of the content or its beginning, is replaced. Raises FileExistsError
-    where the name is taken by something else.
+    One with that very content is of an earlier attempt, and stays. Raises FileExistsError where the name is
+    taken by something else, of whatever kind.
     """
     parent, _, name = relpath.rpartition(b"/")
     with folder.directory(parent, create=True) as directory:
@@ -25,10 +25,16 @@ def write_record(folder: DropFolder, relpath: bytes, content: bytes) -> None:
         try:
             rename_no_replace(directory, part, directory, name)
         except FileExistsError:
-            if not content.startswith(folder.read(relpath, len(content) + 1)):
-                os.unlink(part, dir_fd=directory)
+            os.unlink(part, dir_fd=directory)
+            if not _holds(folder, relpath, content):
                 raise
-            os.rename(part, name, src_dir_fd=directory, dst_dir_fd=directory)
+
+
+def _holds(folder: DropFolder, relpath: bytes, content: bytes) -> bool:
+    try:
+        return folder.read(relpath, len(content) + 1) == content
+    except OSError:  # a link, a pipe, a folder, or what we may not read: somebody else's
+        return False
 
 
 def _write(directory: int, name: bytes, content: bytes) -> None:

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from watchdog.events import DirCreatedEvent
 from watchdog.observers.inotify import InotifyEmitter, InotifyObserver, InotifyWatchGroup
@@ -24,6 +24,8 @@ from watchdog.observers.inotify_move_event_grouper import (
     InotifyMoveEventGrouper,
     PathedInotifyEvent,
 )
+
+from backupd.drop.folder import DropFolder
 
 _MASK = Mask(
     InotifyConstants.IN_CLOSE_WRITE
@@ -56,8 +58,13 @@ class _Ungrouped(InotifyMoveEventGrouper):
 
 @dataclass
 class Watches(InotifyWatchGroup):
-    """The watches on a tree but for what is ignored in it: nothing that lies in `sent` costs anything."""
+    """The watches on a tree but for what is ignored in it: nothing that lies in `sent` costs anything.
 
+    Directories are opened below the drop folder's descriptor, and watched by that: nobody who swaps one for
+    a link can have us look at what is outside.
+    """
+
+    folder: DropFolder = field(kw_only=True)
     ignores: Ignores = lambda _: False
     is_partial: bool = False
     """Whether the kernel had no watch left for some directory."""
@@ -66,13 +73,11 @@ class Watches(InotifyWatchGroup):
     # as there is one path for a watch and one watch for a path.
 
     def _add_callback(self, path: bytes) -> None:
-        is_root = path == self.path
-        # the operator wrote the root, which may be a link
-        mask = Mask(self.event_mask & ~InotifyConstants.IN_DONT_FOLLOW) if is_root else self.event_mask
         try:
-            watch = self._inotify_fd.add_callback(path, mask, self._callback, self._id)
+            with self.folder.directory(self._below(path)) as fd:
+                watch = self._inotify_fd.add_callback(_by_number(fd), self._mask, self._callback, self._id)
         except OSError as error:
-            if is_root:
+            if path == self.path:
                 raise
             self.is_partial |= error.errno in (errno.ENOSPC, errno.ENOMEM)
             return
@@ -82,16 +87,15 @@ class Watches(InotifyWatchGroup):
         self._active_callbacks_by_path[path] = watch
         self._active_callbacks_by_watch[watch] = path
 
-    def ask(self, root: int) -> bool:
+    def ask(self) -> bool:
         """Open the folder under the eyes of its watch; return False where the watch is gone.
 
-        `root` is a descriptor of the folder. The kernel gives the same number for a directory that is watched
-        already, and with it what else is to be told of it: for a moment, that somebody opens it.
+        The kernel gives the same number for a directory that is watched already, and with it what else is to
+        be told of it: for a moment, that somebody opens it.
         """
         queue = self._inotify_fd._inotify_fd  # noqa: SLF001 -- watchdog knows no changed mask
-        folder = b"/proc/self/fd/%d" % root
-        mask = self.event_mask & ~InotifyConstants.IN_DONT_FOLLOW
-        watch = inotify_add_watch(queue, folder, mask | InotifyConstants.IN_OPEN)
+        folder = _by_number(self.folder.fileno())
+        watch = inotify_add_watch(queue, folder, self._mask | InotifyConstants.IN_OPEN)
         if watch == -1:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
@@ -100,7 +104,7 @@ class Watches(InotifyWatchGroup):
         try:
             os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         finally:
-            inotify_add_watch(queue, folder, mask)
+            inotify_add_watch(queue, folder, self._mask)
         return True
 
     def on_event(self, event: InotifyEvent) -> None:
@@ -128,20 +132,35 @@ class Watches(InotifyWatchGroup):
             return
         waiting = [path]
         while waiting:  # os.walk calls itself for each level, before Python 3.12
-            with suppress(OSError), os.scandir(waiting.pop()) as entries:
+            here = waiting.pop()
+            with suppress(OSError), self.folder.directory(self._below(here)) as fd, os.scandir(fd) as entries:
                 for entry in entries:
-                    if entry.is_dir(follow_symlinks=False) and not self.ignores(entry.path):
-                        self._add_callback(entry.path)
-                        waiting.append(entry.path)
+                    below = here + b"/" + os.fsencode(entry.name)
+                    if entry.is_dir(follow_symlinks=False) and not self.ignores(below):
+                        self._add_callback(below)
+                        waiting.append(below)
+
+    @property
+    def _mask(self) -> Mask:
+        """What is asked of a directory that is named by its descriptor, which is a link in /proc."""
+        return Mask(self.event_mask & ~InotifyConstants.IN_DONT_FOLLOW)
+
+    def _below(self, path: bytes) -> bytes:
+        return path[len(self.path) :]
 
     def _recursive_simulate(self, src_path: bytes) -> list[InotifyEvent]:  # noqa: ARG002
         """Make up no events: of a new directory all is looked through, and that is watched by then."""
         return []
 
 
+def _by_number(fd: int) -> bytes:
+    return b"/proc/self/fd/%d" % fd
+
+
 class Emitter(InotifyEmitter):
     """Tells of a drop folder's events."""
 
+    folder: DropFolder
     ignores: Ignores
     _inotify: Watches | None
 
@@ -152,6 +171,7 @@ class Emitter(InotifyEmitter):
             os.fsencode(self.watch.path),
             event_mask=self.get_event_mask_from_filter(),
             is_recursive=self.watch.is_recursive,
+            folder=self.folder,
             ignores=self.ignores,
         )
 
@@ -173,6 +193,7 @@ class Emitter(InotifyEmitter):
 class Observer(InotifyObserver):
     """Hands the events on, with emitters of ours."""
 
-    def __init__(self, ignores: Ignores) -> None:
+    def __init__(self, folder: DropFolder, ignores: Ignores) -> None:
         super().__init__()
-        self._emitter_class = type("_EmitterHere", (Emitter,), {"ignores": staticmethod(ignores)})
+        here = {"folder": folder, "ignores": staticmethod(ignores)}
+        self._emitter_class = type("_EmitterHere", (Emitter,), here)

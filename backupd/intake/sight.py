@@ -138,7 +138,7 @@ class Sight:
             return True
         self._asked = time.monotonic()  # before: the answer comes in another thread
         try:
-            watched = watcher.ask(self._folder.fileno())
+            watched = watcher.ask()
         except OSError:
             self._asked = None  # the scan tells of a folder that can't be read
             return True
@@ -183,7 +183,7 @@ class Sight:
             self._start()
 
     def _start(self) -> None:
-        watcher = Watcher(self._path, self._notice, self._ignores, recursive=self._config.recursive)
+        watcher = Watcher(self._folder, self._notice, self._ignores, recursive=self._config.recursive)
         try:
             watcher.start()
         except WatchError as error:

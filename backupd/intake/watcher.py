@@ -17,6 +17,7 @@ from watchdog.events import (
 from watchdog.observers.api import BaseObserver
 
 from backupd.core.errors import BackupdError
+from backupd.drop.folder import DropFolder
 from backupd.intake.inotify import Emitter, Ignores, Observer, Watches
 
 _EVENTS: list[type[FileSystemEvent]] = [FileClosedEvent, FileCreatedEvent, DirCreatedEvent]
@@ -46,8 +47,9 @@ class _Handler(FileSystemEventHandler):
 class Watcher:
     """Watches one drop folder by inotify; an observer of its own, so that no drop can blind another."""
 
-    def __init__(self, path: str, notice: Notice, ignores: Ignores, *, recursive: bool) -> None:
-        self._path = path
+    def __init__(self, folder: DropFolder, notice: Notice, ignores: Ignores, *, recursive: bool) -> None:
+        self._folder = folder
+        self._path = folder.path
         self._ignores = ignores
         self._handler = _Handler(notice)
         self._recursive = recursive
@@ -57,7 +59,7 @@ class Watcher:
     def start(self) -> None:
         """Begin to watch; raises WatchError where the kernel will not."""
         try:
-            self._observer = Observer(self._ignores)
+            self._observer = Observer(self._folder, self._ignores)
             self._observer.schedule(
                 self._handler, self._path, recursive=self._recursive, event_filter=_EVENTS
             )
@@ -91,12 +93,12 @@ class Watcher:
         reader = getattr(observer, "_inotify_fd", None)
         return all(e.is_alive() for e in observer.emitters) and (reader is None or reader.is_alive())
 
-    def ask(self, root: int) -> bool:
+    def ask(self) -> bool:
         """Have an event come, of `path/`, that proves life; return False where none can come any more.
 
-        `root` is a descriptor of the folder. Raises OSError where that can't be opened.
+        Raises OSError where the folder can't be opened.
         """
-        return all(watches is not None and watches.ask(root) for watches in self._all_watches())
+        return all(watches is not None and watches.ask() for watches in self._all_watches())
 
     def is_partial(self) -> bool:
         """Tell whether some directories are not watched, because a limit is reached."""

@@ -622,7 +622,7 @@ def test_a_folder_with_much_to_tell_is_not_taken_for_a_blind_watcher(
     """The sign of life may wait behind thousands of events, or be lost in an overflow: they are signs too."""
     now = [100.0]
     monkeypatch.setattr("backupd.intake.sight.time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr("backupd.intake.watcher.Watcher.ask", lambda _watcher, _root: True)
+    monkeypatch.setattr("backupd.intake.watcher.Watcher.ask", lambda _watcher: True)
     with watching(tmp_path, rescan_every=NEVER) as scene:
         scene.put("r1.cfg")
         scene.wait_admitted("r1.cfg")
