@@ -37,6 +37,12 @@ _HEAD_START = 10.0
 No longer, or a drop folder on a server that hangs would keep all the others waiting.
 """
 
+_FIRST_LOOK = 60.0
+"""Seconds after which it is ready though some drop was not looked through yet: its disk may hang."""
+
+_HUNG = 120.0
+"""Seconds without life of a thread that has work, after which that is said where systemd does not watch."""
+
 _TICK = 5.0
 """Seconds between looks at the files of certificates."""
 
@@ -89,7 +95,7 @@ class Daemon:
         undisposed = parts.recorder.recover()
         self._threads.start(parts.recorder.run, self._abandon, parts.recorder.pulse)
         self._begin(parts.drops, parts.destinations)
-        self._wait_for_intakes(parts.drops, math.inf)
+        self._wait_for_intakes(parts.drops, self._began + _FIRST_LOOK)
         self._threads.start(parts.keeper.run, parts.keeper.stop, parts.keeper.pulse)
         self._log.emit(
             events.DAEMON_READY,
@@ -117,7 +123,7 @@ class Daemon:
                 self._threads.start(worker.run, destination.stop, worker.pulse)
 
     def _wait_for_intakes(self, drops: Mapping[str, DropPart], until: float) -> None:
-        """Wait until every drop has been looked through once."""
+        """Wait until every drop has been looked through once, or a monotonic time."""
         for drop in drops.values():
             while not drop.intake.ready.wait(0.1) and not self._threads.failed and time.monotonic() < until:
                 self._notifier.send("EXTEND_TIMEOUT_USEC=30000000")
@@ -151,7 +157,7 @@ class Daemon:
 
     def _show_life(self) -> None:
         every = self._notifier.watchdog_every
-        if every is None or self._threads.show_life(2 * every):
+        if self._threads.show_life(_HUNG if every is None else 2 * every):
             self._notifier.send("WATCHDOG=1", self._status())
 
     def _reload(self) -> None:

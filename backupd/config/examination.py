@@ -18,7 +18,7 @@ class Examination:
     @property
     def fatal(self) -> tuple[Problem, ...]:
         """Return the problems that keep the configuration from being run."""
-        return tuple(problem for problem in self.problems if problem.fatal)
+        return tuple(problem for problem in self.problems if problem.fatal and problem.stops)
 
 
 Examine = Callable[[], Examination]

@@ -3,6 +3,7 @@
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
 from itertools import combinations
 from pathlib import Path
@@ -127,10 +128,14 @@ def _subfolder_problem(where: str, root: Path, relative: str, mounts: frozenset[
             return None  # it will be made
         if os.path.islink(here):
             return Problem(
-                where, f"{here} is a symbolic link, which is never followed", _REAL_FOLDER, fatal=True
+                where,
+                f"{here} is a symbolic link, which is never followed",
+                _REAL_FOLDER,
+                fatal=True,
+                stops=False,
             )
         if problem := _folder_problem(where, here):
-            return problem
+            return replace(problem, stops=False)
         if os.stat(here).st_dev != device or _real(here) in mounts:
             return Problem(
                 where,

@@ -50,7 +50,7 @@ class Room:
     def tell(self, short: Shortage, now: datetime, every: timedelta) -> None:
         """Tell that a disk stays short of room."""
         told = self._told.get(short.device)
-        if told is not None and now - told < every:
+        if told is not None and timedelta(0) <= now - told < every:  # the clock may have been set back
             return
         self._told[short.device] = now
         self._log.emit(

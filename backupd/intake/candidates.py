@@ -72,6 +72,7 @@ class Candidates:
             self._tracker.forget(relpath)
             return None
         except OSError as error:
+            self._tracker.forget(relpath)
             self.complain(relpath, error)
             return None
         return self._settle(relpath, status, now)
@@ -85,6 +86,7 @@ class Candidates:
 
     def _settle(self, relpath: bytes, status: os.stat_result, now: float) -> Sighting | None:
         if stat.S_ISDIR(status.st_mode):
+            self._tracker.forget(relpath)
             return None
         if not self._tracker.look(relpath, fingerprint_of(status), now):
             return None

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Generator
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from backupd.config.models import DropConfig
 from backupd.core.checksum import LISTS, archive_of
 from backupd.core.inspection import Finding
-from backupd.core.model import Digest, Rejected, fingerprint_of
+from backupd.core.model import Rejected, fingerprint_of
 from backupd.core.policy import Reason
 from backupd.drop.checksum import digest_of, stated_beside
 from backupd.drop.folder import DropFolder
 from backupd.drop.walk import Complaint
 from backupd.intake.found import MISSING, UNUSABLE, Found, compare
+from backupd.intake.turns import Case, Steps, Turns
 from backupd.ledger.port import Sighting
 from backupd.ops import events
 from backupd.ops.log import EventLog
@@ -29,33 +28,12 @@ from backupd.ops.log import EventLog
 _SLICE = 0.05
 """Seconds that the intake's thread is kept from other files."""
 
-_AT_ONCE = 4
-"""Archives that take turns, so that a large one does not keep the others waiting."""
-
 _LONGEST = 600.0
-"""Seconds of work after which an archive is not inspected further."""
-
-_Steps = Generator[None, None, Found | None]
+"""Seconds of work after which an archive is not inspected further, and after which its digest is given up."""
 
 
 class _GoneError(Exception):
     """The file is not there any more, or has changed: it will be looked at anew."""
-
-
-@dataclass(slots=True, eq=False)
-class _Case:
-    """One content under examination; what was found out about it need not be found out again."""
-
-    sighting: Sighting
-    since: float
-    inspected: bool = False
-    damage: Finding | None = None
-    digests: dict[str, Digest] = field(default_factory=dict)
-    steps: _Steps | None = None
-    worked: float = 0.0
-    due: float = 0.0
-    said: set[str] = field(default_factory=set)
-    again: bool = False
 
 
 class Examination:
@@ -75,10 +53,9 @@ class Examination:
         self._required = config.checksum_file == "required"
         self._grace = config.inspect_grace.total_seconds()
         self._patience = min(self._grace, config.rescan_every.total_seconds())
-        self._cases: dict[bytes, _Case] = {}
-        self._queue: deque[bytes] = deque()
-        self._active: deque[_Case] = deque()
-        self._held: dict[bytes, _Case] = {}
+        self._cases: dict[bytes, Case] = {}
+        self._turns = Turns()
+        self._held: dict[bytes, Case] = {}
 
     def __len__(self) -> int:
         return len(self._cases)
@@ -88,7 +65,7 @@ class Examination:
 
     def close(self) -> None:
         """Give up what is under way."""
-        for case in self._active:
+        for case in self._turns.active:
             if case.steps is not None:
                 case.steps.close()
 
@@ -102,8 +79,8 @@ class Examination:
             return True
         if case is not None:
             self._drop_case(case)
-        self._cases[sighting.relpath] = _Case(sighting, time.monotonic())
-        self._queue.append(sighting.relpath)
+        self._cases[sighting.relpath] = Case(sighting, time.monotonic())
+        self._turns.add(self._cases[sighting.relpath])
         return True
 
     def noticed(self, relpath: bytes) -> None:
@@ -121,7 +98,7 @@ class Examination:
 
     def next_due(self) -> float | None:
         """Return the monotonic time at which there is work, or None."""
-        if self._queue or self._active:
+        if self._turns:
             return 0.0
         return min((case.due for case in self._held.values()), default=None)
 
@@ -132,41 +109,31 @@ class Examination:
         for case in [case for case in self._held.values() if case.due <= now]:
             self._hasten(case)
         until = now + _SLICE
-        while now < until and (self._queue or self._active):
-            while self._queue and len(self._active) < _AT_ONCE:
-                self._begin(self._queue.popleft())
-            if self._active:
-                case = self._active.popleft()
-                sighting = self._step(case)
-                if sighting is not None:
-                    done.append(sighting)
+        while now < until and self._turns:
+            for case in self._turns.begin():
+                case.steps, case.again = self._examine(case), False
+            sighting = self._step(self._turns.active.popleft())
+            if sighting is not None:
+                done.append(sighting)
             now = time.monotonic()
         return done
 
-    def _hasten(self, case: _Case) -> None:
+    def _hasten(self, case: Case) -> None:
         relpath = case.sighting.relpath
         if self._held.pop(relpath, None) is not None:
-            self._queue.append(relpath)
+            self._turns.add(case)
         else:
             case.again = True  # its checksum file may have changed since it was read
 
-    def _drop_case(self, case: _Case) -> None:
+    def _drop_case(self, case: Case) -> None:
         relpath = case.sighting.relpath
         if case.steps is not None:
             case.steps.close()
-        with suppress(ValueError):
-            self._active.remove(case)
-        with suppress(ValueError):
-            self._queue.remove(relpath)
+        self._turns.drop(case)
         self._held.pop(relpath, None)
         self._cases.pop(relpath, None)
 
-    def _begin(self, relpath: bytes) -> None:
-        case = self._cases[relpath]
-        case.steps, case.again = self._examine(case), False
-        self._active.append(case)
-
-    def _step(self, case: _Case) -> Sighting | None:
+    def _step(self, case: Case) -> Sighting | None:
         began = time.monotonic()
         try:
             if case.steps is not None:
@@ -179,10 +146,10 @@ class Examination:
             self._drop_case(case)
             return None
         case.worked += time.monotonic() - began
-        self._active.append(case)
+        self._turns.active.append(case)
         return None
 
-    def _examine(self, case: _Case) -> _Steps:
+    def _examine(self, case: Case) -> Steps:
         """Return why a file is not to be admitted, None if it is."""
         sighting = case.sighting
         try:
@@ -192,7 +159,6 @@ class Examination:
                 self._complain(sighting.relpath, error)
             raise _GoneError from error
         try:
-            size = sighting.fingerprint.size
             if fingerprint_of(os.fstat(fd)) != sighting.fingerprint:
                 raise _GoneError
             if self._config.inspect != "off" and not case.inspected:
@@ -200,10 +166,7 @@ class Examination:
                 case.inspected = True
             found = None if case.damage is None else Found(case.damage.reason, case.damage.error)
             if found is None and self._config.checksum_file != "off":
-                stated = stated_beside(self._folder, sighting.relpath)
-                for algorithm in {digest.algorithm for digest in stated.digests.values()} - set(case.digests):
-                    case.digests[algorithm] = yield from digest_of(fd, size, algorithm)
-                found = compare(stated, case.digests, required=self._required)
+                found = yield from self._compare(case, fd)
             if fingerprint_of(os.fstat(fd)) != sighting.fingerprint:
                 raise _GoneError
         except OSError as error:
@@ -213,7 +176,24 @@ class Examination:
             os.close(fd)
         return found
 
-    def _inspect(self, case: _Case, fd: int) -> Generator[None, None, Finding | None]:
+    def _compare(self, case: Case, fd: int) -> Generator[None, None, Found | None]:
+        sighting = case.sighting
+        stated = stated_beside(self._folder, sighting.relpath)
+        for algorithm in {digest.algorithm for digest in stated.digests.values()} - set(case.digests):
+            steps = digest_of(fd, sighting.fingerprint.size, algorithm)
+            case.worked = 0.0
+            while case.worked < _LONGEST:
+                try:
+                    next(steps)
+                except StopIteration as stop:
+                    case.digests[algorithm] = stop.value
+                    break
+                yield
+            else:
+                return Found(UNUSABLE, f"its {algorithm} took longer than {_LONGEST:g} s of work")
+        return compare(stated, case.digests, required=self._required)
+
+    def _inspect(self, case: Case, fd: int) -> Generator[None, None, Finding | None]:
         from backupd.drop.inspect import LimitReachedError, inspect  # noqa: PLC0415 -- few drops inspect
 
         sighting = case.sighting
@@ -245,11 +225,11 @@ class Examination:
         )
         return None
 
-    def _judge(self, case: _Case, found: Found | None) -> Sighting | None:
+    def _judge(self, case: Case, found: Found | None) -> Sighting | None:
         sighting, now = case.sighting, time.monotonic()
         patient = now < case.since + self._grace
         if case.again:
-            self._queue.append(sighting.relpath)
+            self._turns.add(case)
             return None
         if found is None or (found.reason == UNUSABLE and not self._required and not patient):
             self._drop_case(case)
@@ -260,7 +240,7 @@ class Examination:
         self._drop_case(case)
         return replace(sighting, rejected=Rejected(Reason(found.reason), found.error))
 
-    def _hold(self, case: _Case, found: Found, now: float) -> None:
+    def _hold(self, case: Case, found: Found, now: float) -> None:
         sighting, end = case.sighting, case.since + self._grace
         case.due = now + self._config.rescan_every.total_seconds()
         if now < end:

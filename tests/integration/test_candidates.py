@@ -1,0 +1,69 @@
+"""Files on their way to be archives, look by look."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from backupd.config.models import DropConfig
+from backupd.drop.folder import DropFolder
+from backupd.intake.candidates import Candidates
+from backupd.ops.lines import LineWriter
+from backupd.ops.log import EventLog
+
+
+class Locked(DropFolder):
+    """A folder whose rights are lost once `is_locked`."""
+
+    is_locked = False
+
+    def stat(self, relpath: bytes) -> os.stat_result:
+        if self.is_locked:
+            raise PermissionError(13, "Permission denied")
+        return super().stat(relpath)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Locked]:
+    folder = Locked(str(tmp_path))
+    yield folder
+    folder.close()
+
+
+@pytest.fixture
+def candidates(folder: Locked) -> Iterator[Candidates]:
+    config = DropConfig(path=Path(folder.path), stable_for=timedelta(seconds=5))
+    with open(os.devnull, "wb") as null:
+        yield Candidates("switches", config, folder, EventLog(LineWriter(null.fileno())))
+
+
+def a_file(folder: Locked) -> Path:
+    path = Path(folder.path) / "r1.cfg"
+    path.write_bytes(b"abc")
+    return path
+
+
+def test_what_becomes_a_folder_is_waited_for_no_longer(folder: Locked, candidates: Candidates) -> None:
+    """Else it would be due for ever, and looked at as quickly as can be."""
+    path = a_file(folder)
+    assert candidates.look(b"r1.cfg", now=0.0) is None
+    assert candidates.next_due() == 5.0
+    path.unlink()
+    path.mkdir()
+    assert candidates.look(b"r1.cfg", now=5.0) is None
+    assert candidates.next_due() is None
+
+
+def test_what_cannot_be_looked_at_any_more_waits_for_the_scan(folder: Locked, candidates: Candidates) -> None:
+    a_file(folder)
+    assert candidates.look(b"r1.cfg", now=0.0) is None
+    folder.is_locked = True
+    assert candidates.look(b"r1.cfg", now=5.0) is None
+    assert candidates.next_due() is None
+    folder.is_locked = False
+    assert candidates.look(b"r1.cfg", now=6.0) is None
+    assert candidates.look(b"r1.cfg", now=11.0) is not None
