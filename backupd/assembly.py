@@ -82,7 +82,7 @@ class Assembly:
         self._folders = {name: open_folder(name, drop) for name, drop in config.drop.items()}
         self._rules = _rules(config, self._folders)
         self._sources = {name: _source(drop, self._folders[name]) for name, drop in config.drop.items()}
-        self.clock = Clock()
+        self.clock = Clock(ledger.latest())
         self.freshness = Freshness(ledger, log)
         self.freshness.begin(config.drop, datetime.now(UTC))
         disposal = Disposal(self._rules, log)
@@ -205,7 +205,8 @@ def _source(drop: DropConfig, folder: DropFolder) -> Source:
 def _stock(drop: DropConfig, folder: DropFolder) -> Stock:
     order = Order(drop.keep_sent_for, drop.keep_sent_last, drop.min_free)
     pattern = re.compile(drop.label_pattern) if drop.label_pattern else None
-    return Stock(folder, os.fsencode(drop.sent_dir.strip("/")), order, pattern)
+    checksums = drop.checksum_file != "off"
+    return Stock(folder, os.fsencode(drop.sent_dir.strip("/")), order, pattern, checksums)
 
 
 def _rules(config: Config, folders: dict[str, DropFolder]) -> dict[str, Rule]:

@@ -15,12 +15,16 @@ ZERO = timedelta(0)
 
 
 class Clock:
-    """Notices when the clock is set; a host that slept is no such thing."""
+    """Notices when the clock is set; a host that slept is no such thing.
 
-    def __init__(self) -> None:
+    `last` is the latest time that is known from before: whether the host was off since then or the clock is
+    wrong, nobody can tell at the start, so the time between is doubted like a step.
+    """
+
+    def __init__(self, last: datetime | None = None) -> None:
         self._offset = _offset()
-        self._doubted = ZERO
-        self._doubted_until = ZERO
+        self._doubted = ZERO if last is None else max(datetime.now(UTC) - last, ZERO)
+        self._doubted_until = _since_boot() + _DOUBT
 
     def step(self) -> timedelta:
         """Return by how much the clock was set since last asked, negative where it was set back."""

@@ -47,6 +47,8 @@ class Stock:
     sent_dir: bytes
     order: Order
     label_pattern: re.Pattern[str] | None = None
+    checksums: bool = False
+    """Whether checksum files went with their archives; where not, they are archives of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,7 @@ class Keeper:
             if expiry := order.verdict(now - kept.since, newer):
                 due[kept.archive.id] = kept, expiry
             progress.last = kept
-        self._remove(shelf, stock.folder, list(due.values()), now)
+        self._remove(shelf, stock, list(due.values()), now)
         return bool(grown) or len(page) == _MOST
 
     def _sort(self, shelf: Shelf, drop: str, stock: Stock, grown: set[bytes]) -> bool:
@@ -178,7 +180,7 @@ class Keeper:
         for name in short.drops:
             mine = [(k, Expiry.DISK_LOW) for k in chosen if k.archive.drop == name]
             if mine:
-                freed += self._remove(shelf, able[name].folder, mine, now)
+                freed += self._remove(shelf, able[name], mine, now)
         if not chosen:
             self._room.tell(short, now, tell_every)
         return bool(chosen) and freed < short.missing  # what was freed may show only after a while
@@ -188,25 +190,24 @@ class Keeper:
         begun = shelf.condemned(drop, _MOST)
         if not begun:
             return True
-        self._take_away(shelf, stock.folder, [(kept, None) for kept in begun], now)
+        self._take_away(shelf, stock, [(kept, None) for kept in begun], now)
         return len(shelf.condemned(drop, _MOST)) < _MOST
 
-    def _remove(
-        self, shelf: Shelf, folder: DropFolder, due: Sequence[tuple[Kept, Expiry]], now: datetime
-    ) -> int:
+    def _remove(self, shelf: Shelf, stock: Stock, due: Sequence[tuple[Kept, Expiry]], now: datetime) -> int:
         """Remove what is still as it was put away; return the bytes that were freed."""
-        left = {k.archive.id: removal for k, _ in due if (removal := _left(folder, k))}
+        left = {k.archive.id: removal for k, _ in due if (removal := _left(stock.folder, k))}
         ours = [(k, e) for k, e in due if k.archive.id not in left]
         if left:
             shelf.ended(left, now)
         if not ours:
             return 0
         shelf.condemn([k.archive.id for k, _ in ours])
-        return self._take_away(shelf, folder, ours, now)
+        return self._take_away(shelf, stock, ours, now)
 
     def _take_away(
-        self, shelf: Shelf, folder: DropFolder, due: Iterable[tuple[Kept, Expiry | None]], now: datetime
+        self, shelf: Shelf, stock: Stock, due: Iterable[tuple[Kept, Expiry | None]], now: datetime
     ) -> int:
+        folder = stock.folder
         done: dict[int, Removal] = {}
         touched: set[bytes] = set()
         total = 0
@@ -220,7 +221,8 @@ class Keeper:
                 continue
             if freed is not None:
                 with suppress(OSError):  # the archive is gone; what is left beside it harms nobody
-                    remove_companions(folder, kept.to)
+                    if stock.checksums:
+                        remove_companions(folder, kept.to)
                     remove_receipt(folder, kept.to, archive)
             self._complained.discard(archive.id)
             done[archive.id] = Removal.CHANGED if freed is None else Removal.EXPIRED

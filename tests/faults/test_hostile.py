@@ -173,6 +173,32 @@ def test_a_folder_of_ours_that_is_a_link_to_outside(
     assert again.stop() == 0
 
 
+@pytest.mark.parametrize("plant", [a_link, a_pipe, Path.touch], ids=["link", "pipe", "file"])
+def test_what_has_the_name_of_a_folder_of_ours_keeps_no_daemon_from_starting(
+    stage: Stage, receiver: RunningReceiver, plant: Callable[..., None]
+) -> None:
+    """The other drops have to go on; `check` fails all the same, for the operator to see to it."""
+    other = stage.base / "other"
+    other.mkdir()
+    stage.configure(
+        receiver.url,
+        drop='stable_for = "0s"',
+        more=f'[drop.other]\npath = "{other}"\nstable_for = "0s"',
+    )
+    outside = Outside(stage.base / "outside", ["r0.cfg"])
+    plant(stage.sent) if plant is Path.touch else plant(stage.sent, outside)
+    daemon = stage.daemon().ready()
+    (warning,) = daemon.events("config.warning")
+    assert warning["path"] == "drop.switches.sent_dir"
+    stage.put("r1.cfg", b"1", into=other)
+    daemon.wait_for("archive.disposed", archive="r1.cfg", drop="other")
+    stage.put("r2.cfg", b"2")
+    daemon.wait_for("disposition.failed", archive="r2.cfg")
+    assert stage.backupd("check").returncode == 78
+    assert daemon.stop() == 0
+    outside.assert_untouched(stage)
+
+
 def test_a_hard_link_to_a_file_outside_leaves_that_one_as_it_was(
     stage: Stage, receiver: RunningReceiver
 ) -> None:

@@ -50,6 +50,7 @@ class Site:
         self._disposal = Disposal({"switches": Rule(self.folder, "move", b"sent", b"rejected")}, self._log)
         self.order = Order()
         self.pattern: re.Pattern[str] | None = None
+        self.checksums = False
         self.begin()
 
     def begin(self) -> None:
@@ -67,9 +68,8 @@ class Site:
         self.folder.close()
 
     def _stocks(self) -> Stocks:
-        return Stocks(
-            {"switches": Stock(self.folder, b"sent", self.order, self.pattern)}, timedelta(minutes=1)
-        )
+        stock = Stock(self.folder, b"sent", self.order, self.pattern, self.checksums)
+        return Stocks({"switches": stock}, timedelta(minutes=1))
 
     def send(self, name: str, at: datetime, content: bytes = b"abc", *, good: bool = True) -> Path:
         """Have a file delivered, or rejected, and put away at a time; return where it lies."""
@@ -130,6 +130,18 @@ def test_what_is_older_goes_with_its_receipt_and_nothing_else_does(site: Site) -
     [said] = site.events("archive.expired")
     assert (said["archive"], said["reason"], said["path"]) == ("old.cfg", "too_old", str(old))
     assert site.removals() == {"old.cfg": "expired", "new.cfg": None, "refused.cfg": None}
+
+
+@pytest.mark.parametrize("checksums", [False, True])
+def test_a_checksum_file_goes_with_its_archive_only_where_it_came_with_it(
+    site: Site, checksums: bool
+) -> None:
+    """Elsewhere it is an archive of its own, which was delivered by itself."""
+    site.checksums = checksums
+    old = site.send("old.cfg", NOW - 91 * DAY)
+    old.with_name("old.cfg.sha256").write_text("0" * 64)
+    site.keep(keep_for=90 * DAY)
+    assert site.sent() == ([] if checksums else ["old.cfg.sha256"])
 
 
 def test_nothing_is_touched_or_opened_without_an_order(site: Site) -> None:

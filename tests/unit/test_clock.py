@@ -88,3 +88,31 @@ def test_a_step_back_is_believed_at_once(host: Host) -> None:
     host.wall -= 86400
     clock.step()
     assert clock.believed() == host.now
+
+
+def test_the_time_before_a_start_is_doubted_for_a_day(host: Host) -> None:
+    """The host may have been off, or its clock may be wrong."""
+    last = host.now
+    host.passes(1000 * 24 * 3600)
+    clock = Clock(last)
+    assert clock.believed() == last
+    host.passes(3600)
+    assert clock.step() == ZERO
+    assert clock.believed() == last + timedelta(hours=1)
+    host.passes(23 * 3600)
+    assert clock.believed() == host.now
+
+
+def test_a_start_by_an_earlier_clock_is_believed(host: Host) -> None:
+    last = host.now
+    host.wall -= 3600
+    assert Clock(last).believed() == host.now
+
+
+def test_a_step_soon_after_a_start_is_doubted_with_it(host: Host) -> None:
+    last = host.now
+    host.passes(3600)
+    clock = Clock(last)
+    host.wall += 7200
+    assert clock.step() == timedelta(hours=2)
+    assert clock.believed() == last
