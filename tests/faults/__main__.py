@@ -1,4 +1,4 @@
-"""The long part of the fault suite: `python -m tests.faults [--minutes N] [--only NAME] [--seed N]`."""
+"""The long part of the fault suite: `python -m tests.faults [--minutes N] [--only NAME] …`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument(
         "--only", choices=[*CAMPAIGNS], action="append", help="this campaign; may be repeated"
     )
+    parser.add_argument("--archives", type=int, help="of the load, however long it takes: such as 100000")
     parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
     arguments = parser.parse_args()
     chosen = arguments.only or [*CAMPAIGNS]
@@ -37,7 +38,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="backupd-faults-") as base:
             Path(base).chmod(0o755)  # some cases run as another user
             began = time.monotonic()
-            report = campaign_of(name)(Terms(Path(base), began + share, arguments.seed))
+            report = campaign_of(name)(Terms(Path(base), began + share, arguments.seed, arguments.archives))
         seconds = time.monotonic() - began
         print(f"{name}: {report.tried} cases, {report.held} held, {seconds:.0f} s", flush=True)
         for figure, value in report.figures.items():

@@ -10,11 +10,13 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a campaign is given: a folder of its own, when to end (monotonic), and where chance begins."""
+    """What a campaign is given: a folder, when to end (monotonic), where chance begins, and how much."""
 
     base: Path
     until: float
     seed: int
+    archives: int | None = None
+    """How many archives the load is made of; None: as many as there is time for."""
 
     def go_on(self) -> bool:
         """Tell whether there is time for one more case."""

@@ -9,9 +9,8 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from tests.privileges import IS_ROOT
+from tests.programs import do_without
 
 _OPTIONS = "loop,commit=600"
 """Nothing reaches the disk by itself: only what is synced."""
@@ -40,7 +39,7 @@ class Disk:
 def a_disk(image: Path, folder: Path, size: int = 64_000_000) -> Iterator[Disk]:
     """Yield a new disk, mounted; skip the test where there can be none."""
     if not IS_ROOT or shutil.which("mkfs.ext4", path=f"{os.environ['PATH']}:/sbin:/usr/sbin") is None:
-        pytest.skip("needs root, and mkfs.ext4")
+        do_without("needs root, and mkfs.ext4")
     with image.open("wb") as stream:
         stream.truncate(size)
     _run("mkfs.ext4", "-q", "-F", image)
@@ -48,7 +47,7 @@ def a_disk(image: Path, folder: Path, size: int = 64_000_000) -> Iterator[Disk]:
     try:
         disk.mount()
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"no loop device can be mounted: {error.stderr.decode()}")
+        do_without(f"no loop device can be mounted: {error.stderr.decode()}")
     try:
         yield disk
     finally:

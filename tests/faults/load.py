@@ -123,7 +123,9 @@ def among_rubbish(base: Path, count: int) -> tuple[list[str], str]:
         for number in range(count):
             os.mknod(f"rubbish-{number}.pdf", dir_fd=folder)
         with RunningReceiver(stage.store, tls) as receiver:
-            stage.configure(receiver.url, drop='stable_for = "0s"\nrescan_every = "10s"')
+            stage.configure(
+                receiver.url, drop='stable_for = "0s"\nrescan_every = "10s"', more='[log]\nlevel = "debug"'
+            )
             began = time.monotonic()
             daemon = stage.daemon()
             until(lambda: b'"daemon.ready"' in stage.log.read_bytes(), "it to be ready", patience=600)
@@ -131,7 +133,10 @@ def among_rubbish(base: Path, count: int) -> tuple[list[str], str]:
             stage.put("r1.cfg", b"among them")
             until((stage.sent / "r1.cfg.receipt.json").exists, "the archive", patience=600)
             took = time.monotonic() - began - ready
-            time.sleep(25)  # two more scans, in which nothing is to be said again
+            scans = stage.log.read_bytes().count(b'"drop.scanned"')
+            until(  # two more whole ones, in which nothing is to be said again
+                lambda: stage.log.read_bytes().count(b'"drop.scanned"') >= scans + 3, "scans", patience=600
+            )
             peak = daemon.memory("VmHWM")
             assert daemon.stop() == 0
         text = stage.log.read_bytes()
@@ -149,7 +154,7 @@ def among_rubbish(base: Path, count: int) -> tuple[list[str], str]:
 
 def campaign(terms: Terms) -> Report:
     """Try all three, with as many files as there is time for."""
-    count = min(ALL, int((terms.until - time.monotonic()) / 2 * _CAREFUL))
+    count = terms.archives or min(ALL, int((terms.until - time.monotonic()) / 2 * _CAREFUL))
     report = Report()
     for name, appear in (("before it starts", before_it_starts), ("while it runs", while_it_runs)):
         found, figures = run(terms.base / name.replace(" ", "-"), count, appear)

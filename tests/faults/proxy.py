@@ -80,6 +80,9 @@ class FaultProxy:
         self._planned = len(schedule)
         self._stricken: set[int] = set()
         self._lock = threading.Lock()
+        self._answered = threading.Event()
+        """Cleared while an answer is awaited that nobody is to hear: what comes next may ask for it."""
+        self._answered.set()
         self._ours = server_context(pki)
         self._wrong = server_context(pki, (other or Pki(pki.folder / "other")).issue_server())
         self._towards = ssl.create_default_context(cafile=pki.ca_pem)
@@ -111,6 +114,7 @@ class FaultProxy:
         self._server.take_again()
 
     def _serve(self, peer: Peer) -> None:
+        self._answered.wait()
         with self._lock:
             fault = self._schedule.pop(0) if self._schedule else None
         if fault is None:
@@ -119,6 +123,8 @@ class FaultProxy:
         try:
             self._serve_badly(peer, fault)
         finally:
+            if fault.kind is Kind.STALL_BEFORE_ANSWER:
+                self._answered.set()
             with self._lock:
                 if peer.number not in self._stricken:
                     self._schedule.insert(0, fault)
@@ -175,10 +181,12 @@ class FaultProxy:
                     near.sendall(data)
                 elif far in readable:
                     far.recv(_PIECE)  # the receiver has it all, and nobody hears of it
+                    self._answered.set()
                 if near not in readable:
                     continue
                 data = near.recv(_PIECE)
                 if not data:
+                    self._hear_out(far)
                     return
                 sent += len(data)
                 far.sendall(data)
@@ -191,6 +199,9 @@ class FaultProxy:
     def _spoil(self, peer: Peer, near: socket.socket, far: socket.socket, fault: Fault) -> bool:
         """Do to a connection what is due; return whether that was its end."""
         match fault.kind:
+            case Kind.STALL_BEFORE_ANSWER:
+                self._answered.clear()
+                return False
             case Kind.RESET_IN_BODY:
                 peer.reset()
             case Kind.STALL_IN_BODY:
@@ -206,6 +217,12 @@ class FaultProxy:
             case _:
                 return False
         return True
+
+    def _hear_out(self, far: socket.socket) -> None:
+        """Wait for the answer that nobody hears, or for the receiver to give a request up."""
+        if not self._answered.is_set():
+            far.shutdown(socket.SHUT_WR)
+            far.recv(_PIECE)
 
     def _answer(self, peer: Peer, fault: Fault) -> None:
         """Take whole requests, hand them to the receiver, and spoil one of its answers."""

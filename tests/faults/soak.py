@@ -29,6 +29,10 @@ _ALLOWED = {"descriptors": 2.0, "threads": 0.0, "memory": 3.0 * 2**20}
 """How much more there may be in the last third of a daemon's life than in the one before."""
 
 
+_LEDGER_FOR_EACH = 8_000
+"""Bytes: an archive has a row, a delivery, a receipt, and an attempt for each time that it failed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """What a daemon holds at the end of a round."""
@@ -211,6 +215,8 @@ def run(base: Path, seed: int, go_on: Callable[[int], bool], restarts: int) -> R
         if archives > first_archives:
             each = (size - first_size) / (archives - first_archives)
             report.figures["ledger"] = f"{size} bytes, {each:.0f} for each archive"
+            if each > _LEDGER_FOR_EACH:
+                report.broken.append(f"the ledger grew by {each:.0f} bytes for each archive")
     finally:
         stage.end()
         with contextlib.suppress(AttributeError):

@@ -87,6 +87,26 @@ def test_a_clock_that_is_set_forward_is_said_and_removes_nothing(
     assert daemon.stop() == 0
 
 
+def test_a_start_by_a_later_clock_removes_nothing(
+    stage: Stage, receiver: RunningReceiver, shim: Shim
+) -> None:
+    stage.configure(
+        receiver.url,
+        top='heartbeat_every = "1s"\nkeep_history_for = "90d"',
+        drop='stable_for = "0s"\nkeep_sent_for = "30d"',
+    )
+    daemon = stage.daemon(shim.environ).ready()
+    stage.put("sent.tar.gz", b"sent")
+    daemon.wait_for("archive.disposed", archive="sent.tar.gz")
+    assert daemon.stop() == 0
+    shim.set_clock(400 * DAYS)
+    again = stage.daemon(shim.environ).ready()
+    again.wait_for("daemon.heartbeat", 3)
+    assert (stage.sent / "sent.tar.gz").read_bytes() == b"sent"
+    assert "sent.tar.gz" in stage.backupd("list").stdout
+    assert again.stop() == 0
+
+
 def test_a_host_that_sleeps_in_the_middle_of_an_upload(stage: Stage) -> None:
     """The connection is as good as gone when it wakes: the archive is sent again."""
     content = os.urandom(3_000_000)

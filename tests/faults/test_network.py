@@ -32,6 +32,14 @@ def test_each_fault_costs_no_archive_and_stores_none_twice(tmp_path: Path, kind:
     assert course.attempts_failed > 0 or kind in HARMLESS
 
 
+def test_a_certificate_that_is_wrong_from_now_on_costs_no_archive(tmp_path: Path) -> None:
+    course = deliver(tmp_path, [Fault(Kind.WRONG_CERTIFICATE)] * 12, 6, asks=False, sizes=(30_000,))
+
+    assert course.struck == {Kind.WRONG_CERTIFICATE: 12}
+    assert course.attempts_failed >= 12
+    assert course.sent_whole == 1
+
+
 @pytest.mark.parametrize("kind", LOSE_THE_ANSWER, ids=lambda kind: kind.value)
 def test_a_lost_answer_is_asked_for(tmp_path: Path, kind: Kind) -> None:
     """The answer is lost, then that to the question for it."""

@@ -344,6 +344,7 @@ LIES: dict[str, Callable[[bytes], bytes]] = {
     "no digest": lie(sha256=None),
     "half a digest": lambda content: lie(sha256=hex_of(content)[:32])(content),
     "a digest that is no text": lie(sha256=["a"]),
+    "a byte less": lambda content: lie(size=len(content) - 1)(content),
     "nothing": lambda _: answer(201),
     "nothing, politely": lambda _: answer(204),
     "a page": lambda _: answer(200, b"<html>Welcome! Please sign in.</html>"),
@@ -361,7 +362,9 @@ def test_a_receiver_that_lies_is_never_believed(stage: Stage, told: Callable[[by
             peer.send(told(peer.read_request().archive))
 
     with ScriptedServer(script, server_context(stage.pki)) as server:
-        stage.configure(server.url, drop='stable_for = "0s"', more=QUICK.format(name="vault"))
+        receipt = '[destination.vault.receipt]\nsize = "body:/size"'
+        more = f"{QUICK.format(name='vault')}\n{receipt}"
+        stage.configure(server.url, drop='stable_for = "0s"', more=more)
         daemon = stage.daemon().ready()
         stage.put("r1.cfg", b"r1")
         daemon.wait_for("attempt.failed", 2, archive="r1.cfg")

@@ -254,7 +254,9 @@ def test_a_root_that_is_made_unreadable_in_its_place(stage: Stage, receiver: Run
 def test_more_events_than_the_queue_holds_cost_no_archive(stage: Stage, receiver: RunningReceiver) -> None:
     """The daemon stands still while the kernel's queue runs over, and goes on."""
     most = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
-    stage.configure(receiver.url, drop='stable_for = "0s"', more=SCANS_TOLD)
+    if most > 50_000:
+        pytest.skip("the kernel's queue is too long to be filled in a test")
+    stage.configure(receiver.url, drop='stable_for = "0s"\nrescan_every = "1h"', more=SCANS_TOLD)
     daemon = stage.daemon().ready()
     daemon.process.send_signal(signal.SIGSTOP)
     try:
