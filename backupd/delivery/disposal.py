@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from backupd.core.model import DeliveryState
-from backupd.core.names import as_text, fitted, free_names
+from backupd.core.names import as_text, free_names, record_name
 from backupd.core.policy import Reason, rule_of
 from backupd.drop.checksum import move_companions
 from backupd.drop.folder import DropFolder
@@ -142,8 +142,7 @@ class Disposal:
         directory, _, name = moved_to.rpartition(b"/")
         content = (json.dumps(_record(one), indent=2) + "\n").encode("ascii")
         for number in itertools.count(1):
-            suffix = b".%s.json" % kind if number == 1 else b".%s-%d.json" % (kind, number)
-            relpath = directory + b"/" + fitted(name, suffix)
+            relpath = directory + b"/" + record_name(name, kind, number)
             try:
                 write_record(folder, relpath, content)
             except FileExistsError:

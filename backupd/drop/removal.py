@@ -10,7 +10,7 @@ import stat
 from contextlib import suppress
 
 from backupd.core.model import Archive, Fingerprint
-from backupd.core.names import as_text, fitted
+from backupd.core.names import as_text, record_name
 from backupd.drop.folder import DropFolder
 from backupd.drop.move import put_back, take
 
@@ -54,12 +54,11 @@ def remove_archive(folder: DropFolder, relpath: bytes, archive: Archive) -> int 
     return status.st_blocks * 512 if status.st_nlink == 1 else 0
 
 
-def remove_receipt(folder: DropFolder, relpath: bytes, archive: Archive) -> None:
-    """Remove the record that was written beside an archive, under whichever number it stands."""
+def remove_record(folder: DropFolder, relpath: bytes, archive: Archive, kind: bytes) -> None:
+    """Remove the record of a kind that was written beside an archive, under whichever number it stands."""
     directory, _, name = relpath.rpartition(b"/")
     for number in itertools.count(1):
-        suffix = b".receipt.json" if number == 1 else b".receipt-%d.json" % number
-        record = fitted(name, suffix)
+        record = record_name(name, kind, number)
         record = directory + b"/" + record if directory else record
         try:
             content = folder.read(record, _MOST)

@@ -346,6 +346,25 @@ def test_what_is_put_back_while_the_daemon_is_down_is_delivered_when_it_runs(sta
     assert stage.archives(stage.sent) == [stage.sent / "sw.tar.gz"]
 
 
+def test_an_archive_that_is_named_like_a_record_stays_when_another_is_put_back(stage: Stage) -> None:
+    with Endpoint(stage.pki, lambda name: 422) as endpoint:
+        stage.configure(endpoint.url)
+        daemon = stage.daemon().ready()
+        for name in ("x.gz.reason.json", "x.gz"):
+            stage.put(name, b"the only copy of " + name.encode())
+            daemon.wait_for("archive.disposed", archive=name)
+        daemon.stop()
+        chosen, _ = json.loads(stage.backupd("list", "--json").stdout)
+
+        assert stage.backupd("retry", chosen["id"]).returncode == 0
+
+    assert (stage.drop / "x.gz").read_bytes() == b"the only copy of x.gz"
+    left = {"x.gz.reason.json": b"the only copy of x.gz.reason.json"}
+    other = "x.gz.reason.json.reason.json"
+    assert {p.name: p.read_bytes() for p in stage.rejected.iterdir() if p.name != other} == left
+    assert (stage.rejected / other).exists()
+
+
 def test_nothing_is_overwritten_by_what_is_put_back(stage: Stage) -> None:
     with Endpoint(stage.pki, lambda name: 422) as endpoint:
         stage.configure(endpoint.url)
