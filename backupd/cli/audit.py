@@ -180,7 +180,7 @@ def _stated(folder: DropFolder, to: bytes) -> set[str] | None:
     try:
         fields = json.loads(folder.read(directory + b"/" + record if directory else record, 4 * _CHUNK))
         return {each["digest"] for each in fields["deliveries"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None  # none, or somebody else's
 
 

@@ -77,7 +77,7 @@ def is_record_of(archive: Archive, content: bytes) -> bool:
     """Tell whether a record is of an archive."""
     try:
         fields = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(fields, dict) and (
         fields.get("archive"),
