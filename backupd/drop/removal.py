@@ -9,7 +9,7 @@ import os
 import stat
 from contextlib import suppress
 
-from backupd.core.model import Archive, Fingerprint
+from backupd.core.model import Archive, Fingerprint, is_same_file
 from backupd.core.names import as_text, record_name
 from backupd.drop.folder import DropFolder
 from backupd.drop.move import put_back, take
@@ -19,15 +19,8 @@ _MOST = 4 * 1024 * 1024
 
 
 def is_ours(status: os.stat_result, expected: Fingerprint) -> bool:
-    """Tell whether a status is of the file that was put away.
-
-    Neither the device is compared, whose number a boot may change, nor the change time, which renames set.
-    """
-    return stat.S_ISREG(status.st_mode) and (status.st_ino, status.st_size, status.st_mtime_ns) == (
-        expected.inode,
-        expected.size,
-        expected.mtime_ns,
-    )
+    """Tell whether a status is of the file that was put away."""
+    return stat.S_ISREG(status.st_mode) and is_same_file(status, expected)
 
 
 def remove_archive(folder: DropFolder, relpath: bytes, archive: Archive) -> int | None:

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Protocol
 
 from backupd.core.gate import Gate
-from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint, Rejected
+from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint, Rejected, identity
 from backupd.core.step import Priority, Step
 from backupd.ledger.habits import Habits, Tracked
 
@@ -181,9 +181,5 @@ class Ledger(Habits, Protocol):
 
 
 def mark(relpath: bytes, fingerprint: Fingerprint) -> int:
-    """Return a number that stands for one content under one name, within this process.
-
-    The device is left out: its number may change from one boot to the next.
-    """
-    f = fingerprint
-    return hash((relpath, f.inode, f.size, f.mtime_ns, f.ctime_ns))
+    """Return a number that stands for one content under one name, within this process."""
+    return hash((relpath, *identity(fingerprint)))
