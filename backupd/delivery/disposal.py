@@ -111,6 +111,8 @@ class Disposal:
             top = rule.sent_dir if action == "move" else rule.rejected_dir
             target = top + b"/" + parent if parent else top
         moved_to = self._move(one, folder, target, free_names(name, archive.admitted_at))
+        if moved_to is None and folder.is_out_of_reach(archive.relpath, archive.fingerprint.device):
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         if moved_to is None:
             return Disposed(archive.id, None), "gone"
         if rule.checksums:
@@ -223,6 +225,8 @@ def _hint(error: OSError) -> str:
         return "remove what has the hidden name of a file of ours in the folder, `sent_dir` or `rejected_dir`"
     if error.errno in (errno.ENOTDIR, errno.ELOOP):
         return "`sent_dir` and `rejected_dir` have to be folders, neither files nor links"
+    if error.errno == errno.ENODEV:
+        return "mount the filesystem of the archive on the drop folder"
     if error.errno == errno.EXDEV:
         return "`sent_dir` and `rejected_dir` have to be on the filesystem of the archive"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -166,6 +166,9 @@ class Worker:
         try:
             fd = source.folder.open(archive.relpath)
         except (FileNotFoundError, NotADirectoryError):
+            if source.folder.is_out_of_reach(archive.relpath, archive.fingerprint.device):
+                error = "its filesystem is not mounted on the drop folder"
+                return Deferred(Reason.UNREADABLE, error, unknown=delivery.unknown), 0
             return Superseded("the file is gone", gone=True), 0
         except OSError as error:
             if _is_something_else(source, archive.relpath):

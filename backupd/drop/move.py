@@ -35,21 +35,22 @@ def move(
     place then. The directories are not synced yet.
     """
     parent, _, name = relpath.rpartition(b"/")
-    with folder.directory(parent) as source, folder.directory(to, create=True) as target:
+    with folder.directory(parent) as source:
         if not is_unchanged(os.stat(name, dir_fd=source, follow_symlinks=False), expected):
             raise FileChangedError
-        take(source, name, target, hidden)
-        # a producer may have renamed a new file over the name since we looked
-        if not is_same_file(os.stat(hidden, dir_fd=target, follow_symlinks=False), expected):
+        with folder.directory(to, create=True) as target:
+            take(source, name, target, hidden)
+            # a producer may have renamed a new file over the name since we looked
+            if not is_same_file(os.stat(hidden, dir_fd=target, follow_symlinks=False), expected):
+                put_back(target, hidden, source, name)
+                raise FileChangedError
+            for new_name in names:
+                try:
+                    rename_no_replace(target, hidden, target, new_name)
+                except FileExistsError:
+                    continue
+                return to + b"/" + new_name if to else new_name
             put_back(target, hidden, source, name)
-            raise FileChangedError
-        for new_name in names:
-            try:
-                rename_no_replace(target, hidden, target, new_name)
-            except FileExistsError:
-                continue
-            return to + b"/" + new_name if to else new_name
-        put_back(target, hidden, source, name)
     raise FileExistsError(errno.EEXIST, "every name is taken")
 
 
