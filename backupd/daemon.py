@@ -188,6 +188,9 @@ class Daemon:
         running = self._threads.pulses()
         self._retired = [p for p in self._retired if any(w.pulse in running for w in p.workers)]
         self._retired += change.destinations_ended.values()
+        if change.drops_begun:
+            with suppress(LedgerError):  # what waited for a drop is tried within a day all the same
+                self._upkeep.bring_forward()
         self._begin(change.drops_begun, change.destinations_begun)
         self._log.emit(
             events.CONFIG_RELOADED,

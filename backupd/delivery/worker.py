@@ -37,6 +37,10 @@ _CLAIMS = 16
 """Deliveries that are claimed in one transaction."""
 
 
+_UNTIL_CONFIGURED = timedelta(days=1)
+"""How long what comes from a drop that is configured no more is left alone; a start or reload ends it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A drop folder that archives are read from, and how its paths yield labels."""
@@ -59,6 +63,7 @@ class Lane:
     log: EventLog
     host: str = field(default_factory=socket.gethostname)
     _claimed: deque[Delivery] = field(default_factory=deque)
+    _removed: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def claim(self) -> Delivery | None:
@@ -75,6 +80,19 @@ class Lane:
             if self._claimed:
                 self.ledger.release_claims([delivery.id for delivery in self._claimed])
                 self._claimed.clear()
+
+    def tell_of_removed(self, drop: str) -> None:
+        """Say, once, that archives wait for a drop to be configured again."""
+        with self._lock:
+            is_new = drop not in self._removed
+            self._removed.add(drop)
+        if is_new:
+            self.log.emit(
+                events.CONFIG_WARNING,
+                path=f"drop.{drop}",
+                error=f"archives from it are pending for {self.destination}, and it is configured no more",
+                hint="configure it again, until they are delivered; they stay in its folder",
+            )
 
 
 class Worker:
@@ -162,7 +180,9 @@ class Worker:
         archive = delivery.archive
         source = self._lane.sources.get(archive.drop)
         if source is None:
-            return Superseded(f"no drop named {archive.drop} is configured any more"), 0
+            self._lane.tell_of_removed(archive.drop)
+            error = f"no drop named {archive.drop} is configured any more"
+            return Deferred(Reason.UNREADABLE, error, None, _UNTIL_CONFIGURED, delivery.unknown), 0
         try:
             fd = source.folder.open(archive.relpath)
         except (FileNotFoundError, NotADirectoryError):
