@@ -108,9 +108,11 @@ class Worker:
     def run(self, stop: threading.Event) -> None:
         """Deliver until told to stop; what is claimed then is still carried to its end."""
         try:
-            while not stop.is_set():
+            while True:
+                heard = self._lane.wakeup.heard()  # first: whoever sets `stop` rings afterwards
+                if stop.is_set():
+                    return
                 self.pulse.beat()
-                heard = self._lane.wakeup.heard()
                 if not self._one(stop):
                     patience = self._patience()
                     self.pulse.rest()
