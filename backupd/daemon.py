@@ -137,6 +137,7 @@ class Daemon:
             self._show_life()
             self._certificates.tick()
             self._upkeep.mind_clock()
+            self._let_go()
             if time.monotonic() >= next_beat:
                 self._beat()
                 next_beat = time.monotonic() + self._heartbeat_every
@@ -185,8 +186,6 @@ class Daemon:
         for destination in change.destinations_ended.values():
             destination.gate.retire()
             destination.end()
-        running = self._threads.pulses()
-        self._retired = [p for p in self._retired if any(w.pulse in running for w in p.workers)]
         self._retired += change.destinations_ended.values()
         if change.drops_begun:
             with suppress(LedgerError):  # what waited for a drop is tried within a day all the same
@@ -198,6 +197,13 @@ class Daemon:
             drops_changed=sorted({*change.drops_ended, *change.drops_begun}),
             destinations_changed=sorted({*change.destinations_ended, *change.destinations_begun}),
         )
+
+    def _let_go(self) -> None:
+        """Let go of what was retired, once its workers ended and their claims are given back."""
+        running = self._threads.pulses()
+        ended = [p for p in self._retired if not any(w.pulse in running for w in p.workers)]
+        free = [p for p in ended if p.lane.give_back()]
+        self._retired = [p for p in self._retired if p not in free]
 
     def _beat(self) -> None:
         """See to what has its time, then tell how things stand."""

@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
@@ -74,12 +73,16 @@ class Lane:
                 self._claimed += self.ledger.claim(self.destination, now, self.priority, _CLAIMS)
             return self._claimed.popleft() if self._claimed else None
 
-    def give_back(self) -> None:
-        """Make pending again what was claimed and not begun, for whoever comes after."""
-        with self._lock, suppress(LedgerError):  # they are still here then, and go before all others
+    def give_back(self) -> bool:
+        """Make pending again what was claimed and not begun, for whoever comes; False if that failed."""
+        with self._lock:
             if self._claimed:
-                self.ledger.release_claims([delivery.id for delivery in self._claimed])
+                try:
+                    self.ledger.release_claims([delivery.id for delivery in self._claimed])
+                except LedgerError:  # they are still here, and go before all others
+                    return False
                 self._claimed.clear()
+        return True
 
     def tell_of_removed(self, drop: str) -> None:
         """Say, once, that archives wait for a drop to be configured again."""
