@@ -86,7 +86,7 @@ class Daemon:
         )
         released = parts.ledger.release_claims()
         self._upkeep.bring_forward()
-        undisposed = parts.recorder.recover()
+        undisposed = parts.ledger.count_undisposed()
         self._threads.start(parts.recorder.run, self._abandon, parts.recorder.pulse)
         self._begin(parts.drops, parts.destinations)
         self._wait_for_intakes(parts.drops, math.inf)

@@ -141,8 +141,12 @@ class Ledger(Habits, Protocol):
         """Commit, durably, how claims ended; return the archives that are settled by it."""
         ...
 
-    def undisposed(self) -> list[Settled]:
-        """Return settled archives whose files are still to be disposed of."""
+    def undisposed(self, after: int = 0, most: int = 256) -> list[Settled]:
+        """Return settled archives whose files are still to be disposed of: the first, by id, after one."""
+        ...
+
+    def count_undisposed(self) -> int:
+        """Return how many settled archives there are whose files are still to be disposed of."""
         ...
 
     def disposed(self, done: Sequence[Disposed], still_due: Sequence[int], now: datetime) -> None:
