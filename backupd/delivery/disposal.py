@@ -116,7 +116,7 @@ class Disposal:
         if moved_to is None:
             return Disposed(archive.id, None), "gone"
         if rule.checksums:
-            move_companions(folder, archive.relpath, None if action == "delete" else moved_to)
+            move_companions(folder, archive, None if action == "delete" else moved_to)
         # those above it, too: they may have been made for it, now or before a crash
         touched |= {(archive.drop, directory) for directory in (parent, *_up_from(target))}
         if action == "delete":
