@@ -70,6 +70,7 @@ def _restore_all(config: Config, history: History, then: str) -> None:
 
 def _restore(config: Config, history: History, record: DeliveryRecord) -> bool:
     """Move a file from quarantine to where it was dropped; False if it is not in quarantine any more."""
+    from backupd.drop.checksum import bring_back_companions  # noqa: PLC0415
     from backupd.drop.folder import DropFolder  # noqa: PLC0415
     from backupd.drop.move import rename_no_replace  # noqa: PLC0415
     from backupd.drop.removal import remove_record  # noqa: PLC0415
@@ -83,6 +84,8 @@ def _restore(config: Config, history: History, record: DeliveryRecord) -> bool:
         target, _, original = record.archive.relpath.rpartition(b"/")
         with folder.directory(source) as quarantine, folder.directory(target, create=True) as place:
             rename_no_replace(quarantine, name, place, original)
+        if drop.checksum_file != "off":  # or they would be archives
+            bring_back_companions(folder, record.archive.relpath, record.disposed_to)
         history.put_back(record.archive.id)
         remove_record(folder, record.disposed_to, record.archive, b"reason")
     except FileNotFoundError:

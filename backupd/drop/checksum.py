@@ -15,6 +15,7 @@ from backupd.core.model import Archive, Digest
 from backupd.core.names import fitted, free_names, record_name
 from backupd.drop.folder import DropFolder
 from backupd.drop.held import HeldFolder
+from backupd.drop.move import rename_no_replace
 from backupd.drop.source import CHUNK, Source
 
 _MOST = 64 * 1024
@@ -108,6 +109,18 @@ def move_companions(folder: DropFolder, archive: Archive, moved_to: bytes | None
                 # what lies there and is no archive is of one of this name that was removed
                 new = next(new for new in names if not _is_archive(there, new))
                 os.rename(file, new, src_dir_fd=source, dst_dir_fd=there)
+
+
+def bring_back_companions(folder: DropFolder, relpath: bytes, moved_to: bytes) -> None:
+    """Move the checksum files beside an archive that was put away back beside it; over no others."""
+    parent, _, name = relpath.rpartition(b"/")
+    target, _, new_name = moved_to.rpartition(b"/")
+    with folder.directory(parent) as source, folder.directory(target) as there:
+        for file in own_files(new_name):
+            with suppress(OSError):
+                status = os.stat(file, dir_fd=there, follow_symlinks=False)
+                if stat.S_ISREG(status.st_mode) and not _is_archive(there, file):
+                    rename_no_replace(there, file, source, fitted(name, file[len(new_name) :]))
 
 
 def _is_archive(directory: int, name: bytes) -> bool:
