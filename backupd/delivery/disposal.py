@@ -133,10 +133,10 @@ class Disposal:
         try:
             try:
                 return move(folder, archive.relpath, expected, target, names, hidden)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 folder.close()  # it may be the directory that is gone
                 return move(folder, archive.relpath, expected, target, anew, hidden)
-        except (FileNotFoundError, FileChangedError):
+        except (FileNotFoundError, NotADirectoryError, FileChangedError):
             return find_moved(folder, archive.relpath, expected, target, again, hidden)
 
     def _write_record(self, one: Settled, folder: HeldFolder, moved_to: bytes) -> None:

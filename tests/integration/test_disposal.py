@@ -73,6 +73,17 @@ def test_a_sent_folder_that_is_removed_in_mid_batch_is_made_anew(folder: DropFol
     assert {path.name for path in (root / "sent").iterdir()} >= {"r1.cfg", "r2.cfg", "r2.cfg.receipt.json"}
 
 
+def test_an_archive_whose_directory_became_a_file_is_gone(folder: DropFolder, root: Path) -> None:
+    (root / "a").mkdir()
+    settled = delivered(root, 1, "a/r1.cfg")
+    shutil.rmtree(root / "a")
+    (root / "a").write_bytes(b"a file")
+    with open(os.devnull, "wb") as null:
+        rules = {"switches": Rule(folder, "move", b"sent", b"rejected")}
+        done, failed = Disposal(rules, EventLog(LineWriter(null.fileno()))).dispose([settled])
+    assert ([one.to for one in done], failed) == ([None], [])
+
+
 def test_a_batch_over_many_directories_goes_where_it_should(folder: DropFolder, root: Path) -> None:
     """Also where a file of the same name was sent before, and more directories than are held at a time."""
     rule = Rule(folder, "move", b"done/ok", b"done/bad")
