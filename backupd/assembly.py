@@ -134,7 +134,7 @@ class Assembly:
         lane = Lane(name, self._ledger, gate, patience, priority, wakeup, self._sources, self._log)
         endpoint, put = open_endpoint(config, self._abort), self.parts.recorder.put
         workers = tuple(Worker(lane, HttpUploader(endpoint), put) for _ in range(config.workers))
-        return DestinationPart(workers, gate, wakeup, endpoint.identity)
+        return DestinationPart(lane, workers, gate, wakeup, endpoint.identity)
 
     def _stocks(self) -> Stocks:
         config = self.parts.config

@@ -92,7 +92,7 @@ class Daemon:
         )
         released = parts.ledger.release_claims()
         self._upkeep.bring_forward()
-        undisposed = parts.recorder.recover()
+        undisposed = parts.ledger.count_undisposed()
         self._threads.start(parts.recorder.run, self._abandon, parts.recorder.pulse)
         self._begin(parts.drops, parts.destinations)
         self._wait_for_intakes(parts.drops, self._began + _FIRST_LOOK)
@@ -143,6 +143,7 @@ class Daemon:
             self._show_life()
             self._certificates.tick()
             self._upkeep.mind_clock()
+            self._let_go()
             if time.monotonic() >= next_beat:
                 self._beat()
                 next_beat = time.monotonic() + self._heartbeat_every
@@ -191,9 +192,10 @@ class Daemon:
         for destination in change.destinations_ended.values():
             destination.gate.retire()
             destination.end()
-        running = self._threads.pulses()
-        self._retired = [p for p in self._retired if any(w.pulse in running for w in p.workers)]
         self._retired += change.destinations_ended.values()
+        if change.drops_begun:
+            with suppress(LedgerError):  # what waited for a drop is tried within a day all the same
+                self._upkeep.bring_forward()
         self._begin(change.drops_begun, change.destinations_begun)
         self._log.emit(
             events.CONFIG_RELOADED,
@@ -201,6 +203,13 @@ class Daemon:
             drops_changed=sorted({*change.drops_ended, *change.drops_begun}),
             destinations_changed=sorted({*change.destinations_ended, *change.destinations_begun}),
         )
+
+    def _let_go(self) -> None:
+        """Let go of what was retired, once its workers ended and their claims are given back."""
+        running = self._threads.pulses()
+        ended = [p for p in self._retired if not any(w.pulse in running for w in p.workers)]
+        free = [p for p in ended if p.lane.give_back()]
+        self._retired = [p for p in self._retired if p not in free]
 
     def _beat(self) -> None:
         """See to what has its time, then tell how things stand."""

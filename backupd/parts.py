@@ -11,7 +11,7 @@ from backupd.delivery.gate import SharedGate
 from backupd.delivery.keeping import Keeper
 from backupd.delivery.recorder import Recorder
 from backupd.delivery.wakeup import Wakeup
-from backupd.delivery.worker import Worker
+from backupd.delivery.worker import Lane, Worker
 from backupd.intake.intake import Intake
 from backupd.ledger.port import Ledger
 from backupd.upload.identity import Identity
@@ -34,6 +34,7 @@ class DropPart:
 class DestinationPart:
     """The workers of a destination and what they share; `stop` ends them once their upload is done."""
 
+    lane: Lane
     workers: tuple[Worker, ...]
     gate: SharedGate
     wakeup: Wakeup

@@ -20,7 +20,7 @@ from backupd.cli.options import DEFAULT_CONFIG, REJECTED, AsJson, ConfigPath
 from backupd.cli.output import print_json, print_table, say
 from backupd.core.errors import UsageError
 from backupd.core.model import Digest
-from backupd.core.names import as_text, fitted
+from backupd.core.names import as_text, record_name
 from backupd.ledger.history import History
 from backupd.ledger.records import ArchiveRecord, DeliveryRecord
 
@@ -176,11 +176,11 @@ def _digests(fd: int, algorithms: set[str]) -> set[str]:
 def _stated(folder: DropFolder, to: bytes) -> set[str] | None:
     """Return the digests that the receipt beside a file states; None without one under its usual name."""
     directory, _, name = to.rpartition(b"/")
-    record = fitted(name, b".receipt.json")
+    record = record_name(name, b"receipt")
     try:
         fields = json.loads(folder.read(directory + b"/" + record if directory else record, 4 * _CHUNK))
         return {each["digest"] for each in fields["deliveries"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None  # none, or somebody else's
 
 

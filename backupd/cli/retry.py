@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -12,7 +11,7 @@ from backupd.cli.options import DEFAULT_CONFIG, ConfigPath
 from backupd.config.models import Config
 from backupd.core.errors import UsageError
 from backupd.core.model import DeliveryState
-from backupd.core.names import as_text, fitted, printable
+from backupd.core.names import as_text, printable
 from backupd.ledger.history import History
 from backupd.ledger.records import DeliveryRecord
 
@@ -71,8 +70,10 @@ def _restore_all(config: Config, history: History, then: str) -> None:
 
 def _restore(config: Config, history: History, record: DeliveryRecord) -> bool:
     """Move a file from quarantine to where it was dropped; False if it is not in quarantine any more."""
+    from backupd.drop.checksum import bring_back_companions  # noqa: PLC0415
     from backupd.drop.folder import DropFolder  # noqa: PLC0415
     from backupd.drop.move import rename_no_replace  # noqa: PLC0415
+    from backupd.drop.removal import remove_record  # noqa: PLC0415
 
     drop = config.drop.get(record.archive.drop)
     if drop is None or record.disposed_to is None:
@@ -83,9 +84,10 @@ def _restore(config: Config, history: History, record: DeliveryRecord) -> bool:
         target, _, original = record.archive.relpath.rpartition(b"/")
         with folder.directory(source) as quarantine, folder.directory(target, create=True) as place:
             rename_no_replace(quarantine, name, place, original)
+        if drop.checksum_file != "off":  # or they would be archives
+            bring_back_companions(folder, record.archive.relpath, record.disposed_to)
         history.put_back(record.archive.id)
-        with suppress(FileNotFoundError):
-            folder.unlink(source + b"/" + fitted(name, b".reason.json"))
+        remove_record(folder, record.disposed_to, record.archive, b"reason")
     except FileNotFoundError:
         return False
     except FileExistsError as error:

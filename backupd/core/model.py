@@ -59,6 +59,24 @@ def fingerprint_of(status: Status) -> Fingerprint:
     return Fingerprint(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
+def identity(fingerprint: Fingerprint) -> tuple[int, int, int, int]:
+    """Return what stays of a fingerprint for as long as the file is the same, unchanged.
+
+    The device does not: its number may be another after a boot or a mount.
+    """
+    return fingerprint.inode, fingerprint.size, fingerprint.mtime_ns, fingerprint.ctime_ns
+
+
+def is_unchanged(found: Status, expected: Fingerprint) -> bool:
+    """Tell whether a status is of the expected file, as it was."""
+    return identity(fingerprint_of(found)) == identity(expected)
+
+
+def is_same_file(found: Status, expected: Fingerprint) -> bool:
+    """Tell whether a status is of the expected content; a rename may have set the change time."""
+    return identity(fingerprint_of(found))[:3] == identity(expected)[:3]
+
+
 @dataclass(frozen=True, slots=True)
 class Digest:
     """An algorithm's name and its value over a content, in lower-case hex."""

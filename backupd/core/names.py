@@ -28,6 +28,11 @@ def fitted(name: bytes, suffix: bytes) -> bytes:
     return name[: NAME_MAX - len(suffix) - len(mark)] + mark + suffix
 
 
+def record_name(name: bytes, kind: bytes, number: int = 1) -> bytes:
+    """Return the name of the record beside an archive: a `receipt` or `reason`, the first or a further."""
+    return fitted(name, b".%s.json" % kind if number == 1 else b".%s-%d.json" % (kind, number))
+
+
 def free_names(name: bytes, when: datetime) -> Iterator[bytes]:
     """Yield a name, then ones with a time and a number behind it, for the first that is not taken."""
     yield name

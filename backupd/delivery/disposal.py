@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from backupd.core.model import DeliveryState
-from backupd.core.names import as_text, fitted, free_names
+from backupd.core.names import as_text, free_names, record_name
 from backupd.core.policy import Reason, rule_of
 from backupd.drop.checksum import move_companions
 from backupd.drop.folder import DropFolder
@@ -111,10 +111,12 @@ class Disposal:
             top = rule.sent_dir if action == "move" else rule.rejected_dir
             target = top + b"/" + parent if parent else top
         moved_to = self._move(one, folder, target, free_names(name, archive.admitted_at))
+        if moved_to is None and folder.is_out_of_reach(archive.relpath, archive.fingerprint.device):
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         if moved_to is None:
             return Disposed(archive.id, None), "gone"
         if rule.checksums:
-            move_companions(folder, archive.relpath, None if action == "delete" else moved_to)
+            move_companions(folder, archive, None if action == "delete" else moved_to)
         # those above it, too: they may have been made for it, now or before a crash
         touched |= {(archive.drop, directory) for directory in (parent, *_up_from(target))}
         if action == "delete":
@@ -131,10 +133,10 @@ class Disposal:
         try:
             try:
                 return move(folder, archive.relpath, expected, target, names, hidden)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 folder.close()  # it may be the directory that is gone
                 return move(folder, archive.relpath, expected, target, anew, hidden)
-        except (FileNotFoundError, FileChangedError):
+        except (FileNotFoundError, NotADirectoryError, FileChangedError):
             return find_moved(folder, archive.relpath, expected, target, again, hidden)
 
     def _write_record(self, one: Settled, folder: HeldFolder, moved_to: bytes) -> None:
@@ -142,8 +144,7 @@ class Disposal:
         directory, _, name = moved_to.rpartition(b"/")
         content = (json.dumps(_record(one), indent=2) + "\n").encode("ascii")
         for number in itertools.count(1):
-            suffix = b".%s.json" % kind if number == 1 else b".%s-%d.json" % (kind, number)
-            relpath = directory + b"/" + fitted(name, suffix)
+            relpath = directory + b"/" + record_name(name, kind, number)
             try:
                 write_record(folder, relpath, content)
             except FileExistsError:
@@ -224,6 +225,8 @@ def _hint(error: OSError) -> str:
         return "remove what has the hidden name of a file of ours in the folder, `sent_dir` or `rejected_dir`"
     if error.errno in (errno.ENOTDIR, errno.ELOOP):
         return "`sent_dir` and `rejected_dir` have to be folders, neither files nor links"
+    if error.errno == errno.ENODEV:
+        return "mount the filesystem of the archive on the drop folder"
     if error.errno == errno.EXDEV:
         return "`sent_dir` and `rejected_dir` have to be on the filesystem of the archive"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -18,7 +18,7 @@ from backupd.core.names import as_text
 from backupd.delivery.room import Room, Shortage
 from backupd.drop.checksum import remove_companions
 from backupd.drop.folder import DropFolder
-from backupd.drop.removal import is_ours, remove_archive, remove_receipt
+from backupd.drop.removal import is_ours, remove_archive, remove_record
 from backupd.ledger.shelf import Kept, Removal, Shelf
 from backupd.ops import events
 from backupd.ops.log import EventLog
@@ -223,7 +223,7 @@ class Keeper:
                 with suppress(OSError):  # the archive is gone; what is left beside it harms nobody
                     if stock.checksums:
                         remove_companions(folder, kept.to)
-                    remove_receipt(folder, kept.to, archive)
+                    remove_record(folder, kept.to, archive, b"receipt")
             self._complained.discard(archive.id)
             done[archive.id] = Removal.CHANGED if freed is None else Removal.EXPIRED
             if freed is None:

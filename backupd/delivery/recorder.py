@@ -20,6 +20,9 @@ from backupd.ops.pulse import Pulse
 
 _MOST_AT_ONCE = 256
 
+_PAGE = 64
+"""Archives that are looked at in one go for what is still to be disposed of, with a commit for each."""
+
 _MOMENT = 1.0
 """Seconds in which a recorder that records makes room for one more."""
 
@@ -48,6 +51,7 @@ class Recorder:
     """Takes ended claims from all workers; `run` is the body of its thread.
 
     The commit comes first: only what is durably recorded is reported, and only then a file is touched.
+    It begins with what an earlier daemon had settled, a page at a time between what ends meanwhile.
     """
 
     def __init__(self, ledger: Ledger, disposal: Disposal, log: EventLog, look_again: LookAgain) -> None:
@@ -58,8 +62,10 @@ class Recorder:
         self._queue: queue.Queue[Finished | _Look | None] = queue.Queue(_MOST_AT_ONCE)
         self._lock = threading.Lock()
         self._tally = Tally()
-        self._leftover = False
+        self._leftover = True
         self._next_try = 0.0
+        self._after: int | None = None
+        """The archive up to which this round has looked at what is due; None between rounds."""
         self._done: list[Disposed] = []
         self._still_due: list[int] = []
         """What became of files, as far as the ledger does not have it yet."""
@@ -86,12 +92,6 @@ class Recorder:
             tally, self._tally = self._tally, Tally()
         return tally
 
-    def recover(self) -> int:
-        """Dispose of what an earlier daemon had settled; return how many archives that were."""
-        settled = self._ledger.undisposed()
-        self._dispose(settled)
-        return len(settled)
-
     def run(self, abandon: threading.Event) -> None:
         """Record until `finish`; where the ledger can't be written it is tried again until `abandon`."""
         done = False
@@ -101,13 +101,16 @@ class Recorder:
             self.pulse.beat()
             if batch and not self._record(batch, abandon):
                 return
-            if self._leftover and time.monotonic() >= self._next_try:
-                self._try_again()
+            if self._after is None and self._leftover and time.monotonic() >= self._next_try:
+                self._leftover, self._after = False, 0
+            if self._after is not None:
+                self._see_to_due(self._after)
 
     def _take(self) -> tuple[list[Finished], bool]:
         batch: list[Finished] = []
         try:
-            item = self._queue.get(timeout=_TRY_AGAIN)
+            more = self._after is not None or (self._leftover and self._next_try == 0.0)
+            item = self._queue.get_nowait() if more else self._queue.get(timeout=_TRY_AGAIN)
             while item is not None:
                 if isinstance(item, _Look):
                     self._leftover, self._next_try = True, 0.0
@@ -166,18 +169,22 @@ class Recorder:
         else:
             self._done, self._still_due = [], []
 
-    def _try_again(self) -> None:
-        self._leftover = False
+    def _see_to_due(self, after: int) -> None:
+        """Dispose of a page of what is due."""
         if self._done or self._still_due:
             self._note()
-        if self._leftover:
-            return
+            if self._after is None:
+                return
         try:
-            self._dispose(self._ledger.undisposed())
+            page = self._ledger.undisposed(after, _PAGE)
         except LedgerError as error:
             self._put_off(error)
+            return
+        self._after = page[-1].archive.id if len(page) == _PAGE else None
+        self._dispose(page)
 
     def _put_off(self, error: LedgerError) -> None:
+        self._after = None
         self._leftover, self._next_try = True, time.monotonic() + _TRY_AGAIN
         self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
 

@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
@@ -37,6 +36,10 @@ _CLAIMS = 16
 """Deliveries that are claimed in one transaction."""
 
 
+_UNTIL_CONFIGURED = timedelta(days=1)
+"""How long what comes from a drop that is configured no more is left alone; a start or reload ends it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A drop folder that archives are read from, and how its paths yield labels."""
@@ -59,6 +62,7 @@ class Lane:
     log: EventLog
     host: str = field(default_factory=socket.gethostname)
     _claimed: deque[Delivery] = field(default_factory=deque)
+    _removed: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def claim(self) -> Delivery | None:
@@ -69,12 +73,29 @@ class Lane:
                 self._claimed += self.ledger.claim(self.destination, now, self.priority, _CLAIMS)
             return self._claimed.popleft() if self._claimed else None
 
-    def give_back(self) -> None:
-        """Make pending again what was claimed and not begun, for whoever comes after."""
-        with self._lock, suppress(LedgerError):  # they are still here then, and go before all others
+    def give_back(self) -> bool:
+        """Make pending again what was claimed and not begun, for whoever comes; False if that failed."""
+        with self._lock:
             if self._claimed:
-                self.ledger.release_claims([delivery.id for delivery in self._claimed])
+                try:
+                    self.ledger.release_claims([delivery.id for delivery in self._claimed])
+                except LedgerError:  # they are still here, and go before all others
+                    return False
                 self._claimed.clear()
+        return True
+
+    def tell_of_removed(self, drop: str) -> None:
+        """Say, once, that archives wait for a drop to be configured again."""
+        with self._lock:
+            is_new = drop not in self._removed
+            self._removed.add(drop)
+        if is_new:
+            self.log.emit(
+                events.CONFIG_WARNING,
+                path=f"drop.{drop}",
+                error=f"archives from it are pending for {self.destination}, and it is configured no more",
+                hint="configure it again, until they are delivered; they stay in its folder",
+            )
 
 
 class Worker:
@@ -90,9 +111,11 @@ class Worker:
     def run(self, stop: threading.Event) -> None:
         """Deliver until told to stop; what is claimed then is still carried to its end."""
         try:
-            while not stop.is_set():
+            while True:
+                heard = self._lane.wakeup.heard()  # first: whoever sets `stop` rings afterwards
+                if stop.is_set():
+                    return
                 self.pulse.beat()
-                heard = self._lane.wakeup.heard()
                 if not self._one(stop):
                     patience = self._patience()
                     self.pulse.rest()
@@ -162,10 +185,15 @@ class Worker:
         archive = delivery.archive
         source = self._lane.sources.get(archive.drop)
         if source is None:
-            return Superseded(f"no drop named {archive.drop} is configured any more"), 0
+            self._lane.tell_of_removed(archive.drop)
+            error = f"no drop named {archive.drop} is configured any more"
+            return Deferred(Reason.UNREADABLE, error, None, _UNTIL_CONFIGURED, delivery.unknown), 0
         try:
             fd = source.folder.open(archive.relpath)
         except (FileNotFoundError, NotADirectoryError):
+            if source.folder.is_out_of_reach(archive.relpath, archive.fingerprint.device):
+                error = "its filesystem is not mounted on the drop folder"
+                return Deferred(Reason.UNREADABLE, error, unknown=delivery.unknown), 0
             return Superseded("the file is gone", gone=True), 0
         except OSError as error:
             if _is_something_else(source, archive.relpath):

@@ -11,10 +11,11 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 
 from backupd.core.checksum import LISTS, own_files, stated_alone, stated_in_list
-from backupd.core.model import Digest
-from backupd.core.names import fitted
+from backupd.core.model import Archive, Digest
+from backupd.core.names import fitted, free_names, record_name
 from backupd.drop.folder import DropFolder
 from backupd.drop.held import HeldFolder
+from backupd.drop.move import rename_no_replace
 from backupd.drop.source import CHUNK, Source
 
 _MOST = 64 * 1024
@@ -87,21 +88,45 @@ def remove_companions(folder: DropFolder, relpath: bytes) -> None:
                     os.unlink(file, dir_fd=directory)
 
 
-def move_companions(folder: DropFolder, relpath: bytes, moved_to: bytes | None) -> None:
+def move_companions(folder: DropFolder, archive: Archive, moved_to: bytes | None) -> None:
     """Move an archive's own checksum files to where it went, under its new name; None removes them.
 
-    Only regular files; what can't be moved stays, as nothing depends on it.
+    Only regular files; what can't be moved stays, as nothing depends on it. One that is newer than the
+    archive's admission stays, too: it was not what was checked, but is of a content that is to come.
     """
-    parent, _, name = relpath.rpartition(b"/")
-    target, _, new_name = (moved_to or relpath).rpartition(b"/")
+    parent, _, name = archive.relpath.rpartition(b"/")
+    target, _, new_name = (moved_to or archive.relpath).rpartition(b"/")
     with folder.directory(parent) as source, folder.directory(target) as there:
         for file in own_files(name):
             with suppress(OSError):
-                if not stat.S_ISREG(os.stat(file, dir_fd=source, follow_symlinks=False).st_mode):
+                status = os.stat(file, dir_fd=source, follow_symlinks=False)
+                if not stat.S_ISREG(status.st_mode) or status.st_ctime > archive.admitted_at.timestamp():
                     continue
                 if moved_to is None:
                     os.unlink(file, dir_fd=source)
-                else:
-                    # what lies there is of an archive of this name that was removed
-                    new = fitted(new_name, file[len(name) :])
-                    os.rename(file, new, src_dir_fd=source, dst_dir_fd=there)
+                    continue
+                names = free_names(fitted(new_name, file[len(name) :]), archive.admitted_at)
+                # what lies there and is no archive is of one of this name that was removed
+                new = next(new for new in names if not _is_archive(there, new))
+                os.rename(file, new, src_dir_fd=source, dst_dir_fd=there)
+
+
+def bring_back_companions(folder: DropFolder, relpath: bytes, moved_to: bytes) -> None:
+    """Move the checksum files beside an archive that was put away back beside it; over no others."""
+    parent, _, name = relpath.rpartition(b"/")
+    target, _, new_name = moved_to.rpartition(b"/")
+    with folder.directory(parent) as source, folder.directory(target) as there:
+        for file in own_files(new_name):
+            with suppress(OSError):
+                status = os.stat(file, dir_fd=there, follow_symlinks=False)
+                if stat.S_ISREG(status.st_mode) and not _is_archive(there, file):
+                    rename_no_replace(there, file, source, fitted(name, file[len(new_name) :]))
+
+
+def _is_archive(directory: int, name: bytes) -> bool:
+    """Tell whether what was put away is an archive, and not a checksum file: then it has a record."""
+    for kind in (b"receipt", b"reason"):
+        with suppress(FileNotFoundError):
+            os.stat(record_name(name, kind), dir_fd=directory, follow_symlinks=False)
+            return True
+    return False

@@ -45,12 +45,7 @@ class DropFolder:
 
     def check_readable(self) -> None:
         """Raise OSError where we have no right any more to what our descriptor still leads to."""
-        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._fd)
-        try:
-            with os.scandir(fd) as entries:
-                next(entries, None)
-        finally:
-            os.close(fd)
+        _is_empty(self._fd)
 
     def reopen(self) -> None:
         """Hold the directory that the path leads to now, under the same descriptor number."""
@@ -59,6 +54,21 @@ class DropFolder:
             os.dup2(fd, self._fd, inheritable=False)
         finally:
             os.close(fd)
+
+    def is_out_of_reach(self, relpath: bytes, device: int) -> bool:
+        """Tell whether a file that is not found may only lie on a filesystem that is not mounted now.
+
+        So it is while our path leads elsewhere, and where the last directory on the way to it is empty and on
+        another device than the file was: an empty place to mount on. The number alone would not do, as it
+        may change.
+        """
+        if not self.is_in_place():
+            return True
+        while relpath:
+            relpath = relpath.rpartition(b"/")[0]
+            with suppress(OSError), self.directory(relpath) as fd:
+                return os.fstat(fd).st_dev != device and _is_empty(fd)
+        return False
 
     @contextmanager
     def directory(self, relpath: bytes, *, create: bool = False) -> Iterator[int]:
@@ -118,6 +128,15 @@ class DropFolder:
         """Make the entries of a directory durable."""
         with self.directory(relpath) as fd:
             os.fsync(fd)
+
+
+def _is_empty(directory: int) -> bool:
+    fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        with os.scandir(fd) as entries:
+            return next(entries, None) is None
+    finally:
+        os.close(fd)
 
 
 def _parts(relpath: bytes) -> list[bytes]:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 
-from backupd.core.model import Fingerprint, fingerprint_of
+from backupd.core.model import Fingerprint, is_same_file, is_unchanged
 from backupd.drop.folder import DropFolder
 
 _NOREPLACE = 1
@@ -35,21 +35,22 @@ def move(
     place then. The directories are not synced yet.
     """
     parent, _, name = relpath.rpartition(b"/")
-    with folder.directory(parent) as source, folder.directory(to, create=True) as target:
-        if fingerprint_of(os.stat(name, dir_fd=source, follow_symlinks=False)) != expected:
+    with folder.directory(parent) as source:
+        if not is_unchanged(os.stat(name, dir_fd=source, follow_symlinks=False), expected):
             raise FileChangedError
-        take(source, name, target, hidden)
-        # a producer may have renamed a new file over the name since we looked
-        if not same_file(os.stat(hidden, dir_fd=target, follow_symlinks=False), expected):
+        with folder.directory(to, create=True) as target:
+            take(source, name, target, hidden)
+            # a producer may have renamed a new file over the name since we looked
+            if not is_same_file(os.stat(hidden, dir_fd=target, follow_symlinks=False), expected):
+                put_back(target, hidden, source, name)
+                raise FileChangedError
+            for new_name in names:
+                try:
+                    rename_no_replace(target, hidden, target, new_name)
+                except FileExistsError:
+                    continue
+                return to + b"/" + new_name if to else new_name
             put_back(target, hidden, source, name)
-            raise FileChangedError
-        for new_name in names:
-            try:
-                rename_no_replace(target, hidden, target, new_name)
-            except FileExistsError:
-                continue
-            return to + b"/" + new_name if to else new_name
-        put_back(target, hidden, source, name)
     raise FileExistsError(errno.EEXIST, "every name is taken")
 
 
@@ -93,7 +94,7 @@ def find_moved(
         with folder.directory(to) as target:
             is_ours = False
             with suppress(FileNotFoundError):
-                is_ours = same_file(os.stat(hidden, dir_fd=target, follow_symlinks=False), expected)
+                is_ours = is_same_file(os.stat(hidden, dir_fd=target, follow_symlinks=False), expected)
                 if not is_ours:
                     with folder.directory(parent, create=True) as source:
                         put_back(target, hidden, source, old_name)
@@ -102,22 +103,11 @@ def find_moved(
                     with suppress(FileExistsError):
                         rename_no_replace(target, hidden, target, name)
                         return to + b"/" + name if to else name
-                elif same_file(os.stat(name, dir_fd=target, follow_symlinks=False), expected):
+                elif is_same_file(os.stat(name, dir_fd=target, follow_symlinks=False), expected):
                     return to + b"/" + name if to else name
     except FileNotFoundError:
         pass  # `move` would have used the first free name
     return None
-
-
-def same_file(status: os.stat_result, expected: Fingerprint) -> bool:
-    """Tell whether a status is of the expected content; a rename may have set the change time."""
-    found = fingerprint_of(status)
-    return (found.device, found.inode, found.size, found.mtime_ns) == (
-        expected.device,
-        expected.inode,
-        expected.size,
-        expected.mtime_ns,
-    )
 
 
 def rename_no_replace(source: int, name: bytes, target: int, new_name: bytes) -> None:

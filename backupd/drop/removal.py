@@ -9,8 +9,8 @@ import os
 import stat
 from contextlib import suppress
 
-from backupd.core.model import Archive, Fingerprint
-from backupd.core.names import as_text, fitted
+from backupd.core.model import Archive, Fingerprint, is_same_file
+from backupd.core.names import as_text, record_name
 from backupd.drop.folder import DropFolder
 from backupd.drop.move import put_back, take
 
@@ -19,15 +19,8 @@ _MOST = 4 * 1024 * 1024
 
 
 def is_ours(status: os.stat_result, expected: Fingerprint) -> bool:
-    """Tell whether a status is of the file that was put away.
-
-    Neither the device is compared, whose number a boot may change, nor the change time, which renames set.
-    """
-    return stat.S_ISREG(status.st_mode) and (status.st_ino, status.st_size, status.st_mtime_ns) == (
-        expected.inode,
-        expected.size,
-        expected.mtime_ns,
-    )
+    """Tell whether a status is of the file that was put away."""
+    return stat.S_ISREG(status.st_mode) and is_same_file(status, expected)
 
 
 def remove_archive(folder: DropFolder, relpath: bytes, archive: Archive) -> int | None:
@@ -54,12 +47,11 @@ def remove_archive(folder: DropFolder, relpath: bytes, archive: Archive) -> int 
     return status.st_blocks * 512 if status.st_nlink == 1 else 0
 
 
-def remove_receipt(folder: DropFolder, relpath: bytes, archive: Archive) -> None:
-    """Remove the record that was written beside an archive, under whichever number it stands."""
+def remove_record(folder: DropFolder, relpath: bytes, archive: Archive, kind: bytes) -> None:
+    """Remove the record of a kind that was written beside an archive, under whichever number it stands."""
     directory, _, name = relpath.rpartition(b"/")
     for number in itertools.count(1):
-        suffix = b".receipt.json" if number == 1 else b".receipt-%d.json" % number
-        record = fitted(name, suffix)
+        record = record_name(name, kind, number)
         record = directory + b"/" + record if directory else record
         try:
             content = folder.read(record, _MOST)
@@ -78,7 +70,7 @@ def is_record_of(archive: Archive, content: bytes) -> bool:
     """Tell whether a record is of an archive."""
     try:
         fields = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(fields, dict) and (
         fields.get("archive"),

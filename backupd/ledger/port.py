@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Protocol
 
 from backupd.core.gate import Gate
-from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint, Rejected
+from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint, Rejected, identity
 from backupd.core.step import Priority, Step
 from backupd.ledger.habits import Habits, Tracked
 
@@ -141,8 +141,12 @@ class Ledger(Habits, Protocol):
         """Commit, durably, how claims ended; return the archives that are settled by it."""
         ...
 
-    def undisposed(self) -> list[Settled]:
-        """Return settled archives whose files are still to be disposed of."""
+    def undisposed(self, after: int = 0, most: int = 256) -> list[Settled]:
+        """Return settled archives whose files are still to be disposed of: the first, by id, after one."""
+        ...
+
+    def count_undisposed(self) -> int:
+        """Return how many settled archives there are whose files are still to be disposed of."""
         ...
 
     def disposed(self, done: Sequence[Disposed], still_due: Sequence[int], now: datetime) -> None:
@@ -185,9 +189,5 @@ class Ledger(Habits, Protocol):
 
 
 def mark(relpath: bytes, fingerprint: Fingerprint) -> int:
-    """Return a number that stands for one content under one name, within this process.
-
-    The device is left out: its number may change from one boot to the next.
-    """
-    f = fingerprint
-    return hash((relpath, f.inode, f.size, f.mtime_ns, f.ctime_ns))
+    """Return a number that stands for one content under one name, within this process."""
+    return hash((relpath, *identity(fingerprint)))

@@ -130,13 +130,17 @@ class SqliteLedger(SqliteHabits, Ledger):
                 settled += _settle(db, archive_id)
         return settled
 
-    def undisposed(self) -> list[Settled]:
+    def undisposed(self, after: int = 0, most: int = 256) -> list[Settled]:
         """See `Ledger.undisposed`."""
+        query = "SELECT id FROM archive WHERE disposition = 'due' AND id > ? ORDER BY id LIMIT ?"
         with self._reading() as db:
-            ids = [
-                row[0] for row in db.execute("SELECT id FROM archive WHERE disposition = 'due' ORDER BY id")
-            ]
+            ids = [row[0] for row in db.execute(query, (after, most))]
             return [_settled(db, archive_id) for archive_id in ids]
+
+    def count_undisposed(self) -> int:
+        """See `Ledger.count_undisposed`."""
+        with self._reading() as db:
+            return int(db.execute("SELECT count(*) FROM archive WHERE disposition = 'due'").fetchone()[0])
 
     def disposed(self, done: Sequence[Disposed], still_due: Sequence[int], now: datetime) -> None:
         """See `Ledger.disposed`."""

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 
-from backupd.core.model import Digest, fingerprint_of
+from backupd.core.model import Digest, is_unchanged
 from backupd.upload.line import Line
 from backupd.upload.multipart import Framing
 from backupd.upload.port import Cargo
@@ -94,6 +94,7 @@ def check_unchanged(cargo: Cargo) -> None:
         status = os.fstat(cargo.fd)
     except OSError as error:
         raise ReadFailedError(error.strerror) from error
-    now = fingerprint_of(status)
-    if now != cargo.fingerprint:
-        raise FileChangedError(f"was {cargo.fingerprint.size} bytes, is {now.size} bytes, or was rewritten")
+    if not is_unchanged(status, cargo.fingerprint):
+        raise FileChangedError(
+            f"was {cargo.fingerprint.size} bytes, is {status.st_size} bytes, or was rewritten"
+        )

@@ -13,7 +13,7 @@ import httpx
 from backupd.config.destination import DestinationConfig
 from backupd.core.errors import BackupdError
 from backupd.core.failure import failure
-from backupd.core.model import Deferred, Delivered, Digest, Outcome, Superseded, fingerprint_of
+from backupd.core.model import Deferred, Delivered, Digest, Outcome, Superseded, is_unchanged
 from backupd.core.policy import Reason
 from backupd.upload.answer import Judge, refusal
 from backupd.upload.body import Body, FileChangedError, ReadFailedError
@@ -101,7 +101,7 @@ class HttpUploader(Uploader):
             self.close()
         try:
             client = self._client = self._client or self._open_client()
-            if cargo.unknown is not None and _is_unchanged(cargo):
+            if cargo.unknown is not None and is_unchanged(os.fstat(cargo.fd), cargo.fingerprint):
                 found = self._ask(client, cargo, cargo.unknown)
                 if isinstance(found, Delivered):
                     return found
@@ -197,10 +197,6 @@ class HttpUploader(Uploader):
             if response.status_code != 200:
                 return refusal(response)
             return self._judge.of_success(response, digest, cargo.fingerprint.size)
-
-
-def _is_unchanged(cargo: Cargo) -> bool:
-    return fingerprint_of(os.fstat(cargo.fd)) == cargo.fingerprint
 
 
 def _may_be_answered_later(asked: Deferred) -> bool:

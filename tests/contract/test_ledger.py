@@ -637,3 +637,17 @@ def test_many_threads_admit_claim_and_record_at_the_same_time(ledger: Ledger) ->
     assert faults == []
     assert len({one.archive.id for mine in settled for one in mine}) == 100
     assert ledger.undisposed() == []
+
+
+def test_what_is_to_be_disposed_of_comes_a_page_at_a_time(ledger: Ledger) -> None:
+    ledger.admit([a_sighting(b"r%d" % number) for number in range(5)], ["vault"], NOW)
+    claimed = ledger.claim("vault", NOW, most=5)
+    settled = ledger.record([finished(one, delivered()) for one in claimed], NOW)
+    settled.sort(key=lambda one: one.archive.id)
+    assert ledger.count_undisposed() == 5
+    assert ledger.undisposed(most=2) == settled[:2]
+    assert ledger.undisposed(settled[1].archive.id, 2) == settled[2:4]
+    assert ledger.undisposed(settled[3].archive.id, 2) == settled[4:]
+    ledger.disposed([Disposed(one.archive.id, None) for one in settled[:3]], [], NOW)
+    assert ledger.undisposed() == settled[3:]
+    assert ledger.count_undisposed() == 2

@@ -181,6 +181,23 @@ def test_what_states_another_checksum_is_rejected_without_a_request(
     assert not (stage.drop / "r1.cfg.sha256").exists()
 
 
+def test_what_is_put_back_has_its_checksum_file_again(stage: Stage, receiver: RunningReceiver) -> None:
+    stage.configure(receiver.url, drop='checksum_file = "required"\n' + QUICKLY)
+    stage.put("r1.cfg.sha256", sha256(b"another").encode())
+    stage.put("r1.cfg", b"hostname r1\n")
+    daemon = stage.daemon().ready()
+    daemon.wait_for("archive.disposed", archive="r1.cfg")
+    assert daemon.stop() == 0
+    (stage.rejected / "r1.cfg.sha256").write_text(sha256(b"hostname r1\n"))
+
+    assert stage.backupd("retry", "--all").returncode == 0
+
+    assert list(stage.rejected.iterdir()) == []
+    daemon = stage.daemon().ready()
+    daemon.wait_for("archive.disposed", archive="r1.cfg", disposition="moved")
+    assert (stage.sent / "r1.cfg.sha256").exists()
+
+
 def test_where_archives_are_deleted_their_checksum_files_are_too(
     stage: Stage, receiver: RunningReceiver
 ) -> None:

@@ -228,6 +228,51 @@ def test_a_kill_between_the_commit_and_the_move_is_made_good(stage: Stage, recei
     assert_all_is_well(stage, {"core.tar.gz": hashlib.sha256(content).hexdigest()})
 
 
+def with_other_device_numbers(stage: Stage) -> None:
+    """Have the ledger look as after a boot that gave the disk another number."""
+    with contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3")) as ledger, ledger:
+        ledger.execute("UPDATE archive SET device = device + 1")
+
+
+def test_a_disk_with_another_number_has_what_was_delivered_moved(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url)
+    daemon = stage.daemon().ready()
+    stage.sent.write_bytes(b"in the way")
+    stage.put("core.tar.gz", b"content")
+    daemon.wait_for("disposition.failed", archive="core.tar.gz")
+    daemon.kill()
+    with_other_device_numbers(stage)
+
+    stage.sent.unlink()
+    again = stage.daemon().ready()
+    (told,) = again.wait_for("archive.disposed")
+
+    assert (told["disposition"], told["moved_to"]) == ("moved", "sent/core.tar.gz")
+    assert again.stop() == 0
+    assert rows(stage, "SELECT count(*) FROM archive") == [(1,)]
+
+
+def test_a_disk_with_another_number_has_what_is_pending_delivered(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure("https://127.0.0.1:1/v1/upload")
+    daemon = stage.daemon().ready()
+    stage.put("core.tar.gz", b"content")
+    daemon.wait_for("destination.paused")
+    assert daemon.stop() == 0
+    with_other_device_numbers(stage)
+
+    stage.configure(receiver.url)
+    again = stage.daemon().ready()
+    again.wait_for("archive.disposed", disposition="moved")
+
+    assert not again.events("archive.superseded")
+    assert again.stop() == 0
+    assert rows(stage, "SELECT count(*) FROM archive") == [(1,)]
+
+
 @pytest.mark.parametrize("left", ["no receipt", "an empty receipt", "half a receipt", "all of it"])
 def test_a_kill_between_the_move_and_its_record_leaves_one_whole_receipt(
     stage: Stage, receiver: RunningReceiver, left: str

@@ -11,14 +11,17 @@ import re
 import socket
 import sqlite3
 import ssl
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Self
 
 import pytest
 
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.pki import Pki
+from tests.privileges import needs_root
 from tests.stage import Daemon, Stage, until
 
 QUICK = '[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.5s"'
@@ -293,6 +296,62 @@ def test_what_one_of_two_destinations_rejects_is_rejected_after_both_have_answer
     assert [each["state"] for each in told["deliveries"]] == ["rejected", "delivered"]
 
 
+@contextlib.contextmanager
+def mounted_over(folder: Path) -> Iterator[None]:
+    """Have a folder look for a while as before its filesystem is mounted."""
+    if subprocess.run(["mount", "-t", "tmpfs", "none", str(folder)], check=False).returncode:
+        pytest.skip("this root may not mount")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@needs_root
+@pytest.mark.root
+def test_what_is_pending_waits_while_its_filesystem_is_not_mounted(stage: Stage) -> None:
+    port = a_free_port()
+    stage.configure(f"https://127.0.0.1:{port}/v1/upload", destination=QUICK, drop='rescan_every = "1s"')
+    daemon = stage.daemon().ready()
+    stage.put("core.tar.gz", b"content")
+    daemon.wait_for("archive.admitted")
+    daemon.wait_for("destination.paused")
+    with mounted_over(stage.drop):
+        (told,) = daemon.wait_for("attempt.failed", reason="archive_unreadable")[:1]
+        assert told["error"] == "its filesystem is not mounted on the drop folder"
+        assert daemon.stop() == 0
+        daemon = stage.daemon().ready()
+        daemon.wait_for("attempt.failed", reason="archive_unreadable")
+    with a_receiver(stage, port):
+        daemon.wait_for("archive.disposed", disposition="moved")
+    assert daemon.stop() == 0
+    assert "archive.gone" not in stage.log.read_text()
+    assert ledger(stage, "SELECT count(*) FROM archive") == [(1,)]
+
+
+@needs_root
+@pytest.mark.root
+def test_what_was_delivered_is_not_gone_while_its_filesystem_is_not_mounted(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url)
+    daemon = stage.daemon().ready()
+    stage.sent.write_bytes(b"in the way")
+    stage.put("core.tar.gz", b"content")
+    daemon.wait_for("disposition.failed")
+    daemon.kill()
+    stage.sent.unlink()
+    with mounted_over(stage.drop):
+        again = stage.daemon().ready()
+        (told,) = again.wait_for("disposition.failed")
+        assert told["hint"].startswith("mount the filesystem")
+        assert again.stop() == 0
+        assert list(stage.drop.iterdir()) == []
+    again = stage.daemon().ready()
+    again.wait_for("archive.disposed", disposition="moved")
+    assert ledger(stage, "SELECT count(*) FROM archive") == [(1,)]
+
+
 def test_rejected_archives_are_put_back_and_delivered_once_the_cause_is_gone(stage: Stage) -> None:
     with Endpoint(stage.pki, lambda name: 422) as endpoint:
         stage.configure(endpoint.url, destination=QUICK)
@@ -344,6 +403,25 @@ def test_what_is_put_back_while_the_daemon_is_down_is_delivered_when_it_runs(sta
 
         stage.daemon().wait_for("archive.disposed", disposition="moved")
     assert stage.archives(stage.sent) == [stage.sent / "sw.tar.gz"]
+
+
+def test_an_archive_that_is_named_like_a_record_stays_when_another_is_put_back(stage: Stage) -> None:
+    with Endpoint(stage.pki, lambda name: 422) as endpoint:
+        stage.configure(endpoint.url)
+        daemon = stage.daemon().ready()
+        for name in ("x.gz.reason.json", "x.gz"):
+            stage.put(name, b"the only copy of " + name.encode())
+            daemon.wait_for("archive.disposed", archive=name)
+        daemon.stop()
+        chosen, _ = json.loads(stage.backupd("list", "--json").stdout)
+
+        assert stage.backupd("retry", chosen["id"]).returncode == 0
+
+    assert (stage.drop / "x.gz").read_bytes() == b"the only copy of x.gz"
+    left = {"x.gz.reason.json": b"the only copy of x.gz.reason.json"}
+    other = "x.gz.reason.json.reason.json"
+    assert {p.name: p.read_bytes() for p in stage.rejected.iterdir() if p.name != other} == left
+    assert (stage.rejected / other).exists()
 
 
 def test_nothing_is_overwritten_by_what_is_put_back(stage: Stage) -> None:

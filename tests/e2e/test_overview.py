@@ -266,6 +266,14 @@ def test_audit_tells_what_is_missing_changed_and_as_it_was(stage: Stage, receive
     assert audited(stage, "--drop", "switches", "--since", "7d")[0] == 3
 
 
+def test_audit_believes_no_receipt_that_nests_without_end(stage: Stage, receiver: RunningReceiver) -> None:
+    a_sent_archive(stage, receiver, "a.cfg").stop()
+    receipt = stage.sent / "a.cfg.receipt.json"
+    receipt.unlink()
+    receipt.write_text("[" * 100_000)
+    assert audited(stage)[1]["kept"]["ok"] == 1
+
+
 def test_audit_does_not_look_for_what_was_removed_in_time(stage: Stage, receiver: RunningReceiver) -> None:
     daemon = a_sent_archive(stage, receiver, "a.cfg", drop='keep_sent_for = "1s"')
     daemon.wait_for("archive.expired")

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from backupd.receiver.serve import RunningReceiver
 from tests.pki import KeyPair, in_days
 from tests.scripted import Peer, ScriptedServer, in_turn, receipt_for, server_context, take_all
-from tests.stage import Daemon, Stage
+from tests.stage import PATIENCE, Daemon, Stage
 
 SOON = 'heartbeat_every = "0.5s"'
 """So that certificates are looked at twice a second."""
@@ -38,6 +41,54 @@ def put_in_place(stage: Stage, pair: KeyPair) -> None:
         shutil.copy(new, part)
         part.chmod(0o600)
         part.rename(old)
+
+
+def test_what_is_pending_waits_for_its_drop_to_be_configured_again(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    other = stage.base / "other"
+    other.mkdir()
+    with_other = f'[drop.other]\npath = "{other}"\n'
+    quick = '[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.5s"\n'
+    stage.configure("https://127.0.0.1:1/v1/upload", more=quick + with_other)
+    daemon = stage.daemon().ready()
+    for number in range(2):
+        stage.put(f"r{number}.cfg", b"content %d" % number, into=other)
+    daemon.wait_for("destination.paused")
+    daemon.wait_for("archive.admitted", 2)
+    assert daemon.stop() == 0
+
+    stage.configure(receiver.url, more=quick)
+    daemon = stage.daemon().ready()
+    daemon.wait_for("delivery.deferred", 2)
+    (told,) = daemon.events("config.warning")
+    assert told["path"] == "drop.other"
+    stage.configure(receiver.url, more=quick + with_other)
+    reload(daemon)
+
+    daemon.wait_for("archive.disposed", 2, disposition="moved")
+    assert not daemon.events("archive.superseded")
+    assert len(daemon.events("delivery.verified")) == 2
+
+
+def test_claims_that_a_retired_destination_cannot_give_back_at_once_are_not_lost(stage: Stage) -> None:
+    with ScriptedServer(in_turn(answers_when_told, take_all), server_context(stage.pki)) as server:
+        stage.configure(server.url, destination="workers = 1")
+        for number in range(4):
+            stage.put(f"r{number}.cfg", b"content %d" % number)
+        daemon = stage.daemon().ready()
+        assert server.paused.wait(PATIENCE)
+        stage.configure(server.url, destination="workers = 2")
+        reload(daemon)
+        with closing(sqlite3.connect(stage.state / "ledger.sqlite3", isolation_level=None)) as ledger:
+            assert ledger.execute("SELECT count(*) FROM delivery WHERE state = 'claimed'").fetchone() == (4,)
+            ledger.execute("BEGIN IMMEDIATE")
+            server.resumed.set()
+            daemon.wait_for("ledger.failed", 3)  # the worker had its turn, too
+            ledger.execute("ROLLBACK")
+        daemon.wait_for("archive.disposed", 4)
+        assert len(server.requests) == 4
+        assert daemon.stop() == 0
 
 
 def test_drops_and_destinations_come_and_go(stage: Stage) -> None:

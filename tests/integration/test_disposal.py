@@ -9,6 +9,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from backupd.drop.held import HeldFolder
 from backupd.ledger.port import Ending, Settled
 from backupd.ops.lines import LineWriter
 from backupd.ops.log import EventLog
-from tests.factories import NOW
+from tests.factories import NOW, an_archive
 
 
 @pytest.fixture
@@ -70,6 +71,17 @@ def test_a_sent_folder_that_is_removed_in_mid_batch_is_made_anew(folder: DropFol
         done, failed = disposal.dispose(batch, remove_after_the_first)
     assert ([one.to for one in done], failed) == ([b"sent/r0.cfg", b"sent/r1.cfg", b"sent/r2.cfg"], [])
     assert {path.name for path in (root / "sent").iterdir()} >= {"r1.cfg", "r2.cfg", "r2.cfg.receipt.json"}
+
+
+def test_an_archive_whose_directory_became_a_file_is_gone(folder: DropFolder, root: Path) -> None:
+    (root / "a").mkdir()
+    settled = delivered(root, 1, "a/r1.cfg")
+    shutil.rmtree(root / "a")
+    (root / "a").write_bytes(b"a file")
+    with open(os.devnull, "wb") as null:
+        rules = {"switches": Rule(folder, "move", b"sent", b"rejected")}
+        done, failed = Disposal(rules, EventLog(LineWriter(null.fileno()))).dispose([settled])
+    assert ([one.to for one in done], failed) == ([None], [])
 
 
 def test_a_batch_over_many_directories_goes_where_it_should(folder: DropFolder, root: Path) -> None:
@@ -138,13 +150,40 @@ def test_a_directory_in_use_is_never_let_go(folder: DropFolder) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def admitted_now(relpath: bytes) -> Archive:
+    return an_archive(relpath, admitted_at=datetime.now(UTC) + timedelta(seconds=1))
+
+
+@pytest.mark.parametrize("moved_to", [b"sent/r1.cfg", None])
+def test_a_checksum_file_of_what_is_to_come_stays(
+    folder: DropFolder, root: Path, moved_to: bytes | None
+) -> None:
+    (root / "sent").mkdir()
+    archive = an_archive(b"r1.cfg", admitted_at=datetime.now(UTC) - timedelta(hours=1))
+    (root / "r1.cfg.sha256").write_text("of tomorrow's")
+    move_companions(folder, archive, moved_to)
+    assert (root / "r1.cfg.sha256").read_text() == "of tomorrow's"
+    assert list((root / "sent").iterdir()) == []
+
+
+def test_a_checksum_file_takes_no_archive_s_place(folder: DropFolder, root: Path) -> None:
+    (root / "sent").mkdir()
+    (root / "sent" / "r1.cfg.sha256").write_text("an archive, of when there were no checksum files")
+    (root / "sent" / "r1.cfg.sha256.receipt.json").write_text("its receipt")
+    (root / "r1.cfg.sha256").write_text("of this one")
+    move_companions(folder, archive := admitted_now(b"r1.cfg"), b"sent/r1.cfg")
+    name = f"r1.cfg.sha256.{archive.admitted_at:%Y%m%dT%H%M%SZ}"
+    assert (root / "sent" / name).read_text() == "of this one"
+    assert (root / "sent" / "r1.cfg.sha256").read_text().startswith("an archive")
+
+
 def test_a_checksum_file_goes_with_its_archive_and_in_place_of_an_old_one(
     folder: DropFolder, root: Path
 ) -> None:
     (root / "sent").mkdir()
     (root / "sent" / "r1.cfg.sha256").write_text("of one that was removed")
     (root / "r1.cfg.sha256").write_text("of this one")
-    move_companions(folder, b"r1.cfg", b"sent/r1.cfg")
+    move_companions(folder, admitted_now(b"r1.cfg"), b"sent/r1.cfg")
     assert (root / "sent" / "r1.cfg.sha256").read_text() == "of this one"
     assert not (root / "r1.cfg.sha256").exists()
     (root / "sent" / "r1.cfg.md5").symlink_to("/etc/passwd")

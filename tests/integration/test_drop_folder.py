@@ -22,7 +22,7 @@ from backupd.core.names import free_names
 from backupd.drop import move as moving
 from backupd.drop.folder import DropFolder
 from backupd.drop.mounts import filesystem_of, is_remote
-from backupd.drop.move import FileChangedError, find_moved, move, same_file
+from backupd.drop.move import FileChangedError, find_moved, move
 from backupd.drop.record import write_record
 from backupd.drop.walk import walk
 from backupd.drop.writer import is_being_written
@@ -446,14 +446,6 @@ def test_a_file_that_was_never_moved_is_not_found(folder: DropFolder, root: Path
     put(root / "sent" / "r1.cfg", b"another")
     assert find_moved(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken") is None
     assert find_moved(folder, b"r1.cfg", looks, b"sent", iter([b"r1.cfg"]), b".taken") is None
-
-
-def test_a_rename_changes_nothing_by_which_a_file_is_known(folder: DropFolder, root: Path) -> None:
-    looks = put(root / "r1.cfg")
-    (root / "r1.cfg").rename(root / "r2.cfg")
-    assert same_file((root / "r2.cfg").stat(), looks)
-    put(root / "r2.cfg", b"abcd")
-    assert not same_file((root / "r2.cfg").stat(), looks)
 
 
 class OldFilesystem:

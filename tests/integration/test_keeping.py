@@ -269,10 +269,11 @@ def test_a_removal_that_a_crash_cut_short_is_finished(site: Site, how_far: str) 
     assert len(site.events("archive.expired")) == 1
 
 
-def test_a_receipt_under_our_name_that_is_somebody_else_s_stays(site: Site) -> None:
+@pytest.mark.parametrize("content", ['{"archive": "old.cfg"}', "[" * 100_000])
+def test_a_receipt_under_our_name_that_is_somebody_else_s_stays(site: Site, content: str) -> None:
     (site.root / "sent").mkdir()
     foreign = site.root / "sent" / "old.cfg.receipt.json"
-    foreign.write_text('{"archive": "old.cfg"}')
+    foreign.write_text(content)
     site.send("old.cfg", NOW - 91 * DAY)
     assert (site.root / "sent" / "old.cfg.receipt-2.json").exists()
     site.keep(keep_for=90 * DAY)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
 from backupd.core.errors import LedgerError
+from backupd.core.model import Digest, Outcome
+from backupd.core.policy import Reason
 from backupd.core.retry import Backoff
 from backupd.core.step import Patience, Priority
 from backupd.delivery.gate import SharedGate
 from backupd.delivery.wakeup import Wakeup
-from backupd.delivery.worker import Lane
+from backupd.delivery.worker import Lane, Worker
 from backupd.ledger.database import open_ledger
 from backupd.ledger.sqlite import SqliteLedger
 from backupd.ops.lines import LineWriter
 from backupd.ops.log import EventLog
-from tests.factories import NOW, a_sighting
+from backupd.upload.port import Cargo, Uploader
+from tests.factories import NOW, a_sighting, deferred
+from tests.stage import PATIENCE
 
 
 class Failing(SqliteLedger):
@@ -30,12 +36,56 @@ class Failing(SqliteLedger):
         return super().release_claims(delivery_ids)
 
 
+class StoppedRightAfterALook(threading.Event):
+    """A stop event that somebody sets, and rings for, in the moment after it was looked at."""
+
+    def __init__(self, wakeup: Wakeup) -> None:
+        super().__init__()
+        self._wakeup = wakeup
+
+    def is_set(self) -> bool:
+        was_set = super().is_set()
+        self.set()
+        self._wakeup.ring()
+        return was_set
+
+
+def a_lane(ledger: SqliteLedger, log: EventLog) -> Lane:
+    wakeup, backoff = Wakeup(), Backoff(timedelta(hours=1), timedelta(hours=1))
+    gate = SharedGate("vault", backoff, log, wakeup, ledger)
+    return Lane("vault", ledger, gate, Patience(backoff, None), Priority.OLDEST, wakeup, {}, log)
+
+
+class NoUploader(Uploader):
+    """For workers that come to no upload."""
+
+    def upload(self, cargo: Cargo) -> Outcome:
+        raise AssertionError(cargo)
+
+    def ask(self, cargo: Cargo, digest: Digest) -> Outcome | None:
+        raise AssertionError(cargo)
+
+    def close(self) -> None:
+        pass
+
+
+def test_no_stop_is_missed_while_the_gate_is_shut_for_long(tmp_path: Path) -> None:
+    ledger = SqliteLedger(open_ledger(tmp_path).connection)
+    with open(os.devnull, "wb") as null:
+        lane = a_lane(ledger, EventLog(LineWriter(null.fileno())))
+        lane.gate.report(deferred(Reason.FORBIDDEN))
+        assert (lane.gate.wait() or 0) > PATIENCE
+        worker = Worker(lane, NoUploader(), lambda finished: None)
+        thread = threading.Thread(target=worker.run, args=(StoppedRightAfterALook(lane.wakeup),), daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+    ledger.close()
+
+
 def test_claims_that_cannot_be_given_back_are_kept_and_not_lost(tmp_path: Path) -> None:
     ledger = Failing(open_ledger(tmp_path).connection)
-    log, wakeup = EventLog(LineWriter(1), level="error"), Wakeup()
-    backoff = Backoff(timedelta(seconds=1), timedelta(seconds=2))
-    gate = SharedGate("vault", backoff, log, wakeup, ledger)
-    lane = Lane("vault", ledger, gate, Patience(backoff, None), Priority.OLDEST, wakeup, {}, log)
+    lane = a_lane(ledger, EventLog(LineWriter(1), level="error"))
     ledger.admit([a_sighting(b"r%d" % number) for number in range(4)], ["vault"], NOW)
     assert lane.claim() is not None
     ledger.full = True

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 
-from backupd.delivery.disposal import Disposal
+from backupd.delivery.disposal import Disposal, Rule
 from backupd.delivery.recorder import Recorder
+from backupd.drop.folder import DropFolder
 from backupd.ledger.database import open_ledger
+from backupd.ledger.port import Disposed, Ledger
 from backupd.ledger.sqlite import SqliteLedger
 from backupd.ops.lines import LineWriter
 from backupd.ops.log import EventLog
@@ -38,3 +42,41 @@ def test_a_full_queue_keeps_no_stop_waiting(tmp_path: Path) -> None:
         abandon.set()
         running.join(PATIENCE)
         assert not running.is_alive()
+
+
+class Stopping(SqliteLedger):
+    """A ledger that tells how much was disposed of in one commit, and has the recorder told to stop."""
+
+    commits: list[int]
+    stop: Callable[[], None]
+
+    def disposed(self, done: Sequence[Disposed], still_due: Sequence[int], now: datetime) -> None:
+        super().disposed(done, still_due, now)
+        self.commits.append(len(done))
+        self.stop()
+
+
+def test_a_stop_is_heard_between_the_pages_of_what_an_earlier_daemon_left(tmp_path: Path) -> None:
+    ledger = Stopping(open_ledger(tmp_path).connection)
+    ledger.commits = []
+    ledger.admit([a_sighting(b"r%d" % number) for number in range(300)], ["vault"], NOW)
+    while claimed := ledger.claim("vault", NOW, most=300):
+        ledger.record([finished(one, delivered()) for one in claimed], NOW)
+    (tmp_path / "drop").mkdir()
+    folder = DropFolder(str(tmp_path / "drop"))
+    with open(os.devnull, "wb") as null:
+        log = EventLog(LineWriter(null.fileno()))
+        rules = {"switches": Rule(folder, "keep", b"sent", b"rejected")}
+        for stops_at_once in (True, False):
+            recorder = Recorder(ledger, Disposal(rules, log), log, lambda _drop, _path: None)
+            ledger.stop = recorder.finish if stops_at_once else _when_done(ledger, recorder)
+            recorder.run(threading.Event())
+            if stops_at_once:
+                assert 0 < ledger.count_undisposed() < 300
+    assert sum(ledger.commits) == 300
+    folder.close()
+    ledger.close()
+
+
+def _when_done(ledger: Ledger, recorder: Recorder) -> Callable[[], None]:
+    return lambda: None if ledger.count_undisposed() else recorder.finish()
