@@ -186,15 +186,6 @@ def _a_file_as_drop(stage: Stage) -> None:
     stage.drop.write_text("a file")
 
 
-def _a_file_as_sent(stage: Stage) -> None:
-    stage.sent.write_text("a file")
-
-
-def _a_link_as_sent(stage: Stage) -> None:
-    (stage.base / "elsewhere").mkdir()
-    stage.sent.symlink_to(stage.base / "elsewhere")
-
-
 def _no_key(stage: Stage) -> None:
     stage.pki.client_key.unlink()
 
@@ -252,8 +243,6 @@ def _state_in_a_file(stage: Stage) -> None:
 BROKEN: list[tuple[Callable[[Stage], None], str, str]] = [
     (_no_drop, "drop.switches.path", "does not exist"),
     (_a_file_as_drop, "drop.switches.path", "is not a folder"),
-    (_a_file_as_sent, "drop.switches.sent_dir", "is not a folder"),
-    (_a_link_as_sent, "drop.switches.sent_dir", "is a symbolic link"),
     (_no_key, "destination.vault.key", "does not exist"),
     (_no_cert, "destination.vault.cert", "does not exist"),
     (_no_ca, "destination.vault.ca", "does not exist"),
