@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from backupd.cli.options import DEFAULT_CONFIG, ConfigPath
 from backupd.core.errors import UsageError
-from backupd.core.names import printable
+from backupd.core.names import as_text, printable
 
 
 def forget(
@@ -29,7 +30,8 @@ def forget(
 
     loaded = load(config)
     history = History(open_for_reading(loaded.state_dir))
-    forgotten = history.forget(device, drop or None, datetime.now(UTC))
+    device = as_text(os.fsencode(device))  # as the ledger has names that are no UTF-8
+    forgotten = history.forget(device, as_text(os.fsencode(drop)) or None, datetime.now(UTC))
     if not forgotten:
         raise UsageError(
             f"no device is called {device!r}" + (f" in the drop {drop!r}" if drop else ""),

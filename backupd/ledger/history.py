@@ -22,7 +22,7 @@ from backupd.ledger.records import (
     Search,
     Wanted,
 )
-from backupd.ledger.rows import ARCHIVE_COLUMNS, Row, as_archive, as_micros, as_time
+from backupd.ledger.rows import ARCHIVE_COLUMNS, Row, as_archive, as_micros, as_time, storable
 
 _CLAUSES = {
     "drop": "a.drop_name = ?",
@@ -137,8 +137,8 @@ class History:
 
     def delivery(self, id_prefix: str) -> DeliveryRecord:
         """Return the delivery whose id begins so; raises UsageError if there is none, or several."""
-        end = id_prefix + "\U0010ffff"
-        rows = self._query(f"{_DELIVERY} WHERE d.id >= ? AND d.id < ? LIMIT 2", (id_prefix, end))
+        begin = storable(id_prefix)
+        rows = self._query(f"{_DELIVERY} WHERE d.id >= ? AND d.id < ? LIMIT 2", (begin, begin + "\U0010ffff"))
         if not rows:
             raise UsageError(f"no delivery has the id {id_prefix!r}", "`backupd list` shows the ids")
         if len(rows) > 1:

@@ -191,10 +191,11 @@ class SqliteLedger(SqliteHabits, Ledger):
     def note_gate(self, destination: str, gate: Gate, error: str | None) -> None:
         """See `Ledger.note_gate`."""
         times = [None if time is None else as_micros(time) for time in (gate.since, gate.until)]
+        words = None if error is None else storable(error)
         with self._transaction(durable=False) as db:
             db.execute(
                 "INSERT OR REPLACE INTO gate VALUES (?, ?, ?, ?, ?, ?)",
-                (destination, gate.state, gate.reason, error, *times),
+                (destination, gate.state, gate.reason, words, *times),
             )
 
     def close(self) -> None:

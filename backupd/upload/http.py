@@ -93,7 +93,7 @@ class HttpUploader(Uploader):
             return _deferred(error)
 
     def _upload(self, cargo: Cargo) -> Outcome:
-        self._line.begin(cargo.alive)
+        self._line.begin(cargo.alive, cargo.resting)
         if self._look_anew:
             with suppress(BackupdError):  # what can't be used is told by whoever looks after the files
                 self._endpoint.identity.renew()
@@ -179,7 +179,7 @@ class HttpUploader(Uploader):
         if lost.reason is not Reason.STOPPED:
             try:
                 found = self._ask(client, cargo, digest)
-            except (BackupdError, SignInError, AttemptEndedError, httpx.TransportError):
+            except (BackupdError, SignInError, AttemptEndedError, httpx.InvalidURL, httpx.TransportError):
                 found = None
             if isinstance(found, Delivered):
                 return found

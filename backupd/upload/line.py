@@ -112,7 +112,7 @@ class Line:
         self._alive()
         if self._window is not None:
             self._window.moved += count
-            self._check(time.monotonic())
+        self._check(time.monotonic())  # who never lets us wait is no exception
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:

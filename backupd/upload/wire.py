@@ -54,6 +54,7 @@ class Wire(httpcore.NetworkStream):
         self._line = line
         self._route = route
         self._held = b""
+        self._begins_request = True
         self._heard = bytearray()
         self._ended = False
         self._fault: OSError | None = None
@@ -109,7 +110,8 @@ class Wire(httpcore.NetworkStream):
         """
         if self._held:
             buffer, self._held = self._held + buffer, b""
-        if not self._is_http2 and len(buffer) < _LARGEST_HEAD and buffer.endswith(b"\r\n\r\n"):
+        is_head, self._begins_request = self._begins_request, False  # a body may end like a head
+        if is_head and not self._is_http2 and len(buffer) < _LARGEST_HEAD and buffer.endswith(b"\r\n\r\n"):
             self._held = buffer
             return
         self._send(buffer, timeout)
@@ -188,10 +190,14 @@ class Wire(httpcore.NetworkStream):
         self._ended = True
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """Return what the other side sent, `b""` at its end; `timeout` in seconds."""
+        """Return what the other side sent, `b""` at its end; `timeout` in seconds.
+
+        What is written next begins a request.
+        """
+        self._begins_request = True
         if self._held:
             held, self._held = self._held, b""
-            with suppress(httpcore.WriteError):  # what came instead is read below
+            with suppress(httpcore.WriteError):  # of a head alone; what came instead is read below
                 self._send(held, timeout)
         if self._heard:
             data = bytes(self._heard[:max_bytes])

@@ -602,6 +602,7 @@ def test_a_gate_can_be_noted_again_and_again(ledger: Ledger) -> None:
     ledger.note_gate("vault", Gate(), None)
     paused = Gate(GateState.PAUSED, LATER, 3, Reason.CONNECT, NOW)
     ledger.note_gate("vault", paused, "connection refused")
+    ledger.note_gate("vault", paused, "no Unicode: \ud800\udcff")
     ledger.note_gate("vault", Gate(), None)
 
 

@@ -451,6 +451,17 @@ def test_show_and_retry_refuse_ids_that_are_unknown_or_ambiguous(
         assert "no delivery has the id 'xyz'" in unknown.stderr
 
 
+@pytest.mark.parametrize("command", ["show", "retry", "forget"])
+def test_what_is_asked_for_by_no_unicode_is_not_there(
+    stage: Stage, receiver: RunningReceiver, command: str
+) -> None:
+    a_delivered_archive(stage, receiver, "sw-1.tar.gz")
+    done = stage.backupd(command, os.fsdecode(b"\xff"))
+
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
 def test_show_says_what_to_do_about_a_rejected_archive(stage: Stage) -> None:
     with RunningReceiver(stage.store, _tls(stage.pki), max_size=1000) as receiver:
         stage.configure(receiver.url)

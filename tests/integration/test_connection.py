@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import os
 import socket
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import h2.config
 import h2.connection
@@ -52,6 +54,36 @@ def pki(tmp_path: Path) -> Pki:
 def failed(outcome: Outcome) -> tuple[Reason, str]:
     assert isinstance(outcome, Deferred), outcome
     return outcome.reason, outcome.error
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+def test_an_address_of_a_kind_that_the_host_lacks_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    def looked_up(_host: str, port: int, **_keys: Any) -> list[tuple[Any, ...]]:
+        lacking = (socket.AF_APPLETALK, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0))
+        found = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))
+        return [lacking, found] if first else [found, lacking]
+
+    monkeypatch.setattr(socket, "getaddrinfo", looked_up)
+    with ScriptedServer(take_all) as server, a_sender(a_destination(server.url)) as sender:
+        taken = sender.send(an_archive(tmp_path, CONTENT))
+    with a_sender(a_destination(server.url)) as sender:
+        refused = sender.send(an_archive(tmp_path, CONTENT))
+
+    assert isinstance(taken, Delivered)
+    assert failed(refused) == (Reason.CONNECT, f"Connection refused (127.0.0.1 port {server.port})")
+
+
+def test_a_host_without_a_descriptor_left_is_no_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_socket(*_: int) -> socket.socket:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with a_sender(a_destination("http://127.0.0.1:9/")) as sender:
+        monkeypatch.setattr(socket, "socket", no_socket)
+        assert failed(sender.send(an_archive(tmp_path, CONTENT))) == (Reason.CONNECT, "Too many open files")
 
 
 # HTTP/2
@@ -181,6 +213,26 @@ class TestHttp2:
             sender.abort.set()
             assert failed(sending.result(timeout=5))[0] is Reason.STOPPED
         assert spent < 0.25
+
+    def test_pings_without_end_end_an_attempt_without_a_deadline(self, tmp_path: Path, pki: Pki) -> None:
+        class Pinging(Http2):
+            def _answer(
+                self, connection: h2.connection.H2Connection, stream: int, content_type: str, body: bytes
+            ) -> None:
+                self.peer.send(connection.data_to_send())
+                while not self.peer._server.stopping.wait(0.05):
+                    connection.ping(b"not yet!")
+                    self.peer.send(connection.data_to_send())
+
+            def __call__(self, peer: Peer) -> None:
+                self.peer = peer
+                super().__call__(peer)
+
+        timeout = {"connect": "1s", "read": "1s"}
+        with ScriptedServer(Pinging(), http2_context(pki)) as server:
+            with a_sender(a_destination(server.url, pki, http2=True, timeout=timeout)) as sender:
+                outcome = sender.send(an_archive(tmp_path, CONTENT))
+        assert failed(outcome) == (Reason.READ_TIMEOUT, "no end of the answer after 3 s")
 
 
 # Proxies

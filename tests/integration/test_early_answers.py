@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import select
 import ssl
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import httpcore
 import pytest
 
 from backupd.core.model import Deferred, Delivered, Outcome, Rejected
 from backupd.core.policy import Reason
+from backupd.upload.backend import WireBackend
+from backupd.upload.body import CHUNK
 from tests.pki import Pki
 from tests.scripted import (
     Peer,
@@ -26,7 +31,7 @@ from tests.scripted import (
     server_context,
     take_all,
 )
-from tests.stage import Stage, until
+from tests.stage import PATIENCE, Stage, until
 from tests.uploading import MIB, Sender, a_destination, a_sender, an_archive
 
 LINES = ["tcp", "tls 1.2", "tls 1.3"]
@@ -132,6 +137,75 @@ def test_a_success_before_the_body_leaves_the_file_where_it_is(stage: Stage, lin
     assert len(server.heads) == 1
     assert not daemon.events("archive.delivered")
     assert stage.archives(stage.drop) == [archive]
+
+
+ENDS_LIKE_A_HEAD = b"line\r\nline\r\n\r\n"
+UNPROVEN: dict[str, Any] = {"body": "raw", "receipt": {"digest": "none"}}
+
+
+def test_a_success_before_the_first_byte_is_no_delivery_of_what_ends_like_a_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = WireBackend.connect_tcp
+
+    def answered_at_once(*args: Any, **keys: Any) -> httpcore.NetworkStream:
+        stream = connect(*args, **keys)
+        poller = select.poll()
+        poller.register(stream.get_extra_info("socket").fileno(), select.POLLIN)
+        assert poller.poll(PATIENCE * 1000)
+        return stream
+
+    def script(peer: Peer) -> None:
+        peer.send(answer(200))
+        peer.drain()
+
+    monkeypatch.setattr(WireBackend, "connect_tcp", answered_at_once)
+    with ScriptedServer(script) as server, a_sender(a_destination(server.url, **UNPROVEN)) as sender:
+        outcome = sender.send(an_archive(tmp_path, ENDS_LIKE_A_HEAD))
+
+    assert reason(outcome) is Reason.EARLY_SUCCESS
+    assert server.received == 0
+
+
+def test_a_success_before_a_last_chunk_that_ends_like_a_head_is_no_delivery(
+    tmp_path: Path, pki: Pki, line: str
+) -> None:
+    answered = threading.Event()
+
+    def script(peer: Peer) -> None:
+        peer.read_head()
+        peer.read(CHUNK)
+        peer.send(answer(200))
+        answered.set()
+        peer.drain()
+
+    def wait_once(sent: int) -> None:
+        assert sent == CHUNK
+        assert answered.wait(PATIENCE)
+
+    content = bytes(CHUNK) + ENDS_LIKE_A_HEAD
+    with talking(script, pki, line, **UNPROVEN) as (sender, _):
+        outcome = sender.send(an_archive(tmp_path, content), wait_once)
+
+    assert reason(outcome) is Reason.EARLY_SUCCESS
+    assert sender.sent == CHUNK
+
+
+@pytest.mark.parametrize("size", [0, CHUNK])
+def test_what_ends_like_a_head_is_delivered_again_and_again(
+    tmp_path: Path, pki: Pki, line: str, size: int
+) -> None:
+    def script(peer: Peer) -> None:
+        while True:
+            peer.send(receipt_for(peer.read_request().body))
+
+    content = bytes(size) + ENDS_LIKE_A_HEAD
+    with talking(script, pki, line, body="raw") as (sender, server):
+        outcomes = [sender.send(an_archive(tmp_path, content)) for _ in range(3)]
+
+    assert [type(outcome) for outcome in outcomes] == [Delivered] * 3
+    assert [request.body for request in server.requests] == [content] * 3
+    assert len(server.peers) == 1
 
 
 @pytest.mark.parametrize("then", [closes, leaves, resets, drains, stops_reading])

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
+
 from backupd.core.errors import LedgerError
-from backupd.core.model import Digest, Outcome
+from backupd.core.model import Deferred, Digest, Outcome
 from backupd.core.policy import Reason
 from backupd.core.retry import Backoff
 from backupd.core.step import Patience, Priority
 from backupd.delivery.gate import SharedGate
 from backupd.delivery.wakeup import Wakeup
-from backupd.delivery.worker import Lane, Worker
+from backupd.delivery.worker import Lane, Source, Worker
+from backupd.drop.folder import DropFolder
 from backupd.ledger.database import open_ledger
 from backupd.ledger.sqlite import SqliteLedger
 from backupd.ops.lines import LineWriter
 from backupd.ops.log import EventLog
 from backupd.upload.port import Cargo, Uploader
-from tests.factories import NOW, a_sighting, deferred
+from tests.factories import NOW, a_digest, a_sighting, deferred
 from tests.stage import PATIENCE
 
 
@@ -80,6 +85,40 @@ def test_no_stop_is_missed_while_the_gate_is_shut_for_long(tmp_path: Path) -> No
         thread.start()
         thread.join(PATIENCE)
         assert not thread.is_alive()
+    ledger.close()
+
+
+class Unlucky(NoUploader):
+    """Meets a bug."""
+
+    def upload(self, cargo: Cargo) -> Outcome:
+        raise RuntimeError("a bug")
+
+
+class Unreadable(DropFolder):
+    """A folder on a host without a descriptor left."""
+
+    def open(self, relpath: bytes) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+
+@pytest.mark.parametrize("kind", [DropFolder, Unreadable])
+def test_what_may_be_there_is_remembered_whatever_fails_next(tmp_path: Path, kind: type[DropFolder]) -> None:
+    """Else it would be sent again without the question for it."""
+    (tmp_path / "r1").write_bytes(b"abc")
+    ledger = SqliteLedger(open_ledger(tmp_path).connection)
+    ledger.admit([a_sighting(b"r1")], ["vault"], NOW)
+    (delivery,) = ledger.claim("vault", NOW)
+    folder = kind(str(tmp_path))
+    with open(os.devnull, "wb") as null:
+        lane = a_lane(ledger, EventLog(LineWriter(null.fileno())))
+        lane.sources = {"switches": Source(folder)}
+        worker = Worker(lane, Unlucky(), lambda finished: None)
+        attempts = worker.attempt(replace(delivery, unknown=a_digest()), threading.Event())
+    outcome = attempts[-1].outcome
+    assert isinstance(outcome, Deferred)
+    assert outcome.unknown == a_digest()
+    folder.close()
     ledger.close()
 
 

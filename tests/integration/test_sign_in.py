@@ -557,6 +557,31 @@ def test_no_secret_is_ever_logged(stage: Stage) -> None:
         assert forbidden not in daemon.text() + shown
 
 
+def test_a_token_endpoint_whose_words_are_no_unicode_ends_no_daemon(stage: Stage) -> None:
+    login_pki = Pki(stage.base / "login-pki")
+    login = Login()
+    login.instead = refused("\ud800")
+    with (
+        a_token_endpoint(login, login_pki) as tokens,
+        ScriptedServer(guarded(login.is_good), server_context(stage.pki)) as server,
+    ):
+        stage.configure(
+            server.url,
+            destination=QUICK,
+            more=oauth2_table(tokens, login_pki, a_secret(stage.base, CLIENT_SECRET)),
+        )
+        daemon = stage.daemon().ready()
+        archive = stage.put("a.tar.gz", b"content")
+        daemon.wait_for("destination.paused", count=2, reason="sign_in_failed")
+        shown = [stage.backupd(*c) for c in (["status"], ["list"], ["push", str(archive), "--json"])]
+        login.instead = None
+        daemon.wait_for("archive.disposed")
+        assert daemon.stop() == 0
+    assert not daemon.events("daemon.failed")
+    assert "\\ud800" in shown[0].stdout
+    assert [(one.returncode, one.stderr) for one in shown] == [(0, ""), (0, ""), (69, "")]
+
+
 def oauth2_table(tokens: ScriptedServer, pki: Pki, secret: Path) -> str:
     return f"""[destination.vault.auth]
 type = "oauth2"
