@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -105,22 +105,46 @@ def test_a_batch_over_many_directories_goes_where_it_should(folder: DropFolder, 
     assert len(os.listdir("/proc/self/fd")) == before + 1  # the log
 
 
-def test_a_directory_that_cannot_be_synced_is_said_and_tried_again(
-    folder: DropFolder, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_was_rewritten_behind_our_back_is_not_taken_for_what_was_sent(
+    folder: DropFolder, root: Path
+) -> None:
+    """With its size and times put back, after the last byte was sent: it stays, and is found by the scan."""
+    one = delivered(root, 1)
+    path = root / "r1.cfg"
+    before = path.stat()
+    with path.open("r+b") as stream:
+        stream.write(b"xyz")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with open(os.devnull, "wb") as null:
+        rule = Rule(folder, "move", b"sent", b"rejected")
+        disposal = Disposal({"switches": rule}, EventLog(LineWriter(null.fileno())))
+        done, failed = disposal.dispose([one])
+    assert ([each.to for each in done], failed) == ([None], [])
+    assert path.read_bytes() == b"xyz"
+    assert not [*root.glob("sent/*")]
+
+
+@pytest.mark.parametrize("is_kind", [stat.S_ISDIR, stat.S_ISREG], ids=["a directory", "a record"])
+def test_what_cannot_be_synced_is_said_and_tried_again(
+    folder: DropFolder,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_kind: Callable[[int], bool],
 ) -> None:
     """Until it can be, nothing is told to be disposed of: a power cut might undo it."""
     rule = Rule(folder, "move", b"sent", b"rejected")
     batch = [delivered(root, 1), delivered(root, 2)]
     real = os.fsync
 
-    def fails_for_directories(fd: int) -> None:
-        if stat.S_ISDIR(os.fstat(fd).st_mode):
+    def fails_for_some(fd: int) -> None:
+        if is_kind(os.fstat(fd).st_mode):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         real(fd)
 
     with (tmp_path / "log").open("wb") as log:
         disposal = Disposal({"switches": rule}, EventLog(LineWriter(log.fileno())))
-        monkeypatch.setattr(os, "fsync", fails_for_directories)
+        monkeypatch.setattr(os, "fsync", fails_for_some)
         assert disposal.dispose(batch) == ([], [1, 2])
         again = [replace(one, announced=True) for one in batch]
         assert disposal.dispose(again) == ([], [1, 2])
@@ -128,11 +152,12 @@ def test_a_directory_that_cannot_be_synced_is_said_and_tried_again(
         done, failed = disposal.dispose(again)
     assert ([one.to for one in done], failed) == ([b"sent/r1.cfg", b"sent/r2.cfg"], [])
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    assert [(line["event"], line["archive"]) for line in lines] == [
+    assert sorted((line["event"], line["archive"]) for line in lines) == [
         (event, name)
-        for event in ("archive.delivered", "disposition.failed", "archive.disposed")
+        for event in ("archive.delivered", "archive.disposed", "disposition.failed")
         for name in ("r1.cfg", "r2.cfg")
     ]
+    assert [line["event"] for line in lines[-2:]] == ["archive.disposed"] * 2
     assert {line["error"] for line in lines if line["event"] == "disposition.failed"} == {
         "Input/output error"
     }

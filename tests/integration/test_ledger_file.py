@@ -293,6 +293,23 @@ def test_what_was_not_in_the_file_yet_is_put_aside_with_it(
     again.connection.close()
 
 
+def test_damage_that_an_opening_does_not_meet_is_found_after_an_unclean_end(tmp_path: Path) -> None:
+    ledger = SqliteLedger(open_ledger(tmp_path).connection)
+    ledger.admit([a_sighting(b"r%d" % number) for number in range(2000)], ["vault"], NOW)
+    ledger.close()
+    path = tmp_path / FILE_NAME
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 4096 // 2 * 4096)  # a page in the middle
+        file.write(b"\xff" * 4096)
+
+    opened = open_ledger(tmp_path)
+    assert opened.set_aside is None
+    opened.connection.close()
+    opened = open_ledger(tmp_path, check=True)
+    assert opened.set_aside is not None
+    opened.connection.close()
+
+
 def test_two_damaged_ledgers_are_both_kept(tmp_path: Path) -> None:
     for content in (b"one" * 1000, b"two" * 1000):
         (tmp_path / FILE_NAME).write_bytes(content)

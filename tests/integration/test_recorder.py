@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -25,8 +26,8 @@ def test_a_full_queue_keeps_no_stop_waiting(tmp_path: Path) -> None:
     ledger.admit([a_sighting()], ["vault"], NOW)
     (delivery,) = ledger.claim("vault", NOW)
     ledger.close()  # whatever it is asked to record now fails
-    with open(os.devnull, "wb") as null:
-        log = EventLog(LineWriter(null.fileno()))
+    with (tmp_path / "log").open("wb") as stream:
+        log = EventLog(LineWriter(stream.fileno()))
         recorder = Recorder(ledger, Disposal({}, log), log, lambda _drop, _path: None)
         abandon = threading.Event()
         running = threading.Thread(target=recorder.run, args=(abandon,), daemon=True)
@@ -42,6 +43,8 @@ def test_a_full_queue_keeps_no_stop_waiting(tmp_path: Path) -> None:
         abandon.set()
         running.join(PATIENCE)
         assert not running.is_alive()
+    told = {json.loads(line)["event"] for line in (tmp_path / "log").read_text().splitlines()}
+    assert told == {"ledger.failed"}  # and of nothing that it verified
 
 
 class Stopping(SqliteLedger):
