@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import stat
 
@@ -18,6 +19,9 @@ from backupd.ops.log import EventLog
 
 _MOST_SAID = 100_000
 """How many ignored files are remembered, so that memory has a bound in a folder full of them."""
+
+_LONG = 3600.0
+"""Seconds after which it is said that a file is not finished yet."""
 
 _HINTS = {
     Ineligible.NOT_INCLUDED: "add it to `include` if it is a backup, or to `exclude` to be rid of this line",
@@ -45,6 +49,8 @@ class Candidates:
         self._tracker = StabilityTracker(config.stable_for.total_seconds())
         self._said: set[int] = set()
         self._complained: set[int] = set()
+        self._since: dict[bytes, float] = {}
+        """When each file that is not finished was seen first; infinity once that was said."""
         self._is_full = False
         """Whether there are more files that are no archives than are remembered; that is said, too."""
 
@@ -69,13 +75,37 @@ class Candidates:
         try:
             status = status or self._folder.stat(relpath)
         except (FileNotFoundError, NotADirectoryError):
-            self._tracker.forget(relpath)
+            self._forget(relpath)
             return None
         except OSError as error:
-            self._tracker.forget(relpath)
+            self._forget(relpath)
             self.complain(relpath, error)
             return None
-        return self._settle(relpath, status, now)
+        sighting = self._settle(relpath, status, now)
+        if relpath in self._tracker:
+            self._mind_how_long(relpath, status.st_size, now)
+        else:
+            self._since.pop(relpath, None)
+        return sighting
+
+    def _forget(self, relpath: bytes) -> None:
+        self._tracker.forget(relpath)
+        self._since.pop(relpath, None)
+
+    def _mind_how_long(self, relpath: bytes, size: int, now: float) -> None:
+        """Say, once, that a file is not finished for long: it would wait without a word for ever."""
+        if now - self._since.setdefault(relpath, now) < _LONG:
+            return
+        self._since[relpath] = math.inf
+        self._log.emit(
+            events.ARCHIVE_WAITING,
+            drop=self._drop,
+            archive=relpath,
+            size=size,
+            reason="unfinished",
+            error="it has been written to, or held open for writing, for an hour",
+            hint="see who writes it (`fuser`); it is sent once it is closed and stays as it is",
+        )
 
     def is_new(self, relpath: bytes) -> bool:
         """Tell whether a path would be a candidate that was never looked at."""

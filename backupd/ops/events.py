@@ -192,8 +192,8 @@ ARCHIVE_WAITING = _event(
     "archive.waiting",
     "warning",
     "drop archive size reason error hint",
-    "a finished file is not sent as it looks truncated or damaged, or its checksum file is missing or wrong; "
-    "said once per content and reason",
+    "a file is not sent as it looks truncated or damaged, its checksum file is missing or wrong, or it has "
+    "been written to, or held open, for an hour; said once per content and reason",
 )
 INSPECTION_ENDED = _event(
     "inspection.ended",

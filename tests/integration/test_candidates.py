@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -37,8 +38,12 @@ def folder(tmp_path: Path) -> Iterator[Locked]:
 @pytest.fixture
 def candidates(folder: Locked) -> Iterator[Candidates]:
     config = DropConfig(path=Path(folder.path), stable_for=timedelta(seconds=5))
-    with open(os.devnull, "wb") as null:
-        yield Candidates("switches", config, folder, EventLog(LineWriter(null.fileno())))
+    with (log_of(folder)).open("wb") as stream:
+        yield Candidates("switches", config, folder, EventLog(LineWriter(stream.fileno())))
+
+
+def log_of(folder: Locked) -> Path:
+    return Path(folder.path) / ".log"
 
 
 def a_file(folder: Locked) -> Path:
@@ -67,3 +72,19 @@ def test_what_cannot_be_looked_at_any_more_waits_for_the_scan(folder: Locked, ca
     folder.is_locked = False
     assert candidates.look(b"r1.cfg", now=6.0) is None
     assert candidates.look(b"r1.cfg", now=11.0) is not None
+
+
+def test_what_is_written_to_for_an_hour_is_said_once(folder: Locked, candidates: Candidates) -> None:
+    path = a_file(folder)
+    for now in range(0, 9000, 4):
+        with path.open("ab") as stream:
+            stream.write(b"more")
+        assert candidates.look(b"r1.cfg", float(now)) is None
+    (said,) = [json.loads(line) for line in log_of(folder).read_text().splitlines()]
+    assert (said["event"], said["archive"], said["reason"]) == ("archive.waiting", "r1.cfg", "unfinished")
+    assert candidates.look(b"r1.cfg", 9100.0) is not None
+
+    with path.open("ab") as stream:
+        stream.write(b"another one")
+    assert candidates.look(b"r1.cfg", 9200.0) is None
+    assert len(log_of(folder).read_text().splitlines()) == 1
