@@ -17,6 +17,9 @@ from backupd.upload.wire import DIRECT, Route, Wire
 _MOST_UNSENT = 512 * 1024
 """Bytes that may wait in the kernel unsent: enough for any line, and not megabytes past a refusal."""
 
+_NO_WAY_THERE = (errno.EAFNOSUPPORT, errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EMFILE, errno.ENFILE)
+"""What a host without IPv6 says of an address of it, and one without a descriptor of any."""
+
 
 class WireBackend(httpcore.NetworkBackend):
     """Makes `Wire`s; all of them keep to the bounds of one `Line`.
@@ -53,20 +56,29 @@ class WireBackend(httpcore.NetworkBackend):
                 found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             raise httpcore.ConnectError(str(error)) from error
-        failure: httpcore.NetworkError | httpcore.TimeoutException | None = None
+        failures: list[httpcore.ConnectError | httpcore.ConnectTimeout] = []
         for family, kind, protocol, _, address in found:
-            sock = socket.socket(family, kind, protocol)
             try:
-                self._connect(sock, address, timeout, options)
+                sock = _a_socket(family, kind, protocol)
+                self._connect_or_close(sock, address, timeout, options)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-                sock.close()
-                failure = error
-            except BaseException:
-                sock.close()
-                raise
+                failures.append(error)
             else:
                 return Wire(sock, self._line, self._route)
-        raise failure or httpcore.ConnectError(f"no address for {host}")
+        raise min(failures, key=_says_little, default=httpcore.ConnectError(f"no address for {host}"))
+
+    def _connect_or_close(
+        self,
+        sock: socket.socket,
+        address: Any,
+        timeout: float | None,
+        options: Iterable[httpcore.SOCKET_OPTION],
+    ) -> None:
+        try:
+            self._connect(sock, address, timeout, options)
+        except BaseException:
+            sock.close()
+            raise
 
     def _connect(
         self,
@@ -100,3 +112,16 @@ class WireBackend(httpcore.NetworkBackend):
                 sock.bind((ours, 0))
         except OSError as error:
             raise OSError(error.errno, f"{error.strerror} ({ours}, our own)") from error
+
+
+def _a_socket(family: int, kind: int, protocol: int) -> socket.socket:
+    try:
+        return socket.socket(family, kind, protocol)
+    except OSError as error:  # no such addresses on this host, or no descriptor left
+        raise httpcore.ConnectError(error.strerror or str(error)) from error
+
+
+def _says_little(failure: Exception) -> bool:
+    """Tell whether a failure is about our own end: what another address answered is worth more."""
+    cause = failure.__cause__
+    return isinstance(cause, OSError) and cause.errno in _NO_WAY_THERE

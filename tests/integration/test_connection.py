@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import os
 import socket
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import h2.config
 import h2.connection
@@ -42,6 +44,8 @@ from tests.uploading import MIB, a_destination, a_sender, an_archive
 
 CONTENT = b"the content of an archive" * 1000
 QUICK = 'retry = { initial = "0.1s", max = "0.3s" }'
+NO_FAMILY = 99
+"""An address family of no kernel."""
 
 
 @pytest.fixture
@@ -52,6 +56,36 @@ def pki(tmp_path: Path) -> Pki:
 def failed(outcome: Outcome) -> tuple[Reason, str]:
     assert isinstance(outcome, Deferred), outcome
     return outcome.reason, outcome.error
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+def test_an_address_of_a_kind_that_the_host_lacks_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    def looked_up(_host: str, port: int, **_keys: Any) -> list[tuple[Any, ...]]:
+        lacking = (NO_FAMILY, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0))
+        found = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))
+        return [lacking, found] if first else [found, lacking]
+
+    monkeypatch.setattr(socket, "getaddrinfo", looked_up)
+    with ScriptedServer(take_all) as server, a_sender(a_destination(server.url)) as sender:
+        taken = sender.send(an_archive(tmp_path, CONTENT))
+    with a_sender(a_destination(server.url)) as sender:
+        refused = sender.send(an_archive(tmp_path, CONTENT))
+
+    assert isinstance(taken, Delivered)
+    assert failed(refused) == (Reason.CONNECT, f"Connection refused (127.0.0.1 port {server.port})")
+
+
+def test_a_host_without_a_descriptor_left_is_no_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_socket(*_: int) -> socket.socket:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with a_sender(a_destination("http://127.0.0.1:9/")) as sender:
+        monkeypatch.setattr(socket, "socket", no_socket)
+        assert failed(sender.send(an_archive(tmp_path, CONTENT))) == (Reason.CONNECT, "Too many open files")
 
 
 # HTTP/2
