@@ -170,7 +170,7 @@ class Worker:
         except OSError as error:
             if _is_something_else(source, archive.relpath):
                 return Superseded("something that is no file has its name", gone=True), 0
-            return Deferred(Reason.UNREADABLE, error.strerror or str(error)), 0
+            return Deferred(Reason.UNREADABLE, error.strerror or str(error), unknown=delivery.unknown), 0
         try:
             cargo = Cargo(
                 delivery.id,
@@ -185,7 +185,7 @@ class Worker:
             return _seen_again(self._uploader.upload(cargo), fd, source, archive.relpath), cargo.sent
         except Exception as error:  # noqa: BLE001 -- a bug must cost neither the archive nor the worker
             self._lane.log.emit(events.DAEMON_FAILED, error=repr(error), exc_info=error)
-            return Deferred(Reason.INTERNAL, repr(error)), 0
+            return Deferred(Reason.INTERNAL, repr(error), unknown=delivery.unknown), 0
         finally:
             os.close(fd)
 
