@@ -122,8 +122,11 @@ def _push(file: Path, destination: str, config: Config, progress: Progress) -> _
     outcomes: list[Outcome] = []
 
     def once() -> Outcome:
-        outcomes.append(uploader.upload(cargo))
-        return outcomes[-1]
+        outcome = uploader.upload(cargo)
+        if isinstance(outcome, Deferred):  # what may be there is asked about before the next attempt
+            cargo.unknown = outcome.unknown
+        outcomes.append(outcome)
+        return outcome
 
     cargo = Cargo(str(uuid.uuid4()), name, fd, archive.fingerprint, values, progress)
     try:

@@ -102,7 +102,7 @@ class HttpUploader(Uploader):
         try:
             client = self._client = self._client or self._open_client()
             if cargo.unknown is not None and is_unchanged(os.fstat(cargo.fd), cargo.fingerprint):
-                found = self._ask(client, cargo, cargo.unknown)
+                found = self._ask_first(client, cargo, cargo.unknown)
                 if isinstance(found, Delivered):
                     return found
                 if isinstance(found, Deferred) and _may_be_answered_later(found):
@@ -178,12 +178,18 @@ class HttpUploader(Uploader):
         """Every byte went out, so the destination may have the archive: ask before it is sent again."""
         if lost.reason is not Reason.STOPPED:
             try:
-                found = self._ask(client, cargo, digest)
-            except (BackupdError, SignInError, AttemptEndedError, httpx.InvalidURL, httpx.TransportError):
+                found = self._ask_first(client, cargo, digest)
+            except (BackupdError, SignInError, AttemptEndedError, httpx.TransportError):
                 found = None
             if isinstance(found, Delivered):
                 return found
         return replace(lost, unknown=digest)
+
+    def _ask_first(self, client: httpx.Client, cargo: Cargo, digest: Digest) -> Outcome | None:
+        """Ask before anything is sent again; what no address can be made of, nobody can be asked about."""
+        with suppress(httpx.InvalidURL):
+            return self._ask(client, cargo, digest)
+        return None
 
     def _ask(self, client: httpx.Client, cargo: Cargo, digest: Digest) -> Outcome | None:
         """Return what the destination says of a content; None if it does not have it or knows no query."""

@@ -44,6 +44,8 @@ from tests.uploading import MIB, a_destination, a_sender, an_archive
 
 CONTENT = b"the content of an archive" * 1000
 QUICK = 'retry = { initial = "0.1s", max = "0.3s" }'
+NO_FAMILY = 99
+"""An address family of no kernel."""
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def test_an_address_of_a_kind_that_the_host_lacks_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
 ) -> None:
     def looked_up(_host: str, port: int, **_keys: Any) -> list[tuple[Any, ...]]:
-        lacking = (socket.AF_APPLETALK, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0))
+        lacking = (NO_FAMILY, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0))
         found = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))
         return [lacking, found] if first else [found, lacking]
 

@@ -621,6 +621,36 @@ def test_one_that_can_not_be_asked_about_is_not_sent_again_before_it_can(tmp_pat
     assert vault.log == ["sent", "asked"]
 
 
+def test_push_asks_too_before_it_sends_again(stage: Stage) -> None:
+    vault = Vault()
+
+    def shut(peer: Peer) -> None:
+        peer.reset()
+
+    with ScriptedServer(in_turn(vault, shut, vault), server_context(stage.pki)) as server:
+        stage.configure(server.url, destination=f'query_url = "{server.url}/{{digest}}"')
+        done = stage.backupd("push", str(an_archive(stage.base, CONTENT)))
+    assert done.returncode == 0, done.stdout
+    assert vault.log == ["sent", "asked"]
+
+
+def test_a_question_that_no_address_can_be_made_of_keeps_no_archive_from_arriving(
+    tmp_path: Path, pki: Pki
+) -> None:
+    vault = Vault()
+    with ScriptedServer(vault, server_context(pki)) as server:
+        too_long = f"{server.url}/{'x' * 70_000}{{digest}}"
+        with a_courier(a_destination(server.url, pki, query_url=too_long)) as courier:
+            archive = an_archive(tmp_path, CONTENT)
+            first = courier.send(archive)
+            assert isinstance(first, Deferred)
+            assert first.reason is Reason.CONNECTION_LOST
+            assert first.unknown is not None
+            courier.unknown = first.unknown
+            assert isinstance(courier.send(archive), Delivered)
+    assert vault.log == ["sent", "sent"]
+
+
 def ask_in_vain(tmp_path: Path, pki: Pki, status: int) -> tuple[Vault, list[Outcome]]:
     """Have an answer lost, and the question for the archive answered by a status, twice; then all is well."""
     vault, refusals = Vault(), [answer(status, Retry_After="7")] * 2
