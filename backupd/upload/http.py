@@ -93,7 +93,7 @@ class HttpUploader(Uploader):
             return _deferred(error)
 
     def _upload(self, cargo: Cargo) -> Outcome:
-        self._line.begin(cargo.alive)
+        self._line.begin(cargo.alive, cargo.resting)
         if self._look_anew:
             with suppress(BackupdError):  # what can't be used is told by whoever looks after the files
                 self._endpoint.identity.renew()

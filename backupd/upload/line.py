@@ -18,6 +18,9 @@ _SIGN_OF_LIFE = 1.0
 RATE_WINDOW = 60.0
 """Seconds over which the least rate is measured."""
 
+UNWATCHED = "backupd.unwatched"
+"""The key under which a request carries the `Line.unwatched` of its attempt."""
+
 
 class AttemptEndedError(Exception):
     """The attempt is to end now, for `reason`; raised out of a wait on the wire."""
