@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import time
@@ -169,7 +170,7 @@ class Line:
         ends = [now + _SIGN_OF_LIFE, *(t for t in bounds if t is not None)]
         if self._window is not None:
             ends.append(self._window.began + RATE_WINDOW)
-        return max(int((min(ends) - now) * 1000) + 1, 0)
+        return max(math.ceil((min(ends) - now) * 1000), 0)
 
     def _check(self, now: float) -> None:
         if self._ends is not None and now >= self._ends:
