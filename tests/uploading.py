@@ -10,6 +10,7 @@ from typing import Any
 
 from backupd.config.destination import DestinationConfig
 from backupd.core.model import Outcome, fingerprint_of
+from backupd.ops.pulse import Pulse
 from backupd.upload.http import HttpUploader
 from backupd.upload.line import Abort
 from backupd.upload.port import Cargo, Progress
@@ -39,6 +40,7 @@ class Sender:
 
     def __init__(self, uploader: HttpUploader, abort: Abort) -> None:
         self.abort = abort
+        self.pulse = Pulse("sender")
         self._uploader = uploader
         self._cargo: Cargo | None = None
         self._looks = (0, 0)
@@ -53,7 +55,17 @@ class Sender:
         try:
             variables = {"name": path.name}
             fingerprint = fingerprint_of(os.fstat(fd))
-            self._cargo = Cargo("the-delivery", os.fsencode(path.name), fd, fingerprint, variables, progress)
+            self._cargo = Cargo(
+                "the-delivery",
+                os.fsencode(path.name),
+                fd,
+                fingerprint,
+                variables,
+                progress,
+                alive=self.pulse.beat,
+                resting=self.pulse.rest,
+            )
+            self.pulse.beat()
             return self._uploader.upload(self._cargo)
         finally:
             os.close(fd)

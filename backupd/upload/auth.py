@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import nullcontext
 from pathlib import Path
 
 import httpx
 
+from backupd.upload.line import UNWATCHED
 from backupd.upload.oauth2 import TokenSource
 from backupd.upload.secret import read_secret
 
@@ -53,12 +55,17 @@ class OAuth2(httpx.Auth):
 
     def auth_flow(self, request: httpx.Request) -> Flow:
         """Sign a request; after a 401 try once more with a token that is not the refused one."""
-        token = self._tokens.token()
+        token = self._token_for(request)
         response = yield _with_bearer(request, token)
         if response.status_code == 401:
-            fresh = self._tokens.token(refused=token)
+            fresh = self._token_for(request, refused=token)
             if fresh != token:
                 yield _with_bearer(request, fresh)
+
+    def _token_for(self, request: httpx.Request, refused: str | None = None) -> str:
+        """Return a token; the wait for one is bounded elsewhere: it is slow, not hung."""
+        with request.extensions.get(UNWATCHED, nullcontext)():
+            return self._tokens.token(refused)
 
 
 def _with_bearer(request: httpx.Request, token: str) -> httpx.Request:

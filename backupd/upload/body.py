@@ -47,8 +47,12 @@ class Body:
         blank = hashlib.new(self._algorithm).hexdigest()
         return len(self._framing.before) + self._cargo.fingerprint.size + len(self._framing.after(blank))
 
-    def __iter__(self) -> Iterator[bytes]:
+    def begin(self) -> None:
+        """Note that a request begins, of which nothing was handed over yet."""
         self.complete, self._cargo.sent = False, 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        self.begin()
         self._line.body_begins()
         check_unchanged(self._cargo)
         hasher = hashlib.new(self._algorithm)

@@ -29,7 +29,7 @@ HEADERS = {
 
 
 _TOKEN_WITHIN = 45.0
-"""Seconds for a token, in which no life is shown: less than the service's WatchdogSec."""
+"""Seconds for a token, the name service's aside."""
 
 
 @dataclass(frozen=True, slots=True)

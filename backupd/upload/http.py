@@ -36,6 +36,9 @@ _NEVER_ANSWERED = 501
 _MENDED_BY_NEW_FILES = frozenset({Reason.TLS, Reason.TLS_CLIENT, Reason.PROXY, Reason.LOCAL_FILES})
 """After these the files are read anew: a certificate or password may have been renewed."""
 
+_BODY = "backupd.body"
+"""The extension of a request that is its body."""
+
 TransportMaker = Callable[[Line], httpx.BaseTransport]
 
 
@@ -134,6 +137,7 @@ class HttpUploader(Uploader):
             headers=HEADERS,
             trust_env=False,  # the environment's proxies and .netrc must not divert a backup
             follow_redirects=False,  # a redirect would leak the archive, or lose its body
+            event_hooks={"request": [_begin]},
         )
 
     def _send(self, client: httpx.Client, cargo: Cargo, prepared: Prepared) -> Outcome:
@@ -143,7 +147,7 @@ class HttpUploader(Uploader):
             prepared.url,
             content=body,
             headers=prepared.headers,
-            extensions=self._maker.extensions,
+            extensions={**self._maker.extensions, _BODY: body},
         )
         try:
             response = client.send(request, stream=True)
@@ -203,6 +207,13 @@ class HttpUploader(Uploader):
             if response.status_code != 200:
                 return refusal(response)
             return self._judge.of_success(response, digest, cargo.fingerprint.size)
+
+
+def _begin(request: httpx.Request) -> None:
+    """Note that nothing of a request was sent; with another sign-in a second one has the same body."""
+    body = request.extensions.get(_BODY)
+    if body is not None:
+        body.begin()
 
 
 def _may_be_answered_later(asked: Deferred) -> bool:

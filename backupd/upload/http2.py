@@ -6,6 +6,8 @@ refusal, after which no server opens the window any more, would be heard only wh
 
 from __future__ import annotations
 
+import time
+
 import httpcore
 
 
@@ -56,6 +58,8 @@ class _Http2Connection(httpcore.HTTP2Connection):
             self._used_all_stream_ids = True  # the request stays unfinished: close once its answer is read
 
     def _wait_for_outgoing_flow(self, request: httpcore.Request, stream_id: int) -> int:
+        patience = request.extensions.get("timeout", {}).get("write")
+        began = time.monotonic()
         while True:
             if self._network_stream.get_extra_info("is_readable"):
                 self._receive_events(request)
@@ -64,4 +68,6 @@ class _Http2Connection(httpcore.HTTP2Connection):
             window = self._h2_state.local_flow_control_window(stream_id)
             if flow := min(window, self._h2_state.max_outbound_frame_size):
                 return flow
+            if patience is not None and time.monotonic() - began >= patience:  # however much else is heard
+                raise httpcore.WriteTimeout("the other side has stopped reading")
             self._receive_events(request)

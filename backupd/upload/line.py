@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import time
@@ -17,6 +18,9 @@ _SIGN_OF_LIFE = 1.0
 
 RATE_WINDOW = 60.0
 """Seconds over which the least rate is measured."""
+
+UNWATCHED = "backupd.unwatched"
+"""The key under which a request carries the `Line.unwatched` of its attempt."""
 
 
 class AttemptEndedError(Exception):
@@ -166,7 +170,7 @@ class Line:
         ends = [now + _SIGN_OF_LIFE, *(t for t in bounds if t is not None)]
         if self._window is not None:
             ends.append(self._window.began + RATE_WINDOW)
-        return max(int((min(ends) - now) * 1000) + 1, 0)
+        return max(math.ceil((min(ends) - now) * 1000), 0)
 
     def _check(self, now: float) -> None:
         if self._ends is not None and now >= self._ends:

@@ -14,7 +14,7 @@ Progress = Callable[[int], None]
 Alive = Callable[[], None]
 """Called at least once a second while an upload waits or works, however slow it is.
 
-`resting` is called before the one wait that nobody can interrupt: that for the name service.
+`resting` is called before the waits in which it is not: those for the name service, and for a token.
 """
 
 

@@ -17,7 +17,7 @@ from backupd.core.model import Digest
 from backupd.core.template import Template
 from backupd.core.verify import RFC_9530_NAMES
 from backupd.upload.body import CHUNK, Body, ReadFailedError, check_unchanged
-from backupd.upload.line import Line
+from backupd.upload.line import UNWATCHED, Line
 from backupd.upload.multipart import Framing, frame, raw
 from backupd.upload.port import Cargo
 from backupd.upload.secret import SECRET_HEADERS, read_secret
@@ -68,8 +68,8 @@ class RequestMaker:
 
     @property
     def extensions(self) -> dict[str, object]:
-        """Return what a request carries along for whoever quotes its answer."""
-        return {SECRET_HEADERS: tuple(self._config.header_files)}
+        """Return what a request carries along for whoever quotes its answer, or waits for its sign-in."""
+        return {SECRET_HEADERS: tuple(self._config.header_files), UNWATCHED: self._line.unwatched}
 
     def query_url(self, cargo: Cargo, digest: Digest) -> str | None:
         """Return the address that tells whether a content is stored, or None without `query_url`."""

@@ -203,6 +203,8 @@ class Wire(httpcore.NetworkStream):
             data = bytes(self._heard[:max_bytes])
             del self._heard[:max_bytes]
             return data
+        if self._is_http2:  # whose frames need not be an answer, and may leave nothing to wait for
+            self._line.check()
         while not self._ended:
             try:
                 return self._counted(self._sock.recv(max_bytes))
@@ -214,12 +216,16 @@ class Wire(httpcore.NetworkStream):
                 raise httpcore.ReadError(str(error)) from error
             if not ready:
                 raise httpcore.ReadTimeout("no answer")
-        if self._fault is not None:  # httpcore forgets why a write failed, and it may be an alert
+        self._tell_fault()
+        return b""
+
+    def _tell_fault(self) -> None:
+        """Say why a write failed, if one did: httpcore forgets it, and it may be an alert."""
+        if self._fault is not None:
             try:
                 raise self._fault
             except OSError as error:  # as the context: httpcore wipes the cause off what passes through it
                 raise httpcore.ReadError(str(error)) from error
-        return b""
 
     def _counted(self, data: bytes) -> bytes:
         self._answered += len(data)

@@ -6,6 +6,7 @@ import base64
 import errno
 import hashlib
 import os
+import select
 import socket
 import ssl
 import threading
@@ -216,25 +217,46 @@ class TestHttp2:
             assert failed(sending.result(timeout=5))[0] is Reason.STOPPED
         assert spent < 0.25
 
-    def test_pings_without_end_end_an_attempt_without_a_deadline(self, tmp_path: Path, pki: Pki) -> None:
+    @pytest.mark.parametrize("pause", [0.0, 0.05], ids=["in a flood", "now and then"])
+    @pytest.mark.parametrize(
+        ("shut", "expected"),
+        [(False, Reason.READ_TIMEOUT), (True, Reason.WRITE_TIMEOUT)],
+        ids=["for an answer", "for a window"],
+    )
+    def test_pings_without_an_end_end_the_attempt_without_a_deadline_too(
+        self, tmp_path: Path, pki: Pki, pause: float, shut: bool, expected: Reason
+    ) -> None:
         class Pinging(Http2):
-            def _answer(
-                self, connection: h2.connection.H2Connection, stream: int, content_type: str, body: bytes
-            ) -> None:
-                self.peer.send(connection.data_to_send())
-                while not self.peer._server.stopping.wait(0.05):
-                    connection.ping(b"not yet!")
-                    self.peer.send(connection.data_to_send())
-
             def __call__(self, peer: Peer) -> None:
-                self.peer = peer
-                super().__call__(peer)
+                connection = self.begin(peer)
+                last = h2.events.RequestReceived if shut else h2.events.StreamEnded
+                while True:
+                    events = connection.receive_data(peer._piece())
+                    for event in events:
+                        if isinstance(event, h2.events.DataReceived) and not shut:
+                            size = event.flow_controlled_length or 0
+                            connection.acknowledge_received_data(size, event.stream_id)
+                    peer.send(connection.data_to_send())
+                    if any(isinstance(event, last) for event in events):
+                        self.ping_for_ever(connection, peer)
 
-        timeout = {"connect": "1s", "read": "1s"}
-        with ScriptedServer(Pinging(), http2_context(pki)) as server:
-            with a_sender(a_destination(server.url, pki, http2=True, timeout=timeout)) as sender:
-                outcome = sender.send(an_archive(tmp_path, CONTENT))
-        assert failed(outcome) == (Reason.READ_TIMEOUT, "no end of the answer after 3 s")
+            def ping_for_ever(self, connection: h2.connection.H2Connection, peer: Peer) -> None:
+                for _ in range(1000 if pause == 0 else 1):
+                    connection.ping(b"endless!")
+                pings = connection.data_to_send()  # made once: to be faster than who has to answer them
+                while not server.stopping.wait(pause):
+                    peer.send(pings)
+                    while select.select([peer.socket], [], [], 0)[0]:
+                        peer._piece()
+
+        timeout = {"connect": "1s", "read": "1s", "write": "1s"}
+        with (
+            ThreadPoolExecutor(1) as pool,
+            ScriptedServer(Pinging(), http2_context(pki)) as server,
+            a_sender(a_destination(server.url, pki, http2=True, timeout=timeout)) as sender,
+        ):
+            outcome = pool.submit(sender.send, an_archive(tmp_path, size=MIB)).result(timeout=60)
+        assert failed(outcome)[0] is expected
 
 
 # Proxies

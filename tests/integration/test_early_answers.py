@@ -143,9 +143,7 @@ ENDS_LIKE_A_HEAD = b"line\r\nline\r\n\r\n"
 UNPROVEN: dict[str, Any] = {"body": "raw", "receipt": {"digest": "none"}}
 
 
-def test_a_success_before_the_first_byte_is_no_delivery_of_what_ends_like_a_head(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def wait_for_an_answer_before_any_request(monkeypatch: pytest.MonkeyPatch) -> None:
     connect = WireBackend.connect_tcp
 
     def answered_at_once(*args: Any, **keys: Any) -> httpcore.NetworkStream:
@@ -155,16 +153,53 @@ def test_a_success_before_the_first_byte_is_no_delivery_of_what_ends_like_a_head
         assert poller.poll(PATIENCE * 1000)
         return stream
 
+    monkeypatch.setattr(WireBackend, "connect_tcp", answered_at_once)
+
+
+def test_a_success_before_the_first_byte_is_no_delivery_of_what_ends_like_a_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def script(peer: Peer) -> None:
         peer.send(answer(200))
         peer.drain()
 
-    monkeypatch.setattr(WireBackend, "connect_tcp", answered_at_once)
+    wait_for_an_answer_before_any_request(monkeypatch)
     with ScriptedServer(script) as server, a_sender(a_destination(server.url, **UNPROVEN)) as sender:
         outcome = sender.send(an_archive(tmp_path, ENDS_LIKE_A_HEAD))
 
     assert reason(outcome) is Reason.EARLY_SUCCESS
     assert server.received == 0
+
+
+def test_a_success_before_a_second_sign_in_is_no_delivery_of_what_the_first_one_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("old")
+
+    def refuse(peer: Peer) -> None:
+        peer.read_request()
+        token.write_text("new")
+        wait_for_an_answer_before_any_request(monkeypatch)
+        peer.send(answer(401, Connection="close"))
+
+    def accept(peer: Peer) -> None:
+        peer.send(answer(200))
+        peer.drain()
+
+    with ScriptedServer(in_turn(refuse, accept)) as server:
+        destination = a_destination(
+            server.url,
+            auth={"type": "bearer", "token_file": token},
+            headers={"X-Long": "x" * 17_000},  # too long a head to be held back
+            **UNPROVEN,
+        )
+        with a_sender(destination) as sender:
+            outcome = sender.send(an_archive(tmp_path, b"content"))
+
+    assert reason(outcome) is Reason.EARLY_SUCCESS
+    assert len(server.peers) == 2
+    assert sender.sent == 0
 
 
 def test_a_success_before_a_last_chunk_that_ends_like_a_head_is_no_delivery(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import socket
 import sqlite3
 import threading
 import time
@@ -254,6 +255,27 @@ class TestOAuth2:
         assert ("client_secret" in login.forms[0]) == (secret_in == "post")
         assert len(login.issued_at) == 1
         assert len(server.requests) == 5
+
+    def test_who_waits_for_a_name_or_a_token_is_slow_and_not_hung(
+        self, tmp_path: Path, pki: Pki, login_pki: Pki, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nobody can bound the wait for the name service: a worker must not be held for hung in it."""
+        look_up, ages = socket.getaddrinfo, []
+
+        def looked_up(*args: Any, **keys: Any) -> Any:
+            ages.append(sender.pulse.age())
+            return look_up(*args, **keys)
+
+        login = Login()
+        with (
+            a_token_endpoint(login, login_pki) as tokens,
+            ScriptedServer(guarded(login.is_good), server_context(pki)) as server,
+            a_sender(a_destination(server.url, pki, auth=grant(tokens, login_pki, tmp_path))) as sender,
+        ):
+            monkeypatch.setattr(socket, "getaddrinfo", looked_up)
+            assert isinstance(sender.send(an_archive(tmp_path, b"content")), Delivered)
+        assert ages == [0.0, 0.0]
+        assert sender.pulse.age() > 0.0
 
     def test_a_token_is_replaced_shortly_before_it_expires(
         self, tmp_path: Path, pki: Pki, login_pki: Pki

@@ -17,27 +17,29 @@ from tests.systemd.conftest import UNIT, Site
 pytestmark = [pytest.mark.systemd, pytest.mark.xdist_group("systemd")]
 
 HANGS_ONCE = """
-import os, socket, threading, time
+import os, threading, time
 
-_really = socket.getaddrinfo
+_really = os.pread
 
-def getaddrinfo(*arguments, **keywords):
+def pread(*arguments):
+    if not threading.current_thread().name.startswith("worker"):
+        return _really(*arguments)
     try:
         os.close(os.open(os.environ["STATE_DIRECTORY"] + "/hung", os.O_CREAT | os.O_EXCL))
     except FileExistsError:
-        return _really(*arguments, **keywords)
+        return _really(*arguments)
     while True:
         time.sleep(60)
 
-socket.getaddrinfo = getaddrinfo
+os.pread = pread
 """
-"""A resolver that never answers whoever asks it first, for which there is no time limit of ours."""
+"""A disk that never answers the worker that asks it first, for which there is no time limit of ours."""
 
 
 def test_a_worker_that_hangs_is_ended_by_the_watchdog_and_its_archive_delivered(
     site: Site, receiver: RunningReceiver
 ) -> None:
-    site.configure(receiver.url.replace("127.0.0.1", "localhost"))
+    site.configure(receiver.url)
     site.machine.write("/opt/hangs/sitecustomize.py", HANGS_ONCE)
     site.drop_in("hangs", "[Service]\nEnvironment=PYTHONPATH=/opt/hangs\nWatchdogSec=1s\nLimitCORE=0\n")
     site.start()
