@@ -58,6 +58,7 @@ class Peer:
         self._sock = sock
         self._read_ahead = b""
         self.number = number
+        self.closed = threading.Event()
         self.head = b""
         self.received = 0
         self.fault: BaseException | None = None
@@ -134,10 +135,6 @@ class Peer:
         """The connection, for a script that passes on what it does not understand."""
         return self._sock
 
-    @property
-    def socket_is_open(self) -> bool:
-        return self._sock.fileno() >= 0
-
     def reset(self) -> None:
         """End the connection by a reset."""
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -156,7 +153,9 @@ class Peer:
             return
 
     def close(self) -> None:
-        self._sock.close()
+        """End the connection; `closed` is set once the client's side knows."""
+        self._sock.close()  # its fileno() is -1 before the system's call is done
+        self.closed.set()
 
     def _piece(self) -> bytes:
         piece = self._sock.recv(_PIECE)

@@ -130,7 +130,7 @@ def test_a_host_that_sleeps_in_the_middle_of_an_upload(stage: Stage) -> None:
         assert server.paused.wait(60)
         daemon.process.send_signal(signal.SIGSTOP)
         server.go_on()
-        until(lambda: not server.peers[0].socket_is_open, "the server to have given up")
+        until(server.peers[0].closed.is_set, "the server to have given up")
         daemon.process.send_signal(signal.SIGCONT)
         daemon.wait_for("archive.disposed", archive="core.tar.gz")
         assert len(server.peers) == 2

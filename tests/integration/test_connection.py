@@ -595,7 +595,7 @@ def test_a_connection_that_ended_between_two_archives_is_not_used_again(tmp_path
         with a_sender(a_destination(server.url, pki)) as sender:
             for number in range(5):
                 assert isinstance(sender.send(an_archive(tmp_path, b"%d" % number)), Delivered)
-                until(lambda: server.peers[-1]._sock.fileno() < 0, "the end of the connection")
+                until(server.peers[-1].closed.is_set, "the end of the connection")
     assert [request.archive for request in server.requests] == [b"0", b"1", b"2", b"3", b"4"]
     assert len(server.peers) == 5
 
