@@ -23,6 +23,7 @@ from backupd.delivery.disposal import Disposal, Rule
 from backupd.delivery.gate import SharedGate
 from backupd.delivery.keeping import Keeper, Stock, Stocks
 from backupd.delivery.recorder import Recorder
+from backupd.delivery.restoring import Restorer
 from backupd.delivery.wakeup import Wakeup
 from backupd.delivery.worker import Lane, Source, Worker
 from backupd.drop.folder import DropFolder
@@ -54,14 +55,14 @@ def run_daemon(config: Config, log: EventLog, config_path: Path, found: Examinat
                 events.LEDGER_REPLACED,
                 path=str(opened.set_aside),
                 error="the ledger was damaged and has been put aside",
-                hint="pending archives are found again in the drop folders; the history is in that file",
+                hint="what is pending is found again in the drop folders, what was put away by its records",
             )
         elif opened.is_new and not lock.is_first:
             log.emit(
                 events.LEDGER_REPLACED,
                 path=str(config.state_dir),
                 error="the ledger is gone, and a new one was begun",
-                hint="pending archives are found again in the drop folders; find out who removed the file",
+                hint="what is pending is found again in the drop folders; find out who removed the file",
             )
         assembly = Assembly(config, SqliteLedger(opened.connection), log)
         certificates = Certificates(assembly.parts, log, examine, found)
@@ -88,7 +89,8 @@ class Assembly:
         disposal = Disposal(self._rules, log)
         recorder = Recorder(ledger, disposal, log, self._look_again)
         keeper = Keeper(lambda: _open_shelf(config), self._stocks, log, self.clock.believed)
-        self.parts = Parts(config, ledger, {}, {}, recorder, self._abort.set, keeper)
+        restorer = Restorer(lambda: _open_shelf(config), self._rules, self.freshness.device_of, log)
+        self.parts = Parts(config, ledger, {}, {}, recorder, self._abort.set, keeper, restorer)
         self.parts.destinations |= {n: self._destination(n, d) for n, d in config.destination.items()}
         self.parts.drops |= {n: self._drop(n, d, config) for n, d in config.drop.items()}
 

@@ -97,6 +97,7 @@ class Daemon:
         self._begin(parts.drops, parts.destinations)
         self._wait_for_intakes(parts.drops, self._began + _FIRST_LOOK)
         self._threads.start(parts.keeper.run, parts.keeper.stop, parts.keeper.pulse)
+        self._threads.start(parts.restorer.run, parts.keeper.stop, parts.restorer.pulse)
         self._log.emit(
             events.DAEMON_READY,
             duration_s=time.monotonic() - self._began,

@@ -10,6 +10,7 @@ from backupd.config.models import Config
 from backupd.delivery.gate import SharedGate
 from backupd.delivery.keeping import Keeper
 from backupd.delivery.recorder import Recorder
+from backupd.delivery.restoring import Restorer
 from backupd.delivery.wakeup import Wakeup
 from backupd.delivery.worker import Lane, Worker
 from backupd.intake.intake import Intake
@@ -58,6 +59,7 @@ class Parts:
     recorder: Recorder
     abort: Callable[[], None]
     keeper: Keeper
+    restorer: Restorer
 
     @property
     def gates(self) -> Mapping[str, SharedGate]:

@@ -132,7 +132,7 @@ def _findings(
 
 
 def _kept(history: History, drop: str, since: datetime | None) -> Iterator[ArchiveRecord]:
-    after = 0
+    after = None
     while page := history.in_sent(drop, since, after, _PAGE):
         yield from page
         after = page[-1].archive.id

@@ -104,7 +104,7 @@ def show(
 
 
 def _number(ident: str) -> int:
-    if not ident[1:].isdecimal() or len(ident) > 18:
+    if not ident[1:].removeprefix("-").isdecimal() or len(ident) > 18:
         raise UsageError(f"expected @ and the number of an archive, got {ident!r}", "such as `show @17`")
     return int(ident[1:])
 

@@ -57,6 +57,11 @@ class Freshness:
         """Return sightings with the devices that they come from."""
         return [replace(s, tracked=self._tracked(s, now)) for s in sightings] if self._rules else [*sightings]
 
+    def device_of(self, archive: Archive) -> str | None:
+        """Return the device that an archive comes from, where its drop's devices are of interest."""
+        rule = self._rules.get(archive.drop)
+        return None if rule is None else device_of(rule.by, variables(archive, self._host, rule.pattern))
+
     def tick(self, now: datetime) -> None:
         """Say what is overdue, what has recovered, and what a killed daemon left unsaid of sizes."""
         overdue, recovered = judged(self._ledger.doubtful(now), now)
@@ -97,8 +102,7 @@ class Freshness:
         rule = self._rules.get(s.drop)
         if rule is None:
             return None
-        values = variables(Archive(0, s.drop, s.relpath, s.fingerprint, now), self._host, rule.pattern)
-        device = device_of(rule.by, values)
+        device = self.device_of(Archive(0, s.drop, s.relpath, s.fingerprint, now))
         return None if device is None else Tracked(device, rule.size_alarm)
 
 

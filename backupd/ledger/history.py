@@ -48,6 +48,8 @@ _PENDING = """
     UNION ALL SELECT archive_id, destination FROM delivery WHERE state = 'claimed')
 """  # apart, as each has an index of its own
 
+_LOWEST = -(1 << 63)
+
 
 class History:
     """Reads a ledger; raises LedgerError where it can't be read."""
@@ -89,13 +91,13 @@ class History:
         rows = self._query(f"{_DELIVERY} WHERE d.archive_id = ? ORDER BY d.destination", (archive_id,))
         return [_delivery(row) for row in rows]
 
-    def in_sent(self, drop: str, since: datetime | None, after: int, most: int) -> list[ArchiveRecord]:
+    def in_sent(self, drop: str, since: datetime | None, after: int | None, most: int) -> list[ArchiveRecord]:
         """Return what has to lie in sent_dir: archives of a drop moved there since a time, by their ids."""
         rows = self._query(
             f"{_ARCHIVE} WHERE a.id > ? AND a.drop_name = ? AND a.state = 'delivered'"
             " AND a.disposed_to IS NOT NULL AND a.disposed_at >= ?"
             " AND (a.removal IS NULL OR a.removal IN ('gone', 'changed')) ORDER BY a.id LIMIT ?",
-            (after, drop, as_micros(since) if since else 0, most),
+            (_LOWEST if after is None else after, drop, as_micros(since) if since else 0, most),
         )
         return [_archive(row) for row in rows]
 

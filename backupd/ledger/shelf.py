@@ -1,4 +1,4 @@
-"""What the keeper of sent archives asks of a ledger."""
+"""What is asked of a ledger by those who see to the archives that were put away."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from backupd.core.model import Archive
+from backupd.ledger.port import Settled
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,19 @@ class Kept:
     since: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """An archive as the record beside it tells of it: its file was moved to `to` at `since`.
+
+    `device` is whom it comes from, where that is of interest.
+    """
+
+    settled: Settled
+    to: bytes
+    since: datetime
+    device: str | None = None
+
+
 class Removal(StrEnum):
     """What became of a file in sent_dir: removed by us, or no longer there, or no longer ours before that."""
 
@@ -29,7 +43,7 @@ class Removal(StrEnum):
 
 
 class Shelf(Protocol):
-    """The sent archives that are kept; for one thread.
+    """The archives that were put away; for one thread.
 
     Every method raises `LedgerError` where the record can't be read or written; nothing is half done then.
     """
@@ -64,6 +78,18 @@ class Shelf(Protocol):
 
     def ended(self, removals: Mapping[int, Removal], now: datetime) -> None:
         """Note what became of files, by the ids of their archives."""
+        ...
+
+    def is_restored(self, drop: str) -> bool:
+        """Tell whether the history of a drop is as complete as its records can make it."""
+        ...
+
+    def restore(self, found: Sequence[Restored]) -> int:
+        """Note archives that are not known, as older than all that are; return how many those were."""
+        ...
+
+    def note_restored(self, drop: str) -> None:
+        """Note that all records of a drop were read."""
         ...
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The sent archives in SQLite, over a connection of its own: the keeper makes no worker wait for long."""
+"""The archives that were put away, in SQLite: over a connection of its own no worker waits for long."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ from pathlib import Path
 
 from backupd.core.errors import LedgerError
 from backupd.ledger.database import FILE_NAME
-from backupd.ledger.rows import ARCHIVE_COLUMNS, Row, as_archive, as_micros, as_time
-from backupd.ledger.shelf import Kept, Removal, Shelf
+from backupd.ledger.rows import (
+    ARCHIVE_COLUMNS,
+    Row,
+    as_archive,
+    as_micros,
+    as_time,
+    fingerprint_columns,
+)
+from backupd.ledger.shelf import Kept, Removal, Restored, Shelf
 from backupd.ledger.transactions import failures, transaction
 
 _COLUMNS = f"{ARCHIVE_COLUMNS}, disposed_to, disposed_at"
@@ -107,6 +114,20 @@ class SqliteShelf(Shelf):
                 [(removal, at, ident) for ident, removal in removals.items()],
             )
 
+    def is_restored(self, drop: str) -> bool:
+        """See `Shelf.is_restored`."""
+        return bool(self._query("SELECT 1 FROM restored WHERE drop_name = ?", (drop,)))
+
+    def restore(self, found: Sequence[Restored]) -> int:
+        """See `Shelf.restore`."""
+        with transaction(self._db):
+            return sum(_restore(self._db, one) for one in found)
+
+    def note_restored(self, drop: str) -> None:
+        """See `Shelf.note_restored`."""
+        with transaction(self._db):
+            self._db.execute("INSERT OR IGNORE INTO restored VALUES (?)", (drop,))
+
     def close(self) -> None:
         """See `Shelf.close`."""
         self._db.close()
@@ -118,3 +139,56 @@ class SqliteShelf(Shelf):
     def _query(self, query: str, values: tuple[object, ...]) -> list[Row]:
         with failures("read"):
             return self._db.execute(query, values).fetchall()
+
+
+def _restore(db: sqlite3.Connection, one: Restored) -> bool:
+    """Insert what is not known yet; its number is below all others, as `latest` and lists go by numbers."""
+    settled, archive = one.settled, one.settled.archive
+    known = "SELECT 1 FROM delivery WHERE id = ?"
+    if any(db.execute(known, (ending.delivery_id,)).fetchone() for ending in settled.endings):
+        return False
+    ident = db.execute(
+        "INSERT INTO archive (id, drop_name, relpath, device, inode, size, mtime_ns, ctime_ns, admitted_at,"
+        " state, digest, disposition, announced, live, disposed_to, disposed_at)"
+        " SELECT min(coalesce(min(id), 1), 1) - 1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'done', 1, 0, ?, ?"
+        " FROM archive RETURNING id",
+        (
+            archive.drop,
+            archive.relpath,
+            *fingerprint_columns(archive.fingerprint),
+            as_micros(archive.admitted_at),
+            settled.state,
+            settled.digest,
+            one.to,
+            as_micros(one.since),
+        ),
+    ).fetchone()[0]
+    db.executemany(
+        "INSERT OR IGNORE INTO delivery (id, archive_id, destination, size, state, ended_at, reason, error,"
+        " digest, verified, http_status, receipt) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        [
+            (
+                e.delivery_id,
+                ident,
+                e.destination,
+                archive.fingerprint.size,
+                e.state,
+                as_micros(e.ended_at),
+                e.reason,
+                e.error,
+                e.digest,
+                e.verified,
+                e.http_status,
+                e.receipt,
+            )
+            for e in settled.endings
+        ],
+    )
+    if one.device is not None:
+        db.execute(
+            "INSERT INTO device (drop_name, name, known_at, last_at, archives) VALUES (?1, ?2, ?3, ?3, 1)"
+            " ON CONFLICT DO UPDATE SET archives = archives + 1,"
+            " last_at = max(coalesce(last_at, 0), excluded.last_at)",
+            (archive.drop, one.device, as_micros(archive.admitted_at)),
+        )
+    return True

@@ -89,6 +89,13 @@ LEDGER_REPLACED = _event(
     "path error hint",
     "the ledger was damaged and put aside, or gone, and is begun anew from the folders",
 )
+LEDGER_RESTORED = _event(
+    "ledger.restored",
+    "info",
+    "drop restored unknown",
+    "a ledger that was begun anew knows again what lies in sent_dir and rejected_dir, but for the unknown"
+    " files, which have no record",
+)
 LEDGER_FAILED = _event(
     "ledger.failed", "error", "error hint", "the ledger can't be used now; it is tried again"
 )

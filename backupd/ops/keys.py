@@ -40,6 +40,8 @@ KEYS = {
     "candidates": "files that are not stable yet",
     "released": "claims of a daemon that ended in the middle",
     "undisposed": "delivered or rejected archives whose file is still to be moved",
+    "restored": "archives that were put away and are known again",
+    "unknown": "files in `sent_dir` and `rejected_dir` that no record tells of",
     "in_flight": "uploads under way",
     "signal": "name of the signal",
     "clean": "whether every upload ended within the grace",

@@ -42,7 +42,7 @@ _KEYS_OF: tuple[tuple[_Type, str], ...] = (
         (
             "pid size attempt sent http_status faults pending pending_bytes found candidates released"
             " undisposed in_flight delivered delivered_bytes rejected lost rate quarantined overdue blind"
-            " memory_bytes open_files open_files_most median_size free_bytes min_free_bytes"
+            " memory_bytes open_files open_files_most median_size free_bytes min_free_bytes restored unknown"
         ),
     ),
     (

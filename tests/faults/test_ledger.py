@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import sqlite3
@@ -10,6 +11,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,6 +110,53 @@ def test_a_ledger_that_is_lost_is_begun_anew_from_the_folders(
         assert aside
         assert damage is not header or aside[0].read_bytes()[100:] == kept[100:]
     assert daemon.stop() == 0
+
+
+def listed(stage: Stage) -> list[dict[str, Any]]:
+    """Return what `list` tells, but for the number of attempts and that of the archive."""
+    told = json.loads(stage.backupd("list", "--json").stdout)
+    for one in told:
+        del one["attempts"], one["archive"]["id"], one["archive"]["fingerprint"]["ctime_ns"]
+    return sorted(told, key=lambda one: str(one["id"]))
+
+
+def test_what_was_put_away_is_known_again_by_its_records(stage: Stage) -> None:
+    def script(peer: Peer) -> None:
+        while True:
+            content = peer.read_request().archive
+            peer.send(answer(422) if content == b"bad" else receipt_for(content))
+
+    with ScriptedServer(script, server_context(stage.pki)) as server:
+        expected = """label_pattern = '(?P<device>[^-]+)-.*'\nexpect = { every = "1s", by = "{device}" }"""
+        stage.configure(
+            server.url, top='heartbeat_every = "0.5s"', drop=f'stable_for = "0s"\n{expected}', more=QUICK
+        )
+        daemon = stage.daemon().ready()
+        stage.put("r1-good.tar.gz", b"good")
+        stage.put("r1-bad.tar.gz", b"bad")
+        daemon.wait_for("archive.disposed", count=2)
+        assert daemon.stop() == 0
+        before = listed(stage)
+        assert len(before) == 2
+        all_missing(stage.state / FILE_NAME)
+
+        again = stage.daemon()
+        [said] = again.wait_for("ledger.restored")
+        assert (said["restored"], said["unknown"]) == (2, 0)
+        assert listed(stage) == before
+        again.wait_for("drop.overdue", device="r1")  # whose silence nobody would have noticed
+        assert stage.backupd("audit").returncode == 0
+        assert stage.backupd("show", "@-1").returncode == 0
+        assert stage.backupd("retry", "--all").returncode == 0
+        again.wait_for("archive.rejected", archive="r1-bad.tar.gz")
+        again.wait_for("archive.disposed", archive="r1-bad.tar.gz")
+        assert again.stop() == 0
+        assert len(server.requests) == 3
+        assert [p.name for p in stage.archives(stage.rejected)] == ["r1-bad.tar.gz"]
+
+        third = stage.daemon().ready()
+        assert third.stop() == 0
+        assert not third.events("ledger.restored")
 
 
 def test_the_first_ledger_of_all_replaces_none(stage: Stage, receiver: RunningReceiver) -> None:

@@ -2,109 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from backupd.core.keeping import MinFree, Order
-from backupd.core.model import fingerprint_of
-from backupd.delivery.disposal import Disposal, Rule
-from backupd.delivery.keeping import Keeper, Stock, Stocks
-from backupd.drop.folder import DropFolder
-from backupd.ledger.database import FILE_NAME, open_ledger
-from backupd.ledger.port import Disposed, Sighting
-from backupd.ledger.shelf import Shelf
-from backupd.ledger.sqlite import SqliteLedger
+from backupd.core.keeping import MinFree
+from backupd.delivery.keeping import Keeper
+from backupd.ledger.database import FILE_NAME
+from backupd.ledger.port import Disposed
 from backupd.ledger.sqlite_shelf import SqliteShelf, open_shelf
-from backupd.ops.lines import LineWriter
-from backupd.ops.log import EventLog
-from tests.factories import NOW, a_fingerprint, a_sighting, delivered, finished, rejected
+from tests.factories import NOW, a_fingerprint, a_sighting, delivered, finished
 from tests.privileges import needs_root
+from tests.site import Site
 
 DAY = timedelta(days=1)
-
-
-class Site:
-    """A drop folder with a ledger, and a keeper of what is sent from it."""
-
-    def __init__(self, base: Path, drop: Path) -> None:
-        self.root = drop
-        self.state = base / "state"
-        self.state.mkdir()
-        self.root.mkdir(exist_ok=True)
-        self.folder = DropFolder(str(self.root))
-        self.ledger = SqliteLedger(open_ledger(self.state).connection)
-        self._closing = ExitStack()
-        self._lines = base / "log"
-        self._log = EventLog(LineWriter(os.open(self._lines, os.O_WRONLY | os.O_CREAT | os.O_APPEND)))
-        self._disposal = Disposal({"switches": Rule(self.folder, "move", b"sent", b"rejected")}, self._log)
-        self.order = Order()
-        self.pattern: re.Pattern[str] | None = None
-        self.checksums = False
-        self.begin()
-
-    def begin(self) -> None:
-        """Begin as another daemon."""
-        self.keeper = Keeper(self._open_shelf, self._stocks, self._log)
-
-    def _open_shelf(self) -> Shelf:
-        shelf = open_shelf(self.state)
-        self._closing.callback(shelf.close)
-        return shelf
-
-    def end(self) -> None:
-        self._closing.close()
-        self.ledger.close()
-        self.folder.close()
-
-    def _stocks(self) -> Stocks:
-        stock = Stock(self.folder, b"sent", self.order, self.pattern, self.checksums)
-        return Stocks({"switches": stock}, timedelta(minutes=1))
-
-    def send(self, name: str, at: datetime, content: bytes = b"abc", *, good: bool = True) -> Path:
-        """Have a file delivered, or rejected, and put away at a time; return where it lies."""
-        path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        seen = Sighting("switches", os.fsencode(name), fingerprint_of(path.stat()))
-        self.ledger.admit([seen], ["vault"], at)
-        [claim] = self.ledger.claim("vault", at)
-        ended = finished(claim, delivered(content) if good else rejected(), now=at)
-        done, _ = self._disposal.dispose(self.ledger.record([ended], at))
-        self.ledger.disposed(done, [], at)
-        assert done[0].to is not None
-        return self.root / os.fsdecode(done[0].to)
-
-    def keep(self, now: datetime = NOW, **order: Any) -> None:
-        """Keep to an order, until there is nothing more to do."""
-        if order:
-            self.order = Order(**order)
-        while self.keeper.tick(now):
-            pass
-
-    def sent(self) -> list[str]:
-        """Return the archives in sent_dir."""
-        found = (p for p in (self.root / "sent").rglob("*") if p.is_file())
-        return sorted(str(p.relative_to(self.root / "sent")) for p in found if p.suffix != ".json")
-
-    def events(self, name: str) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in self._lines.read_text().splitlines()]
-        return [line for line in lines if line["event"] == name]
-
-    def removals(self) -> dict[str, str | None]:
-        with closing(sqlite3.connect(self.state / FILE_NAME)) as db:
-            rows = db.execute("SELECT relpath, removal FROM archive").fetchall()
-        return {os.fsdecode(path): removal for path, removal in rows}
 
 
 @pytest.fixture
