@@ -24,6 +24,9 @@ from tests.faults.proxy import Fault, FaultProxy, Kind
 from tests.stage import Stage, until
 
 _SIZES = (1, 2_000, 30_000, 400_000)
+_ALONE = 4 * 1024 * 1024 + 1
+"""Bytes of an archive that a worker claims no other with: so each worker's connection gets some."""
+
 _FURTHEST = 800_000
 """Bytes of a connection after which a fault strikes, at most."""
 
@@ -105,7 +108,7 @@ def deliver(
             _settle(stage, proxy, digests)
             while not proxy.is_over:
                 for _ in range(workers):  # the connection that a fault waits on is one of theirs
-                    put(max(sizes))
+                    put(_ALONE)
                 _settle(stage, proxy, digests)
             assert daemon.stop() == 0
             assert proxy.struck == Counter(fault.kind for fault in schedule)
