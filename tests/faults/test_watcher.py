@@ -45,6 +45,18 @@ def sees_again(stage: Stage, daemon: Daemon, name: str) -> None:
     until(came_by_event, "an archive that an event told of")
 
 
+def scans(daemon: Daemon) -> int:
+    """Return how many scans have ended."""
+    return len(daemon.events("drop.scanned"))
+
+
+def assert_said_by_the_next_scan(daemon: Daemon, before: int, count: int = 1) -> None:
+    """Check that an event told of blindness by the next scan; one may have been under way at the cause."""
+    lines = [line["event"] for line in daemon.events()]
+    blind = [index for index, event in enumerate(lines) if event == "watcher.blind"]
+    assert lines[: blind[count - 1]].count("drop.scanned") <= before + 2
+
+
 def within_limits(**limits: int) -> list[str]:
     """Return the beginning of a command for the daemon to run under its own limits of inotify."""
     first = "; ".join(f"echo {value} > {KNOBS / name}" for name, value in limits.items())
@@ -86,14 +98,18 @@ def test_a_root_that_is_mounted_over_and_unmounted(stage: Stage, receiver: Runni
     deliver(stage, daemon, "before.tar.gz")
 
     mount(stage.drop)
+    after = scans(daemon)
     daemon.wait_for("watcher.blind", reason="replaced")
+    assert_said_by_the_next_scan(daemon, after)
     daemon.wait_for("watcher.restored")
     (stage.drop / "over.tar.gz").write_bytes(b"over")
     daemon.wait_for("archive.disposed", archive="over.tar.gz")
     assert (stage.drop / "sent" / "over.tar.gz").read_bytes() == b"over"
 
     subprocess.run(["umount", "--lazy", stage.drop], check=True)
+    after = scans(daemon)
     daemon.wait_for("watcher.blind", 2, reason="replaced")
+    assert_said_by_the_next_scan(daemon, after, 2)
     daemon.wait_for("watcher.restored", 2)
     deliver(stage, daemon, "after.tar.gz")
     sees_again(stage, daemon, "later")
@@ -169,13 +185,14 @@ def test_a_limit_that_leaves_only_some_directories_unwatched_is_said(
 
     for name in ("first", "second"):
         (stage.drop / name).mkdir()
+    after = scans(daemon)
     refused = daemon.wait_for("watcher.blind", reason="refused")[0]
+    assert_said_by_the_next_scan(daemon, after)
     assert "max_user_watches" in refused["hint"]
     daemon.wait_for("daemon.heartbeat", blind=1)
     for name in ("first", "second"):
         deliver(stage, daemon, f"{name}/found.tar.gz")
-    scans = len(daemon.events("drop.scanned"))
-    daemon.wait_for("drop.scanned", scans + 3)
+    daemon.wait_for("drop.scanned", scans(daemon) + 3)
     assert len(daemon.events("watcher.blind")) == 1
     assert daemon.events("watcher.restored") == []
 
@@ -214,7 +231,9 @@ def test_a_root_that_goes_and_is_made_anew(
     daemon = stage.daemon().ready()
     deliver(stage, daemon, "before.tar.gz")
     go(stage.drop)
+    after = scans(daemon)
     daemon.wait_for("watcher.blind", reason="replaced")
+    assert_said_by_the_next_scan(daemon, after)
     (failed,) = daemon.wait_for("drop.failed", error="No such file or directory")
     assert failed["hint"]
     daemon.wait_for("daemon.heartbeat", blind=1)
