@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from backupd.receiver.serve import RunningReceiver
-from tests.scripted import Peer, ScriptedServer, answer, header_of, receipt_for, server_context
+from tests.scripted import Peer, ScriptedServer, answer, header_of, receipt_for, server_context, take_all
 from tests.stage import Stage, until
 
 QUICK = '[destination.{name}.retry]\ninitial = "0.1s"\nmax = "0.3s"\n'
@@ -159,6 +159,28 @@ def test_no_secret_leaves_the_process_whatever_an_endpoint_echoes(stage: Stage, 
     for where, data in said.items():
         assert_no_secret_in(where, data)
     assert b"***" in said["the log"]  # it was echoed, and quoted
+
+
+def test_a_bug_is_told_without_a_secret_and_costs_no_archive(stage: Stage, secrets: Path) -> None:
+    auth = f'[destination.bearer.auth]\ntype = "bearer"\ntoken_file = "{secrets}/token"'
+    with ScriptedServer(take_all, server_context(stage.pki)) as server:
+        stage.config.write_text(
+            f'state_dir = "{stage.state}"\n[log]\nlevel = "debug"\n'
+            f'[drop.switches]\npath = "{stage.drop}"\nstable_for = "0s"\n'
+            + destination(stage, server.url, "bearer", auth)
+        )
+        stage.put("core.cfg", SECRETS["content"].encode())
+        broken = stage.daemon(program="tests.faults.breaking")
+        broken.wait_for("attempt.failed", reason="internal_error")
+        [said, *_] = broken.events("daemon.failed")
+        assert "a bug near a secret" in said["error"]
+        assert "_judged" in said["exception"]
+        assert broken.stop() == 0
+        assert_no_secret_in("the log of a bug", stage.log.read_bytes())
+        daemon = stage.daemon()
+        daemon.wait_for("archive.disposed", archive="core.cfg")
+        assert daemon.stop() == 0
+    assert len({header_of(request.head, "Idempotency-Key") for request in server.requests}) == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"two\nlines MARKER\n", b"\xff\xfeMARKER", b"MARKER " * 20_000])
