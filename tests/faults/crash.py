@@ -99,7 +99,7 @@ def all_strikes(calls: Sequence[Call], ground: Ground) -> Iterator[Strike]:
     """Yield all there is to try; some calls more than were recorded, as another run may have more."""
     for step, recorded_ones in by_step(calls, ground).items():
         for at, call in enumerate([*recorded_ones, None, None], 1):
-            if ground.drive is not None:
+            if ground.drives:
                 yield Strike(step, at, Manner.CUT_POWER)
                 continue
             yield Strike(step, at, Manner.KILL_BEFORE)
@@ -115,7 +115,7 @@ def some_strikes(calls: Sequence[Call], ground: Ground, chance: random.Random) -
     """Yield one of each step: a kill and an error, or a cut of the power."""
     for step, recorded_ones in by_step(calls, ground).items():
         at = chance.randint(1, len(recorded_ones))
-        if ground.drive is not None:
+        if ground.drives:
             yield Strike(step, at, Manner.CUT_POWER)
             continue
         yield Strike(step, at, Manner.KILL_BEFORE)
@@ -135,8 +135,8 @@ def strike(ground: Ground, one: Strike, tally: Tally) -> bool:
         cell = STEPS[struck.step], one.column
         tally.tried[cell] += 1
         try:
-            if ground.drive is not None:
-                ground.drive.power_on()
+            for drive in ground.drives:
+                drive.power_on()
             with ground.standing_still():
                 ground.check_nothing_lost(archive)
             if one.manner is Manner.CUT_POWER:

@@ -64,17 +64,21 @@ class Archive:
 
 
 class Ground:
-    """An installation whose drop folder and ledger lie in one folder, `disk`, with a receiver beside it."""
+    """An installation whose drop folder and ledger lie in one folder, `disk`, with a receiver beside it.
+
+    Each is on a disk of its own where the power can be lost: none syncs what is of the other.
+    """
 
     def __init__(self, base: Path, ending: Ending, *, can_lose_power: bool = False) -> None:
         self.ending = ending
-        self.drive: Disk | None = None
+        self.drives: list[Disk] = []
         self._can_lose_power = can_lose_power
         self.stage = Stage(base)
         self.disk = base / "disk"
-        self.disk.mkdir()
+        self.files = self.disk / "files"
+        self.files.mkdir(parents=True)
         self.stage.drop.rmdir()
-        self.stage.drop, self.stage.state = self.disk / "drop", self.disk / "state"
+        self.stage.drop, self.stage.state = self.files / "drop", self.disk / "state"
         self.stage.sent, self.stage.rejected = self.stage.drop / "sent", self.stage.drop / "rejected"
         self.shim = Shim(base, self.disk)
         self.daemon: Daemon | None = None
@@ -92,7 +96,10 @@ class Ground:
         tls = ServerTls(stage.pki.server_cert, stage.pki.server_key, stage.pki.ca_pem)
         with contextlib.ExitStack() as after:
             if self._can_lose_power:
-                self.drive = after.enter_context(a_disk(stage.base / "disk.img", self.disk))
+                for folder in (self.files, stage.state):
+                    folder.mkdir(exist_ok=True)
+                    image = stage.base / f"{folder.name}.img"
+                    self.drives.append(after.enter_context(a_disk(image, folder)))
             stage.drop.mkdir(exist_ok=True)
             after.callback(stage.end)
             after.callback(self.shim.disarm)
@@ -130,7 +137,7 @@ class Ground:
         daemon = self.start()
         # of a drop that inspects, this is no archive at all
         archive = Archive(f"sw-{self._number:05}.tar.gz", b"%05d" % self._number + os.urandom(SIZE))
-        part = self.disk / "part"
+        part = self.files / "part"
         with part.open("wb") as stream:
             stream.write(archive.content)
             stream.flush()
@@ -139,7 +146,7 @@ class Ground:
         until(lambda: stands_still(daemon.pid), "the daemon to stand still")
         try:
             part.rename(self.stage.drop / archive.name)
-            for folder in (self.disk, self.stage.drop):
+            for folder in (self.files, self.stage.drop):
                 fd = os.open(folder, os.O_RDONLY)
                 os.fsync(fd)
                 os.close(fd)
@@ -236,7 +243,7 @@ class Ground:
                 " WHERE relpath = ? AND a.state <> 'superseded'",
                 (archive.name.encode(),),
             ).fetchall()
-        if ending is not REJECTED and self.drive is None:  # a cut of the power may take the admission
+        if ending is not REJECTED and not self.drives:  # a cut of the power may take the admission
             _expect(self._keys(archive) == 1, f"{self._keys(archive)} idempotency keys")
         verified = None if ending is REJECTED else 1
         _expect(rows == [(ending.state, ending.state, verified)], f"the ledger has {rows}")

@@ -76,9 +76,14 @@ static void path_of(int fd, char *to, size_t size) {
 
 static void end(void) {
     if (control->manner == CUT_POWER) {
-        uint32_t flags = WITHOUT_LOG;
-        int fd = syscall(SYS_openat, AT_FDCWD, root, O_RDONLY, 0);
-        if (fd < 0 || syscall(SYS_ioctl, fd, GOING_DOWN, &flags)) abort();
+        const char *disks[] = {"files", "state"};
+        for (int number = 0; number < 2; number++) {
+            char path[512];
+            uint32_t flags = WITHOUT_LOG;
+            snprintf(path, sizeof path, "%s/%s", root, disks[number]);
+            int fd = syscall(SYS_openat, AT_FDCWD, path, O_RDONLY, 0);
+            if (fd < 0 || syscall(SYS_ioctl, fd, GOING_DOWN, &flags)) abort();
+        }
     }
     syscall(SYS_kill, getpid(), SIGKILL);
 }
