@@ -77,12 +77,13 @@ class Tally:
 def recorded(ground: Ground) -> list[Call]:
     """Return the calls of one delivery that nothing happens to."""
     ground.start()
-    first = ground.put()  # what only a first delivery does, such as a connection, is no part of it
-    ground.wait_until_over(first)
-    archive = ground.put(ground.shim.arm)
-    ground.wait_until_over(archive)
+    for begin in (lambda: None, ground.shim.arm):  # a first delivery does more, such as to connect
+        archives = ground.put(begin)
+        for archive in archives:
+            ground.wait_until_over(archive)
     ground.shim.disarm()
-    ground.check_the_end(archive)
+    for archive in archives:
+        ground.check_the_end(archive)
     return ground.shim.calls
 
 
@@ -127,9 +128,9 @@ def some_strikes(calls: Sequence[Call], ground: Ground, chance: random.Random) -
 def strike(ground: Ground, one: Strike, tally: Tally) -> bool:
     """Try one case; return whether there was such a call to strike."""
     daemon = ground.start()
-    archive = ground.put(lambda: ground.shim.arm(one.step, one.at, one.manner, one.error))
+    archives = ground.put(lambda: ground.shim.arm(one.step, one.at, one.manner, one.error))
     try:
-        struck = _see_it_end(ground, one, archive)
+        struck = _see_it_end(ground, one, archives)
         if struck is None:
             return False
         cell = STEPS[struck.step], one.column
@@ -138,16 +139,17 @@ def strike(ground: Ground, one: Strike, tally: Tally) -> bool:
             for drive in ground.drives:
                 drive.power_on()
             with ground.standing_still():
-                ground.check_nothing_lost(archive)
+                for archive in archives:
+                    ground.check_nothing_lost(archive)
             if one.manner is Manner.CUT_POWER:
                 assert daemon.process.returncode == -signal.SIGKILL, "the power was not cut"
             if daemon.process.poll() is not None and not one.kills:
                 tally.gave_up[f"{struck.name} of {struck.path}: {errno.errorcode[one.error]}"] += 1
-            if one.kills or not ground.is_over(archive):
+            if one.kills or not all(map(ground.is_over, archives)):
                 ground.restart(gently=one.manner is Manner.FAIL)
+            for archive in archives:
                 ground.wait_until_over(archive)
-            told = ground.check_the_end(archive)
-            tally.told_twice += told > 1
+            tally.told_twice += max(map(ground.check_the_end, archives)) > 1
             ground.check_the_ledger()
         except AssertionError as error:
             tally.broken_at[cell] += 1
@@ -157,11 +159,12 @@ def strike(ground: Ground, one: Strike, tally: Tally) -> bool:
         return True
     finally:
         ground.shim.disarm()
-        ground.clear(archive)
+        for archive in archives:
+            ground.clear(archive)
 
 
-def _see_it_end(ground: Ground, one: Strike, archive: Archive) -> Call | None:
-    """Wait until the daemon has ended, or the delivery, or neither seems to come; return what was struck.
+def _see_it_end(ground: Ground, one: Strike, archives: Sequence[Archive]) -> Call | None:
+    """Wait until the daemon has ended, or the deliveries, or neither seems to come; return what was struck.
 
     Nothing reads the ledger of a daemon that was killed: whoever closes it last would tidy it up.
     """
@@ -171,8 +174,8 @@ def _see_it_end(ground: Ground, one: Strike, archive: Archive) -> Call | None:
     over = False
     began = time.monotonic()
     while daemon.process.poll() is None:
-        if not over and ground.told("archive.disposed", archive):
-            over = ground.is_over(archive)
+        if not over and all(ground.told("archive.disposed", archive) for archive in archives):
+            over = all(map(ground.is_over, archives))
         struck = ground.shim.struck
         if struck is not None:
             struck_at = struck_at or time.monotonic()
@@ -183,7 +186,7 @@ def _see_it_end(ground: Ground, one: Strike, archive: Archive) -> Call | None:
             if time.monotonic() - gone_by > _GOES_ON and ground.shim.struck is None:
                 return None
         if time.monotonic() - began > 180:
-            raise BrokenError(f"{archive.name} did not end: {daemon.text()[-3000:]}")
+            raise BrokenError(f"{archives[0].name} did not end: {daemon.text()[-3000:]}")
         time.sleep(0.005)
     return ground.shim.struck
 

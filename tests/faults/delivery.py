@@ -131,21 +131,18 @@ class Ground:
             self.daemon = None
         return self.start()
 
-    def put(self, before_it_is_seen: Callable[[], None] = lambda: None) -> Archive:
-        """Drop an archive behind the back of the daemon, which sees it once it is on the disk."""
-        self._number += 1
+    def put(self, before_it_is_seen: Callable[[], None] = lambda: None) -> list[Archive]:
+        """Drop an archive behind the back of the daemon, which sees it once it is on the disk.
+
+        Two where the power can be lost: what is not synced of one is missed once the other is under way.
+        """
         daemon = self.start()
-        # of a drop that inspects, this is no archive at all
-        archive = Archive(f"sw-{self._number:05}.tar.gz", b"%05d" % self._number + os.urandom(SIZE))
-        part = self.files / "part"
-        with part.open("wb") as stream:
-            stream.write(archive.content)
-            stream.flush()
-            os.fsync(stream.fileno())
+        archives = [self._write() for _ in range(2 if self.drives else 1)]
         daemon.process.send_signal(signal.SIGSTOP)
         until(lambda: stands_still(daemon.pid), "the daemon to stand still")
         try:
-            part.rename(self.stage.drop / archive.name)
+            for archive in archives:
+                (self.files / archive.name).rename(self.stage.drop / archive.name)
             for folder in (self.files, self.stage.drop):
                 fd = os.open(folder, os.O_RDONLY)
                 os.fsync(fd)
@@ -153,6 +150,16 @@ class Ground:
             before_it_is_seen()
         finally:
             daemon.process.send_signal(signal.SIGCONT)
+        return archives
+
+    def _write(self) -> Archive:
+        """Write a new archive beside the drop folder; of a drop that inspects, this is no archive at all."""
+        self._number += 1
+        archive = Archive(f"sw-{self._number:05}.tar.gz", b"%05d" % self._number + os.urandom(SIZE))
+        with (self.files / archive.name).open("wb") as stream:
+            stream.write(archive.content)
+            stream.flush()
+            os.fsync(stream.fileno())
         return archive
 
     @contextlib.contextmanager
