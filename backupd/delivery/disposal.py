@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import errno
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from backupd.core.model import DeliveryState
-from backupd.core.names import as_text, free_names, record_name
+from backupd.core.names import free_names, record_name
 from backupd.core.policy import Reason, rule_of
+from backupd.delivery.record import written
 from backupd.drop.checksum import move_companions
 from backupd.drop.folder import DropFolder
 from backupd.drop.held import HeldFolder
@@ -142,7 +141,7 @@ class Disposal:
     def _write_record(self, one: Settled, folder: HeldFolder, moved_to: bytes) -> None:
         kind = b"receipt" if one.state is DeliveryState.DELIVERED else b"reason"
         directory, _, name = moved_to.rpartition(b"/")
-        content = (json.dumps(_record(one), indent=2) + "\n").encode("ascii")
+        content = written(one)
         for number in itertools.count(1):
             relpath = directory + b"/" + record_name(name, kind, number)
             try:
@@ -234,30 +233,3 @@ def _hint(error: OSError) -> str:
     if error.errno in (errno.EIO, errno.EROFS):
         return "see what the kernel says of that disk; the archive is still there, and it is tried again"
     return "give the daemon's user write permission to the folder, `sent_dir` and `rejected_dir`"
-
-
-def _record(one: Settled) -> dict[str, Any]:
-    """Return what is written beside an archive."""
-    archive = one.archive
-    return {
-        "archive": as_text(archive.relpath),
-        "drop": archive.drop,
-        "size": archive.fingerprint.size,
-        "digest": one.digest,
-        "admitted_at": archive.admitted_at.isoformat(),
-        "deliveries": [
-            {
-                "destination": ending.destination,
-                "delivery_id": ending.delivery_id,
-                "state": ending.state,
-                "ended_at": ending.ended_at.isoformat(),
-                "digest": ending.digest,
-                "verified": ending.verified,
-                "http_status": ending.http_status,
-                "reason": ending.reason,
-                "error": ending.error,
-                "receipt": ending.receipt,
-            }
-            for ending in one.endings
-        ],
-    }

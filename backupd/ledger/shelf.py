@@ -80,16 +80,16 @@ class Shelf(Protocol):
         """Note what became of files, by the ids of their archives."""
         ...
 
-    def is_restored(self, drop: str) -> bool:
-        """Tell whether the history of a drop is as complete as its records can make it."""
+    def is_restored(self, drop: str, folder: bytes) -> bool:
+        """Tell whether what lies in a folder of a drop is known as far as its records tell of it."""
         ...
 
     def restore(self, found: Sequence[Restored]) -> int:
         """Note archives that are not known, as older than all that are; return how many those were."""
         ...
 
-    def note_restored(self, drop: str) -> None:
-        """Note that all records of a drop were read."""
+    def note_restored(self, drop: str, folder: bytes) -> None:
+        """Note that all records in a folder of a drop were read; `b""` for all of its folders."""
         ...
 
     def close(self) -> None:

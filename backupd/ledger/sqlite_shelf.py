@@ -114,19 +114,20 @@ class SqliteShelf(Shelf):
                 [(removal, at, ident) for ident, removal in removals.items()],
             )
 
-    def is_restored(self, drop: str) -> bool:
+    def is_restored(self, drop: str, folder: bytes) -> bool:
         """See `Shelf.is_restored`."""
-        return bool(self._query("SELECT 1 FROM restored WHERE drop_name = ?", (drop,)))
+        noted = "SELECT 1 FROM restored WHERE drop_name = ? AND folder IN (?, x'')"
+        return bool(self._query(noted, (drop, folder)))
 
     def restore(self, found: Sequence[Restored]) -> int:
         """See `Shelf.restore`."""
         with transaction(self._db):
             return sum(_restore(self._db, one) for one in found)
 
-    def note_restored(self, drop: str) -> None:
+    def note_restored(self, drop: str, folder: bytes) -> None:
         """See `Shelf.note_restored`."""
         with transaction(self._db):
-            self._db.execute("INSERT OR IGNORE INTO restored VALUES (?)", (drop,))
+            self._db.execute("INSERT OR IGNORE INTO restored VALUES (?, ?)", (drop, folder))
 
     def close(self) -> None:
         """See `Shelf.close`."""

@@ -92,9 +92,16 @@ LEDGER_REPLACED = _event(
 LEDGER_RESTORED = _event(
     "ledger.restored",
     "info",
-    "drop restored unknown",
+    "drop path restored unknown",
     "a ledger that was begun anew knows again what lies in sent_dir and rejected_dir, but for the unknown"
     " files, which have no record",
+)
+LEDGER_INCOMPLETE = _event(
+    "ledger.incomplete",
+    "warning",
+    "drop path error hint",
+    "not all can be read of what lies in sent_dir or rejected_dir, of which a new ledger knows nothing; it is"
+    " tried again every ten minutes",
 )
 LEDGER_FAILED = _event(
     "ledger.failed", "error", "error hint", "the ledger can't be used now; it is tried again"

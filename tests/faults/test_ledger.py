@@ -141,8 +141,8 @@ def test_what_was_put_away_is_known_again_by_its_records(stage: Stage) -> None:
         all_missing(stage.state / FILE_NAME)
 
         again = stage.daemon()
-        [said] = again.wait_for("ledger.restored")
-        assert (said["restored"], said["unknown"]) == (2, 0)
+        said = again.wait_for("ledger.restored", 2)
+        assert [(line["restored"], line["unknown"]) for line in said] == [(1, 0), (1, 0)]
         assert listed(stage) == before
         again.wait_for("drop.overdue", device="r1")  # whose silence nobody would have noticed
         assert stage.backupd("audit").returncode == 0

@@ -6,15 +6,17 @@ import json
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from datetime import timedelta
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from backupd.core.model import Archive
+from backupd.delivery import restoring
 from backupd.delivery.disposal import Rule
 from backupd.delivery.restoring import Restorer
 from backupd.ledger.database import FILE_NAME, open_ledger
@@ -22,8 +24,10 @@ from backupd.ledger.history import History
 from backupd.ledger.sqlite import SqliteLedger
 from backupd.ledger.sqlite_shelf import open_shelf
 from tests.factories import NOW
+from tests.privileges import a_folder_of_nobody, without_rights
 from tests.site import Site
 
+DAY = timedelta(days=1)
 TELLS = """
     SELECT relpath, inode, archive.size, mtime_ns, admitted_at, archive.state, archive.digest, disposition,
         live, disposed_to, delivery.id, destination, delivery.state, ended_at, reason, error,
@@ -51,7 +55,15 @@ class Lost(Site):
     ) -> None:
         rules = {"switches": Rule(self.folder, "move", b"sent", b"rejected")}
         restorer = Restorer(lambda: open_shelf(self.state), rules, device_of, self._log)
-        restorer.run(stop or threading.Event())
+        restorer.look(stop or threading.Event())
+
+
+class Behind(datetime):
+    """The clock of a host that believes to be in the past."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Behind:
+        return cls.fromtimestamp(time.time() - 3 * 86400, tz)
 
 
 class Stopped(threading.Event):
@@ -81,33 +93,38 @@ def test_what_was_put_away_is_known_again_as_it_was(site: Lost) -> None:
 
     site.restore()
 
-    assert site.rows() == before
-    [said] = site.events("ledger.restored")
-    assert (said["drop"], said["restored"], said["unknown"]) == ("switches", 6, 0)
+    assert sorted(site.rows()) == sorted(before)
+    sent = [row for row in site.rows() if row[5] == "delivered"]
+    assert sent == [row for row in before if row[5] == "delivered"], "not in their order"
+    assert [(e["path"], e["restored"], e["unknown"]) for e in site.events("ledger.restored")] == [
+        (str(site.root / "sent"), 5, 0),
+        (str(site.root / "rejected"), 1, 0),
+    ]
     assert site.ledger.quarantined() == 1
     with closing(sqlite3.connect(site.state / FILE_NAME)) as db:
         audited = History(db).in_sent("switches", None, None, 100)
     assert len(audited) == 5
 
 
-def test_it_is_older_than_what_came_since_and_ends_in_its_time(site: Lost) -> None:
-    old = site.send("old.cfg", NOW)
+def test_it_is_older_than_what_came_since_and_goes_in_its_time(site: Lost) -> None:
+    for number in range(3):
+        site.send(f"{number}.cfg", NOW + number * DAY)
+    for number in (2, 1, 0):  # as a restore from tape does, in any order
+        (site.root / "sent" / f"{number}.cfg").chmod(0o640)
     site.lose()
-    site.send("new.cfg", NOW + timedelta(minutes=1))
+    site.send("new.cfg", NOW + 3 * DAY)
+    site.keep(NOW + 99 * DAY, keep_for=90 * DAY, keep_last=2)
+    assert len(site.sent()) == 4, "it began before it knew all"
     site.restore()
     with closing(sqlite3.connect(site.state / FILE_NAME)) as db:
-        assert [row[0] for row in db.execute("SELECT relpath FROM archive ORDER BY id")] == [
-            b"old.cfg",
-            b"new.cfg",
-        ]
-    assert site.ledger.latest() == NOW + timedelta(minutes=1)
-    put_away = old.stat().st_ctime  # the time of a record is not believed, where something hangs on it
-    in_time = NOW.fromtimestamp(put_away, NOW.tzinfo) + timedelta(days=90)
-    site.keep(in_time - timedelta(minutes=1), keep_for=timedelta(days=90))
-    assert old.exists()
-    site.keep(in_time + timedelta(minutes=1))
-    assert not old.exists()
-    assert not old.with_name("old.cfg.receipt.json").exists()
+        paths = [row[0] for row in db.execute("SELECT relpath FROM archive ORDER BY id")]
+    assert paths[-1] == b"new.cfg"
+    assert site.ledger.latest() == NOW + 3 * DAY
+    site.keep(NOW + 90 * DAY)
+    assert site.sent() == ["0.cfg", "1.cfg", "2.cfg", "new.cfg"]
+    site.keep(NOW + 91 * DAY + timedelta(minutes=1))
+    assert site.sent() == ["2.cfg", "new.cfg"]
+    assert not (site.root / "sent" / "0.cfg.receipt.json").exists()
 
 
 def test_it_is_done_once_and_what_is_cut_short_is_done_at_the_next_start(site: Lost) -> None:
@@ -130,24 +147,90 @@ def test_it_is_done_once_and_what_is_cut_short_is_done_at_the_next_start(site: L
     assert not site.rows()
 
 
-def test_a_folder_that_is_not_there_now_is_looked_at_by_the_next_start(site: Lost) -> None:
+def test_a_folder_that_is_not_there_now_is_looked_at_once_it_is(site: Lost) -> None:
     site.send("a.cfg", NOW)
+    site.send("bad.cfg", NOW, good=False)
     site.lose()
     (site.root / "sent").rename(site.root / "elsewhere")
     site.restore()
+    assert [row[0] for row in site.rows()] == [b"bad.cfg"]
     (site.root / "elsewhere").rename(site.root / "sent")
+    site.restore()
+    assert {row[0] for row in site.rows()} == {b"a.cfg", b"bad.cfg"}
+
+
+@pytest.fixture
+def site_of_nobody() -> Iterator[Lost]:
+    with a_folder_of_nobody() as folder, without_rights():
+        site = Lost(folder, folder / "drop")
+        yield site
+        site.end()
+
+
+def test_what_can_not_be_seen_now_keeps_nothing_else_back_and_is_said(site_of_nobody: Lost) -> None:
+    site = site_of_nobody
+    for name in ("a.cfg", "b.cfg", "c/c.cfg"):
+        site.send(name, NOW)
+    site.lose()
+    record, folder = site.root / "sent" / "b.cfg.receipt.json", site.root / "sent" / "c"
+    record.chmod(0)
+    folder.chmod(0)
+    below = os.open(site.root / "sent", os.O_RDONLY)
+    for _ in range(20):  # so deep nothing was ever put away
+        os.mkdir("d" * 250, dir_fd=below)
+        below, above = os.open("d" * 250, os.O_RDONLY, dir_fd=below), below
+        os.close(above)
+    os.close(below)
+    site.restore()
+    assert [row[0] for row in site.rows()] == [b"a.cfg"]
+    [said] = site.events("ledger.incomplete")
+    assert said["error"].startswith("2 can't be read or believed now, such as sent/")
+    site.keep(NOW + 99 * DAY, keep_for=DAY)
+    assert (site.root / "sent" / "a.cfg").exists(), "it began to remove before it knew all"
+    record.chmod(0o644)
+    folder.chmod(0o755)
+    site.restore()
+    assert len(site.rows()) == 3
+    site.keep(NOW + 99 * DAY)
+    assert os.listdir(site.root / "sent" / "c") == []
+
+
+def test_a_clock_that_is_behind_costs_no_history(site: Lost, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.send("a.cfg", NOW)
+    site.lose()
+    monkeypatch.setattr(restoring, "datetime", Behind)
+    site.restore()
+    assert not site.rows()
+    [said] = site.events("ledger.incomplete")
+    assert "the clock may be wrong" in said["error"]
+    monkeypatch.undo()
     site.restore()
     assert len(site.rows()) == 1
 
 
-def test_its_device_is_known_again(site: Lost) -> None:
+def test_the_latest_of_several_records_is_of_the_file(site: Lost) -> None:
+    site.send("a.cfg", NOW).unlink()  # by hand, and its receipt was left
+    site.send("a.cfg", NOW + DAY, b"xyz")
+    latest = site.rows()[-1]
+    assert (site.root / "sent" / "a.cfg.receipt-2.json").exists()
+    site.lose()
+    site.restore()
+    assert site.rows() == [latest]
+
+
+def test_its_device_is_known_again_by_what_arrived_whole(site: Lost) -> None:
     for minutes in (2, 1):
         site.send(f"{minutes}.cfg", NOW + timedelta(minutes=minutes))
+    site.send("refused.cfg", NOW + timedelta(minutes=3), good=False)
+    broken = site.send("broken.cfg", NOW + timedelta(minutes=4), good=False)
+    record = broken.with_name("broken.cfg.reason.json")
+    record.write_text(record.read_text().replace('"archive_refused"', '"truncated"'))
     site.lose()
-    site.restore(lambda archive: "r1" if archive.relpath != b"0.cfg" else None)
+    site.restore(lambda _: "r1")
+    assert len(site.rows()) == 4
     with closing(sqlite3.connect(site.state / FILE_NAME)) as db:
         [device] = History(db).devices(NOW)
-    assert (device.device, device.last_at, device.archives) == ("r1", NOW + timedelta(minutes=2), 2)
+    assert (device.device, device.last_at, device.archives) == ("r1", NOW + timedelta(minutes=3), 3)
 
 
 def changed(**fields: Any) -> Callable[[dict[str, Any]], Any]:
@@ -170,7 +253,10 @@ def of_delivery(**fields: Any) -> Callable[[dict[str, Any]], Any]:
         pytest.param(changed(archive="../../etc/a.cfg"), id="of elsewhere"),
         pytest.param(changed(archive="/a.cfg"), id="of the root"),
         pytest.param(changed(archive=""), id="of nothing"),
-        pytest.param(changed(digest="sha256:$(id)"), id="no digest"),
+        pytest.param(changed(digest="sha256:$(id)"), id="a digest that is none"),
+        pytest.param(changed(digest="nosuch:abcdef12"), id="of no algorithm"),
+        pytest.param(changed(digest=None), id="without a digest"),
+        pytest.param(of_delivery(digest=None), id="delivered without a digest"),
         pytest.param(changed(admitted_at="2999-01-01T00:00:00+00:00"), id="of the future"),
         pytest.param(changed(admitted_at="0001-01-01T00:00:00+14:00"), id="before all time"),
         pytest.param(changed(admitted_at="2026-01-01T00:00:00"), id="of no zone"),
@@ -200,15 +286,31 @@ def test_a_record_that_can_not_be_of_the_file_is_not_believed(
 
 
 @pytest.mark.parametrize(
-    "content",
-    [b"", b"\x00", b"[" * 100_000, b'{"archive": "\\ud800"}', b'{"size": 1e999}', b'"' + b"x" * (5 << 20)],
+    "spoil",
+    [
+        lambda _: b"",
+        lambda _: b"\x00",
+        lambda _: b"[" * 100_000,
+        lambda _: b'{"deliveries": [' + b"[]," * 1_300_000 + b"[]]}",
+        lambda good: good.replace(b'"receipt": "', b'"receipt": "\\ud800'),
+        lambda good: good.replace(b'"size": 3', b'"size": 3e0'),
+        lambda good: good + b" " * (1 << 18),
+        lambda good: good[:-3],
+    ],
 )
-def test_a_record_that_can_not_be_read_is_none(site: Lost, content: bytes) -> None:
-    site.send("a.cfg", NOW)
-    (site.root / "sent" / "a.cfg.receipt.json").write_bytes(content)
+def test_a_record_that_can_not_be_read_is_none(site: Lost, spoil: Callable[[bytes], bytes]) -> None:
+    record = site.send("a.cfg", NOW).with_name("a.cfg.receipt.json")
+    good = record.read_bytes()
+    spoilt = spoil(good)
+    assert spoilt != good
+    record.write_bytes(spoilt)
     site.lose()
     site.restore()
     assert not site.rows()
+    record.write_bytes(good)
+    site.lose()
+    site.restore()
+    assert len(site.rows()) == 1
 
 
 def test_what_was_planted_before_a_record_does_not_hide_it(site: Lost) -> None:

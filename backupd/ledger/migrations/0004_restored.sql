@@ -1,3 +1,8 @@
--- The drops whose history was read from the records beside archives; a ledger that is begun anew has none.
-CREATE TABLE restored (drop_name TEXT PRIMARY KEY) WITHOUT ROWID;
-INSERT INTO restored SELECT DISTINCT drop_name FROM archive;
+-- The folders of drops whose records beside archives were read; a ledger that is begun anew has none.
+-- '' stands for all folders of a drop.
+CREATE TABLE restored (
+    drop_name TEXT NOT NULL,
+    folder    BLOB NOT NULL,
+    PRIMARY KEY (drop_name, folder)
+) WITHOUT ROWID;
+INSERT INTO restored SELECT DISTINCT drop_name, x'' FROM archive;
