@@ -14,8 +14,8 @@ from backupd.core.policy import Reason
 from backupd.core.step import archive_state
 from backupd.ledger.port import Ending, Settled
 
-LARGEST = 256 * 1024
-"""Bytes of a record that is believed: the receipts of dozens of destinations."""
+LARGEST = 128 * 1024
+"""Bytes of a record that is believed: long receipts of many destinations."""
 
 _LENGTHS = {"sha256": 64, "sha512": 128, "blake2b": 128, "sha1": 40, "md5": 32}
 _DIGEST = "|".join(f"{algorithm}:[0-9a-f]{{{digits}}}" for algorithm, digits in _LENGTHS.items())
