@@ -7,6 +7,7 @@ import gzip
 import json
 import re
 import stat
+import threading
 import urllib.parse
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -261,21 +262,27 @@ HARMFUL = [
 ]
 
 
-@pytest.mark.parametrize("harm", HARMFUL)
-def test_an_answer_that_does_harm_costs_little_memory_and_no_archive(
-    stage: Stage, harm: Callable[[Peer], None]
-) -> None:
+def once(harm: Callable[[Peer], None]) -> Callable[[Peer], None]:
+    """Return the script of an endpoint that does harm to the first request, and is good to all others."""
+    done = threading.Event()
+
     def script(peer: Peer) -> None:
         while True:
             request = peer.read_request()
-            if not done:
-                done.append(1)
+            if not done.is_set():
+                done.set()
                 harm(peer)
                 return
             peer.send(receipt_for(request.archive))
 
-    done: list[int] = []
-    with ScriptedServer(script, server_context(stage.pki)) as server:
+    return script
+
+
+@pytest.mark.parametrize("harm", HARMFUL)
+def test_an_answer_that_does_harm_costs_little_memory_and_no_archive(
+    stage: Stage, harm: Callable[[Peer], None]
+) -> None:
+    with ScriptedServer(once(harm), server_context(stage.pki)) as server:
         stage.configure(
             server.url,
             drop='stable_for = "0s"',
@@ -300,18 +307,7 @@ def test_an_answer_a_byte_at_a_time_is_given_up_without_a_deadline_too(
     stage: Stage, harm: Callable[[Peer], None]
 ) -> None:
     """Else a few of them would keep all workers, and no event tell why nothing arrives."""
-    done: list[int] = []
-
-    def script(peer: Peer) -> None:
-        while True:
-            request = peer.read_request()
-            if not done:
-                done.append(1)
-                harm(peer)
-                return
-            peer.send(receipt_for(request.archive))
-
-    with ScriptedServer(script, server_context(stage.pki)) as server:
+    with ScriptedServer(once(harm), server_context(stage.pki)) as server:
         stage.configure(
             server.url,
             drop='stable_for = "0s"',
