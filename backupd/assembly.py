@@ -89,7 +89,14 @@ class Assembly:
         disposal = Disposal(self._rules, log)
         recorder = Recorder(ledger, disposal, log, self._look_again)
         keeper = Keeper(lambda: _open_shelf(config), self._stocks, log, self.clock.believed)
-        restorer = Restorer(lambda: _open_shelf(config), self._rules, self.freshness.device_of, log)
+        restorer = Restorer(
+            lambda: _open_shelf(config),
+            self._rules,
+            self.freshness.device_of,
+            lambda: self.clock.believed() - self.parts.config.keep_history_for,
+            self.clock.doubt_since,
+            log,
+        )
         self.parts = Parts(config, ledger, {}, {}, recorder, self._abort.set, keeper, restorer)
         self.parts.destinations |= {n: self._destination(n, d) for n, d in config.destination.items()}
         self.parts.drops |= {n: self._drop(n, d, config) for n, d in config.drop.items()}

@@ -23,7 +23,14 @@ class Clock:
 
     def __init__(self, last: datetime | None = None) -> None:
         self._offset = _offset()
-        self._doubted = ZERO if last is None else max(datetime.now(UTC) - last, ZERO)
+        self._doubted = ZERO
+        self._doubted_until = _since_boot() + _DOUBT
+        if last is not None:
+            self.doubt_since(last)
+
+    def doubt_since(self, last: datetime) -> None:
+        """Doubt all of the time since a known one for a day, unless more is doubted already."""
+        self._doubted = max(self._believed_ahead(), datetime.now(UTC) - last)
         self._doubted_until = _since_boot() + _DOUBT
 
     def step(self) -> timedelta:

@@ -115,8 +115,7 @@ class Keeper:
             return False
         try:
             shelf = self._opened = self._opened or self._open_shelf()
-            known = {n: s for n, s in wanted.items() if _is_there(s) and shelf.is_restored(n, s.sent_dir)}
-            able = {n: s for n, s in known.items() if self._finish_begun(shelf, n, s, now)}
+            able = {n: s for n, s in wanted.items() if _is_there(s) and self._finish_begun(shelf, n, s, now)}
             more = [self._by_rule(shelf, n, s, now) for n, s in able.items() if s.order.expires]
             shortages = self._room.shortages({n: (s.folder, s.order) for n, s in wanted.items()})
             more += [self._make_room(shelf, short, able, now, stocks.tell_every) for short in shortages]

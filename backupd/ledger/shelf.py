@@ -25,9 +25,10 @@ class Kept:
 class Restored:
     """An archive as the record beside it tells of it: its file was moved to `to` at `since`.
 
-    `device` is whom it comes from, where that is of interest.
+    It is to have the number `ident`; `device` is whom it comes from, where that is of interest.
     """
 
+    ident: int
     settled: Settled
     to: bytes
     since: datetime
@@ -84,8 +85,12 @@ class Shelf(Protocol):
         """Tell whether what lies in a folder of a drop is known as far as its records tell of it."""
         ...
 
+    def lowest(self) -> int:
+        """Return a number that is below those of all archives, and of all that are to come."""
+        ...
+
     def restore(self, found: Sequence[Restored]) -> int:
-        """Note archives that are not known, as older than all that are; return how many those were."""
+        """Note archives that are not known; return how many those were."""
         ...
 
     def note_restored(self, drop: str, folder: bytes) -> None:

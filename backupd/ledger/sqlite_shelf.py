@@ -119,6 +119,10 @@ class SqliteShelf(Shelf):
         noted = "SELECT 1 FROM restored WHERE drop_name = ? AND folder IN (?, x'')"
         return bool(self._query(noted, (drop, folder)))
 
+    def lowest(self) -> int:
+        """See `Shelf.lowest`."""
+        return int(self._query("SELECT min(coalesce(min(id), 1), 1) - 1 FROM archive", ())[0][0])
+
     def restore(self, found: Sequence[Restored]) -> int:
         """See `Shelf.restore`."""
         with transaction(self._db):
@@ -143,17 +147,17 @@ class SqliteShelf(Shelf):
 
 
 def _restore(db: sqlite3.Connection, one: Restored) -> bool:
-    """Insert what is not known yet; its number is below all others, as `latest` and lists go by numbers."""
+    """Insert what is not known yet."""
     settled, archive = one.settled, one.settled.archive
     known = "SELECT 1 FROM delivery WHERE id = ?"
     if any(db.execute(known, (ending.delivery_id,)).fetchone() for ending in settled.endings):
         return False
-    ident = db.execute(
+    db.execute(
         "INSERT INTO archive (id, drop_name, relpath, device, inode, size, mtime_ns, ctime_ns, admitted_at,"
         " state, digest, disposition, announced, live, disposed_to, disposed_at)"
-        " SELECT min(coalesce(min(id), 1), 1) - 1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'done', 1, 0, ?, ?"
-        " FROM archive RETURNING id",
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'done', 1, 0, ?, ?)",
         (
+            one.ident,
             archive.drop,
             archive.relpath,
             *fingerprint_columns(archive.fingerprint),
@@ -163,14 +167,14 @@ def _restore(db: sqlite3.Connection, one: Restored) -> bool:
             one.to,
             as_micros(one.since),
         ),
-    ).fetchone()[0]
+    )
     db.executemany(
         "INSERT OR IGNORE INTO delivery (id, archive_id, destination, size, state, ended_at, reason, error,"
         " digest, verified, http_status, receipt) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         [
             (
                 e.delivery_id,
-                ident,
+                one.ident,
                 e.destination,
                 archive.fingerprint.size,
                 e.state,

@@ -100,8 +100,8 @@ LEDGER_INCOMPLETE = _event(
     "ledger.incomplete",
     "warning",
     "drop path error hint",
-    "not all can be read of what lies in sent_dir or rejected_dir, of which a new ledger knows nothing; it is"
-    " tried again every ten minutes",
+    "not all can be read of what lies in sent_dir or rejected_dir, by which a history is completed; it is"
+    " tried again every hour",
 )
 LEDGER_FAILED = _event(
     "ledger.failed", "error", "error hint", "the ledger can't be used now; it is tried again"

@@ -87,8 +87,9 @@ def test_a_clock_that_is_set_forward_is_said_and_removes_nothing(
     assert daemon.stop() == 0
 
 
+@pytest.mark.parametrize("lost", [False, True], ids=["", "without the ledger"])
 def test_a_start_by_a_later_clock_removes_nothing(
-    stage: Stage, receiver: RunningReceiver, shim: Shim
+    stage: Stage, receiver: RunningReceiver, shim: Shim, lost: bool
 ) -> None:
     stage.configure(
         receiver.url,
@@ -100,8 +101,13 @@ def test_a_start_by_a_later_clock_removes_nothing(
     daemon.wait_for("archive.disposed", archive="sent.tar.gz")
     assert daemon.stop() == 0
     shim.set_clock(400 * DAYS)
+    if lost:
+        for path in stage.state.glob("ledger.sqlite3*"):
+            path.unlink()
     again = stage.daemon(shim.environ).ready()
-    again.wait_for("daemon.heartbeat", 3)
+    if lost:
+        again.wait_for("ledger.restored", restored=1)
+    again.wait_for("daemon.heartbeat", len(again.events("daemon.heartbeat")) + 3)
     assert (stage.sent / "sent.tar.gz").read_bytes() == b"sent"
     assert "sent.tar.gz" in stage.backupd("list").stdout
     assert again.stop() == 0

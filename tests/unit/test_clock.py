@@ -103,6 +103,18 @@ def test_the_time_before_a_start_is_doubted_for_a_day(host: Host) -> None:
     assert clock.believed() == host.now
 
 
+def test_a_history_that_is_read_later_is_doubted_as_well(host: Host) -> None:
+    clock = Clock()
+    assert clock.believed() == host.now
+    oldest = host.now - timedelta(days=30)
+    clock.doubt_since(host.now - timedelta(days=2))
+    clock.doubt_since(oldest)
+    clock.doubt_since(host.now + timedelta(days=1))
+    assert clock.believed() == oldest
+    host.passes(86400 + 1)
+    assert clock.believed() == host.now
+
+
 def test_a_start_by_an_earlier_clock_is_believed(host: Host) -> None:
     last = host.now
     host.wall -= 3600

@@ -5,4 +5,6 @@ CREATE TABLE restored (
     folder    BLOB NOT NULL,
     PRIMARY KEY (drop_name, folder)
 ) WITHOUT ROWID;
-INSERT INTO restored SELECT DISTINCT drop_name, x'' FROM archive;
+INSERT INTO restored
+    SELECT drop_name, x'' FROM archive UNION SELECT drop_name, x'' FROM device UNION
+    SELECT drop_name, x'' FROM expectation;
