@@ -74,6 +74,7 @@ class HttpUploader(Uploader):
         """See `Uploader.upload`."""
         outcome = self._upload(cargo)
         if not isinstance(outcome, Deferred):
+            self._look_anew = False
             return outcome
         if outcome.reason in _MENDED_BY_NEW_FILES:
             self.close()

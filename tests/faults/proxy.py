@@ -88,6 +88,8 @@ class FaultProxy:
         self._towards = ssl.create_default_context(cafile=pki.ca_pem)
         self._towards.load_cert_chain(pki.client_cert, pki.client_key)
         self._server = ScriptedServer(self._serve)
+        self._clean: list[Peer] = []
+        self._held: dict[int, Fault] = {}
         self.struck: Counter[Kind] = Counter()
         self.port = self._server.port
 
@@ -105,6 +107,13 @@ class FaultProxy:
             return self.struck.total() == self._planned
 
     @property
+    def left(self) -> str:
+        """What has not struck yet: waiting for a connection, or on one."""
+        with self._lock:
+            on = [fault for number, fault in self._held.items() if number not in self._stricken]
+            return f"waiting: {self._schedule}, on connections: {on}"
+
+    @property
     def is_refusing(self) -> bool:
         """Whether connections are refused, until `take_again`."""
         return self._server.is_refusing
@@ -113,16 +122,27 @@ class FaultProxy:
         """Take connections again."""
         self._server.take_again()
 
+    def end_clean(self) -> None:
+        """End the connections without a fault, which are at rest: others are to come in their place."""
+        with self._lock:
+            for peer in self._clean:
+                peer.hang_up()
+            self._clean.clear()
+
     def _serve(self, peer: Peer) -> None:
         self._answered.wait()
         with self._lock:
             fault = self._schedule.pop(0) if self._schedule else None
+            if fault is None:
+                self._clean.append(peer)
         if fault is None:
             self._relay(peer, None)
             return
+        self._held[peer.number] = fault
         try:
             self._serve_badly(peer, fault)
         finally:
+            del self._held[peer.number]
             if fault.kind is Kind.STALL_BEFORE_ANSWER:
                 self._answered.set()
             with self._lock:

@@ -600,6 +600,26 @@ def test_a_connection_that_ended_between_two_archives_is_not_used_again(tmp_path
     assert len(server.peers) == 5
 
 
+def test_connections_are_kept_again_once_tls_has_succeeded_after_a_failure(tmp_path: Path, pki: Pki) -> None:
+    """New certificate files are looked for after a failure of TLS, and not before each archive ever after."""
+
+    def script(peer: Peer) -> None:
+        if peer.number == 0:
+            peer.send(b"\x15\x03\x03\x00\x02\x02\x28")  # an alert in place of the handshake
+            peer.drain()
+            return
+        peer.shake_hands(server_context(pki))
+        take_all(peer)
+
+    with ScriptedServer(script) as server:
+        with a_sender(a_destination(server.url.replace("http:", "https:"), pki)) as sender:
+            assert failed(sender.send(an_archive(tmp_path, CONTENT)))[0] in (Reason.TLS, Reason.TLS_CLIENT)
+            for number in range(5):
+                assert isinstance(sender.send(an_archive(tmp_path, b"%d" % number)), Delivered)
+    assert len(server.requests) == 5
+    assert len(server.peers) == 2
+
+
 def test_one_that_ends_as_the_next_archive_comes_is_made_anew_at_once(stage: Stage) -> None:
     def script(peer: Peer) -> None:
         peer.send(receipt_for(peer.read_request().archive))
