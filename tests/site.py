@@ -43,17 +43,11 @@ class Site:
         self.order = Order()
         self.pattern: re.Pattern[str] | None = None
         self.checksums = False
-        self.note_restored()
         self.begin()
 
     def begin(self) -> None:
         """Begin as another daemon."""
         self.keeper = Keeper(self._open_shelf, self._stocks, self._log)
-
-    def note_restored(self) -> None:
-        """Note that nothing lies here that the ledger does not know."""
-        with closing(open_shelf(self.state)) as shelf:
-            shelf.note_restored("switches", b"")
 
     def _open_shelf(self) -> Shelf:
         shelf = open_shelf(self.state)

@@ -19,6 +19,7 @@ from backupd.delivery.record import Record
 from backupd.drop.folder import DropFolder
 from backupd.drop.walk import walk
 from backupd.ledger.port import Settled
+from backupd.ledger.rows import as_time
 
 _MOST = 100
 """Records beside an archive that are read, and names that it may have got, for others that had its own."""
@@ -29,7 +30,6 @@ _RECORD = re.compile(rb"\.(receipt|reason)(-\d+)?\.json$")
 _ANOTHERS = {errno.ENOENT, errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG}
 """What opening a record fails with that is none of ours; all else may be different at the next look."""
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LAST_NS = (1 << 63) - 1
 """The last time that is told apart, in the year 2262."""
 
@@ -120,7 +120,7 @@ class Place:
         if not told:
             return None
         now = datetime.now(UTC)
-        put_away = _EPOCH + timedelta(microseconds=min(status.st_ctime_ns, _LAST_NS) // 1000)
+        put_away = as_time(min(status.st_ctime_ns, _LAST_NS) // 1000)
         passed = [each for each in told if each[0].ended_at <= now + _SKEW]
         if not passed or put_away > now + _SKEW:
             raise NotNowError(f"{as_text(relpath)} (it is of the future: the clock may be wrong)")

@@ -14,8 +14,8 @@ from backupd.core.names import as_text, record_name
 from backupd.drop.folder import DropFolder
 from backupd.drop.move import put_back, take
 
-LARGEST_RECORD = 4 * 1024 * 1024
-"""Bytes of a record that are read, to see whose it is and what it tells."""
+_MOST = 4 * 1024 * 1024
+"""Bytes of a record that are read to see whose it is."""
 
 
 def is_ours(status: os.stat_result, expected: Fingerprint) -> bool:
@@ -54,7 +54,7 @@ def remove_record(folder: DropFolder, relpath: bytes, archive: Archive, kind: by
         record = record_name(name, kind, number)
         record = directory + b"/" + record if directory else record
         try:
-            content = folder.read(record, LARGEST_RECORD)
+            content = folder.read(record, _MOST)
         except FileNotFoundError:
             return
         except OSError as error:

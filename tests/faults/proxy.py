@@ -138,14 +138,15 @@ class FaultProxy:
         if fault is None:
             self._relay(peer, None)
             return
-        self._held[peer.number] = fault
+        with self._lock:
+            self._held[peer.number] = fault
         try:
             self._serve_badly(peer, fault)
         finally:
-            del self._held[peer.number]
             if fault.kind is Kind.STALL_BEFORE_ANSWER:
                 self._answered.set()
             with self._lock:
+                del self._held[peer.number]
                 if peer.number not in self._stricken:
                     self._schedule.insert(0, fault)
 

@@ -87,7 +87,7 @@ def test_a_clock_that_is_set_forward_is_said_and_removes_nothing(
     assert daemon.stop() == 0
 
 
-@pytest.mark.parametrize("lost", [False, True], ids=["", "without the ledger"])
+@pytest.mark.parametrize("lost", [False, True], ids=["with its ledger", "without the ledger"])
 def test_a_start_by_a_later_clock_removes_nothing(
     stage: Stage, receiver: RunningReceiver, shim: Shim, lost: bool
 ) -> None:
