@@ -36,7 +36,7 @@ class Upkeep:
         now = datetime.now(UTC)
         try:
             self._freshness.tick(now)
-            self._pruning.tick(self._clock.believed() - self._parts.config.keep_history_for)
+            self._pruning.tick(lambda: self._clock.believed() - self._parts.config.keep_history_for)
             self._parts.ledger.check_files()
         except LedgerError as error:
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)

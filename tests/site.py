@@ -40,6 +40,7 @@ class Site:
         self._lines = base / "log"
         self._log = EventLog(LineWriter(os.open(self._lines, os.O_WRONLY | os.O_CREAT | os.O_APPEND)))
         self._disposal = Disposal({"switches": Rule(self.folder, "move", b"sent", b"rejected")}, self._log)
+        self.now = NOW
         self.order = Order()
         self.pattern: re.Pattern[str] | None = None
         self.checksums = False
@@ -47,7 +48,7 @@ class Site:
 
     def begin(self) -> None:
         """Begin as another daemon."""
-        self.keeper = Keeper(self._open_shelf, self._stocks, self._log)
+        self.keeper = Keeper(self._open_shelf, self._stocks, self._log, lambda: self.now)
 
     def _open_shelf(self) -> Shelf:
         shelf = open_shelf(self.state)
@@ -81,7 +82,8 @@ class Site:
         """Keep to an order, until there is nothing more to do."""
         if order:
             self.order = Order(**order)
-        while self.keeper.tick(now):
+        self.now = now
+        while self.keeper.tick():
             pass
 
     def sent(self) -> list[str]:

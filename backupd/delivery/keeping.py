@@ -100,23 +100,23 @@ class Keeper:
             wait = 0.0
             while not stop.wait(wait):
                 self.pulse.beat()
-                more = self.tick(self._now())
+                more = self.tick()
                 wait = _SOON if more else self._patience()
                 self.pulse.rest()
         finally:
             if self._opened is not None:
                 self._opened.close()
 
-    def tick(self, now: datetime) -> bool:
+    def tick(self) -> bool:
         """Do a batch of what is due; return whether there is more to do at once."""
-        stocks = self._stocks()
+        stocks, now = self._stocks(), self._now()
         wanted = {n: s for n, s in stocks.of_drop.items() if s.order != Order()}
         if not wanted:
             return False
         try:
             shelf = self._opened = self._opened or self._open_shelf()
             able = {n: s for n, s in wanted.items() if _is_there(s) and self._finish_begun(shelf, n, s, now)}
-            more = [self._by_rule(shelf, n, s, now) for n, s in able.items() if s.order.expires]
+            more = [self._by_rule(shelf, n, s) for n, s in able.items() if s.order.expires]
             shortages = self._room.shortages({n: (s.folder, s.order) for n, s in wanted.items()})
             more += [self._make_room(shelf, short, able, now, stocks.tell_every) for short in shortages]
         except LedgerError as error:
@@ -130,33 +130,29 @@ class Keeper:
         shortest = min((o.keep_for.total_seconds() for o in orders if o.keep_for), default=_EVERY)
         return min(max(shortest, 1.0), _EVERY)
 
-    def _by_rule(self, shelf: Shelf, drop: str, stock: Stock, now: datetime) -> bool:
+    def _by_rule(self, shelf: Shelf, drop: str, stock: Stock) -> bool:
         """Remove what is too old or too many; return whether there is more to look at."""
-        order, grown = stock.order, self._grown.setdefault(drop, set())
+        order, grown, now = stock.order, self._grown.setdefault(drop, set()), self._now()
         progress = self._progress.get(drop)
         if progress is None or progress.order != order or not ZERO <= now - progress.begun < _ANEW:
             progress = self._progress[drop] = _Progress(order, now)
         until = now - order.keep_for if order.keep_for else now
-        due: dict[int, tuple[Kept, Expiry]] = {}
+        found: dict[int, tuple[Kept, int]] = {}
         if order.keep_last:
             if self._sort(shelf, drop, stock, grown):
                 return True  # who is among the last is known once all are sorted
-            while grown and len(due) < _MOST:
-                found = shelf.beyond(drop, series := grown.pop(), order.keep_last, until, _MOST)
-                due |= {
-                    k.archive.id: (k, e)
-                    for k in found
-                    if (e := order.verdict(now - k.since, order.keep_last))
-                }
-                if len(found) == _MOST:
+            while grown and len(found) < _MOST:
+                beyond = shelf.beyond(drop, series := grown.pop(), order.keep_last, until, _MOST)
+                found |= {kept.archive.id: (kept, order.keep_last) for kept in beyond}
+                if len(beyond) == _MOST:
                     grown.add(series)
         page = shelf.oldest(drop, progress.last, until, _MOST)
         for kept in page:
-            newer = shelf.newer(kept, order.keep_last) if order.keep_last else 0
-            if expiry := order.verdict(now - kept.since, newer):
-                due[kept.archive.id] = kept, expiry
+            found[kept.archive.id] = kept, shelf.newer(kept, order.keep_last) if order.keep_last else 0
             progress.last = kept
-        self._remove(shelf, stock, list(due.values()), now)
+        now = self._now()  # after the look: the clock is doubted before an old history comes into the ledger
+        due = [(k, e) for k, newer in found.values() if (e := order.verdict(now - k.since, newer))]
+        self._remove(shelf, stock, due, now)
         return bool(grown) or len(page) == _MOST
 
     def _sort(self, shelf: Shelf, drop: str, stock: Stock, grown: set[bytes]) -> bool:

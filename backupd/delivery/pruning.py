@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import datetime
 
 from backupd.ledger.habits import Habits
@@ -20,7 +21,7 @@ class Pruning:
     def __init__(self, ledger: Habits) -> None:
         self._ledger = ledger
 
-    def tick(self, before: datetime) -> None:
+    def tick(self, before: Callable[[], datetime]) -> None:
         """Delete some of what ended before a time, if anything did."""
         until = time.monotonic() + _AT_MOST
         while self._ledger.prune(before, _BATCH) == _BATCH and time.monotonic() < until:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 
 from backupd.core.freshness import WHOLE_DROP, Device, Expectation
@@ -81,7 +81,7 @@ class SqliteHabits(Transactions, Habits):
                 "DELETE FROM unusual_size WHERE archive_id = ?", [(one.archive_id,) for one in unusual]
             )
 
-    def prune(self, before: datetime, most: int) -> int:
+    def prune(self, before: Callable[[], datetime], most: int) -> int:
         """See `Habits.prune`."""
         old = (
             f"SELECT id FROM archive INDEXED BY archive_over WHERE {_OVER}"  # noqa: S608 -- own clause
@@ -90,11 +90,11 @@ class SqliteHabits(Transactions, Habits):
             " LIMIT ?"
         )
         with self._reading() as db:  # mostly there is nothing, and a write would be for nothing
-            if db.execute(old, (as_micros(before), 1)).fetchone() is None:
+            if db.execute(old, (as_micros(before()), 1)).fetchone() is None:
                 return 0
         with self._transaction(durable=False) as db:
             query = f"DELETE FROM archive WHERE id IN ({old})"  # noqa: S608 -- own clauses
-            return db.execute(query, (as_micros(before), most)).rowcount
+            return db.execute(query, (as_micros(before()), most)).rowcount
 
 
 def note_arrival(db: sqlite3.Connection, archive: Archive, tracked: Tracked) -> bool:

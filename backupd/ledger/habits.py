@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -60,8 +60,10 @@ class Habits(Protocol):
         """Note that the unusual size of these archives was said."""
         ...
 
-    def prune(self, before: datetime, most: int) -> int:
+    def prune(self, before: Callable[[], datetime], most: int) -> int:
         """Forget at most so many archives that ended before a time; return how many there were.
+
+        The time is asked for once nobody else can write: a clock is doubted before old history comes back.
 
         Deliveries and attempts go with them. What is pending, still to be disposed of, in its drop folder or
         in quarantine stays, however old.

@@ -221,14 +221,14 @@ def test_what_was_done_with_long_ago_is_forgotten_a_few_at_a_time(bench: Bench) 
     for _ in range(5):
         done(bench.ledger)
     done(bench.ledger, at=LIMIT)
-    assert [bench.ledger.prune(LIMIT, 2) for _ in range(4)] == [2, 2, 1, 0]
-    assert bench.crash().prune(LIMIT, 2) == 0
+    assert [bench.ledger.prune(lambda: LIMIT, 2) for _ in range(4)] == [2, 2, 1, 0]
+    assert bench.crash().prune(lambda: LIMIT, 2) == 0
 
 
 def test_what_was_replaced_long_ago_is_forgotten(ledger: Ledger) -> None:
     for _ in range(2):
         ledger.admit([a_sighting(b"r1")], ["vault"], OLD)
-    assert ledger.prune(LIMIT, 9) == 1
+    assert ledger.prune(lambda: LIMIT, 9) == 1
 
 
 def test_nothing_is_forgotten_that_is_still_of_use(ledger: Ledger) -> None:
@@ -243,7 +243,7 @@ def test_nothing_is_forgotten_that_is_still_of_use(ledger: Ledger) -> None:
     arrive(ledger, at=OLD)
     assert ledger.claim("vault", OLD)
     arrive(ledger, at=OLD)
-    assert ledger.prune(NOW + 9999 * DAY, 99) == 0
+    assert ledger.prune(lambda: NOW + 9999 * DAY, 99) == 0
     assert [one.archive for one in ledger.undisposed()] == [undisposed]
     assert ledger.backlog()["vault"].pending == 3
     assert len(ledger.known("switches").marks) == 5
@@ -254,12 +254,12 @@ def test_nothing_is_forgotten_that_is_still_of_use(ledger: Ledger) -> None:
 def test_a_rejected_archive_whose_file_is_gone_is_forgotten(ledger: Ledger) -> None:
     done(ledger, outcome=rejected(), to=None)
     done(ledger)
-    assert ledger.prune(LIMIT, 99) == 1
+    assert ledger.prune(lambda: LIMIT, 99) == 1
 
 
 def test_no_number_of_an_archive_is_given_twice(ledger: Ledger) -> None:
     last = [done(ledger) for _ in range(3)][-1]
-    ledger.prune(LIMIT, 99)
+    ledger.prune(lambda: LIMIT, 99)
     assert arrive(ledger)[0].id > last.id
 
 
@@ -267,5 +267,5 @@ def test_devices_outlast_their_history(ledger: Ledger) -> None:
     ledger.expect({"switches": DAILY}, OLD)
     done(ledger)
     done(ledger)
-    assert ledger.prune(LIMIT, 99) == 1
+    assert ledger.prune(lambda: LIMIT, 99) == 1
     assert [d.archives for d in ledger.doubtful(NOW)] == [2]

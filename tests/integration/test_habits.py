@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -264,7 +264,7 @@ def test_a_ledger_of_the_version_before_is_taken_over(
     assert ledger.backlog()["vault"].pending == 1
     ledger.expect({"switches": Expectation(HOUR)}, NOW)
     assert len(ledger.doubtful(NOW + 2 * HOUR)) == 1
-    assert ledger.prune(NOW + DAY, 9) == 1
+    assert ledger.prune(lambda: NOW + DAY, 9) == 1
     assert ledger.backlog()["vault"].pending == 1
 
 
@@ -281,9 +281,9 @@ def test_deliveries_and_attempts_go_with_their_archive(
         ]
 
     assert counts() == [2, 2, 2]
-    Pruning(ledger).tick(NOW)
+    Pruning(ledger).tick(lambda: NOW)
     assert counts() == [2, 2, 2]
-    Pruning(ledger).tick(NOW + SECOND)
+    Pruning(ledger).tick(lambda: NOW + SECOND)
     assert counts() == [1, 1, 0]
 
 
@@ -300,17 +300,40 @@ def test_a_long_history_goes_in_many_small_transactions(tmp_path: Path, closed_a
     ledger.disposed([Disposed(archive.id, b"sent/x") for archive in admitted], [], NOW)
     pruning = Pruning(ledger)
     for _ in range(1000):  # how many of them a tick gets done depends on the machine
-        pruning.tick(NOW + DAY)
+        pruning.tick(lambda: NOW + DAY)
         if sizes[-1] < 200:
             break
     assert sizes == [200, 200, 200, 200, 199]
+
+
+def test_the_time_for_pruning_is_asked_for_while_nobody_can_bring_history_back(
+    version_1: tuple[Path, Archive], closed_after: Close
+) -> None:
+    """The clock is doubted before history comes back: what is in the ledger is judged by that."""
+    state, _ = version_1
+    ledger = closed_after(SqliteLedger(open_ledger(state).connection))
+    other = closed_after(sqlite3.connect(state / FILE_NAME, timeout=0, isolation_level=None))
+    free: list[bool] = []
+
+    def before() -> datetime:
+        try:
+            other.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            free.append(False)
+        else:
+            other.execute("ROLLBACK")
+            free.append(True)
+        return NOW + SECOND
+
+    assert ledger.prune(before, 9) == 1
+    assert not free[-1], "what comes back after this time was asked for is pruned by it"
 
 
 def test_what_is_not_old_costs_no_look_at_it(tmp_path: Path, closed_after: Close) -> None:
     ledger = closed_after(SqliteLedger(open_ledger(tmp_path).connection))
     statements: list[str] = []
     ledger._db.set_trace_callback(statements.append)
-    ledger.prune(NOW, 9)
+    ledger.prune(lambda: NOW, 9)
     ledger._db.set_trace_callback(None)
     assert len(statements) == 1  # no transaction where there is nothing to do
     plan = [row[3] for row in ledger._db.execute(f"EXPLAIN QUERY PLAN {statements[0]}")]

@@ -24,8 +24,9 @@ from backupd.delivery.restoring import Restorer
 from backupd.drop.folder import DropFolder
 from backupd.ledger.database import FILE_NAME, open_ledger
 from backupd.ledger.history import History
+from backupd.ledger.shelf import Kept
 from backupd.ledger.sqlite import SqliteLedger
-from backupd.ledger.sqlite_shelf import open_shelf
+from backupd.ledger.sqlite_shelf import SqliteShelf, open_shelf
 from tests.factories import NOW
 from tests.privileges import a_folder_of_nobody, without_rights
 from tests.site import Site
@@ -67,10 +68,14 @@ class Lost(Site):
             rules,
             device_of,
             lambda: self.forgotten,
-            self.doubted.append,
+            self._doubt,
             self._log,
         )
         restorer.look(stop or threading.Event())
+
+    def _doubt(self, since: datetime) -> None:
+        self.doubted.append(since)
+        self.now = since
 
 
 class Behind(datetime):
@@ -139,6 +144,29 @@ def test_it_is_older_than_what_came_since_and_goes_in_its_time(site: Lost) -> No
     site.keep(NOW + 91 * DAY + timedelta(minutes=1))
     assert site.sent() == ["2.cfg", "new.cfg"]
     assert not (site.root / "sent" / "0.cfg.receipt.json").exists()
+
+
+@pytest.mark.parametrize("order", [{"keep_for": 30 * DAY}, {"keep_for": 30 * DAY, "keep_last": 1}], ids=str)
+def test_what_comes_back_while_old_archives_are_looked_for_is_none(
+    site: Lost, order: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the clock before the doubt it would be old."""
+
+    def comes_back(self: SqliteShelf, *arguments: Any) -> list[Kept]:
+        site.restore()
+        return find(self, *arguments)
+
+    site.send("a.cfg", NOW)
+    site.send("a.cfg", NOW)
+    site.lose()
+    find = SqliteShelf.oldest
+    monkeypatch.setattr(SqliteShelf, "oldest", comes_back)
+    site.keep(NOW + 400 * DAY, **order)
+    assert len(site.doubted) == 1
+    assert len(site.sent()) == 2
+    assert not site.events("archive.expired")
+    site.keep(NOW + 401 * DAY)  # the doubt is over
+    assert len(site.sent()) == order.get("keep_last", 0)
 
 
 def test_it_is_done_once_and_what_is_cut_short_is_done_at_the_next_start(site: Lost) -> None:
