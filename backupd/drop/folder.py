@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_DOTS = frozenset((b".", b".."))
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
@@ -130,6 +131,36 @@ class DropFolder:
             os.fsync(fd)
 
 
+class Descent:
+    """Opens the directories of a folder one after the other, for one thread.
+
+    The last one stays open: what lies in it is opened from there, so that a path costs its last step.
+    """
+
+    def __init__(self, folder: DropFolder) -> None:
+        self._folder = folder
+        self._last: tuple[bytes, int] | None = None
+
+    def directory(self, relpath: bytes) -> int:
+        """Return a descriptor of a directory, which is good until the next is asked for."""
+        parent, _, name = relpath.rpartition(b"/")
+        if self._last and name and self._last[0] == parent and name not in _DOTS:
+            fd = os.open(name, _DIRECTORY, dir_fd=self._last[1])
+            self.close()
+        else:
+            self.close()
+            with self._folder.directory(relpath) as there:
+                fd = os.dup(there)
+        self._last = relpath, fd
+        return fd
+
+    def close(self) -> None:
+        """Let go of the last one."""
+        if self._last:
+            os.close(self._last[1])
+            self._last = None
+
+
 def _is_empty(directory: int) -> bool:
     fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
     try:
@@ -141,6 +172,6 @@ def _is_empty(directory: int) -> bool:
 
 def _parts(relpath: bytes) -> list[bytes]:
     parts = [part for part in relpath.split(b"/") if part]
-    if b".." in parts or b"." in parts:
+    if not _DOTS.isdisjoint(parts):
         raise OSError(errno.EINVAL, "a path with dots does not stay in its folder")
     return parts

@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
-from backupd.drop.folder import DropFolder
+from backupd.drop.folder import Descent, DropFolder
 
 Complaint = Callable[[bytes, OSError], None]
 
 _LONGEST = 4096
-"""Bytes of a path, PATH_MAX: each step on the way is opened anew, so that depth costs its square."""
+"""Bytes of a path, PATH_MAX: to open a file there each step on the way is opened."""
 
 
 def walk(
@@ -31,33 +31,34 @@ def walk(
     each directory.
     """
     waiting = [below]
-    while waiting and go_on():
-        directory = waiting.pop()
-        try:
-            with _opened(folder, directory) as entries:
-                for entry in entries:
-                    name = os.fsencode(entry.name)
-                    relpath = directory + b"/" + name if directory else name
-                    if entry.is_dir(follow_symlinks=False):
-                        if recursive and relpath not in skip and not name.startswith(b"."):
-                            waiting.append(relpath)
-                        continue
-                    try:
-                        yield relpath, entry.stat(follow_symlinks=False)
-                    except FileNotFoundError:
-                        continue
-                    except OSError as error:
-                        complain(relpath, error)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            if not directory:
+    with closing(Descent(folder)) as descent:
+        while waiting and go_on():
+            directory = waiting.pop()
+            try:
+                with _opened(descent, directory) as entries:
+                    for entry in entries:
+                        name = os.fsencode(entry.name)
+                        relpath = directory + b"/" + name if directory else name
+                        if entry.is_dir(follow_symlinks=False):
+                            if recursive and relpath not in skip and not name.startswith(b"."):
+                                waiting.append(relpath)
+                            continue
+                        try:
+                            yield relpath, entry.stat(follow_symlinks=False)
+                        except FileNotFoundError:
+                            continue
+                        except OSError as error:
+                            complain(relpath, error)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                if not directory:
+                    complain(directory, error)
+            except OSError as error:
                 complain(directory, error)
-        except OSError as error:
-            complain(directory, error)
 
 
 @contextmanager
-def _opened(folder: DropFolder, directory: bytes) -> Iterator[Iterator[os.DirEntry[str]]]:
+def _opened(descent: Descent, directory: bytes) -> Iterator[Iterator[os.DirEntry[str]]]:
     if len(directory) >= _LONGEST:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-    with folder.directory(directory) as fd, os.scandir(fd) as entries:
+    with os.scandir(descent.directory(directory)) as entries:
         yield entries

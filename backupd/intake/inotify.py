@@ -6,8 +6,8 @@ import ctypes
 import errno
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 
 from watchdog.events import DirCreatedEvent
@@ -25,7 +25,7 @@ from watchdog.observers.inotify_move_event_grouper import (
     PathedInotifyEvent,
 )
 
-from backupd.drop.folder import DropFolder
+from backupd.drop.folder import Descent, DropFolder
 
 _MASK = Mask(
     InotifyConstants.IN_CLOSE_WRITE
@@ -72,10 +72,9 @@ class Watches(InotifyWatchGroup):
     # A directory that was moved keeps its watch. watchdog counts on hearing of that; we need not, as long
     # as there is one path for a watch and one watch for a path.
 
-    def _add_callback(self, path: bytes) -> None:
+    def _watch(self, path: bytes, directory: int) -> None:
         try:
-            with self.folder.directory(self._below(path)) as fd:
-                watch = self._inotify_fd.add_callback(_by_number(fd), self._mask, self._callback, self._id)
+            watch = self._inotify_fd.add_callback(_by_number(directory), self._mask, self._callback, self._id)
         except OSError as error:
             if path == self.path:
                 raise
@@ -127,26 +126,31 @@ class Watches(InotifyWatchGroup):
     def _add_all_callbacks(self, path: bytes) -> None:
         if path != self.path and self.ignores(path):
             return
-        self._add_callback(path)
-        if not self.is_recursive:
-            return
         waiting = [path]
-        while waiting:  # os.walk calls itself for each level, before Python 3.12
-            here = waiting.pop()
-            with suppress(OSError), self.folder.directory(self._below(here)) as fd, os.scandir(fd) as entries:
-                for entry in entries:
-                    below = here + b"/" + os.fsencode(entry.name)
-                    if entry.is_dir(follow_symlinks=False) and not self.ignores(below):
-                        self._add_callback(below)
-                        waiting.append(below)
+        with closing(Descent(self.folder)) as descent:
+            while waiting:  # os.walk calls itself for each level, before Python 3.12
+                here = waiting.pop()
+                try:
+                    directory = descent.directory(here[len(self.path) :])
+                except OSError:
+                    if here == self.path:
+                        raise
+                    continue
+                self._watch(here, directory)
+                if self.is_recursive:
+                    waiting += self._directories(here, directory)
+
+    def _directories(self, path: bytes, directory: int) -> Iterator[bytes]:
+        with suppress(OSError), os.scandir(directory) as entries:
+            for entry in entries:
+                below = path + b"/" + os.fsencode(entry.name)
+                if entry.is_dir(follow_symlinks=False) and not self.ignores(below):
+                    yield below
 
     @property
     def _mask(self) -> Mask:
         """What is asked of a directory that is named by its descriptor, which is a link in /proc."""
         return Mask(self.event_mask & ~InotifyConstants.IN_DONT_FOLLOW)
-
-    def _below(self, path: bytes) -> bytes:
-        return path[len(self.path) :]
 
     def _recursive_simulate(self, src_path: bytes) -> list[InotifyEvent]:  # noqa: ARG002
         """Make up no events: of a new directory all is looked through, and that is watched by then."""

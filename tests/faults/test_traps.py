@@ -159,17 +159,17 @@ def test_a_sent_folder_that_is_swapped_for_a_link_while_archives_are_moved(
     assert daemon.stop() == 0
 
 
-def dig(top: Path, depth: int, files: dict[int, bytes]) -> None:
-    """Make directories in one another, deeper than a path can say, with archives in some of them."""
+def dig(top: Path, *stretches: tuple[int, str, bytes]) -> None:
+    """Make so many directories of a name in one another, an archive in the last, and so on below it."""
     here = os.open(top, os.O_RDONLY)
-    for level in range(1, depth + 1):
-        os.mkdir("d", dir_fd=here)
-        below = os.open("d", os.O_RDONLY, dir_fd=here)
-        os.close(here)
-        here = below
-        if level in files:
-            with open(os.open("deep.cfg", os.O_WRONLY | os.O_CREAT, dir_fd=here), "wb") as stream:
-                stream.write(files[level])
+    for depth, name, content in stretches:
+        for _ in range(depth):
+            os.mkdir(name, dir_fd=here)
+            below = os.open(name, os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = below
+        with open(os.open("deep.cfg", os.O_WRONLY | os.O_CREAT, dir_fd=here), "wb") as stream:
+            stream.write(content)
     os.close(here)
 
 
@@ -177,13 +177,13 @@ def dig(top: Path, depth: int, files: dict[int, bytes]) -> None:
 def test_directories_in_one_another_without_end_end_no_daemon(
     stage: Stage, receiver: RunningReceiver, when: str
 ) -> None:
-    """At 1200 levels Python's own stack ends, at 2048 the length of a path."""
+    """At 1200 levels Python's own stack ends, at 4096 bytes the length of a path."""
     stage.configure(receiver.url, drop=OFTEN)
     daemon = stage.daemon().ready() if when == "while it runs" else None
     pit = stage.base / "pit"
     pit.mkdir()
     try:
-        dig(pit, 2100, {1200: b"deep", 2100: b"too deep"})
+        dig(pit, (1200, "d", b"deep"), (10, "d" * 200, b"too deep"))
         pit.rename(stage.drop / "pit")
         daemon = daemon or stage.daemon()
         stage.put("r1.cfg", b"1")

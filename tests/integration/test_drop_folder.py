@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ import pytest
 from backupd.core.model import Fingerprint, fingerprint_of
 from backupd.core.names import free_names
 from backupd.drop import move as moving
-from backupd.drop.folder import DropFolder
+from backupd.drop.folder import Descent, DropFolder
 from backupd.drop.mounts import filesystem_of, is_remote
 from backupd.drop.move import FileChangedError, find_moved, move
 from backupd.drop.record import write_record
@@ -267,6 +267,37 @@ def test_a_walk_survives_what_vanishes_under_it(folder: DropFolder, root: Path) 
     assert complaints == []
     assert len(found) < 100
     assert walked(folder, b"a") == ([], [])
+
+
+def test_depth_costs_a_walk_no_more_than_its_length(root: Path) -> None:
+    class Counting(DropFolder):
+        opened = 0
+
+        @contextmanager
+        def directory(self, relpath: bytes, *, create: bool = False) -> Iterator[int]:
+            self.opened += len(relpath.split(b"/"))
+            with super().directory(relpath, create=create) as fd:
+                yield fd
+
+    deepest = "/".join("d" * 500)
+    put(root / deepest / "r1")
+    folder = Counting(str(root))
+    assert walked(folder) == ([os.fsencode(deepest) + b"/r1"], [])
+    assert folder.opened == 1
+    folder.close()
+
+
+@pytest.mark.parametrize("before", [b"", b"a", b"a/c"])
+def test_a_descent_leads_nowhere_else(folder: DropFolder, root: Path, before: bytes) -> None:
+    put(root / "a/c/r1")
+    put(root.parent / "outside" / "r2")
+    with closing(Descent(folder)) as descent:
+        descent.directory(before)
+        (root / "a/b").symlink_to(root.parent / "outside")
+        for relpath in (b"a/b", b"a/..", before + b"/..", before + b"/."):
+            with pytest.raises(OSError, match=r"Not a directory|Too many levels|dots"):
+                descent.directory(relpath)
+            assert os.listdir(descent.directory(before)) == os.listdir(root / os.fsdecode(before))
 
 
 def test_a_directory_that_becomes_a_file_or_link_is_passed_over(folder: DropFolder, root: Path) -> None:
