@@ -11,10 +11,15 @@ import pytest
 _ALSO_IN = "/usr/local/sbin:/usr/sbin:/sbin"
 
 
+def find(program: str) -> str | None:
+    """Return the path of a program, if it is on this machine."""
+    path = os.environ.get("PATH", os.defpath)
+    return shutil.which(program, path=f"{path}:{_ALSO_IN}")
+
+
 def require(program: str) -> str:
     """Return the path of a program; without it the test is skipped, or fails where CI is set."""
-    path = os.environ.get("PATH", os.defpath)
-    return shutil.which(program, path=f"{path}:{_ALSO_IN}") or do_without(f"{program} is not on this machine")
+    return find(program) or do_without(f"{program} is not on this machine")
 
 
 def do_without(reason: str) -> NoReturn:

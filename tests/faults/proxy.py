@@ -55,6 +55,17 @@ _IN_THE_BODY = {
 }
 
 
+BELOW_HTTP = (
+    Kind.REFUSED,
+    Kind.RESET_AT_ONCE,
+    Kind.RESET_IN_HANDSHAKE,
+    Kind.HANG,
+    Kind.WRONG_CERTIFICATE,
+    *sorted(_IN_THE_BODY, key=lambda kind: kind.value),
+)
+"""What needs to understand neither requests nor answers."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """What happens to a connection, after so many bytes that the daemon sent, or answers that went well.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.network import Tally, deliver, run
-from tests.faults.proxy import Fault, Kind
+from tests.faults.proxy import BELOW_HTTP, Fault, Kind
 
 SEED = random.randrange(1_000_000)
 
@@ -52,6 +52,22 @@ def test_a_lost_answer_is_asked_for(tmp_path: Path, kind: Kind) -> None:
     assert course.attempts_failed > 0
     assert course.sent_whole == 1
     assert course.archives == 1
+
+
+@pytest.mark.parametrize("kind", BELOW_HTTP, ids=lambda kind: kind.value)
+def test_each_fault_below_http2_costs_no_archive_and_stores_none_twice(tmp_path: Path, kind: Kind) -> None:
+    course = deliver(
+        tmp_path,
+        [Fault(kind, after=5_000)] * 2,
+        6,
+        asks=False,
+        http2=True,
+        sizes=(300_000,),
+        deadline="2s",
+    )
+
+    assert course.struck == {kind: 2}
+    assert course.attempts_failed > 0
 
 
 def test_any_schedule_ends_with_all_archives_delivered_once() -> None:
