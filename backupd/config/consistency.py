@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from backupd.config.faults import Fault, Place, did_you_mean, quoted
 from backupd.config.quantities import format_duration, format_size
+from backupd.core.model import DIGEST_BYTES
 from backupd.core.template import Template
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 PLACEHOLDERS: Final = frozenset({"name", "stem", "relpath", "drop", "host", "size", "mtime", "digest"})
 
-_DIGEST_BYTES: Final = {"sha256": 32, "sha512": 64, "sha1": 20, "md5": 16, "blake2b": 64}
 _SHORTEST_PREFIX: Final = 8
 
 
@@ -62,7 +62,7 @@ def _expect_faults(drop: "DropConfig") -> Iterator[Fault]:
 
 def receipt_faults(receipt: "ReceiptConfig") -> Iterator[Fault]:
     """Tell what doesn't fit together within one receipt."""
-    size = _DIGEST_BYTES[receipt.algorithm]
+    size = DIGEST_BYTES[receipt.algorithm]
     longest = size * 2 if receipt.encoding == "hex" else -(-size // 3) * 4
     if receipt.prefix and not _SHORTEST_PREFIX <= receipt.prefix <= longest:
         yield Fault(

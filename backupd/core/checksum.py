@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from backupd.core.model import Digest
+from backupd.core.model import DIGEST_BYTES, Digest
 from backupd.core.names import NAME_MAX
 
 ALGORITHMS = ("sha256", "sha512", "sha1", "md5", "sha384", "sha224")
-_HEX_DIGITS = {"md5": 32, "sha1": 40, "sha224": 56, "sha256": 64, "sha384": 96, "sha512": 128}
+_HEX_DIGITS = {algorithm: 2 * DIGEST_BYTES[algorithm] for algorithm in ALGORITHMS}
 _BY_DIGITS = {digits: algorithm for algorithm, digits in _HEX_DIGITS.items()}
 
 _SUFFIXES = {

@@ -77,6 +77,10 @@ def is_same_file(found: Status, expected: Fingerprint) -> bool:
     return identity(fingerprint_of(found))[:3] == identity(expected)[:3]
 
 
+DIGEST_BYTES = {"sha256": 32, "sha512": 64, "sha384": 48, "sha224": 28, "sha1": 20, "md5": 16, "blake2b": 64}
+"""How long the value of each algorithm is that is known."""
+
+
 @dataclass(frozen=True, slots=True)
 class Digest:
     """An algorithm's name and its value over a content, in lower-case hex."""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, FailFast, Field, StringConstraints, ValidationError
 
-from backupd.core.model import Archive, DeliveryState
+from backupd.core.model import DIGEST_BYTES, Archive, DeliveryState
 from backupd.core.names import as_text
 from backupd.core.policy import Reason
 from backupd.core.step import archive_state
@@ -17,8 +17,7 @@ from backupd.ledger.port import Ending, Settled
 LARGEST = 128 * 1024
 """Bytes of a record that is believed: long receipts of many destinations."""
 
-_LENGTHS = {"sha256": 64, "sha512": 128, "blake2b": 128, "sha1": 40, "md5": 32}
-_DIGEST = "|".join(f"{algorithm}:[0-9a-f]{{{digits}}}" for algorithm, digits in _LENGTHS.items())
+_DIGEST = "|".join(f"{algorithm}:[0-9a-f]{{{2 * size}}}" for algorithm, size in DIGEST_BYTES.items())
 
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
 _Text = Annotated[str, StringConstraints(max_length=8 * 1024)]
