@@ -83,18 +83,18 @@ class Assembly:
         self._folders = {name: open_folder(name, drop) for name, drop in config.drop.items()}
         self._rules = _rules(config, self._folders)
         self._sources = {name: _source(drop, self._folders[name]) for name, drop in config.drop.items()}
-        self.clock = Clock(ledger.latest())
+        self.clock = Clock(ledger.clock())
         self.freshness = Freshness(ledger, log)
         self.freshness.begin(config.drop, datetime.now(UTC))
         disposal = Disposal(self._rules, log)
         recorder = Recorder(ledger, disposal, log, self._look_again)
-        keeper = Keeper(lambda: _open_shelf(config), self._stocks, log, self.clock.believed)
+        keeper = Keeper(lambda: _open_shelf(config), self._stocks, log, self.clock.believed, self._is_known)
         restorer = Restorer(
             lambda: _open_shelf(config),
             self._rules,
             self.freshness.device_of,
             lambda: self.clock.believed() - self.parts.config.keep_history_for,
-            self.clock.doubt_since,
+            self._doubt_since,
             log,
         )
         self.parts = Parts(config, ledger, {}, {}, recorder, self._abort.set, keeper, restorer)
@@ -152,10 +152,17 @@ class Assembly:
             config.heartbeat_every,
         )
 
+    def _doubt_since(self, last: datetime) -> None:
+        self.clock.doubt_since(last)
+        self._ledger.note_clock(self.clock.note())  # before what is doubted by it can be looked at
+
     def _look_again(self, drop: str, relpath: bytes) -> None:
         part = self.parts.drops.get(drop)
         if part is not None:
             part.intake.look_again(relpath)
+
+    def _is_known(self, drop: str) -> bool:
+        return self.parts.restorer.has_looked_at(drop)
 
     def _wake(self, destinations: Sequence[str]) -> None:
         for name in destinations:

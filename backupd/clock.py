@@ -6,34 +6,32 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 
+from backupd.core.doubt import ZERO, Doubts
+from backupd.ledger.habits import ClockNote
+
 _NOTICED = timedelta(seconds=1)
 """What is less between two looks is the clock being kept right."""
-
-_DOUBT = timedelta(days=1)
-"""For how long a clock that was set forward is not believed, where something would be removed by it."""
-
-ZERO = timedelta(0)
 
 
 class Clock:
     """Notices when the clock is set; a host that slept is no such thing. Of several threads.
 
-    `last` is the latest time that is known from before: whether the host was off since then or the clock is
-    wrong, nobody can tell at the start, so the time between is doubted like a step.
+    `before` is what was noted before the start. Whether the host was off since then or the clock is wrong,
+    nobody can tell, so the time between is doubted like a step.
     """
 
-    def __init__(self, last: datetime | None = None) -> None:
+    def __init__(self, before: ClockNote | None = None) -> None:
         self._lock = threading.Lock()
         self._offset = _offset()
-        self._doubted = ZERO
-        self._doubted_until = _since_boot() + _DOUBT
-        if last is not None:
-            self.doubt_since(last)
+        self._doubts = Doubts(before.doubts if before else (), _since_boot())
+        if before is not None:
+            self._doubts.add(datetime.now(UTC) - before.seen_at, _since_boot())
 
     def doubt_since(self, last: datetime) -> None:
-        """Doubt all of the time since a known one for a day, unless more is doubted already."""
+        """Doubt all of the time since a known one for a day, unless as much is doubted already."""
         with self._lock:
-            self._doubt(max(self._believed_ahead(), datetime.now(UTC) - last))
+            boot = _since_boot()
+            self._doubts.add(max(datetime.now(UTC) - last - self._doubts.total(boot), ZERO), boot)
 
     def step(self) -> timedelta:
         """Return by how much the clock was set since last asked, negative where it was set back."""
@@ -42,7 +40,7 @@ class Clock:
             step = self._offset - before
             if abs(step) < _NOTICED:
                 return ZERO
-            self._doubt(max(self._believed_ahead() + step, ZERO))
+            self._doubts.add(step, _since_boot())
             return step
 
     def believed(self) -> datetime:
@@ -50,14 +48,12 @@ class Clock:
         with self._lock:
             now = datetime.now(UTC)
             unnoticed = _offset() - self._offset  # of a step in this very moment as well
-            return now - self._believed_ahead() - max(unnoticed, ZERO)
+            return now - self._doubts.total(_since_boot()) - max(unnoticed, ZERO)
 
-    def _doubt(self, ahead: timedelta) -> None:
-        self._doubted = ahead
-        self._doubted_until = _since_boot() + _DOUBT
-
-    def _believed_ahead(self) -> timedelta:
-        return self._doubted if _since_boot() < self._doubted_until else ZERO
+    def note(self) -> ClockNote:
+        """Return what is to be known of it at the next start."""
+        with self._lock:
+            return ClockNote(datetime.now(UTC), self._doubts.left(_since_boot()))
 
 
 def _since_boot() -> timedelta:

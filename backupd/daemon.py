@@ -92,6 +92,7 @@ class Daemon:
         )
         released = parts.ledger.release_claims()
         self._upkeep.bring_forward()
+        self._upkeep.note_clock()
         undisposed = parts.ledger.count_undisposed()
         self._threads.start(parts.recorder.run, self._abandon, parts.recorder.pulse)
         self._begin(parts.drops, parts.destinations)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from backupd.clock import ZERO, Clock
+from backupd.clock import Clock
+from backupd.core.doubt import ZERO
 from backupd.core.errors import LedgerError
 from backupd.delivery.pruning import Pruning
 from backupd.intake.freshness import Freshness
@@ -34,6 +35,7 @@ class Upkeep:
     def tick(self) -> None:
         """Do it; what the ledger does not allow now is done at the next one."""
         now = datetime.now(UTC)
+        self.note_clock()
         try:
             self._freshness.tick(now)
             self._pruning.tick(lambda: self._clock.believed() - self._parts.config.keep_history_for)
@@ -50,6 +52,13 @@ class Upkeep:
         for name, destination in self._parts.config.destination.items():
             self._parts.ledger.bring_forward(name, now + destination.retry.max)
 
+    def note_clock(self) -> None:
+        """Have the next start know of the clock; to be called before anything is admitted."""
+        try:
+            self._parts.ledger.note_clock(self._clock.note())
+        except LedgerError as error:
+            self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
+
     def mind_clock(self) -> None:
         """Look whether the clock was set, say so, and see to what waits for a time."""
         step = self._clock.step()
@@ -62,6 +71,7 @@ class Upkeep:
             if step > ZERO
             else "see to the host's clock; what waits is tried no later than it would have been",
         )
+        self.note_clock()
         if step > ZERO:
             return
         for gate in self._parts.gates.values():

@@ -71,6 +71,7 @@ class _Progress:
 class Keeper:
     """Keeps what is ordered of sent archives; `run` is the body of its thread.
 
+    `now` is a time by which archives may be removed, `is_known` tells whether a drop's sent ones are known.
     A removal is committed before a file is touched, so that one which a crash cuts short is finished.
     What is looked at once is looked at again only when something newer comes to its series.
     """
@@ -81,11 +82,13 @@ class Keeper:
         stocks: Callable[[], Stocks],
         log: EventLog,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        is_known: Callable[[str], bool] = lambda _: True,
     ) -> None:
         self._open_shelf = open_shelf
         self._stocks = stocks
         self._log = log
         self._now = now
+        self._is_known = is_known
         self._opened: Shelf | None = None
         self._progress: dict[str, _Progress] = {}
         self._grown: dict[str, set[bytes]] = {}
@@ -169,7 +172,9 @@ class Keeper:
         self, shelf: Shelf, short: Shortage, able: Mapping[str, Stock], now: datetime, tell_every: timedelta
     ) -> bool:
         """Remove the oldest of all drops on a disk that is short of room; return whether to go on."""
-        pages = [shelf.oldest(name, None, now, _MOST) for name in short.drops if name in able]
+        if not all(map(self._is_known, short.drops)):
+            return False  # the oldest may be among those that come back
+        pages = [shelf.oldest(name, None, None, _MOST) for name in short.drops if name in able]
         oldest = list(heapq.merge(*pages, key=lambda k: (k.since, k.archive.id)))[:_MOST]
         chosen = oldest[: enough(short.missing, [k.archive.fingerprint.size for k in oldest])]
         freed = 0

@@ -62,6 +62,8 @@ class Restorer:
         self._began_ns = time.time_ns()
         self._done: set[bytes] = set()
         self._said: set[bytes] = set()
+        self._doubted: set[bytes] = set()
+        self._looked: frozenset[str] = frozenset()
         self._again: dict[bytes, float] = {}
         """When to look again at a place where it failed, by its path (monotonic)."""
         self.pulse = Pulse("restorer of history")
@@ -77,9 +79,18 @@ class Restorer:
 
     def look(self, stop: threading.Event) -> None:
         """Look through each folder that is there and for which that was not done yet, as far as it can be."""
+        drops = frozenset(self._rules)
         there = [place for place in self._places() if self._is_due(place) and place.is_there()]
-        if not there:
+        if there and not self._restore_all(there, stop):
             return
+        self._looked = drops
+
+    def has_looked_at(self, drop: str) -> bool:
+        """Tell whether all that is there of a drop, and can be known, is."""
+        return drop in self._looked
+
+    def _restore_all(self, there: list[Place], stop: threading.Event) -> bool:
+        """Return whether each was looked through as far as it can be."""
         try:
             shelf = self._open_shelf()
             try:
@@ -91,6 +102,8 @@ class Restorer:
         except LedgerError as error:
             self._again |= {place.path: time.monotonic() + _AFTER_FAILURE for place in there}
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
+            return False
+        return not stop.is_set()
 
     def _is_due(self, place: Place) -> bool:
         return place.path not in self._done and time.monotonic() >= self._again.get(place.path, 0.0)
@@ -147,8 +160,9 @@ class Restorer:
         return Restored(ident, settled, relpath, since, device)
 
     def _note(self, shelf: Shelf, place: Place, page: list[Restored]) -> int:
-        if page and place.path not in self._said:  # at a later look the clock has been doubted long enough
+        if page and place.path not in self._doubted:  # at a later look it has been doubted long enough
             self._doubt_since(min(one.since for one in page))
+            self._doubted.add(place.path)
         oldest = self._forgotten()
         kept = [one for one in page if one.since >= oldest]
         return shelf.restore(kept) if kept else 0

@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_LONGEST = 4096
+"""Bytes of a path, PATH_MAX: to open a file there each step on the way is opened."""
+
 _DOTS = frozenset((b".", b".."))
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
@@ -142,7 +145,12 @@ class Descent:
         self._last: tuple[bytes, int] | None = None
 
     def directory(self, relpath: bytes) -> int:
-        """Return a descriptor of a directory, which is good until the next is asked for."""
+        """Return a descriptor of a directory, which is good until the next is asked for.
+
+        It has a position of its own, so that others may list the directory at the same time.
+        """
+        if len(relpath) >= _LONGEST:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         parent, _, name = relpath.rpartition(b"/")
         if self._last and name and self._last[0] == parent and name not in _DOTS:
             fd = os.open(name, _DIRECTORY, dir_fd=self._last[1])
@@ -150,15 +158,15 @@ class Descent:
         else:
             self.close()
             with self._folder.directory(relpath) as there:
-                fd = os.dup(there)
+                fd = os.open(b".", _DIRECTORY, dir_fd=there)
         self._last = relpath, fd
         return fd
 
     def close(self) -> None:
         """Let go of the last one."""
-        if self._last:
-            os.close(self._last[1])
-            self._last = None
+        last, self._last = self._last, None
+        if last:
+            os.close(last[1])
 
 
 def _is_empty(directory: int) -> bool:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 
 from backupd.drop.folder import Descent, DropFolder
 
 Complaint = Callable[[bytes, OSError], None]
-
-_LONGEST = 4096
-"""Bytes of a path, PATH_MAX: to open a file there each step on the way is opened."""
 
 
 def walk(
@@ -35,7 +31,7 @@ def walk(
         while waiting and go_on():
             directory = waiting.pop()
             try:
-                with _opened(descent, directory) as entries:
+                with os.scandir(descent.directory(directory)) as entries:
                     for entry in entries:
                         name = os.fsencode(entry.name)
                         relpath = directory + b"/" + name if directory else name
@@ -54,11 +50,3 @@ def walk(
                     complain(directory, error)
             except OSError as error:
                 complain(directory, error)
-
-
-@contextmanager
-def _opened(descent: Descent, directory: bytes) -> Iterator[Iterator[os.DirEntry[str]]]:
-    if len(directory) >= _LONGEST:
-        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-    with os.scandir(descent.directory(directory)) as entries:
-        yield entries

@@ -76,9 +76,7 @@ class Watches(InotifyWatchGroup):
         try:
             watch = self._inotify_fd.add_callback(_by_number(directory), self._mask, self._callback, self._id)
         except OSError as error:
-            if path == self.path:
-                raise
-            self.is_partial |= error.errno in (errno.ENOSPC, errno.ENOMEM)
+            self._refused(path, error)
             return
         before = self._active_callbacks_by_watch.get(watch)
         if before is not None and self._active_callbacks_by_path.get(before) == watch:
@@ -132,13 +130,17 @@ class Watches(InotifyWatchGroup):
                 here = waiting.pop()
                 try:
                     directory = descent.directory(here[len(self.path) :])
-                except OSError:
-                    if here == self.path:
-                        raise
+                except OSError as error:
+                    self._refused(here, error)
                     continue
                 self._watch(here, directory)
                 if self.is_recursive:
                     waiting += self._directories(here, directory)
+
+    def _refused(self, path: bytes, error: OSError) -> None:
+        if path == self.path:
+            raise error
+        self.is_partial |= error.errno in (errno.ENOSPC, errno.ENOMEM)
 
     def _directories(self, path: bytes, directory: int) -> Iterator[bytes]:
         with suppress(OSError), os.scandir(directory) as entries:

@@ -1,4 +1,4 @@
-"""Devices, their habits, and the end of old history, in SQLite."""
+"""Devices, their habits, the end of old history, and the clock, in SQLite."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 
+from backupd.core.doubt import Doubt
 from backupd.core.freshness import WHOLE_DROP, Device, Expectation
 from backupd.core.model import Archive
 from backupd.core.sizes import KEPT, unusual
-from backupd.ledger.habits import Habits, Tracked, UnusualSize
+from backupd.ledger.habits import ClockNote, Habits, Tracked, UnusualSize
 from backupd.ledger.rows import Row, as_micros, as_time
 from backupd.ledger.transactions import Transactions
 
@@ -80,6 +81,24 @@ class SqliteHabits(Transactions, Habits):
             db.executemany(
                 "DELETE FROM unusual_size WHERE archive_id = ?", [(one.archive_id,) for one in unusual]
             )
+
+    def clock(self) -> ClockNote | None:
+        """See `Habits.clock`."""
+        with self._reading() as db:
+            seen = db.execute("SELECT seen_at FROM clock").fetchone()
+            doubts = db.execute("SELECT ahead, remaining FROM doubt ORDER BY id").fetchall()
+        if seen is None:
+            return None
+        return ClockNote(as_time(seen[0]), [Doubt(a * _MICROSECOND, r * _MICROSECOND) for a, r in doubts])
+
+    def note_clock(self, note: ClockNote) -> None:
+        """See `Habits.note_clock`."""
+        doubts = [(doubt.ahead // _MICROSECOND, doubt.left // _MICROSECOND) for doubt in note.doubts]
+        with self._transaction(durable=bool(doubts)) as db:
+            db.execute("DELETE FROM clock")
+            db.execute("INSERT INTO clock VALUES (?)", (as_micros(note.seen_at),))
+            db.execute("DELETE FROM doubt")
+            db.executemany("INSERT INTO doubt (ahead, remaining) VALUES (?, ?)", doubts)
 
     def prune(self, before: Callable[[], datetime], most: int) -> int:
         """See `Habits.prune`."""

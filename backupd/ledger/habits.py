@@ -1,4 +1,4 @@
-"""What is asked of a ledger beside deliveries: devices and their habits, and an end of old history."""
+"""What is asked of a ledger beside deliveries: devices and their habits, an end of old history, the clock."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
+from backupd.core.doubt import Doubt
 from backupd.core.freshness import Device, Expectation
 
 
@@ -16,6 +17,14 @@ class Tracked:
 
     device: str
     size_alarm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ClockNote:
+    """What the clock said, and what was doubted of that, the latest doubt last."""
+
+    seen_at: datetime
+    doubts: Sequence[Doubt] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,14 @@ class Habits(Protocol):
 
     def told(self, unusual: Sequence[UnusualSize]) -> None:
         """Note that the unusual size of these archives was said."""
+        ...
+
+    def clock(self) -> ClockNote | None:
+        """Return what was noted of the clock last; None where nothing was."""
+        ...
+
+    def note_clock(self, note: ClockNote) -> None:
+        """Note what the clock says, and what is doubted of it."""
         ...
 
     def prune(self, before: Callable[[], datetime], most: int) -> int:

@@ -167,10 +167,6 @@ class Ledger(Habits, Protocol):
         """Return what is pending (and claimed), by destination."""
         ...
 
-    def latest(self) -> datetime | None:
-        """Return when the last archive was admitted; None where there was none."""
-        ...
-
     def quarantined(self) -> int:
         """Return how many rejected archives are in quarantine."""
         ...

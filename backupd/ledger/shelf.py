@@ -57,16 +57,25 @@ class Shelf(Protocol):
         """Note the series of archives, by their ids."""
         ...
 
-    def oldest(self, drop: str, after: Kept | None, until: datetime, most: int) -> list[Kept]:
-        """Return archives of a drop that were moved until a time, oldest first, those behind `after`."""
+    def oldest(self, drop: str, after: Kept | None, until: datetime | None, most: int) -> list[Kept]:
+        """Return archives of a drop that were moved until a time, if one is given, the oldest first.
+
+        `after` is the last one that is not wanted again.
+        """
         ...
 
     def newer(self, kept: Kept, most: int) -> int:
-        """Return how many archives of the same series were moved after one; `most` for more than that."""
+        """Return how many archives of the same series came after one; `most` for more than that.
+
+        Those count that were both admitted and moved after it: a clock that is wrong makes none seem old.
+        """
         ...
 
     def beyond(self, drop: str, series: bytes, last: int, until: datetime, most: int) -> list[Kept]:
-        """Return what is not among the last of a series, and was moved until a time; newest first."""
+        """Return what is not among the last of a series, as `newer` counts, and was moved until a time.
+
+        The newest come first.
+        """
         ...
 
     def condemn(self, archive_ids: Sequence[int]) -> None:

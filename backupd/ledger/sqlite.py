@@ -172,12 +172,6 @@ class SqliteLedger(SqliteHabits, Ledger):
             ).fetchall()
         return {name: Backlog(count, size, as_time(oldest)) for name, count, size, oldest in rows}
 
-    def latest(self) -> datetime | None:
-        """See `Ledger.latest`."""
-        with self._reading() as db:
-            row = db.execute("SELECT admitted_at FROM archive ORDER BY id DESC LIMIT 1").fetchone()
-        return None if row is None else as_time(row[0])
-
     def quarantined(self) -> int:
         """See `Ledger.quarantined`."""
         with self._reading() as db:

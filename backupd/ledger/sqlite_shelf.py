@@ -24,6 +24,13 @@ _COLUMNS = f"{ARCHIVE_COLUMNS}, disposed_to, disposed_at"
 _SENT = "state = 'delivered' AND disposed_to IS NOT NULL"
 _KEPT = f"{_SENT} AND removal IS NULL"
 _IN_SERIES = "series IS NOT NULL AND removal IS NULL"
+_AFTER = (
+    "(SELECT count(*) FROM (SELECT 1 FROM archive a INDEXED BY archive_series"
+    " WHERE a.drop_name = ?1 AND a.series = ?2 AND a.series IS NOT NULL AND a.removal IS NULL"
+    " AND (a.disposed_at, a.id) > (archive.disposed_at, archive.id)"
+    " AND max(a.id, 0) >= max(archive.id, 0) LIMIT ?4))"
+)
+"""How many came after one; those of a restored history are numbered as they were found."""
 
 
 def open_shelf(state_dir: Path) -> Shelf:
@@ -60,35 +67,36 @@ class SqliteShelf(Shelf):
                 "UPDATE archive SET series = ? WHERE id = ?", [(s, ident) for ident, s in series.items()]
             )
 
-    def oldest(self, drop: str, after: Kept | None, until: datetime, most: int) -> list[Kept]:
+    def oldest(self, drop: str, after: Kept | None, until: datetime | None, most: int) -> list[Kept]:
         """See `Shelf.oldest`."""
         behind = (as_micros(after.since), after.archive.id) if after else (-(1 << 62), 0)
         return self._kept(
             f"INDEXED BY archive_kept WHERE drop_name = ? AND {_KEPT}"
             " AND (disposed_at, id) > (?, ?) AND disposed_at <= ? ORDER BY disposed_at, id LIMIT ?",
-            (drop, *behind, as_micros(until), most),
+            (drop, *behind, as_micros(until) if until else 1 << 62, most),
         )
 
     def newer(self, kept: Kept, most: int) -> int:
         """See `Shelf.newer`."""
         rows = self._query(
             "SELECT count(*) FROM (SELECT 1 FROM archive INDEXED BY archive_series"  # noqa: S608 -- own clause
-            f" WHERE drop_name = ? AND {_IN_SERIES} AND (disposed_at, id) > (?, ?)"
-            " AND series = (SELECT series FROM archive WHERE id = ?) LIMIT ?)",
-            (kept.archive.drop, as_micros(kept.since), kept.archive.id, kept.archive.id, most),
+            f" WHERE drop_name = ?1 AND {_IN_SERIES} AND (disposed_at, id) > (?2, ?3)"
+            " AND max(id, 0) >= max(?3, 0)"
+            " AND series = (SELECT series FROM archive WHERE id = ?3) LIMIT ?4)",
+            (kept.archive.drop, as_micros(kept.since), kept.archive.id, most),
         )
         return int(rows[0][0])
 
     def beyond(self, drop: str, series: bytes, last: int, until: datetime, most: int) -> list[Kept]:
         """See `Shelf.beyond`."""
         return self._kept(
-            f"INDEXED BY archive_series WHERE drop_name = ? AND series = ? AND {_IN_SERIES}"  # noqa: S608
-            " AND disposed_at <= ? AND (disposed_at, id) < ("
+            f"INDEXED BY archive_series WHERE drop_name = ?1 AND series = ?2 AND {_IN_SERIES}"  # noqa: S608
+            " AND disposed_at <= ?3 AND (disposed_at, id) < ("
             "  SELECT disposed_at, id FROM archive INDEXED BY archive_series"
-            f" WHERE drop_name = ? AND series = ? AND {_IN_SERIES}"
-            "  ORDER BY disposed_at DESC, id DESC LIMIT 1 OFFSET ?"
-            " ) ORDER BY disposed_at DESC, id DESC LIMIT ?",
-            (drop, series, as_micros(until), drop, series, last - 1, most),
+            f" WHERE drop_name = ?1 AND series = ?2 AND {_IN_SERIES}"
+            "  ORDER BY disposed_at DESC, id DESC LIMIT 1 OFFSET ?4 - 1"
+            f" ) AND {_AFTER} >= ?4 ORDER BY disposed_at DESC, id DESC LIMIT ?5",
+            (drop, series, as_micros(until), last, most),
         )
 
     def condemn(self, archive_ids: Sequence[int]) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from backupd.core.doubt import Doubt
 from backupd.core.freshness import Device, Expectation, judged
 from backupd.core.model import Archive, Outcome
-from backupd.ledger.habits import Tracked
+from backupd.ledger.habits import ClockNote, Tracked
 from backupd.ledger.port import Disposed, Ledger, Sighting
 from tests.contract.test_ledger import ADAPTERS, Bench
 from tests.factories import (
@@ -269,3 +270,13 @@ def test_devices_outlast_their_history(ledger: Ledger) -> None:
     done(ledger)
     assert ledger.prune(lambda: LIMIT, 99) == 1
     assert [d.archives for d in ledger.doubtful(NOW)] == [2]
+
+
+def test_what_is_noted_of_the_clock_outlasts_the_process(bench: Bench) -> None:
+    assert bench.ledger.clock() is None
+    for note in (ClockNote(NOW, (Doubt(400 * DAY, HOUR), Doubt(SECOND, DAY))), ClockNote(OLD)):
+        bench.ledger.note_clock(note)
+        for ledger in (bench.ledger, bench.crash()):
+            noted = ledger.clock()
+            assert noted is not None
+            assert ClockNote(noted.seen_at, tuple(noted.doubts)) == note

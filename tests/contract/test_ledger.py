@@ -232,13 +232,6 @@ def test_known_are_the_files_of_a_drop_that_are_accounted_for(ledger: Ledger) ->
     assert ledger.known("nowhere").marks == frozenset()
 
 
-def test_the_latest_time_is_that_of_the_last_admission(ledger: Ledger) -> None:
-    assert ledger.latest() is None
-    admit(ledger, a_sighting(b"r1"))
-    ledger.admit([a_sighting(b"r2")], BOTH, LATER)
-    assert ledger.latest() == LATER
-
-
 def test_known_below_a_directory_are_the_files_in_it_and_no_others(ledger: Ledger) -> None:
     paths = [b"a", b"a-b/x", b"a/x", b"a/y/z", b"a0", b"a0/x", b"b/a/x", b"a/\xff"]
     ledger.admit([a_sighting(path) for path in paths], BOTH, NOW)

@@ -269,6 +269,26 @@ def test_a_walk_survives_what_vanishes_under_it(folder: DropFolder, root: Path) 
     assert walked(folder, b"a") == ([], [])
 
 
+def test_two_that_list_the_folder_at_once_see_all_of_it(folder: DropFolder, root: Path) -> None:
+    for number in range(3000):  # more than the kernel tells in one go
+        put(root / f"r{number}")
+    steps = walk(folder, b"", frozenset(), lambda *_: None, recursive=True)
+    first = [next(steps)[0]]
+    assert len(walked(folder)[0]) == 3000
+    assert len(first + [relpath for relpath, _ in steps]) == 3000
+
+
+def test_a_path_has_an_end(folder: DropFolder, root: Path) -> None:
+    with closing(Descent(folder)) as descent:
+        relpath = b""
+        while len(relpath) < 4096:
+            os.mkdir(b"d" * 200, dir_fd=descent.directory(relpath))
+            relpath = (relpath + b"/" if relpath else b"") + b"d" * 200
+        with pytest.raises(OSError, match="too long"):
+            descent.directory(relpath)
+    assert walked(folder)[1] == [relpath]
+
+
 def test_depth_costs_a_walk_no_more_than_its_length(root: Path) -> None:
     class Counting(DropFolder):
         opened = 0

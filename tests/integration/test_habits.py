@@ -19,7 +19,7 @@ from backupd.delivery.pruning import Pruning
 from backupd.intake.freshness import Freshness
 from backupd.ledger import database
 from backupd.ledger.database import FILE_NAME, open_for_reading, open_ledger
-from backupd.ledger.habits import UnusualSize
+from backupd.ledger.habits import ClockNote, UnusualSize
 from backupd.ledger.history import History
 from backupd.ledger.port import Disposed, Sighting
 from backupd.ledger.records import DeviceRecord
@@ -261,6 +261,7 @@ def test_a_ledger_of_the_version_before_is_taken_over(
     history = History(closed_after(open_for_reading(state)))  # of a command that is newer than the daemon
     assert (history.devices(NOW), history.forget("sw1", None, NOW)) == ([], [])
     ledger = closed_after(SqliteLedger(open_ledger(state).connection))
+    assert ledger.clock() == ClockNote(NOW, [])
     assert ledger.backlog()["vault"].pending == 1
     ledger.expect({"switches": Expectation(HOUR)}, NOW)
     assert len(ledger.doubtful(NOW + 2 * HOUR)) == 1

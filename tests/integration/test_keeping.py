@@ -22,6 +22,7 @@ from tests.factories import NOW, a_fingerprint, a_sighting, delivered, finished
 from tests.privileges import needs_root
 from tests.site import Site
 
+HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
 
 
@@ -239,6 +240,19 @@ def test_the_cost_of_a_look_does_not_grow_with_the_history(site: Site) -> None:
         site.keep(NOW + DAY)
         steps.append(ticked[0])
     assert steps[1] < 2 * steps[0] + 100
+
+
+def test_the_last_ones_are_those_that_came_last_though_the_clock_was_behind(site: Site) -> None:
+    for number in range(3):
+        site.send("a.cfg", NOW + number * HOUR, b"right")
+    site.send("a.cfg", NOW - 2000 * DAY, b"by a clock that was behind")
+    site.keep(NOW + DAY, keep_last=1)
+    contents = {path.read_bytes() for path in (site.root / "sent").iterdir() if path.suffix != ".json"}
+    assert contents == {b"right", b"by a clock that was behind"}
+    site.send("a.cfg", NOW + 4 * HOUR, b"right again")
+    site.keep(NOW + DAY)
+    [last] = [path for path in (site.root / "sent").iterdir() if path.suffix != ".json"]
+    assert last.read_bytes() == b"right again"
 
 
 # room on the disk

@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 
+from backupd.core.keeping import MinFree
 from backupd.core.model import Archive, DeliveryState
 from backupd.delivery import place
 from backupd.delivery.disposal import Rule
+from backupd.delivery.keeping import Keeper
 from backupd.delivery.restoring import Restorer
 from backupd.drop.folder import DropFolder
 from backupd.ledger.database import FILE_NAME, open_ledger
@@ -62,8 +64,11 @@ class Lost(Site):
     def restore(
         self, device_of: Callable[[Archive], str | None] = lambda _: None, stop: threading.Event | None = None
     ) -> None:
+        self.restorer(device_of).look(stop or threading.Event())
+
+    def restorer(self, device_of: Callable[[Archive], str | None] = lambda _: None) -> Restorer:
         rules = {"switches": Rule(self.folder, "move", b"sent", b"rejected")}
-        restorer = Restorer(
+        return Restorer(
             lambda: open_shelf(self.state),
             rules,
             device_of,
@@ -71,7 +76,6 @@ class Lost(Site):
             self._doubt,
             self._log,
         )
-        restorer.look(stop or threading.Event())
 
     def _doubt(self, since: datetime) -> None:
         self.doubted.append(since)
@@ -137,7 +141,6 @@ def test_it_is_older_than_what_came_since_and_goes_in_its_time(site: Lost) -> No
     with closing(sqlite3.connect(site.state / FILE_NAME)) as db:
         paths = [row[0] for row in db.execute("SELECT relpath FROM archive ORDER BY id")]
     assert paths[-1] == b"new.cfg"
-    assert site.ledger.latest() == NOW + 3 * DAY
     assert site.doubted == [NOW]
     site.keep(NOW + 90 * DAY, keep_for=90 * DAY, keep_last=2)
     assert site.sent() == ["0.cfg", "1.cfg", "2.cfg", "new.cfg"]
@@ -233,6 +236,41 @@ def test_what_can_not_be_seen_now_keeps_nothing_else_back_and_is_said(site_of_no
     assert len(site.rows()) == 3
     site.keep(NOW + 99 * DAY, keep_for=DAY)
     assert os.listdir(site.root / "sent" / "c") == []
+
+
+def test_what_can_be_seen_later_only_is_doubted_then(site_of_nobody: Lost) -> None:
+    site = site_of_nobody
+    site.send("a.cfg", NOW)
+    site.lose()
+    (site.root / "sent").chmod(0)
+    restorer = site.restorer()
+    with without_rights():
+        restorer.look(threading.Event())
+    assert (site.doubted, site.rows()) == ([], [])
+    (site.root / "sent").chmod(0o755)
+    restorer._again.clear()  # an hour later
+    restorer.look(threading.Event())
+    assert (site.doubted, len(site.rows())) == ([NOW], 1)
+
+
+def test_no_room_is_made_before_the_old_ones_are_known(site: Lost) -> None:
+    for number in range(3):
+        site.send(f"old-{number}.cfg", NOW, b"x" * 4096)
+    site.lose()
+    site.send("new.cfg", NOW + 3 * DAY, b"x" * 4096)
+    restorer = site.restorer()
+    site.keeper = Keeper(site._open_shelf, site._stocks, site._log, lambda: site.now, restorer.has_looked_at)
+    free = os.statvfs(site.root)
+    short = MinFree(free.f_bavail * free.f_frsize + 64 * 2**30)
+    site.keep(NOW + 3 * DAY, min_free=short)
+    assert len(site.sent()) == 4
+    assert not site.events("disk.low"), "there is something left"
+    restorer.look(threading.Event())
+    assert site.doubted
+    site.keeper.tick()
+    assert site.sent() == []
+    removed = [event["archive"] for event in site.events("archive.expired")]
+    assert removed == ["old-0.cfg", "old-1.cfg", "old-2.cfg", "new.cfg"]
 
 
 def test_a_clock_that_is_behind_costs_no_history(site: Lost, monkeypatch: pytest.MonkeyPatch) -> None:

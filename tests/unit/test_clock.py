@@ -7,7 +7,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from backupd.clock import ZERO, Clock
+from backupd.clock import Clock
+from backupd.core.doubt import ZERO, Doubt, Doubts
+from backupd.ledger.habits import ClockNote
 
 START = datetime(2026, 5, 1, tzinfo=UTC).timestamp()
 
@@ -74,7 +76,7 @@ def test_a_step_forward_is_not_believed_for_a_day_noticed_or_not(host: Host) -> 
     clock.step()
     host.passes(3600)
     assert clock.believed() == datetime.fromtimestamp(START + 3600, UTC)
-    host.passes(86400)
+    host.passes(86400 + 3600)
     assert clock.believed() == host.now
 
 
@@ -94,12 +96,14 @@ def test_the_time_before_a_start_is_doubted_for_a_day(host: Host) -> None:
     """The host may have been off, or its clock may be wrong."""
     last = host.now
     host.passes(1000 * 24 * 3600)
-    clock = Clock(last)
+    clock = Clock(ClockNote(last))
     assert clock.believed() == last
     host.passes(3600)
     assert clock.step() == ZERO
     assert clock.believed() == last + timedelta(hours=1)
-    host.passes(23 * 3600)
+    host.passes(23 * 3600 - 1)
+    assert clock.believed() == host.now - timedelta(days=1000)
+    host.passes(3601)
     assert clock.believed() == host.now
 
 
@@ -111,20 +115,79 @@ def test_a_history_that_is_read_later_is_doubted_as_well(host: Host) -> None:
     clock.doubt_since(oldest)
     clock.doubt_since(host.now + timedelta(days=1))
     assert clock.believed() == oldest
-    host.passes(86400 + 1)
+    host.passes(86400 + 3600)
     assert clock.believed() == host.now
 
 
 def test_a_start_by_an_earlier_clock_is_believed(host: Host) -> None:
     last = host.now
     host.wall -= 3600
-    assert Clock(last).believed() == host.now
+    assert Clock(ClockNote(last)).believed() == host.now
 
 
 def test_a_step_soon_after_a_start_is_doubted_with_it(host: Host) -> None:
     last = host.now
     host.passes(3600)
-    clock = Clock(last)
+    clock = Clock(ClockNote(last))
     host.wall += 7200
     assert clock.step() == timedelta(hours=2)
     assert clock.believed() == last
+
+
+def test_a_start_goes_on_doubting_what_was_doubted_before(host: Host) -> None:
+    right = host.now
+    host.wall += 400 * 86400
+    clock = Clock(ClockNote(right))
+    for number in range(1, 25):  # a start each hour
+        host.passes(3600 - 1)
+        assert clock.step() == ZERO
+        assert clock.believed() == right + timedelta(seconds=3599) * number
+        note = clock.note()
+        host.passes(1)  # between end and start
+        clock = Clock(note)
+    host.passes(2 * 3600)
+    assert host.now - clock.believed() < timedelta(minutes=1)
+
+
+def test_a_clock_that_was_put_right_between_two_starts_is_believed(host: Host) -> None:
+    right = host.now
+    host.wall += 400 * 86400
+    clock = Clock(ClockNote(right))
+    host.passes(60)
+    note = clock.note()
+    host.wall -= 400 * 86400
+    assert Clock(note).believed() == host.now
+    assert Clock(note).note().doubts == []
+
+
+def test_a_doubt_ends_though_others_come(host: Host) -> None:
+    right = host.now
+    host.wall += 300 * 86400
+    clock = Clock(ClockNote(right))
+    for number in range(40):
+        host.passes(0.9 * 3600)
+        host.wall += 2 * (-1) ** number
+        clock.step()
+    assert host.now - clock.believed() <= timedelta(seconds=2)
+
+
+DAY, HOUR = timedelta(days=1), timedelta(hours=1)
+
+
+def test_steps_that_come_together_are_one_doubt() -> None:
+    doubts = Doubts([], ZERO)
+    for minute in range(24 * 60):
+        doubts.add(timedelta(seconds=2), timedelta(minutes=minute))
+    assert len(doubts.left(DAY)) <= 25
+    assert doubts.total(DAY) == timedelta(seconds=2 * 24 * 60)
+
+
+def test_a_step_back_takes_the_latest_doubts_away() -> None:
+    doubts = Doubts([Doubt(5 * DAY, HOUR), Doubt(3 * DAY, 2 * HOUR)], ZERO)
+    doubts.add(-DAY, ZERO)
+    assert doubts.left(ZERO) == [Doubt(5 * DAY, HOUR), Doubt(2 * DAY, 2 * HOUR)]
+    doubts.add(-4 * DAY, ZERO)
+    assert doubts.left(ZERO) == [Doubt(3 * DAY, HOUR)]
+    doubts.add(-9 * DAY, ZERO)
+    assert doubts.left(ZERO) == []
+    assert doubts.total(ZERO) == ZERO
