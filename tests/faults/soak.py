@@ -52,6 +52,8 @@ class Soak:
     archives: int = 0
     pending: dict[str, bytes] = field(default_factory=dict)
     """The content of each archive that was dropped since the last check."""
+    over: dict[str, bytes] = field(default_factory=dict)
+    """The last content of each that was renamed over, without its suffix."""
     faults: Counter[str] = field(default_factory=Counter)
     samples: list[Sample] = field(default_factory=list)
     ledger_sizes: list[tuple[int, int]] = field(default_factory=list)
@@ -80,6 +82,11 @@ class Soak:
             stored = [p.read_bytes() for p in (stage.store / "archives").glob(f"{name.split('.')[0]}.*")]
             assert stored == [content], f"the receiver has {len(stored)} of {name}"
         self.pending.clear()
+        for stem, content in self.over.items():  # what it was renamed over may be there as well
+            for folder in (stage.sent, stage.store / "archives"):
+                found = [p.read_bytes() for p in folder.glob(f"{stem}.*") if p.suffix != ".json"]
+                assert found.count(content) == 1, f"{folder} has {len(found)} of {stem}, not its last once"
+        self.over.clear()
 
     def outage(self, daemon: Daemon) -> None:
         """The receiver is down while archives arrive, and comes back."""
@@ -99,10 +106,12 @@ class Soak:
             daemon.wait_for("config.reloaded", known + 1)
 
     def locked_ledger(self, daemon: Daemon) -> None:
-        """Another process holds the ledger for a moment."""
+        """Another process holds the ledger until that is said."""
+        known = len(daemon.events("ledger.failed"))
         with contextlib.closing(sqlite3.connect(self.stage.state / "ledger.sqlite3")) as ledger:
             ledger.execute("BEGIN IMMEDIATE")
             self.arrive()
+            daemon.wait_for("ledger.failed", known + 1)
             ledger.execute("ROLLBACK")
 
     def stopped(self, daemon: Daemon) -> None:
@@ -116,7 +125,8 @@ class Soak:
         self.archives += 1
         gone = self.stage.put(f"gone-{self.archives}.tar.gz", self._content())
         for _ in range(2):
-            self.stage.put(f"over-{self.archives}.tar.gz", self._content())
+            self.over[f"over-{self.archives}"] = content = self._content()
+            self.stage.put(f"over-{self.archives}.tar.gz", content)
         gone.unlink(missing_ok=True)
 
     def measure(self, daemon: Daemon) -> None:

@@ -65,25 +65,45 @@ def test_a_start_by_an_earlier_clock_makes_no_archive_wait(
     assert daemon.stop() == 0
 
 
-def test_a_clock_that_is_set_forward_is_said_and_removes_nothing(
-    stage: Stage, receiver: RunningReceiver, shim: Shim
-) -> None:
+def an_old_archive_would_go(stage: Stage, receiver: RunningReceiver) -> None:
+    """Configure an end of archives and of history, and a full disk, which tells of each look for these."""
+    other = stage.base / "other"
+    other.mkdir()
     stage.configure(
         receiver.url,
         top='heartbeat_every = "1s"\nkeep_history_for = "90d"',
         drop='stable_for = "0s"\nkeep_sent_for = "30d"',
-        more=QUICK,
+        more=f'{QUICK}\n[drop.other]\npath = "{other}"\nkeep_sent_for = "1s"\nmin_free = "1000000 GiB"',
     )
+
+
+def send(stage: Stage, daemon: Daemon, *names: str) -> None:
+    for name in names:
+        stage.put(name, name.encode())
+        daemon.wait_for("archive.disposed", archive=name)
+
+
+def assert_kept_and_known(stage: Stage, daemon: Daemon, *names: str) -> None:
+    """Wait until archives and history were looked through once more, and assert that all are there."""
+    for tells in ("disk.low", "daemon.heartbeat"):
+        daemon.wait_for(tells, len(daemon.events(tells)) + 2)
+    listed = stage.backupd("list").stdout
+    for name in names:
+        assert (stage.sent / name).read_bytes() == name.encode()
+        assert name in listed
+    assert not daemon.events("archive.expired")
+
+
+def test_a_clock_that_is_set_forward_is_said_and_removes_nothing(
+    stage: Stage, receiver: RunningReceiver, shim: Shim
+) -> None:
+    an_old_archive_would_go(stage, receiver)
     daemon = stage.daemon(shim.environ).ready()
-    stage.put("sent.tar.gz", b"sent")
-    daemon.wait_for("archive.disposed", archive="sent.tar.gz")
+    send(stage, daemon, "sent.tar.gz", "too.tar.gz")
     shim.set_clock(400 * DAYS)
     daemon.wait_for("clock.set")
-    daemon.wait_for("daemon.heartbeat", len(daemon.events("daemon.heartbeat")) + 2)  # history would end here
-    stage.put("later.tar.gz", b"later")
-    daemon.wait_for("archive.disposed", archive="later.tar.gz")
-    assert (stage.sent / "sent.tar.gz").read_bytes() == b"sent"
-    assert "sent.tar.gz" in stage.backupd("list").stdout
+    send(stage, daemon, "later.tar.gz")
+    assert_kept_and_known(stage, daemon, "sent.tar.gz", "too.tar.gz", "later.tar.gz")
     assert daemon.stop() == 0
 
 
@@ -91,26 +111,24 @@ def test_a_clock_that_is_set_forward_is_said_and_removes_nothing(
 def test_a_start_by_a_later_clock_removes_nothing(
     stage: Stage, receiver: RunningReceiver, shim: Shim, lost: bool
 ) -> None:
-    stage.configure(
-        receiver.url,
-        top='heartbeat_every = "1s"\nkeep_history_for = "90d"',
-        drop='stable_for = "0s"\nkeep_sent_for = "30d"',
-    )
+    """Nor does the one after it, when archives were sent by that clock."""
+    an_old_archive_would_go(stage, receiver)
     daemon = stage.daemon(shim.environ).ready()
-    stage.put("sent.tar.gz", b"sent")
-    daemon.wait_for("archive.disposed", archive="sent.tar.gz")
+    names = ["sent.tar.gz", "too.tar.gz"]
+    send(stage, daemon, *names)
     assert daemon.stop() == 0
     shim.set_clock(400 * DAYS)
     if lost:
         for path in stage.state.glob("ledger.sqlite3*"):
             path.unlink()
-    again = stage.daemon(shim.environ).ready()
-    if lost:
-        again.wait_for("ledger.restored", restored=1)
-    again.wait_for("daemon.heartbeat", len(again.events("daemon.heartbeat")) + 3)
-    assert (stage.sent / "sent.tar.gz").read_bytes() == b"sent"
-    assert "sent.tar.gz" in stage.backupd("list").stdout
-    assert again.stop() == 0
+    for name in ("later.tar.gz", "latest.tar.gz"):
+        again = stage.daemon(shim.environ).ready()
+        if lost and name == "later.tar.gz":
+            again.wait_for("ledger.restored", restored=2)
+        send(stage, again, name)
+        names.append(name)
+        assert_kept_and_known(stage, again, *names)
+        assert again.stop() == 0
 
 
 def test_a_host_that_sleeps_in_the_middle_of_an_upload(stage: Stage) -> None:

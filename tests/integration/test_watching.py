@@ -269,6 +269,24 @@ def test_our_own_folders_are_not_watched_nor_what_leaves(tmp_path: Path) -> None
     assert not any(mask & InotifyConstants.IN_MOVED_FROM for mask in masks.values())
 
 
+def test_directories_beyond_the_length_of_a_path_are_not_watched(tmp_path: Path) -> None:
+    """Their paths would take memory by the square of the depth."""
+    scene = Watching(tmp_path, rescan_every=NEVER)
+    name = "d" * 250
+    here = os.open(scene.root, os.O_RDONLY)
+    for _ in range(100):
+        os.mkdir(name, dir_fd=here)
+        below = os.open(name, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    scene.start()
+    scene.put("r1.cfg")
+    scene.wait_admitted("r1.cfg")
+    assert len(watched()) == 1 + 4095 // 251
+    scene.end()
+
+
 def watched() -> dict[int, int]:
     """Return the inode of each directory that this process watches by inotify, and the events it asks for."""
     masks = {}
