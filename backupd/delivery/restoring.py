@@ -63,7 +63,7 @@ class Restorer:
         self._done: set[bytes] = set()
         self._said: set[bytes] = set()
         self._doubted: set[bytes] = set()
-        self._looked: frozenset[str] = frozenset()
+        self._looked: set[bytes] = set()
         self._again: dict[bytes, float] = {}
         """When to look again at a place where it failed, by its path (monotonic)."""
         self.pulse = Pulse("restorer of history")
@@ -79,31 +79,27 @@ class Restorer:
 
     def look(self, stop: threading.Event) -> None:
         """Look through each folder that is there and for which that was not done yet, as far as it can be."""
-        drops = frozenset(self._rules)
         there = [place for place in self._places() if self._is_due(place) and place.is_there()]
-        if there and not self._restore_all(there, stop):
+        if not there:
             return
-        self._looked = drops
-
-    def has_looked_at(self, drop: str) -> bool:
-        """Tell whether all that is there of a drop, and can be known, is."""
-        return drop in self._looked
-
-    def _restore_all(self, there: list[Place], stop: threading.Event) -> bool:
-        """Return whether each was looked through as far as it can be."""
         try:
             shelf = self._open_shelf()
             try:
                 for place in there:
                     if shelf.is_restored(place.drop, place.top) or self._restore(shelf, place, stop):
                         self._done.add(place.path)
+                    if not stop.is_set():
+                        self._looked.add(place.path)
             finally:
                 shelf.close()
         except LedgerError as error:
             self._again |= {place.path: time.monotonic() + _AFTER_FAILURE for place in there}
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
-            return False
-        return not stop.is_set()
+
+    def has_looked_at(self, drop: str) -> bool:
+        """Tell whether all that is there of a drop is known, as far as it can be; from any thread."""
+        places = [place for place in self._places() if place.drop == drop]
+        return all(place.path in self._looked or not place.is_there() for place in places)
 
     def _is_due(self, place: Place) -> bool:
         return place.path not in self._done and time.monotonic() >= self._again.get(place.path, 0.0)
