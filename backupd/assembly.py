@@ -154,7 +154,7 @@ class Assembly:
 
     def _doubt_since(self, last: datetime) -> None:
         self.clock.doubt_since(last)
-        self._ledger.note_clock(self.clock.note())  # before what is doubted by it can be looked at
+        self._ledger.note_clock(self.clock.note(), patience=5.0)  # before what it is about can be looked at
 
     def _look_again(self, drop: str, relpath: bytes) -> None:
         part = self.parts.drops.get(drop)

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from backupd.clock import Clock
 from backupd.core.doubt import ZERO
-from backupd.core.errors import LedgerError
+from backupd.core.errors import LedgerError, LedgerHeldError
 from backupd.delivery.pruning import Pruning
 from backupd.intake.freshness import Freshness
 from backupd.ops import events
@@ -56,6 +56,8 @@ class Upkeep:
         """Have the next start know of the clock; to be called before anything is admitted."""
         try:
             self._parts.ledger.note_clock(self._clock.note())
+        except LedgerHeldError:
+            pass  # a heartbeat waits for nobody; the next one notes it
         except LedgerError as error:
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
 

@@ -43,5 +43,9 @@ class LedgerError(BackupdError):
     exit_code = 78
 
 
+class LedgerHeldError(LedgerError):
+    """Another process writes to the ledger, for longer than we wait."""
+
+
 class LedgerDamagedError(BackupdError):
     """The ledger's content can't be believed any more; no `LedgerError`, as trying again mends nothing."""

@@ -91,10 +91,10 @@ class SqliteHabits(Transactions, Habits):
             return None
         return ClockNote(as_time(seen[0]), [Doubt(a * _MICROSECOND, r * _MICROSECOND) for a, r in doubts])
 
-    def note_clock(self, note: ClockNote) -> None:
+    def note_clock(self, note: ClockNote, *, patience: float = 0.0) -> None:
         """See `Habits.note_clock`."""
         doubts = [(doubt.ahead // _MICROSECOND, doubt.left // _MICROSECOND) for doubt in note.doubts]
-        with self._transaction(durable=bool(doubts)) as db:
+        with self._transaction(durable=bool(doubts), patience=patience) as db:
             db.execute("DELETE FROM clock")
             db.execute("INSERT INTO clock VALUES (?)", (as_micros(note.seen_at),))
             db.execute("DELETE FROM doubt")

@@ -73,8 +73,11 @@ class Habits(Protocol):
         """Return what was noted of the clock last; None where nothing was."""
         ...
 
-    def note_clock(self, note: ClockNote) -> None:
-        """Note what the clock says, and what is doubted of it."""
+    def note_clock(self, note: ClockNote, *, patience: float = 0.0) -> None:
+        """Note what the clock says, and what is doubted of it.
+
+        Raises LedgerHeldError where another process holds the ledger for longer than `patience`, in seconds.
+        """
         ...
 
     def prune(self, before: Callable[[], datetime], most: int) -> int:

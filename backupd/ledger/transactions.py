@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from backupd.core.errors import LedgerDamagedError, LedgerError
+from backupd.core.errors import LedgerDamagedError, LedgerError, LedgerHeldError
 
 _PATIENCE = 5.0
 """Seconds for which another process may hold the ledger before that is said."""
@@ -30,18 +30,18 @@ class Transactions:
         self._files = {file: os.stat(file) for file in files if os.path.exists(file)}
 
     @contextmanager
-    def _transaction(self, *, durable: bool) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, *, durable: bool, patience: float = _PATIENCE) -> Iterator[sqlite3.Connection]:
         with failures("written"):
-            self._begin(durable=durable)
+            self._begin(durable=durable, patience=patience)
             try:
                 with _committed(self._db):
                     yield self._db
             finally:
                 self._lock.release()
 
-    def _begin(self, *, durable: bool) -> None:
+    def _begin(self, *, durable: bool, patience: float) -> None:
         """Take the lock and begin; while another process is waited for, the lock is free for readers."""
-        until = time.monotonic() + _PATIENCE
+        until = time.monotonic() + patience
         while True:
             self._lock.acquire()
             try:
@@ -106,9 +106,11 @@ def failures(what: str) -> Iterator[None]:
                 "the daemon ends; the next start checks the ledger, puts a damaged one aside and begins"
                 " anew from the folders; look at the disk of `state_dir`",
             ) from error
-        held = "another process holds it: `fuser` tells which; it goes on once that lets go"
-        hint = held if _is_held(error) else "check the disk of `state_dir`"
-        raise LedgerError(f"the ledger can't be {what}: {error}", hint) from error
+        says = f"the ledger can't be {what}: {error}"
+        if _is_held(error):
+            hint = "another process holds it: `fuser` tells which; it goes on once that lets go"
+            raise LedgerHeldError(says, hint) from error
+        raise LedgerError(says, "check the disk of `state_dir`") from error
 
 
 def is_damage(error: sqlite3.Error) -> bool:

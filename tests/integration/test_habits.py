@@ -72,10 +72,10 @@ class FailingLedger(SqliteLedger):
 
     full = False
 
-    def _transaction(self, *, durable: bool) -> Any:
+    def _transaction(self, *, durable: bool, patience: float = 5.0) -> Any:
         if self.full:
             raise LedgerError("the ledger can't be written: database or disk is full", "check the disk")
-        return super()._transaction(durable=durable)
+        return super()._transaction(durable=durable, patience=patience)
 
 
 class Scene:
