@@ -153,8 +153,8 @@ class Assembly:
         )
 
     def _doubt_since(self, last: datetime) -> None:
-        self.clock.doubt_since(last)
-        self._ledger.note_clock(self.clock.note(), patience=5.0)  # before what it is about can be looked at
+        if self.clock.doubt_since(last):
+            self._ledger.note_clock(self.clock.note(), patience=5.0)  # before it is looked at
 
     def _look_again(self, drop: str, relpath: bytes) -> None:
         part = self.parts.drops.get(drop)

@@ -27,11 +27,13 @@ class Clock:
         if before is not None:
             self._doubts.add(datetime.now(UTC) - before.seen_at, _since_boot())
 
-    def doubt_since(self, last: datetime) -> None:
-        """Doubt all of the time since a known one for a day, unless as much is doubted already."""
+    def doubt_since(self, last: datetime) -> bool:
+        """Doubt all of the time since a known one for a day; return False where that is done already."""
         with self._lock:
             boot = _since_boot()
-            self._doubts.add(max(datetime.now(UTC) - last - self._doubts.total(boot), ZERO), boot)
+            more = datetime.now(UTC) - last - self._doubts.fresh(boot)
+            self._doubts.add(max(more, ZERO), boot)
+            return more > ZERO
 
     def step(self) -> timedelta:
         """Return by how much the clock was set since last asked, negative where it was set back."""
@@ -53,7 +55,9 @@ class Clock:
     def note(self) -> ClockNote:
         """Return what is to be known of it at the next start."""
         with self._lock:
-            return ClockNote(datetime.now(UTC), self._doubts.left(_since_boot()))
+            now = datetime.now(UTC)
+            unnoticed = _offset() - self._offset  # the next start will notice it
+            return ClockNote(now - max(unnoticed, ZERO), self._doubts.left(_since_boot()))
 
 
 def _since_boot() -> timedelta:

@@ -92,7 +92,7 @@ class Daemon:
         )
         released = parts.ledger.release_claims()
         self._upkeep.bring_forward()
-        self._upkeep.note_clock()
+        self._upkeep.mind_clock()
         undisposed = parts.ledger.count_undisposed()
         self._threads.start(parts.recorder.run, self._abandon, parts.recorder.pulse)
         self._begin(parts.drops, parts.destinations)
@@ -271,6 +271,7 @@ class Daemon:
         if settled:
             with suppress(LedgerError, LedgerDamagedError):  # the next start does it too
                 self._parts.ledger.release_claims()
+                self._upkeep.note_clock()
                 pending = sum(b.pending for b in self._parts.ledger.backlog().values())
             self._parts.ledger.close()
         self._log.emit(

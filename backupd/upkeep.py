@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from datetime import UTC, datetime
 
 from backupd.clock import Clock
@@ -12,6 +14,9 @@ from backupd.intake.freshness import Freshness
 from backupd.ops import events
 from backupd.ops.log import EventLog
 from backupd.parts import Parts
+
+_NOTE_EVERY = 60.0
+"""Seconds, by which a doubt of the clock may last longer where the end of the daemon is not noted."""
 
 
 class Upkeep:
@@ -26,6 +31,8 @@ class Upkeep:
         self._log = log
         self._freshness = freshness
         self._pruning = Pruning(parts.ledger)
+        self._noted = -math.inf
+        """When the clock was noted last (monotonic)."""
 
     @property
     def overdue(self) -> int:
@@ -35,7 +42,6 @@ class Upkeep:
     def tick(self) -> None:
         """Do it; what the ledger does not allow now is done at the next one."""
         now = datetime.now(UTC)
-        self.note_clock()
         try:
             self._freshness.tick(now)
             self._pruning.tick(lambda: self._clock.believed() - self._parts.config.keep_history_for)
@@ -53,17 +59,20 @@ class Upkeep:
             self._parts.ledger.bring_forward(name, now + destination.retry.max)
 
     def note_clock(self) -> None:
-        """Have the next start know of the clock; to be called before anything is admitted."""
+        """Have the next start know of the clock; to be called at the end, too."""
+        self._noted = time.monotonic()
         try:
             self._parts.ledger.note_clock(self._clock.note())
         except LedgerHeldError:
-            pass  # a heartbeat waits for nobody; the next one notes it
+            pass  # nobody is waited for here: the next time will do
         except LedgerError as error:
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
 
     def mind_clock(self) -> None:
         """Look whether the clock was set, say so, and see to what waits for a time."""
         step = self._clock.step()
+        if step != ZERO or time.monotonic() - self._noted > _NOTE_EVERY:
+            self.note_clock()
         if step == ZERO:
             return
         self._log.emit(
@@ -73,7 +82,6 @@ class Upkeep:
             if step > ZERO
             else "see to the host's clock; what waits is tried no later than it would have been",
         )
-        self.note_clock()
         if step > ZERO:
             return
         for gate in self._parts.gates.values():

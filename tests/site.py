@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from backupd.core.keeping import Order
-from backupd.core.model import fingerprint_of
+from backupd.core.model import Delivery, Outcome, fingerprint_of
 from backupd.delivery.disposal import Disposal, Rule
 from backupd.delivery.keeping import Keeper, Stock, Stocks
 from backupd.drop.folder import DropFolder
@@ -66,13 +66,21 @@ class Site:
 
     def send(self, name: str, at: datetime, content: bytes = b"abc", *, good: bool = True) -> Path:
         """Have a file delivered, or rejected, and put away at a time; return where it lies."""
+        self.admit(name, at, content)
+        [claim] = self.ledger.claim("vault", at)
+        return self.put_away(claim, at, delivered(content) if good else rejected())
+
+    def admit(self, name: str, at: datetime, content: bytes = b"abc") -> None:
+        """Have a file come."""
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         seen = Sighting("switches", os.fsencode(name), fingerprint_of(path.stat()))
         self.ledger.admit([seen], ["vault"], at)
-        [claim] = self.ledger.claim("vault", at)
-        ended = finished(claim, delivered(content) if good else rejected(), now=at)
+
+    def put_away(self, claim: Delivery, at: datetime, outcome: Outcome) -> Path:
+        """Have a delivery end so, and its file put away, at a time; return where that lies."""
+        ended = finished(claim, outcome, now=at)
         done, _ = self._disposal.dispose(self.ledger.record([ended], at))
         self.ledger.disposed(done, [], at)
         assert done[0].to is not None

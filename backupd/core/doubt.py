@@ -35,6 +35,10 @@ class Doubts:
         """Return by how much the clock may be ahead."""
         return sum((ahead for ahead, until in self._parts if now < until), ZERO)
 
+    def fresh(self, now: timedelta) -> timedelta:
+        """Return how much of that will be doubted for a day yet."""
+        return sum((ahead for ahead, until in self._parts if until >= now + DAY), ZERO)
+
     def left(self, now: timedelta) -> list[Doubt]:
         """Return what is left of them, to be kept."""
         return [Doubt(ahead, until - now) for ahead, until in self._parts if now < until]

@@ -7,6 +7,7 @@ import heapq
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -89,6 +90,8 @@ class Keeper:
         self._log = log
         self._now = now
         self._is_known = is_known
+        self._lacking_since = 0.0
+        """Since when some sent archives are not known (monotonic); 0: all are."""
         self._opened: Shelf | None = None
         self._progress: dict[str, _Progress] = {}
         self._grown: dict[str, set[bytes]] = {}
@@ -172,8 +175,12 @@ class Keeper:
         self, shelf: Shelf, short: Shortage, able: Mapping[str, Stock], now: datetime, tell_every: timedelta
     ) -> bool:
         """Remove the oldest of all drops on a disk that is short of room; return whether to go on."""
-        if not all(map(self._is_known, short.drops)):
-            return False  # the oldest may be among those that come back
+        if not all(map(self._is_known, short.drops)):  # the oldest may be among those that come back
+            self._lacking_since = self._lacking_since or time.monotonic()
+            if time.monotonic() - self._lacking_since > _EVERY:
+                self._room.tell(short, now, tell_every)
+            return False
+        self._lacking_since = 0.0
         pages = [shelf.oldest(name, None, None, _MOST) for name in short.drops if name in able]
         oldest = list(heapq.merge(*pages, key=lambda k: (k.since, k.archive.id)))[:_MOST]
         chosen = oldest[: enough(short.missing, [k.archive.fingerprint.size for k in oldest])]

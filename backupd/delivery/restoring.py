@@ -62,7 +62,6 @@ class Restorer:
         self._began_ns = time.time_ns()
         self._done: set[bytes] = set()
         self._said: set[bytes] = set()
-        self._doubted: set[bytes] = set()
         self._looked: set[bytes] = set()
         self._again: dict[bytes, float] = {}
         """When to look again at a place where it failed, by its path (monotonic)."""
@@ -131,7 +130,7 @@ class Restorer:
                     continue
                 page += [one] if one else []
                 unknown += one is None and file.ctime_ns < self._began_ns  # a newer one gets its record yet
-            restored += self._note(shelf, place, page)
+            restored += self._note(shelf, page)
             if stop.wait(_PAUSE):
                 return False
         if stop.is_set():
@@ -155,10 +154,10 @@ class Restorer:
         device = self._device_of(settled.archive) if arrived else None
         return Restored(ident, settled, relpath, since, device)
 
-    def _note(self, shelf: Shelf, place: Place, page: list[Restored]) -> int:
-        if page and place.path not in self._doubted:  # at a later look it has been doubted long enough
+    def _note(self, shelf: Shelf, page: list[Restored]) -> int:
+        page = shelf.lacking(page)
+        if page:
             self._doubt_since(min(one.since for one in page))
-            self._doubted.add(place.path)
         oldest = self._forgotten()
         kept = [one for one in page if one.since >= oldest]
         return shelf.restore(kept) if kept else 0

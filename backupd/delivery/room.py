@@ -59,7 +59,7 @@ class Room:
             path=short.path,
             free_bytes=short.free,
             min_free_bytes=short.needed,
-            error="less than `min_free` is free, and no sent archive is left that could be removed",
+            error="less than `min_free` is free, and no sent archive is known that could be removed",
             hint="make room on that filesystem, or enlarge it: once it is full, backups can't be dropped",
         )
 

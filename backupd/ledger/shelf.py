@@ -67,7 +67,8 @@ class Shelf(Protocol):
     def newer(self, kept: Kept, most: int) -> int:
         """Return how many archives of the same series came after one; `most` for more than that.
 
-        Those count that were both admitted and moved after it: a clock that is wrong makes none seem old.
+        The fewer count, of those that were moved after it and those that were admitted after it: a clock that
+        was wrong makes none seem old. How those of a restored history were numbered tells nothing.
         """
         ...
 
@@ -96,6 +97,10 @@ class Shelf(Protocol):
 
     def lowest(self) -> int:
         """Return a number that is below those of all archives, and of all that are to come."""
+        ...
+
+    def lacking(self, found: Sequence[Restored]) -> list[Restored]:
+        """Return those archives that are not known."""
         ...
 
     def restore(self, found: Sequence[Restored]) -> int:

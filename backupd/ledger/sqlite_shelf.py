@@ -24,13 +24,6 @@ _COLUMNS = f"{ARCHIVE_COLUMNS}, disposed_to, disposed_at"
 _SENT = "state = 'delivered' AND disposed_to IS NOT NULL"
 _KEPT = f"{_SENT} AND removal IS NULL"
 _IN_SERIES = "series IS NOT NULL AND removal IS NULL"
-_AFTER = (
-    "(SELECT count(*) FROM (SELECT 1 FROM archive a INDEXED BY archive_series"
-    " WHERE a.drop_name = ?1 AND a.series = ?2 AND a.series IS NOT NULL AND a.removal IS NULL"
-    " AND (a.disposed_at, a.id) > (archive.disposed_at, archive.id)"
-    " AND max(a.id, 0) >= max(archive.id, 0) LIMIT ?4))"
-)
-"""How many came after one; those of a restored history are numbered as they were found."""
 
 
 def open_shelf(state_dir: Path) -> Shelf:
@@ -78,24 +71,33 @@ class SqliteShelf(Shelf):
 
     def newer(self, kept: Kept, most: int) -> int:
         """See `Shelf.newer`."""
+        series = "(SELECT series FROM archive WHERE id = ?2)"
+        moved_after = (
+            "SELECT count(*) FROM (SELECT 1 FROM archive INDEXED BY archive_series"  # noqa: S608 -- own clauses
+            f" WHERE drop_name = ?1 AND {_IN_SERIES} AND series = {series} AND (disposed_at, id) > (?3, ?2)"
+            " LIMIT ?4)"
+        )
+        admitted_after = (
+            "SELECT count(*) FROM (SELECT 1 FROM archive INDEXED BY archive_last"  # noqa: S608 -- own clauses
+            f" WHERE drop_name = ?1 AND {_IN_SERIES} AND series = {series} AND id > ?2 LIMIT ?4)"
+        )
         rows = self._query(
-            "SELECT count(*) FROM (SELECT 1 FROM archive INDEXED BY archive_series"  # noqa: S608 -- own clause
-            f" WHERE drop_name = ?1 AND {_IN_SERIES} AND (disposed_at, id) > (?2, ?3)"
-            " AND max(id, 0) >= max(?3, 0)"
-            " AND series = (SELECT series FROM archive WHERE id = ?3) LIMIT ?4)",
-            (kept.archive.drop, as_micros(kept.since), kept.archive.id, most),
+            f"SELECT min(({moved_after}), CASE WHEN ?2 > 0 THEN ({admitted_after}) ELSE ?4 END)",
+            (kept.archive.drop, kept.archive.id, as_micros(kept.since), most),
         )
         return int(rows[0][0])
 
     def beyond(self, drop: str, series: bytes, last: int, until: datetime, most: int) -> list[Kept]:
         """See `Shelf.beyond`."""
+        members = f"WHERE drop_name = ?1 AND series = ?2 AND {_IN_SERIES}"
         return self._kept(
-            f"INDEXED BY archive_series WHERE drop_name = ?1 AND series = ?2 AND {_IN_SERIES}"  # noqa: S608
-            " AND disposed_at <= ?3 AND (disposed_at, id) < ("
-            "  SELECT disposed_at, id FROM archive INDEXED BY archive_series"
-            f" WHERE drop_name = ?1 AND series = ?2 AND {_IN_SERIES}"
+            f"INDEXED BY archive_series {members} AND disposed_at <= ?3 AND (disposed_at, id) < ("  # noqa: S608
+            f"  SELECT disposed_at, id FROM archive INDEXED BY archive_series {members}"
             "  ORDER BY disposed_at DESC, id DESC LIMIT 1 OFFSET ?4 - 1"
-            f" ) AND {_AFTER} >= ?4 ORDER BY disposed_at DESC, id DESC LIMIT ?5",
+            " ) AND (id <= 0 OR id < ("
+            f"  SELECT id FROM archive INDEXED BY archive_last {members}"
+            "  ORDER BY id DESC LIMIT 1 OFFSET ?4 - 1"
+            " )) ORDER BY disposed_at DESC, id DESC LIMIT ?5",
             (drop, series, as_micros(until), last, most),
         )
 
@@ -131,6 +133,11 @@ class SqliteShelf(Shelf):
         """See `Shelf.lowest`."""
         return int(self._query("SELECT min(coalesce(min(id), 1), 1) - 1 FROM archive", ())[0][0])
 
+    def lacking(self, found: Sequence[Restored]) -> list[Restored]:
+        """See `Shelf.lacking`."""
+        with failures("read"):
+            return [one for one in found if not _is_known(self._db, one)]
+
     def restore(self, found: Sequence[Restored]) -> int:
         """See `Shelf.restore`."""
         with transaction(self._db):
@@ -154,11 +161,15 @@ class SqliteShelf(Shelf):
             return self._db.execute(query, values).fetchall()
 
 
+def _is_known(db: sqlite3.Connection, one: Restored) -> bool:
+    known = "SELECT 1 FROM delivery WHERE id = ?"
+    return any(db.execute(known, (ending.delivery_id,)).fetchone() for ending in one.settled.endings)
+
+
 def _restore(db: sqlite3.Connection, one: Restored) -> bool:
     """Insert what is not known yet."""
     settled, archive = one.settled, one.settled.archive
-    known = "SELECT 1 FROM delivery WHERE id = ?"
-    if any(db.execute(known, (ending.delivery_id,)).fetchone() for ending in settled.endings):
+    if _is_known(db, one):
         return False
     db.execute(
         "INSERT INTO archive (id, drop_name, relpath, device, inode, size, mtime_ns, ctime_ns, admitted_at,"

@@ -6,15 +6,17 @@ import contextlib
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import pytest
 
-from backupd.ledger.database import LOCK_NAME
+from backupd.ledger.database import FILE_NAME, LOCK_NAME
 from backupd.receiver.serve import RunningReceiver
 from tests.faults.shim import Shim
 from tests.scripted import Peer, ScriptedServer, receipt_for, server_context
@@ -129,6 +131,24 @@ def test_a_start_by_a_later_clock_removes_nothing(
         names.append(name)
         assert_kept_and_known(stage, again, *names)
         assert again.stop() == 0
+
+
+def test_a_doubt_of_the_clock_has_an_end_however_short_the_daemon_runs(
+    stage: Stage, receiver: RunningReceiver, shim: Shim
+) -> None:
+    stage.configure(receiver.url, top='heartbeat_every = "1h"')
+    assert stage.daemon(shim.environ).ready().stop() == 0
+    shim.set_clock(400 * DAYS)
+    left = []
+    for _ in range(2):
+        daemon = stage.daemon(shim.environ).ready()
+        time.sleep(1.0)  # of which a second has to be off the doubt
+        assert daemon.stop() == 0
+        with contextlib.closing(sqlite3.connect(stage.state / FILE_NAME)) as ledger:
+            [(ahead, remaining)] = ledger.execute("SELECT ahead, remaining FROM doubt").fetchall()
+        assert 400 * DAYS * 10**6 - 10**9 < ahead < 400 * DAYS * 10**6 + 10**9
+        left.append(remaining / 10**6)
+    assert left[1] < left[0] - 1.0 < 25 * 3600 - 2.0
 
 
 def test_a_host_that_sleeps_in_the_middle_of_an_upload(stage: Stage) -> None:

@@ -242,6 +242,32 @@ def test_the_cost_of_a_look_does_not_grow_with_the_history(site: Site) -> None:
     assert steps[1] < 2 * steps[0] + 100
 
 
+@pytest.mark.parametrize("step", [1, -1], ids=["oldest first", "newest first"])
+def test_the_cost_of_what_is_removed_is_that_of_each(site: Site, step: int) -> None:
+    steps: list[int] = []
+    for count in (100, 1500):
+        names = [b"h-%d-%d" % (count, n) for n in range(count)]
+        site.ledger.admit([a_sighting(n, fingerprint=a_fingerprint()) for n in names], ["vault"], NOW)
+        claims = [c for _ in names for c in site.ledger.claim("vault", NOW)]
+        settled = site.ledger.record([finished(c, delivered()) for c in claims], NOW)
+        for minute, one in enumerate(settled[::step]):
+            to = b"sent/%d/%s" % (count, one.archive.relpath)
+            site.ledger.disposed([Disposed(one.archive.id, to)], [], NOW + timedelta(minutes=minute))
+        (site.root / "sent").mkdir(exist_ok=True)
+        connection = sqlite3.connect(site.state / FILE_NAME, isolation_level=None)
+        site._closing.callback(connection.close)
+        site.keeper._opened = SqliteShelf(connection)
+        ticked = [0]
+
+        def tick(ticked: list[int] = ticked) -> None:
+            ticked[0] += 1
+
+        connection.set_progress_handler(tick, 1)
+        site.keep(NOW + 2 * DAY, keep_last=5)
+        steps.append(ticked[0])
+    assert steps[1] < 2 * 15 * steps[0]
+
+
 def test_the_last_ones_are_those_that_came_last_though_the_clock_was_behind(site: Site) -> None:
     for number in range(3):
         site.send("a.cfg", NOW + number * HOUR, b"right")
@@ -253,6 +279,21 @@ def test_the_last_ones_are_those_that_came_last_though_the_clock_was_behind(site
     site.keep(NOW + DAY)
     [last] = [path for path in (site.root / "sent").iterdir() if path.suffix != ".json"]
     assert last.read_bytes() == b"right again"
+
+
+def test_the_last_ones_of_a_backlog_that_was_sent_newest_first(site: Site) -> None:
+    """As `priority = "newest"` does."""
+    for number in range(30):
+        site.admit(f"{number:02}.cfg", NOW)
+    for minute, claim in enumerate(reversed(site.ledger.claim("vault", NOW, most=99))):
+        site.put_away(claim, NOW + timedelta(minutes=minute), delivered())
+    site.keep(NOW + DAY, keep_last=3)
+    newest, sent_last = ["27.cfg", "28.cfg", "29.cfg"], ["00.cfg", "01.cfg", "02.cfg"]
+    assert site.sent() == sent_last + newest
+    for number in range(30, 33):
+        site.send(f"{number}.cfg", NOW + DAY)
+    site.keep(NOW + DAY)
+    assert site.sent() == ["30.cfg", "31.cfg", "32.cfg"]
 
 
 # room on the disk

@@ -253,6 +253,25 @@ def test_what_can_be_seen_later_only_is_doubted_then(site_of_nobody: Lost) -> No
     assert (site.doubted, len(site.rows())) == ([NOW], 1)
 
 
+def test_whatever_comes_back_is_doubted_and_what_is_known_is_not(site_of_nobody: Lost) -> None:
+    site = site_of_nobody
+    for number in range(70):
+        site.send(f"{number:02}.cfg", NOW)
+    site.send("old.cfg", NOW - 200 * DAY).chmod(0o640)  # it lies on the second page by that
+    site.send("shut/late.cfg", NOW - 300 * DAY)
+    (site.root / "sent" / "shut").chmod(0)
+    site.lose()
+    with without_rights():
+        site.restore()
+        assert site.doubted == [NOW, NOW - 200 * DAY]
+        assert site.events("ledger.incomplete")
+        site.restore()  # as at the next start
+        assert site.doubted == [NOW, NOW - 200 * DAY]
+    (site.root / "sent" / "shut").chmod(0o755)
+    site.restore()
+    assert site.doubted == [NOW, NOW - 200 * DAY, NOW - 300 * DAY]
+
+
 def test_no_room_is_made_before_the_old_ones_are_known(site: Lost) -> None:
     for number in range(3):
         site.send(f"old-{number}.cfg", NOW, b"x" * 4096)

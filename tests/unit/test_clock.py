@@ -171,6 +171,26 @@ def test_a_doubt_ends_though_others_come(host: Host) -> None:
     assert host.now - clock.believed() <= timedelta(seconds=2)
 
 
+def test_a_history_that_comes_back_is_doubted_for_a_day_of_its_own(host: Host) -> None:
+    host.wall += 1000 * 86400
+    clock = Clock(ClockNote(host.now - timedelta(days=1000)))
+    host.passes(86400 + 1800)  # that doubt is about to end
+    old = host.now - timedelta(days=900)
+    assert clock.doubt_since(old)
+    assert not clock.doubt_since(old + timedelta(days=1))
+    host.passes(86400)
+    assert clock.believed() == old + timedelta(days=1)
+    host.passes(3600)
+    assert clock.believed() == host.now
+
+
+def test_a_step_that_is_not_noticed_yet_is_left_to_the_next_start(host: Host) -> None:
+    clock = Clock()
+    right = host.now
+    host.wall += 400 * 86400
+    assert Clock(clock.note()).believed() == right
+
+
 DAY, HOUR = timedelta(days=1), timedelta(hours=1)
 
 

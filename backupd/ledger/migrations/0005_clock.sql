@@ -7,3 +7,6 @@ CREATE TABLE doubt (
     ahead     INTEGER NOT NULL,
     remaining INTEGER NOT NULL
 );
+-- The last of a series by their numbers; those of a restored history have none that means anything.
+CREATE INDEX archive_last ON archive (drop_name, series)
+    WHERE series IS NOT NULL AND removal IS NULL;
