@@ -658,8 +658,8 @@ def ask_in_vain(tmp_path: Path, pki: Pki, status: int) -> tuple[Vault, list[Outc
     def script(peer: Peer) -> None:
         if peer.number in (1, 2):
             peer.read_request()
+            vault.log.append(f"answered {status}")  # before the next connection can come
             peer.send(refusals.pop())
-            vault.log.append(f"answered {status}")
         vault(peer)
 
     outcomes: list[Outcome] = []
