@@ -8,15 +8,16 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from backupd.core.keeping import MinFree
 from backupd.delivery.keeping import Keeper
 from backupd.ledger.database import FILE_NAME
-from backupd.ledger.port import Disposed
+from backupd.ledger.port import Disposed, Settled
 from backupd.ledger.sqlite_shelf import SqliteShelf, open_shelf
 from tests.factories import NOW, a_fingerprint, a_sighting, delivered, finished
 from tests.privileges import needs_root
@@ -217,28 +218,39 @@ def test_what_cannot_be_removed_is_said_once_and_tried_again(site: Site) -> None
     assert site.sent() == []
 
 
+def many_delivered(site: Site, count: int) -> list[Settled]:
+    """Have the ledger know of deliveries, without files."""
+    names = [b"h-%d-%d" % (count, n) for n in range(count)]
+    site.ledger.admit([a_sighting(n, fingerprint=a_fingerprint()) for n in names], ["vault"], NOW)
+    claims = [c for _ in names for c in site.ledger.claim("vault", NOW)]
+    return site.ledger.record([finished(c, delivered()) for c in claims], NOW)
+
+
+def steps_of(site: Site, now: datetime, **order: Any) -> int:
+    """Keep to an order, and return how many steps SQLite took for that."""
+    connection = sqlite3.connect(site.state / FILE_NAME, isolation_level=None)
+    site._closing.callback(connection.close)
+    site.keeper._opened = SqliteShelf(connection)
+    steps = 0
+
+    def tick() -> None:
+        nonlocal steps
+        steps += 1
+
+    connection.set_progress_handler(tick, 1)
+    site.keep(now, **order)
+    return steps
+
+
 def test_the_cost_of_a_look_does_not_grow_with_the_history(site: Site) -> None:
     steps: list[int] = []
     for count in (100, 3000):
-        names = [b"h-%d-%d" % (count, n) for n in range(count)]
-        site.ledger.admit([a_sighting(n, fingerprint=a_fingerprint()) for n in names], ["vault"], NOW)
-        claims = [c for _ in names for c in site.ledger.claim("vault", NOW)]
-        settled = site.ledger.record([finished(c, delivered()) for c in claims], NOW)
+        settled = many_delivered(site, count)
         done = [Disposed(s.archive.id, b"sent/x/" + s.archive.relpath) for s in settled]
         site.ledger.disposed(done, [], NOW)
         (site.root / "sent").mkdir(exist_ok=True)
         site.keep(NOW + DAY, keep_for=90 * DAY, keep_last=5)
-        connection = sqlite3.connect(site.state / FILE_NAME, isolation_level=None)
-        site._closing.callback(connection.close)
-        site.keeper._opened = SqliteShelf(connection)
-        ticked = [0]
-
-        def tick(ticked: list[int] = ticked) -> None:
-            ticked[0] += 1
-
-        connection.set_progress_handler(tick, 1)
-        site.keep(NOW + DAY)
-        steps.append(ticked[0])
+        steps.append(steps_of(site, NOW + DAY))
     assert steps[1] < 2 * steps[0] + 100
 
 
@@ -246,25 +258,12 @@ def test_the_cost_of_a_look_does_not_grow_with_the_history(site: Site) -> None:
 def test_the_cost_of_what_is_removed_is_that_of_each(site: Site, step: int) -> None:
     steps: list[int] = []
     for count in (100, 1500):
-        names = [b"h-%d-%d" % (count, n) for n in range(count)]
-        site.ledger.admit([a_sighting(n, fingerprint=a_fingerprint()) for n in names], ["vault"], NOW)
-        claims = [c for _ in names for c in site.ledger.claim("vault", NOW)]
-        settled = site.ledger.record([finished(c, delivered()) for c in claims], NOW)
+        settled = many_delivered(site, count)
         for minute, one in enumerate(settled[::step]):
             to = b"sent/%d/%s" % (count, one.archive.relpath)
             site.ledger.disposed([Disposed(one.archive.id, to)], [], NOW + timedelta(minutes=minute))
         (site.root / "sent").mkdir(exist_ok=True)
-        connection = sqlite3.connect(site.state / FILE_NAME, isolation_level=None)
-        site._closing.callback(connection.close)
-        site.keeper._opened = SqliteShelf(connection)
-        ticked = [0]
-
-        def tick(ticked: list[int] = ticked) -> None:
-            ticked[0] += 1
-
-        connection.set_progress_handler(tick, 1)
-        site.keep(NOW + 2 * DAY, keep_last=5)
-        steps.append(ticked[0])
+        steps.append(steps_of(site, NOW + 2 * DAY, keep_last=5))
     assert steps[1] < 2 * 15 * steps[0]
 
 
