@@ -71,7 +71,7 @@ class SqliteHabits(Transactions, Habits):
         with self._reading() as db:
             rows = db.execute(
                 "SELECT a.id, a.drop_name, a.relpath, u.device, a.size, u.median_size"
-                " FROM unusual_size u JOIN archive a ON a.id = u.archive_id ORDER BY a.id"
+                " FROM unusual_size u CROSS JOIN archive a ON a.id = u.archive_id ORDER BY u.archive_id"
             ).fetchall()
         return [UnusualSize(*row) for row in rows]
 

@@ -10,13 +10,18 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from backupd.core.errors import LedgerError
+from backupd.core.freshness import Device
+from backupd.core.gate import Gate
 from backupd.ledger.database import FILE_NAME, LOCK_NAME, StateLock, daemon_pid, open_for_reading, open_ledger
+from backupd.ledger.habits import ClockNote
+from backupd.ledger.port import Disposed
 from backupd.ledger.sqlite import SqliteLedger
 from tests.factories import NOW, a_sighting, deferred, delivered, finished
 from tests.privileges import a_folder_of_nobody, needs_root, without_rights
@@ -223,6 +228,54 @@ def test_what_is_known_below_a_directory_costs_no_look_at_the_others(tmp_path: P
     plan = [row[3] for row in ledger._db.execute(f"EXPLAIN QUERY PLAN {statements[0]}")]
     assert plan == ["SEARCH archive USING INDEX archive_live (drop_name=? AND relpath>? AND relpath<?)"], plan
     ledger.close()
+
+
+def costs_of_a_day(ledger: SqliteLedger) -> dict[str, int]:
+    """Ask a ledger for all that a daemon asks again and again; return how many steps SQLite took for each."""
+    costs: dict[str, int] = {}
+
+    def cost(ask: Callable[..., Any], *arguments: Any) -> Any:
+        steps = [0]
+        ledger._db.set_progress_handler(lambda: steps.__setitem__(0, steps[0] + 1), 1)
+        answer = ask(*arguments)
+        ledger._db.set_progress_handler(None, 1)
+        costs[ask.__name__] = steps[0]
+        return answer
+
+    cost(ledger.admit, [a_sighting(b"new.cfg")], ["vault"], NOW)
+    (delivery,) = cost(ledger.claim, "vault", NOW)
+    cost(ledger.next_due, "vault")
+    cost(ledger.bring_forward, "vault", NOW)
+    cost(ledger.backlog)
+    cost(ledger.release_claims)
+    (delivery,) = ledger.claim("vault", NOW)
+    (settled,) = cost(ledger.record, [finished(delivery, delivered())], NOW)
+    cost(ledger.undisposed)
+    cost(ledger.count_undisposed)
+    cost(ledger.disposed, [Disposed(settled.archive.id, b"sent/new.cfg")], [], NOW)
+    cost(ledger.known, "switches")
+    cost(ledger.quarantined)
+    cost(ledger.note_gate, "vault", Gate(), None)
+    cost(ledger.doubtful, NOW)
+    cost(ledger.alarmed, [Device("switches", "sw1", NOW)], [])
+    cost(ledger.told, cost(ledger.unusual))
+    cost(ledger.note_clock, ClockNote(NOW))
+    cost(ledger.clock)
+    cost(ledger.prune, lambda: NOW - timedelta(days=1), 100)
+    return costs
+
+
+def test_no_cost_grows_with_the_history(tmp_path: Path) -> None:
+    ledger = SqliteLedger(open_ledger(tmp_path).connection)
+    costs = []
+    for count in (10, 2000):
+        archives = ledger.admit([a_sighting(b"%d" % n) for n in range(count)], ["vault"], NOW).admitted
+        ledger.record([finished(d, delivered()) for _ in archives for d in ledger.claim("vault", NOW)], NOW)
+        ledger.disposed([Disposed(archive.id, b"sent/x") for archive in archives], [], NOW)
+        costs.append(costs_of_a_day(ledger))
+    ledger.close()
+    few, many = costs
+    assert {ask: (few[ask], many[ask]) for ask in few if many[ask] > few[ask] + 200} == {}
 
 
 # damage
