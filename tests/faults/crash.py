@@ -18,6 +18,7 @@ from tests.faults.shim import Call, Manner
 from tests.faults.stepping import STEPS
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EMFILE, errno.EROFS, errno.EXDEV)
+FAR_ERRORS = (errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENOBUFS)
 _WRITES = ("write", "send")
 _GOES_ON = 1.0
 """Seconds that a daemon gets to go on by itself after one error; then it is started anew, without it."""
@@ -44,6 +45,10 @@ class Strike:
                 return errno.errorcode[self.error]
             case _:
                 return f"{errno.errorcode[self.error]} from there on"
+
+    @property
+    def is_far(self) -> bool:
+        return self.error in FAR_ERRORS
 
     @property
     def kills(self) -> bool:
@@ -106,14 +111,16 @@ def all_strikes(calls: Sequence[Call], ground: Ground) -> Iterator[Strike]:
             yield Strike(step, at, Manner.KILL_BEFORE)
             if call is None or call.name in _WRITES:
                 yield Strike(step, at, Manner.KILL_HALFWAY)
-            if call is not None and not call.is_local:
-                continue
-            yield from (Strike(step, at, Manner.FAIL, error) for error in ERRORS)
-            yield from (Strike(step, at, Manner.FAIL_FROM_NOW_ON, error) for error in ERRORS[:2])
+            if call is None or call.is_local:
+                yield from (Strike(step, at, Manner.FAIL, error) for error in ERRORS)
+                yield from (Strike(step, at, Manner.FAIL_FROM_NOW_ON, error) for error in ERRORS[:2])
+            elif call.is_far:
+                yield from (Strike(step, at, Manner.FAIL, error) for error in FAR_ERRORS)
+                yield Strike(step, at, Manner.FAIL_FROM_NOW_ON, FAR_ERRORS[0])
 
 
 def some_strikes(calls: Sequence[Call], ground: Ground, chance: random.Random) -> Iterator[Strike]:
-    """Yield one of each step: a kill and an error, or a cut of the power."""
+    """Yield some of each step: a kill and an error of either kind, or a cut of the power."""
     for step, recorded_ones in by_step(calls, ground).items():
         at = chance.randint(1, len(recorded_ones))
         if ground.drives:
@@ -123,12 +130,15 @@ def some_strikes(calls: Sequence[Call], ground: Ground, chance: random.Random) -
         local = [at for at, call in enumerate(recorded_ones, 1) if call.is_local]
         if local:
             yield Strike(step, chance.choice(local), Manner.FAIL, chance.choice(ERRORS))
+        far = [at for at, call in enumerate(recorded_ones, 1) if call.is_far]
+        if far:
+            yield Strike(step, chance.choice(far), Manner.FAIL, chance.choice(FAR_ERRORS))
 
 
 def strike(ground: Ground, one: Strike, tally: Tally) -> bool:
     """Try one case; return whether there was such a call to strike."""
     daemon = ground.start()
-    archives = ground.put(lambda: ground.shim.arm(one.step, one.at, one.manner, one.error))
+    archives = ground.put(lambda: ground.shim.arm(one.step, one.at, one.manner, one.error, far=one.is_far))
     try:
         struck = _see_it_end(ground, one, archives)
         if struck is None:

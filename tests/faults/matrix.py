@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.faults.crash import ENDINGS, ERRORS, Tally, a_ground, all_strikes, recorded, strike
+from tests.faults.crash import ENDINGS, ERRORS, FAR_ERRORS, Tally, a_ground, all_strikes, recorded, strike
 from tests.faults.delivery import name_of
 from tests.faults.stepping import STEPS
 
@@ -62,7 +62,7 @@ def main(document: Path) -> int:
 
 def table_of(tally: Tally) -> str:
     """Return a Markdown table of steps and what was tried of them: held, of so many."""
-    columns = ["killed", "power cut", *(errno.errorcode[e] for e in ERRORS)]
+    columns = ["killed", "power cut", *(errno.errorcode[e] for e in (*ERRORS, *FAR_ERRORS))]
     columns += [c for c in sorted({column for _, column in tally.tried}) if c not in columns]
     columns = [c for c in columns if any(tally.tried[step, c] for step in STEPS)]
     lines = [f"| step | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]

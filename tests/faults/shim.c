@@ -44,6 +44,7 @@ struct control {
     int32_t at;
     int32_t manner;
     int32_t error;
+    int32_t far; /* whether it is calls of the network that fail, and not those of the folder */
     int32_t struck; /* the number of the call that was struck first */
     int32_t count;
     struct call calls[MOST];
@@ -115,7 +116,7 @@ static int meets(const char *name, int directory, const char *path, int *half) {
     if (!control->at) goto out;
     if (number != control->at && !(control->manner == FAIL_FROM_NOW_ON && number > control->at)) goto out;
     if (control->manner <= FAIL_FROM_NOW_ON) {
-        if (!local) goto out;
+        if (control->far ? strncmp(full, "socket:", 7) : !local) goto out;
         fails = 1;
     }
     if (!control->struck) control->struck = number;
@@ -194,6 +195,7 @@ ON_DESCRIPTOR(ftruncate, COMMA off_t size, COMMA size)
 ON_DESCRIPTOR(ftruncate64, COMMA off_t size, COMMA size)
 ON_DESCRIPTOR(fstat, COMMA struct stat * to, COMMA to)
 ON_DESCRIPTOR(fstat64, COMMA struct stat64 * to, COMMA to)
+ON_DESCRIPTOR(connect, COMMA const struct sockaddr *to COMMA socklen_t size, COMMA to COMMA size)
 
 #define ON_NAME_AT(function, name, rest, pass)                                                                \
     int function(int directory, const char *path rest) {                                                      \

@@ -43,6 +43,7 @@ class _Control(ctypes.Structure):
         ("at", ctypes.c_int32),
         ("manner", ctypes.c_int32),
         ("error", ctypes.c_int32),
+        ("far", ctypes.c_int32),
         ("struck", ctypes.c_int32),
         ("count", ctypes.c_int32),
         ("calls", _Call * _MOST),
@@ -57,6 +58,11 @@ class Call:
     step: int
     is_local: bool
     path: str
+
+    @property
+    def is_far(self) -> bool:
+        """Tell whether it is one of the network."""
+        return self.path.startswith("socket:")
 
 
 class Shim:
@@ -80,11 +86,17 @@ class Shim:
             "FAULTS_ROOT": str(root),
         }
 
-    def arm(self, step: int = -1, at: int = 0, manner: Manner = Manner.FAIL, error: int = 0) -> None:
-        """Count the calls of a step, or of all, from now on, and strike the one with that number; 0: none."""
+    def arm(
+        self, step: int = -1, at: int = 0, manner: Manner = Manner.FAIL, error: int = 0, *, far: bool = False
+    ) -> None:
+        """Count the calls of a step, or of all, from now on, and strike the one with that number; 0: none.
+
+        It fails only if it is one of the folder, or of the network where that is `far`.
+        """
         control = self._control
         control.armed = control.count = control.struck = 0
         control.only, control.at, control.manner, control.error = step, at, manner, error
+        control.far = far
         control.armed = 1
 
     def set_clock(self, ahead: float) -> None:
