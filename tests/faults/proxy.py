@@ -36,6 +36,7 @@ class Kind(enum.Enum):
     SLOW_BODY = "a byte at a time in the body"
     ALERT_IN_BODY = "a TLS alert in the body"
     STALL_BEFORE_ANSWER = "stalled before the answer"
+    RESET_COMING_BACK = "reset in what comes back"
     WRONG_CERTIFICATE = "another certificate"
     NO_ANSWER = "closed before the answer"
     HALF_AN_ANSWER = "cut within the answer"
@@ -52,6 +53,7 @@ _IN_THE_BODY = {
     Kind.SLOW_BODY,
     Kind.ALERT_IN_BODY,
     Kind.STALL_BEFORE_ANSWER,
+    Kind.RESET_COMING_BACK,
 }
 
 
@@ -206,14 +208,19 @@ class FaultProxy:
             sent, spoiled = 0, False
             while True:
                 readable, _, _ = select.select([near, far], [], [])
-                if far in readable and not (spoiled and fault and fault.kind is Kind.STALL_BEFORE_ANSWER):
+                if far in readable:
                     data = far.recv(_PIECE)
-                    if not data:
+                    if spoiled and fault and fault.kind is Kind.STALL_BEFORE_ANSWER:
+                        self._answered.set()  # the receiver has it all, and nobody hears of it
+                    elif not data:
                         return
-                    near.sendall(data)
-                elif far in readable:
-                    far.recv(_PIECE)  # the receiver has it all, and nobody hears of it
-                    self._answered.set()
+                    elif spoiled and fault:
+                        near.sendall(data[: fault.after % len(data)])
+                        self._strike(peer, fault)
+                        peer.reset()
+                        return
+                    else:
+                        near.sendall(data)
                 if near not in readable:
                     continue
                 data = near.recv(_PIECE)
@@ -224,12 +231,14 @@ class FaultProxy:
                 far.sendall(data)
                 if fault is not None and not spoiled and sent > fault.after:
                     spoiled = True
-                    self._strike(peer, fault)
                     if self._spoil(peer, near, far, fault):
                         return
 
     def _spoil(self, peer: Peer, near: socket.socket, far: socket.socket, fault: Fault) -> bool:
         """Do to a connection what is due; return whether that was its end."""
+        if fault.kind is Kind.RESET_COMING_BACK:
+            return False  # its time is that of what comes next
+        self._strike(peer, fault)
         match fault.kind:
             case Kind.STALL_BEFORE_ANSWER:
                 self._answered.clear()
