@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,10 +36,24 @@ _MOST_ROUNDS = 500
 _FURTHEST = 800_000
 """Bytes of a connection after which a fault strikes, at most."""
 
-_DESTINATION = """
-timeout = { connect = "1s", read = "1s", write = "1s", pool = "1s" }
+_TERMS = """
+timeout = {{ connect = "1s", read = "1s", write = "1s", pool = "1s" }}
+workers = {workers}
+deadline = "{deadline}"
+{more}
+[destination.{name}.retry]
+initial = "0.05s"
+max = "0.2s"
 """
-_RETRY = '[destination.vault.retry]\ninitial = "0.05s"\nmax = "0.2s"'
+
+_ANNEX = """
+[destination.annex]
+url = "{url}"
+ca = "{pki.ca_pem}"
+cert = "{pki.client_cert}"
+key = "{pki.client_key}"
+{terms}
+"""
 
 details = st.tuples(st.integers(0, _FURTHEST), st.integers(0, 3), st.sampled_from([1.0, 0.001]))
 
@@ -68,6 +82,7 @@ class Tally:
 
     schedules: int = 0
     in_http2: int = 0
+    to_both: int = 0
     archives: int = 0
     seconds: float = 0.0
     seeds: list[int] = field(default_factory=list)
@@ -82,6 +97,7 @@ def deliver(
     *,
     asks: bool,
     http2: bool = False,
+    to_both: bool = False,
     sizes: Sequence[int] = _SIZES,
     workers: int = 3,
     deadline: str = "5s",
@@ -89,10 +105,10 @@ def deliver(
     """Deliver archives through a schedule, more than `count` where it needs them to come to its end.
 
     With `asks` the daemon may ask the receiver whether it has an archive. With `http2` nginx stands before
-    the receiver, which does not speak it.
+    the receiver, which does not speak it. With `to_both` each archive goes to two receivers, and half of
+    the faults lie in wait on the way to either.
     """
     stage = Stage(base)
-    tls = ServerTls(stage.pki.server_cert, stage.pki.server_key, stage.pki.ca_pem)
     chance = random.Random(len(schedule) + count)
     digests: dict[str, str] = {}
 
@@ -102,59 +118,82 @@ def deliver(
         digests[name] = hashlib.sha256(content).hexdigest()
         stage.put(name, content)
 
+    names = ["vault", "annex"][: 1 + to_both]
     try:
-        with (
-            RunningReceiver(stage.store, tls) as receiver,
-            _in_http2(stage, receiver.port) if http2 else nullcontext(receiver.port) as port,
-            FaultProxy(stage.pki, port, schedule) as proxy,
-        ):
-            url = f"https://127.0.0.1:{proxy.port}/v1/upload"
-            destination = f'workers = {workers}\ndeadline = "{deadline}"\n{_DESTINATION}'
-            destination += f'query_url = "{url}/{{digest}}"\n' if asks else ""
-            destination += "http2 = true" if http2 else ""
-            stage.configure(url, drop='stable_for = "0s"', destination=destination, more=_RETRY)
+        with ExitStack() as stack:
+            proxies = [
+                stack.enter_context(_way(stage, name, schedule[number :: len(names)], http2=http2))
+                for number, name in enumerate(names)
+            ]
+            urls = [f"https://127.0.0.1:{proxy.port}/v1/upload" for proxy in proxies]
+            terms = [
+                _TERMS.format(name=name, workers=workers, deadline=deadline, more=_more(url, asks, http2))
+                for name, url in zip(names, urls, strict=True)
+            ]
+            annex = _ANNEX.format(url=urls[1], pki=stage.pki, terms=terms[1]) if to_both else ""
+            stage.configure(urls[0], drop='stable_for = "0s"', destination=terms[0], more=annex)
             daemon = stage.daemon().ready()
             for _ in range(count):
                 put(chance.choice(sizes))
-            _settle(stage, proxy, digests)
+            _settle(stage, proxies, digests)
             for _ in range(_MOST_ROUNDS):
-                if proxy.is_over:
+                if all(proxy.is_over for proxy in proxies):
                     break
-                proxy.end_clean()
+                for proxy in proxies:
+                    proxy.end_clean()
                 for _ in range(workers):  # the connection that a fault waits on is one of theirs
                     put(_ALONE)
-                _settle(stage, proxy, digests)
+                _settle(stage, proxies, digests)
             assert daemon.stop() == 0
-            assert proxy.is_over, f"not every fault has struck: {proxy.left}"
-            assert proxy.struck == Counter(fault.kind for fault in schedule)
-            _check(stage, digests)
+            assert all(proxy.is_over for proxy in proxies), [proxy.left for proxy in proxies]
+            struck = sum((proxy.struck for proxy in proxies), Counter[Kind]())
+            assert struck == Counter(fault.kind for fault in schedule)
+            _check(stage, digests, names)
             failed = len(daemon.events("attempt.failed"))
-            return Course(len(digests), proxy.struck, failed, _sent_whole(stage))
+            return Course(len(digests), struck, failed, _sent_whole(stage))
     finally:
         stage.end()
 
 
+def _more(url: str, asks: bool, http2: bool) -> str:
+    lines = [f'query_url = "{url}/{{digest}}"'] if asks else []
+    return "\n".join([*lines, *(["http2 = true"] if http2 else [])])
+
+
 @contextmanager
-def _in_http2(stage: Stage, port: int) -> Iterator[int]:
+def _way(stage: Stage, name: str, schedule: Sequence[Fault], *, http2: bool) -> Iterator[FaultProxy]:
+    """Yield the way to a receiver of its own, which stores in the folder of that name."""
+    tls = ServerTls(stage.pki.server_cert, stage.pki.server_key, stage.pki.ca_pem)
+    with (
+        RunningReceiver(stage.base / name, tls) as receiver,
+        _in_http2(stage, name, receiver.port) if http2 else nullcontext(receiver.port) as port,
+        FaultProxy(stage.pki, port, schedule) as proxy,
+    ):
+        yield proxy
+
+
+@contextmanager
+def _in_http2(stage: Stage, name: str, port: int) -> Iterator[int]:
     with a_listener() as listener:
-        nginx = Nginx(stage.base / "nginx", stage.pki, listener)
+        nginx = Nginx(stage.base / f"nginx-{name}", stage.pki, listener)
         passed_on = f"client_max_body_size 0; location / {{ proxy_pass https://127.0.0.1:{port}; }}"
         with nginx.serving(f"{nginx.upstream_tls} {passed_on}", http2=True):
             yield nginx.port
         assert nginx.protocols() == {"HTTP/2.0"}
 
 
-def _settle(stage: Stage, proxy: FaultProxy, digests: dict[str, str]) -> None:
+def _settle(stage: Stage, proxies: Sequence[FaultProxy], digests: dict[str, str]) -> None:
     """Wait until all is delivered; connections that are refused are taken again once one was."""
     refused = 0
 
     def settled() -> bool:
         nonlocal refused
-        if proxy.is_refusing:
+        if any(proxy.is_refusing for proxy in proxies):
             seen = stage.log.read_bytes().count(b'"connect_failed"')
             if seen > refused:
                 refused = seen
-                proxy.take_again()
+                for proxy in proxies:
+                    proxy.take_again()
         with closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=60)) as ledger:
             row = ledger.execute("SELECT count(*) FROM archive WHERE disposition = 'done'").fetchone()
         return int(row[0]) >= len(digests)
@@ -172,20 +211,23 @@ def _sent_whole(stage: Stage) -> int:
     return max(int(row[0]) for row in rows)
 
 
-def _check(stage: Stage, digests: dict[str, str]) -> None:
+def _check(stage: Stage, digests: dict[str, str], destinations: Sequence[str]) -> None:
     names = sorted(digests)
     assert not [path for path in stage.archives(stage.drop) if path.parent != stage.sent]
     assert [path.name for path in stage.archives(stage.sent)] == names
     for path in stage.archives(stage.sent):
         assert hashlib.sha256(path.read_bytes()).hexdigest() == digests[path.name]
-    stored = [hashlib.sha256(path.read_bytes()).hexdigest() for path in stage.stored()]
-    assert sorted(stored) == sorted(digests.values()), "not each was stored, once"
+    for destination in destinations:
+        stored = stage.archives(stage.base / destination / "archives")
+        contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in stored]
+        assert sorted(contents) == sorted(digests.values()), f"not each was stored, once, at {destination}"
     with closing(sqlite3.connect(stage.state / "ledger.sqlite3")) as ledger:
         rows = ledger.execute(
-            "SELECT relpath, archive.state, disposition, verified FROM archive"
+            "SELECT relpath, destination, archive.state, disposition, verified FROM archive"
             " JOIN delivery ON archive_id = archive.id"
         ).fetchall()
-    assert sorted(rows) == [(name.encode(), "delivered", "done", 1) for name in names]
+    both = [(name, destination) for name in names for destination in sorted(destinations)]
+    assert sorted(rows) == [(name.encode(), to, "delivered", "done", 1) for name, to in both]
     lines = [json.loads(line) for line in stage.log.read_text(encoding="utf-8").splitlines()]
     told = Counter(line["archive"] for line in lines if line["event"] == "archive.delivered")
     assert not [line for line in lines if line["event"] == "archive.rejected"]
@@ -205,14 +247,15 @@ def run(seed: int, count: int, times: int, most: int, tally: Tally, *, http2: bo
         phases=[hypothesis.Phase.generate],
         suppress_health_check=[*hypothesis.HealthCheck],
     )
-    @hypothesis.given(schedule=schedules(every, times, seed), asks=st.booleans())
-    def every_archive_arrives_once(schedule: list[Fault], asks: bool) -> None:
+    @hypothesis.given(schedule=schedules(every, times, seed), asks=st.booleans(), to_both=st.booleans())
+    def every_archive_arrives_once(schedule: list[Fault], asks: bool, to_both: bool) -> None:
         began = time.monotonic()
         hypothesis.note(f"seed {seed}")
         with tempfile.TemporaryDirectory(prefix="backupd-network-") as base:
-            course = deliver(Path(base), schedule, count, asks=asks, http2=http2)
+            course = deliver(Path(base), schedule, count, asks=asks, http2=http2, to_both=to_both)
         tally.schedules += 1
         tally.in_http2 += http2
+        tally.to_both += to_both
         tally.archives += course.archives
         tally.struck += course.struck
         tally.attempts_failed += course.attempts_failed
@@ -237,6 +280,7 @@ def campaign(terms: Terms) -> Report:
         seed += 1
     report.figures["schedules"] = f"{tally.schedules}, seeds {tally.seeds[0]} to {tally.seeds[-1]}"
     report.figures["over HTTP/2"] = f"{tally.in_http2} of these"
+    report.figures["to two destinations"] = f"{tally.to_both} of these"
     report.figures["delivered"] = (
         f"{tally.archives} archives, each once, {tally.attempts_failed} attempts failed"
     )

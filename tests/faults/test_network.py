@@ -70,6 +70,14 @@ def test_each_fault_below_http2_costs_no_archive_and_stores_none_twice(tmp_path:
     assert course.attempts_failed > 0
 
 
+def test_faults_on_the_ways_to_two_destinations_cost_neither_an_archive(tmp_path: Path) -> None:
+    schedule = [Fault(kind, after=5_000) for kind in Kind for _ in range(2)]
+    course = deliver(tmp_path, schedule, 12, asks=False, to_both=True, sizes=(300_000,), deadline="2s")
+
+    assert course.struck == dict.fromkeys(Kind, 2)
+    assert course.attempts_failed > 0
+
+
 def test_any_schedule_ends_with_all_archives_delivered_once() -> None:
     print(f"seed {SEED}")
     tally = Tally()
