@@ -9,6 +9,12 @@ from datetime import datetime
 NAME_MAX = 255
 """Bytes in a name on Linux filesystems."""
 
+RECORDS = 99
+"""Names that are tried for the record beside an archive, where others have the first ones."""
+
+LARGEST_RECORD = 128 * 1024
+"""Bytes of a record that is believed: long receipts of many destinations."""
+
 
 def as_text(name: bytes) -> str:
     r"""Return a file name as valid Unicode; bytes that are no UTF-8 become `\xNN`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from backupd.core.model import DeliveryState
-from backupd.core.names import free_names, record_name
+from backupd.core.names import RECORDS, free_names, record_name
 from backupd.core.policy import Reason, rule_of
 from backupd.delivery.record import written
 from backupd.drop.checksum import move_companions
@@ -141,14 +142,9 @@ class Disposal:
     def _write_record(self, one: Settled, folder: HeldFolder, moved_to: bytes) -> None:
         kind = b"receipt" if one.state is DeliveryState.DELIVERED else b"reason"
         directory, _, name = moved_to.rpartition(b"/")
-        content = written(one)
-        for number in itertools.count(1):
-            relpath = directory + b"/" + record_name(name, kind, number)
-            try:
-                write_record(folder, relpath, content)
-            except FileExistsError:
-                continue
-            return
+        own = hashlib.sha256(one.endings[0].delivery_id.encode()).digest()
+        numbers = (*range(1, RECORDS + 1), int.from_bytes(own[:8], "big"))  # the last one nobody can guess
+        write_record(folder, directory, (record_name(name, kind, n) for n in numbers), written(one))
 
     def _announce(self, one: Settled) -> None:
         archive = one.archive
@@ -196,7 +192,7 @@ class Disposal:
             events.DISPOSITION_FAILED,
             drop=one.archive.drop,
             archive=one.archive.relpath,
-            error=os.strerror(error.errno) if error.errno else str(error),
+            error=error.strerror or str(error),
             hint=_hint(error),
         )
 
@@ -222,6 +218,8 @@ def _close_all(held: Mapping[str, HeldFolder]) -> None:
 def _hint(error: OSError) -> str:
     if error.errno in (errno.EEXIST, errno.EISDIR):
         return "remove what has the hidden name of a file of ours in the folder, `sent_dir` or `rejected_dir`"
+    if error.errno == errno.ETXTBSY:
+        return "see who has it open (`fuser`); it stays until that is over, and is sent anew if changed"
     if error.errno in (errno.ENOTDIR, errno.ELOOP):
         return "`sent_dir` and `rejected_dir` have to be folders, neither files nor links"
     if error.errno == errno.ENODEV:

@@ -13,7 +13,7 @@ from itertools import islice
 
 from backupd.core.checksum import is_checksum_name
 from backupd.core.model import Archive, DeliveryState, fingerprint_of
-from backupd.core.names import NAME_MAX, as_text, free_names, record_name
+from backupd.core.names import LARGEST_RECORD, NAME_MAX, RECORDS, as_text, free_names, record_name
 from backupd.delivery import record
 from backupd.delivery.record import Record
 from backupd.drop.folder import DropFolder
@@ -22,7 +22,7 @@ from backupd.ledger.port import Settled
 from backupd.ledger.rows import as_time
 
 _MOST = 100
-"""Records beside an archive that are read, and names that it may have got, for others that had its own."""
+"""Names that an archive may have got, for others that had its own."""
 
 _RECORD = re.compile(rb"\.(receipt|reason)(-\d+)?\.json$")
 """What is named so is taken for a record, and so is an archive of such a name."""
@@ -131,10 +131,10 @@ class Place:
 
     def _records(self, relpath: bytes) -> Iterator[Record]:
         directory, _, name = relpath.rpartition(b"/")
-        for number in range(1, _MOST):
+        for number in range(1, RECORDS + 1):
             beside = directory + b"/" + record_name(name, self.kind, number)
             try:
-                found = record.read(self.folder.read(beside, record.LARGEST + 1))
+                found = record.read(self.folder.read(beside, LARGEST_RECORD + 1))
             except OSError as error:
                 if error.errno == errno.ENOENT:
                     return

@@ -9,13 +9,10 @@ from typing import Annotated
 from pydantic import AwareDatetime, BaseModel, ConfigDict, FailFast, Field, StringConstraints, ValidationError
 
 from backupd.core.model import DIGEST_BYTES, Archive, DeliveryState
-from backupd.core.names import as_text
+from backupd.core.names import LARGEST_RECORD, as_text
 from backupd.core.policy import Reason
 from backupd.core.step import archive_state
 from backupd.ledger.port import Ending, Settled
-
-LARGEST = 128 * 1024
-"""Bytes of a record that is believed: long receipts of many destinations."""
 
 _DIGEST = "|".join(f"{algorithm}:[0-9a-f]{{{2 * size}}}" for algorithm, size in DIGEST_BYTES.items())
 
@@ -116,7 +113,7 @@ def read(content: bytes) -> Record | None:
 
     What was delivered has a digest: without one nothing could be shown of it.
     """
-    if len(content) > LARGEST:
+    if len(content) > LARGEST_RECORD:
         return None
     try:
         record = Record.model_validate_json(content)

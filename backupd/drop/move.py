@@ -6,11 +6,12 @@ import ctypes
 import errno
 import itertools
 import os
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from backupd.core.model import Fingerprint, is_same_file, is_unchanged
 from backupd.drop.folder import DropFolder
+from backupd.drop.writer import is_being_written, without_writers
 
 _NOREPLACE = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -31,17 +32,21 @@ def move(
     """Move a file into the directory `to`, under the first of `names` that is free; return its new path.
 
     It is there under the name `hidden` first, of its own, until we saw that it is the one that was meant.
-    Raises FileNotFoundError if it is gone, FileChangedError if it is not as expected; it is in its old
-    place then. The directories are not synced yet.
+    Raises FileNotFoundError if it is gone, FileChangedError if it is not as expected, BeingWrittenError if
+    that may still come; it is in its old place then. The directories are not synced yet.
     """
     parent, _, name = relpath.rpartition(b"/")
     with folder.directory(parent) as source:
         if not is_unchanged(os.stat(name, dir_fd=source, follow_symlinks=False), expected):
             raise FileChangedError
-        with folder.directory(to, create=True) as target:
+        with (
+            folder.directory(to, create=True) as target,
+            _without_writers(folder, relpath, expected) as somebody_waits,
+        ):
             take(source, name, target, hidden)
-            # a producer may have renamed a new file over the name since we looked
-            if not is_same_file(os.stat(hidden, dir_fd=target, follow_symlinks=False), expected):
+            # a producer may have renamed a new file over the name since we looked, or be about to write
+            is_ours = is_same_file(os.stat(hidden, dir_fd=target, follow_symlinks=False), expected)
+            if not is_ours or somebody_waits():
                 put_back(target, hidden, source, name)
                 raise FileChangedError
             for new_name in names:
@@ -52,6 +57,26 @@ def move(
                 return to + b"/" + new_name if to else new_name
             put_back(target, hidden, source, name)
     raise FileExistsError(errno.EEXIST, "every name is taken")
+
+
+@contextmanager
+def _without_writers(
+    folder: DropFolder, relpath: bytes, expected: Fingerprint
+) -> Iterator[Callable[[], bool]]:
+    """Have whoever would write to a file wait while it is moved; yields what tells whether somebody does."""
+    fd = None
+    with suppress(PermissionError):  # whoever may not read it may move it, and just does not hear of writers
+        fd = folder.open(relpath)
+    if fd is None:
+        yield lambda: False
+        return
+    try:
+        with without_writers(fd) as somebody_waits:
+            if not is_unchanged(os.fstat(fd), expected):
+                raise FileChangedError
+            yield somebody_waits
+    finally:
+        os.close(fd)
 
 
 def take(source: int, name: bytes, target: int, hidden: bytes) -> None:
@@ -95,6 +120,7 @@ def find_moved(
             is_ours = False
             with suppress(FileNotFoundError):
                 is_ours = is_same_file(os.stat(hidden, dir_fd=target, follow_symlinks=False), expected)
+                is_ours = is_ours and not _is_written_at(target, hidden)
                 if not is_ours:
                     with folder.directory(parent, create=True) as source:
                         put_back(target, hidden, source, old_name)
@@ -108,6 +134,16 @@ def find_moved(
     except FileNotFoundError:
         pass  # `move` would have used the first free name
     return None
+
+
+def _is_written_at(directory: int, name: bytes) -> bool:
+    with suppress(PermissionError):
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            return is_being_written(fd)
+        finally:
+            os.close(fd)
+    return False
 
 
 def rename_no_replace(source: int, name: bytes, target: int, new_name: bytes) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 
 from backupd.core.names import fitted
@@ -12,22 +14,27 @@ from backupd.drop.move import rename_no_replace
 _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def write_record(folder: DropFolder, relpath: bytes, content: bytes) -> None:
-    """Write a new file, synced under another name and then renamed; its directory is not synced yet.
+def write_record(folder: DropFolder, directory: bytes, names: Iterable[bytes], content: bytes) -> None:
+    """Write a file under the first name that is free; the directory is not synced yet.
 
-    One with that very content is of an earlier attempt, and stays. Raises FileExistsError where the name is
-    taken by something else, of whatever kind.
+    It is synced under another name and then renamed. One with that very content is of an earlier attempt,
+    and stays. Raises FileExistsError where every name is taken by something else, of whatever kind.
     """
-    parent, _, name = relpath.rpartition(b"/")
-    with folder.directory(parent, create=True) as directory:
-        part = fitted(b"." + name, b".part")
-        _write(directory, part, content)
-        try:
-            rename_no_replace(directory, part, directory, name)
-        except FileExistsError:
-            os.unlink(part, dir_fd=directory)
-            if not _holds(folder, relpath, content):
-                raise
+    with folder.directory(directory, create=True) as fd:
+        part = b""
+        for name in names:
+            if not part:
+                part = fitted(b"." + name, b".part")
+                _write(fd, part, content)
+            try:
+                rename_no_replace(fd, part, fd, name)
+            except FileExistsError:
+                if not _holds(folder, directory + b"/" + name if directory else name, content):
+                    continue
+                os.unlink(part, dir_fd=fd)
+            return
+        os.unlink(part, dir_fd=fd)
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
 
 
 def _holds(folder: DropFolder, relpath: bytes, content: bytes) -> bool:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import os
 import stat
 from contextlib import suppress
 
 from backupd.core.model import Archive, Fingerprint, is_same_file
-from backupd.core.names import as_text, record_name
+from backupd.core.names import LARGEST_RECORD, RECORDS, as_text, record_name
 from backupd.drop.folder import DropFolder
 from backupd.drop.move import put_back, take
-
-_MOST = 4 * 1024 * 1024
-"""Bytes of a record that are read to see whose it is."""
 
 
 def is_ours(status: os.stat_result, expected: Fingerprint) -> bool:
@@ -50,11 +46,11 @@ def remove_archive(folder: DropFolder, relpath: bytes, archive: Archive) -> int 
 def remove_record(folder: DropFolder, relpath: bytes, archive: Archive, kind: bytes) -> None:
     """Remove the record of a kind that was written beside an archive, under whichever number it stands."""
     directory, _, name = relpath.rpartition(b"/")
-    for number in itertools.count(1):
+    for number in range(1, RECORDS + 1):
         record = record_name(name, kind, number)
         record = directory + b"/" + record if directory else record
         try:
-            content = folder.read(record, _MOST)
+            content = folder.read(record, LARGEST_RECORD)
         except FileNotFoundError:
             return
         except OSError as error:

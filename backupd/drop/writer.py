@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+
+class BeingWrittenError(OSError):
+    """Somebody has a file open for writing."""
 
 
 def is_being_written(fd: int) -> bool:
@@ -15,8 +21,28 @@ def is_being_written(fd: int) -> bool:
     fcntl(2), "Leases".
     """
     try:
+        with without_writers(fd):
+            return False
+    except BeingWrittenError:
+        return True
+
+
+@contextmanager
+def without_writers(fd: int) -> Iterator[Callable[[], bool]]:
+    """Have whoever would open a file for writing wait for the end of the block, as far as the kernel helps.
+
+    Yields what tells whether somebody waits. Raises BeingWrittenError where somebody has it open already.
+    """
+    try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        is_leased = True
     except OSError as error:
-        return error.errno == errno.EAGAIN
-    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    return False
+        if error.errno == errno.EAGAIN:
+            raise BeingWrittenError(errno.ETXTBSY, "somebody has it open for writing") from error
+        is_leased = False
+    try:
+        yield lambda: is_leased and fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK
+    finally:
+        if is_leased:
+            with suppress(OSError):  # the kernel takes it back from whoever keeps a writer waiting for long
+                fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)

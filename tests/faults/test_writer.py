@@ -66,6 +66,33 @@ def test_what_is_appended_after_it_was_sent_is_an_archive_of_its_own(
     assert daemon.stop() == 0
 
 
+@needs_root
+@pytest.mark.parametrize("action", ["move", "delete"])
+def test_a_writer_that_comes_back_while_it_is_queued_is_waited_for(
+    stage: Stage, receiver: RunningReceiver, action: str
+) -> None:
+    """The archive is sent as it was; what is added comes after that, and has to arrive too."""
+    stage.configure(
+        receiver.url,
+        drop=f'{OFTEN}\non_delivered = "{action}"',
+        more='[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.5s"',
+    )
+    receiver.__exit__(None, None, None)
+    daemon = stage.daemon().ready()
+    path = stage.put("core.tar.gz", b"first half")
+    daemon.wait_for("delivery.deferred", archive="core.tar.gz")
+    with path.open("ab", buffering=0) as stream:
+        receiver.__enter__()
+        daemon.wait_for("disposition.failed", archive="core.tar.gz")
+        stream.write(b", second half")
+    daemon.wait_for("archive.delivered", 2, archive="core.tar.gz")
+    until(lambda: not path.exists(), "the end of it")
+    assert sorted(p.read_bytes() for p in stage.stored()) == [b"first half", b"first half, second half"]
+    kept = [p.read_bytes() for p in stage.archives(stage.drop)]
+    assert kept == ([b"first half, second half"] if action == "move" else [])
+    assert daemon.stop() == 0
+
+
 def appended(path: Path) -> bytes:
     with path.open("ab") as stream:
         stream.write(b"more")

@@ -5,18 +5,23 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
+import signal
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from backupd.core.model import Archive, DeliveryState, fingerprint_of
+from backupd.core.names import record_name
 from backupd.core.policy import Reason
 from backupd.delivery.disposal import Disposal, Rule
+from backupd.drop import move as move_module
 from backupd.drop.checksum import move_companions, remove_companions
 from backupd.drop.folder import DropFolder
 from backupd.drop.held import HeldFolder
@@ -122,6 +127,125 @@ def test_what_was_rewritten_behind_our_back_is_not_taken_for_what_was_sent(
     assert ([each.to for each in done], failed) == ([None], [])
     assert path.read_bytes() == b"xyz"
     assert not [*root.glob("sent/*")]
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> Callable[[str], list[dict[str, Any]]]:
+    """What was logged by the disposal of `disposal_of`, by the event's name."""
+
+    def events(name: str) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+        return [line for line in lines if line["event"] == name]
+
+    return events
+
+
+@pytest.fixture
+def _sigio_ignored() -> Iterator[None]:
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGIO, before)
+
+
+@pytest.fixture
+def disposal_of(folder: DropFolder, tmp_path: Path) -> Iterator[Callable[[str], Disposal]]:
+    with (tmp_path / "log").open("wb") as log:
+        yield lambda action: Disposal(
+            {"switches": Rule(folder, action, b"sent", b"rejected")}, EventLog(LineWriter(log.fileno()))
+        )
+
+
+@pytest.mark.parametrize("action", ["move", "delete"])
+def test_what_somebody_writes_to_again_stays_until_it_is_closed(
+    root: Path,
+    disposal_of: Callable[[str], Disposal],
+    told: Callable[[str], list[dict[str, Any]]],
+    action: str,
+) -> None:
+    one, disposal = delivered(root, 1), disposal_of(action)
+    path = root / "r1.cfg"
+    with path.open("ab"):
+        for _ in range(2):
+            assert disposal.dispose([one]) == ([], [1])
+        assert path.read_bytes() == b"abc"
+    (line,) = told("disposition.failed")
+    assert (line["archive"], line["error"]) == ("r1.cfg", "somebody has it open for writing")
+    assert "fuser" in line["hint"]
+    done, failed = disposal.dispose([one])  # it was closed as it was
+    assert ([each.to for each in done], failed) == ([b"sent/r1.cfg" if action == "move" else None], [])
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("action", ["move", "delete"])
+def test_what_was_added_to_an_archive_that_was_sent_starts_over(
+    root: Path, disposal_of: Callable[[str], Disposal], action: str
+) -> None:
+    one, disposal = delivered(root, 1), disposal_of(action)
+    path = root / "r1.cfg"
+    with path.open("ab") as stream:
+        assert disposal.dispose([one]) == ([], [1])
+        stream.write(b"def")
+    done, failed = disposal.dispose([one])
+    assert ([each.to for each in done], failed) == ([None], [])
+    assert path.read_bytes() == b"abcdef"
+    assert [entry for entry in root.rglob("*") if entry.is_file()] == [path]
+
+
+@pytest.mark.usefixtures("_sigio_ignored")
+@pytest.mark.parametrize("action", ["move", "delete"])
+def test_a_writer_that_comes_while_it_is_moved_finds_it_where_it_was(
+    root: Path,
+    disposal_of: Callable[[str], Disposal],
+    monkeypatch: pytest.MonkeyPatch,
+    action: str,
+) -> None:
+    """As does one that was let in by the end of a daemon that was killed right then."""
+    one, disposal = delivered(root, 1), disposal_of(action)
+    path, came, real = root / "r1.cfg", [], move_module.take
+
+    def take(*arguments: Any) -> None:
+        with pytest.raises(BlockingIOError):  # without O_NONBLOCK it would wait for the end of the move
+            os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        came.append(1)
+        real(*arguments)
+
+    monkeypatch.setattr(move_module, "take", take)
+    done, failed = disposal.dispose([one])
+    assert ([each.to for each in done], failed, came) == ([None], [], [1])
+    assert path.read_bytes() == b"abc"
+    assert [entry for entry in root.rglob("*") if entry.is_file()] == [path]
+
+    two = delivered(root, 2)
+    hidden = root / ("sent" if action == "move" else "") / ".backupd-2.taken"
+    (root / "r2.cfg").rename(hidden)
+    with hidden.open("ab"):
+        done, failed = disposal.dispose([two])
+    assert ([each.to for each in done], failed) == ([None], [])
+    assert (root / "r2.cfg").read_bytes() == b"abc"
+
+
+def test_names_that_are_taken_cost_little_and_no_archive_its_record(
+    folder: DropFolder, root: Path, disposal_of: Callable[[str], Disposal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever may write in the folder may have taken any number of them."""
+    (root / "sent").mkdir()
+    for number in range(1, 400):
+        (root / os.fsdecode(b"sent/" + record_name(b"r1.cfg", b"receipt", number))).write_bytes(b"{}")
+    before, synced, real = set((root / "sent").iterdir()), [], os.fsync
+
+    def counted(fd: int) -> None:
+        synced.append(fd)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", counted)
+    disposal, one = disposal_of("move"), delivered(root, 1)
+    assert disposal.dispose([one])[1] == []
+    (record,) = set((root / "sent").iterdir()) - before - {root / "sent" / "r1.cfg"}
+    assert re.fullmatch(r"r1\.cfg\.receipt-\d{10,}\.json", record.name)
+    assert json.loads(record.read_bytes())["archive"] == "r1.cfg"
+    assert len(synced) <= 4  # the record, and the directories
+    assert disposal.dispose([one])[1] == []  # as after a crash
+    assert len([*(root / "sent").iterdir()]) == len(before) + 2
 
 
 @pytest.mark.parametrize("is_kind", [stat.S_ISDIR, stat.S_ISREG], ids=["a directory", "a record"])

@@ -65,6 +65,11 @@ def refused(*codes: int) -> Iterator[None]:
     assert caught.value.errno in codes
 
 
+def split(relpath: bytes) -> tuple[bytes, list[bytes]]:
+    parent, _, name = relpath.rpartition(b"/")
+    return parent, [name]
+
+
 def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
@@ -84,7 +89,7 @@ def test_nothing_is_opened_through_a_linked_directory(folder: DropFolder, root: 
         with pytest.raises(NotADirectoryError):
             action(b"site/secret.cfg")
     with pytest.raises(NotADirectoryError):
-        write_record(folder, b"site/new.cfg", b"x")
+        write_record(folder, b"site", [b"new.cfg"], b"x")
     assert sorted(path.name for path in (root.parent / "outside").iterdir()) == ["secret.cfg"]
 
 
@@ -152,7 +157,7 @@ def test_a_path_with_dots_is_refused(folder: DropFolder, root: Path, relpath: by
     with refused(errno.EINVAL):
         folder.open(relpath)
     with refused(errno.EINVAL, errno.EEXIST):
-        write_record(folder, relpath, b"x")
+        write_record(folder, *split(relpath), b"x")
     with refused(errno.EINVAL, errno.EISDIR):
         folder.unlink(relpath)
     assert open_descriptors() == before
@@ -167,10 +172,10 @@ def test_a_directory_below_a_missing_one_is_made_only_where_asked_for(folder: Dr
 
 
 def test_a_file_is_written_once_and_whole(folder: DropFolder, root: Path) -> None:
-    write_record(folder, b"sent/r1.cfg.receipt.json", b"{}" * 100_000)
+    write_record(folder, b"sent", [b"r1.cfg.receipt.json"], b"{}" * 100_000)
     assert (root / "sent/r1.cfg.receipt.json").read_bytes() == b"{}" * 100_000
     with pytest.raises(FileExistsError):
-        write_record(folder, b"sent/r1.cfg.receipt.json", b"other")
+        write_record(folder, b"sent", [b"r1.cfg.receipt.json"], b"other")
     folder.sync(b"sent")
     folder.unlink(b"sent/r1.cfg.receipt.json")
     assert list((root / "sent").iterdir()) == []
@@ -185,7 +190,7 @@ def test_a_file_that_could_not_be_written_whole_is_not_left_behind(tmp_path: Pat
     try:
         folder = DropFolder(str(disk))
         with pytest.raises(OSError, match="No space left"):
-            write_record(folder, b"sent/r1.receipt.json", bytes(1_000_000))
+            write_record(folder, b"sent", [b"r1.receipt.json"], bytes(1_000_000))
         assert list((disk / "sent").iterdir()) == []
         folder.close()
     finally:

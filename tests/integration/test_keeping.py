@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sqlite3
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from backupd.core.keeping import MinFree
+from backupd.core.names import LARGEST_RECORD, RECORDS
 from backupd.delivery.keeping import Keeper
 from backupd.ledger.database import FILE_NAME
 from backupd.ledger.port import Disposed, Settled
@@ -50,6 +52,40 @@ def test_what_is_older_goes_with_its_receipt_and_nothing_else_does(site: Site) -
     [said] = site.events("archive.expired")
     assert (said["archive"], said["reason"], said["path"]) == ("old.cfg", "too_old", str(old))
     assert site.removals() == {"old.cfg": "expired", "new.cfg": None, "refused.cfg": None}
+
+
+def test_records_that_others_planted_cost_little_when_it_goes(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = site.send("old.cfg", NOW - 91 * DAY)
+    record = old.with_name("old.cfg.receipt.json")
+    ours = record.read_bytes()
+    record.write_bytes(b"[[]" + b",[]" * 500_000)
+    for number in range(2, 150):
+        os.link(record, old.with_name(f"old.cfg.receipt-{number}.json"))
+    old.with_name("old.cfg.receipt-3.json").unlink()
+    old.with_name("old.cfg.receipt-3.json").write_bytes(ours)
+    read, real = [], json.loads
+
+    def counted(content: bytes) -> Any:
+        read.append(len(content))
+        return real(content)
+
+    monkeypatch.setattr(json, "loads", counted)
+    site.keep(keep_for=90 * DAY)
+    assert site.removals() == {"old.cfg": "expired"}
+    assert not old.with_name("old.cfg.receipt-3.json").exists()
+    assert len(read) == 3
+    assert max(read) <= LARGEST_RECORD
+
+    again = site.send("new.cfg", NOW - 91 * DAY)
+    for number in range(2, 150):
+        os.link(record, again.with_name(f"new.cfg.receipt-{number}.json"))
+    again.with_name("new.cfg.receipt.json").write_bytes(b"{}")
+    read.clear()
+    site.keep(keep_for=90 * DAY)
+    assert not again.exists()
+    assert len(read) == RECORDS
 
 
 @pytest.mark.parametrize("checksums", [False, True])
