@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -39,9 +38,6 @@ Without the other half of a move watchdog takes it for a creation; with it, it w
 second whatever comes after a file that was moved away.
 """
 
-# a directory that was moved within the tree keeps its watch, under its new path
-warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning, "watchdog")
-
 Ignores = Callable[[bytes], bool]
 """Called with the absolute path of a directory."""
 
@@ -74,7 +70,7 @@ class Watches(InotifyWatchGroup):
 
     def _watch(self, path: bytes, directory: int) -> None:
         try:
-            watch = self._inotify_fd.add_callback(_by_number(directory), self._mask, self._callback, self._id)
+            watch = self._watch_of(directory)
         except OSError as error:
             self._refused(path, error)
             return
@@ -83,6 +79,14 @@ class Watches(InotifyWatchGroup):
             del self._active_callbacks_by_path[before]
         self._active_callbacks_by_path[path] = watch
         self._active_callbacks_by_watch[watch] = path
+
+    def _watch_of(self, directory: int) -> WatchDescriptor:
+        """Do as `add_callback`, which warns at length of a directory that was moved and has its watch already."""
+        queue = self._inotify_fd
+        with queue._lock:  # noqa: SLF001
+            watch = queue._get_or_create_watch(_by_number(directory), self._mask)  # noqa: SLF001
+            watch.callbacks[self._id] = self._callback
+            return watch.wd
 
     def ask(self) -> bool:
         """Open the folder under the eyes of its watch; return False where the watch is gone.

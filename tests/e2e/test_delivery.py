@@ -115,6 +115,19 @@ def test_folders_made_and_moved_in_are_looked_into(stage: Stage, receiver: Runni
     assert len(stage.archives(stage.sent / "c")) == 50
 
 
+def test_a_tree_that_is_renamed_is_followed_without_a_word(stage: Stage, receiver: RunningReceiver) -> None:
+    stage.configure(receiver.url, drop='rescan_every = "1h"')
+    for number in range(200):
+        (stage.drop / "berlin" / f"rack-{number}").mkdir(parents=True)
+    daemon = stage.daemon().ready()
+    for old, new in (("berlin", "hamburg"), ("hamburg", "bremen")):
+        (stage.drop / old).rename(stage.drop / new)
+        stage.put("sw1.tar.gz", b"sw1", into=stage.drop / new / "rack-7")
+        daemon.wait_for("archive.disposed", archive=f"{new}/rack-7/sw1.tar.gz")
+    assert not daemon.events("library.warning")
+    assert daemon.stop() == 0
+
+
 def test_a_hidden_or_temporary_name_never_counts_until_it_is_renamed(
     stage: Stage, receiver: RunningReceiver
 ) -> None:

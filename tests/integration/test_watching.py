@@ -32,9 +32,6 @@ from tests.factories import NOW, delivered, finished
 from tests.privileges import a_folder_of_nobody, without_rights
 from tests.stage import until
 
-# pytest forgets the filter that the watcher sets, and watchdog's thread would die of it as an error
-pytestmark = pytest.mark.filterwarnings("ignore:Callback with id:RuntimeWarning")
-
 SOON = timedelta(milliseconds=250)
 NEVER = timedelta(hours=1)
 
