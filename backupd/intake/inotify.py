@@ -81,7 +81,7 @@ class Watches(InotifyWatchGroup):
         self._active_callbacks_by_watch[watch] = path
 
     def _watch_of(self, directory: int) -> WatchDescriptor:
-        """Do as `add_callback`, which warns at length of a directory that was moved and has its watch already."""
+        """Do as `add_callback`, which warns, at length, of a directory that moved and kept its watch."""
         queue = self._inotify_fd
         with queue._lock:  # noqa: SLF001
             watch = queue._get_or_create_watch(_by_number(directory), self._mask)  # noqa: SLF001

@@ -56,19 +56,19 @@ class Judge:
         return refused
 
     def _judged(self, response: httpx.Response, body: bytes, sent: Digest, size: int) -> Outcome:
-        receipt = self._receipt(response, body)
+        digest = _stated(self._config.digest, response.headers, body)
+        receipt = self._receipt(response, body, digest if isinstance(digest, str) else None)
         outcome = judge(sent, size, receipt, self._expected)
-        if isinstance(outcome, Delivered) or receipt.digest is None:
+        if isinstance(outcome, Delivered) or not isinstance(digest, str):
             return outcome
-        hidden = replace(receipt, digest=quotable(receipt.digest, response.request, _LONGEST_DIGEST))
+        hidden = replace(receipt, digest=quotable(digest, response.request, _LONGEST_DIGEST))
         return judge(sent, size, hidden, self._expected)  # no less of a failure, in words that can be told
 
-    def _receipt(self, response: httpx.Response, body: bytes) -> Receipt:
-        digest = _stated(self._config.digest, response.headers, body)
+    def _receipt(self, response: httpx.Response, body: bytes, digest: str | None) -> Receipt:
         size = _stated(self._config.size, response.headers, body) if self._config.size else None
         return Receipt(
             response.status_code,
-            digest[:_LONGEST_DIGEST] if isinstance(digest, str) else None,
+            None if digest is None else digest[:_LONGEST_DIGEST],
             _as_count(size),
             _quoted(response, body, 4096),
         )
@@ -149,4 +149,5 @@ def _explained(response: httpx.Response, body: bytes) -> str:
 
 def _quoted(response: httpx.Response, body: bytes, most: int) -> str:
     """Return the beginning of a body, to be logged and kept: it may echo the secrets of the request."""
-    return quotable(body.decode("utf-8", "backslashreplace"), response.request, most)
+    said = body.decode("utf-8", "backslashreplace")
+    return quotable(said, response.request, most, is_cut=len(body) == _MOST)

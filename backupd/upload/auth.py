@@ -10,7 +10,7 @@ import httpx
 
 from backupd.upload.line import UNWATCHED
 from backupd.upload.oauth2 import TokenSource
-from backupd.upload.secret import read_secret
+from backupd.upload.secret import SECRETS, read_secret
 
 Flow = Generator[httpx.Request, httpx.Response, None]
 
@@ -56,6 +56,8 @@ class OAuth2(httpx.Auth):
     def auth_flow(self, request: httpx.Request) -> Flow:
         """Sign a request; after a 401 try once more with a token that is not the refused one."""
         token = self._token_for(request)
+        # whoever gave out the token, and knows that, may answer here, too
+        request.extensions[SECRETS] = (*request.extensions.get(SECRETS, ()), *self._tokens.secrets)
         response = yield _with_bearer(request, token)
         if response.status_code == 401:
             fresh = self._token_for(request, refused=token)

@@ -148,7 +148,7 @@ class HttpUploader(Uploader):
             prepared.url,
             content=body,
             headers=prepared.headers,
-            extensions={**self._maker.extensions, _BODY: body},
+            extensions={**self._maker.extensions(cargo), _BODY: body},
         )
         try:
             response = client.send(request, stream=True)
@@ -202,7 +202,8 @@ class HttpUploader(Uploader):
         if url is None or self._config.receipt.digest == "none":  # an answer would prove nothing
             return None
         headers = self._maker.own_headers({**cargo.variables, "digest": digest.hex})
-        with client.stream("GET", url, headers=headers, extensions=self._maker.extensions) as response:
+        known = self._maker.extensions(cargo)
+        with client.stream("GET", url, headers=headers, extensions=known) as response:
             if response.status_code in _NOT_THERE:
                 return None
             if response.status_code != 200:

@@ -63,6 +63,8 @@ class TokenSource:
         self._token: _Token | None = None
         self._fetches = 0
         self._failure: str | None = None
+        self.secrets: tuple[str, ...] = ()
+        """What the last token was asked for with, in its forms."""
 
     def token(self, refused: str | None = None) -> str:
         """Return a token, if possible one that is not the refused one.
@@ -100,14 +102,13 @@ class TokenSource:
             form |= {"client_id": grant.client_id, "client_secret": secret}
         else:
             sign_in = httpx.BasicAuth(_encoded(grant.client_id), _encoded(secret))
+        self.secrets = (secret, _encoded(secret))
         asked_at = time.monotonic()
-        response, body = self._ask(form, sign_in, (secret, _encoded(secret)))
+        response, body = self._ask(form, sign_in)
         return _token_in(response, body, asked_at)
 
-    def _ask(
-        self, form: dict[str, str], sign_in: httpx.Auth, secrets: tuple[str, ...]
-    ) -> tuple[httpx.Response, bytes]:
-        url, known = self._grant.token_url, {SECRETS: secrets}
+    def _ask(self, form: dict[str, str], sign_in: httpx.Auth) -> tuple[httpx.Response, bytes]:
+        url, known = self._grant.token_url, {SECRETS: self.secrets}
         try:
             with (
                 self._open_client() as client,

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from backupd.config.destination import DestinationConfig
+from backupd.config.values import names_a_credential
 from backupd.core.model import Digest
 from backupd.core.template import Template
 from backupd.core.verify import RFC_9530_NAMES
@@ -20,7 +21,7 @@ from backupd.upload.body import CHUNK, Body, ReadFailedError, check_unchanged
 from backupd.upload.line import UNWATCHED, Line
 from backupd.upload.multipart import Framing, frame, raw
 from backupd.upload.port import Cargo
-from backupd.upload.secret import SECRET_HEADERS, read_secret
+from backupd.upload.secret import SECRET_HEADERS, SECRETS, read_secret
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +67,17 @@ class RequestMaker:
             headers["Repr-Digest"] = f"{RFC_9530_NAMES[algorithm]}=:{encoded}:"
         return Prepared(self._config.method, _address(self._url, values), headers, body)
 
-    @property
-    def extensions(self) -> dict[str, object]:
+    def extensions(self, cargo: Cargo) -> dict[str, object]:
         """Return what a request carries along for whoever quotes its answer, or waits for its sign-in."""
-        return {SECRET_HEADERS: tuple(self._config.header_files), UNWATCHED: self._line.unwatched}
+        return {
+            SECRET_HEADERS: tuple(self._config.header_files),
+            SECRETS: tuple(
+                template.render({"digest": "", **cargo.variables})
+                for name, template in self._fields.items()
+                if names_a_credential(name)
+            ),
+            UNWATCHED: self._line.unwatched,
+        }
 
     def query_url(self, cargo: Cargo, digest: Digest) -> str | None:
         """Return the address that tells whether a content is stored, or None without `query_url`."""

@@ -34,6 +34,10 @@ _LEAST = 4
 """Characters of what is kept out of a text: less is no secret, and would take words apart."""
 
 
+_WIDEST = 24
+"""Characters that stand for one of a secret, where it is escaped, at most."""
+
+
 class SecretError(ConfigError):
     """A secret's file can't be used; its content is never part of the message."""
 
@@ -65,9 +69,16 @@ def without(text: str, secrets: Iterable[str]) -> str:
     return text
 
 
-def quotable(text: str, request: httpx.Request, most: int) -> str:
-    """Return the beginning of what was said to a request, without its secrets: `most` characters."""
-    return without(text, secrets_of(request))[:most]
+def quotable(text: str, request: httpx.Request, most: int, *, is_cut: bool = False) -> str:
+    """Return the beginning of what was said to a request, without its secrets: `most` characters.
+
+    Of what `is_cut` the end is left out, which may be the beginning of a secret.
+    """
+    secrets = [*secrets_of(request)]
+    text = without(text, secrets)
+    if is_cut:
+        text = text[: max(len(text) - _WIDEST * max(map(len, secrets), default=0), 0)]
+    return text[:most]
 
 
 def secrets_of(request: httpx.Request) -> Iterator[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import html
 import json
+import random
 import re
 import urllib.parse
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from backupd.core.model import Deferred, Outcome, Rejected
+from backupd.core.model import Deferred, Delivered, Outcome, Rejected
 from backupd.upload.probe import probe_all
 from tests.scripted import Peer, ScriptedServer, answer, header_of
 from tests.uploading import a_destination, a_sender, an_archive
@@ -125,6 +127,47 @@ def test_a_secret_is_not_told_in_whatever_form_it_is_quoted(
         assert "***" in said
 
 
+TOKEN = "Tk" + "".join(random.Random(7).choices("abcdefghijklmnopqrstuvwxyz0123456789", k=98))
+"""One that no escape makes longer."""
+
+CUTS: dict[str, Callable[[int], bytes]] = {
+    "a digest": lambda left: answer(
+        201, json.dumps({"sha256": "z" * (1024 - 9 * len(TOKEN) - left) + TOKEN * 10}).encode()
+    ),
+    "a refusal": lambda left: answer(503, b"z" * ((65536 - left) % len(TOKEN)) + TOKEN.encode() * 700),
+}
+
+
+@pytest.mark.parametrize("left", [1, 50, 99])
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_a_secret_that_lies_across_a_cut_is_not_told_as_far_as_it_goes(
+    tmp_path: Path, cut: Callable[[int], bytes], left: int
+) -> None:
+    """What is hidden before it is shorter than it was, so that the end comes into sight."""
+    file = tmp_path / "secret"
+    file.write_text(TOKEN)
+    with ScriptedServer(answering(cut(left))) as server:
+        auth = {"type": "bearer", "token_file": file}
+        with a_sender(a_destination(server.url, auth=auth)) as sender:
+            said = told(sender.send(an_archive(tmp_path, b"content")))
+    assert TOKEN[:8] not in said
+    assert len(said) < LONGEST
+
+
+def test_a_receipt_keeps_no_secret_that_lies_across_its_end(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text(TOKEN)
+    digest = hashlib.sha256(b"content").hexdigest()
+    body = b"z" * ((65536 - 99) % len(TOKEN)) + TOKEN.encode() * 700
+    with ScriptedServer(answering(answer(201, body, X_Digest=digest))) as server:
+        keys: dict[str, Any] = {"auth": {"type": "bearer", "token_file": file}}
+        keys["receipt"] = {"digest": "header:X-Digest"}
+        with a_sender(a_destination(server.url, **keys)) as sender:
+            outcome = sender.send(an_archive(tmp_path, b"content"))
+    assert isinstance(outcome, Delivered)
+    assert TOKEN[:8] not in outcome.receipt.body
+
+
 LONG = {**PLACES, "a size": lambda text: answer(201, raw(f'{{"size": {text}}}'))}
 
 
@@ -196,6 +239,42 @@ def test_what_is_named_like_a_secret_is_none_to_be_told(tmp_path: Path) -> None:
     with ScriptedServer(answering(quoted)) as server:
         keys: dict[str, Any] = {"headers": {"X-Auth-Token": "MARKER-in-header"}}
         with a_sender(a_destination(f"{server.url}?api_key=MARKER-in-url&site=north", **keys)) as sender:
+            said = told(sender.send(an_archive(tmp_path, b"content")))
+    assert "MARKER" not in said
+    assert "north" in said
+
+
+def test_a_client_secret_is_not_told_where_an_archive_is_taken_either(tmp_path: Path) -> None:
+    """The server of the token endpoint may be that of the archives."""
+    secret = tmp_path / "secret"
+    secret.write_text(SECRET)
+
+    def script(peer: Peer) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                request = peer.read_request()
+                if b"grant_type" in request.body:
+                    peer.send(answer(200, json.dumps({"access_token": "t0ken"}).encode()))
+                else:
+                    peer.send(answer(503, raw(f"you signed in with {SECRET}")))
+
+    with ScriptedServer(script) as server:
+        auth = {
+            "type": "oauth2",
+            "client_id": "backupd",
+            "client_secret_file": secret,
+            "token_url": server.url,
+        }
+        with a_sender(a_destination(server.url, auth=auth)) as sender:
+            said = told(sender.send(an_archive(tmp_path, b"content")))
+    assert_clean(said)
+    assert "you signed in with ***" in said
+
+
+def test_a_field_that_is_named_like_a_secret_is_none_to_be_told(tmp_path: Path) -> None:
+    with ScriptedServer(answering(answer(400, b"bad api_key MARKER-core, site north"))) as server:
+        fields = {"api_key": "MARKER-core", "site": "north"}
+        with a_sender(a_destination(server.url, fields=fields)) as sender:
             said = told(sender.send(an_archive(tmp_path, b"content")))
     assert "MARKER" not in said
     assert "north" in said
