@@ -20,7 +20,7 @@ from backupd.cli.options import DEFAULT_CONFIG, REJECTED, AsJson, ConfigPath
 from backupd.cli.output import print_json, print_table, say
 from backupd.core.errors import UsageError
 from backupd.core.model import Digest
-from backupd.core.names import as_text, record_name
+from backupd.core.names import LARGEST_RECORD, as_text, record_name
 from backupd.ledger.history import History
 from backupd.ledger.records import ArchiveRecord, DeliveryRecord
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 _CHUNK = 1024 * 1024
 _PAGE = 500
+
+_MOST_TOLD = 1000
+"""Findings in a table: nobody reads more, and it would be made for minutes without a word."""
 
 
 class Verdict(StrEnum):
@@ -178,7 +181,7 @@ def _stated(folder: DropFolder, to: bytes) -> set[str] | None:
     directory, _, name = to.rpartition(b"/")
     record = record_name(name, b"receipt")
     try:
-        fields = json.loads(folder.read(directory + b"/" + record if directory else record, 4 * _CHUNK))
+        fields = json.loads(folder.read(directory + b"/" + record if directory else record, LARGEST_RECORD))
         return {each["digest"] for each in fields["deliveries"]}
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None  # none, or somebody else's
@@ -187,9 +190,12 @@ def _stated(folder: DropFolder, to: bytes) -> set[str] | None:
 def _print(counts: dict[str, Counter[str]], wrong: list[Finding]) -> None:
     if wrong:
         rows = [
-            (f.verdict, f"@{f.id}", f.drop, f.path, f.destination or "kept here", f.detail) for f in wrong
+            (f.verdict, f"@{f.id}", f.drop, f.path, f.destination or "kept here", f.detail)
+            for f in wrong[:_MOST_TOLD]
         ]
         print_table(("found", "archive", "drop", "path", "where", "detail"), rows)
+    if len(wrong) > _MOST_TOLD:
+        say(f"  and {len(wrong) - _MOST_TOLD} more: `backupd audit --json` tells of each")
     for where, count in counts.items():
         told = ", ".join(f"{count[verdict]} {verdict}" for verdict in Verdict)
         bad = count.total() - count[Verdict.OK]

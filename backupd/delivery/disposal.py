@@ -218,7 +218,7 @@ def _close_all(held: Mapping[str, HeldFolder]) -> None:
 def _hint(error: OSError) -> str:
     if error.errno in (errno.EEXIST, errno.EISDIR):
         return "remove what has the hidden name of a file of ours in the folder, `sent_dir` or `rejected_dir`"
-    if error.errno == errno.ETXTBSY:
+    if error.errno in (errno.ETXTBSY, errno.EAGAIN):
         return "see who has it open (`fuser`); it stays until that is over, and is sent anew if changed"
     if error.errno in (errno.ENOTDIR, errno.ELOOP):
         return "`sent_dir` and `rejected_dir` have to be folders, neither files nor links"

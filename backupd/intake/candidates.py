@@ -162,6 +162,8 @@ class Candidates:
             self._complained.clear()
         self._complained.add(hash(relpath))
         hint = "give the daemon's user read permission; it is tried again at each rescan"
+        if error.errno == errno.EAGAIN:
+            hint = "its owner holds a write lease on it; it is tried again at each rescan"
         if error.errno == errno.ENAMETOOLONG:
             hint = "no path of 4096 bytes or more is looked at; put it nearer to the drop folder"
         self._say(relpath, reason="unreadable", error=error.strerror, hint=hint)

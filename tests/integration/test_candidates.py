@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import signal
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -88,3 +90,17 @@ def test_what_is_written_to_for_an_hour_is_said_once(folder: Locked, candidates:
         stream.write(b"another one")
     assert candidates.look(b"r1.cfg", 9200.0) is None
     assert len(log_of(folder).read_text().splitlines()) == 1
+
+
+def test_what_its_owner_keeps_to_himself_is_said_as_such(folder: Locked, candidates: Candidates) -> None:
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    try:
+        with a_file(folder).open("r+b") as stream:
+            fcntl.fcntl(stream.fileno(), fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            for now in (0.0, 6.0):
+                assert candidates.look(b"r1.cfg", now) is None
+        (said,) = [json.loads(line) for line in log_of(folder).read_text().splitlines()]
+        assert (said["archive"], said["reason"]) == ("r1.cfg", "unreadable")
+        assert "write lease" in said["hint"]
+    finally:
+        signal.signal(signal.SIGIO, before)
