@@ -200,9 +200,10 @@ class TestHttp2:
                             connection.increment_flow_control_window(2**30, event.stream_id)
                             peer.send(connection.data_to_send())
                         if isinstance(event, h2.events.DataReceived):
+                            peer.pause()
                             connection.ping(b"unread!!")
                             peer.send(connection.data_to_send())
-                            peer.pause()
+                            server.stopping.wait(PATIENCE)
 
         turns: list[None] = []
         check, send = Line._check, TlsSocket.send
@@ -226,6 +227,7 @@ class TestHttp2:
             assert server.paused.wait(PATIENCE)
             until(sender.is_stuck, "the client to be stuck")
             before = len(turns)
+            server.go_on()
             server.stopping.wait(0.5)
             taken = len(turns) - before
             sender.abort.set()
