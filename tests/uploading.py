@@ -20,10 +20,11 @@ MIB = 1024 * 1024
 
 
 def a_destination(url: str, pki: Pki | None = None, **keys: Any) -> DestinationConfig:
-    """Return a destination; with a PKI it shows its client's certificate."""
+    """Return a destination; with a PKI it shows its client's certificate. A slow server is waited for."""
     if pki is not None and url.startswith("https"):
         keys = {"ca": pki.ca_pem, "cert": pki.client_cert, "key": pki.client_key, **keys}
-    return DestinationConfig.model_validate({"url": url, **keys})
+    timeout = {"connect": "10m", **keys.pop("timeout", {})}
+    return DestinationConfig.model_validate({"url": url, "timeout": timeout, **keys})
 
 
 def an_archive(folder: Path, content: bytes = b"", *, size: int = 0, name: str = "a.tar.gz") -> Path:

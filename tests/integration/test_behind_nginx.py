@@ -14,10 +14,10 @@ from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.documents import block
 from tests.pki import Pki
 from tests.programs import require
-from tests.scripted import Peer, ScriptedServer, answer, receipt_for
+from tests.scripted import Peer, ScriptedServer, receipt_for
 from tests.servers.nginx import Nginx
 from tests.servers.process import a_listener
-from tests.stage import Daemon, Stage
+from tests.stage import Daemon, Stage, until
 from tests.uploading import MIB, a_destination, a_sender, an_archive
 
 SOON = 'retry = { initial = "0.1s", max = "0.4s" }\n'
@@ -122,9 +122,9 @@ def test_a_rate_limit_delays_archives_and_loses_none(
     limited = f"limit_req zone=slow; limit_req_status {status}; {_to(nginx, receiver.port)}"
     if status == "503":
         limited = limited.replace("limit_req_status 503;", "")  # it is the default
-    with nginx.serving(limited, http="limit_req_zone $remote_addr zone=slow:1m rate=5r/s;"):
+    with nginx.serving(limited, http="limit_req_zone $remote_addr zone=slow:1m rate=1r/s;"):
         daemon = stage.daemon().ready()
-        archives = _put(stage, 10)
+        archives = _put(stage, 5)
         daemon.wait_for("archive.disposed", len(archives))
 
     _assert_delivered(stage, archives)
@@ -205,16 +205,16 @@ def test_what_a_backend_stored_before_the_gateway_gave_up_is_found_by_query_url(
             stored.append(request.archive)
             if status == 504:
                 peer.pause()
-        elif stored:
-            peer.send(receipt_for(stored[0], status=200))
         else:
-            peer.send(answer(404))
+            until(lambda: stored, "the archive to be stored")
+            peer.send(receipt_for(stored[0], status=200))
 
     stage.configure(
         f"{nginx.url}/v1/upload", destination=f'query_url = "{nginx.url}/v1/upload/{{digest}}"\n{SOON}'
     )
+    patience = "200ms" if status == 504 else "60s"
     with ScriptedServer(serve) as backend:
-        front = f"location / {{ proxy_pass http://127.0.0.1:{backend.port}; proxy_read_timeout 200ms; }}"
+        front = f"location / {{ proxy_pass http://127.0.0.1:{backend.port}; proxy_read_timeout {patience}; }}"
         with nginx.serving(front):
             daemon = stage.daemon().ready()
             stage.put("sw.cfg", b"sent once")

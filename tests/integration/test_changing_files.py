@@ -11,7 +11,7 @@ import pytest
 
 from backupd.core.model import Delivered, Superseded
 from tests.scripted import Peer, ScriptedServer, header_of, in_turn, receipt_for, server_context, take_all
-from tests.stage import Stage
+from tests.stage import PATIENCE, Stage
 from tests.uploading import MIB, a_destination, a_sender
 
 OLD = b"old content, " * 1_500_000  # 19.5 MB: more than a connection's buffers hold
@@ -48,8 +48,9 @@ def rewrite(path: Path) -> bytes:
 
 def rewrite_in_disguise(path: Path) -> bytes:
     before = path.stat()
-    rewrite(path)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with path.open("r+b", buffering=0) as file:  # as long as it is open, nobody takes it for a new one
+        assert file.write(NEW) == len(NEW)
+        os.utime(file.fileno(), ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_mtime_ns == before.st_mtime_ns
     return NEW
 
@@ -82,7 +83,7 @@ def test_a_file_that_changes_while_it_is_sent_is_delivered_as_it_then_is(
         stage.configure(server.url, drop='rescan_every = "1h"', destination="workers = 1")
         daemon = stage.daemon().ready()
         path = stage.put("a.tar.gz", OLD)
-        assert server.paused.wait(60)
+        assert server.paused.wait(PATIENCE)
 
         now_holds = change(path)
         server.go_on()
@@ -107,7 +108,7 @@ def test_a_file_removed_while_it_is_sent_is_said_to_be_gone(stage: Stage) -> Non
         stage.configure(server.url, drop='rescan_every = "1h"', destination="workers = 1")
         daemon = stage.daemon().ready()
         path = stage.put("a.tar.gz", OLD)
-        assert server.paused.wait(60)
+        assert server.paused.wait(PATIENCE)
 
         path.unlink()
         server.go_on()
@@ -131,7 +132,7 @@ def test_the_new_content_need_not_wait_for_the_end_of_the_old_one(
         stage.configure(server.url, drop='rescan_every = "1h"', destination="workers = 2")
         daemon = stage.daemon().ready()
         path = stage.put("a.tar.gz", OLD)
-        assert server.paused.wait(60)
+        assert server.paused.wait(PATIENCE)
 
         now_holds = change(path)
         daemon.wait_for("archive.disposed", archive="a.tar.gz")
@@ -156,7 +157,7 @@ def test_a_file_that_changes_behind_the_last_byte_is_not_moved_in_place_of_the_o
         stage.configure(server.url, drop='rescan_every = "1h"', destination="workers = 1")
         daemon = stage.daemon().ready()
         path = stage.put("a.tar.gz", b"old")
-        assert server.paused.wait(60)
+        assert server.paused.wait(PATIENCE)
 
         (stage.base / "new").write_bytes(b"new")
         (stage.base / "new").rename(path)

@@ -10,7 +10,6 @@ import select
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -27,6 +26,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from backupd.core.model import Deferred, Delivered, Outcome
 from backupd.core.policy import Reason
+from backupd.upload.line import Line
+from backupd.upload.tls_socket import TlsSocket
 from tests.endpoints import a_full_listener
 from tests.pki import Pki
 from tests.scripted import (
@@ -40,7 +41,7 @@ from tests.scripted import (
     server_context,
     take_all,
 )
-from tests.stage import Stage, until
+from tests.stage import PATIENCE, Stage, until
 from tests.uploading import MIB, a_destination, a_sender, an_archive
 
 CONTENT = b"the content of an archive" * 1000
@@ -71,8 +72,9 @@ def test_an_address_of_a_kind_that_the_host_lacks_is_passed_over(
     monkeypatch.setattr(socket, "getaddrinfo", looked_up)
     with ScriptedServer(take_all) as server, a_sender(a_destination(server.url)) as sender:
         taken = sender.send(an_archive(tmp_path, CONTENT))
-    with a_sender(a_destination(server.url)) as sender:
-        refused = sender.send(an_archive(tmp_path, CONTENT))
+        server.refuse()
+        with a_sender(a_destination(server.url)) as another:
+            refused = another.send(an_archive(tmp_path, CONTENT))
 
     assert isinstance(taken, Delivered)
     assert failed(refused) == (Reason.CONNECT, f"Connection refused (127.0.0.1 port {server.port})")
@@ -185,7 +187,7 @@ class TestHttp2:
         assert endpoint.connections <= 4
 
     def test_frames_that_wait_to_be_read_cost_no_time_while_the_other_side_takes_nothing(
-        self, tmp_path: Path, pki: Pki
+        self, tmp_path: Path, pki: Pki, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         class Stuck(Http2):
             def __call__(self, peer: Peer) -> None:
@@ -198,24 +200,39 @@ class TestHttp2:
                             connection.increment_flow_control_window(2**30, event.stream_id)
                             peer.send(connection.data_to_send())
                         if isinstance(event, h2.events.DataReceived):
+                            peer.pause()
                             connection.ping(b"unread!!")
                             peer.send(connection.data_to_send())
-                            peer.pause()
+                            server.stopping.wait(PATIENCE)
 
+        turns: list[None] = []
+        check, send = Line._check, TlsSocket.send
+
+        def counted_check(self: Line, now: float) -> None:
+            turns.append(None)
+            check(self, now)
+
+        def counted_send(self: TlsSocket, view: memoryview) -> int:
+            turns.append(None)
+            return send(self, view)
+
+        monkeypatch.setattr(Line, "_check", counted_check)
+        monkeypatch.setattr(TlsSocket, "send", counted_send)
         with (
             ScriptedServer(Stuck(), http2_context(pki)) as server,
             a_sender(a_destination(server.url, pki, http2=True)) as sender,
             ThreadPoolExecutor(1) as pool,
         ):
             sending = pool.submit(sender.send, an_archive(tmp_path, size=64 * MIB))
-            assert server.paused.wait(20)
+            assert server.paused.wait(PATIENCE)
             until(sender.is_stuck, "the client to be stuck")
-            before = time.process_time()
+            before = len(turns)
+            server.go_on()
             server.stopping.wait(0.5)
-            spent = time.process_time() - before
+            taken = len(turns) - before
             sender.abort.set()
-            assert failed(sending.result(timeout=5))[0] is Reason.STOPPED
-        assert spent < 0.25
+            assert failed(sending.result(timeout=PATIENCE))[0] is Reason.STOPPED
+        assert taken < 20
 
     @pytest.mark.parametrize("pause", [0.0, 0.05], ids=["in a flood", "now and then"])
     @pytest.mark.parametrize(
@@ -249,13 +266,14 @@ class TestHttp2:
                     while select.select([peer.socket], [], [], 0)[0]:
                         peer._piece()
 
-        timeout = {"connect": "1s", "read": "1s", "write": "1s"}
+        timeout = {"write": "1s"} if shut else {"read": "1s"}
         with (
             ThreadPoolExecutor(1) as pool,
             ScriptedServer(Pinging(), http2_context(pki)) as server,
             a_sender(a_destination(server.url, pki, http2=True, timeout=timeout)) as sender,
         ):
-            outcome = pool.submit(sender.send, an_archive(tmp_path, size=MIB)).result(timeout=60)
+            sender._uploader._line._patience = None if shut else 3.0  # without the ten minutes to connect
+            outcome = pool.submit(sender.send, an_archive(tmp_path, size=MIB)).result(timeout=PATIENCE)
         assert failed(outcome)[0] is expected
 
 
@@ -367,10 +385,12 @@ class TestProxy:
 
     def test_one_that_is_down_is_told_as_that(self, tmp_path: Path, pki: Pki) -> None:
         with ScriptedServer(take_all) as gone:
-            pass
-        destination = a_destination("https://vault.example.net/x", pki, proxy=f"http://127.0.0.1:{gone.port}")
-        with a_sender(destination) as sender:
-            reason, error = failed(sender.send(an_archive(tmp_path, CONTENT)))
+            gone.refuse()
+            destination = a_destination(
+                "https://vault.example.net/x", pki, proxy=f"http://127.0.0.1:{gone.port}"
+            )
+            with a_sender(destination) as sender:
+                reason, error = failed(sender.send(an_archive(tmp_path, CONTENT)))
         assert reason is Reason.PROXY
         assert error.startswith("no connection to the proxy")
         assert f"port {gone.port}" in error
@@ -558,9 +578,7 @@ def test_each_phase_has_a_timeout_of_its_own(
         destination = a_destination(server.url, pki, timeout={phase: "0.4s"})
         with a_sender(destination) as sender:
             size = 64 * MIB if phase == "write" else 1000
-            began = time.monotonic()
             outcome = sender.send(an_archive(tmp_path, size=size))
-            assert time.monotonic() - began < 5
     assert failed(outcome)[0] is reason
     assert isinstance(outcome, Deferred)
     assert (outcome.unknown is not None) == (phase == "read")
@@ -570,9 +588,7 @@ def test_a_connection_that_nobody_answers_times_out(tmp_path: Path, pki: Pki) ->
     with a_full_listener() as port:
         destination = a_destination(f"https://127.0.0.1:{port}/x", pki, timeout={"connect": "0.3s"})
         with a_sender(destination) as sender:
-            began = time.monotonic()
             assert failed(sender.send(an_archive(tmp_path, CONTENT)))[0] is Reason.CONNECT_TIMEOUT
-            assert time.monotonic() - began < 3
 
 
 def test_a_handshake_that_nobody_answers_times_out(tmp_path: Path, pki: Pki) -> None:

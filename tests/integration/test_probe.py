@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import ssl
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from backupd.upload.probe import Probe, probe_all
 from tests.endpoints import CLIENT_ID, CLIENT_SECRET, Login, a_full_listener, refused
 from tests.pki import Pki, in_days
 from tests.scripted import Peer, Request, Script, ScriptedServer, answer, header_of, server_context
-from tests.stage import Stage
+from tests.stage import PATIENCE, Stage
 from tests.uploading import a_destination
 
 
@@ -27,15 +28,12 @@ def pki(tmp_path: Path) -> Pki:
     return Pki(tmp_path / "pki")
 
 
-def answering(
-    status: int = 204, said: bytes = b"", *, off: float = 0.0, thinks: float = 0.0, **headers: str
-) -> Script:
+def answering(status: int = 204, said: bytes = b"", *, off: float = 0.0, **headers: str) -> Script:
     """Return a script whose clock is so many seconds ahead."""
 
     def script(peer: Peer) -> None:
         while True:
             peer.read_request()
-            time.sleep(thinks)
             date = formatdate(time.time() + off, usegmt=True)
             peer.send(answer(status, said, Date=date, **headers))
 
@@ -54,7 +52,6 @@ def checking(value: str, name: str = "authorization") -> Script:
 
 
 def probe(url: str, pki: Pki, **keys: Any) -> Probe:
-    keys = {"timeout": {"connect": "1s", "read": "1s"}, **keys}
     (found,) = probe_all({"vault": a_destination(url, pki, **keys)})
     return found
 
@@ -77,7 +74,7 @@ def test_a_good_destination_is_described(pki: Pki) -> None:
     assert "trustme" in (found.server_issuer or "")
     assert found.certificate_required is True
     assert found.signed_in is None
-    assert abs(found.clock_ahead_s or 0.0) < 5
+    assert found.clock_ahead_s is not None
     assert not found.clock_is_off
     assert {head.split(b" ")[0] for head in server.heads} == {b"OPTIONS"}
     assert all(header_of(head, "content-length") in (None, "0") for head in server.heads)
@@ -120,15 +117,14 @@ def test_an_untrusted_client_certificate_is_told(pki: Pki, tmp_path: Path, versi
 
 def test_nobody_listening_is_told_from_a_port_that_swallows_everything(pki: Pki) -> None:
     with ScriptedServer(answering()) as gone:
-        pass
-    refusing = probe(f"https://127.0.0.1:{gone.port}/", pki)
+        gone.refuse()
+        refusing = probe(f"https://127.0.0.1:{gone.port}/", pki)
     with a_full_listener() as port:
-        swallowing = probe(f"https://127.0.0.1:{port}/", pki)
+        swallowing = probe(f"https://127.0.0.1:{port}/", pki, timeout={"connect": "1s"})
     assert refusing.reason is Reason.CONNECT
-    assert refusing.took_s < 1
     assert swallowing.reason is Reason.CONNECT_TIMEOUT
     assert "firewall" in swallowing.hint
-    assert 1 <= swallowing.took_s < 3
+    assert swallowing.took_s >= 1
 
 
 @pytest.mark.parametrize(
@@ -250,8 +246,8 @@ def test_the_way_there_is_that_of_an_upload(pki: Pki) -> None:
 
 def test_a_proxy_that_is_down_is_told_as_that(pki: Pki) -> None:
     with ScriptedServer(answering()) as gone:
-        pass
-    found = probe("https://vault.example.net/", pki, proxy=f"http://127.0.0.1:{gone.port}")
+        gone.refuse()
+        found = probe("https://vault.example.net/", pki, proxy=f"http://127.0.0.1:{gone.port}")
     assert found.reason is Reason.PROXY
 
 
@@ -301,15 +297,16 @@ def test_a_date_that_is_none_says_nothing_of_the_clock(pki: Pki, date: str) -> N
     assert found.clock_ahead_s is None
 
 
-def test_one_that_never_answers_ends_in_time(pki: Pki) -> None:
+def test_one_that_never_answers_ends_in_time(pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backupd.upload.probe._LONGEST_READ", 3600.0)
+
     def silent(peer: Peer) -> None:
         peer.read_head()
         peer.pause()
 
     with ScriptedServer(silent, server_context(pki)) as server:
-        found = probe(server.url, pki)
+        found = probe(server.url, pki, timeout={"read": "1s"})
     assert found.reason is Reason.READ_TIMEOUT
-    assert found.took_s < 3
 
 
 def test_a_secret_that_is_not_there_is_told_with_its_file(pki: Pki, tmp_path: Path) -> None:
@@ -321,22 +318,22 @@ def test_a_secret_that_is_not_there_is_told_with_its_file(pki: Pki, tmp_path: Pa
 
 
 def test_several_take_no_longer_than_the_slowest(pki: Pki) -> None:
+    """None of eight answers before all have been asked."""
+    together = threading.Barrier(8)
+
+    def slow(peer: Peer) -> None:
+        peer.read_request()
+        together.wait(PATIENCE)
+        peer.send(answer(204))
+
     with ExitStack() as stack:
-        slow = [
-            stack.enter_context(ScriptedServer(answering(thinks=0.4), server_context(pki))) for _ in range(8)
-        ]
+        servers = [stack.enter_context(ScriptedServer(slow, server_context(pki))) for _ in range(8)]
         swallowing = stack.enter_context(a_full_listener())
-        urls = [server.url for server in slow] + [f"https://127.0.0.1:{swallowing}/"]
-        destinations = {
-            str(number): a_destination(url, pki, timeout={"connect": "1s"}) for number, url in enumerate(urls)
-        }
-        began = time.monotonic()
+        destinations = {str(number): a_destination(each.url, pki) for number, each in enumerate(servers)}
+        destinations["8"] = a_destination(f"https://127.0.0.1:{swallowing}/", pki, timeout={"connect": "1s"})
         found = probe_all(destinations)
-        elapsed = time.monotonic() - began
     assert [each.destination for each in found] == list(destinations)
     assert [each.reason for each in found] == [None] * 8 + [Reason.CONNECT_TIMEOUT]
-    assert elapsed < max(each.took_s for each in found) + 0.5
-    assert sum(each.took_s for each in found) > 2 * elapsed
 
 
 def test_no_destination_is_no_trouble() -> None:

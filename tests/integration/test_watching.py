@@ -30,10 +30,11 @@ from backupd.ops.lines import LineWriter
 from backupd.ops.log import EventLog
 from tests.factories import NOW, delivered, finished
 from tests.privileges import a_folder_of_nobody, without_rights
-from tests.stage import until
+from tests.stage import PATIENCE, until
 
 SOON = timedelta(milliseconds=250)
 NEVER = timedelta(hours=1)
+HOUR = 3600.0
 
 
 class Watching:
@@ -80,12 +81,12 @@ class Watching:
 
     def start(self) -> None:
         self._thread.start()
-        assert self.intake.ready.wait(30)
+        assert self.intake.ready.wait(PATIENCE)
 
     def end(self) -> None:
         self._stop.set()
         self.intake.poke()
-        self._thread.join(30)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), "the intake did not end"
         self.ledger.close()
         self.folder.close()
@@ -165,6 +166,18 @@ def scene(tmp_path: Path) -> Iterator[Watching]:
     """A drop folder that is looked through every quarter of a second."""
     with watching(tmp_path) as scene:
         yield scene
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """By how many seconds the clock of the intake is ahead, for a test to change."""
+    seconds = [0.0]
+    clock = SimpleNamespace(
+        monotonic=lambda: time.monotonic() + seconds[0], time=lambda: time.time() + seconds[0]
+    )
+    monkeypatch.setattr("backupd.intake.intake.time", clock)
+    monkeypatch.setattr("backupd.intake.intake._SURELY_MISSED", HOUR)
+    return seconds
 
 
 @pytest.fixture
@@ -382,13 +395,17 @@ def test_a_file_that_is_held_open_waits_until_it_is_closed(scene: Watching) -> N
     assert scene.admitted() == ["other.cfg", "r1.cfg"]
 
 
-def test_a_file_that_grows_is_admitted_once_and_whole(tmp_path: Path) -> None:
-    with watching(tmp_path, stable_for=timedelta(seconds=1)) as scene:
+def test_a_file_that_grows_is_admitted_once_and_whole(tmp_path: Path, ahead: list[float]) -> None:
+    with watching(tmp_path, stable_for=timedelta(hours=1)) as scene:
         path = scene.root / "r1.cfg"
         for _ in range(4):
             with path.open("ab") as file:
                 file.write(b"x" * 100)
-            scene.wait_scan()  # more than once a second
+            scene.wait_scan()
+            ahead[0] += 0.7 * HOUR
+            scene.wait_scan()
+            assert scene.admitted() == []
+        ahead[0] += 0.7 * HOUR
         scene.wait_admitted("r1.cfg")
         scene.wait_scan()
         assert [event["size"] for event in scene.events("archive.admitted")] == [400]
@@ -431,15 +448,17 @@ def blindness(scene: Watching) -> list[str]:
 
 
 def test_of_rubbish_without_end_no_more_is_said_than_that(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: list[float]
 ) -> None:
     monkeypatch.setattr("backupd.intake.candidates._MOST_SAID", 10)
-    monkeypatch.setattr("backupd.intake.intake._SURELY_MISSED", 0.1)
     with watching(tmp_path) as scene:
         for number in range(30):
             (scene.root / f"rubbish-{number}.pdf").write_bytes(b"no archive")
             (scene.root / f"empty-{number}.cfg").touch()
-        for _ in range(4):
+        scene.wait_event("archive.ignored", 11)
+        scene.wait_scan()
+        ahead[0] += 2 * HOUR
+        for _ in range(3):
             scene.wait_scan()
         scene.put("r1.cfg")
         scene.wait_admitted("r1.cfg")
@@ -595,13 +614,16 @@ def make_deaf(scene: Watching) -> InotifyObserver:
 def test_files_that_no_event_told_of_are_found_and_that_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backupd.intake.intake._SURELY_MISSED", 0.1)
-    with watching(tmp_path, rescan_every=timedelta(seconds=1.5)) as scene:
+    monkeypatch.setattr("backupd.intake.intake._SURELY_MISSED", -1.0)
+    monkeypatch.setattr("backupd.intake.sight._SILENT", HOUR)
+    with watching(tmp_path) as scene:
         deaf = make_deaf(scene)
-        scene.wait_event("drop.scanned", 2)
-        names = [f"r{number}.cfg" for number in range(3)]
+        tree = scene.base / "tree"
+        tree.mkdir()
+        names = [f"tree/r{number}.cfg" for number in range(3)]
         for name in names:
-            scene.put(name)
+            (scene.base / name).write_bytes(b"abc")
+        tree.rename(scene.root / "tree")  # the same scan finds all of them
         scene.wait_admitted(*names)
         scene.wait_event("watcher.restored")
         assert scene.observer is not deaf
@@ -615,14 +637,19 @@ def test_files_that_no_event_told_of_are_found_and_that_is_said_once(
 def test_a_quiet_folder_whose_watcher_is_deaf_is_told_from_one_that_is_only_quiet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backupd.intake.sight._SILENT", 1.5)
+    now = [100.0]
+    monkeypatch.setattr("backupd.intake.sight.time", SimpleNamespace(monotonic=lambda: now[0]))
     with watching(tmp_path) as scene:
         for _ in range(10):
             scene.wait_scan()
+            until(lambda: scene.intake._sight._asked is None, "a sign of life")
         assert blindness(scene) == []
         assert not scene.intake.is_blind
 
         deaf = make_deaf(scene)
+        scene.wait_scan()
+        until(lambda: scene.intake._sight._asked is not None, "it to be asked for")
+        now[0] += HOUR
         scene.wait_event("watcher.restored")
         assert scene.observer is not deaf
         assert blindness(scene) == ["silent"]
@@ -676,10 +703,7 @@ def test_looking_for_a_sign_of_life_opens_nobodys_files(scene: Watching) -> None
     assert blindness(scene) == []
 
 
-def test_files_that_an_event_told_of_prove_no_blindness(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("backupd.intake.intake._SURELY_MISSED", 1.0)
+def test_files_that_an_event_told_of_prove_no_blindness(tmp_path: Path, ahead: list[float]) -> None:
     with watching(tmp_path) as scene:
         for number in range(300):
             scene.put(f"r{number}.cfg")
@@ -688,7 +712,9 @@ def test_files_that_an_event_told_of_prove_no_blindness(
         with (scene.root / "open.cfg").open("wb", buffering=0) as file:
             file.write(b"abc")
             scene.wait_admitted("r299.cfg")
-            until(lambda: time.time() - (scene.root / "open.cfg").stat().st_ctime > 1.2, "it to be old")
+            scene.wait_event("archive.ignored", 2)
+            scene.wait_scan()
+            ahead[0] += 2 * HOUR
             scene.wait_scan()
         scene.wait_admitted("open.cfg")
         assert blindness(scene) == []
@@ -706,14 +732,13 @@ class UnwillingLedger(SqliteLedger):
 
 
 def test_what_the_ledger_did_not_take_is_admitted_later_and_is_no_blindness(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ahead: list[float]
 ) -> None:
-    monkeypatch.setattr("backupd.intake.intake._SURELY_MISSED", 1.0)
     with watching(tmp_path, UnwillingLedger) as scene:
         assert isinstance(scene.ledger, UnwillingLedger)
-        path = scene.put("r1.cfg")
+        scene.put("r1.cfg")
         scene.wait_event("ledger.failed")
-        until(lambda: time.time() - path.stat().st_ctime > 1.2, "it to be old")
+        ahead[0] += 2 * HOUR
         scene.wait_scan()
         assert len(scene.events("ledger.failed")) == 1
         scene.ledger.failing = False
@@ -759,8 +784,7 @@ def test_a_hundred_files_a_second_never_look_like_blindness(scene: Watching) -> 
 
 
 def test_a_stop_ends_every_wait_at_once(by_events: Watching) -> None:
-    began = time.monotonic()
     by_events._stop.set()
     by_events.intake.poke()
-    by_events._thread.join(10)
-    assert time.monotonic() - began < 5
+    by_events._thread.join(PATIENCE)  # the next scan is an hour away
+    assert not by_events._thread.is_alive()
