@@ -22,7 +22,7 @@ import pytest
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.pki import Pki
 from tests.privileges import needs_root
-from tests.stage import Daemon, Stage, until
+from tests.stage import PATIENCE, Daemon, Stage, until
 
 QUICK = '[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.5s"'
 
@@ -102,7 +102,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 def ledger(stage: Stage, query: str) -> list[tuple[Any, ...]]:
     """Ask the ledger beside the daemon."""
-    with contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=10)) as connection:
+    with contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=PATIENCE)) as connection:
         return connection.execute(query).fetchall()
 
 
