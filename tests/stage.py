@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -145,6 +146,7 @@ class Stage:
         self.config = base / "backupd.toml"
         self.log = base / "daemon.log"
         self._daemons: list[Daemon] = []
+        self._holders: list[socket.socket] = []
 
     def configure(
         self, url: str, *, drop: str = "", destination: str = "", top: str = "", more: str = ""
@@ -171,6 +173,14 @@ key = "{self.pki.client_key}"
             encoding="utf-8",
         )
         return self.config
+
+    def a_free_port(self) -> int:
+        """Return a port where nobody listens; it is kept from all but servers that are told to take it."""
+        holder = socket.socket()
+        self._holders.append(holder)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        return int(holder.getsockname()[1])
 
     def daemon(
         self,
@@ -223,6 +233,8 @@ key = "{self.pki.client_key}"
         for daemon in self._daemons:
             if daemon.process.poll() is None:
                 daemon.kill()
+        for holder in self._holders:
+            holder.close()
         if self.log.exists():
             check_log(self.log.read_bytes().decode("utf-8", "replace"))
 
