@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -65,23 +66,42 @@ class Daemon:
 
     def events(self, name: str = "") -> list[dict[str, Any]]:
         """Return what it logged; every line has to be JSON."""
-        lines = [json.loads(line) for line in self.text().splitlines(keepends=True) if line.endswith("\n")]
+        lines, _ = self._lines(self._read_from)
         return [line for line in lines if not name or line["event"] == name]
 
-    def wait_for(self, name: str, count: int = 1, **keys: Any) -> list[dict[str, Any]]:
-        """Wait until events of a name with these values were logged, and return them."""
+    def _lines(self, begin: int) -> tuple[list[dict[str, Any]], int]:
+        """Return the whole lines in the log from a byte on, and the byte behind them."""
+        with self._log.open("rb") as stream:
+            stream.seek(begin)
+            data = stream.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        return [json.loads(line) for line in whole.decode("utf-8", "strict").splitlines()], begin + len(whole)
 
-        def enough() -> list[dict[str, Any]]:
-            found = [e for e in self.events(name) if all(e.get(k) == v for k, v in keys.items())]
-            if len(found) < count:
-                assert self.process.poll() is None, f"the daemon ended: {self.text()}"
-                return []
-            return found
+    def wait_for(
+        self, name: str, count: int = 1, patience: float = PATIENCE, **keys: Any
+    ) -> list[dict[str, Any]]:
+        """Wait until events of a name with these values were logged, and return them.
+
+        Patience begins anew with each that comes: thousands may take as long as they like.
+        """
+        found: list[dict[str, Any]] = []
+        begin = self._read_from
+
+        def more() -> bool:
+            nonlocal begin
+            ended = self.process.poll() is not None  # before the look: what it said last counts
+            lines, begin = self._lines(begin)
+            new = [e for e in lines if e["event"] == name and all(e.get(k) == v for k, v in keys.items())]
+            found.extend(new)
+            assert len(found) >= count or not ended, f"the daemon ended: {self.text()}"
+            return bool(new)
 
         try:
-            return until(enough, f"{count} x {name} {keys or ''}")  # type: ignore[no-any-return]
+            while len(found) < count:
+                until(more, f"{count} x {name} {keys or ''}, of which {len(found)} came", patience)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.text()[-6000:]}") from None
+        return found
 
     def ready(self) -> Daemon:
         self.wait_for("daemon.ready")
@@ -126,12 +146,15 @@ class Stage:
         self.config = base / "backupd.toml"
         self.log = base / "daemon.log"
         self._daemons: list[Daemon] = []
+        self._holders: list[socket.socket] = []
 
     def configure(
         self, url: str, *, drop: str = "", destination: str = "", top: str = "", more: str = ""
     ) -> Path:
         """Write a configuration; the arguments are further TOML lines for its tables."""
         drop = drop if "stable_for" in drop else f'stable_for = "0.1s"\n{drop}'
+        if "timeout" not in destination + more:  # a server in a test's own process may be slow to take us
+            destination = f'timeout.connect = "10m"\n{destination}'
         self.config.write_text(
             f"""
 state_dir = "{self.state}"
@@ -150,6 +173,14 @@ key = "{self.pki.client_key}"
             encoding="utf-8",
         )
         return self.config
+
+    def a_free_port(self) -> int:
+        """Return a port where nobody listens; it is kept from all but servers that are told to take it."""
+        holder = socket.socket()
+        self._holders.append(holder)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        return int(holder.getsockname()[1])
 
     def daemon(
         self,
@@ -202,6 +233,8 @@ key = "{self.pki.client_key}"
         for daemon in self._daemons:
             if daemon.process.poll() is None:
                 daemon.kill()
+        for holder in self._holders:
+            holder.close()
         if self.log.exists():
             check_log(self.log.read_bytes().decode("utf-8", "replace"))
 

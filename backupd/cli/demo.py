@@ -19,7 +19,7 @@ import typer
 from backupd.cli.receive import require_receiver
 from backupd.core.errors import BackupdError
 
-_PATIENCE = 12.0
+_PATIENCE = 120.0
 """Seconds that the archives get to go through."""
 
 _CONFIG = """\

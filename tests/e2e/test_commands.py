@@ -624,7 +624,7 @@ def test_receive_says_at_once_where_it_listens_even_into_a_file(stage: Stage) ->
             [*COMMAND, "receive", "--store", str(stage.store), "--port", "0", *files], stdout=stream
         )
     try:
-        until(lambda: "receiving at https://" in log.read_text(), "the url", patience=20)
+        until(lambda: "receiving at https://" in log.read_text(), "the url")
     finally:
         process.kill()
         process.wait()
@@ -640,13 +640,10 @@ def test_receive_tells_which_file_it_cannot_read(stage: Stage) -> None:
     assert f"--key: {stage.base / 'none.key'} can't be read" in done.stderr
 
 
-def test_the_demo_brings_its_archives_through_within_fifteen_seconds(stage: Stage) -> None:
-    began = time.monotonic()
+def test_the_demo_brings_its_archives_through(stage: Stage) -> None:
     done = stage.backupd("demo", environ={"TMPDIR": str(stage.base)})
-    took = time.monotonic() - began
 
     assert (done.returncode, done.stderr) == (0, "")
-    assert took < 15
     [base] = stage.base.glob("backupd-demo-*")
     stored = {
         hashlib.sha256(path.read_bytes()).hexdigest() for path in stage.archives(base / "stored" / "archives")

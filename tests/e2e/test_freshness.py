@@ -7,7 +7,7 @@ import signal
 import sqlite3
 
 from backupd.receiver.serve import RunningReceiver
-from tests.stage import Stage, until
+from tests.stage import PATIENCE, Stage, until
 
 TOP = 'heartbeat_every = "0.2s"'
 EXPECT = 'label_pattern = \'(?P<device>[^-]+)-.*\'\nexpect = { every = "1s", by = "{device}" }'
@@ -96,7 +96,7 @@ def test_what_is_done_with_goes_from_the_ledger_and_stays_in_the_folder(
     daemon.wait_for("archive.disposed", count=3)
 
     def left() -> int:
-        with contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=10)) as ledger:
+        with contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=PATIENCE)) as ledger:
             return int(ledger.execute("SELECT count(*) FROM archive").fetchone()[0])
 
     until(lambda: left() == 1, "the history to go")  # the last number is not given again

@@ -14,7 +14,7 @@ import pytest
 from backupd.ledger.database import FILE_NAME, open_ledger
 from backupd.ledger.sqlite_shelf import open_shelf
 from backupd.receiver.serve import RunningReceiver, ServerTls
-from tests.stage import Stage, a_stage
+from tests.stage import PATIENCE, Stage, a_stage
 
 MIB = 1024 * 1024
 BIG = int(os.environ.get("BACKUPD_TEST_BIG", 3 * 1024 * MIB))
@@ -40,7 +40,7 @@ def peak_of_a_delivery(stage: Stage, size: int) -> int:
             stage.configure(receiver.url, drop='stable_for = "0s"')
             daemon = stage.daemon().ready()
             archive.rename(stage.drop / "big.tar")
-            daemon.wait_for("archive.disposed")
+            daemon.wait_for("archive.disposed", patience=PATIENCE + size / (2 * MIB))
             peak = daemon.memory("VmHWM")
             assert daemon.stop() == 0
         record = json.loads((stage.sent / "big.tar.receipt.json").read_bytes())

@@ -8,7 +8,6 @@ import http.server
 import json
 import os
 import re
-import socket
 import sqlite3
 import ssl
 import subprocess
@@ -22,7 +21,7 @@ import pytest
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.pki import Pki
 from tests.privileges import needs_root
-from tests.stage import Daemon, Stage, until
+from tests.stage import PATIENCE, Daemon, Stage, until
 
 QUICK = '[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.5s"'
 
@@ -102,13 +101,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 def ledger(stage: Stage, query: str) -> list[tuple[Any, ...]]:
     """Ask the ledger beside the daemon."""
-    with contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=10)) as connection:
+    with contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=PATIENCE)) as connection:
         return connection.execute(query).fetchall()
-
-
-def a_free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def a_receiver(stage: Stage, port: int = 0, store: str = "store") -> RunningReceiver:
@@ -123,7 +117,7 @@ def order_of(daemon: Daemon, *names: str) -> list[str]:
 
 
 def test_a_destination_that_is_down_at_the_start_gets_everything_once_it_is_up(stage: Stage) -> None:
-    port = a_free_port()
+    port = stage.a_free_port()
     stage.configure(f"https://127.0.0.1:{port}/v1/upload", destination=QUICK)
     contents = {f"sw-{number}.tar.gz": os.urandom(5000) for number in range(20)}
     for name, content in contents.items():
@@ -153,7 +147,7 @@ def test_a_destination_that_is_down_at_the_start_gets_everything_once_it_is_up(s
 
 
 def test_while_a_destination_is_down_one_archive_at_a_time_is_tried(stage: Stage) -> None:
-    stage.configure(f"https://127.0.0.1:{a_free_port()}/", destination=f"workers = 8\n{QUICK}")
+    stage.configure(f"https://127.0.0.1:{stage.a_free_port()}/", destination=f"workers = 8\n{QUICK}")
     daemon = stage.daemon().ready()
     for number in range(50):
         stage.put(f"sw-{number}.tar.gz", b"x")
@@ -255,7 +249,7 @@ max = "0.5s"
 
 
 def test_an_archive_stays_until_both_destinations_have_it(stage: Stage, two: RunningReceiver) -> None:
-    port = a_free_port()
+    port = stage.a_free_port()
     stage.configure(two.url, more=second(stage, f"https://127.0.0.1:{port}/v1/upload"))
     daemon = stage.daemon().ready()
     for number in range(5):
@@ -310,7 +304,7 @@ def mounted_over(folder: Path) -> Iterator[None]:
 @needs_root
 @pytest.mark.root
 def test_what_is_pending_waits_while_its_filesystem_is_not_mounted(stage: Stage) -> None:
-    port = a_free_port()
+    port = stage.a_free_port()
     stage.configure(f"https://127.0.0.1:{port}/v1/upload", destination=QUICK, drop='rescan_every = "1s"')
     daemon = stage.daemon().ready()
     stage.put("core.tar.gz", b"content")
@@ -445,7 +439,7 @@ def test_nothing_is_overwritten_by_what_is_put_back(stage: Stage) -> None:
 
 
 def test_a_pending_delivery_can_be_hastened(stage: Stage) -> None:
-    port = a_free_port()
+    port = stage.a_free_port()
     wait = '[destination.vault.retry]\ninitial = "1h"\nmax = "1h"'
     stage.configure(f"https://127.0.0.1:{port}/v1/upload", destination=wait)
     daemon = stage.daemon().ready()
@@ -462,7 +456,7 @@ def test_a_pending_delivery_can_be_hastened(stage: Stage) -> None:
 
 def test_an_archive_older_than_give_up_after_is_rejected(stage: Stage) -> None:
     retry = f'{QUICK}\ngive_up_after = "1s"'
-    stage.configure(f"https://127.0.0.1:{a_free_port()}/", destination=retry)
+    stage.configure(f"https://127.0.0.1:{stage.a_free_port()}/", destination=retry)
     daemon = stage.daemon().ready()
     stage.put("sw.tar.gz", b"content")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +20,6 @@ cert = "{pki.client_cert}"
 key = "{pki.client_key}"
 retry = {{ initial = "0.2s", max = "1s" }}
 """
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def _seconds_to_vault(stage: Stage, receiver: RunningReceiver, names: list[str], more: str) -> float:
@@ -48,7 +41,7 @@ def test_one_that_is_down_does_not_slow_the_other_and_gets_everything_later(
     first.wait_for("archive.disposed", count=COUNT)
     first.stop()
 
-    port = _free_port()
+    port = stage.a_free_port()
     annex = _ANNEX.format(url=f"https://127.0.0.1:{port}/v1/upload", pki=stage.pki)
     names = [f"both-{n}.cfg" for n in range(COUNT)]
     beside = _seconds_to_vault(stage, receiver, names, annex)

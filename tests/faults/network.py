@@ -75,6 +75,11 @@ class Course:
     attempts_failed: int
     sent_whole: int
 
+    @property
+    def failed_besides(self) -> int:
+        """Return how many attempts failed without a fault: a machine that stands still ends one, too."""
+        return max(self.attempts_failed - self.struck.total(), 0)
+
 
 @dataclass(slots=True)
 class Tally:

@@ -19,7 +19,7 @@ from backupd.ledger.database import FILE_NAME
 from backupd.receiver.serve import RunningReceiver
 from tests.privileges import needs_root
 from tests.scripted import Peer, ScriptedServer, answer, receipt_for, server_context
-from tests.stage import Daemon, Stage, until
+from tests.stage import PATIENCE, Daemon, Stage, until
 
 QUICK = '[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.5s"'
 PAGE = 4096
@@ -92,7 +92,7 @@ def test_a_ledger_that_is_lost_is_begun_anew_from_the_folders(
     stage: Stage, waiting: Daemon, damage: Callable[[Path], None]
 ) -> None:
     ledger = stage.state / FILE_NAME
-    with contextlib.closing(sqlite3.connect(ledger)) as db:
+    with contextlib.closing(sqlite3.connect(ledger, timeout=PATIENCE)) as db:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     before = stamps(stage.sent)
     kept = ledger.read_bytes()
@@ -174,7 +174,7 @@ def test_pages_that_are_damaged_under_the_daemon_end_it_and_the_next_start_mends
     daemon = stage.daemon().ready()
     stage.put("sent.tar.gz", b"sent")
     daemon.wait_for("archive.disposed", archive="sent.tar.gz")
-    with contextlib.closing(sqlite3.connect(stage.state / FILE_NAME)) as db:
+    with contextlib.closing(sqlite3.connect(stage.state / FILE_NAME, timeout=PATIENCE)) as db:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     inner_pages(stage.state / FILE_NAME)
     stage.put("after.tar.gz", b"after")
@@ -198,7 +198,7 @@ def test_pages_that_are_damaged_under_the_daemon_end_it_and_the_next_start_mends
 
 def bring_in_log(ledger: Path) -> None:
     """Have the pages in the file itself, and none in its log."""
-    with contextlib.closing(sqlite3.connect(ledger)) as db:
+    with contextlib.closing(sqlite3.connect(ledger, timeout=PATIENCE)) as db:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
@@ -338,7 +338,7 @@ def test_a_ledger_of_a_newer_program_is_refused_and_nothing_is_touched(stage: St
 @contextlib.contextmanager
 def held(ledger: Path) -> Iterator[None]:
     """Have somebody else hold the ledger."""
-    with contextlib.closing(sqlite3.connect(ledger, isolation_level=None)) as db:
+    with contextlib.closing(sqlite3.connect(ledger, timeout=PATIENCE, isolation_level=None)) as db:
         db.execute("BEGIN EXCLUSIVE")
         yield
         db.execute("ROLLBACK")

@@ -37,7 +37,7 @@ def test_a_certificate_that_is_wrong_from_now_on_costs_no_archive(tmp_path: Path
 
     assert course.struck == {Kind.WRONG_CERTIFICATE: 12}
     assert course.attempts_failed >= 12
-    assert course.sent_whole == 1
+    assert 1 <= course.sent_whole <= 1 + course.failed_besides
 
 
 @pytest.mark.parametrize("kind", LOSE_THE_ANSWER, ids=lambda kind: kind.value)
@@ -50,7 +50,7 @@ def test_a_lost_answer_is_asked_for(tmp_path: Path, kind: Kind) -> None:
     course = deliver(tmp_path, schedule, 1, asks=True, sizes=(300_000,), workers=1, deadline="2s")
 
     assert course.attempts_failed > 0
-    assert course.sent_whole == 1
+    assert 1 <= course.sent_whole <= 1 + course.failed_besides
     assert course.archives == 1
 
 

@@ -110,7 +110,8 @@ def rewritten_behind_our_back(path: Path) -> bytes:
     content = os.urandom(before.st_size)
     with path.open("r+b") as stream:
         stream.write(content)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        stream.flush()
+        os.utime(stream.fileno(), ns=(before.st_atime_ns, before.st_mtime_ns))  # while nobody may take it
     after = path.stat()
     assert (after.st_size, after.st_mtime_ns, after.st_ino) == (
         before.st_size,

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from backupd.receiver.serve import RunningReceiver
-from tests.e2e.test_outages import Endpoint, a_free_port
+from tests.e2e.test_outages import Endpoint
 from tests.monitoring.tools import lnav, metrics_of
 from tests.stage import Stage
 
@@ -27,7 +27,7 @@ destinations = ["annex"]
 def test_metrics_tell_what_was_delivered_rejected_and_paused(stage: Stage, tmp_path: Path) -> None:
     people = tmp_path / "people"
     people.mkdir()
-    more = ANNEX.format(port=a_free_port(), pki=stage.pki, people=people)
+    more = ANNEX.format(port=stage.a_free_port(), pki=stage.pki, people=people)
     with Endpoint(stage.pki, lambda name: 422 if "poison" in name else 201) as endpoint:
         stage.configure(endpoint.url, drop='destinations = ["vault"]', top=BEATS, more=more)
         daemon = stage.daemon().ready()
