@@ -142,7 +142,7 @@ def test_a_bomb_is_looked_at_within_bounds_and_keeps_no_other_waiting(
     daemon.wait_for("archive.disposed", count=21)
 
     assert [event["archive"] for event in daemon.events("inspection.ended")] == ["bomb.gz"]
-    assert daemon.memory("VmHWM") < 150 << 20
+    assert daemon.memory("VmHWM") < 80 << 20
     assert len(daemon.events("archive.delivered")) == 21
     assert [event["archive"] for event in daemon.events("archive.admitted")][-1] == "bomb.gz"
 

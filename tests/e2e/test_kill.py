@@ -122,7 +122,7 @@ def test_twenty_kills_lose_nothing_and_store_nothing_twice(stage: Stage, receive
     assert last.stop() == 0
 
     print(f"{cut} of {KILLS} kills cut an upload")
-    assert cut  # how many, the machine decides
+    assert cut >= KILLS // 4
     assert len(digests) == 200
     assert_all_is_well(stage, digests)
     assert first is not None
