@@ -92,20 +92,22 @@ class Watches(InotifyWatchGroup):
         """Open the folder under the eyes of its watch; return False where the watch is gone.
 
         The kernel gives the same number for a directory that is watched already, and with it what else is to
-        be told of it: for a moment, that somebody opens it.
+        be told of it: for a moment, that somebody opens it. Under the lock, as watchdog makes all watches anew
+        after an overflow.
         """
         queue = self._inotify_fd._inotify_fd  # noqa: SLF001 -- watchdog knows no changed mask
         folder = _by_number(self.folder.fileno())
-        watch = inotify_add_watch(queue, folder, self._mask | InotifyConstants.IN_OPEN)
-        if watch == -1:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-        if watch != self._active_callbacks_by_path.get(self.path):
-            return False
-        try:
-            os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-        finally:
-            inotify_add_watch(queue, folder, self._mask)
+        with self._lock:
+            watch = inotify_add_watch(queue, folder, self._mask | InotifyConstants.IN_OPEN)
+            if watch == -1:
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code))
+            if watch != self._active_callbacks_by_path.get(self.path):
+                return False
+            try:
+                os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            finally:
+                inotify_add_watch(queue, folder, self._mask)
         return True
 
     def on_event(self, event: InotifyEvent) -> None:

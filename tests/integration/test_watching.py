@@ -767,6 +767,29 @@ def test_after_an_overflow_of_the_kernels_queue_every_file_is_admitted(by_events
     scene.wait_admitted("below/later.cfg")
 
 
+def test_watches_that_are_being_made_anew_are_not_taken_for_gone(
+    by_events: Watching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scan that comes while watchdog mends what an overflow may have cost waits for that."""
+    watcher = by_events.intake._sight._watcher
+    assert watcher is not None
+    (watches,) = watcher._all_watches()
+    assert watches is not None
+    add_all = watches._add_all_callbacks
+    answers: list[bool] = []
+    asking = threading.Thread(target=lambda: answers.append(watches.ask()))
+
+    def add_all_later(path: bytes) -> None:
+        asking.start()
+        asking.join(0.5)  # it has to wait for us
+        add_all(path)
+
+    monkeypatch.setattr(watches, "_add_all_callbacks", add_all_later)
+    watches.on_queue_overflow()
+    asking.join(PATIENCE)
+    assert answers == [True]
+
+
 def test_a_hundred_files_a_second_never_look_like_blindness(scene: Watching) -> None:
     """As they come, are delivered and moved away."""
     for number in range(200):
