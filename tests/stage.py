@@ -174,6 +174,17 @@ key = "{self.pki.client_key}"
         )
         return self.config
 
+    def annex(self, url: str, terms: str = "") -> str:
+        """Return the TOML of a second destination; the terms are further lines for its table."""
+        return f"""
+[destination.annex]
+url = "{url}"
+ca = "{self.pki.ca_pem}"
+cert = "{self.pki.client_cert}"
+key = "{self.pki.client_key}"
+{terms}
+"""
+
     def a_free_port(self) -> int:
         """Return a port where nobody listens; it is kept from all but servers that are told to take it."""
         holder = socket.socket()

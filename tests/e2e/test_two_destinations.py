@@ -12,15 +12,6 @@ from tests.stage import Stage, until
 
 COUNT = 1000
 
-_ANNEX = """
-[destination.annex]
-url = "{url}"
-ca = "{pki.ca_pem}"
-cert = "{pki.client_cert}"
-key = "{pki.client_key}"
-retry = {{ initial = "0.2s", max = "1s" }}
-"""
-
 
 def _seconds_to_vault(stage: Stage, receiver: RunningReceiver, names: list[str], more: str) -> float:
     """Deliver archives to the vault and return how long it took; the daemon goes on."""
@@ -42,7 +33,9 @@ def test_one_that_is_down_does_not_slow_the_other_and_gets_everything_later(
     first.stop()
 
     port = stage.a_free_port()
-    annex = _ANNEX.format(url=f"https://127.0.0.1:{port}/v1/upload", pki=stage.pki)
+    annex = stage.annex(
+        f"https://127.0.0.1:{port}/v1/upload", 'retry = { initial = "0.2s", max = "1s" }'
+    )
     names = [f"both-{n}.cfg" for n in range(COUNT)]
     beside = _seconds_to_vault(stage, receiver, names, annex)
     daemon = stage._daemons[-1]

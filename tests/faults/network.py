@@ -46,15 +46,6 @@ initial = "0.05s"
 max = "0.2s"
 """
 
-_ANNEX = """
-[destination.annex]
-url = "{url}"
-ca = "{pki.ca_pem}"
-cert = "{pki.client_cert}"
-key = "{pki.client_key}"
-{terms}
-"""
-
 details = st.tuples(st.integers(0, _FURTHEST), st.integers(0, 3), st.sampled_from([1.0, 0.001]))
 
 
@@ -135,7 +126,7 @@ def deliver(
                 _TERMS.format(name=name, workers=workers, deadline=deadline, more=_more(url, asks, http2))
                 for name, url in zip(names, urls, strict=True)
             ]
-            annex = _ANNEX.format(url=urls[1], pki=stage.pki, terms=terms[1]) if to_both else ""
+            annex = stage.annex(urls[1], terms[1]) if to_both else ""
             stage.configure(urls[0], drop='stable_for = "0s"', destination=terms[0], more=annex)
             daemon = stage.daemon().ready()
             for _ in range(count):

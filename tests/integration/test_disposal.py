@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -174,6 +175,23 @@ def test_what_somebody_writes_to_again_stays_until_it_is_closed(
     done, failed = disposal.dispose([one])  # it was closed as it was
     assert ([each.to for each in done], failed) == ([b"sent/r1.cfg" if action == "move" else None], [])
     assert not path.exists()
+
+
+@pytest.mark.usefixtures("_sigio_ignored")
+def test_what_somebody_holds_a_write_lease_on_stays_until_that_is_given_back(
+    root: Path, disposal_of: Callable[[str], Disposal], told: Callable[[str], list[dict[str, Any]]]
+) -> None:
+    one, disposal = delivered(root, 1), disposal_of("move")
+    path = root / "r1.cfg"
+    with path.open("r+b") as stream:
+        fcntl.fcntl(stream.fileno(), fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        assert disposal.dispose([one]) == ([], [1])
+        assert path.exists()
+    (line,) = told("disposition.failed")
+    assert line["archive"] == "r1.cfg"
+    assert "fuser" in line["hint"]
+    done, failed = disposal.dispose([one])
+    assert ([each.to for each in done], failed) == ([b"sent/r1.cfg"], [])
 
 
 @pytest.mark.parametrize("action", ["move", "delete"])
