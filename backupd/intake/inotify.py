@@ -92,8 +92,8 @@ class Watches(InotifyWatchGroup):
         """Open the folder under the eyes of its watch; return False where the watch is gone.
 
         The kernel gives the same number for a directory that is watched already, and with it what else is to
-        be told of it: for a moment, that somebody opens it. Under the lock, as watchdog makes all watches anew
-        after an overflow.
+        be told of it: for a moment, that somebody opens it. Under the lock: after an overflow watchdog makes
+        all watches anew.
         """
         queue = self._inotify_fd._inotify_fd  # noqa: SLF001 -- watchdog knows no changed mask
         folder = _by_number(self.folder.fileno())

@@ -33,9 +33,7 @@ def test_one_that_is_down_does_not_slow_the_other_and_gets_everything_later(
     first.stop()
 
     port = stage.a_free_port()
-    annex = stage.annex(
-        f"https://127.0.0.1:{port}/v1/upload", 'retry = { initial = "0.2s", max = "1s" }'
-    )
+    annex = stage.annex(f"https://127.0.0.1:{port}/v1/upload", 'retry = { initial = "0.2s", max = "1s" }')
     names = [f"both-{n}.cfg" for n in range(COUNT)]
     beside = _seconds_to_vault(stage, receiver, names, annex)
     daemon = stage._daemons[-1]
