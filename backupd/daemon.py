@@ -94,6 +94,8 @@ class Daemon:
         self._upkeep.bring_forward()
         self._upkeep.mind_clock()
         undisposed = parts.ledger.count_undisposed()
+        for drop in parts.drops.values():
+            drop.intake.note_folder()
         self._threads.start(parts.recorder.run, self._abandon, parts.recorder.pulse)
         self._begin(parts.drops, parts.destinations)
         self._wait_for_intakes(parts.drops, self._began + _FIRST_LOOK)

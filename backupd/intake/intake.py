@@ -79,6 +79,8 @@ class Intake:
         self._batch: list[Sighting] = []
         self._failing = False
         self._unadmitted: set[int] = set()
+        self._noted: tuple[int, int] | None = None
+        """Which directory the ledger was told that the folder is: its device and inode."""
         self.ready = threading.Event()
         self.pulse = Pulse(f"intake of {name}")
 
@@ -92,6 +94,7 @@ class Intake:
                 now = time.monotonic()
                 if self._sight.has_missed_some() or now >= next_scan:
                     proven = self._sight.check()
+                    self.note_folder()
                     self._scan(b"", stop, prove=proven and self.ready.is_set())
                     next_scan = time.monotonic() + self._sight.scan_every()
                     self.ready.set()
@@ -103,6 +106,19 @@ class Intake:
             self._examination.close()
             self.pulse.rest()
             self._sight.close()
+
+    def note_folder(self) -> None:
+        """Have the ledger know which directory this is, before anything in it is looked for."""
+        status = os.fstat(self._folder.fileno())
+        here = status.st_dev, status.st_ino
+        if here == self._noted:
+            return
+        try:
+            self._ledger.note_folder(self.name, *here)
+        except LedgerError as error:
+            self._ledger_failed(error)
+        else:
+            self._noted = here
 
     def poke(self) -> None:
         """End a wait, to look at the stop event."""

@@ -112,6 +112,13 @@ class Ledger(Habits, Protocol):
     Every method raises `LedgerError` where the record can't be read or written; nothing is half done then.
     """
 
+    def note_folder(self, drop: str, device: int, inode: int) -> None:
+        """Note which directory a drop folder is, by the numbers that stat(2) gives.
+
+        One that has another device number than before, as after a boot, has it for what lies in it, too.
+        """
+        ...
+
     def known(self, drop: str, below: bytes = b"") -> Known:
         """Return which files of a drop are accounted for: all, or those below a directory of it."""
         ...

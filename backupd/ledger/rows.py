@@ -41,13 +41,17 @@ def as_archive(row: Row) -> Archive:
     return Archive(row[0], row[1], row[2], Fingerprint(*map(int, row[3:8])), as_time(row[8]))
 
 
-def fingerprint_columns(f: Fingerprint) -> Row:
-    """Return device, inode, size and times; what SQLite's 64 bits don't hold as its digits, in bytes.
+def as_stored(number: int) -> int | bytes:
+    """Return a number as it is; one that SQLite's 64 bits don't hold as its digits, in bytes.
 
     Network filesystems have inodes of 64 bits without a sign, and a time after 2262 more nanoseconds.
     """
-    numbers = (f.device, f.inode, f.size, f.mtime_ns, f.ctime_ns)
-    return tuple(n if -(1 << 63) <= n < 1 << 63 else b"%d" % n for n in numbers)
+    return number if -(1 << 63) <= number < 1 << 63 else b"%d" % number
+
+
+def fingerprint_columns(f: Fingerprint) -> Row:
+    """Return device, inode, size and times, as they are stored."""
+    return tuple(map(as_stored, (f.device, f.inode, f.size, f.mtime_ns, f.ctime_ns)))
 
 
 def as_ending(row: Row) -> Ending:

@@ -18,6 +18,7 @@ from backupd.ledger.rows import (
     as_archive,
     as_ending,
     as_micros,
+    as_stored,
     as_time,
     attempt_row,
     delivery_row,
@@ -42,6 +43,20 @@ class SqliteLedger(SqliteHabits, Ledger):
     What a disposition hangs on is committed with `synchronous=FULL`. Admissions and claims are not worth
     a sync: what a power cut takes of them, the scan and `release_claims` bring back.
     """
+
+    def note_folder(self, drop: str, device: int, inode: int) -> None:
+        """See `Ledger.note_folder`."""
+        now_on, number = as_stored(device), as_stored(inode)
+        with self._reading() as db:
+            query = "SELECT device FROM folder WHERE drop_name = ? AND inode = ?"
+            before = db.execute(query, (drop, number)).fetchone()
+        if before == (now_on,):
+            return
+        with self._transaction(durable=False) as db:
+            if before is not None:
+                update = "UPDATE archive SET device = ? WHERE drop_name = ? AND device = ? AND live"
+                db.execute(update, (now_on, drop, *before))
+            db.execute("INSERT OR REPLACE INTO folder VALUES (?, ?, ?)", (drop, number, now_on))
 
     def known(self, drop: str, below: bytes = b"") -> Known:
         """See `Ledger.known`."""

@@ -103,6 +103,32 @@ def end(ledger: Ledger, outcome: Outcome, destination: str = "vault", now: datet
 # admissions
 
 
+def test_what_lies_in_a_folder_has_the_number_that_its_disk_has_now(ledger: Ledger) -> None:
+    """After a boot, or a mount, the same directory may be on a device of another number."""
+    folder, other, here = 2, 77, a_sighting().fingerprint.device
+    admit(ledger, a_sighting(b"r1.cfg"), a_sighting(b"r2.cfg"))
+    admit(ledger, replace(a_sighting(b"r3.cfg"), drop="firewalls"))
+    first = claim(ledger)
+    end(ledger, delivered())
+    ledger.release_claims([first.id])
+
+    def devices() -> list[int]:
+        claimed = ledger.claim("vault", LATER, most=9)
+        ledger.release_claims()
+        found = [*(each.archive for each in claimed), *(one.archive for one in ledger.undisposed())]
+        return [archive.fingerprint.device for archive in sorted(found, key=lambda archive: archive.id)]
+
+    ledger.note_folder("switches", here, folder)
+    ledger.note_folder("switches", here + 1, folder)
+    assert devices() == [here + 1, here + 1, here]
+    ledger.note_folder("switches", here + 2, other)  # such as the empty place to mount on
+    assert devices() == [here + 1, here + 1, here]
+    ledger.note_folder("switches", here + 3, folder)
+    assert devices() == [here + 3, here + 3, here]
+    ledger.note_folder("switches", here, 1 << 63)
+    ledger.note_folder("switches", here, 1 << 63)
+
+
 def test_a_new_file_becomes_a_pending_delivery_to_each_destination(ledger: Ledger) -> None:
     sighting = a_sighting(b"site/r1.tar.gz")
     (archive,) = admit(ledger, sighting, to=BOTH)

@@ -12,12 +12,12 @@ from pathlib import Path
 from tests.privileges import IS_ROOT
 from tests.programs import do_without
 
-_OPTIONS = "loop,commit=600"
+_OPTIONS = "commit=600"
 """Nothing reaches the disk by itself: only what is synced."""
 
 
-def _run(*command: str | Path) -> None:
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+def _run(*command: str | Path) -> str:
+    return subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
 
 
 class Disk:
@@ -27,12 +27,26 @@ class Disk:
         self._image, self._folder = image, folder
 
     def mount(self) -> None:
-        _run("mount", "-o", _OPTIONS, self._image, self._folder)
+        """Mount it, by whichever device is free."""
+        with self._attached() as device:
+            _run("mount", "-o", _OPTIONS, device, self._folder)
 
     def power_on(self) -> None:
-        """Mount it anew after the power was cut, as a boot does."""
-        _run("umount", self._folder)
-        self.mount()
+        """Mount it anew after the power was cut; like a boot may, that gives it another number."""
+        before = self._folder.stat().st_dev
+        with self._attached() as device:
+            _run("umount", self._folder)
+            _run("mount", "-o", _OPTIONS, device, self._folder)
+        assert self._folder.stat().st_dev != before
+
+    @contextlib.contextmanager
+    def _attached(self) -> Iterator[str]:
+        """Yield a device for it, which is there for as long as that is mounted."""
+        device = _run("losetup", "--find", "--show", self._image).strip()
+        try:
+            yield device
+        finally:
+            _run("losetup", "--detach", device)
 
 
 @contextlib.contextmanager
@@ -47,7 +61,7 @@ def a_disk(image: Path, folder: Path, size: int = 64_000_000) -> Iterator[Disk]:
     try:
         disk.mount()
     except subprocess.CalledProcessError as error:
-        do_without(f"no loop device can be mounted: {error.stderr.decode()}")
+        do_without(f"no loop device can be mounted: {error.stderr}")
     try:
         yield disk
     finally:

@@ -54,3 +54,19 @@ def test_a_power_cut_at_each_step_loses_nothing(tmp_path: Path) -> None:
 
     assert_held(tally, SEED)
     assert {step for step, _ in tally.tried} == set(STEPS)
+
+
+@needs_root
+def test_what_was_deleted_right_before_the_power_cut_is_known_on_a_disk_of_another_number(
+    tmp_path: Path,
+) -> None:
+    """An empty folder on another device looks like a place to mount on."""
+    tally, ground = crash.Tally(), Ground(tmp_path, DELETED, can_lose_power=True)
+    with ground.open():
+        step = STEPS.index("disposition committed")
+        last = len(crash.by_step(crash.recorded(ground), ground)[step])
+        for at in (last - 1, last - 2):
+            crash.strike(ground, crash.Strike(step, at, Manner.CUT_POWER), tally)
+
+    assert_held(tally, 0)
+    assert tally.cases
