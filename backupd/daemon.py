@@ -82,14 +82,25 @@ class Daemon:
         # Blocked everywhere and waited for here: no handler ever runs in the middle of something.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         signal.signal(signal.SIGIO, signal.SIG_IGN)  # see drop.writer
-        parts = self._parts
         self._log.emit(
             events.DAEMON_STARTED,
             version=__version__,
             pid=os.getpid(),
             config=str(self._config_path),
-            path=str(parts.config.state_dir),
+            path=str(self._parts.config.state_dir),
         )
+        try:
+            self._start()
+            received = self._go_on()
+        except LedgerDamagedError as error:  # found by this thread, and not by one of the others
+            self._log.emit(events.DAEMON_FAILED, error=error.message, hint=error.hint)
+            self._threads.failed = self._threads.found_damage = True
+            received = signal.SIGTERM
+        return self._shut_down(received)
+
+    def _start(self) -> None:
+        """Go on where the last daemon ended, and begin to watch and to deliver."""
+        parts = self._parts
         released = parts.ledger.release_claims()
         self._upkeep.bring_forward()
         self._upkeep.mind_clock()
@@ -110,12 +121,11 @@ class Daemon:
         )
         self._beat()
         self._notifier.send("READY=1", self._status())
-        try:
-            received = self._go_on()
-        except LedgerDamagedError as error:  # found by this thread, and not by one of the others
-            self._log.emit(events.DAEMON_FAILED, error=error.message, hint=error.hint)
-            self._threads.failed, received = True, signal.SIGTERM
-        return self._shut_down(received)
+
+    @property
+    def found_damage(self) -> bool:
+        """Whether it ended as the ledger is damaged."""
+        return self._threads.found_damage
 
     def _begin(self, drops: Mapping[str, DropPart], destinations: Mapping[str, DestinationPart]) -> None:
         for drop in drops.values():

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from backupd.core.errors import BackupdError
+from backupd.core.errors import BackupdError, LedgerDamagedError
 from backupd.ops import events
 from backupd.ops.log import EventLog
 from backupd.ops.pulse import Pulse
@@ -22,6 +22,8 @@ class Threads:
         self._running: list[tuple[threading.Thread, Pulse]] = []
         self._said: set[str] = set()
         self.failed = False
+        self.found_damage = False
+        """Whether what one broke by was a damaged ledger."""
 
     def start(self, body: Callable[[threading.Event], None], stop: threading.Event, pulse: Pulse) -> None:
         """Run a body until it returns; `stop` asks it to."""
@@ -37,6 +39,7 @@ class Threads:
                     events.DAEMON_FAILED, error=f"thread {pulse.name}: {error!r}", hint=hint, exc_info=error
                 )
                 self.failed = True
+                self.found_damage |= isinstance(error, LedgerDamagedError)
                 os.kill(os.getpid(), signal.SIGTERM)
 
         # daemonic: a thread that hangs in a system call must not keep the process from its end

@@ -14,11 +14,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from backupd.core.errors import LedgerError
+from backupd.core.errors import LedgerDamagedError, LedgerError
 from backupd.ledger.transactions import is_damage
 
 FILE_NAME = "ledger.sqlite3"
 LOCK_NAME = "backupd.lock"
+
+_DAMAGED = b"damaged\n"
+_DAMAGED_STILL = b"damaged still\n"
+"""What the lock holds after a daemon that found the ledger damaged, and after a second one in a row."""
 
 
 class StateLock:
@@ -44,9 +48,14 @@ class StateLock:
                 f"{state_dir}: another backupd (process {holder}) uses it",
                 "give each instance a `state_dir` of its own, or stop the other one",
             ) from error
-        self.was_clean = os.fstat(self._fd).st_size == 0
+        self._left = os.pread(self._fd, 32, 0)
+        self.was_clean = not self._left
+        self.is_hopeless = self._left == _DAMAGED_STILL
+        """Whether two daemons in a row found the ledger damaged, and a check in between did not."""
         self.ended_well = True
         """To be set: whether what it was held for ended as it should."""
+        self.found_damage = False
+        """To be set: whether the ledger was found damaged."""
         holder_now = f"{os.getpid()}\n".encode("ascii")
         try:
             os.pwrite(self._fd, holder_now, 0)  # never empty in between: that would be a clean end
@@ -69,6 +78,10 @@ class StateLock:
         """Let go; a clean end spares the next start the check of the ledger."""
         if clean:
             os.ftruncate(self._fd, 0)
+        elif self.found_damage:
+            what = _DAMAGED_STILL if self._left == _DAMAGED else _DAMAGED
+            os.pwrite(self._fd, what, 0)
+            os.ftruncate(self._fd, len(what))
         os.close(self._fd)
 
     def __enter__(self) -> Self:
@@ -77,6 +90,7 @@ class StateLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.found_damage |= isinstance(error, LedgerDamagedError)
         self.release(clean=kind is None and self.ended_well)
 
 
@@ -105,19 +119,23 @@ class Opened:
     is_new: bool = False
 
 
-def open_ledger(state_dir: Path, *, check: bool = False) -> Opened:
+def open_ledger(state_dir: Path, *, check: bool = False, hopeless: bool = False) -> Opened:
     """Open or create the ledger and bring its schema up to date.
 
     A file that SQLite can't read, or that has lost its content, is renamed, never deleted, and an empty
-    ledger begun: what it knew of pending archives is found again in the drop folders. Raises LedgerError
-    for a schema of a newer version, and for what the operator must mend (permissions, disk).
+    ledger begun: what it knew of pending archives is found again in the drop folders. So is one that is
+    `hopeless`, whatever a check says. Raises LedgerError for a schema of a newer version, and for what the
+    operator must mend (permissions, disk).
     """
     path = state_dir / FILE_NAME
     try:
         is_new = not path.exists()
-        aside = _set_aside(path) if _is_emptied(path) or (is_new and _wal_of(path).exists()) else None
+        is_lost = _is_emptied(path) or (is_new and _wal_of(path).exists()) or (hopeless and not is_new)
+        aside = _set_aside(path) if is_lost else None
         try:
             return Opened(_connect(path, check=check), aside, is_new)
+        except UnicodeDecodeError:
+            pass  # SQLite names what it found damaged
         except sqlite3.DatabaseError as error:
             if not is_damage(error):
                 raise

@@ -54,7 +54,7 @@ class SqliteHabits(Transactions, Habits):
                 " ORDER BY d.drop_name, d.name",
                 (as_micros(now),),
             ).fetchall()
-        return [_as_device(row) for row in rows]
+            return [_as_device(row) for row in rows]
 
     def alarmed(self, overdue: Sequence[Device], recovered: Sequence[Device]) -> None:
         """See `Habits.alarmed`."""
@@ -87,9 +87,9 @@ class SqliteHabits(Transactions, Habits):
         with self._reading() as db:
             seen = db.execute("SELECT seen_at FROM clock").fetchone()
             doubts = db.execute("SELECT ahead, remaining FROM doubt ORDER BY id").fetchall()
-        if seen is None:
-            return None
-        return ClockNote(as_time(seen[0]), [Doubt(a * _MICROSECOND, r * _MICROSECOND) for a, r in doubts])
+            if seen is None:
+                return None
+            return ClockNote(as_time(seen[0]), [Doubt(a * _MICROSECOND, r * _MICROSECOND) for a, r in doubts])
 
     def note_clock(self, note: ClockNote, *, patience: float = 0.0) -> None:
         """See `Habits.note_clock`."""

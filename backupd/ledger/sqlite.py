@@ -114,7 +114,7 @@ class SqliteLedger(SqliteHabits, Ledger):
             row = db.execute(
                 "SELECT min(due_at) FROM delivery WHERE destination = ? AND state = 'pending'", (destination,)
             ).fetchone()
-        return None if row[0] is None else as_time(row[0])
+            return None if row[0] is None else as_time(row[0])
 
     def bring_forward(self, destination: str, latest: datetime) -> None:
         """See `Ledger.bring_forward`."""
@@ -185,7 +185,7 @@ class SqliteLedger(SqliteHabits, Ledger):
                 " UNION ALL SELECT destination, archive_id FROM delivery WHERE state = 'claimed')"
                 " JOIN archive ON archive.id = archive_id GROUP BY destination"
             ).fetchall()
-        return {name: Backlog(count, size, as_time(oldest)) for name, count, size, oldest in rows}
+            return {name: Backlog(count, size, as_time(oldest)) for name, count, size, oldest in rows}
 
     def quarantined(self) -> int:
         """See `Ledger.quarantined`."""

@@ -99,8 +99,10 @@ def failures(what: str) -> Iterator[None]:
     """Raise what goes wrong with a ledger that was open; `what` is what can't be done: read, written."""
     try:
         yield
-    except sqlite3.Error as error:
-        if is_damage(error):
+    except UnicodeEncodeError:
+        raise  # of what was to be written
+    except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
+        if not isinstance(error, sqlite3.Error) or is_damage(error):
             raise LedgerDamagedError(
                 f"the ledger is damaged: {error}",
                 "the daemon ends; the next start checks the ledger, puts a damaged one aside and begins"
@@ -114,8 +116,10 @@ def failures(what: str) -> Iterator[None]:
 
 
 def is_damage(error: sqlite3.Error) -> bool:
-    """Tell whether it is the file that is at fault."""
-    return type(error) is sqlite3.DatabaseError  # OperationalError and friends: locked, full, read-only
+    """Tell whether it is the file that is at fault, or what it holds: a table is lost, a text no UTF-8."""
+    if type(error) is sqlite3.OperationalError:  # others of its kind: locked, full, read-only
+        return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) == sqlite3.SQLITE_ERROR
+    return type(error) is sqlite3.DatabaseError
 
 
 def _is_held(error: BaseException) -> bool:

@@ -276,6 +276,53 @@ def test_damage_under_the_daemon_is_said_by_an_event_and_costs_no_archive(
         assert again.stop() == 0
 
 
+def no_text(db: sqlite3.Connection) -> None:
+    db.execute("UPDATE archive SET drop_name = CAST(x'ff' AS TEXT)")
+
+
+def no_time(db: sqlite3.Connection) -> None:
+    db.execute("UPDATE archive SET admitted_at = 1 << 62")
+
+
+def no_archive(db: sqlite3.Connection) -> None:
+    db.execute("UPDATE delivery SET archive_id = archive_id + 900")
+
+
+def no_column(db: sqlite3.Connection) -> None:
+    db.execute("PRAGMA writable_schema = ON")
+    db.execute("UPDATE sqlite_schema SET sql = replace(sql, 'charged', 'chanted')")
+
+
+def no_version(db: sqlite3.Connection) -> None:
+    db.execute("PRAGMA user_version = 0")
+
+
+@pytest.mark.parametrize("damage", [no_text, no_time, no_archive, no_column, no_version])
+def test_damage_that_no_check_finds_keeps_the_daemon_from_its_work_for_two_starts_at_most(
+    stage: Stage, waiting: Daemon, damage: Callable[[sqlite3.Connection], None]
+) -> None:
+    """SQLite takes any bytes for a text, and any number for a time."""
+    assert waiting.process.returncode
+    with contextlib.closing(sqlite3.connect(stage.state / FILE_NAME, isolation_level=None)) as db:
+        damage(db)
+        assert damage is no_column or db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    for _ in range(2):
+        daemon = stage.daemon()
+        until(lambda: daemon.process.poll() is not None or daemon.events("ledger.replaced"), "an end")  # noqa: B023
+        if daemon.events("ledger.replaced"):
+            break
+        assert daemon.process.returncode == 1  # after which systemd starts it anew
+        assert "the ledger is damaged" in daemon.text()
+    else:
+        daemon = stage.daemon()
+    daemon.wait_for("ledger.replaced")
+    daemon.wait_for("archive.disposed", archive="pending.tar.gz")
+    assert_delivered(stage, "sent.tar.gz", "pending.tar.gz")
+    assert daemon.stop() == 0
+    assert stage.daemon().ready().stop() == 0
+    assert stage.log.read_text().count("ledger.replaced") == 1
+
+
 def test_a_ledger_that_is_removed_under_the_daemon_costs_nothing(stage: Stage, waiting: Daemon) -> None:
     daemon = stage.daemon().ready()
     daemon.wait_for("archive.disposed", archive="pending.tar.gz")
