@@ -282,10 +282,10 @@ def test_no_room_is_made_before_the_old_ones_are_known(site: Lost) -> None:
     free = os.statvfs(site.root)
     short = MinFree(free.f_bavail * free.f_frsize + 64 * 2**30)
     site.keep(NOW + 3 * DAY, min_free=short)
-    with closing(sqlite3.connect(site.state / FILE_NAME, isolation_level=None)) as other:
-        other.execute("ALTER TABLE restored RENAME TO lost")  # the look fails
-        restorer.look(threading.Event())
-        other.execute("ALTER TABLE lost RENAME TO restored")
+    ledger = site.state / FILE_NAME
+    elsewhere = ledger.rename(ledger.with_name("elsewhere"))
+    restorer.look(threading.Event())  # it fails
+    elsewhere.rename(ledger)
     assert site.events("ledger.failed")
     restorer.look(threading.Event())  # which it does not at once do again
     site.keep(NOW + 3 * DAY)
