@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from backupd.core.errors import LedgerError
+from backupd.core.errors import LedgerDamagedError, LedgerError
 from backupd.core.freshness import Device
 from backupd.core.gate import Gate
 from backupd.ledger.database import FILE_NAME, LOCK_NAME, StateLock, daemon_pid, open_for_reading, open_ledger
@@ -25,6 +25,8 @@ from backupd.ledger.port import Disposed
 from backupd.ledger.sqlite import SqliteLedger
 from tests.factories import NOW, a_sighting, deferred, delivered, finished
 from tests.privileges import a_folder_of_nobody, needs_root, without_rights
+
+DAMAGE = LedgerDamagedError("the ledger is damaged")
 
 
 def a_ledger_with(state: Path, *names: bytes) -> None:
@@ -361,6 +363,56 @@ def test_damage_that_an_opening_does_not_meet_is_found_after_an_unclean_end(tmp_
     opened = open_ledger(tmp_path, check=True)
     assert opened.set_aside is not None
     opened.connection.close()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE archive SET drop_name = CAST(x'ff' AS TEXT)",
+        "UPDATE archive SET admitted_at = 1 << 62",
+        "UPDATE archive SET inode = 'none'",
+        "UPDATE delivery SET archive_id = archive_id + 900",
+        "UPDATE delivery SET due_at = due_at - (1 << 62)",
+        "UPDATE delivery SET digest = CAST(x'ff' AS TEXT)",
+        "DROP INDEX delivery_due",
+        "DROP TABLE attempt",
+    ],
+)
+def test_what_can_not_be_read_is_damage_whatever_a_check_says(tmp_path: Path, damage: str) -> None:
+    a_ledger_with(tmp_path, b"r1", b"r2")
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as db:
+        db.execute(damage)
+    opened = open_ledger(tmp_path, check=True)
+    assert opened.set_aside is None
+    ledger = SqliteLedger(opened.connection)
+    with pytest.raises(LedgerDamagedError):
+        _deliver_all(ledger)
+    ledger.close()
+
+
+def _deliver_all(ledger: SqliteLedger) -> None:
+    ledger.backlog()
+    ledger.next_due("vault")
+    ledger.record([finished(one, delivered()) for one in ledger.claim("vault", NOW, most=9)], NOW)
+
+
+def test_a_ledger_that_two_daemons_in_a_row_found_damaged_is_hopeless(tmp_path: Path) -> None:
+    seen = []
+    for error in (DAMAGE, OSError("another one"), DAMAGE, DAMAGE, DAMAGE, None, DAMAGE, DAMAGE, None):
+        with contextlib.suppress(LedgerDamagedError, OSError), StateLock(tmp_path) as lock:
+            seen.append(lock.is_hopeless)
+            assert daemon_pid(tmp_path) == os.getpid()
+            if error is not None:
+                raise error
+    assert seen == [False, False, False, False, True, False, False, False, True]
+
+    a_ledger_with(tmp_path, b"r1")
+    opened = open_ledger(tmp_path, check=True, hopeless=True)
+    assert pending(opened.connection) == 0
+    opened.connection.close()
+    assert opened.set_aside is not None
+    with contextlib.closing(sqlite3.connect(opened.set_aside)) as aside:
+        assert pending(aside) == 1
 
 
 def test_two_damaged_ledgers_are_both_kept(tmp_path: Path) -> None:
