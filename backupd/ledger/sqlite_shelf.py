@@ -153,8 +153,9 @@ class SqliteShelf(Shelf):
         self._db.close()
 
     def _kept(self, clauses: str, values: tuple[object, ...]) -> list[Kept]:
-        rows = self._query(f"SELECT {_COLUMNS} FROM archive {clauses}", values)  # noqa: S608 -- own clauses
-        return [Kept(as_archive(row), row[9], as_time(row[10])) for row in rows]
+        with failures("read"):
+            rows = self._db.execute(f"SELECT {_COLUMNS} FROM archive {clauses}", values)  # noqa: S608 -- own clauses
+            return [Kept(as_archive(row), row[9], as_time(row[10])) for row in rows]
 
     def _query(self, query: str, values: tuple[object, ...]) -> list[Row]:
         with failures("read"):

@@ -116,10 +116,10 @@ def failures(what: str) -> Iterator[None]:
 
 
 def is_damage(error: sqlite3.Error) -> bool:
-    """Tell whether it is the file that is at fault, or what it holds: a table is lost, a text no UTF-8."""
+    """Tell whether it is the file that is at fault, or what it holds: a table lost, a text no UTF-8."""
     if type(error) is sqlite3.OperationalError:  # others of its kind: locked, full, read-only
         return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) == sqlite3.SQLITE_ERROR
-    return type(error) is sqlite3.DatabaseError
+    return type(error) in (sqlite3.DatabaseError, sqlite3.IntegrityError)
 
 
 def _is_held(error: BaseException) -> bool:

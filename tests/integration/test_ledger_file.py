@@ -23,6 +23,7 @@ from backupd.ledger.database import FILE_NAME, LOCK_NAME, StateLock, daemon_pid,
 from backupd.ledger.habits import ClockNote
 from backupd.ledger.port import Disposed
 from backupd.ledger.sqlite import SqliteLedger
+from backupd.ledger.sqlite_shelf import open_shelf
 from tests.factories import NOW, a_sighting, deferred, delivered, finished
 from tests.privileges import a_folder_of_nobody, needs_root, without_rights
 
@@ -376,6 +377,7 @@ def test_damage_that_an_opening_does_not_meet_is_found_after_an_unclean_end(tmp_
         "UPDATE delivery SET digest = CAST(x'ff' AS TEXT)",
         "DROP INDEX delivery_due",
         "DROP TABLE attempt",
+        "CREATE UNIQUE INDEX another ON delivery (digest)",
     ],
 )
 def test_what_can_not_be_read_is_damage_whatever_a_check_says(tmp_path: Path, damage: str) -> None:
@@ -388,6 +390,20 @@ def test_what_can_not_be_read_is_damage_whatever_a_check_says(tmp_path: Path, da
     with pytest.raises(LedgerDamagedError):
         _deliver_all(ledger)
     ledger.close()
+
+
+def test_what_was_put_away_at_no_time_is_damage_too(tmp_path: Path) -> None:
+    ledger = SqliteLedger(open_ledger(tmp_path).connection)
+    ledger.admit([a_sighting(b"r1")], ["vault"], NOW)
+    [settled] = ledger.record([finished(ledger.claim("vault", NOW)[0], delivered())], NOW)
+    ledger.disposed([Disposed(settled.archive.id, b"sent/r1")], [], NOW)
+    ledger.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as db:
+        db.execute("UPDATE archive SET disposed_at = NULL")
+    shelf = open_shelf(tmp_path)
+    with pytest.raises(LedgerDamagedError):
+        shelf.unsorted("switches", 9)
+    shelf.close()
 
 
 def _deliver_all(ledger: SqliteLedger) -> None:
