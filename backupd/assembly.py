@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 def run_daemon(config: Config, log: EventLog, config_path: Path, found: Examination, examine: Examine) -> int:
     """Run the daemon on a configuration, and what its examination found; return its exit code."""
     with StateLock(config.state_dir) as lock:
-        opened = open_ledger(config.state_dir, check=not lock.was_clean, hopeless=lock.is_hopeless)
+        opened = open_ledger(config.state_dir, check=lock.check, hopeless=lock.is_hopeless)
         if opened.set_aside is not None:
             log.emit(
                 events.LEDGER_REPLACED,
@@ -69,7 +69,7 @@ def run_daemon(config: Config, log: EventLog, config_path: Path, found: Examinat
         upkeep = Upkeep(assembly.parts, log, assembly.freshness, assembly.clock)
         daemon = Daemon(assembly.parts, log, config_path, examine, assembly.change_to, certificates, upkeep)
         code = daemon.run()
-        lock.ended_well, lock.found_damage = code == 0, daemon.found_damage
+        lock.ended_well, lock.damage = code == 0, daemon.damage
         return code
 
 

@@ -94,7 +94,7 @@ class Daemon:
             received = self._go_on()
         except LedgerDamagedError as error:  # found by this thread, and not by one of the others
             self._log.emit(events.DAEMON_FAILED, error=error.message, hint=error.hint)
-            self._threads.failed = self._threads.found_damage = True
+            self._threads.failed, self._threads.damage = True, error
             received = signal.SIGTERM
         return self._shut_down(received)
 
@@ -123,9 +123,9 @@ class Daemon:
         self._notifier.send("READY=1", self._status())
 
     @property
-    def found_damage(self) -> bool:
-        """Whether it ended as the ledger is damaged."""
-        return self._threads.found_damage
+    def damage(self) -> LedgerDamagedError | None:
+        """Return the damage of the ledger by which it ended."""
+        return self._threads.damage
 
     def _begin(self, drops: Mapping[str, DropPart], destinations: Mapping[str, DestinationPart]) -> None:
         for drop in drops.values():

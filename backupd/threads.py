@@ -22,8 +22,8 @@ class Threads:
         self._running: list[tuple[threading.Thread, Pulse]] = []
         self._said: set[str] = set()
         self.failed = False
-        self.found_damage = False
-        """Whether what one broke by was a damaged ledger."""
+        self.damage: LedgerDamagedError | None = None
+        """The damage of the ledger that one broke by."""
 
     def start(self, body: Callable[[threading.Event], None], stop: threading.Event, pulse: Pulse) -> None:
         """Run a body until it returns; `stop` asks it to."""
@@ -39,7 +39,8 @@ class Threads:
                     events.DAEMON_FAILED, error=f"thread {pulse.name}: {error!r}", hint=hint, exc_info=error
                 )
                 self.failed = True
-                self.found_damage |= isinstance(error, LedgerDamagedError)
+                if isinstance(error, LedgerDamagedError):
+                    self.damage = error
                 os.kill(os.getpid(), signal.SIGTERM)
 
         # daemonic: a thread that hangs in a system call must not keep the process from its end

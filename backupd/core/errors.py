@@ -49,3 +49,7 @@ class LedgerHeldError(LedgerError):
 
 class LedgerDamagedError(BackupdError):
     """The ledger's content can't be believed any more; no `LedgerError`, as trying again mends nothing."""
+
+
+class LedgerUnreadableError(LedgerDamagedError):
+    """The ledger holds what can't be read: SQLite's check may not find it, and no failing disk looks so."""

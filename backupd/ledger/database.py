@@ -14,15 +14,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from backupd.core.errors import LedgerDamagedError, LedgerError
+from backupd.core.errors import LedgerDamagedError, LedgerError, LedgerUnreadableError
 from backupd.ledger.transactions import is_damage
 
 FILE_NAME = "ledger.sqlite3"
 LOCK_NAME = "backupd.lock"
 
 _DAMAGED = b"damaged\n"
-_DAMAGED_STILL = b"damaged still\n"
-"""What the lock holds after a daemon that found the ledger damaged, and after a second one in a row."""
+_UNREADABLE = b"unreadable\n"
+"""What the lock holds after a daemon that found the ledger damaged."""
 
 
 class StateLock:
@@ -48,14 +48,15 @@ class StateLock:
                 f"{state_dir}: another backupd (process {holder}) uses it",
                 "give each instance a `state_dir` of its own, or stop the other one",
             ) from error
-        self._left = os.pread(self._fd, 32, 0)
-        self.was_clean = not self._left
-        self.is_hopeless = self._left == _DAMAGED_STILL
-        """Whether two daemons in a row found the ledger damaged, and a check in between did not."""
+        left = os.pread(self._fd, 32, 0)
+        self.check = "integrity_check" if left == _DAMAGED else "quick_check" if left else ""
+        """The check of SQLite that the ledger needs, by how the last daemon ended."""
+        self.is_hopeless = left == _UNREADABLE
+        """Whether the last daemon found in the ledger what can't be read, whatever a check says."""
         self.ended_well = True
         """To be set: whether what it was held for ended as it should."""
-        self.found_damage = False
-        """To be set: whether the ledger was found damaged."""
+        self.damage: LedgerDamagedError | None = None
+        """To be set: the damage that the ledger was found to have."""
         holder_now = f"{os.getpid()}\n".encode("ascii")
         try:
             os.pwrite(self._fd, holder_now, 0)  # never empty in between: that would be a clean end
@@ -78,8 +79,8 @@ class StateLock:
         """Let go; a clean end spares the next start the check of the ledger."""
         if clean:
             os.ftruncate(self._fd, 0)
-        elif self.found_damage:
-            what = _DAMAGED_STILL if self._left == _DAMAGED else _DAMAGED
+        elif self.damage is not None:
+            what = _UNREADABLE if isinstance(self.damage, LedgerUnreadableError) else _DAMAGED
             os.pwrite(self._fd, what, 0)
             os.ftruncate(self._fd, len(what))
         os.close(self._fd)
@@ -90,7 +91,8 @@ class StateLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.found_damage |= isinstance(error, LedgerDamagedError)
+        if isinstance(error, LedgerDamagedError):
+            self.damage = error
         self.release(clean=kind is None and self.ended_well)
 
 
@@ -119,13 +121,13 @@ class Opened:
     is_new: bool = False
 
 
-def open_ledger(state_dir: Path, *, check: bool = False, hopeless: bool = False) -> Opened:
+def open_ledger(state_dir: Path, *, check: str = "", hopeless: bool = False) -> Opened:
     """Open or create the ledger and bring its schema up to date.
 
     A file that SQLite can't read, or that has lost its content, is renamed, never deleted, and an empty
     ledger begun: what it knew of pending archives is found again in the drop folders. So is one that is
-    `hopeless`, whatever a check says. Raises LedgerError for a schema of a newer version, and for what the
-    operator must mend (permissions, disk).
+    `hopeless`; `check` is the PRAGMA that SQLite is to check it by, if any. Raises LedgerError for a schema
+    of a newer version, and for what the operator must mend (permissions, disk).
     """
     path = state_dir / FILE_NAME
     try:
@@ -140,7 +142,7 @@ def open_ledger(state_dir: Path, *, check: bool = False, hopeless: bool = False)
             if not is_damage(error):
                 raise
         aside = _set_aside(path)
-        return Opened(_connect(path, check=False), aside)
+        return Opened(_connect(path, check=""), aside)
     except (sqlite3.DatabaseError, OSError) as error:
         raise LedgerError(f"{path}: {error}", "check the disk and the owner of `state_dir`") from error
 
@@ -181,7 +183,7 @@ def _wal_of(path: Path) -> Path:
     return path.with_name(f"{path.name}-wal")
 
 
-def _connect(path: Path, *, check: bool) -> sqlite3.Connection:
+def _connect(path: Path, *, check: str) -> sqlite3.Connection:
     created = _create(path)
     try:
         return _opened(path, check=check)
@@ -204,14 +206,14 @@ def _create(path: Path) -> bool:
     return True
 
 
-def _opened(path: Path, *, check: bool) -> sqlite3.Connection:
+def _opened(path: Path, *, check: str) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
     try:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA cache_size = -512")  # KiB; it was 2 MiB, of which little was ever used
         connection.execute("PRAGMA synchronous = FULL")
-        if check and connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+        if check and connection.execute(f"PRAGMA {check}(1)").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("database disk image is malformed")
         _migrate(connection, path)
     except BaseException:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from backupd.core.errors import LedgerDamagedError, LedgerError, LedgerHeldError
+from backupd.core.errors import LedgerDamagedError, LedgerError, LedgerHeldError, LedgerUnreadableError
 
 _PATIENCE = 5.0
 """Seconds for which another process may hold the ledger before that is said."""
@@ -45,6 +45,8 @@ class Transactions:
         while True:
             self._lock.acquire()
             try:
+                if self._db.in_transaction:  # which could not be rolled back
+                    self._db.execute("ROLLBACK")
                 self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
                 self._db.execute("BEGIN IMMEDIATE")
             except BaseException as error:
@@ -102,8 +104,9 @@ def failures(what: str) -> Iterator[None]:
     except UnicodeEncodeError:
         raise  # of what was to be written
     except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
-        if not isinstance(error, sqlite3.Error) or is_damage(error):
-            raise LedgerDamagedError(
+        if is_damage(error):
+            kind = LedgerUnreadableError if _is_unreadable(error) else LedgerDamagedError
+            raise kind(
                 f"the ledger is damaged: {error}",
                 "the daemon ends; the next start checks the ledger, puts a damaged one aside and begins"
                 " anew from the folders; look at the disk of `state_dir`",
@@ -115,11 +118,16 @@ def failures(what: str) -> Iterator[None]:
         raise LedgerError(says, "check the disk of `state_dir`") from error
 
 
-def is_damage(error: sqlite3.Error) -> bool:
-    """Tell whether it is the file that is at fault, or what it holds: a table lost, a text no UTF-8."""
+def is_damage(error: Exception) -> bool:
+    """Tell whether it is the file that is at fault, or what it holds."""
+    return type(error) is sqlite3.DatabaseError or _is_unreadable(error)
+
+
+def _is_unreadable(error: Exception) -> bool:
+    """Tell whether a table is lost, a text is no UTF-8, a time none, a rule of the schema broken."""
     if type(error) is sqlite3.OperationalError:  # others of its kind: locked, full, read-only
         return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) == sqlite3.SQLITE_ERROR
-    return type(error) in (sqlite3.DatabaseError, sqlite3.IntegrityError)
+    return not isinstance(error, sqlite3.Error) or isinstance(error, sqlite3.IntegrityError)
 
 
 def _is_held(error: BaseException) -> bool:

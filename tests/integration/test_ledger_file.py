@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from backupd.core.errors import LedgerDamagedError, LedgerError
+from backupd.core.errors import LedgerDamagedError, LedgerError, LedgerUnreadableError
 from backupd.core.freshness import Device
 from backupd.core.gate import Gate
 from backupd.ledger.database import FILE_NAME, LOCK_NAME, StateLock, daemon_pid, open_for_reading, open_ledger
@@ -26,8 +26,6 @@ from backupd.ledger.sqlite import SqliteLedger
 from backupd.ledger.sqlite_shelf import open_shelf
 from tests.factories import NOW, a_sighting, deferred, delivered, finished
 from tests.privileges import a_folder_of_nobody, needs_root, without_rights
-
-DAMAGE = LedgerDamagedError("the ledger is damaged")
 
 
 def a_ledger_with(state: Path, *names: bytes) -> None:
@@ -86,22 +84,22 @@ def test_a_killed_daemon_leaves_no_lock_but_an_unclean_end(
     holder.wait()
     assert daemon_pid(tmp_path) is None
     with StateLock(tmp_path) as lock:
-        assert not lock.was_clean
+        assert lock.check
         assert (tmp_path / LOCK_NAME).read_text() == f"{os.getpid()}\n"
 
 
 def test_an_end_in_good_order_is_a_clean_one(tmp_path: Path) -> None:
     with StateLock(tmp_path) as first:
-        assert first.was_clean
+        assert not first.check
     with StateLock(tmp_path) as second:
-        assert second.was_clean
+        assert not second.check
 
 
 def test_an_end_by_an_error_is_an_unclean_one(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), StateLock(tmp_path):
         _ = 1 / 0
     with StateLock(tmp_path) as lock:
-        assert not lock.was_clean
+        assert lock.check
 
 
 def test_without_a_daemon_there_is_no_process_id(tmp_path: Path) -> None:
@@ -144,7 +142,7 @@ def test_a_ledger_is_readable_by_its_owner_and_group_alone(tmp_path: Path) -> No
 
 def test_what_was_written_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
     a_ledger_with(tmp_path, b"r1", b"r2")
-    for check in (False, True):
+    for check in ("", "quick_check", "integrity_check"):
         opened = open_ledger(tmp_path, check=check)
         assert opened.set_aside is None
         assert pending(opened.connection) == 2
@@ -310,7 +308,7 @@ def test_a_damaged_ledger_is_put_aside_and_never_deleted(
     damage(tmp_path / FILE_NAME)
     remains = (tmp_path / FILE_NAME).read_bytes()
 
-    opened = open_ledger(tmp_path, check=True)
+    opened = open_ledger(tmp_path, check="quick_check")
 
     assert opened.set_aside is not None
     assert set_aside(tmp_path) == [opened.set_aside]
@@ -318,7 +316,7 @@ def test_a_damaged_ledger_is_put_aside_and_never_deleted(
     assert pending(opened.connection) == 0
     opened.connection.close()
     a_ledger_with(tmp_path, b"r1")
-    again = open_ledger(tmp_path, check=True)
+    again = open_ledger(tmp_path, check="quick_check")
     assert (again.set_aside, pending(again.connection)) == (None, 1)
     again.connection.close()
 
@@ -338,7 +336,7 @@ def test_what_was_not_in_the_file_yet_is_put_aside_with_it(
     assert b"in-the-log" in log
     damage(state / FILE_NAME)
 
-    again = open_ledger(state, check=True)
+    again = open_ledger(state, check="quick_check")
 
     found = b"".join(path.read_bytes() for path in state.iterdir())
     assert b"in-the-log" in found
@@ -361,7 +359,7 @@ def test_damage_that_an_opening_does_not_meet_is_found_after_an_unclean_end(tmp_
     opened = open_ledger(tmp_path)
     assert opened.set_aside is None
     opened.connection.close()
-    opened = open_ledger(tmp_path, check=True)
+    opened = open_ledger(tmp_path, check="quick_check")
     assert opened.set_aside is not None
     opened.connection.close()
 
@@ -384,10 +382,10 @@ def test_what_can_not_be_read_is_damage_whatever_a_check_says(tmp_path: Path, da
     a_ledger_with(tmp_path, b"r1", b"r2")
     with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as db:
         db.execute(damage)
-    opened = open_ledger(tmp_path, check=True)
+    opened = open_ledger(tmp_path, check="quick_check")
     assert opened.set_aside is None
     ledger = SqliteLedger(opened.connection)
-    with pytest.raises(LedgerDamagedError):
+    with pytest.raises(LedgerUnreadableError):
         _deliver_all(ledger)
     ledger.close()
 
@@ -401,7 +399,7 @@ def test_what_was_put_away_at_no_time_is_damage_too(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as db:
         db.execute("UPDATE archive SET disposed_at = NULL")
     shelf = open_shelf(tmp_path)
-    with pytest.raises(LedgerDamagedError):
+    with pytest.raises(LedgerUnreadableError):
         shelf.unsorted("switches", 9)
     shelf.close()
 
@@ -412,18 +410,20 @@ def _deliver_all(ledger: SqliteLedger) -> None:
     ledger.record([finished(one, delivered()) for one in ledger.claim("vault", NOW, most=9)], NOW)
 
 
-def test_a_ledger_that_two_daemons_in_a_row_found_damaged_is_hopeless(tmp_path: Path) -> None:
+def test_how_a_daemon_ended_tells_the_next_one_how_far_to_trust_the_ledger(tmp_path: Path) -> None:
+    damaged, unreadable = LedgerDamagedError("damaged"), LedgerUnreadableError("a text is none")
     seen = []
-    for error in (DAMAGE, OSError("another one"), DAMAGE, DAMAGE, DAMAGE, None, DAMAGE, DAMAGE, None):
+    for error in (None, OSError("another one"), damaged, unreadable, damaged, None, None):
         with contextlib.suppress(LedgerDamagedError, OSError), StateLock(tmp_path) as lock:
-            seen.append(lock.is_hopeless)
+            seen.append((lock.check, lock.is_hopeless))
             assert daemon_pid(tmp_path) == os.getpid()
             if error is not None:
                 raise error
-    assert seen == [False, False, False, False, True, False, False, False, True]
+    quick, whole, none = ("quick_check", False), ("integrity_check", False), ("", False)
+    assert seen == [none, none, quick, whole, ("quick_check", True), whole, none]
 
     a_ledger_with(tmp_path, b"r1")
-    opened = open_ledger(tmp_path, check=True, hopeless=True)
+    opened = open_ledger(tmp_path, hopeless=True)
     assert pending(opened.connection) == 0
     opened.connection.close()
     assert opened.set_aside is not None
@@ -483,7 +483,7 @@ def test_a_full_disk_leaves_nothing_half_done_and_is_survived(small_disk: Path) 
     filler.unlink()
     assert len(ledger.record(ended, NOW)) == 100
     ledger.close()
-    reopened = open_ledger(small_disk, check=True)
+    reopened = open_ledger(small_disk, check="quick_check")
     assert reopened.set_aside is None
     assert len(SqliteLedger(reopened.connection).undisposed()) == 100
     assert reopened.connection.execute("SELECT count(*) FROM attempt").fetchone() == (200,)
@@ -504,7 +504,7 @@ def test_a_full_disk_at_the_start_is_said_and_leaves_no_empty_ledger(small_disk:
             open_ledger(state)
     filler.unlink()
     with StateLock(state) as lock:
-        assert lock.was_clean
+        assert not lock.check
         opened = open_ledger(state)
         assert opened.set_aside is None
         opened.connection.close()
@@ -542,7 +542,7 @@ def test_a_killed_process_loses_nothing_that_it_had_recorded(tmp_path: Path) -> 
                 recorded |= set(process.stdout.readline().split())
             process.send_signal(signal.SIGKILL)
             recorded |= {ident for line in process.stdout if line.endswith("\n") for ident in line.split()}
-    opened = open_ledger(tmp_path, check=True)
+    opened = open_ledger(tmp_path, check="quick_check")
     assert opened.set_aside is None
     query = "SELECT id, state, (SELECT count(*) FROM attempt WHERE delivery_id = id) FROM delivery"
     found = {ident: (state, attempts) for ident, state, attempts in opened.connection.execute(query)}
