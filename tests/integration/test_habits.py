@@ -189,7 +189,9 @@ def test_an_admission_that_is_undone_leaves_no_trace_of_its_device(
         scene.arrive(b"sw1/%d.cfg" % number)
 
     def broken(*_: object) -> bool:
-        raise sqlite3.OperationalError("database or disk is full")
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        raise error
 
     with monkeypatch.context() as patched:
         patched.setattr("backupd.ledger.sqlite.note_arrival", broken)
