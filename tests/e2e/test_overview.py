@@ -64,6 +64,7 @@ def on_a_terminal(stage: Stage, *arguments: str, until_seen: str = "", **environ
     """Run a command on a terminal; press Ctrl-C once a pattern was written, as often as it takes."""
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background
         env = {**os.environ, "BACKUPD_CONFIG": str(stage.config), "TERM": "xterm-256color", **environ}
         os.execve(sys.executable, [sys.executable, "-m", "backupd", *arguments], env)
     written, end = b"", time.monotonic() + PATIENCE
