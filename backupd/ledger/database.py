@@ -81,8 +81,9 @@ class StateLock:
             os.ftruncate(self._fd, 0)
         elif self.damage is not None:
             what = _UNREADABLE if isinstance(self.damage, LedgerUnreadableError) else _DAMAGED
-            os.pwrite(self._fd, what, 0)
-            os.ftruncate(self._fd, len(what))
+            with contextlib.suppress(OSError):  # the next start checks all the same
+                os.pwrite(self._fd, what, 0)
+                os.ftruncate(self._fd, len(what))
         os.close(self._fd)
 
     def __enter__(self) -> Self:
@@ -136,9 +137,7 @@ def open_ledger(state_dir: Path, *, check: str = "", hopeless: bool = False) -> 
         aside = _set_aside(path) if is_lost else None
         try:
             return Opened(_connect(path, check=check), aside, is_new)
-        except UnicodeDecodeError:
-            pass  # SQLite names what it found damaged
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             if not is_damage(error):
                 raise
         aside = _set_aside(path)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from backupd.core.model import (
     Archive,
@@ -19,6 +22,8 @@ from backupd.core.model import (
 from backupd.ledger.port import Ending, Finished
 
 Row = tuple[Any, ...]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -31,11 +36,30 @@ def as_micros(time: datetime) -> int:
     return (time - _EPOCH) // _MICROSECOND
 
 
+class UnreadableRowError(sqlite3.DatabaseError):
+    """A row holds a value that none of ours can be."""
+
+
+def reads(convert: Callable[P, T]) -> Callable[P, T]:
+    """Have a conversion of what was read raise UnreadableRowError for what can't be converted."""
+
+    @wraps(convert)
+    def converted(*arguments: P.args, **named: P.kwargs) -> T:
+        try:
+            return convert(*arguments, **named)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise UnreadableRowError(str(error)) from error
+
+    return converted
+
+
+@reads
 def as_time(micros: int) -> datetime:
     """Return the UTC time of microseconds since the epoch."""
     return _EPOCH + micros * _MICROSECOND
 
 
+@reads
 def as_archive(row: Row) -> Archive:
     """Return the archive of a row of `ARCHIVE_COLUMNS`."""
     return Archive(row[0], row[1], row[2], Fingerprint(*map(int, row[3:8])), as_time(row[8]))
@@ -54,6 +78,7 @@ def fingerprint_columns(f: Fingerprint) -> Row:
     return tuple(map(as_stored, (f.device, f.inode, f.size, f.mtime_ns, f.ctime_ns)))
 
 
+@reads
 def as_ending(row: Row) -> Ending:
     """Return how a delivery ended."""
     ident, destination, state, ended_at, digest, verified, http_status, reason, error, receipt = row

@@ -23,6 +23,7 @@ from backupd.ledger.rows import (
     attempt_row,
     delivery_row,
     fingerprint_columns,
+    reads,
     storable,
 )
 
@@ -46,17 +47,16 @@ class SqliteLedger(SqliteHabits, Ledger):
 
     def note_folder(self, drop: str, device: int, inode: int) -> None:
         """See `Ledger.note_folder`."""
-        now_on, number = as_stored(device), as_stored(inode)
+        now_on, key = as_stored(device), (drop, as_stored(inode))
         with self._reading() as db:
-            query = "SELECT device FROM folder WHERE drop_name = ? AND inode = ?"
-            before = db.execute(query, (drop, number)).fetchone()
+            before = db.execute("SELECT device FROM folder WHERE (drop_name, inode) = (?, ?)", key).fetchone()
         if before == (now_on,):
             return
         with self._transaction(durable=False) as db:
             if before is not None:
                 update = "UPDATE archive SET device = ? WHERE drop_name = ? AND device = ? AND live"
                 db.execute(update, (now_on, drop, *before))
-            db.execute("INSERT OR REPLACE INTO folder VALUES (?, ?, ?)", (drop, number, now_on))
+            db.execute("INSERT OR REPLACE INTO folder VALUES (?, ?, ?)", (*key, now_on))
 
     def known(self, drop: str, below: bytes = b"") -> Known:
         """See `Ledger.known`."""
@@ -213,6 +213,7 @@ class SqliteLedger(SqliteHabits, Ledger):
             self._db.close()
 
 
+@reads
 def _claim(db: sqlite3.Connection, ident: str) -> Delivery:
     row = db.execute(
         "UPDATE delivery SET state = 'claimed' WHERE id = ?"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from backupd.core.errors import LedgerDamagedError, LedgerError, LedgerHeldError, LedgerUnreadableError
+from backupd.ledger.rows import UnreadableRowError
 
 _PATIENCE = 5.0
 """Seconds for which another process may hold the ledger before that is said."""
@@ -45,8 +46,7 @@ class Transactions:
         while True:
             self._lock.acquire()
             try:
-                if self._db.in_transaction:  # which could not be rolled back
-                    self._db.execute("ROLLBACK")
+                _undo(self._db)
                 self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
                 self._db.execute("BEGIN IMMEDIATE")
             except BaseException as error:
@@ -80,6 +80,7 @@ class Transactions:
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
     """Commit what is done within, all of it or nothing; raises as `failures`."""
     with failures("written"):
+        _undo(db)
         db.execute("BEGIN IMMEDIATE")
         with _committed(db):
             yield
@@ -91,9 +92,14 @@ def _committed(db: sqlite3.Connection) -> Iterator[None]:
         yield
         db.execute("COMMIT")
     except BaseException:
-        if db.in_transaction:  # SQLite rolls back by itself where the disk is full
-            db.execute("ROLLBACK")
+        _undo(db)
         raise
+
+
+def _undo(db: sqlite3.Connection) -> None:
+    """Roll back what is open: nothing where SQLite did, the disk being full; again where that failed."""
+    if db.in_transaction:
+        db.execute("ROLLBACK")
 
 
 @contextmanager
@@ -101,9 +107,7 @@ def failures(what: str) -> Iterator[None]:
     """Raise what goes wrong with a ledger that was open; `what` is what can't be done: read, written."""
     try:
         yield
-    except UnicodeEncodeError:
-        raise  # of what was to be written
-    except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         if is_damage(error):
             kind = LedgerUnreadableError if _is_unreadable(error) else LedgerDamagedError
             raise kind(
@@ -118,16 +122,17 @@ def failures(what: str) -> Iterator[None]:
         raise LedgerError(says, "check the disk of `state_dir`") from error
 
 
-def is_damage(error: Exception) -> bool:
+def is_damage(error: sqlite3.Error | UnicodeDecodeError) -> bool:
     """Tell whether it is the file that is at fault, or what it holds."""
     return type(error) is sqlite3.DatabaseError or _is_unreadable(error)
 
 
-def _is_unreadable(error: Exception) -> bool:
+def _is_unreadable(error: sqlite3.Error | UnicodeDecodeError) -> bool:
     """Tell whether a table is lost, a text is no UTF-8, a time none, a rule of the schema broken."""
     if type(error) is sqlite3.OperationalError:  # others of its kind: locked, full, read-only
         return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) == sqlite3.SQLITE_ERROR
-    return not isinstance(error, sqlite3.Error) or isinstance(error, sqlite3.IntegrityError)
+    # UnicodeDecodeError: SQLite's own words name what is damaged
+    return isinstance(error, (sqlite3.IntegrityError, UnreadableRowError, UnicodeDecodeError))
 
 
 def _is_held(error: BaseException) -> bool:

@@ -21,6 +21,8 @@ MOST_OF_AN_ANSWER = 1024 * 1024
 _MOST_WORDS = 500
 """Characters of an error: what is no HTTP is quoted in it, however long."""
 
+_FIRST_STATUS, _LAST_STATUS = 100, 999
+
 _KEEPALIVE = 30.0
 """Seconds for which an idle connection is kept; most servers close theirs after 60 or more."""
 
@@ -65,6 +67,9 @@ class Transport(httpx.BaseTransport):
                     extensions=request.extensions,
                 )
             )
+        if not _FIRST_STATUS <= answer.status <= _LAST_STATUS:  # HTTP/2 has room for any number
+            answer.close()
+            raise httpx.RemoteProtocolError("the answer's status is none")
         return httpx.Response(
             status_code=answer.status,
             # we ask for no encoding: whoever encodes all the same is taken at the letter, or a small

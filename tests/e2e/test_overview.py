@@ -61,14 +61,13 @@ def test_status_tells_of_each_drop(stage: Stage, receiver: RunningReceiver) -> N
 
 
 def on_a_terminal(stage: Stage, *arguments: str, until_seen: str = "", **environ: str) -> str:
-    """Run a command on a terminal; press Ctrl-C once a pattern was written, as often as it takes."""
+    """Run a command on a terminal; interrupt it with Ctrl-C once a pattern was written."""
     pid, terminal = pty.fork()
     if pid == 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background
         env = {**os.environ, "BACKUPD_CONFIG": str(stage.config), "TERM": "xterm-256color", **environ}
         os.execve(sys.executable, [sys.executable, "-m", "backupd", *arguments], env)
     written, end = b"", time.monotonic() + PATIENCE
-    pattern, press_at = until_seen.encode(), 0.0
     while time.monotonic() < end:
         if select.select([terminal], [], [], 0.1)[0]:
             try:
@@ -78,9 +77,9 @@ def on_a_terminal(stage: Stage, *arguments: str, until_seen: str = "", **environ
             if not data:
                 break
             written += data
-        if until_seen and time.monotonic() > press_at and re.search(pattern, written, re.DOTALL):
-            os.write(terminal, b"\x03")
-            press_at = time.monotonic() + 5
+            if until_seen and re.search(until_seen.encode(), written, re.DOTALL):
+                os.write(terminal, b"\x03")
+                until_seen = ""
     else:
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)

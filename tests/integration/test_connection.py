@@ -186,6 +186,23 @@ class TestHttp2:
         assert sorted(endpoint.archives) == sorted(contents.values())
         assert endpoint.connections <= 4
 
+    def test_a_status_that_is_none_costs_no_more_than_the_attempt(self, stage: Stage) -> None:
+        class Lying(Http2):
+            def _answer(
+                self, connection: h2.connection.H2Connection, stream: int, content_type: str, body: bytes
+            ) -> None:
+                connection.send_headers(stream, [(":status", "9" * 30)], end_stream=True)
+
+        with ScriptedServer(Lying(), http2_context(stage.pki)) as server:
+            stage.configure(server.url, destination=f"http2 = true\n{QUICK}")
+            daemon = stage.daemon().ready()
+            path = stage.put("r1.cfg", CONTENT)
+            (said, *_) = daemon.wait_for("attempt.failed", count=2)
+            assert said["reason"] == "protocol_error"
+            assert path.read_bytes() == CONTENT
+            assert daemon.stop() == 0
+        assert not daemon.events("daemon.failed")
+
     def test_frames_that_wait_to_be_read_cost_no_time_while_the_other_side_takes_nothing(
         self, tmp_path: Path, pki: Pki, monkeypatch: pytest.MonkeyPatch
     ) -> None:

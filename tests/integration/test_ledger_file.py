@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from backupd.ledger.database import FILE_NAME, LOCK_NAME, StateLock, daemon_pid,
 from backupd.ledger.habits import ClockNote
 from backupd.ledger.port import Disposed
 from backupd.ledger.sqlite import SqliteLedger
-from backupd.ledger.sqlite_shelf import open_shelf
+from backupd.ledger.sqlite_shelf import SqliteShelf, open_shelf
 from tests.factories import NOW, a_sighting, deferred, delivered, finished
 from tests.privileges import a_folder_of_nobody, needs_root, without_rights
 
@@ -402,6 +403,32 @@ def test_what_was_put_away_at_no_time_is_damage_too(tmp_path: Path) -> None:
     with pytest.raises(LedgerUnreadableError):
         shelf.unsorted("switches", 9)
     shelf.close()
+
+
+def test_what_can_not_be_written_is_no_damage(tmp_path: Path) -> None:
+    """It came from without: a destination must not have us put the ledger aside."""
+    a_ledger_with(tmp_path, b"r1")
+    ledger = SqliteLedger(open_ledger(tmp_path).connection)
+    [delivery] = ledger.claim("vault", NOW)
+    with pytest.raises(OverflowError):
+        ledger.record([finished(delivery, replace(deferred(), http_status=10**30))], NOW)
+    ledger.record([finished(delivery, delivered())], NOW)
+    ledger.close()
+
+
+def test_a_transaction_that_could_not_be_undone_keeps_no_other_from_its_work(tmp_path: Path) -> None:
+    a_ledger_with(tmp_path, b"r1")
+    opened = open_ledger(tmp_path)
+    ledger, shelf = SqliteLedger(opened.connection), open_shelf(tmp_path)
+    opened.connection.execute("BEGIN IMMEDIATE")
+    opened.connection.execute("DELETE FROM archive")
+    assert len(ledger.claim("vault", NOW)) == 1
+    assert isinstance(shelf, SqliteShelf)
+    shelf._db.execute("BEGIN IMMEDIATE")
+    shelf.note_restored("switches", b"")
+    assert shelf.is_restored("switches", b"")
+    shelf.close()
+    ledger.close()
 
 
 def _deliver_all(ledger: SqliteLedger) -> None:
