@@ -191,7 +191,7 @@ class DestinationConfig(TableModel):
         description="Most bytes per second of all workers together, or a table of rates by time of day.",
         examples=["2MB/s"],
     )
-    http2: bool = Field(default=False, strict=True, description="Whether HTTP/2 is offered.")
+    http2: bool = Field(default=False, strict=True, description="Whether HTTP/2 is offered, proxies aside.")
     proxy: ProxyUrl = Field(
         default="", description="HTTP proxy to CONNECT through; the environment's proxies are not used."
     )

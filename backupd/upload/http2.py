@@ -1,73 +1,168 @@
-"""HTTP/2 connections for httpcore that hear an answer while they send.
+"""HTTP/2 connections for httpcore that hear an answer while they send, and take a GOAWAY as it is meant.
 
-The stock connection waits for the window to open and leaves an answer that came meanwhile unread: an early
-refusal, after which no server opens the window any more, would be heard only when the connection ends.
+The stock connection waits for the window to open and leaves an answer that came meanwhile unread. It gives up
+the request under way where the other side only wants no further ones, sends before it knows the other side's
+settings, and uses a connection again that has ended.
 """
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import h2.connection
+import h2.errors
+import h2.events
+import h2.exceptions
 import httpcore
+
+from backupd.upload.line import AttemptEndedError
+from backupd.upload.wire import Wire
+
+_AT_REST = httpcore.Request("GET", "https://none/", extensions={"timeout": {"read": 0, "write": 0}})
+"""Stands for no request: nothing is waited for."""
+
+_MOST_AT_REST = 8
+"""Reads that an idle connection may be good for; who talks on is not kept."""
+
+_LARGEST_FRAME = 16 * 1024
+"""Bytes of the body in a frame; the least rate is measured by whole ones."""
+
+_A_STATUS = re.compile(rb"[1-9][0-9][0-9]")
 
 
 class _AnsweredError(Exception):
     """The destination answered before it had the whole request."""
 
 
-class HearingPool(httpcore.ConnectionPool):
-    """A pool whose direct connections are of this kind where HTTP/2 is agreed on."""
+class _State(h2.connection.H2Connection):
+    """Goes on with what is under way after a GOAWAY that is no error (RFC 9113 section 6.8).
 
-    def create_connection(self, origin: httpcore.Origin) -> httpcore.ConnectionInterface:
-        """See `httpcore.ConnectionPool.create_connection`."""
-        if self._proxy is not None or not self._http2:
-            return super().create_connection(origin)
-        return _Connection(
-            origin,
-            ssl_context=self._ssl_context,
-            keepalive_expiry=self._keepalive_expiry,
-            http2=True,
-            network_backend=self._network_backend,
-        )
+    `last_stream` is the last one that the other side answers, None while it takes further ones.
+    """
 
+    last_stream: int | None = None
 
-class _Connection(httpcore.HTTPConnection):
-    def handle_request(self, request: httpcore.Request) -> httpcore.Response:
-        with self._request_lock:
-            if self._connection is None:
-                self._connection = self._open(request)
-        return super().handle_request(request)
-
-    def _open(self, request: httpcore.Request) -> httpcore.ConnectionInterface:
-        try:
-            stream = self._connect(request)
-        except BaseException:
-            self._connect_failed = True
-            raise
-        connection = stream.get_extra_info("ssl_object")
-        if connection is not None and connection.selected_alpn_protocol() == "h2":
-            return _Http2Connection(self._origin, stream, self._keepalive_expiry)
-        return httpcore.HTTP11Connection(self._origin, stream, self._keepalive_expiry)
+    def _receive_goaway_frame(self, frame: Any) -> Any:
+        if frame.error_code != h2.errors.ErrorCodes.NO_ERROR:
+            return super()._receive_goaway_frame(frame)
+        self.last_stream = frame.last_stream_id
+        return [], []
 
 
-class _Http2Connection(httpcore.HTTP2Connection):
+class Http2Connection(httpcore.HTTP2Connection):
+    """A connection on a wire, for one request at a time."""
+
+    def __init__(self, origin: httpcore.Origin, wire: Wire, keepalive_expiry: float | None) -> None:
+        super().__init__(origin, wire, keepalive_expiry)
+        self._wire = wire
+        self._h2_state: _State = _State(config=self.CONFIG)
+        self._knows_settings = False
+
+    def has_expired(self) -> bool:
+        """Tell whether the connection is of no more use; what came while it was idle is taken in."""
+        return super().has_expired() or (self.is_idle() and not self._is_usable())
+
+    def _is_usable(self) -> bool:
+        for _ in range(_MOST_AT_REST):
+            if not self._wire.get_extra_info("is_readable"):
+                return self.is_available()
+            try:
+                self._receive_events(_AT_REST)
+            except (
+                httpcore.NetworkError,
+                httpcore.ProtocolError,
+                httpcore.TimeoutException,
+                AttemptEndedError,
+            ):
+                return False
+        return False
+
+    def _send_request_headers(self, request: httpcore.Request, stream_id: int) -> None:
+        self._wire.begin_request()
+        while not self._knows_settings:  # some refuse a body that was sent before they were heard
+            self._receive_events(request)
+        super()._send_request_headers(request, stream_id)
+
+    def _receive_remote_settings_change(self, event: h2.events.RemoteSettingsChanged) -> None:
+        self._knows_settings = True
+        super()._receive_remote_settings_change(event)
+
     def _send_request_body(self, request: httpcore.Request, stream_id: int) -> None:
         try:
             super()._send_request_body(request, stream_id)
-        except _AnsweredError:
+        except BaseException as error:
             self._used_all_stream_ids = True  # the request stays unfinished: close once its answer is read
+            if not isinstance(error, _AnsweredError):
+                raise
+            self._wire.line.body_sent()
+
+    def _send_stream_data(self, request: httpcore.Request, stream_id: int, data: bytes) -> None:
+        while data:
+            size = min(self._wait_for_outgoing_flow(request, stream_id), len(data), _LARGEST_FRAME)
+            self._h2_state.send_data(stream_id, data[:size])
+            self._write_outgoing_data(request)
+            self._wire.line.moved(size)
+            data = data[size:]
 
     def _wait_for_outgoing_flow(self, request: httpcore.Request, stream_id: int) -> int:
         patience = request.extensions.get("timeout", {}).get("write")
         began = time.monotonic()
         while True:
-            if self._network_stream.get_extra_info("is_readable"):
+            if self._wire.get_extra_info("is_readable"):
                 self._receive_events(request)
             if self._events.get(stream_id):
                 raise _AnsweredError
             window = self._h2_state.local_flow_control_window(stream_id)
-            if flow := min(window, self._h2_state.max_outbound_frame_size):
+            flow = min(window, self._h2_state.max_outbound_frame_size)
+            if flow > 0:  # new settings can make it less than nothing
                 return flow
             if patience is not None and time.monotonic() - began >= patience:  # however much else is heard
                 raise httpcore.WriteTimeout("the other side has stopped reading")
             self._receive_events(request)
+
+    def _write_outgoing_data(self, request: httpcore.Request) -> None:
+        with self._wire.line.aside():
+            super()._write_outgoing_data(request)
+
+    def _read_incoming_data(self, request: httpcore.Request) -> list[h2.events.Event]:
+        with _as_protocol_error():
+            events = super()._read_incoming_data(request)
+        last = self._h2_state.last_stream
+        if last is not None:
+            self._used_all_stream_ids = True
+            if any(stream > last for stream in self._events):
+                self._refuse()
+        return events
+
+    def _refuse(self) -> None:
+        """Have a request that came too late sent once more, on a connection of its own."""
+        self._wire.line.body_sent()
+        if self._request_count > 1:
+            raise httpcore.ConnectionNotAvailable
+        raise httpcore.RemoteProtocolError("disconnected: the destination takes no requests now")
+
+    def _receive_stream_event(
+        self, request: httpcore.Request, stream_id: int
+    ) -> h2.events.ResponseReceived | h2.events.DataReceived | h2.events.StreamEnded:
+        event = super()._receive_stream_event(request, stream_id)
+        if isinstance(event, h2.events.ResponseReceived):
+            statuses = [value for name, value in event.headers or () if name == b":status"]
+            if len(statuses) != 1 or not _A_STATUS.fullmatch(statuses[0]):
+                raise httpcore.RemoteProtocolError("the answer's status is none")
+        return event
+
+    def _receive_response_body(self, request: httpcore.Request, stream_id: int) -> Iterator[bytes]:
+        with _as_protocol_error():
+            yield from super()._receive_response_body(request, stream_id)
+
+
+@contextmanager
+def _as_protocol_error() -> Iterator[None]:
+    try:
+        yield
+    except h2.exceptions.H2Error as error:
+        raise httpcore.RemoteProtocolError(str(error) or type(error).__name__) from error

@@ -82,6 +82,7 @@ class Line:
         self._ends: float | None = None
         self._patient_until: float | None = None
         self._window: _Window | None = None
+        self._is_aside = False
         self._alive: Callable[[], None] = lambda: None
         self._resting: Callable[[], None] = lambda: None
         self.peer_expires: float | None = None
@@ -114,9 +115,18 @@ class Line:
     def moved(self, count: int) -> None:
         """Note bytes that the connection took."""
         self._alive()
-        if self._window is not None:
+        if self._window is not None and not self._is_aside:
             self._window.moved += count
         self._check(time.monotonic())  # who never lets us wait is no exception
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Enclose what may be sent beside the body: the least rate does not count it."""
+        self._is_aside = True
+        try:
+            yield
+        finally:
+            self._is_aside = False
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:

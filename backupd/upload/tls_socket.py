@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import Callable
 from contextlib import suppress
+
+from backupd.upload.line import Line
 
 _AT_ONCE = 256 * 1024
 """Bytes that are encrypted before they are sent."""
@@ -20,18 +21,14 @@ _READ = 64 * 1024
 class TlsSocket:
     """Like a non-blocking `ssl.SSLSocket`, whose exceptions it raises; it closes without a farewell.
 
-    `moved` is called with each number of bytes that the connection took.
+    `line` is told what the connection took, and may end what would go on for ever without any data.
     """
 
     def __init__(
-        self,
-        context: ssl.SSLContext,
-        sock: socket.socket,
-        server_hostname: str | None,
-        moved: Callable[[int], None],
+        self, context: ssl.SSLContext, sock: socket.socket, server_hostname: str | None, line: Line
     ) -> None:
         self._sock = sock
-        self._moved = moved
+        self._line = line
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self.tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=server_hostname)
@@ -99,7 +96,7 @@ class TlsSocket:
                 except BlockingIOError:
                     raise ssl.SSLWantWriteError from None
                 self._unsent = self._unsent[count:]
-                self._moved(count)
+                self._line.moved(count)
             if not self._outgoing.pending:
                 return
             self._unsent = memoryview(self._outgoing.read())
@@ -113,3 +110,4 @@ class TlsSocket:
             self._incoming.write(data)
         else:
             self._incoming.write_eof()
+        self._line.check()

@@ -10,8 +10,8 @@ import httpcore
 import httpx
 
 from backupd.upload.backend import WireBackend
-from backupd.upload.http2 import HearingPool
 from backupd.upload.line import Line
+from backupd.upload.pool import HearingPool
 from backupd.upload.secret import secrets_of, without
 from backupd.upload.wire import DIRECT, Route
 
@@ -20,8 +20,6 @@ MOST_OF_AN_ANSWER = 1024 * 1024
 
 _MOST_WORDS = 500
 """Characters of an error: what is no HTTP is quoted in it, however long."""
-
-_FIRST_STATUS, _LAST_STATUS = 100, 999
 
 _KEEPALIVE = 30.0
 """Seconds for which an idle connection is kept; most servers close theirs after 60 or more."""
@@ -44,7 +42,7 @@ class Transport(httpx.BaseTransport):
             ssl_context=context,
             max_connections=2,
             keepalive_expiry=_KEEPALIVE,
-            http2=http2,
+            http2=http2 and proxy is None,
             network_backend=WireBackend(line, route, to_proxy=proxy is not None),
             proxy=proxy,
         )
@@ -67,9 +65,6 @@ class Transport(httpx.BaseTransport):
                     extensions=request.extensions,
                 )
             )
-        if not _FIRST_STATUS <= answer.status <= _LAST_STATUS:  # HTTP/2 has room for any number
-            answer.close()
-            raise httpx.RemoteProtocolError("the answer's status is none")
         return httpx.Response(
             status_code=answer.status,
             # we ask for no encoding: whoever encodes all the same is taken at the letter, or a small

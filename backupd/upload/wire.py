@@ -17,7 +17,7 @@ from typing import Any
 
 import httpcore
 
-from backupd.upload.line import Line
+from backupd.upload.line import AttemptEndedError, Line
 from backupd.upload.tls_socket import TlsSocket
 
 _WANT_READ = (ssl.SSLWantReadError,)
@@ -27,6 +27,8 @@ _LARGEST_HEAD = 16 * 1024
 _READ = 64 * 1024
 _LONGEST_ANSWER = 1024 * 1024
 """Bytes that are read for one request; interim answers could go on for ever."""
+_HEARD_FOR_SENT = 8
+"""In HTTP/2 one byte may be heard besides for so many that are sent: of windows, pings and the like."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +49,14 @@ DIRECT = Route()
 
 
 class Wire(httpcore.NetworkStream):
-    """A connection, plain or TLS, on a socket that never blocks."""
+    """A connection, plain or TLS, on a socket that never blocks, within the bounds of a `Line`.
+
+    With `is_http2` frames of the other side are part of sending, and `begin_request` is to be called.
+    """
 
     def __init__(self, sock: socket.socket | TlsSocket, line: Line, route: Route = DIRECT) -> None:
         self._sock = sock
-        self._line = line
+        self.line = line
         self._route = route
         self._held = b""
         self._begins_request = True
@@ -59,8 +64,7 @@ class Wire(httpcore.NetworkStream):
         self._ended = False
         self._fault: OSError | None = None
         self._answered = 0
-        # in HTTP/2 frames of the other side are part of sending
-        self._is_http2 = isinstance(sock, TlsSocket) and sock.tls.selected_alpn_protocol() == "h2"
+        self.is_http2 = isinstance(sock, TlsSocket) and sock.tls.selected_alpn_protocol() == "h2"
 
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
@@ -70,26 +74,26 @@ class Wire(httpcore.NetworkStream):
             if isinstance(self._sock, TlsSocket):
                 raise httpcore.ConnectError("there is TLS on the connection already")
             name = self._route.server_name or server_hostname
-            sock = TlsSocket(ssl_context, self._sock, name, self._line.moved)
+            sock = TlsSocket(ssl_context, self._sock, name, self.line)
             self._shake_hands(sock, timeout)
             self._check_pins(sock)
-            self._line.peer_expires = _expiry(sock.tls)
+            self.line.peer_expires = _expiry(sock.tls)
         except (OSError, ValueError) as error:
             self.close()
             raise httpcore.ConnectError(str(error)) from error
         except BaseException:
             self.close()
             raise
-        return Wire(sock, self._line, self._route)
+        return Wire(sock, self.line, self._route)
 
     def _shake_hands(self, sock: TlsSocket, timeout: float | None) -> None:
         while True:
             try:
                 sock.do_handshake()
             except _WANT_READ:
-                done = self._line.wait(sock.fileno(), select.POLLIN, timeout)
+                done = self.line.wait(sock.fileno(), select.POLLIN, timeout)
             except _WANT_WRITE:
-                done = self._line.wait(sock.fileno(), select.POLLOUT, timeout)
+                done = self.line.wait(sock.fileno(), select.POLLOUT, timeout)
             else:
                 return
             if not done:
@@ -111,15 +115,21 @@ class Wire(httpcore.NetworkStream):
         if self._held:
             buffer, self._held = self._held + buffer, b""
         is_head, self._begins_request = self._begins_request, False  # a body may end like a head
-        if is_head and not self._is_http2 and len(buffer) < _LARGEST_HEAD and buffer.endswith(b"\r\n\r\n"):
+        if is_head and not self.is_http2 and len(buffer) < _LARGEST_HEAD and buffer.endswith(b"\r\n\r\n"):
             self._held = buffer
             return
         self._send(buffer, timeout)
 
-    def _send(self, buffer: bytes, timeout: float | None) -> None:
+    def begin_request(self) -> None:
+        """Note that what is heard from now on belongs to another request."""
         self._answered = 0
+
+    def _send(self, buffer: bytes, timeout: float | None) -> None:
         view = memoryview(buffer)
-        if view and not self._is_http2:
+        if self.is_http2:
+            self._answered -= min(self._answered, len(view) // _HEARD_FOR_SENT)
+        elif view:
+            self.begin_request()
             self._listen()
         while view:
             piece = view[: self._grant(len(view))]
@@ -129,11 +139,11 @@ class Wire(httpcore.NetworkStream):
     def _grant(self, wanted: int) -> int:
         """Return how many bytes the bandwidth limit lets out now, after having waited for some."""
         while True:
-            granted, wait = self._line.grant(wanted)
+            granted, wait = self.line.grant(wanted)
             if granted:
                 return granted
-            fd = -1 if self._is_http2 else self._sock.fileno()
-            if self._line.wait(fd, select.POLLIN, wait):
+            fd = -1 if self.is_http2 else self._sock.fileno()
+            if self.line.wait(fd, select.POLLIN, wait):
                 self._listen()
 
     def _send_piece(self, view: memoryview, timeout: float | None) -> None:
@@ -150,14 +160,14 @@ class Wire(httpcore.NetworkStream):
             else:
                 view = view[count:]
                 if not isinstance(self._sock, TlsSocket):  # which tells by itself, and of less at a time
-                    self._line.moved(count)
+                    self.line.moved(count)
 
     def _wait_to_send(self, events: int, timeout: float | None) -> None:
-        if not self._is_http2 or not events:  # in HTTP/2 nobody here reads what would end the wait
+        if not self.is_http2 or not events:  # in HTTP/2 nobody here reads what would end the wait
             events |= select.POLLIN
-        if not self._line.wait(self._sock.fileno(), events, timeout):
+        if not self.line.wait(self._sock.fileno(), events, timeout):
             raise httpcore.WriteTimeout("the other side has stopped reading")
-        if not self._is_http2:
+        if not self.is_http2:
             self._listen()
 
     def _listen(self) -> None:
@@ -185,7 +195,7 @@ class Wire(httpcore.NetworkStream):
     def _hear_last_words(self) -> None:
         """After a failed send: an answer, or the alert that says why, may still be there to be read."""
         self._hear()
-        if not (self._heard or self._ended) and self._line.wait(self._sock.fileno(), select.POLLIN, 0.2):
+        if not (self._heard or self._ended) and self.line.wait(self._sock.fileno(), select.POLLIN, 0.2):
             self._hear()
         self._ended = True
 
@@ -194,6 +204,8 @@ class Wire(httpcore.NetworkStream):
 
         What is written next begins a request.
         """
+        if not (self._begins_request or self.is_http2):  # an early answer is no sending either
+            self.line.body_sent()
         self._begins_request = True
         if self._held:
             held, self._held = self._held, b""
@@ -202,16 +214,16 @@ class Wire(httpcore.NetworkStream):
         if self._heard:
             data = bytes(self._heard[:max_bytes])
             del self._heard[:max_bytes]
-            return data
-        if self._is_http2:  # whose frames need not be an answer, and may leave nothing to wait for
-            self._line.check()
+            return self._counted(data)
+        if self.is_http2:  # whose frames need not be an answer, and may leave nothing to wait for
+            self.line.check()
         while not self._ended:
             try:
                 return self._counted(self._sock.recv(max_bytes))
             except (*_WANT_READ, BlockingIOError):
-                ready = self._line.wait(self._sock.fileno(), select.POLLIN, timeout)
+                ready = self.line.wait(self._sock.fileno(), select.POLLIN, timeout)
             except _WANT_WRITE:
-                ready = self._line.wait(self._sock.fileno(), select.POLLOUT, timeout)
+                ready = self.line.wait(self._sock.fileno(), select.POLLOUT, timeout)
             except OSError as error:
                 raise httpcore.ReadError(str(error)) from error
             if not ready:
@@ -255,7 +267,7 @@ class Wire(httpcore.NetworkStream):
             return True
         try:
             self._listen()
-        except (httpcore.WriteError, httpcore.RemoteProtocolError):
+        except (httpcore.WriteError, httpcore.RemoteProtocolError, AttemptEndedError):
             return True
         return bool(self._heard)
 

@@ -288,16 +288,35 @@ def test_plain_http_to_its_https_port_is_charged_to_no_archive(stage: Stage, ngi
     assert (outcome.reason, outcome.http_status) == (Reason.PROTOCOL, 400)
 
 
-def test_restarts_of_it_in_the_middle_lose_nothing_and_store_nothing_twice(
-    stage: Stage, nginx: Nginx, receiver: RunningReceiver
+@pytest.mark.parametrize(
+    "setting", ["keepalive_requests 1;", "keepalive_requests 3;", "http2_body_preread_size 0;"]
+)
+def test_no_setting_of_its_http2_costs_an_attempt(
+    stage: Stage, nginx: Nginx, receiver: RunningReceiver, setting: str
 ) -> None:
-    stage.configure(f"{nginx.url}/v1/upload", destination=f"workers = 4\n{SOON}")
+    stage.configure(f"{nginx.url}/v1/upload", destination="http2 = true\nworkers = 2")
+    with nginx.serving(f"client_max_body_size 0; {setting} {_to(nginx, receiver.port)}", http2=True):
+        daemon = stage.daemon().ready()
+        archives = _put(stage, 10, size=MIB)
+        daemon.wait_for("archive.disposed", len(archives))
+
+    _assert_delivered(stage, archives)
+    assert not daemon.events("attempt.failed")
+    assert nginx.protocols() == {"HTTP/2.0"}
+
+
+@pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
+def test_restarts_of_it_in_the_middle_lose_nothing_and_store_nothing_twice(
+    stage: Stage, nginx: Nginx, receiver: RunningReceiver, http2: bool
+) -> None:
+    terms = f"http2 = {str(http2).lower()}\nworkers = 4\n{SOON}"
+    stage.configure(f"{nginx.url}/v1/upload", destination=terms)
     daemon = stage.daemon().ready()
     archives = _put(stage, 150)
     for done in (20, 60, 100):
-        with nginx.serving(_to(nginx, receiver.port)):
+        with nginx.serving(_to(nginx, receiver.port), http2=http2):
             daemon.wait_for("archive.disposed", done)
-    with nginx.serving(_to(nginx, receiver.port)):
+    with nginx.serving(_to(nginx, receiver.port), http2=http2):
         daemon.wait_for("archive.disposed", len(archives))
 
     _assert_delivered(stage, archives)

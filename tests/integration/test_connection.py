@@ -1,38 +1,28 @@
-"""How a destination is connected to: HTTP/2, proxies, addresses, names, pins, versions, timeouts."""
+"""How a destination is connected to: proxies, addresses, names, pins, versions, timeouts."""
 
 from __future__ import annotations
 
 import base64
 import errno
 import hashlib
-import os
-import select
 import socket
 import ssl
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import h2.config
-import h2.connection
-import h2.events
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from backupd.core.model import Deferred, Delivered, Outcome
 from backupd.core.policy import Reason
-from backupd.upload.line import Line
-from backupd.upload.tls_socket import TlsSocket
 from tests.endpoints import a_full_listener
 from tests.pki import Pki
 from tests.scripted import (
     Peer,
-    Request,
     Script,
     ScriptedServer,
     answer,
@@ -41,7 +31,7 @@ from tests.scripted import (
     server_context,
     take_all,
 )
-from tests.stage import PATIENCE, Stage, until
+from tests.stage import Stage, until
 from tests.uploading import MIB, a_destination, a_sender, an_archive
 
 CONTENT = b"the content of an archive" * 1000
@@ -89,209 +79,6 @@ def test_a_host_without_a_descriptor_left_is_no_connection(
     with a_sender(a_destination("http://127.0.0.1:9/")) as sender:
         monkeypatch.setattr(socket, "socket", no_socket)
         assert failed(sender.send(an_archive(tmp_path, CONTENT))) == (Reason.CONNECT, "Too many open files")
-
-
-# HTTP/2
-
-
-def http2_context(pki: Pki) -> ssl.SSLContext:
-    context = server_context(pki)
-    context.set_alpn_protocols(["h2"])
-    return context
-
-
-@dataclass
-class Http2:
-    """An HTTP/2 endpoint; `archives` are what it was sent."""
-
-    window: int = 65_535
-    archives: list[bytes] = field(default_factory=list)
-    heads: list[dict[str, str]] = field(default_factory=list)
-    connections: int = 0
-
-    def __call__(self, peer: Peer) -> None:
-        self.connections += 1
-        connection = self.begin(peer)
-        bodies: dict[int, bytearray] = {}
-        head: dict[str, str] = {}
-        while True:
-            for event in connection.receive_data(peer._piece()):
-                if isinstance(event, h2.events.RequestReceived):
-                    bodies[event.stream_id] = bytearray()
-                    head = {name.decode(): value.decode() for name, value in event.headers or ()}
-                    self.heads.append(head)
-                elif isinstance(event, h2.events.DataReceived):
-                    bodies[event.stream_id] += event.data or b""
-                    connection.acknowledge_received_data(event.flow_controlled_length or 0, event.stream_id)
-                elif isinstance(event, h2.events.StreamEnded):
-                    body = bytes(bodies.pop(event.stream_id))
-                    self._answer(connection, event.stream_id, head["content-type"], body)
-            peer.send(connection.data_to_send())
-
-    def begin(self, peer: Peer) -> h2.connection.H2Connection:
-        connection = h2.connection.H2Connection(
-            h2.config.H2Configuration(client_side=False, header_encoding=None)
-        )
-        connection.initiate_connection()
-        peer.send(connection.data_to_send())
-        return connection
-
-    def _answer(
-        self, connection: h2.connection.H2Connection, stream: int, content_type: str, body: bytes
-    ) -> None:
-        archive = Request(f"POST / HTTP/1.1\r\nContent-Type: {content_type}".encode(), body).archive
-        self.archives.append(archive)
-        receipt = receipt_for(archive).partition(b"\r\n\r\n")[2]
-        connection.send_headers(stream, [(":status", "201"), ("content-length", str(len(receipt)))])
-        connection.send_data(stream, receipt, end_stream=True)
-
-
-class TestHttp2:
-    def test_archives_of_all_sizes_go_over_one_connection(self, tmp_path: Path, pki: Pki) -> None:
-        endpoint = Http2()
-        contents = [b"", b"x", os.urandom(100_000), os.urandom(5 * MIB)]
-        with ScriptedServer(endpoint, http2_context(pki)) as server:
-            with a_sender(a_destination(server.url, pki, http2=True)) as sender:
-                outcomes = [sender.send(an_archive(tmp_path, content)) for content in contents]
-        assert all(isinstance(outcome, Delivered) for outcome in outcomes), outcomes
-        assert endpoint.archives == contents
-        assert endpoint.connections == 1
-        assert {head[":method"] for head in endpoint.heads} == {"POST"}
-        assert {head["idempotency-key"] for head in endpoint.heads} == {"the-delivery"}
-
-    def test_an_endpoint_without_it_is_spoken_to_in_http_1(self, tmp_path: Path, pki: Pki) -> None:
-        with ScriptedServer(take_all, server_context(pki)) as server:
-            with a_sender(a_destination(server.url, pki, http2=True)) as sender:
-                assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
-        assert server.requests[0].head.startswith(b"POST /v1/upload HTTP/1.1\r\n")
-
-    def test_it_is_not_spoken_unless_asked_for(self, tmp_path: Path, pki: Pki) -> None:
-        context = server_context(pki)
-        context.set_alpn_protocols(["h2", "http/1.1"])
-        with ScriptedServer(take_all, context) as server:
-            with a_sender(a_destination(server.url, pki)) as sender:
-                assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
-
-    def test_many_archives_go_through_the_daemon(self, stage: Stage) -> None:
-        endpoint = Http2()
-        with ScriptedServer(endpoint, http2_context(stage.pki)) as server:
-            stage.configure(server.url, destination="http2 = true\nworkers = 4")
-            contents = {f"{number}.tar.gz": os.urandom(50_000) for number in range(100)}
-            for name, content in contents.items():
-                stage.put(name, content)
-            daemon = stage.daemon()
-            daemon.wait_for("archive.disposed", count=100)
-            assert not daemon.events("attempt.failed")
-            assert daemon.stop() == 0
-        assert sorted(endpoint.archives) == sorted(contents.values())
-        assert endpoint.connections <= 4
-
-    def test_a_status_that_is_none_costs_no_more_than_the_attempt(self, stage: Stage) -> None:
-        class Lying(Http2):
-            def _answer(
-                self, connection: h2.connection.H2Connection, stream: int, content_type: str, body: bytes
-            ) -> None:
-                connection.send_headers(stream, [(":status", "9" * 30)], end_stream=True)
-
-        with ScriptedServer(Lying(), http2_context(stage.pki)) as server:
-            stage.configure(server.url, destination=f"http2 = true\n{QUICK}")
-            daemon = stage.daemon().ready()
-            path = stage.put("r1.cfg", CONTENT)
-            (said, *_) = daemon.wait_for("attempt.failed", count=2)
-            assert said["reason"] == "protocol_error"
-            assert path.read_bytes() == CONTENT
-            assert daemon.stop() == 0
-        assert not daemon.events("daemon.failed")
-
-    def test_frames_that_wait_to_be_read_cost_no_time_while_the_other_side_takes_nothing(
-        self, tmp_path: Path, pki: Pki, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        class Stuck(Http2):
-            def __call__(self, peer: Peer) -> None:
-                connection = self.begin(peer)
-                connection.increment_flow_control_window(2**30)
-                peer.send(connection.data_to_send())
-                while True:
-                    for event in connection.receive_data(peer._piece()):
-                        if isinstance(event, h2.events.RequestReceived):
-                            connection.increment_flow_control_window(2**30, event.stream_id)
-                            peer.send(connection.data_to_send())
-                        if isinstance(event, h2.events.DataReceived):
-                            peer.pause()
-                            connection.ping(b"unread!!")
-                            peer.send(connection.data_to_send())
-                            server.stopping.wait(PATIENCE)
-
-        turns: list[None] = []
-        check, send = Line._check, TlsSocket.send
-
-        def counted_check(self: Line, now: float) -> None:
-            turns.append(None)
-            check(self, now)
-
-        def counted_send(self: TlsSocket, view: memoryview) -> int:
-            turns.append(None)
-            return send(self, view)
-
-        monkeypatch.setattr(Line, "_check", counted_check)
-        monkeypatch.setattr(TlsSocket, "send", counted_send)
-        with (
-            ScriptedServer(Stuck(), http2_context(pki)) as server,
-            a_sender(a_destination(server.url, pki, http2=True)) as sender,
-            ThreadPoolExecutor(1) as pool,
-        ):
-            sending = pool.submit(sender.send, an_archive(tmp_path, size=64 * MIB))
-            assert server.paused.wait(PATIENCE)
-            until(sender.is_stuck, "the client to be stuck")
-            before = len(turns)
-            server.go_on()
-            server.stopping.wait(0.5)
-            taken = len(turns) - before
-            sender.abort.set()
-            assert failed(sending.result(timeout=PATIENCE))[0] is Reason.STOPPED
-        assert taken < 20
-
-    @pytest.mark.parametrize("pause", [0.0, 0.05], ids=["in a flood", "now and then"])
-    @pytest.mark.parametrize(
-        ("shut", "expected"),
-        [(False, Reason.READ_TIMEOUT), (True, Reason.WRITE_TIMEOUT)],
-        ids=["for an answer", "for a window"],
-    )
-    def test_pings_without_an_end_end_the_attempt_without_a_deadline_too(
-        self, tmp_path: Path, pki: Pki, pause: float, shut: bool, expected: Reason
-    ) -> None:
-        class Pinging(Http2):
-            def __call__(self, peer: Peer) -> None:
-                connection = self.begin(peer)
-                last = h2.events.RequestReceived if shut else h2.events.StreamEnded
-                while True:
-                    events = connection.receive_data(peer._piece())
-                    for event in events:
-                        if isinstance(event, h2.events.DataReceived) and not shut:
-                            size = event.flow_controlled_length or 0
-                            connection.acknowledge_received_data(size, event.stream_id)
-                    peer.send(connection.data_to_send())
-                    if any(isinstance(event, last) for event in events):
-                        self.ping_for_ever(connection, peer)
-
-            def ping_for_ever(self, connection: h2.connection.H2Connection, peer: Peer) -> None:
-                for _ in range(1000 if pause == 0 else 1):
-                    connection.ping(b"endless!")
-                pings = connection.data_to_send()  # made once: to be faster than who has to answer them
-                while not server.stopping.wait(pause):
-                    peer.send(pings)
-                    while select.select([peer.socket], [], [], 0)[0]:
-                        peer._piece()
-
-        timeout = {"write": "1s"} if shut else {"read": "1s"}
-        with (
-            ThreadPoolExecutor(1) as pool,
-            ScriptedServer(Pinging(), http2_context(pki)) as server,
-            a_sender(a_destination(server.url, pki, http2=True, timeout=timeout)) as sender,
-        ):
-            sender._uploader._line._patience = None if shut else 3.0  # without the ten minutes to connect
-            outcome = pool.submit(sender.send, an_archive(tmp_path, size=MIB)).result(timeout=PATIENCE)
-        assert failed(outcome)[0] is expected
 
 
 # Proxies
@@ -363,6 +150,14 @@ class TestProxy:
         assert proxy.tunnelled[:1] == b"\x16"  # a TLS handshake, from the first byte on
         assert b"archive" not in proxy.tunnelled
         assert all(header_of(head, "proxy-authorization") is None for head in server.heads)
+
+    def test_http_1_is_spoken_through_one(self, tmp_path: Path, pki: Pki) -> None:
+        context = server_context(pki)
+        context.set_alpn_protocols(["h2", "http/1.1"])
+        with ScriptedServer(take_all, context) as server, ScriptedServer(Proxy()) as through:
+            destination = a_destination(server.url, pki, proxy=f"http://127.0.0.1:{through.port}", http2=True)
+            with a_sender(destination) as sender:
+                assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
 
     def test_wrong_credentials_are_told_and_never_logged(self, stage: Stage) -> None:
         password = stage.base / "password"

@@ -7,6 +7,7 @@ import select
 import ssl
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -464,6 +465,22 @@ def test_an_answer_that_drips_for_ever_ends_with_the_deadline(tmp_path: Path, pk
         outcome = sender.send(an_archive(tmp_path, b"content"))
 
     assert reason(outcome) is Reason.DEADLINE
+
+
+def test_an_early_refusal_that_drips_for_ever_is_not_waited_for_where_no_rate_is_asked(
+    tmp_path: Path, pki: Pki, line: str
+) -> None:
+    def script(peer: Peer) -> None:
+        peer.read_head()
+        peer.send(b"HTTP/1.1 413 Too Large\r\nX-Why: ")
+        while not server.stopping.is_set():
+            peer.drip(b"b" * 100, every=0.02)
+
+    with ThreadPoolExecutor(1) as pool, talking(script, pki, line, min_rate="0B") as (sender, server):
+        sender._uploader._line._patience = 3.0
+        outcome = pool.submit(sender.send, an_archive(tmp_path, size=LARGE)).result(timeout=PATIENCE)
+
+    assert reason(outcome) is Reason.READ_TIMEOUT
 
 
 def test_one_refused_early_holds_up_no_other(tmp_path: Path, pki: Pki, line: str) -> None:

@@ -10,7 +10,9 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -33,7 +35,7 @@ from backupd.core.model import Deferred, Delivered, Outcome
 from backupd.core.policy import Reason
 from backupd.receiver.serve import RunningReceiver
 from tests.pki import KeyPair, Pki
-from tests.scripted import ScriptedServer, server_context, take_all
+from tests.scripted import Peer, ScriptedServer, server_context, take_all
 from tests.stage import PATIENCE, Stage
 from tests.uploading import MIB, a_destination, a_sender, an_archive
 
@@ -166,6 +168,30 @@ def test_a_server_that_speaks_no_tls_is_no_mystery(tmp_path: Path, pki: Pki) -> 
             outcome = sender.send(an_archive(tmp_path, b"x"))
 
     assert failed(outcome).reason is Reason.TLS
+
+
+@pytest.mark.parametrize("ended_by", ["deadline", "stop"])
+def test_a_handshake_of_records_without_an_end_can_be_ended(tmp_path: Path, pki: Pki, ended_by: str) -> None:
+    hello_requests = b"\x16\x03\x03\x00\x04\x00\x00\x00\x00" * 10_000
+
+    def script(peer: Peer) -> None:
+        flooding.set()
+        while not server.stopping.is_set():
+            peer.send(hello_requests)
+
+    flooding = threading.Event()
+    deadline = {"deadline": "1s"} if ended_by == "deadline" else {}
+    with (
+        ThreadPoolExecutor(1) as pool,
+        ScriptedServer(script) as server,
+        a_sender(a_destination(server.url.replace("http:", "https:"), pki, **deadline)) as sender,
+    ):
+        sending = pool.submit(sender.send, an_archive(tmp_path, size=1000))
+        assert flooding.wait(PATIENCE)
+        if ended_by == "stop":
+            sender.abort.set()
+        outcome = sending.result(timeout=PATIENCE)
+    assert failed(outcome).reason is (Reason.DEADLINE if ended_by == "deadline" else Reason.STOPPED)
 
 
 def test_a_host_name_that_nobody_knows_and_a_port_that_nobody_serves_are_told_apart(
