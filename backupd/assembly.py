@@ -14,7 +14,7 @@ from backupd.clock import Clock
 from backupd.config.destination import DestinationConfig
 from backupd.config.examination import Examination, Examine
 from backupd.config.models import Config, DropConfig
-from backupd.core.errors import ConfigError
+from backupd.core.errors import ConfigError, LedgerError
 from backupd.core.keeping import Order
 from backupd.core.retry import Backoff
 from backupd.core.step import Patience, Priority
@@ -44,6 +44,8 @@ from backupd.upload.port import Uploader
 
 if TYPE_CHECKING:
     from backupd.upload.probe import Probe
+
+_DESCRIPTORS_HINT = "raise the limit of open files (`LimitNOFILE=` of the service, `ulimit -n`)"
 
 
 def run_daemon(config: Config, log: EventLog, config_path: Path, found: Examination, examine: Examine) -> int:
@@ -172,8 +174,10 @@ class Assembly:
 
 
 def _open_shelf(config: Config) -> Shelf:
-    from backupd.ledger.sqlite_shelf import open_shelf  # noqa: PLC0415 -- for whoever removes what was sent
-
+    try:
+        from backupd.ledger.sqlite_shelf import open_shelf  # noqa: PLC0415 -- for whoever removes what was sent
+    except OSError as error:
+        raise LedgerError(f"the ledger can't be opened once more: {error}", _DESCRIPTORS_HINT) from error
     return open_shelf(config.state_dir)
 
 

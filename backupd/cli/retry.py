@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from backupd.core.model import DeliveryState
 from backupd.core.names import as_text, printable
 from backupd.ledger.history import History
 from backupd.ledger.records import DeliveryRecord
+
+if TYPE_CHECKING:
+    from backupd.drop.folder import DropFolder
 
 
 def retry(
@@ -43,7 +46,7 @@ def retry(
         if not _restore(loaded, history, record):
             raise UsageError(
                 f"{record.id}: its file is not in quarantine",
-                "it was put back before, or another destination has yet to have it: see `backupd list`",
+                "it was put back or removed, or another destination has yet to have it: see `backupd list`",
             )
         typer.echo(f"put back; it starts over{then}")
     elif history.hasten(record.id, datetime.now(UTC)):
@@ -70,26 +73,19 @@ def _restore_all(config: Config, history: History, then: str) -> None:
 
 def _restore(config: Config, history: History, record: DeliveryRecord) -> bool:
     """Move a file from quarantine to where it was dropped; False if it is not in quarantine any more."""
-    from backupd.drop.checksum import bring_back_companions  # noqa: PLC0415
     from backupd.drop.folder import DropFolder  # noqa: PLC0415
-    from backupd.drop.move import rename_no_replace  # noqa: PLC0415
-    from backupd.drop.removal import remove_record  # noqa: PLC0415
 
     drop = config.drop.get(record.archive.drop)
     if drop is None or record.disposed_to is None:
         return False
-    folder = DropFolder(str(drop.path))
     try:
-        source, _, name = record.disposed_to.rpartition(b"/")
-        target, _, original = record.archive.relpath.rpartition(b"/")
-        with folder.directory(source) as quarantine, folder.directory(target, create=True) as place:
-            rename_no_replace(quarantine, name, place, original)
-        if drop.checksum_file != "off":  # or they would be archives
-            bring_back_companions(folder, record.archive.relpath, record.disposed_to)
-        history.put_back(record.archive.id)
-        remove_record(folder, record.disposed_to, record.archive, b"reason")
-    except FileNotFoundError:
-        return False
+        folder = DropFolder(str(drop.path))
+    except OSError as error:
+        raise UsageError(
+            f"{drop.path}: {error.strerror}", "see that the drop folder is there, and mounted"
+        ) from error
+    try:
+        return _put_back(history, record, folder, record.disposed_to, checksums=drop.checksum_file != "off")
     except FileExistsError as error:
         shown = printable(as_text(record.archive.relpath))
         raise UsageError(
@@ -100,4 +96,29 @@ def _restore(config: Config, history: History, record: DeliveryRecord) -> bool:
         raise UsageError(f"{drop.path}/{shown}: {error.strerror}", "run this as the daemon's user") from error
     finally:
         folder.close()
-    return True
+
+
+def _put_back(
+    history: History, record: DeliveryRecord, folder: DropFolder, moved_to: bytes, *, checksums: bool
+) -> bool:
+    from backupd.drop.checksum import bring_back_companions  # noqa: PLC0415
+    from backupd.drop.move import rename_no_replace  # noqa: PLC0415
+    from backupd.drop.removal import remove_record  # noqa: PLC0415
+
+    archive = record.archive
+    source, _, name = moved_to.rpartition(b"/")
+    target, _, original = archive.relpath.rpartition(b"/")
+    with history.put_back(archive.id):
+        try:
+            with folder.directory(source) as quarantine, folder.directory(target, create=True) as place:
+                rename_no_replace(quarantine, name, place, original)
+        except FileNotFoundError:
+            if folder.is_out_of_reach(moved_to, archive.fingerprint.device):
+                raise
+            found = False  # removed by hand: it must not count as rejected for ever
+        else:
+            found = True
+            if checksums:  # or they would be archives
+                bring_back_companions(folder, archive.relpath, moved_to)
+    remove_record(folder, moved_to, archive, b"reason")
+    return found

@@ -114,7 +114,7 @@ class Disposal:
         if moved_to is None and folder.is_out_of_reach(archive.relpath, archive.fingerprint.device):
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         if moved_to is None:
-            return Disposed(archive.id, None), "gone"
+            return Disposed(archive.id, None, gone=True), "gone"
         if rule.checksums:
             move_companions(folder, archive, None if action == "delete" else moved_to)
         # those above it, too: they may have been made for it, now or before a crash
@@ -206,6 +206,8 @@ def _up_from(directory: bytes) -> Iterator[bytes]:
 
 def _sync(touched: set[tuple[str, bytes]], held: Mapping[str, HeldFolder]) -> None:
     for drop, directory in sorted(touched):
+        if len(held[drop]) > _MOST_HELD:
+            held[drop].close()
         with suppress(FileNotFoundError):  # the directory was removed with all that was in it
             held[drop].sync(directory)
 

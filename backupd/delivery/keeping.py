@@ -158,6 +158,9 @@ class Keeper:
             progress.last = kept
         now = self._now()  # after the look: the clock is doubted before an old history comes into the ledger
         due = [(k, e) for k, newer in found.values() if (e := order.verdict(now - k.since, newer))]
+        if not all(_is_within_reach(stock.folder, kept) for kept, _ in due):
+            del self._progress[drop]  # once its filesystem is back, all is looked at again
+            return False
         self._remove(shelf, stock, due, now)
         return bool(grown) or len(page) == _MOST
 
@@ -204,7 +207,7 @@ class Keeper:
     def _remove(self, shelf: Shelf, stock: Stock, due: Sequence[tuple[Kept, Expiry]], now: datetime) -> int:
         """Remove what is still as it was put away; return the bytes that were freed."""
         left = {k.archive.id: removal for k, _ in due if (removal := _left(stock.folder, k))}
-        ours = [(k, e) for k, e in due if k.archive.id not in left]
+        ours = [(k, e) for k, e in due if k.archive.id not in left and _is_within_reach(stock.folder, k)]
         if left:
             shelf.ended(left, now)
         if not ours:
@@ -279,9 +282,13 @@ def _left(folder: DropFolder, kept: Kept) -> Removal | None:
     try:
         return None if is_ours(folder.stat(kept.to), kept.archive.fingerprint) else Removal.CHANGED
     except (FileNotFoundError, NotADirectoryError):
-        return Removal.GONE
+        return Removal.GONE if _is_within_reach(folder, kept) else None
     except OSError:
         return None  # the attempt to remove it will tell
+
+
+def _is_within_reach(folder: DropFolder, kept: Kept) -> bool:
+    return not folder.is_out_of_reach(kept.to, kept.archive.fingerprint.device)
 
 
 def _sync(folder: DropFolder, directory: bytes) -> None:

@@ -267,7 +267,7 @@ class Intake:
             )
         if admission.admitted:
             self._wake(self._destinations)
-        if admission.rejected:
+        if admission.rejected or admission.found_again:
             self._settled()
         if admission.unusual:
             with suppress(LedgerError):  # the next tick says it

@@ -26,6 +26,8 @@ _OVERFLOW_LOGGERS = ("watchdog.observers.inotify_c", "watchdog.observers.inotify
 
 LIMITS_HINT = "raise fs.inotify.max_user_watches and max_user_instances (sysctl) if a limit is reached"
 
+_THREADS_HINT = "raise the limit of threads (`TasksMax=` of the service, `ulimit -u`)"
+
 Notice = Callable[[bytes, bool], None]
 """Called with an absolute path and whether it is a directory."""
 
@@ -66,10 +68,10 @@ class Watcher:
             self._observer.start()
         except OSError as error:
             self.stop()
-            raise WatchError(
-                f"{self._path}: no events ({error.strerror or error})",
-                LIMITS_HINT,
-            ) from error
+            raise WatchError(f"{self._path}: no events ({error.strerror or error})", LIMITS_HINT) from error
+        except RuntimeError as error:  # a limit of threads
+            self.stop()
+            raise WatchError(f"{self._path}: no events ({error})", _THREADS_HINT) from error
         self._overflow.attach()
 
     def stop(self) -> None:

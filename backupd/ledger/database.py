@@ -100,7 +100,7 @@ class StateLock:
 def daemon_pid(state_dir: Path) -> int | None:
     """Return the process id of the daemon that holds a state directory, or None."""
     try:
-        fd = os.open(state_dir / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(state_dir / LOCK_NAME, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
     try:

@@ -22,7 +22,18 @@ from backupd.ledger.records import (
     Search,
     Wanted,
 )
-from backupd.ledger.rows import ARCHIVE_COLUMNS, Row, as_archive, as_micros, as_time, storable
+from backupd.ledger.rows import (
+    ARCHIVE_COLUMNS,
+    Row,
+    as_archive,
+    as_micros,
+    as_time,
+    path_if_any,
+    reads,
+    storable,
+    time_if_any,
+)
+from backupd.ledger.transactions import is_damage, is_held
 
 _CLAUSES = {
     "drop": "a.drop_name = ?",
@@ -51,6 +62,22 @@ _PENDING = """
 _LOWEST = -(1 << 63)
 
 
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        raise LedgerError(f"the ledger can't be {what}: {error}", _hint(error)) from error
+
+
+def _hint(error: sqlite3.Error | UnicodeDecodeError) -> str:
+    if is_held(error):
+        return "another process holds it: try again once that lets go; `fuser` tells which"
+    if is_damage(error):
+        return "restart the daemon: it checks the ledger, and puts a damaged one aside"
+    return "run this as the daemon's user"
+
+
 class History:
     """Reads a ledger; raises LedgerError where it can't be read."""
 
@@ -61,6 +88,7 @@ class History:
         """Return the latest deliveries, newest first, of one state or of all."""
         return self.find(Search(state), lambda _drop, _path: True, most)
 
+    @_told("read")
     def find(self, search: Search, wanted: Wanted, most: int) -> list[DeliveryRecord]:
         """Return the latest deliveries that are searched for and wanted, newest first."""
         asked = {name: value for name in _CLAUSES if (value := getattr(search, name)) is not None}
@@ -74,9 +102,10 @@ class History:
         where = " AND ".join(["a.id = d.archive_id", *clauses])
         values = tuple(as_micros(v) if isinstance(v, datetime) else v for v in asked.values())
         query = f"{_WHAT} FROM {tables} WHERE {where} ORDER BY a.id DESC, d.destination"
-        rows = (row for row in self._each(query, values) if wanted(row[14], row[15]))
+        rows = (row for row in self._db.execute(query, values) if reads(wanted)(row[14], row[15]))
         return [_delivery(row) for row in islice(rows, most)]
 
+    @_told("read")
     def archive(self, ident: int) -> ArchiveRecord:
         """Return an archive; raises UsageError where there is none with that number."""
         rows = self._query(f"{_ARCHIVE} WHERE a.id = ?", (ident,))
@@ -86,11 +115,13 @@ class History:
             )
         return _archive(rows[0])
 
+    @_told("read")
     def deliveries_of(self, archive_id: int) -> list[DeliveryRecord]:
         """Return the deliveries of an archive."""
         rows = self._query(f"{_DELIVERY} WHERE d.archive_id = ? ORDER BY d.destination", (archive_id,))
         return [_delivery(row) for row in rows]
 
+    @_told("read")
     def in_sent(self, drop: str, since: datetime | None, after: int | None, most: int) -> list[ArchiveRecord]:
         """Return what has to lie in sent_dir: archives of a drop moved there since a time, by their ids."""
         rows = self._query(
@@ -101,6 +132,7 @@ class History:
         )
         return [_archive(row) for row in rows]
 
+    @_told("read")
     def drop(self, name: str) -> DropRecord:
         """Return how things stand with a drop."""
         pending = self._query(
@@ -112,8 +144,9 @@ class History:
             "SELECT relpath, admitted_at FROM archive WHERE drop_name = ? ORDER BY id DESC LIMIT 1", (name,)
         )
         path, at = last[0] if last else (None, None)
-        return DropRecord(pending[0], pending[1], _time(pending[2]), path, _time(at))
+        return DropRecord(pending[0], pending[1], time_if_any(pending[2]), path_if_any(path), time_if_any(at))
 
+    @_told("read")
     def destinations_pending(self) -> list[str]:
         """Return the names of the destinations that something is pending for."""
         rows = self._query(
@@ -123,6 +156,7 @@ class History:
         )
         return [row[0] for row in rows]
 
+    @_told("read")
     def quarantined(self) -> int:
         """Return how many archives lie in rejected_dir."""
         return int(
@@ -137,6 +171,7 @@ class History:
         """Close the connection."""
         self._db.close()
 
+    @_told("read")
     def delivery(self, id_prefix: str) -> DeliveryRecord:
         """Return the delivery whose id begins so; raises UsageError if there is none, or several."""
         begin = storable(id_prefix)
@@ -149,6 +184,7 @@ class History:
             )
         return _delivery(rows[0])
 
+    @_told("read")
     def attempts(self, delivery_id: str) -> list[AttemptRecord]:
         """Return the attempts of a delivery, first one first."""
         rows = self._query(
@@ -156,8 +192,9 @@ class History:
             " FROM attempt WHERE delivery_id = ? ORDER BY number",
             (delivery_id,),
         )
-        return [AttemptRecord(r[0], as_time(r[1]), r[2] / 1e6, *r[3:]) for r in rows]
+        return [_attempt(row) for row in rows]
 
+    @_told("read")
     def destination(self, name: str) -> DestinationRecord:
         """Return how things stand with a destination."""
         pending = self._query(
@@ -181,20 +218,20 @@ class History:
             name,
             pending[0],
             pending[1],
-            _time(pending[2]),
+            time_if_any(pending[2]),
             rejected,
-            _time(last),
+            time_if_any(last),
             state,
             reason,
             error,
-            _time(since),
-            _time(until),
+            time_if_any(since),
+            time_if_any(until),
         )
 
+    @_told("read")
     def devices(self, now: datetime) -> list[DeviceRecord]:
         """Return every device, by drop and name, and whether it is overdue."""
-        with _told("read"):
-            found = devices.devices(self._db)
+        found = devices.devices(self._db)
         return [
             DeviceRecord(d.drop, d.name, d.last_at, d.archives, overdue_by(d, now) is not None, d.every)
             for d in found
@@ -209,33 +246,29 @@ class History:
     def hasten(self, delivery_id: str, now: datetime) -> bool:
         """Make a pending delivery due at once; return False if it is not pending."""
         query = "UPDATE delivery SET due_at = ? WHERE id = ? AND state = 'pending'"
-        return self._change(query, (as_micros(now), delivery_id)) > 0
-
-    def put_back(self, archive_id: int) -> None:
-        """Note that a rejected archive's file is no longer in quarantine."""
-        self._change("UPDATE archive SET disposed_to = NULL WHERE id = ?", (archive_id,))
-
-    def _change(self, query: str, values: tuple[object, ...]) -> int:
         with _told("written"):
             self._db.execute("PRAGMA query_only = OFF")
-            return self._db.execute(query, values).rowcount
+            return self._db.execute(query, (as_micros(now), delivery_id)).rowcount > 0
 
-    def _each(self, query: str, values: tuple[object, ...]) -> Iterator[Row]:
-        with _told("read"):
-            yield from self._db.execute(query, values)
+    @contextmanager
+    def put_back(self, archive_id: int) -> Iterator[None]:
+        """Note that a rejected archive is no longer in quarantine, if what is enclosed succeeds."""
+        with _told("written"):
+            self._db.execute("PRAGMA query_only = OFF")
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                self._db.execute("UPDATE archive SET disposed_to = NULL WHERE id = ?", (archive_id,))
+                yield
+                self._db.execute("COMMIT")
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
 
     def _query(self, query: str, values: tuple[object, ...]) -> list[Row]:
-        return list(self._each(query, values))
+        return self._db.execute(query, values).fetchall()
 
 
-@contextmanager
-def _told(what: str) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise LedgerError(f"the ledger can't be {what}: {error}", "run this as the daemon's user") from error
-
-
+@reads
 def _delivery(row: Row) -> DeliveryRecord:
     ident, destination, state, due_at, ended_at, attempts, reason, error, digest, verified = row[:10]
     return DeliveryRecord(
@@ -243,8 +276,8 @@ def _delivery(row: Row) -> DeliveryRecord:
         as_archive(row[13:]),
         destination,
         DeliveryState(state),
-        _time(due_at),
-        _time(ended_at),
+        time_if_any(due_at),
+        time_if_any(ended_at),
         attempts,
         reason,
         error,
@@ -254,11 +287,14 @@ def _delivery(row: Row) -> DeliveryRecord:
     )
 
 
+@reads
 def _archive(row: Row) -> ArchiveRecord:
     state, digest, disposition, to, at, removal, removed_at = row[:7]
-    archive = as_archive(row[7:])
-    return ArchiveRecord(archive, state, digest, disposition, to, _time(at), removal, _time(removed_at))
+    return ArchiveRecord(
+        as_archive(row[7:]), state, digest, disposition, to, time_if_any(at), removal, time_if_any(removed_at)
+    )
 
 
-def _time(micros: int | None) -> datetime | None:
-    return None if micros is None else as_time(micros)
+@reads
+def _attempt(row: Row) -> AttemptRecord:
+    return AttemptRecord(row[0], as_time(row[1]), row[2] / 1e6, *row[3:])

@@ -40,13 +40,15 @@ class Admission:
     """What became of some sightings: new archives, and ones whose content they replace.
 
     `unusual` tells whether `Ledger.unusual` has something to say of a new one.
-    The `rejected` are not among the admitted; `Ledger.undisposed` returns them.
+    The `rejected` are not among the admitted; `Ledger.undisposed` returns them. With `found_again` it returns
+    some that were delivered, gone when they should have been disposed of, and are there again.
     """
 
     admitted: tuple[Archive, ...] = ()
     superseded: tuple[Archive, ...] = ()
     unusual: bool = False
     rejected: tuple[Archive, ...] = ()
+    found_again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +92,15 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class Disposed:
-    """Where an archive's file went, relative to its drop folder; `left` for one that stays in place."""
+    """Where an archive's file went, relative to its drop folder; `left` for one that stays in place.
+
+    `gone` for one that was not there any more.
+    """
 
     archive_id: int
     to: bytes | None
     left: bool = False
+    gone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +132,7 @@ class Ledger(Habits, Protocol):
     def admit(self, sightings: Sequence[Sighting], destinations: Sequence[str], now: datetime) -> Admission:
         """Make a pending delivery to each destination for each file not accounted for yet.
 
+        What was delivered, but gone when it was to be disposed of, is due for that once it is back.
         Those of a rejected sighting have ended at once, durably, and are never to be claimed.
         """
         ...

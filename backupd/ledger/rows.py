@@ -47,7 +47,7 @@ def reads(convert: Callable[P, T]) -> Callable[P, T]:
     def converted(*arguments: P.args, **named: P.kwargs) -> T:
         try:
             return convert(*arguments, **named)
-        except (ValueError, TypeError, OverflowError) as error:
+        except (ValueError, TypeError, OverflowError, AttributeError) as error:
             raise UnreadableRowError(str(error)) from error
 
     return converted
@@ -59,9 +59,24 @@ def as_time(micros: int) -> datetime:
     return _EPOCH + micros * _MICROSECOND
 
 
+def time_if_any(micros: int | None) -> datetime | None:
+    """Return the UTC time of microseconds since the epoch, if any."""
+    return None if micros is None else as_time(micros)
+
+
+@reads
+def path_if_any(path: object) -> bytes | None:
+    """Return a path, if any."""
+    if not isinstance(path, bytes | None):
+        raise TypeError("a path of another type")
+    return path
+
+
 @reads
 def as_archive(row: Row) -> Archive:
     """Return the archive of a row of `ARCHIVE_COLUMNS`."""
+    if not (isinstance(row[1], str) and isinstance(row[2], bytes)):
+        raise TypeError("a drop's name or a path of another type")
     return Archive(row[0], row[1], row[2], Fingerprint(*map(int, row[3:8])), as_time(row[8]))
 
 

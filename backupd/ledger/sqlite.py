@@ -9,14 +9,13 @@ from datetime import datetime
 from itertools import accumulate, takewhile
 
 from backupd.core.gate import Gate
-from backupd.core.model import Archive, Delivery, DeliveryState, Digest, Rejected
-from backupd.core.step import Priority, archive_state
+from backupd.core.model import Archive, Delivery, Digest, Rejected, identity
+from backupd.core.step import Priority
 from backupd.ledger.devices import SqliteHabits, note_arrival
 from backupd.ledger.port import Admission, Backlog, Disposed, Finished, Known, Ledger, Settled, Sighting, mark
 from backupd.ledger.rows import (
     ARCHIVE_COLUMNS,
     as_archive,
-    as_ending,
     as_micros,
     as_stored,
     as_time,
@@ -26,6 +25,7 @@ from backupd.ledger.rows import (
     reads,
     storable,
 )
+from backupd.ledger.settling import archive_of, settle, settled
 
 _DUE = "WHERE destination = ? AND state = 'pending' AND due_at <= ?"
 _FIRST = {
@@ -77,7 +77,7 @@ class SqliteLedger(SqliteHabits, Ledger):
         admitted: list[Archive] = []
         superseded: list[Archive] = []
         rejected: list[Archive] = []
-        unusual = False
+        unusual = found_again = False
         with self._transaction(durable=any(s.rejected is not None for s in sightings)) as db:
             for sighting in sightings:
                 live = _live(db, sighting)
@@ -85,6 +85,9 @@ class SqliteLedger(SqliteHabits, Ledger):
                 if any(mark(a.relpath, a.fingerprint) == wanted for a in live):
                     continue
                 superseded += [a for a in live if _supersede(db, a, now)]
+                if _is_back(db, sighting):
+                    found_again = True
+                    continue
                 archive = _insert(db, sighting, destinations, now)
                 if sighting.rejected is not None:
                     _reject(db, archive, sighting.rejected, now)
@@ -93,7 +96,7 @@ class SqliteLedger(SqliteHabits, Ledger):
                 admitted.append(archive)
                 if sighting.tracked is not None:
                     unusual |= note_arrival(db, archive, sighting.tracked)
-        return Admission(tuple(admitted), tuple(superseded), unusual, tuple(rejected))
+        return Admission(tuple(admitted), tuple(superseded), unusual, tuple(rejected), found_again)
 
     def claim(
         self, destination: str, now: datetime, priority: Priority = Priority.OLDEST, most: int = 1
@@ -127,7 +130,7 @@ class SqliteLedger(SqliteHabits, Ledger):
 
     def record(self, finished: Sequence[Finished], now: datetime) -> list[Settled]:
         """See `Ledger.record`."""
-        settled: list[Settled] = []
+        ended: list[Settled] = []
         with self._transaction(durable=True) as db:
             for one in finished:
                 db.execute(
@@ -142,15 +145,15 @@ class SqliteLedger(SqliteHabits, Ledger):
                     [attempt_row(one.delivery.id, n, a) for n, a in enumerate(one.attempts, first)],
                 )
             for archive_id in dict.fromkeys(one.delivery.archive.id for one in finished):
-                settled += _settle(db, archive_id)
-        return settled
+                ended += settle(db, archive_id)
+        return ended
 
     def undisposed(self, after: int = 0, most: int = 256) -> list[Settled]:
         """See `Ledger.undisposed`."""
         query = "SELECT id FROM archive WHERE disposition = 'due' AND id > ? ORDER BY id LIMIT ?"
         with self._reading() as db:
             ids = [row[0] for row in db.execute(query, (after, most))]
-            return [_settled(db, archive_id) for archive_id in ids]
+            return [settled(db, archive_id) for archive_id in ids]
 
     def count_undisposed(self) -> int:
         """See `Ledger.count_undisposed`."""
@@ -161,9 +164,9 @@ class SqliteLedger(SqliteHabits, Ledger):
         """See `Ledger.disposed`."""
         with self._transaction(durable=False) as db:
             db.executemany(
-                "UPDATE archive SET disposition = 'done', disposed_to = ?, disposed_at = ?, live = ?"
-                " WHERE id = ?",
-                [(one.to, as_micros(now), one.left, one.archive_id) for one in done],
+                "UPDATE archive SET disposition = 'done', disposed_to = ?, disposed_at = ?, live = ?,"
+                " removal = ? WHERE id = ?",
+                [(o.to, as_micros(now), o.left, "gone" if o.gone else None, o.archive_id) for o in done],
             )
             db.executemany("UPDATE archive SET announced = 1 WHERE id = ?", [(i,) for i in still_due])
 
@@ -221,7 +224,7 @@ def _claim(db: sqlite3.Connection, ident: str) -> Delivery:
         (ident,),
     ).fetchone()
     unknown = Digest.parse(row[6]) if row[6] else None
-    return Delivery(row[0], _archive(db, row[1]), row[2], row[3], row[4], row[5], unknown)
+    return Delivery(row[0], archive_of(db, row[1]), row[2], row[3], row[4], row[5], unknown)
 
 
 def _live(db: sqlite3.Connection, sighting: Sighting) -> list[Archive]:
@@ -229,9 +232,18 @@ def _live(db: sqlite3.Connection, sighting: Sighting) -> list[Archive]:
     return [as_archive(row) for row in db.execute(query, (sighting.drop, sighting.relpath))]
 
 
-def _archive(db: sqlite3.Connection, archive_id: int) -> Archive:
-    query = f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE id = ?"  # noqa: S608 -- own columns
-    return as_archive(db.execute(query, (archive_id,)).fetchone())
+def _is_back(db: sqlite3.Connection, sighting: Sighting) -> bool:
+    """Have a file disposed of that was gone when it should have been, and is there again as it was."""
+    query = (
+        f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE drop_name = ? AND relpath = ?"  # noqa: S608 -- own columns
+        " AND removal = 'gone' AND disposed_to IS NULL AND state = 'delivered'"
+    )
+    for archive in map(as_archive, db.execute(query, (sighting.drop, sighting.relpath)).fetchall()):
+        if identity(archive.fingerprint) == identity(sighting.fingerprint):
+            due = "disposition = 'due', announced = 1, live = 1, removal = NULL"
+            db.execute(f"UPDATE archive SET {due} WHERE id = ?", (archive.id,))  # noqa: S608 -- own columns
+            return True
+    return False
 
 
 def _supersede(db: sqlite3.Connection, archive: Archive, now: datetime) -> bool:
@@ -240,7 +252,7 @@ def _supersede(db: sqlite3.Connection, archive: Archive, now: datetime) -> bool:
         "UPDATE delivery SET state = 'superseded', ended_at = ? WHERE archive_id = ? AND state = 'pending'",
         (as_micros(now), archive.id),
     ).rowcount
-    _settle(db, archive.id)
+    settle(db, archive.id)
     db.execute("UPDATE archive SET live = 0 WHERE id = ? AND disposition = 'done'", (archive.id,))
     return bool(ended)
 
@@ -266,34 +278,4 @@ def _reject(db: sqlite3.Connection, archive: Archive, why: Rejected, now: dateti
         " WHERE archive_id = ?",
         (as_micros(now), why.reason, storable(why.error), archive.id),
     )
-    _settle(db, archive.id)
-
-
-def _settle(db: sqlite3.Connection, archive_id: int) -> list[Settled]:
-    """Write down what an archive's deliveries make of it; return it if its file is to be disposed of."""
-    states = [
-        DeliveryState(row[0])
-        for row in db.execute("SELECT state FROM delivery WHERE archive_id = ?", (archive_id,))
-    ]
-    state = archive_state(states)
-    if state is DeliveryState.PENDING:
-        return []
-    gone = state is DeliveryState.SUPERSEDED
-    changed = db.execute(
-        "UPDATE archive SET state = ?, disposition = ?, live = ?,"
-        " digest = (SELECT max(digest) FROM delivery WHERE archive_id = archive.id)"
-        " WHERE id = ? AND state = 'pending'",
-        (state, "done" if gone else "due", not gone, archive_id),
-    ).rowcount
-    return [] if gone or not changed else [_settled(db, archive_id)]
-
-
-def _settled(db: sqlite3.Connection, archive_id: int) -> Settled:
-    row = db.execute("SELECT state, digest, announced FROM archive WHERE id = ?", (archive_id,)).fetchone()
-    endings = db.execute(
-        "SELECT id, destination, state, ended_at, digest, verified, http_status, reason, error, receipt"
-        " FROM delivery WHERE archive_id = ? ORDER BY destination",
-        (archive_id,),
-    )
-    ends = tuple(map(as_ending, endings))
-    return Settled(_archive(db, archive_id), DeliveryState(row[0]), row[1], ends, bool(row[2]))
+    settle(db, archive.id)

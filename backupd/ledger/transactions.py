@@ -51,7 +51,7 @@ class Transactions:
                 self._db.execute("BEGIN IMMEDIATE")
             except BaseException as error:
                 self._lock.release()
-                if not _is_held(error) or time.monotonic() > until:
+                if not is_held(error) or time.monotonic() > until:
                     raise
             else:
                 return
@@ -116,7 +116,7 @@ def failures(what: str) -> Iterator[None]:
                 " anew from the folders; look at the disk of `state_dir`",
             ) from error
         says = f"the ledger can't be {what}: {error}"
-        if _is_held(error):
+        if is_held(error):
             hint = "another process holds it: `fuser` tells which; it goes on once that lets go"
             raise LedgerHeldError(says, hint) from error
         raise LedgerError(says, "check the disk of `state_dir`") from error
@@ -135,6 +135,7 @@ def _is_unreadable(error: sqlite3.Error | UnicodeDecodeError) -> bool:
     return isinstance(error, (sqlite3.IntegrityError, UnreadableRowError, UnicodeDecodeError))
 
 
-def _is_held(error: BaseException) -> bool:
+def is_held(error: BaseException) -> bool:
+    """Tell whether another process holds the ledger."""
     code: int = getattr(error, "sqlite_errorcode", 0)
     return code & 0xFF == sqlite3.SQLITE_BUSY

@@ -14,6 +14,9 @@ from backupd.upload.port import Cargo
 CHUNK = 256 * 1024
 """Bytes of a read."""
 
+_LOOK = 16 * CHUNK
+"""Bytes between looks whether the file is still the one that was admitted."""
+
 
 class FileChangedError(Exception):
     """The file is not as it was when it was admitted."""
@@ -54,7 +57,6 @@ class Body:
     def __iter__(self) -> Iterator[bytes]:
         self.begin()
         self._line.body_begins()
-        check_unchanged(self._cargo)
         hasher = hashlib.new(self._algorithm)
         size = self._cargo.fingerprint.size
         pending = self._framing.before
@@ -82,6 +84,8 @@ class Body:
     def _chunks(self) -> Iterator[tuple[int, bytes]]:
         at, size = 0, self._cargo.fingerprint.size
         while at < size:
+            if at % _LOOK == 0:  # what was removed or changed must not keep a worker to its end
+                check_unchanged(self._cargo)
             try:
                 chunk = os.pread(self._cargo.fd, min(CHUNK, size - at), at)
             except OSError as error:

@@ -37,7 +37,10 @@ class _Connection(httpcore.HTTPConnection):
             self._connect_failed = True
             raise
         if isinstance(stream, Wire) and stream.is_http2:
-            from backupd.upload.http2 import Http2Connection  # noqa: PLC0415 -- h2 is an extra
-
+            try:
+                from backupd.upload.http2 import Http2Connection  # noqa: PLC0415 -- h2 is an extra
+            except OSError as error:  # no descriptor left
+                stream.close()
+                raise httpcore.ConnectError(error.strerror or str(error)) from error
             return Http2Connection(self._origin, stream, self._keepalive_expiry)
         return httpcore.HTTP11Connection(self._origin, stream, self._keepalive_expiry)

@@ -557,6 +557,36 @@ def test_a_file_put_back_after_its_disposal_starts_over(ledger: Ledger) -> None:
     assert again.id != settled.archive.id
 
 
+def gone(ledger: Ledger, sighting: Sighting, outcome: Outcome) -> Archive:
+    """Have a delivery end, and its file be gone when it is to be disposed of."""
+    admit(ledger, sighting)
+    (settled,) = end(ledger, outcome)
+    ledger.disposed([Disposed(settled.archive.id, None, gone=True)], [], LATER)
+    return settled.archive
+
+
+def test_what_was_delivered_and_gone_is_due_once_it_is_back_and_not_sent_again(bench: Bench) -> None:
+    sighting = a_sighting()
+    archive = gone(bench.ledger, sighting, delivered())
+    assert bench.ledger.known("switches").paths == frozenset()
+    told = bench.ledger.admit([sighting], ["vault"], LATER)
+    assert (told.admitted, told.found_again) == ((), True)
+    ledger = bench.crash()
+    (settled,) = ledger.undisposed()
+    assert (settled.archive, settled.announced) == (archive, True)
+    assert not ledger.admit([sighting], ["vault"], LATER).found_again
+    ledger.disposed([Disposed(archive.id, b"sent/r1")], [], LATER)
+    assert len(admit(ledger, sighting)) == 1  # who brings it back from there wants it sent
+
+
+def test_what_was_gone_and_comes_back_changed_or_was_never_delivered_is_sent(ledger: Ledger) -> None:
+    gone(ledger, a_sighting(b"r1"), delivered())
+    changed = replace(a_sighting(b"r1"), fingerprint=replace(a_fingerprint(), ctime_ns=1))
+    assert len(admit(ledger, changed)) == 1
+    gone(ledger, a_sighting(b"r2"), rejected())
+    assert len(admit(ledger, a_sighting(b"r2"))) == 1
+
+
 def test_a_file_that_stays_in_place_stays_accounted_for(bench: Bench) -> None:
     sighting = a_sighting()
     admit(bench.ledger, sighting)

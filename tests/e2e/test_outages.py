@@ -382,6 +382,63 @@ def test_rejected_archives_are_put_back_and_delivered_once_the_cause_is_gone(sta
     assert told["rejected"] == 0
 
 
+@pytest.fixture
+def refused(stage: Stage) -> Iterator[Stage]:
+    """A stage on which an archive was rejected; no daemon runs."""
+    with Endpoint(stage.pki, lambda name: 422) as endpoint:
+        stage.configure(endpoint.url)
+        daemon = stage.daemon().ready()
+        stage.put("sw.tar.gz", b"content")
+        daemon.wait_for("archive.disposed")
+        assert daemon.stop() == 0
+        yield stage
+
+
+def rejections(stage: Stage) -> int:
+    [told] = json.loads(stage.backupd("status", "--json").stdout)["destinations"]
+    return int(told["rejected"])
+
+
+@pytest.mark.parametrize("how", ["by its id", "all"])
+def test_what_was_removed_from_quarantine_by_hand_counts_as_rejected_no_more_once_it_is_retried(
+    refused: Stage, how: str
+) -> None:
+    (refused.rejected / "sw.tar.gz").unlink()
+    [record] = json.loads(refused.backupd("list", "--json").stdout)
+    assert rejections(refused) == 1
+    done = refused.backupd("retry", *(["--all"] if how == "all" else [record["id"]]))
+    assert ("nothing put back" in done.stdout) if how == "all" else ("not in quarantine" in done.stderr)
+    assert rejections(refused) == 0
+    assert list(refused.rejected.iterdir()) == []
+
+
+def test_while_the_ledger_is_held_by_another_nothing_is_put_back(refused: Stage) -> None:
+    [record] = json.loads(refused.backupd("list", "--json").stdout)
+    with contextlib.closing(sqlite3.connect(refused.state / "ledger.sqlite3")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        done = refused.backupd("retry", record["id"])
+    assert done.returncode == 78
+    assert "another process holds it" in done.stderr
+    assert (refused.rejected / "sw.tar.gz").exists()
+    assert refused.backupd("retry", record["id"]).returncode == 0
+    assert (refused.drop / "sw.tar.gz").read_bytes() == b"content"
+    assert rejections(refused) == 0
+    assert list(refused.rejected.iterdir()) == []
+
+
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_while_the_drop_folder_is_away_nothing_is_put_back(refused: Stage, all_of_them: bool) -> None:
+    [record] = json.loads(refused.backupd("list", "--json").stdout)
+    away = refused.drop.rename(refused.base / "away")
+    done = refused.backupd("retry", "--all" if all_of_them else record["id"])
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "No such file or directory" in done.stderr
+    away.rename(refused.drop)
+    assert rejections(refused) == 1
+    assert refused.backupd("retry", "--all").stdout.startswith("1 archive put back")
+
+
 def test_what_is_put_back_while_the_daemon_is_down_is_delivered_when_it_runs(stage: Stage) -> None:
     with Endpoint(stage.pki, lambda name: 422) as endpoint:
         stage.configure(endpoint.url)

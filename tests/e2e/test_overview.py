@@ -47,6 +47,60 @@ def micros(ago: timedelta) -> int:
     return int((datetime.now(UTC) - ago).timestamp() * 1_000_000)
 
 
+# a ledger that is damaged, or in use
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "archive SET admitted_at = 9000000000000000000",
+        "archive SET admitted_at = 'long ago'",
+        "archive SET size = 'large'",
+        "archive SET relpath = 5",
+        "archive SET relpath = 'text'",
+        "archive SET drop_name = x'00ff'",
+        "archive SET disposed_at = 'later'",
+        "delivery SET ended_at = 9000000000000000000",
+        "delivery SET due_at = 'soon'",
+        "attempt SET duration_us = 'long'",
+        "gate SET since = 'then', reason = 'x'",
+    ],
+)
+def test_what_can_not_be_read_in_the_ledger_is_told_without_a_traceback(
+    stage: Stage, receiver: RunningReceiver, damage: str
+) -> None:
+    assert a_sent_archive(stage, receiver, "one.cfg").stop() == 0
+    (told,) = json.loads(stage.backupd("list", "--json").stdout)
+    connection = open_ledger(stage.state).connection
+    connection.execute("INSERT OR REPLACE INTO gate VALUES ('vault', 'paused', NULL, NULL, 1, 1)")
+    connection.execute("PRAGMA ignore_check_constraints = ON")
+    connection.execute(f"UPDATE {damage}")
+    connection.close()
+    refused = 0
+    ident = told["id"]
+    for command in (["list"], ["show", ident], ["status"], ["audit"], ["retry", ident], ["retry", "--all"]):
+        done = stage.backupd(*command)
+        assert "Traceback" not in done.stdout + done.stderr, command
+        if "the ledger can't be read" in done.stderr:
+            assert "restart the daemon" in done.stderr
+            refused += 1
+        else:
+            assert done.returncode in (0, 2, 3), command
+    assert refused
+    checked = stage.backupd("status", "--check")
+    assert checked.returncode in (2, 3)
+    assert checked.stdout.startswith(("UNKNOWN - the ledger can't be read", "CRITICAL"))
+
+
+def test_what_lies_in_the_place_of_the_lock_holds_no_command_up(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    assert a_sent_archive(stage, receiver, "one.cfg").stop() == 0
+    (stage.state / "backupd.lock").unlink()
+    os.mkfifo(stage.state / "backupd.lock")
+    assert "NOT RUNNING" in stage.backupd("status").stdout
+
+
 # status
 
 

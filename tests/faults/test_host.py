@@ -208,6 +208,25 @@ def test_without_descriptors_it_says_so_and_goes_on_when_there_are_some(
     assert daemon.stop() == 0
 
 
+def test_without_descriptors_for_what_is_loaded_late_the_daemon_goes_on(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    """The module by which `sent_dir` is looked through is loaded once there is one."""
+    stage.configure(receiver.url, drop='stable_for = "0s"', more=QUICK)
+    daemon = stage.daemon().ready()
+    stage.put("a.tar.gz", b"content")
+    daemon.wait_for("archive.disposed")
+    limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+    (said, *_) = daemon.wait_for("ledger.failed")
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limits)
+    assert "Too many open files" in said["error"]
+    stage.put("b.tar.gz", b"content")
+    daemon.wait_for("archive.disposed", archive="b.tar.gz")
+    assert not daemon.events("daemon.failed")
+    assert daemon.stop() == 0
+
+
 @pytest.mark.parametrize("most", [5, 8, 12, 16, 20])
 def test_too_few_descriptors_for_a_start_end_in_words_or_in_deliveries(
     stage: Stage, receiver: RunningReceiver, most: int

@@ -103,6 +103,53 @@ def test_a_file_that_changes_while_it_is_sent_is_delivered_as_it_then_is(
     assert not daemon.events("daemon.failed")
 
 
+def test_one_whose_folder_is_away_when_it_is_to_be_moved_is_moved_once_it_is_back(stage: Stage) -> None:
+    def keeps_the_answer(peer: Peer) -> None:
+        archive = peer.read_request().archive
+        peer.pause()
+        peer.send(receipt_for(archive))
+        take_all(peer)
+
+    away, other = stage.base / "away", stage.base / "other"
+    other.mkdir()
+    (other / "sent").mkdir()
+    with ScriptedServer(keeps_the_answer, server_context(stage.pki)) as server:
+        stage.configure(server.url, drop='rescan_every = "0.5s"', destination="workers = 1")
+        daemon = stage.daemon().ready()
+        stage.put("a.tar.gz", b"content")
+        assert server.paused.wait(PATIENCE)
+        stage.drop.rename(away)
+        other.rename(stage.drop)
+        daemon.wait_for("watcher.restored")
+
+        server.go_on()
+        daemon.wait_for("archive.disposed", disposition="gone")
+        stage.drop.rename(other)
+        away.rename(stage.drop)
+        daemon.wait_for("archive.disposed", disposition="moved")
+        assert daemon.stop() == 0
+
+    assert [request.archive for request in server.requests] == [b"content"]
+    assert len(daemon.events("archive.delivered")) == 1
+    assert stage.archives(stage.drop) == [stage.sent / "a.tar.gz"]
+
+
+def test_a_file_that_is_removed_is_not_sent_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "huge.tar"
+    path.touch()
+    os.truncate(path, 256 * MIB)
+
+    def removes_it(peer: Peer) -> None:
+        peer.read_head()
+        peer.read(MIB)
+        path.unlink()
+        peer.drain()
+
+    with ScriptedServer(removes_it) as server, a_sender(a_destination(server.url)) as sender:
+        assert isinstance(sender.send(path), Superseded)
+    assert server.received < 64 * MIB
+
+
 def test_a_file_removed_while_it_is_sent_is_said_to_be_gone(stage: Stage) -> None:
     with ScriptedServer(in_turn(pauses_early, take_all), server_context(stage.pki)) as server:
         stage.configure(server.url, drop='rescan_every = "1h"', destination="workers = 1")

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import stat
@@ -88,6 +89,23 @@ def test_an_archive_whose_directory_became_a_file_is_gone(folder: DropFolder, ro
         rules = {"switches": Rule(folder, "move", b"sent", b"rejected")}
         done, failed = Disposal(rules, EventLog(LineWriter(null.fileno()))).dispose([settled])
     assert ([one.to for one in done], failed) == ([None], [])
+
+
+def test_an_archive_in_a_deep_folder_takes_few_descriptors(folder: DropFolder, root: Path) -> None:
+    deep = "/".join(["d"] * 300)
+    (root / deep).mkdir(parents=True)
+    rule = Rule(folder, "move", b"sent", b"rejected")
+    one = delivered(root, 1, f"{deep}/r1.cfg")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull, "wb") as null:
+        disposal = Disposal({"switches": rule}, EventLog(LineWriter(null.fileno())))
+        few = max(map(int, os.listdir("/proc/self/fd"))) + 40
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, limits[1]))
+        try:
+            done, failed = disposal.dispose([one])
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert ([one.to for one in done], failed) == ([os.fsencode(f"sent/{deep}/r1.cfg")], [])
 
 
 def test_a_batch_over_many_directories_goes_where_it_should(folder: DropFolder, root: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import time
@@ -98,6 +99,20 @@ def test_a_checksum_file_goes_with_its_archive_only_where_it_came_with_it(
     old.with_name("old.cfg.sha256").write_text("0" * 64)
     site.keep(keep_for=90 * DAY)
     assert site.sent() == ([] if checksums else ["old.cfg.sha256"])
+
+
+def test_what_lies_on_a_filesystem_that_is_away_is_not_taken_for_gone(site: Site) -> None:
+    old = site.send("old.cfg", NOW - 91 * DAY)
+    away = site.root.with_name("away")
+    site.root.rename(away)
+    (site.root / "sent").mkdir(parents=True)  # what its place shows without it
+    site.keep(keep_for=90 * DAY)
+    assert site.removals() == {"old.cfg": None}
+    shutil.rmtree(site.root)
+    away.rename(site.root)
+    site.keep()
+    assert site.removals() == {"old.cfg": "expired"}
+    assert not old.exists()
 
 
 def test_nothing_is_touched_or_opened_without_an_order(site: Site) -> None:

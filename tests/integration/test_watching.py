@@ -611,6 +611,26 @@ def make_deaf(scene: Watching) -> InotifyObserver:
     return observer
 
 
+def test_without_threads_for_a_watcher_it_is_said_and_files_come_by_scan(
+    scene: Watching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")  # the words of Python where a limit is reached
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_thread)
+        scene.root.rename(scene.base / "away")
+        scene.root.mkdir()
+        until(lambda: "refused" in blindness(scene), "that no watcher can be had")
+        scene.put("by-scan.cfg")
+        scene.wait_admitted("by-scan.cfg")
+    scene.wait_event("watcher.restored")
+    assert "limit of threads" in scene.events("watcher.blind")[-1]["hint"]
+    scene.scan_no_more()
+    scene.put("by-event.cfg")
+    scene.wait_admitted("by-event.cfg")
+
+
 def test_files_that_no_event_told_of_are_found_and_that_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
