@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import h2.connection
@@ -28,8 +28,9 @@ _AT_REST = httpcore.Request("GET", "https://none/", extensions={"timeout": {"rea
 _MOST_AT_REST = 8
 """Reads that an idle connection may be good for; who talks on is not kept."""
 
-_LARGEST_FRAME = 16 * 1024
-"""Bytes of the body in a frame; the least rate is measured by whole ones."""
+_MOSTLY_BODY = 1024
+"""Bytes of the body in a frame from which on what TLS and HTTP/2 add to it may count as progress."""
+
 
 _A_STATUS = re.compile(rb"[1-9][0-9][0-9]")
 
@@ -61,6 +62,9 @@ class Http2Connection(httpcore.HTTP2Connection):
         self._wire = wire
         self._h2_state: _State = _State(config=self.CONFIG)
         self._knows_settings = False
+        self._is_progress = False
+        self._is_answered = False
+        self._is_whole = False
 
     def has_expired(self) -> bool:
         """Tell whether the connection is of no more use; what came while it was idle is taken in."""
@@ -83,6 +87,7 @@ class Http2Connection(httpcore.HTTP2Connection):
 
     def _send_request_headers(self, request: httpcore.Request, stream_id: int) -> None:
         self._wire.begin_request()
+        self._is_answered = self._is_whole = False
         while not self._knows_settings:  # some refuse a body that was sent before they were heard
             self._receive_events(request)
         super()._send_request_headers(request, stream_id)
@@ -102,15 +107,20 @@ class Http2Connection(httpcore.HTTP2Connection):
 
     def _send_stream_data(self, request: httpcore.Request, stream_id: int, data: bytes) -> None:
         while data:
-            size = min(self._wait_for_outgoing_flow(request, stream_id), len(data), _LARGEST_FRAME)
+            size = min(self._wait_for_outgoing_flow(request, stream_id), len(data))
             self._h2_state.send_data(stream_id, data[:size])
-            self._write_outgoing_data(request)
-            self._wire.line.moved(size)
+            self._is_progress = size >= _MOSTLY_BODY
+            try:
+                self._write_outgoing_data(request)
+            finally:
+                counted, self._is_progress = self._is_progress, False
+            if not counted:
+                self._wire.line.moved(size)
             data = data[size:]
 
     def _wait_for_outgoing_flow(self, request: httpcore.Request, stream_id: int) -> int:
         patience = request.extensions.get("timeout", {}).get("write")
-        began = time.monotonic()
+        until = None if patience is None else time.monotonic() + patience
         while True:
             if self._wire.get_extra_info("is_readable"):
                 self._receive_events(request)
@@ -120,12 +130,16 @@ class Http2Connection(httpcore.HTTP2Connection):
             flow = min(window, self._h2_state.max_outbound_frame_size)
             if flow > 0:  # new settings can make it less than nothing
                 return flow
-            if patience is not None and time.monotonic() - began >= patience:  # however much else is heard
-                raise httpcore.WriteTimeout("the other side has stopped reading")
-            self._receive_events(request)
+            left = None if until is None else until - time.monotonic()
+            try:
+                if left is not None and left <= 0:  # however much else is heard
+                    raise httpcore.ReadTimeout
+                self._receive_events(_within(left, request))
+            except httpcore.ReadTimeout as error:
+                raise httpcore.WriteTimeout("the other side has stopped reading") from error
 
     def _write_outgoing_data(self, request: httpcore.Request) -> None:
-        with self._wire.line.aside():
+        with nullcontext() if self._is_progress else self._wire.line.aside():
             super()._write_outgoing_data(request)
 
     def _read_incoming_data(self, request: httpcore.Request) -> list[h2.events.Event]:
@@ -134,7 +148,9 @@ class Http2Connection(httpcore.HTTP2Connection):
         last = self._h2_state.last_stream
         if last is not None:
             self._used_all_stream_ids = True
-            if any(stream > last for stream in self._events):
+            answered = {event.stream_id for event in events if isinstance(event, h2.events.ResponseReceived)}
+            late = {stream for stream, heard in self._events.items() if stream > last and not heard}
+            if late - answered and not self._is_answered:
                 self._refuse()
         return events
 
@@ -145,11 +161,29 @@ class Http2Connection(httpcore.HTTP2Connection):
             raise httpcore.ConnectionNotAvailable
         raise httpcore.RemoteProtocolError("disconnected: the destination takes no requests now")
 
+    def _response_closed(self, stream_id: int) -> None:
+        left = self._events[stream_id]
+        unread = sum(e.flow_controlled_length or 0 for e in left if isinstance(e, h2.events.DataReceived))
+        self._is_whole |= any(isinstance(event, h2.events.StreamEnded) for event in left)
+        if self._is_whole and unread:
+            with suppress(h2.exceptions.H2Error):  # or the connection's window would lack it for good
+                self._h2_state.acknowledge_received_data(unread, stream_id)
+        self._used_all_stream_ids |= not self._is_whole  # what is left of the answer is not the next one's
+        super()._response_closed(stream_id)
+
     def _receive_stream_event(
         self, request: httpcore.Request, stream_id: int
     ) -> h2.events.ResponseReceived | h2.events.DataReceived | h2.events.StreamEnded:
-        event = super()._receive_stream_event(request, stream_id)
+        try:
+            event = super()._receive_stream_event(request, stream_id)
+        except httpcore.RemoteProtocolError as error:
+            if not self._is_answered and _is_refusal(error):
+                self._used_all_stream_ids = True
+                self._refuse()
+            raise
+        self._is_whole = isinstance(event, h2.events.StreamEnded)
         if isinstance(event, h2.events.ResponseReceived):
+            self._is_answered = True
             statuses = [value for name, value in event.headers or () if name == b":status"]
             if len(statuses) != 1 or not _A_STATUS.fullmatch(statuses[0]):
                 raise httpcore.RemoteProtocolError("the answer's status is none")
@@ -166,3 +200,21 @@ def _as_protocol_error() -> Iterator[None]:
         yield
     except h2.exceptions.H2Error as error:
         raise httpcore.RemoteProtocolError(str(error) or type(error).__name__) from error
+    except httpcore.ConnectionNotAvailable as error:  # for a request that is answered already
+        raise httpcore.RemoteProtocolError("disconnected in the middle of the answer") from error
+
+
+def _is_refusal(error: httpcore.RemoteProtocolError) -> bool:
+    """Tell whether a request was refused before anything was done about it (RFC 9113 section 8.7)."""
+    reset = error.args[0] if error.args else None
+    return (
+        isinstance(reset, h2.events.StreamReset) and reset.error_code == h2.errors.ErrorCodes.REFUSED_STREAM
+    )
+
+
+def _within(seconds: float | None, request: httpcore.Request) -> httpcore.Request:
+    """Return a request for which no read waits longer."""
+    timeout = {**request.extensions.get("timeout", {}), "read": seconds}
+    return httpcore.Request(
+        request.method, request.url, extensions={**request.extensions, "timeout": timeout}
+    )

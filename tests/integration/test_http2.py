@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import select
 import ssl
@@ -198,6 +199,68 @@ def test_what_met_a_goaway_on_its_way_is_sent_at_once_on_another_connection(tmp_
     assert all(isinstance(outcome, Delivered) for outcome in outcomes), outcomes
     assert endpoint.archives == contents
     assert endpoint.connections == 3
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_goaway_in_the_middle_of_an_answer_leaves_open_whether_it_arrived(
+    tmp_path: Path, pki: Pki, code: int
+) -> None:
+    class Fickle(Endpoint):
+        def has_all(self, talk: Talk) -> None:
+            if talk.stream == 1:
+                super().has_all(talk)
+                return
+            talk.answer((":status", "201"), ("content-length", "100"))
+            talk.connection.send_data(talk.stream, b"a part")
+            talk.flush()
+            server.stopping.wait(0.2)  # for the answer's beginning to be heard by itself
+            talk.send(GoAwayFrame(0, last_stream_id=1, error_code=code))
+            raise EndedError
+
+    with ScriptedServer(Fickle(), http2_context(pki)) as server:
+        with a_sender(a_destination(server.url, pki, http2=True)) as sender:
+            assert isinstance(sender.send(an_archive(tmp_path, b"first")), Delivered)
+            outcome = sender.send(an_archive(tmp_path, b"second"))
+    assert failed(outcome) in (Reason.CONNECTION_LOST, Reason.PROTOCOL)
+    assert isinstance(outcome, Deferred)
+    assert outcome.unknown is not None
+
+
+def test_a_request_that_is_refused_unprocessed_is_sent_at_once_on_another_connection(
+    tmp_path: Path, pki: Pki
+) -> None:
+    class Choosy(Endpoint):
+        def asked(self, talk: Talk) -> None:
+            if talk.stream > 1:
+                talk.connection.reset_stream(talk.stream, error_code=7)
+
+    endpoint = Choosy()
+    with ScriptedServer(endpoint, http2_context(pki)) as server:
+        with a_sender(a_destination(server.url, pki, http2=True)) as sender:
+            for number in range(3):
+                assert isinstance(sender.send(an_archive(tmp_path, b"%d" % number)), Delivered)
+    assert endpoint.archives == [b"0", b"1", b"2"]
+
+
+@pytest.mark.parametrize("size", [100_000, 2 * MIB])
+def test_what_is_left_of_an_answer_is_no_trouble_of_the_next(tmp_path: Path, pki: Pki, size: int) -> None:
+    class Wordy(Endpoint):
+        """Says all in a header, and goes on in a body that nobody needs."""
+
+        def has_all(self, talk: Talk) -> None:
+            digest = hashlib.sha256(self.archives[-1]).hexdigest()
+            talk.answer((":status", "201"), ("x-digest", digest))
+            for _ in range(size // 10_000):
+                if talk.connection.local_flow_control_window(talk.stream) >= 10_000:
+                    talk.connection.send_data(talk.stream, bytes(10_000))
+            talk.connection.end_stream(talk.stream)
+
+    with ScriptedServer(Wordy(), http2_context(pki)) as server:
+        destination = a_destination(server.url, pki, http2=True, receipt={"digest": "header:X-Digest"})
+        with a_sender(destination) as sender:
+            for number in range(200 if size < MIB else 20):
+                outcome = sender.send(an_archive(tmp_path, b"%d" % number))
+                assert isinstance(outcome, Delivered), (number, outcome)
 
 
 def test_who_takes_no_request_at_all_costs_one_connection_an_attempt(tmp_path: Path, pki: Pki) -> None:
@@ -415,6 +478,21 @@ def test_a_window_that_is_less_than_nothing_is_waited_for(tmp_path: Path, pki: P
             outcome = sender.send(an_archive(tmp_path, content))
     assert isinstance(outcome, Delivered), outcome
     assert endpoint.archives == [content]
+
+
+def test_a_window_that_stays_shut_is_waited_for_as_long_as_a_write(tmp_path: Path, pki: Pki) -> None:
+    class Shut(Endpoint):
+        def given(self, talk: Talk, size: int) -> None:
+            """Open no window."""
+
+    timeout = {"write": "1s", "read": "10m"}
+    with (
+        ThreadPoolExecutor(1) as pool,
+        ScriptedServer(Shut(), http2_context(pki)) as server,
+        a_sender(a_destination(server.url, pki, http2=True, timeout=timeout)) as sender,
+    ):
+        outcome = pool.submit(sender.send, an_archive(tmp_path, size=MIB)).result(timeout=PATIENCE)
+    assert failed(outcome) is Reason.WRITE_TIMEOUT
 
 
 def test_the_least_rate_is_that_of_the_archive_alone(
