@@ -244,15 +244,23 @@ def test_a_listed_device_that_is_forgotten_waits_anew(tmp_path: Path, closed_aft
 @pytest.fixture
 def version_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Archive]:
     """A ledger as the version before devices left it, with one archive delivered and one pending."""
+    today = tmp_path / "today"
+    today.mkdir()
+    ledger = SqliteLedger(open_ledger(today).connection)
+    (old,) = ledger.admit([a_sighting(b"old.cfg")], ["vault"], NOW).admitted
+    (delivery,) = ledger.claim("vault", NOW)
+    ledger.record([finished(delivery, deferred(), delivered())], NOW)
+    ledger.disposed([Disposed(old.id, b"sent/old.cfg")], [], NOW)
+    ledger.admit([a_sighting(b"new.cfg")], ["vault"], NOW)
+    ledger.close()
     with monkeypatch.context() as earlier:
         earlier.setattr(database, "_SCRIPTS", database._SCRIPTS[:1])
-        ledger = SqliteLedger(open_ledger(tmp_path).connection)
-        (old,) = ledger.admit([a_sighting(b"old.cfg")], ["vault"], NOW).admitted
-        (delivery,) = ledger.claim("vault", NOW)
-        ledger.record([finished(delivery, deferred(), delivered())], NOW)
-        ledger.disposed([Disposed(old.id, b"sent/old.cfg")], [], NOW)
-        ledger.admit([a_sighting(b"new.cfg")], ["vault"], NOW)
-        ledger.close()
+        connection = open_ledger(tmp_path).connection
+    connection.execute("ATTACH ? AS today", (str(today / database.FILE_NAME),))
+    for table in ("archive", "delivery", "attempt"):  # in what columns it had then
+        names = ", ".join(row[1] for row in connection.execute(f"PRAGMA main.table_info({table})"))
+        connection.execute(f"INSERT INTO main.{table} ({names}) SELECT {names} FROM today.{table}")
+    connection.close()
     return tmp_path, old
 
 
