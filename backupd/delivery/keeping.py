@@ -185,7 +185,8 @@ class Keeper:
             return False
         self._lacking_since = 0.0
         pages = [shelf.oldest(name, None, None, _MOST) for name in short.drops if name in able]
-        oldest = list(heapq.merge(*pages, key=lambda k: (k.since, k.archive.id)))[:_MOST]
+        merged = heapq.merge(*pages, key=lambda k: (k.since, k.archive.id))
+        oldest = [k for k in merged if _is_within_reach(able[k.archive.drop].folder, k)][:_MOST]
         chosen = oldest[: enough(short.missing, [k.archive.fingerprint.size for k in oldest])]
         freed = 0
         for name in short.drops:
@@ -207,7 +208,7 @@ class Keeper:
     def _remove(self, shelf: Shelf, stock: Stock, due: Sequence[tuple[Kept, Expiry]], now: datetime) -> int:
         """Remove what is still as it was put away; return the bytes that were freed."""
         left = {k.archive.id: removal for k, _ in due if (removal := _left(stock.folder, k))}
-        ours = [(k, e) for k, e in due if k.archive.id not in left and _is_within_reach(stock.folder, k)]
+        ours = [(k, e) for k, e in due if k.archive.id not in left]
         if left:
             shelf.ended(left, now)
         if not ours:
@@ -282,7 +283,7 @@ def _left(folder: DropFolder, kept: Kept) -> Removal | None:
     try:
         return None if is_ours(folder.stat(kept.to), kept.archive.fingerprint) else Removal.CHANGED
     except (FileNotFoundError, NotADirectoryError):
-        return Removal.GONE if _is_within_reach(folder, kept) else None
+        return Removal.GONE
     except OSError:
         return None  # the attempt to remove it will tell
 

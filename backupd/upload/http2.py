@@ -31,7 +31,6 @@ _MOST_AT_REST = 8
 _MOSTLY_BODY = 1024
 """Bytes of the body in a frame from which on what TLS and HTTP/2 add to it may count as progress."""
 
-
 _A_STATUS = re.compile(rb"[1-9][0-9][0-9]")
 
 

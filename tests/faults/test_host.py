@@ -185,6 +185,15 @@ def test_a_host_that_sleeps_in_the_middle_of_an_upload(stage: Stage) -> None:
         assert daemon.stop() == 0
 
 
+@contextlib.contextmanager
+def without_descriptors(daemon: Daemon) -> Iterator[None]:
+    """Have a daemon open nothing more for a while."""
+    limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+    yield
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limits)
+
+
 def test_without_descriptors_it_says_so_and_goes_on_when_there_are_some(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
@@ -192,16 +201,14 @@ def test_without_descriptors_it_says_so_and_goes_on_when_there_are_some(
     daemon = stage.daemon().ready()
     stage.put("before.tar.gz", b"before")
     daemon.wait_for("archive.disposed", archive="before.tar.gz")
-    limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
-    for number in range(3):
-        stage.put(f"waits-{number}.tar.gz", b"waits %d" % number)
+    with without_descriptors(daemon):
+        for number in range(3):
+            stage.put(f"waits-{number}.tar.gz", b"waits %d" % number)
 
-    def is_said() -> bool:
-        return any("Too many open files" in str(line.get("error")) for line in daemon.events())
+        def is_said() -> bool:
+            return any("Too many open files" in str(line.get("error")) for line in daemon.events())
 
-    until(is_said, f"a word of it\n{daemon.text()[-2000:]}")
-    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limits)
+        until(is_said, f"a word of it\n{daemon.text()[-2000:]}")
     for number in range(3):
         daemon.wait_for("archive.disposed", archive=f"waits-{number}.tar.gz")
     assert not daemon.events("daemon.failed")
@@ -216,10 +223,8 @@ def test_without_descriptors_for_what_is_loaded_late_the_daemon_goes_on(
     daemon = stage.daemon().ready()
     stage.put("a.tar.gz", b"content")
     daemon.wait_for("archive.disposed")
-    limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
-    (said, *_) = daemon.wait_for("ledger.failed")
-    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limits)
+    with without_descriptors(daemon):
+        (said, *_) = daemon.wait_for("ledger.failed")
     assert "Too many open files" in said["error"]
     stage.put("b.tar.gz", b"content")
     daemon.wait_for("archive.disposed", archive="b.tar.gz")

@@ -124,14 +124,19 @@ class Endpoint:
         talk.connection.send_data(talk.stream, receipt, end_stream=True)
 
 
+def assert_takes(endpoint: Endpoint, contents: list[bytes], folder: Path, pki: Pki) -> None:
+    """Assert that an endpoint gets each of some archives at the first attempt."""
+    with ScriptedServer(endpoint, http2_context(pki)) as server:
+        with a_sender(a_destination(server.url, pki, http2=True)) as sender:
+            outcomes = [sender.send(an_archive(folder, content)) for content in contents]
+    assert all(isinstance(outcome, Delivered) for outcome in outcomes), outcomes
+    assert endpoint.archives == contents
+
+
 def test_archives_of_all_sizes_go_over_one_connection(tmp_path: Path, pki: Pki) -> None:
     endpoint = Endpoint()
     contents = [b"", b"x", os.urandom(100_000), os.urandom(5 * MIB)]
-    with ScriptedServer(endpoint, http2_context(pki)) as server:
-        with a_sender(a_destination(server.url, pki, http2=True)) as sender:
-            outcomes = [sender.send(an_archive(tmp_path, content)) for content in contents]
-    assert all(isinstance(outcome, Delivered) for outcome in outcomes), outcomes
-    assert endpoint.archives == contents
+    assert_takes(endpoint, contents, tmp_path, pki)
     assert endpoint.connections == 1
     assert {head[":method"] for head in endpoint.heads} == {"POST"}
     assert {head["idempotency-key"] for head in endpoint.heads} == {"the-delivery"}
@@ -178,11 +183,7 @@ def test_a_goaway_lets_the_archive_under_way_end(tmp_path: Path, pki: Pki, warni
             talk.send(*(GoAwayFrame(0, last_stream_id=last) for last in lasts))
 
     endpoint, contents = Leaving(), [os.urandom(MIB) for _ in range(3)]
-    with ScriptedServer(endpoint, http2_context(pki)) as server:
-        with a_sender(a_destination(server.url, pki, http2=True)) as sender:
-            outcomes = [sender.send(an_archive(tmp_path, content)) for content in contents]
-    assert all(isinstance(outcome, Delivered) for outcome in outcomes), outcomes
-    assert endpoint.archives == contents
+    assert_takes(endpoint, contents, tmp_path, pki)
     assert endpoint.connections == 3
 
 
@@ -193,11 +194,7 @@ def test_what_met_a_goaway_on_its_way_is_sent_at_once_on_another_connection(tmp_
                 talk.send(GoAwayFrame(0, last_stream_id=1))
 
     endpoint, contents = OneEach(), [os.urandom(MIB) for _ in range(3)]
-    with ScriptedServer(endpoint, http2_context(pki)) as server:
-        with a_sender(a_destination(server.url, pki, http2=True)) as sender:
-            outcomes = [sender.send(an_archive(tmp_path, content)) for content in contents]
-    assert all(isinstance(outcome, Delivered) for outcome in outcomes), outcomes
-    assert endpoint.archives == contents
+    assert_takes(endpoint, contents, tmp_path, pki)
     assert endpoint.connections == 3
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from backupd.core.keeping import MinFree
+from backupd.core.keeping import MinFree, Order
 from backupd.core.names import LARGEST_RECORD, RECORDS
 from backupd.delivery.keeping import Keeper
 from backupd.ledger.database import FILE_NAME
@@ -101,12 +101,14 @@ def test_a_checksum_file_goes_with_its_archive_only_where_it_came_with_it(
     assert site.sent() == ([] if checksums else ["old.cfg.sha256"])
 
 
-def test_what_lies_on_a_filesystem_that_is_away_is_not_taken_for_gone(site: Site) -> None:
+@pytest.mark.parametrize("order", [Order(keep_for=90 * DAY), Order(min_free=MinFree(1 << 60))])
+def test_what_lies_on_a_filesystem_that_is_away_is_not_taken_for_gone(site: Site, order: Order) -> None:
     old = site.send("old.cfg", NOW - 91 * DAY)
     away = site.root.with_name("away")
     site.root.rename(away)
     (site.root / "sent").mkdir(parents=True)  # what its place shows without it
-    site.keep(keep_for=90 * DAY)
+    site.order = order
+    assert not site.keeper.tick()  # nor is there more to do at once
     assert site.removals() == {"old.cfg": None}
     shutil.rmtree(site.root)
     away.rename(site.root)
