@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from datetime import UTC, datetime, timedelta
 
+from backupd.core.backoff import Backoff
 from backupd.core.model import (
     Archive,
     Attempt,
@@ -21,9 +22,8 @@ from backupd.core.model import (
     Superseded,
 )
 from backupd.core.policy import Reason
-from backupd.core.retry import Backoff
-from backupd.core.step import Patience, next_step
-from backupd.ledger.port import Finished, Sighting
+from backupd.core.transition import RetryPolicy, next_step
+from backupd.ledger.port import ClaimResult, FileCandidate
 
 NOW = datetime(2026, 3, 4, 5, 6, 7, 890123, tzinfo=UTC)
 """The time in tests that have one."""
@@ -71,9 +71,9 @@ def a_delivery(
 
 def a_sighting(
     relpath: bytes = b"router-1.tar.gz", *, drop: str = "switches", fingerprint: Fingerprint | None = None
-) -> Sighting:
+) -> FileCandidate:
     """Return the sighting of a new file."""
-    return Sighting(drop, relpath, fingerprint or a_fingerprint())
+    return FileCandidate(drop, relpath, fingerprint or a_fingerprint())
 
 
 def a_digest(content: bytes = b"abc", algorithm: str = "sha256") -> Digest:
@@ -104,15 +104,15 @@ def superseded() -> Superseded:
 
 def patience(
     *, initial: timedelta = SECOND, longest: timedelta = 300 * SECOND, give_up_after: timedelta | None = None
-) -> Patience:
+) -> RetryPolicy:
     """Return how a destination's deliveries are retried."""
-    return Patience(Backoff(initial, longest), give_up_after)
+    return RetryPolicy(Backoff(initial, longest), give_up_after)
 
 
-def finished(delivery: Delivery, *outcomes: Outcome, now: datetime = NOW) -> Finished:
+def finished(delivery: Delivery, *outcomes: Outcome, now: datetime = NOW) -> ClaimResult:
     """Return a claim that ended after attempts with these outcomes, the last of which counts."""
     attempts = tuple(Attempt(now, SECOND / 4, 3, outcome) for outcome in outcomes)
-    return Finished(delivery, attempts, next_step(delivery, outcomes[-1], now, patience(), 0.5))
+    return ClaimResult(delivery, attempts, next_step(delivery, outcomes[-1], now, patience(), 0.5))
 
 
 ENDED = (DeliveryState.DELIVERED, DeliveryState.REJECTED, DeliveryState.SUPERSEDED)

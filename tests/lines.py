@@ -8,8 +8,8 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 
-from backupd.ops.events import CATALOGUE
-from backupd.ops.schema import of_event
+from backupd.telemetry.docs import of_event
+from backupd.telemetry.events import CATALOGUE
 
 
 def check_log(text: str) -> int:

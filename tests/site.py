@@ -11,18 +11,18 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from backupd.core.keeping import Order
 from backupd.core.model import Delivery, Outcome, fingerprint_of
-from backupd.delivery.disposal import Disposal, Rule
-from backupd.delivery.keeping import Keeper, Stock, Stocks
-from backupd.drop.folder import DropFolder
-from backupd.ledger.database import FILE_NAME, open_ledger
-from backupd.ledger.port import Sighting
-from backupd.ledger.shelf import Shelf
-from backupd.ledger.sqlite import SqliteLedger
-from backupd.ledger.sqlite_shelf import open_shelf
-from backupd.ops.lines import LineWriter
-from backupd.ops.log import EventLog
+from backupd.core.retention_policy import RetentionPolicy
+from backupd.delivery.disposition import Disposition, DispositionRule
+from backupd.delivery.retention import Retention, SentFolder, SentFolders
+from backupd.dropfolder.folder import DropFolder
+from backupd.ledger.port import FileCandidate
+from backupd.ledger.sent_index import SentIndex
+from backupd.ledger.sqlite.connection import FILE_NAME, open_ledger
+from backupd.ledger.sqlite.deliveries import SqliteLedger
+from backupd.ledger.sqlite.sent_rows import open_sent_index
+from backupd.telemetry.journal import LineWriter
+from backupd.telemetry.log import EventLog
 from tests.factories import NOW, delivered, finished, rejected
 
 
@@ -39,19 +39,21 @@ class Site:
         self._closing = ExitStack()
         self._lines = base / "log"
         self._log = EventLog(LineWriter(os.open(self._lines, os.O_WRONLY | os.O_CREAT | os.O_APPEND)))
-        self._disposal = Disposal({"switches": Rule(self.folder, "move", b"sent", b"rejected")}, self._log)
+        self._disposal = Disposition(
+            {"switches": DispositionRule(self.folder, "move", b"sent", b"rejected")}, self._log
+        )
         self.now = NOW
-        self.order = Order()
+        self.order = RetentionPolicy()
         self.pattern: re.Pattern[str] | None = None
         self.checksums = False
         self.begin()
 
     def begin(self) -> None:
         """Begin as another daemon."""
-        self.keeper = Keeper(self._open_shelf, self._stocks, self._log, lambda: self.now)
+        self.keeper = Retention(self._open_shelf, self._stocks, self._log, lambda: self.now)
 
-    def _open_shelf(self) -> Shelf:
-        shelf = open_shelf(self.state)
+    def _open_shelf(self) -> SentIndex:
+        shelf = open_sent_index(self.state)
         self._closing.callback(shelf.close)
         return shelf
 
@@ -60,9 +62,9 @@ class Site:
         self.ledger.close()
         self.folder.close()
 
-    def _stocks(self) -> Stocks:
-        stock = Stock(self.folder, b"sent", self.order, self.pattern, self.checksums)
-        return Stocks({"switches": stock}, timedelta(minutes=1))
+    def _stocks(self) -> SentFolders:
+        stock = SentFolder(self.folder, b"sent", self.order, self.pattern, self.checksums)
+        return SentFolders({"switches": stock}, timedelta(minutes=1))
 
     def send(self, name: str, at: datetime, content: bytes = b"abc", *, good: bool = True) -> Path:
         """Have a file delivered, or rejected, and put away at a time; return where it lies."""
@@ -75,7 +77,7 @@ class Site:
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        seen = Sighting("switches", os.fsencode(name), fingerprint_of(path.stat()))
+        seen = FileCandidate("switches", os.fsencode(name), fingerprint_of(path.stat()))
         self.ledger.admit([seen], ["vault"], at)
 
     def put_away(self, claim: Delivery, at: datetime, outcome: Outcome) -> Path:
@@ -89,7 +91,7 @@ class Site:
     def keep(self, now: datetime = NOW, **order: Any) -> None:
         """Keep to an order, until there is nothing more to do."""
         if order:
-            self.order = Order(**order)
+            self.order = RetentionPolicy(**order)
         self.now = now
         while self.keeper.tick():
             pass

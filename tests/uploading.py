@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from backupd.config.destination import DestinationConfig
+from backupd.config.models import DestinationConfig
 from backupd.core.model import Outcome, fingerprint_of
-from backupd.ops.pulse import Pulse
-from backupd.upload.http import HttpUploader
-from backupd.upload.line import Abort
-from backupd.upload.port import Cargo, Progress
+from backupd.telemetry.thread_watchdog import ThreadWatchdog
+from backupd.upload.base import OnProgress, UploadJob
+from backupd.upload.http.limits import Abort
+from backupd.upload.http.uploader import HttpUploader
 from tests.pki import Pki
 
 MIB = 1024 * 1024
@@ -41,9 +41,9 @@ class Sender:
 
     def __init__(self, uploader: HttpUploader, abort: Abort) -> None:
         self.abort = abort
-        self.pulse = Pulse("sender")
+        self.pulse = ThreadWatchdog("sender")
         self._uploader = uploader
-        self._cargo: Cargo | None = None
+        self._cargo: UploadJob | None = None
         self._looks = (0, 0)
 
     @property
@@ -51,12 +51,12 @@ class Sender:
         """Return how many bytes of the archive were handed to the connection so far."""
         return self._cargo.sent if self._cargo else 0
 
-    def send(self, path: Path, progress: Progress = lambda _sent: None) -> Outcome:
+    def send(self, path: Path, progress: OnProgress = lambda _sent: None) -> Outcome:
         fd = os.open(path, os.O_RDONLY)
         try:
             variables = {"name": path.name}
             fingerprint = fingerprint_of(os.fstat(fd))
-            self._cargo = Cargo(
+            self._cargo = UploadJob(
                 "the-delivery",
                 os.fsencode(path.name),
                 fd,

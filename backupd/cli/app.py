@@ -15,12 +15,14 @@ from backupd.cli import (
     forget,
     init,
     install,
-    listing,
     push,
     receive,
     retry,
     run,
     status,
+)
+from backupd.cli import (
+    list as listing,
 )
 
 app = typer.Typer(

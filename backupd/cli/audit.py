@@ -5,28 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
 
-from backupd.cli.filters import known, time_of
-from backupd.cli.listing import DropName, Since, open_history
+from backupd.cli.list import DropName, Since, open_history
 from backupd.cli.options import DEFAULT_CONFIG, REJECTED, AsJson, ConfigPath
-from backupd.cli.output import print_json, print_table, say
+from backupd.cli.output import known, print_json, print_table, say, time_of
+from backupd.config.models import Config
 from backupd.core.errors import UsageError
-from backupd.core.model import Digest
-from backupd.core.names import LARGEST_RECORD, as_text, record_name
-from backupd.ledger.history import History
-from backupd.ledger.records import ArchiveRecord, DeliveryRecord
-
-if TYPE_CHECKING:
-    from backupd.config.models import Config
-    from backupd.drop.folder import DropFolder
+from backupd.core.model import Deferred, Delivered, Digest, Rejected
+from backupd.core.names import MAX_RECEIPT_FILE_BYTES, as_text, receipt_file_name, template_values
+from backupd.core.policy import Reason
+from backupd.daemon.assembly import make_uploader
+from backupd.dropfolder.folder import DropFolder
+from backupd.ledger.sqlite.queries import ArchiveRecord, DeliveryRecord, LedgerQueries
+from backupd.upload.base import UploadJob
+from backupd.upload.http.limits import Abort
 
 _CHUNK = 1024 * 1024
 _PAGE = 500
@@ -35,7 +39,7 @@ _MOST_TOLD = 1000
 """Findings in a table: nobody reads more, and it would be made for minutes without a word."""
 
 
-class Verdict(StrEnum):
+class AuditVerdict(StrEnum):
     """What was found of an archive."""
 
     OK = "ok"
@@ -45,13 +49,13 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class AuditFinding:
     """What was found of an archive; `destination` is None for the file that is kept here."""
 
     id: int
     drop: str
     path: str
-    verdict: Verdict
+    verdict: AuditVerdict
     detail: str = ""
     destination: str | None = None
 
@@ -70,44 +74,43 @@ def audit(
     Ends with 3 if something is missing, changed or unreadable, or a destination no longer has it. What
     the daemon removed in time (`keep_sent_for` and the like) is not looked for.
     """
-    from backupd.cli.remote_audit import Remote  # noqa: PLC0415
-
     loaded, history = open_history(config)
     start = time_of("--since", since, datetime.now(UTC))
     only = known("--drop", drop, list(loaded.drop))
     names = [only] if only else list(loaded.drop)
-    asker = Remote(loaded) if remote else None
+    asker = RemoteVerifier(loaded) if remote else None
     counts: dict[str, Counter[str]] = {"kept": Counter()}
-    wrong: list[Finding] = []
+    wrong: list[AuditFinding] = []
     try:
         with _bar(quiet=as_json) as advance:
             for finding in _findings(loaded, history, names, start, asker, advance):
                 counts.setdefault(finding.destination or "kept", Counter())[finding.verdict] += 1
-                if finding.verdict is not Verdict.OK:
+                if finding.verdict is not AuditVerdict.OK:
                     wrong.append(finding)
     finally:
         if asker:
             asker.close()
     if as_json:
-        print_json({"counts": {k: {v: c[v] for v in Verdict} for k, c in counts.items()}, "wrong": wrong})
+        print_json(
+            {"counts": {k: {v: c[v] for v in AuditVerdict} for k, c in counts.items()}, "wrong": wrong}
+        )
     else:
         _print(counts, wrong)
     if wrong:
         raise typer.Exit(REJECTED)
 
 
-Ask = Callable[[ArchiveRecord, DeliveryRecord], Finding | None]
+Ask = Callable[[ArchiveRecord, DeliveryRecord], AuditFinding | None]
 
 
 def _findings(
     config: Config,
-    history: History,
+    history: LedgerQueries,
     names: list[str],
     since: datetime | None,
     asker: Ask | None,
     advance: Callable[[int], None],
-) -> Iterator[Finding]:
-    from backupd.drop.folder import DropFolder  # noqa: PLC0415
+) -> Iterator[AuditFinding]:
 
     for name in names:
         try:
@@ -120,7 +123,7 @@ def _findings(
             for record in _kept(history, name, since):
                 deliveries = history.deliveries_of(record.archive.id)
                 finding = _look(folder, record, deliveries)
-                if finding.verdict is Verdict.MISSING and history.archive(record.archive.id).removal in (
+                if finding.verdict is AuditVerdict.MISSING and history.archive(record.archive.id).removal in (
                     "expiring",
                     "expired",
                 ):
@@ -134,38 +137,38 @@ def _findings(
             folder.close()
 
 
-def _kept(history: History, drop: str, since: datetime | None) -> Iterator[ArchiveRecord]:
+def _kept(history: LedgerQueries, drop: str, since: datetime | None) -> Iterator[ArchiveRecord]:
     after = None
     while page := history.in_sent(drop, since, after, _PAGE):
         yield from page
         after = page[-1].archive.id
 
 
-def _look(folder: DropFolder, record: ArchiveRecord, deliveries: list[DeliveryRecord]) -> Finding:
+def _look(folder: DropFolder, record: ArchiveRecord, deliveries: list[DeliveryRecord]) -> AuditFinding:
     archive, to = record.archive, record.disposed_to or b""
 
-    def found(verdict: Verdict, detail: str = "") -> Finding:
-        return Finding(archive.id, archive.drop, as_text(to), verdict, detail)
+    def found(verdict: AuditVerdict, detail: str = "") -> AuditFinding:
+        return AuditFinding(archive.id, archive.drop, as_text(to), verdict, detail)
 
     expected = {d.digest for d in deliveries if d.digest}
     try:
         fd = folder.open(to)
     except (FileNotFoundError, NotADirectoryError):
-        return found(Verdict.MISSING)
+        return found(AuditVerdict.MISSING)
     except OSError as error:
-        return found(Verdict.UNREADABLE, error.strerror or str(error))
+        return found(AuditVerdict.UNREADABLE, error.strerror or str(error))
     try:
         digests = _digests(fd, {Digest.parse(text).algorithm for text in expected})
     except OSError as error:
-        return found(Verdict.UNREADABLE, error.strerror or str(error))
+        return found(AuditVerdict.UNREADABLE, error.strerror or str(error))
     finally:
         os.close(fd)
     if expected != digests:
-        return found(Verdict.CHANGED, "its content is not the one that was delivered")
+        return found(AuditVerdict.CHANGED, "its content is not the one that was delivered")
     stated = _stated(folder, to)
     if stated is not None and not expected <= stated:
-        return found(Verdict.CHANGED, "its receipt states another digest")
-    return found(Verdict.OK)
+        return found(AuditVerdict.CHANGED, "its receipt states another digest")
+    return found(AuditVerdict.OK)
 
 
 def _digests(fd: int, algorithms: set[str]) -> set[str]:
@@ -179,15 +182,17 @@ def _digests(fd: int, algorithms: set[str]) -> set[str]:
 def _stated(folder: DropFolder, to: bytes) -> set[str] | None:
     """Return the digests that the receipt beside a file states; None without one under its usual name."""
     directory, _, name = to.rpartition(b"/")
-    record = record_name(name, b"receipt")
+    record = receipt_file_name(name, b"receipt")
     try:
-        fields = json.loads(folder.read(directory + b"/" + record if directory else record, LARGEST_RECORD))
+        fields = json.loads(
+            folder.read(directory + b"/" + record if directory else record, MAX_RECEIPT_FILE_BYTES)
+        )
         return {each["digest"] for each in fields["deliveries"]}
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None  # none, or somebody else's
 
 
-def _print(counts: dict[str, Counter[str]], wrong: list[Finding]) -> None:
+def _print(counts: dict[str, Counter[str]], wrong: list[AuditFinding]) -> None:
     if wrong:
         rows = [
             (f.verdict, f"@{f.id}", f.drop, f.path, f.destination or "kept here", f.detail)
@@ -197,8 +202,8 @@ def _print(counts: dict[str, Counter[str]], wrong: list[Finding]) -> None:
     if len(wrong) > _MOST_TOLD:
         say(f"  and {len(wrong) - _MOST_TOLD} more: `backupd audit --json` tells of each")
     for where, count in counts.items():
-        told = ", ".join(f"{count[verdict]} {verdict}" for verdict in Verdict)
-        bad = count.total() - count[Verdict.OK]
+        told = ", ".join(f"{count[verdict]} {verdict}" for verdict in AuditVerdict)
+        bad = count.total() - count[AuditVerdict.OK]
         say(
             f"{'kept in sent_dir' if where == 'kept' else f'at {where}'}: {told}",
             "bold red" if bad else "green",
@@ -211,8 +216,6 @@ class _bar:  # noqa: N801 -- reads as the function that it is
     """A count of archives while in a `with` block; none where the output is no terminal."""
 
     def __init__(self, *, quiet: bool) -> None:
-        from rich.console import Console  # noqa: PLC0415
-        from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn  # noqa: PLC0415
 
         console = Console(stderr=True)
         self._progress = Progress(
@@ -231,3 +234,46 @@ class _bar:  # noqa: N801 -- reads as the function that it is
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+
+
+class RemoteVerifier:
+    """Asks each destination with a `query_url` over one connection; raises UsageError where none has one."""
+
+    def __init__(self, config: Config) -> None:
+
+        able = {name: d for name, d in config.destination.items() if d.query_url}
+        if not able:
+            raise UsageError("no destination has a `query_url`", "give it one, or leave --remote out")
+        self._uploaders = {name: make_uploader(destination, Abort()) for name, destination in able.items()}
+        self._patterns = {
+            name: re.compile(drop.label_pattern) if drop.label_pattern else None
+            for name, drop in config.drop.items()
+        }
+        self._host = socket.gethostname()
+
+    def __call__(self, record: ArchiveRecord, delivery: DeliveryRecord) -> AuditFinding | None:
+        """Return what the destination of a delivery says of it; None where it can't be asked such things."""
+        uploader = self._uploaders.get(delivery.destination)
+        if uploader is None or delivery.digest is None:
+            return None
+        archive = record.archive
+        values = template_values(archive, self._host, self._patterns[archive.drop])
+        name = archive.relpath.rpartition(b"/")[2]
+        cargo = UploadJob(delivery.id, name, -1, archive.fingerprint, values)
+        verdict, detail = AuditVerdict.OK, ""
+        match uploader.ask(cargo, Digest.parse(delivery.digest)):
+            case Delivered():
+                pass
+            case Deferred(reason=reason, error=detail) | Rejected(reason=reason, error=detail):
+                differs = reason in (Reason.MISMATCH, Reason.UNVERIFIED)
+                verdict = AuditVerdict.CHANGED if differs else AuditVerdict.UNREADABLE
+            case _:
+                verdict, detail = AuditVerdict.MISSING, "the destination no longer has it"
+        return AuditFinding(
+            archive.id, archive.drop, as_text(archive.relpath), verdict, detail, delivery.destination
+        )
+
+    def close(self) -> None:
+        """Give the connections back."""
+        for uploader in self._uploaders.values():
+            uploader.close()

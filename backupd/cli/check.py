@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from backupd.cli.options import BAD_CONFIG, DEFAULT_CONFIG, UNAVAILABLE, AsJson, ConfigPath
 from backupd.cli.output import print_json, span
-from backupd.config.problem import Problem
+from backupd.config.files import file_problems
+from backupd.config.load import load
+from backupd.config.models import DestinationConfig
+from backupd.config.problems import FileProblem
 from backupd.core.names import printable
-
-if TYPE_CHECKING:
-    from backupd.config.destination import DestinationConfig
-    from backupd.upload.probe import Probe
+from backupd.upload.http.probe import ProbeResult, probe_all
 
 
 def check(
@@ -29,13 +29,9 @@ def check(
     Nothing is uploaded. Ends with 78 for a configuration that can't work, 69 for a destination that
     would not take an archive now.
     """
-    from backupd.assembly import probe_all  # noqa: PLC0415
-    from backupd.config.loading import load  # noqa: PLC0415
-    from backupd.config.preflight import preflight  # noqa: PLC0415
-
     loaded = load(config)
-    problems = preflight(loaded, datetime.now(UTC))
-    probes = [] if offline else probe_all(loaded)
+    problems = file_problems(loaded, datetime.now(UTC))
+    probes = [] if offline else probe_all(loaded.destination)
     if as_json:
         print_json({"problems": problems, "destinations": [_plain(probe) for probe in probes]})
     else:
@@ -48,20 +44,20 @@ def check(
         raise typer.Exit(UNAVAILABLE)
 
 
-def _plain(probe: Probe) -> dict[str, object]:
+def _plain(probe: ProbeResult) -> dict[str, object]:
     fields = dataclasses.asdict(probe)
     del fields["advice"]
     return {**fields, "hint": probe.hint}
 
 
-def _print_problems(problems: list[Problem]) -> None:
+def _print_problems(problems: list[FileProblem]) -> None:
     for problem in problems:
         typer.echo(f"{'failed' if problem.fatal else 'warning'}: {problem}")
     if not any(problem.fatal for problem in problems):
         typer.echo("ok: configuration, folders, keys and certificates")
 
 
-def _print_probe(probe: Probe, destination: DestinationConfig) -> None:
+def _print_probe(probe: ProbeResult, destination: DestinationConfig) -> None:
     where = f"destination.{probe.destination}: {destination.url.partition('?')[0]}"
     if probe.reason is None:
         typer.echo(f"ok: {where}: {probe.tls or 'no TLS'}, {probe.detail}, in {probe.took_s:.2f} s")
@@ -79,7 +75,7 @@ _WIDTH = 100
 _NAME_WIDTH = 21
 
 
-def _facts(probe: Probe, destination: DestinationConfig) -> Iterator[tuple[str, str]]:
+def _facts(probe: ProbeResult, destination: DestinationConfig) -> Iterator[tuple[str, str]]:
     if probe.http_version:
         yield "connection", " ".join(part for part in (probe.tls, probe.http_version) if part)
     if probe.server_days_left is not None:

@@ -8,6 +8,8 @@ import typer
 
 from backupd.cli.options import DEFAULT_CONFIG, ConfigPath
 from backupd.cli.output import print_json
+from backupd.config.load import load
+from backupd.config.render import effective_toml, json_schema
 
 app = typer.Typer(no_args_is_help=True, help="Show the configuration's schema, or what is in force.")
 
@@ -15,15 +17,10 @@ app = typer.Typer(no_args_is_help=True, help="Show the configuration's schema, o
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of the configuration, for editors that complete from one."""
-    from backupd.config.schema import json_schema  # noqa: PLC0415
-
     print_json(json_schema())
 
 
 @app.command()
 def show(config: ConfigPath = DEFAULT_CONFIG) -> None:
     """Print the configuration in force as TOML: defaults filled in, secrets left out."""
-    from backupd.config.effective import as_toml  # noqa: PLC0415
-    from backupd.config.loading import load  # noqa: PLC0415
-
-    sys.stdout.write(as_toml(load(config)))
+    sys.stdout.write(effective_toml(load(config)))

@@ -9,6 +9,8 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -50,8 +52,6 @@ def demo(
     ] = False,
 ) -> None:
     """Show an archive going through: receiver, throw-away CA, drop folder and daemon, all in one folder."""
-    import tempfile  # noqa: PLC0415 -- what the other commands don't need
-
     require_receiver()
     try:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the daemon is stopped, too
@@ -135,8 +135,6 @@ def _start_daemon(config: Path) -> subprocess.Popen[str]:
 
 def _drop_samples(drop: Path) -> None:
     """Write one archive in pieces, as a device does, and rename the other one in, as scp tools do."""
-    import tarfile  # noqa: PLC0415 -- what the other commands don't need
-
     for name, content in (
         ("core-switch-1.tar.gz", "hostname core-switch-1\nvlan 10\n name servers\n"),
         ("firewall-edge.tar.gz", "hostname firewall-edge\naccess-list 100 deny ip any any\n"),

@@ -9,8 +9,11 @@ from typing import Annotated
 import typer
 
 from backupd.cli.options import DEFAULT_CONFIG, ConfigPath
+from backupd.config.load import load
 from backupd.core.errors import UsageError
 from backupd.core.names import as_text, printable
+from backupd.ledger.sqlite.connection import open_for_reading
+from backupd.ledger.sqlite.queries import LedgerQueries
 
 
 def forget(
@@ -24,12 +27,8 @@ def forget(
 
     It is known again as soon as an archive of it comes.
     """
-    from backupd.config.loading import load  # noqa: PLC0415
-    from backupd.ledger.database import open_for_reading  # noqa: PLC0415
-    from backupd.ledger.history import History  # noqa: PLC0415
-
     loaded = load(config)
-    history = History(open_for_reading(loaded.state_dir))
+    history = LedgerQueries(open_for_reading(loaded.state_dir))
     device = as_text(os.fsencode(device))  # as the ledger has names that are no UTF-8
     forgotten = history.forget(device, as_text(os.fsencode(drop)) or None, datetime.now(UTC))
     if not forgotten:

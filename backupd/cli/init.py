@@ -9,6 +9,9 @@ from typing import Annotated
 
 import typer
 
+from backupd.config.render import example_toml
+from backupd.core.errors import UsageError
+
 
 def init(
     file: Annotated[
@@ -16,9 +19,6 @@ def init(
     ] = None,
 ) -> None:
     """Print a complete, commented configuration, or write it to a file."""
-    from backupd.config.example import example_toml  # noqa: PLC0415
-    from backupd.core.errors import UsageError  # noqa: PLC0415
-
     text = example_toml()
     if file is None:
         sys.stdout.write(text)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -87,8 +89,6 @@ class Run:
 
     def do(self) -> None:
         """Run the command; raise BackupdError with what it said if it fails."""
-        import subprocess  # noqa: PLC0415 -- for this command alone
-
         try:
             done = subprocess.run(self.command, check=False, capture_output=True, text=True)  # noqa: S603
         except OSError as error:
@@ -101,7 +101,7 @@ class Run:
             raise BackupdError(f"{' '.join(self.command)} failed with {done.returncode}: {said}")
 
 
-Step = Write | Remove | Run
+InstallStep = Write | Remove | Run
 
 
 def install(root: Root = Path("/"), dry_run: DryRun = False) -> None:
@@ -133,7 +133,7 @@ def uninstall(root: Root = Path("/"), dry_run: DryRun = False) -> None:
     typer.echo(_LEFT)
 
 
-def _to_install(root: Path) -> Iterator[Step]:
+def _to_install(root: Path) -> Iterator[InstallStep]:
     command = _command(root)
     writes = [Write(root / place, _shipped(name, command)) for place, name in PLACES.items()]
     # a link is an administrator's: one to /dev/null masks a unit
@@ -150,7 +150,7 @@ def _to_install(root: Path) -> Iterator[Step]:
         yield Run(("systemctl", "daemon-reload"))
 
 
-def _to_uninstall(root: Path) -> Iterator[Step]:
+def _to_uninstall(root: Path) -> Iterator[InstallStep]:
     there = [Remove(root / place) for place in PLACES if (root / place).exists()]
     live_units = _is_live(root) and any(removal.path.is_relative_to(root / _UNITS) for removal in there)
     if live_units and (services := _services(root)):
@@ -160,7 +160,7 @@ def _to_uninstall(root: Path) -> Iterator[Step]:
         yield Run(("systemctl", "daemon-reload"))
 
 
-def _do(steps: Sequence[Step], *, dry_run: bool, needs_root: bool) -> None:
+def _do(steps: Sequence[InstallStep], *, dry_run: bool, needs_root: bool) -> None:
     """Say each step and do it; a dry run only says it."""
     if needs_root and not dry_run and os.geteuid() != 0:
         raise UsageError(
@@ -199,8 +199,6 @@ def _command(root: Path) -> str:
 
 def _services(root: Path) -> list[str]:
     """Return the service and its instances, as far as they are there, loaded or enabled."""
-    import subprocess  # noqa: PLC0415
-
     units = root / _UNITS
     command = ("systemctl", "list-units", "--all", "--plain", "--no-legend", "backupd@*.service")
     try:
@@ -236,7 +234,6 @@ def _is_live(root: Path) -> bool:
 
 
 def _is_user(name: str) -> bool:
-    import pwd  # noqa: PLC0415
 
     try:
         pwd.getpwnam(name)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from backupd.config.loading import DEFAULT_PATH
+from backupd.config.load import DEFAULT_PATH
 
 REJECTED = 3
 UNAVAILABLE = 69

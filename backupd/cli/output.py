@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from backupd.config.models import Config
+from backupd.config.types import parse_duration
+from backupd.core.errors import UsageError
 from backupd.core.names import as_text, printable
 
 
@@ -38,11 +48,6 @@ def _plain(value: Any) -> Any:
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
     """Print a table; cells are plain text, whatever they hold."""
-    from rich.box import SIMPLE_HEAD  # noqa: PLC0415
-    from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
-
     table = Table(box=SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
     for heading in headings:
         table.add_column(heading, overflow="fold")
@@ -58,9 +63,6 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[object]], title
 
 def say(text: str, style: str = "") -> None:
     """Print a line, in colour on a terminal that wants it (not with NO_COLOR)."""
-    from rich.console import Console  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
-
     Console(soft_wrap=True).print(Text(printable(text), style=style))
 
 
@@ -117,3 +119,59 @@ def span(seconds: float) -> str:
     if whole < 48 * 3600:
         return f"{whole // 3600} h {whole % 3600 // 60} min"
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def time_of(option: str, text: str, now: datetime) -> datetime | None:
+    """Return the time that is meant: so long ago, or a date and time, of the local zone unless it says."""
+    if not text:
+        return None
+    try:
+        return now - parse_duration(text)
+    except ValueError:
+        pass
+    try:
+        return datetime.fromisoformat(text).astimezone(UTC)
+    except (ValueError, OverflowError) as error:
+        raise UsageError(
+            f"{option}: expected a time, got {text!r}", 'write "7d" for so long ago, or "2026-03-01T06:00"'
+        ) from error
+
+
+def known(option: str, name: str, names: Sequence[str]) -> str | None:
+    """Return a name of the configuration, None for none; raises UsageError for one that is not there."""
+    if name and name not in names:
+        raise UsageError(f"{option}: there is no {name!r}", f"there are: {', '.join(names)}")
+    return name or None
+
+
+def matcher(config: Config, name: str, labels: Sequence[str]) -> Callable[[str, bytes], bool]:
+    """Return what tells of a drop and a path whether name pattern and labels (`KEY=VALUE`) fit."""
+    pattern = re.compile(fnmatch.translate(name), re.IGNORECASE) if name else None
+    wanted = dict(_label(config, text) for text in labels)
+    patterns = {n: re.compile(d.label_pattern) for n, d in config.drop.items() if d.label_pattern}
+
+    def matches(drop: str, relpath: bytes) -> bool:
+        path = as_text(relpath)
+        if pattern and not pattern.match(path if "/" in name else path.rpartition("/")[2]):
+            return False
+        if not wanted:
+            return True
+        match = patterns[drop].fullmatch(path) if drop in patterns else None
+        return match is not None and all(match.groupdict().get(k) == v for k, v in wanted.items())
+
+    return matches
+
+
+def _label(config: Config, text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    groups = {
+        g for d in config.drop.values() if d.label_pattern for g in re.compile(d.label_pattern).groupindex
+    }
+    if not equals:
+        raise UsageError(f"--label: expected KEY=VALUE, got {text!r}", "such as `--label site=north`")
+    if key not in groups:
+        raise UsageError(
+            f"no label_pattern has a group named {key!r}",
+            f"there are: {', '.join(sorted(groups))}" if groups else "give a drop a `label_pattern`",
+        )
+    return key, value

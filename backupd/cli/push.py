@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import stat
 import threading
@@ -11,29 +12,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from backupd.cli.options import DEFAULT_CONFIG, PENDING, REJECTED, UNAVAILABLE, AsJson, ConfigPath
 from backupd.cli.output import print_json
+from backupd.config.load import load
+from backupd.config.models import Config
 from backupd.core.errors import UsageError
-from backupd.core.model import (
-    Archive,
-    Deferred,
-    Delivered,
-    Outcome,
-    Rejected,
-    Superseded,
-    fingerprint_of,
-)
-from backupd.core.names import as_text, printable
+from backupd.core.model import Archive, Deferred, Delivered, Outcome, Rejected, Superseded, fingerprint_of
+from backupd.core.names import as_text, printable, template_values
 from backupd.core.policy import Reason, rule_of
+from backupd.daemon.assembly import make_uploader
+from backupd.delivery.worker import short_attempts
+from backupd.dropfolder.folder import DropFolder
+from backupd.upload.base import UploadJob
+from backupd.upload.http.limits import Abort
 
-if TYPE_CHECKING:
-    from backupd.config.models import Config
-
-Progress = Callable[[int], None]
+PushProgress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +70,6 @@ def push(
     Ends with 0 if every destination has every file, 3 if one was rejected, 69 if a destination is
     unavailable, 75 if a file changed or could not be read meanwhile. Nothing is recorded in the ledger.
     """
-    from backupd.config.loading import load  # noqa: PLC0415
-
     loaded = load(config)
     unknown = [name for name in to or () if name not in loaded.destination]
     if unknown:
@@ -102,13 +106,7 @@ def _require_file(file: Path) -> None:
         raise UsageError(f"{printable(str(file))}: Permission denied", "let your user read it")
 
 
-def _push(file: Path, destination: str, config: Config, progress: Progress) -> _Pushed:
-    from backupd.assembly import make_uploader  # noqa: PLC0415
-    from backupd.core.labels import variables  # noqa: PLC0415
-    from backupd.delivery.attempts import short_attempts  # noqa: PLC0415
-    from backupd.drop.folder import DropFolder  # noqa: PLC0415
-    from backupd.upload.line import Abort  # noqa: PLC0415
-    from backupd.upload.port import Cargo  # noqa: PLC0415
+def _push(file: Path, destination: str, config: Config, progress: PushProgress) -> _Pushed:
 
     name = os.fsencode(file.name)
     try:
@@ -117,7 +115,7 @@ def _push(file: Path, destination: str, config: Config, progress: Progress) -> _
     except OSError as error:
         raise UsageError(f"{printable(str(file))}: {error.strerror}") from error
     archive = Archive(0, "push", name, fingerprint_of(os.fstat(fd)), datetime.now(UTC))
-    values = dict.fromkeys(_labels(config), "") | variables(archive, socket.gethostname(), None)
+    values = dict.fromkeys(_labels(config), "") | template_values(archive, socket.gethostname(), None)
     uploader = make_uploader(config.destination[destination], Abort())
     outcomes: list[Outcome] = []
 
@@ -128,7 +126,7 @@ def _push(file: Path, destination: str, config: Config, progress: Progress) -> _
         outcomes.append(outcome)
         return outcome
 
-    cargo = Cargo(str(uuid.uuid4()), name, fd, archive.fingerprint, values, progress)
+    cargo = UploadJob(str(uuid.uuid4()), name, fd, archive.fingerprint, values, progress)
     try:
         short_attempts(once, threading.Event())
     finally:
@@ -140,8 +138,6 @@ def _push(file: Path, destination: str, config: Config, progress: Progress) -> _
 
 def _labels(config: Config) -> set[str]:
     """Return the names of all labels: a pushed file has no path to take their values from."""
-    import re  # noqa: PLC0415
-
     patterns = [drop.label_pattern for drop in config.drop.values() if drop.label_pattern]
     return {group for pattern in patterns for group in re.compile(pattern).groupindex}
 
@@ -184,15 +180,6 @@ class _bars:  # noqa: N801 -- reads as the function that it is
     """Progress bars while in a `with` block; none where the output is no terminal."""
 
     def __init__(self, *, quiet: bool) -> None:
-        from rich.console import Console  # noqa: PLC0415
-        from rich.progress import (  # noqa: PLC0415
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
 
         console = Console(stderr=True)
         self._progress = Progress(
@@ -206,14 +193,14 @@ class _bars:  # noqa: N801 -- reads as the function that it is
             disable=quiet or not console.is_terminal,
         )
 
-    def __enter__(self) -> Callable[[Path, str], Progress]:
+    def __enter__(self) -> Callable[[Path, str], PushProgress]:
         self._progress.start()
         return self._bar
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def _bar(self, file: Path, destination: str) -> Progress:
+    def _bar(self, file: Path, destination: str) -> PushProgress:
         total = file.stat().st_size if file.is_file() else None
         task = self._progress.add_task(f"{printable(file.name)} → {destination}", total=total)
         return lambda sent: self._progress.update(task, completed=sent)

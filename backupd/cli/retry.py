@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from backupd.cli.options import DEFAULT_CONFIG, ConfigPath
+from backupd.config.load import load
 from backupd.config.models import Config
 from backupd.core.errors import UsageError
 from backupd.core.model import DeliveryState
 from backupd.core.names import as_text, printable
-from backupd.ledger.history import History
-from backupd.ledger.records import DeliveryRecord
-
-if TYPE_CHECKING:
-    from backupd.drop.folder import DropFolder
+from backupd.dropfolder.checksums import restore_checksum_files
+from backupd.dropfolder.folder import DropFolder
+from backupd.dropfolder.move import remove_receipt_file, rename_no_replace
+from backupd.ledger.sqlite.connection import daemon_pid, open_for_reading
+from backupd.ledger.sqlite.queries import DeliveryRecord, LedgerQueries
 
 
 def retry(
@@ -28,15 +29,12 @@ def retry(
 
     A delivery that is pending is made due at once; a paused destination stays paused.
     """
-    from backupd.config.loading import load  # noqa: PLC0415
-    from backupd.ledger.database import daemon_pid, open_for_reading  # noqa: PLC0415
-
     if bool(delivery) == every:
         raise UsageError(
             "give the id of one delivery, or --all", "`backupd list --state rejected` shows them"
         )
     loaded = load(config)
-    history = History(open_for_reading(loaded.state_dir))
+    history = LedgerQueries(open_for_reading(loaded.state_dir))
     then = "" if daemon_pid(loaded.state_dir) else " once the daemon runs"
     if every:
         _restore_all(loaded, history, then)
@@ -57,7 +55,7 @@ def retry(
         )
 
 
-def _restore_all(config: Config, history: History, then: str) -> None:
+def _restore_all(config: Config, history: LedgerQueries, then: str) -> None:
     """Put back whatever can be, the oldest first, and tell of the rest."""
     restored, failed = 0, []
     for record in reversed(history.deliveries(DeliveryState.REJECTED, 1_000_000)):
@@ -71,10 +69,8 @@ def _restore_all(config: Config, history: History, then: str) -> None:
         raise UsageError("not all could be put back:\n" + "\n".join(failed))
 
 
-def _restore(config: Config, history: History, record: DeliveryRecord) -> bool:
+def _restore(config: Config, history: LedgerQueries, record: DeliveryRecord) -> bool:
     """Move a file from quarantine to where it was dropped; False if it is not in quarantine any more."""
-    from backupd.drop.folder import DropFolder  # noqa: PLC0415
-
     drop = config.drop.get(record.archive.drop)
     if drop is None or record.disposed_to is None:
         return False
@@ -99,11 +95,8 @@ def _restore(config: Config, history: History, record: DeliveryRecord) -> bool:
 
 
 def _put_back(
-    history: History, record: DeliveryRecord, folder: DropFolder, moved_to: bytes, *, checksums: bool
+    history: LedgerQueries, record: DeliveryRecord, folder: DropFolder, moved_to: bytes, *, checksums: bool
 ) -> bool:
-    from backupd.drop.checksum import bring_back_companions  # noqa: PLC0415
-    from backupd.drop.move import rename_no_replace  # noqa: PLC0415
-    from backupd.drop.removal import remove_record  # noqa: PLC0415
 
     archive = record.archive
     source, _, name = moved_to.rpartition(b"/")
@@ -119,6 +112,6 @@ def _put_back(
         else:
             found = True
             if checksums:  # or they would be archives
-                bring_back_companions(folder, archive.relpath, moved_to)
-    remove_record(folder, moved_to, archive, b"reason")
+                restore_checksum_files(folder, archive.relpath, moved_to)
+    remove_receipt_file(folder, moved_to, archive, b"reason")
     return found

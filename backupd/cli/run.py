@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
 
-from backupd.cli.absent import absent
-from backupd.cli.apart import examine_apart, examine_file_apart
 from backupd.cli.options import DEFAULT_CONFIG, ConfigPath
+from backupd.config.files import examine_files
+from backupd.config.load import load
 from backupd.config.models import Config, LogLevel
+from backupd.core.errors import ConfigError, UsageError
+from backupd.daemon.assembly import run_daemon
+from backupd.telemetry import events
+from backupd.telemetry.journal import writer_for
+from backupd.telemetry.log import EventLog, take_over_library_loggers
 
 
 def run(
@@ -21,29 +27,23 @@ def run(
     ] = "",
 ) -> None:
     """Run the daemon in the foreground; it logs to standard output and ends on SIGTERM or SIGINT."""
-    from backupd.config.loading import load  # noqa: PLC0415
-    from backupd.core.errors import ConfigError, UsageError  # noqa: PLC0415
-
     levels = get_args(LogLevel)
     if log_level and log_level not in levels:
         raise UsageError(f"--log-level: expected one of {', '.join(levels)}, got {log_level!r}")
     loaded = load(config)
-    found = examine_apart(loaded)
+    found = examine_files(loaded, datetime.now(UTC))
     if found.fatal:
         raise ConfigError(
             "\n".join((f"{config} can't be run:", *map(str, found.fatal))), "`backupd check` says more"
         )
-    with absent("rich", "click"):  # structlog and httpx would draw with them
-        from backupd.assembly import run_daemon  # noqa: PLC0415
-        from backupd.ops import events  # noqa: PLC0415
-        from backupd.ops.journal import writer_for  # noqa: PLC0415
-        from backupd.ops.log import EventLog, take_over_library_loggers  # noqa: PLC0415
     log = EventLog(writer_for(1), level=log_level or loaded.log.level, console=_wants_console(loaded))
     take_over_library_loggers(log)
     for problem in found.problems:
         log.emit(events.CONFIG_WARNING, path=problem.where, error=problem.message, hint=problem.hint)
     path = Path(config).absolute()
-    raise typer.Exit(run_daemon(loaded, log, path, found, lambda: examine_file_apart(path)))
+    raise typer.Exit(
+        run_daemon(loaded, log, path, found, lambda: examine_files(load(path), datetime.now(UTC)))
+    )
 
 
 def _wants_console(config: Config) -> bool:

@@ -13,7 +13,7 @@ _BURST = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class RateWindow:
     """A part of the day, in minutes after local midnight, `end` excluded; it may span midnight.
 
     `rate` is in bytes per second, None for no limit.
@@ -31,10 +31,10 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
+class RateSchedule:
     """Rates by the time of day; the first window that holds the time counts."""
 
-    windows: tuple[Window, ...]
+    windows: tuple[RateWindow, ...]
     default: int | None
 
     def rate_at(self, minute: int) -> int | None:
@@ -46,7 +46,7 @@ class Schedule:
 
 
 @dataclass(slots=True)
-class Bucket:
+class TokenBucket:
     """A token bucket; times are seconds of a monotonic clock."""
 
     tokens: float = 0.0

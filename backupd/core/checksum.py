@@ -62,7 +62,7 @@ def own_files(name: bytes) -> dict[bytes, str]:
     return {name + s: algorithm for s, algorithm in _SUFFIXES.items() if len(name + s) <= NAME_MAX}
 
 
-def stated_alone(text: bytes, name: bytes, algorithm: str) -> Digest | None:
+def digest_in_single(text: bytes, name: bytes, algorithm: str) -> Digest | None:
     """Return what an archive's own checksum file says; None if that is not to be understood.
 
     One line may have any name, or none; of several, the one with the archive's name counts.
@@ -73,7 +73,7 @@ def stated_alone(text: bytes, name: bytes, algorithm: str) -> Digest | None:
     return _digest(lines[0], algorithm) if lines else None
 
 
-def stated_in_list(text: bytes, name: bytes, algorithm: str) -> Digest | None:
+def digest_in_list(text: bytes, name: bytes, algorithm: str) -> Digest | None:
     """Return what a directory's checksum file says of an archive; the last line with its name counts."""
     named = [line for line in _lines(text) if line.name == name]
     return _digest(named[-1], algorithm) if named else None

@@ -8,7 +8,7 @@ from datetime import timedelta
 from enum import IntEnum
 
 
-class Level(IntEnum):
+class HealthLevel(IntEnum):
     """The exit codes of a plugin; Monitoring Plugins Development Guidelines, "Plugin Return Codes"."""
 
     OK = 0
@@ -18,7 +18,7 @@ class Level(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class HealthFacts:
     """How things stand; `paused` is for how long each destination has been, `days_left` of certificates."""
 
     running: bool = True
@@ -32,7 +32,7 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class HealthLimits:
     """From when on something is a warning, or critical."""
 
     warning_age: timedelta
@@ -41,35 +41,35 @@ class Limits:
     critical_days: int = 3
 
 
-def plugin_line(facts: Facts, limits: Limits) -> tuple[Level, str]:
+def plugin_line(facts: HealthFacts, limits: HealthLimits) -> tuple[HealthLevel, str]:
     """Return the exit code and the line of output."""
     found = list(_findings(facts, limits))
-    level = max((level for level, _ in found), default=Level.OK)
+    level = max((level for level, _ in found), default=HealthLevel.OK)
     worst_first = sorted(found, key=lambda each: -each[0])
     text = "; ".join(text for _, text in worst_first) or f"{facts.pending} pending, none rejected"
     return level, f"{level.name} - {text.replace('|', '/')} | {_perfdata(facts, limits)}"
 
 
-def _findings(facts: Facts, limits: Limits) -> Iterator[tuple[Level, str]]:
+def _findings(facts: HealthFacts, limits: HealthLimits) -> Iterator[tuple[HealthLevel, str]]:
     if not facts.running:
-        yield Level.CRITICAL, "the daemon is not running"
+        yield HealthLevel.CRITICAL, "the daemon is not running"
     if facts.oldest is not None and facts.oldest >= limits.warning_age:
         text = f"the oldest pending archive waits for {_span(facts.oldest)}"
-        yield Level.CRITICAL if facts.oldest >= limits.critical_age else Level.WARNING, text
+        yield HealthLevel.CRITICAL if facts.oldest >= limits.critical_age else HealthLevel.WARNING, text
     for name, length in facts.paused.items():
         text = f"{name} is paused for {_span(length)}"
-        yield Level.CRITICAL if length >= limits.critical_age else Level.WARNING, text
+        yield HealthLevel.CRITICAL if length >= limits.critical_age else HealthLevel.WARNING, text
     if facts.rejected:
-        yield Level.WARNING, f"{facts.rejected} rejected"
+        yield HealthLevel.WARNING, f"{facts.rejected} rejected"
     for name, days in facts.days_left.items():
         if days < limits.warning_days:
             text = f"the certificate of {name} " + (f"ends in {days} days" if days >= 0 else "has expired")
-            yield Level.CRITICAL if days < limits.critical_days else Level.WARNING, text
+            yield HealthLevel.CRITICAL if days < limits.critical_days else HealthLevel.WARNING, text
     if facts.overdue:
-        yield Level.WARNING, f"overdue: {', '.join(facts.overdue)}"
+        yield HealthLevel.WARNING, f"overdue: {', '.join(facts.overdue)}"
 
 
-def _perfdata(facts: Facts, limits: Limits) -> str:
+def _perfdata(facts: HealthFacts, limits: HealthLimits) -> str:
     oldest = facts.oldest.total_seconds() if facts.oldest else 0
     warning, critical = limits.warning_age.total_seconds(), limits.critical_age.total_seconds()
     values = [

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from enum import StrEnum
 
 
-class Charge(StrEnum):
+class Blame(StrEnum):
     """Whose fault a failure is."""
 
     ARCHIVE = "archive"
@@ -56,7 +57,7 @@ class Reason(StrEnum):
     INTERNAL = "internal_error"
 
 
-class Then(StrEnum):
+class Action(StrEnum):
     """What happens to the delivery."""
 
     PAUSE = "pause the destination, then try again"
@@ -65,231 +66,316 @@ class Then(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class FailureRule:
     """One row of the policy; `at_once` allows the few short attempts within a claim."""
 
     reason: Reason
-    charge: Charge
-    then: Then
+    charge: Blame
+    then: Action
     meaning: str
     hint: str
     at_once: bool = False
 
 
-_D, _A = Charge.DESTINATION, Charge.ARCHIVE
+_D, _A = Blame.DESTINATION, Blame.ARCHIVE
 _LOOK_AT_THE_DEVICE = "look at the device; to send it all the same, `inspect` off, then `backupd retry`"
 
-RULES: tuple[Rule, ...] = (
-    Rule(Reason.DNS, _D, Then.PAUSE, "the host name could not be resolved", "check the url and the resolver"),
-    Rule(
+RULES: tuple[FailureRule, ...] = (
+    FailureRule(
+        Reason.DNS, _D, Action.PAUSE, "the host name could not be resolved", "check the url and the resolver"
+    ),
+    FailureRule(
         Reason.CONNECT,
         _D,
-        Then.PAUSE,
+        Action.PAUSE,
         "no connection",
         "check that the endpoint runs and the firewall",
         at_once=True,
     ),
-    Rule(
+    FailureRule(
         Reason.CONNECT_TIMEOUT,
         _D,
-        Then.PAUSE,
+        Action.PAUSE,
         "nobody answered the connection in time",
         "a firewall that drops packets looks like this",
     ),
-    Rule(
+    FailureRule(
         Reason.TLS,
         _D,
-        Then.PAUSE,
+        Action.PAUSE,
         "the TLS handshake failed",
         "check `ca`, the host name in the endpoint's certificate, and its dates",
     ),
-    Rule(
+    FailureRule(
         Reason.TLS_CLIENT,
         _D,
-        Then.PAUSE,
+        Action.PAUSE,
         "the endpoint refused our certificate",
         "check that the endpoint trusts the CA of `cert`, and that it has not expired",
     ),
-    Rule(
+    FailureRule(
         Reason.CONNECTION_LOST,
         _D,
-        Then.PAUSE,
+        Action.PAUSE,
         "the connection broke before the answer",
         "look at the endpoint's log; one that hangs up at once may not accept our certificate",
         at_once=True,
     ),
-    Rule(
+    FailureRule(
         Reason.PROTOCOL,
         _D,
-        Then.PAUSE,
+        Action.PAUSE,
         "the answer was no HTTP that we understand",
         "check the url and its port",
     ),
-    Rule(
+    FailureRule(
         Reason.PROXY,
         _D,
-        Then.PAUSE,
+        Action.PAUSE,
         "the proxy would not connect us",
         "check `proxy`, its user and password, and what it allows",
     ),
-    Rule(
+    FailureRule(
         Reason.READ_TIMEOUT,
         _D,
-        Then.PAUSE,
+        Action.PAUSE,
         "the answer did not come in time",
         "raise `timeout.read` if the endpoint takes long to check what it got",
     ),
-    Rule(
+    FailureRule(
         Reason.WRITE_TIMEOUT,
         _D,
-        Then.PAUSE,
+        Action.PAUSE,
         "the endpoint stopped reading",
         "look at the endpoint's load; raise `timeout.write` for very slow lines",
     ),
-    Rule(Reason.POOL_TIMEOUT, _D, Then.PAUSE, "no connection was free in time", "raise `timeout.pool`"),
-    Rule(
+    FailureRule(
+        Reason.POOL_TIMEOUT, _D, Action.PAUSE, "no connection was free in time", "raise `timeout.pool`"
+    ),
+    FailureRule(
         Reason.TOO_SLOW,
         _D,
-        Then.PAUSE,
+        Action.PAUSE,
         "slower than `min_rate` for a minute",
         "lower `min_rate` for very slow lines",
     ),
-    Rule(
+    FailureRule(
         Reason.DEADLINE,
         _D,
-        Then.PAUSE,
+        Action.PAUSE,
         "the whole attempt took longer than `deadline`",
         "raise `deadline` for large archives",
     ),
-    Rule(
+    FailureRule(
         Reason.EARLY_SUCCESS,
         _D,
-        Then.PAUSE,
+        Action.PAUSE,
         "a success was answered before the whole archive was sent",
         "what answers there does not read the body; check the url",
     ),
-    Rule(
+    FailureRule(
         Reason.REDIRECT,
         _D,
-        Then.PAUSE,
+        Action.PAUSE,
         "the endpoint redirects; redirects are not followed",
         "put the final address into `url`",
     ),
-    Rule(
+    FailureRule(
         Reason.SIGN_IN,
         _D,
-        Then.PAUSE,
+        Action.PAUSE,
         "the token endpoint gave no token",
         "check `auth`: `token_url`, `client_id`, the secret's file and `scope`",
     ),
-    Rule(
+    FailureRule(
         Reason.UNAUTHORIZED,
         _D,
-        Then.PAUSE,
+        Action.PAUSE,
         "401: the endpoint does not accept our sign-in",
         "check the credentials",
     ),
-    Rule(
+    FailureRule(
         Reason.FORBIDDEN,
         _D,
-        Then.PAUSE,
+        Action.PAUSE,
         "403: signed in, but not allowed",
         "check our rights, and that the client certificate is trusted",
     ),
-    Rule(
-        Reason.NOT_FOUND, _D, Then.PAUSE, "404, 405 or 410: nothing takes uploads at this url", "check `url`"
+    FailureRule(
+        Reason.NOT_FOUND,
+        _D,
+        Action.PAUSE,
+        "404, 405 or 410: nothing takes uploads at this url",
+        "check `url`",
     ),
-    Rule(
+    FailureRule(
         Reason.CONFLICT,
         _A,
-        Then.REJECT,
+        Action.REJECT,
         "409: the endpoint has other content under this name or key",
         "compare with what the endpoint stored, then `backupd retry`",
     ),
-    Rule(
+    FailureRule(
         Reason.TOO_LARGE,
         _A,
-        Then.REJECT,
+        Action.REJECT,
         "413: too large for the endpoint",
         "raise the endpoint's limit, then `backupd retry`",
     ),
-    Rule(
+    FailureRule(
         Reason.REFUSED,
         _A,
-        Then.REJECT,
+        Action.REJECT,
         "400, 414, 415, 422, 431: the endpoint will not have this archive",
         "read its answer with `backupd show`",
     ),
-    Rule(
+    FailureRule(
         Reason.RATE_LIMITED,
         _D,
-        Then.PAUSE,
+        Action.PAUSE,
         "429: too many requests; Retry-After is kept",
         "lower `workers` if it happens often",
     ),
-    Rule(
+    FailureRule(
         Reason.SERVER_ERROR,
         _D,
-        Then.PAUSE,
+        Action.PAUSE,
         "408, 425 or 5xx: the endpoint is in trouble; Retry-After is kept",
         "look at the endpoint's log",
     ),
-    Rule(
+    FailureRule(
         Reason.UNEXPECTED_STATUS,
         _D,
-        Then.PAUSE,
+        Action.PAUSE,
         "a status that `success` does not list",
         "check `url`, or add the status to `success`",
     ),
-    Rule(
+    FailureRule(
         Reason.UNVERIFIED,
         _D,
-        Then.PAUSE,
+        Action.PAUSE,
         "a success whose answer holds no receipt",
         "check `receipt.digest` against the endpoint's answer (`backupd show`)",
     ),
-    Rule(
+    FailureRule(
         Reason.MISMATCH,
         _D,
-        Then.PAUSE,
+        Action.PAUSE,
         "the receipt's digest or size is not what was sent",
         "the endpoint stored something else; look at what it keeps",
     ),
-    Rule(
+    FailureRule(
         Reason.LOCAL_FILES,
         _D,
-        Then.PAUSE,
+        Action.PAUSE,
         "our own CA, certificate, key or secret can't be used",
         "run `backupd check`",
     ),
-    Rule(
+    FailureRule(
         Reason.UNREADABLE,
         _A,
-        Then.LATER,
+        Action.LATER,
         "the archive can't be read on this host",
         "check its permissions and the disk",
     ),
-    Rule(
-        Reason.TRUNCATED, _A, Then.REJECT, "the archive ends too early or holds nothing", _LOOK_AT_THE_DEVICE
+    FailureRule(
+        Reason.TRUNCATED,
+        _A,
+        Action.REJECT,
+        "the archive ends too early or holds nothing",
+        _LOOK_AT_THE_DEVICE,
     ),
-    Rule(
-        Reason.DAMAGED, _A, Then.REJECT, "damaged, or not what the archive's name says", _LOOK_AT_THE_DEVICE
+    FailureRule(
+        Reason.DAMAGED, _A, Action.REJECT, "damaged, or not what the archive's name says", _LOOK_AT_THE_DEVICE
     ),
-    Rule(Reason.CHECKSUM_MISMATCH, _A, Then.REJECT, "not what its checksum file says", "see which is wrong"),
-    Rule(Reason.STOPPED, _D, Then.LATER, "the daemon was stopped during the upload", "nothing to do"),
-    Rule(
+    FailureRule(
+        Reason.CHECKSUM_MISMATCH, _A, Action.REJECT, "not what its checksum file says", "see which is wrong"
+    ),
+    FailureRule(
+        Reason.STOPPED, _D, Action.LATER, "the daemon was stopped during the upload", "nothing to do"
+    ),
+    FailureRule(
         Reason.GAVE_UP,
         _A,
-        Then.REJECT,
+        Action.REJECT,
         "not delivered within `retry.give_up_after`",
         "see its attempts with `backupd show`, then `backupd retry`",
     ),
-    Rule(Reason.INTERNAL, _A, Then.LATER, "a bug in backupd", "report it with the log line"),
+    FailureRule(Reason.INTERNAL, _A, Action.LATER, "a bug in backupd", "report it with the log line"),
 )
 
 _BY_REASON = {rule.reason: rule for rule in RULES}
 
 
-def rule_of(reason: Reason) -> Rule:
+def rule_of(reason: Reason) -> FailureRule:
     """Return the row of the policy for a reason."""
     return _BY_REASON[reason]
+
+
+_BY_STATUS = {
+    400: Reason.REFUSED,
+    401: Reason.UNAUTHORIZED,
+    403: Reason.FORBIDDEN,
+    404: Reason.NOT_FOUND,
+    405: Reason.NOT_FOUND,
+    407: Reason.UNAUTHORIZED,
+    408: Reason.SERVER_ERROR,
+    409: Reason.CONFLICT,
+    410: Reason.NOT_FOUND,
+    413: Reason.TOO_LARGE,
+    414: Reason.REFUSED,
+    415: Reason.REFUSED,
+    422: Reason.REFUSED,
+    425: Reason.SERVER_ERROR,
+    429: Reason.RATE_LIMITED,
+    431: Reason.REFUSED,
+}
+
+
+def reason_of_status(status: int) -> Reason:
+    """Return why an HTTP status that is no success is a failure (RFC 9110 section 15, RFC 6585)."""
+    if status in _BY_STATUS:
+        return _BY_STATUS[status]
+    if 300 <= status < 400:
+        return Reason.REDIRECT
+    if status >= 500:
+        return Reason.SERVER_ERROR
+    return Reason.UNEXPECTED_STATUS
+
+
+_ALSO_SEEN_AS = {
+    Reason.TLS_CLIENT: ("a TLS alert", "nginx's 400 about it"),
+    Reason.EARLY_SUCCESS: ("2xx",),
+    Reason.REDIRECT: ("3xx",),
+    Reason.SIGN_IN: ("the token endpoint's answer",),
+    Reason.SERVER_ERROR: ("5xx",),
+    Reason.UNEXPECTED_STATUS: ("any other status",),
+    Reason.UNVERIFIED: ("2xx",),
+    Reason.MISMATCH: ("2xx",),
+    **dict.fromkeys(
+        (
+            *(Reason.LOCAL_FILES, Reason.UNREADABLE, Reason.TRUNCATED, Reason.DAMAGED),
+            *(Reason.CHECKSUM_MISMATCH, Reason.STOPPED, Reason.GAVE_UP, Reason.INTERNAL),
+        ),
+        ("on this host",),
+    ),
+}
+
+
+def policy_table() -> str:
+    """Return the policy as the table in `docs/destinations.md`."""
+    lines = [
+        "| what happens | reason | meaning | charged to | what happens next | what to do |",
+        "|---|---|---|---|---|---|",
+    ]
+    for rule in RULES:
+        statuses = [str(status) for status, reason in _BY_STATUS.items() if reason is rule.reason]
+        seen = ", ".join([*statuses, *_ALSO_SEEN_AS.get(rule.reason, ())]) or "no answer"
+        meaning = rule.meaning.partition(": ")[2] if rule.meaning[0].isdigit() else rule.meaning
+        cells = (seen, f"`{rule.reason}`", meaning, rule.charge, rule.then, rule.hint)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(policy_table())

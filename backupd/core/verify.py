@@ -18,7 +18,7 @@ _FIELD_MEMBER = re.compile(r"(?:^|,)\s*([A-Za-z0-9-]+)=:([A-Za-z0-9+/]+=*):")
 
 
 @dataclass(frozen=True, slots=True)
-class Expectation:
+class ReceiptExpectation:
     """How a destination states its digest.
 
     `encoding` is hex, base64 or base64url; `prefix` is the number of characters that it reports of the
@@ -30,7 +30,7 @@ class Expectation:
     prefix: int = 0
 
 
-def judge(sent: Digest, size: int, receipt: Receipt, expected: Expectation) -> Outcome:
+def verify_receipt(sent: Digest, size: int, receipt: Receipt, expected: ReceiptExpectation) -> Outcome:
     """Return `Delivered` if the receipt matches the digest and size sent, else why it does not."""
     status = receipt.http_status
     if receipt.size is not None and receipt.size != size:
@@ -44,7 +44,7 @@ def judge(sent: Digest, size: int, receipt: Receipt, expected: Expectation) -> O
     return Delivered(sent, receipt)
 
 
-def matches(sent: Digest, stated: str, expected: Expectation) -> bool:
+def matches(sent: Digest, stated: str, expected: ReceiptExpectation) -> bool:
     """Tell whether a stated value is the digest that was sent.
 
     Takes hex in either case, base64 and base64url with or without padding, an `algorithm:` before the

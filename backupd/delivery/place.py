@@ -13,13 +13,18 @@ from itertools import islice
 
 from backupd.core.checksum import is_checksum_name
 from backupd.core.model import Archive, DeliveryState, fingerprint_of
-from backupd.core.names import LARGEST_RECORD, NAME_MAX, RECORDS, as_text, free_names, record_name
-from backupd.delivery import record
-from backupd.delivery.record import Record
-from backupd.drop.folder import DropFolder
-from backupd.drop.walk import walk
-from backupd.ledger.port import Settled
-from backupd.ledger.rows import as_time
+from backupd.core.names import (
+    MAX_RECEIPT_FILE_BYTES,
+    NAME_MAX,
+    RECEIPT_FILE_KINDS,
+    as_text,
+    free_names,
+    receipt_file_name,
+)
+from backupd.delivery import disposition
+from backupd.delivery.disposition import ReceiptFile
+from backupd.dropfolder.folder import DropFolder, walk
+from backupd.ledger.port import CompletedArchive
 
 _MOST = 100
 """Names that an archive may have got, for others that had its own."""
@@ -30,6 +35,8 @@ _RECORD = re.compile(rb"\.(receipt|reason)(-\d+)?\.json$")
 _ANOTHERS = {errno.ENOENT, errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG}
 """What opening a record fails with that is none of ours; all else may be different at the next look."""
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
 _LAST_NS = (1 << 63) - 1
 """The last time that is told apart, in the year 2262."""
 
@@ -37,12 +44,12 @@ _SKEW = timedelta(hours=1)
 """By how much a time may be ahead of the clock: a file server has one of its own."""
 
 
-class NotNowError(Exception):
+class NotReachableError(Exception):
     """Something can't be read, or believed, now."""
 
 
 @dataclass(slots=True)
-class Problems:
+class ReadProblems:
     """How much of a place could not be seen, and what first."""
 
     count: int = 0
@@ -55,7 +62,7 @@ class Problems:
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Found:
+class StoredFile:
     """A file in a place, by when it was put away: nanoseconds since the epoch."""
 
     ctime_ns: int
@@ -63,7 +70,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class StoredFolder:
     """A folder of a drop, where archives lie for a state with records of a kind beside them."""
 
     drop: str
@@ -87,7 +94,7 @@ class Place:
         except OSError:
             return True  # which a look at it will tell
 
-    def files(self, go_on: Callable[[], bool], problems: Problems) -> list[Found]:
+    def files(self, go_on: Callable[[], bool], problems: ReadProblems) -> list[StoredFile]:
         """Return what may be archives, the first one first; `go_on` is asked before each."""
 
         def complain(path: bytes, error: OSError) -> None:
@@ -100,10 +107,10 @@ class Place:
             if not go_on():
                 break
             if stat.S_ISREG(status.st_mode) and not _goes_along(relpath):
-                found.append(Found(min(status.st_ctime_ns, _LAST_NS), relpath))
+                found.append(StoredFile(min(status.st_ctime_ns, _LAST_NS), relpath))
         return sorted(found)
 
-    def told(self, relpath: bytes) -> tuple[Settled, datetime] | None:
+    def told(self, relpath: bytes) -> tuple[CompletedArchive, datetime] | None:
         """Return what the latest record that can be of a file tells, and when it was put away; None without.
 
         Raises NotNowError where another look may bring another answer.
@@ -114,27 +121,27 @@ class Place:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise NotNowError(f"{as_text(relpath)} ({error.strerror})") from error
+            raise NotReachableError(f"{as_text(relpath)} ({error.strerror})") from error
         lies = relpath[len(self.top) + 1 :]
         told = [(r, dropped) for r in fitting if (dropped := _dropped_as(r, lies)) is not None]
         if not told:
             return None
         now = datetime.now(UTC)
-        put_away = as_time(min(status.st_ctime_ns, _LAST_NS) // 1000)
+        put_away = _EPOCH + timedelta(microseconds=min(status.st_ctime_ns, _LAST_NS) // 1000)
         passed = [each for each in told if each[0].ended_at <= now + _SKEW]
         if not passed or put_away > now + _SKEW:
-            raise NotNowError(f"{as_text(relpath)} (it is of the future: the clock may be wrong)")
+            raise NotReachableError(f"{as_text(relpath)} (it is of the future: the clock may be wrong)")
         latest, dropped = max(passed, key=lambda each: each[0].ended_at)
         archive = Archive(0, self.drop, dropped, fingerprint_of(status), latest.admitted_at)
         # it was put away no later than the kernel has it, which a restore of the files sets anew
         return latest.settled(archive), min(latest.ended_at, put_away, now)
 
-    def _records(self, relpath: bytes) -> Iterator[Record]:
+    def _records(self, relpath: bytes) -> Iterator[ReceiptFile]:
         directory, _, name = relpath.rpartition(b"/")
-        for number in range(1, RECORDS + 1):
-            beside = directory + b"/" + record_name(name, self.kind, number)
+        for number in range(1, RECEIPT_FILE_KINDS + 1):
+            beside = directory + b"/" + receipt_file_name(name, self.kind, number)
             try:
-                found = record.read(self.folder.read(beside, LARGEST_RECORD + 1))
+                found = disposition.parse_receipt_file(self.folder.read(beside, MAX_RECEIPT_FILE_BYTES + 1))
             except OSError as error:
                 if error.errno == errno.ENOENT:
                     return
@@ -144,7 +151,7 @@ class Place:
             if found is not None:
                 yield found
 
-    def _can_be_of(self, found: Record, status: os.stat_result) -> bool:
+    def _can_be_of(self, found: ReceiptFile, status: os.stat_result) -> bool:
         """Tell whether a record is of a file, by its drop, size and state."""
         return (
             stat.S_ISREG(status.st_mode)
@@ -160,7 +167,7 @@ def _goes_along(relpath: bytes) -> bool:
     return is_hidden or bool(_RECORD.search(name)) or is_checksum_name(name)
 
 
-def _dropped_as(found: Record, lies: bytes) -> bytes | None:
+def _dropped_as(found: ReceiptFile, lies: bytes) -> bytes | None:
     """Return the path that an archive had before it was put away; None where it can't lie there.
 
     Of one that was renamed, as its name was taken, what is no UTF-8 stays escaped.

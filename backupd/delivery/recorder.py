@@ -12,11 +12,11 @@ from datetime import UTC, datetime
 
 from backupd.core.errors import LedgerError
 from backupd.core.model import Deferred, Delivered, DeliveryState, Superseded
-from backupd.delivery.disposal import Disposal
-from backupd.ledger.port import Disposed, Finished, Ledger, Settled
-from backupd.ops import events
-from backupd.ops.log import EventLog
-from backupd.ops.pulse import Pulse
+from backupd.delivery.disposition import Disposition
+from backupd.ledger.port import ClaimResult, CompletedArchive, DispositionResult, Ledger
+from backupd.telemetry import events
+from backupd.telemetry.log import EventLog
+from backupd.telemetry.thread_watchdog import ThreadWatchdog
 
 _MOST_AT_ONCE = 256
 
@@ -30,7 +30,7 @@ _TRY_AGAIN = 30.0
 """Seconds between attempts to dispose of files that could not be."""
 
 
-LookAgain = Callable[[str, bytes], None]
+RecheckFile = Callable[[str, bytes], None]
 """Called with a drop's name and a path in it that is worth a look."""
 
 
@@ -54,26 +54,26 @@ class Recorder:
     It begins with what an earlier daemon had settled, a page at a time between what ends meanwhile.
     """
 
-    def __init__(self, ledger: Ledger, disposal: Disposal, log: EventLog, look_again: LookAgain) -> None:
+    def __init__(self, ledger: Ledger, disposal: Disposition, log: EventLog, look_again: RecheckFile) -> None:
         self._ledger = ledger
         self._disposal = disposal
         self._look_again = look_again
         self._log = log
-        self._queue: queue.Queue[Finished | _Look | None] = queue.Queue(_MOST_AT_ONCE)
+        self._queue: queue.Queue[ClaimResult | _Look | None] = queue.Queue(_MOST_AT_ONCE)
         self._lock = threading.Lock()
         self._tally = Tally()
         self._leftover = True
         self._next_try = 0.0
         self._after: int | None = None
         """The archive up to which this round has looked at what is due; None between rounds."""
-        self._done: list[Disposed] = []
+        self._done: list[DispositionResult] = []
         self._still_due: list[int] = []
         """What became of files, as far as the ledger does not have it yet."""
-        self.pulse = Pulse("recorder")
+        self.pulse = ThreadWatchdog("recorder")
         self.last_delivered: datetime | None = None
         """When this daemon saw an archive delivered last."""
 
-    def put(self, finished: Finished) -> None:
+    def put(self, finished: ClaimResult) -> None:
         """Hand an ended claim over; waits while the recorder is far behind."""
         self._queue.put(finished)
 
@@ -106,8 +106,8 @@ class Recorder:
             if self._after is not None:
                 self._see_to_due(self._after)
 
-    def _take(self) -> tuple[list[Finished], bool]:
-        batch: list[Finished] = []
+    def _take(self) -> tuple[list[ClaimResult], bool]:
+        batch: list[ClaimResult] = []
         try:
             more = self._after is not None or (self._leftover and self._next_try == 0.0)
             item = self._queue.get_nowait() if more else self._queue.get(timeout=_TRY_AGAIN)
@@ -123,7 +123,7 @@ class Recorder:
             return batch, False
         return batch, True
 
-    def _record(self, batch: list[Finished], abandon: threading.Event) -> bool:
+    def _record(self, batch: list[ClaimResult], abandon: threading.Event) -> bool:
         wait = 0.5
         while True:
             try:
@@ -141,7 +141,7 @@ class Recorder:
         self._dispose(settled)
         return True
 
-    def _dispose(self, settled: list[Settled]) -> None:
+    def _dispose(self, settled: list[CompletedArchive]) -> None:
         if not settled:
             return
         with self._lock:
@@ -188,7 +188,7 @@ class Recorder:
         self._leftover, self._next_try = True, time.monotonic() + _TRY_AGAIN
         self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
 
-    def _tell(self, finished: Finished) -> None:
+    def _tell(self, finished: ClaimResult) -> None:
         delivery, step, last = finished.delivery, finished.step, finished.attempts[-1]
         about = {
             "drop": delivery.archive.drop,

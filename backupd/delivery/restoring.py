@@ -10,12 +10,12 @@ from datetime import datetime
 from backupd.core.errors import LedgerError
 from backupd.core.model import Archive, DeliveryState
 from backupd.core.policy import Reason
-from backupd.delivery.disposal import Rule
-from backupd.delivery.place import NotNowError, Place, Problems
-from backupd.ledger.shelf import Restored, Shelf
-from backupd.ops import events
-from backupd.ops.log import EventLog
-from backupd.ops.pulse import Pulse
+from backupd.delivery.disposition import DispositionRule
+from backupd.delivery.place import NotReachableError, ReadProblems, StoredFolder
+from backupd.ledger.sent_index import RestoredArchive, SentIndex
+from backupd.telemetry import events
+from backupd.telemetry.log import EventLog
+from backupd.telemetry.thread_watchdog import ThreadWatchdog
 
 _EVERY = 5.0
 """Seconds between looks for folders that are still to come, which they do with the first archive."""
@@ -36,7 +36,7 @@ _NEVER_ARRIVED = {Reason.TRUNCATED, Reason.DAMAGED, Reason.CHECKSUM_MISMATCH}
 """Why an archive was rejected before it counted as one of its device."""
 
 
-class Restorer:
+class HistoryRestorer:
     """Has a new ledger know what lies in `sent_dir` and `rejected_dir`; `run` is the body of its thread.
 
     What a ledger knows stays as it is. `device_of` returns the device of an archive, if it is of interest;
@@ -46,8 +46,8 @@ class Restorer:
 
     def __init__(
         self,
-        open_shelf: Callable[[], Shelf],
-        rules: Mapping[str, Rule],
+        open_shelf: Callable[[], SentIndex],
+        rules: Mapping[str, DispositionRule],
         device_of: Callable[[Archive], str | None],
         forgotten: Callable[[], datetime],
         doubt_since: Callable[[datetime], None],
@@ -65,7 +65,7 @@ class Restorer:
         self._looked: set[bytes] = set()
         self._again: dict[bytes, float] = {}
         """When to look again at a place where it failed, by its path (monotonic)."""
-        self.pulse = Pulse("restorer of history")
+        self.pulse = ThreadWatchdog("restorer of history")
 
     def run(self, stop: threading.Event) -> None:
         """Look for folders that the ledger's history lacks until told to stop."""
@@ -100,32 +100,32 @@ class Restorer:
         places = [place for place in self._places() if place.drop == drop]
         return all(place.path in self._looked or not place.is_there() for place in places)
 
-    def _is_due(self, place: Place) -> bool:
+    def _is_due(self, place: StoredFolder) -> bool:
         return place.path not in self._done and time.monotonic() >= self._again.get(place.path, 0.0)
 
-    def _places(self) -> Iterator[Place]:
+    def _places(self) -> Iterator[StoredFolder]:
         for drop, rule in [*self._rules.items()]:
-            yield Place(drop, rule.folder, rule.sent_dir, DeliveryState.DELIVERED, b"receipt")
-            yield Place(drop, rule.folder, rule.rejected_dir, DeliveryState.REJECTED, b"reason")
+            yield StoredFolder(drop, rule.folder, rule.sent_dir, DeliveryState.DELIVERED, b"receipt")
+            yield StoredFolder(drop, rule.folder, rule.rejected_dir, DeliveryState.REJECTED, b"reason")
 
-    def _restore(self, shelf: Shelf, place: Place, stop: threading.Event) -> bool:
+    def _restore(self, shelf: SentIndex, place: StoredFolder, stop: threading.Event) -> bool:
         """Return whether all was done that can be."""
 
         def go_on() -> bool:
             self.pulse.beat()
             return not stop.is_set()
 
-        problems = Problems()
+        problems = ReadProblems()
         files = place.files(go_on, problems)
         restored = unknown = 0
         below = shelf.lowest() - len(files)
         for first in range(0, len(files), _PAGE):
-            page: list[Restored] = []
+            page: list[RestoredArchive] = []
             for ident, file in enumerate(files[first : first + _PAGE], below + first):
                 self.pulse.beat()
                 try:
                     one = self._read(place, file.relpath, ident)
-                except NotNowError as error:
+                except NotReachableError as error:
                     problems.add(str(error))
                     continue
                 page += [one] if one else []
@@ -145,16 +145,16 @@ class Restorer:
         shelf.note_restored(place.drop, place.top)
         return True
 
-    def _read(self, place: Place, relpath: bytes, ident: int) -> Restored | None:
+    def _read(self, place: StoredFolder, relpath: bytes, ident: int) -> RestoredArchive | None:
         told = place.told(relpath)
         if told is None:
             return None
         settled, since = told
         arrived = not {ending.reason for ending in settled.endings} & _NEVER_ARRIVED
         device = self._device_of(settled.archive) if arrived else None
-        return Restored(ident, settled, relpath, since, device)
+        return RestoredArchive(ident, settled, relpath, since, device)
 
-    def _note(self, shelf: Shelf, page: list[Restored]) -> int:
+    def _note(self, shelf: SentIndex, page: list[RestoredArchive]) -> int:
         page = shelf.lacking(page)
         if page:
             self._doubt_since(min(one.since for one in page))
@@ -162,7 +162,7 @@ class Restorer:
         kept = [one for one in page if one.since >= oldest]
         return shelf.restore(kept) if kept else 0
 
-    def _complain(self, place: Place, problems: Problems) -> None:
+    def _complain(self, place: StoredFolder, problems: ReadProblems) -> None:
         self._again[place.path] = time.monotonic() + _AFTER_PROBLEMS
         if place.path in self._said:
             return

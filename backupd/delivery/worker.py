@@ -14,20 +14,51 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
+import tenacity
+
 from backupd.core.errors import LedgerError
-from backupd.core.labels import variables
 from backupd.core.model import Attempt, Deferred, Delivery, Outcome, Superseded
+from backupd.core.names import template_values
 from backupd.core.policy import Reason, rule_of
-from backupd.core.step import Patience, Priority, next_step
-from backupd.delivery.attempts import short_attempts
-from backupd.delivery.gate import SharedGate
-from backupd.delivery.wakeup import Wakeup
-from backupd.drop.folder import DropFolder
-from backupd.ledger.port import Finished, Ledger
-from backupd.ops import events
-from backupd.ops.log import EventLog
-from backupd.ops.pulse import Pulse
-from backupd.upload.port import Cargo, Uploader
+from backupd.core.transition import Priority, RetryPolicy, next_step
+from backupd.delivery.circuit_breaker import CircuitBreaker, Notifier
+from backupd.dropfolder.folder import DropFolder
+from backupd.ledger.port import ClaimResult, Ledger
+from backupd.telemetry import events
+from backupd.telemetry.log import EventLog
+from backupd.telemetry.thread_watchdog import ThreadWatchdog
+from backupd.upload.base import Uploader, UploadJob
+
+_MOST = 3
+
+
+class _StoppingError(Exception):
+    """The wait was ended by the stop event; tenacity would make one more attempt if it only returned."""
+
+
+def short_attempts(once: Callable[[], Outcome], stop: threading.Event) -> None:
+    """Call `once` until its outcome is one that a moment's patience can't mend, three times at most."""
+
+    def sleep(seconds: float) -> None:
+        if stop.wait(seconds):
+            raise _StoppingError
+
+    retrying = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(_MOST),
+        wait=tenacity.wait_random_exponential(multiplier=0.2, max=2),
+        retry=tenacity.retry_if_result(_is_worth_another),
+        retry_error_callback=lambda _state: None,
+        sleep=sleep,
+    )
+    try:
+        retrying(once)
+    except _StoppingError:
+        return
+
+
+def _is_worth_another(outcome: Outcome) -> bool:
+    return isinstance(outcome, Deferred) and rule_of(outcome.reason).at_once
+
 
 _IDLE = 5.0
 """Seconds after which a worker looks at the ledger unasked: another process may have put something there."""
@@ -41,7 +72,7 @@ _UNTIL_CONFIGURED = timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class DropSource:
     """A drop folder that archives are read from, and how its paths yield labels."""
 
     folder: DropFolder
@@ -49,16 +80,16 @@ class Source:
 
 
 @dataclass(slots=True)
-class Lane:
+class DestinationQueue:
     """What the workers of one destination share."""
 
     destination: str
     ledger: Ledger
-    gate: SharedGate
-    patience: Patience
+    gate: CircuitBreaker
+    patience: RetryPolicy
     priority: Priority
-    wakeup: Wakeup
-    sources: Mapping[str, Source]
+    wakeup: Notifier
+    sources: Mapping[str, DropSource]
     log: EventLog
     host: str = field(default_factory=socket.gethostname)
     _claimed: deque[Delivery] = field(default_factory=deque)
@@ -101,11 +132,13 @@ class Lane:
 class Worker:
     """Brings deliveries to one destination, one at a time; `run` is the body of its thread."""
 
-    def __init__(self, lane: Lane, uploader: Uploader, hand_over: Callable[[Finished], None]) -> None:
+    def __init__(
+        self, lane: DestinationQueue, uploader: Uploader, hand_over: Callable[[ClaimResult], None]
+    ) -> None:
         self._lane = lane
         self._uploader = uploader
         self._hand_over = hand_over
-        self.pulse = Pulse(f"worker of {lane.destination}")
+        self.pulse = ThreadWatchdog(f"worker of {lane.destination}")
         self.current: Delivery | None = None
 
     def run(self, stop: threading.Event) -> None:
@@ -200,12 +233,12 @@ class Worker:
                 return Superseded("something that is no file has its name", gone=True), 0
             return Deferred(Reason.UNREADABLE, error.strerror or str(error), unknown=delivery.unknown), 0
         try:
-            cargo = Cargo(
+            cargo = UploadJob(
                 delivery.id,
                 archive.relpath.rpartition(b"/")[2],
                 fd,
                 archive.fingerprint,
-                variables(archive, self._lane.host, source.label_pattern),
+                template_values(archive, self._lane.host, source.label_pattern),
                 alive=self.pulse.beat,
                 resting=self.pulse.rest,
                 unknown=delivery.unknown,
@@ -223,7 +256,7 @@ class Worker:
         now = datetime.now(UTC)
         step = next_step(delivery, outcome, now, self._lane.patience, random.random())
         self.pulse.rest()  # the recorder may be waiting for room on the disk
-        self._hand_over(Finished(delivery, tuple(attempts), step))
+        self._hand_over(ClaimResult(delivery, tuple(attempts), step))
         self.pulse.beat()
 
     def _tell_failure(self, delivery: Delivery, number: int, attempt: Attempt) -> None:
@@ -246,7 +279,7 @@ class Worker:
         )
 
 
-def _is_something_else(source: Source, relpath: bytes) -> bool:
+def _is_something_else(source: DropSource, relpath: bytes) -> bool:
     """Tell whether what can't be opened is a link, a folder or a device: the archive itself is gone."""
     try:
         return not stat.S_ISREG(source.folder.stat(relpath).st_mode)
@@ -254,7 +287,7 @@ def _is_something_else(source: Source, relpath: bytes) -> bool:
         return False
 
 
-def _seen_again(outcome: Outcome, fd: int, source: Source, relpath: bytes) -> Outcome:
+def _seen_again(outcome: Outcome, fd: int, source: DropSource, relpath: bytes) -> Outcome:
     """Return the outcome; of a file that changed while it was read this tells whether it was removed."""
     if not isinstance(outcome, Superseded) or os.fstat(fd).st_nlink > 0:
         return outcome

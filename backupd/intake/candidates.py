@@ -11,11 +11,11 @@ from backupd.config.models import DropConfig
 from backupd.core.eligibility import Eligibility, Ineligible, Patterns
 from backupd.core.model import fingerprint_of
 from backupd.core.stability import StabilityTracker
-from backupd.drop.folder import DropFolder
-from backupd.drop.writer import is_being_written
-from backupd.ledger.port import Sighting
-from backupd.ops import events
-from backupd.ops.log import EventLog
+from backupd.dropfolder.filesystem import is_being_written
+from backupd.dropfolder.folder import DropFolder
+from backupd.ledger.port import FileCandidate
+from backupd.telemetry import events
+from backupd.telemetry.log import EventLog
 
 _MOST_SAID = 100_000
 """How many ignored files are remembered, so that memory has a bound in a folder full of them."""
@@ -65,7 +65,7 @@ class Candidates:
         """Return the paths that are worth another look."""
         return self._tracker.due(now)
 
-    def look(self, relpath: bytes, now: float, status: os.stat_result | None = None) -> Sighting | None:
+    def look(self, relpath: bytes, now: float, status: os.stat_result | None = None) -> FileCandidate | None:
         """Look at a file; return it once it is a finished archive. What is none is said once."""
         why = self._eligibility.of_name(relpath)
         if why is Ineligible.NOT_INCLUDED:
@@ -114,7 +114,7 @@ class Candidates:
             return False
         return relpath not in self._tracker
 
-    def _settle(self, relpath: bytes, status: os.stat_result, now: float) -> Sighting | None:
+    def _settle(self, relpath: bytes, status: os.stat_result, now: float) -> FileCandidate | None:
         if stat.S_ISDIR(status.st_mode):
             self._tracker.forget(relpath)
             return None
@@ -140,7 +140,7 @@ class Candidates:
             return None
         self._said.discard(hash(relpath))
         self._complained.discard(hash(relpath))
-        return Sighting(self._drop, relpath, opened)
+        return FileCandidate(self._drop, relpath, opened)
 
     def _ignore(self, relpath: bytes, why: Ineligible, size: int | None = None) -> None:
         """Say, once, that something is no archive; of too many of them say no more than that."""

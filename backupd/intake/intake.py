@@ -14,16 +14,15 @@ from datetime import UTC, datetime
 from backupd.config.models import DropConfig
 from backupd.core.errors import LedgerError
 from backupd.core.model import fingerprint_of
-from backupd.drop.folder import DropFolder
-from backupd.drop.walk import walk
+from backupd.dropfolder.folder import DropFolder, walk
 from backupd.intake.candidates import Candidates
-from backupd.intake.examination import Examination
-from backupd.intake.freshness import Freshness
-from backupd.intake.sight import Sight
-from backupd.ledger.port import Known, Ledger, Sighting, mark
-from backupd.ops import events
-from backupd.ops.log import EventLog
-from backupd.ops.pulse import Pulse
+from backupd.intake.device_tracker import DeviceTracker
+from backupd.intake.examiner import Examiner
+from backupd.intake.watch_health import WatchHealth
+from backupd.ledger.port import FileCandidate, KnownFiles, Ledger, content_key
+from backupd.telemetry import events
+from backupd.telemetry.log import EventLog
+from backupd.telemetry.thread_watchdog import ThreadWatchdog
 
 _BATCH = 500
 """Archives admitted in one transaction."""
@@ -31,9 +30,9 @@ _BATCH = 500
 _SURELY_MISSED = 5.0
 """Seconds after which an event that has not come will not come."""
 
-Wake = Callable[[Sequence[str]], None]
+NotifyWorkers = Callable[[Sequence[str]], None]
 
-Settled = Callable[[], None]
+OnRejected = Callable[[], None]
 """Called when archives were rejected at once, so that the ledger has files to dispose of."""
 
 
@@ -57,9 +56,9 @@ class Intake:
         folder: DropFolder,
         ledger: Ledger,
         log: EventLog,
-        wake: Wake,
-        settled: Settled,
-        freshness: Freshness | None = None,
+        wake: NotifyWorkers,
+        settled: OnRejected,
+        freshness: DeviceTracker | None = None,
     ) -> None:
         self.name = name
         self._config = config
@@ -68,21 +67,21 @@ class Intake:
         self._ledger = ledger
         self._log = log
         self._wake = wake
-        self._freshness = freshness or Freshness(ledger, log)
+        self._freshness = freshness or DeviceTracker(ledger, log)
         self._settled = settled
         self._prefix = os.fsencode(config.path).rstrip(b"/") + b"/"
         self._notices: queue.SimpleQueue[_Notice | None] = queue.SimpleQueue()
         self._candidates = Candidates(name, config, folder, log)
-        self._examination = Examination(name, config, folder, log, self._candidates.complain)
+        self._examination = Examiner(name, config, folder, log, self._candidates.complain)
         self._skip = frozenset(os.fsencode(d.strip("/")) for d in (config.sent_dir, config.rejected_dir))
-        self._sight = Sight(name, config, folder, log, self._notice, self._ignores)
-        self._batch: list[Sighting] = []
+        self._sight = WatchHealth(name, config, folder, log, self._notice, self._ignores)
+        self._batch: list[FileCandidate] = []
         self._failing = False
         self._unadmitted: set[int] = set()
         self._noted: tuple[int, int] | None = None
         """Which directory the ledger was told that the folder is: its device and inode."""
         self.ready = threading.Event()
-        self.pulse = Pulse(f"intake of {name}")
+        self.pulse = ThreadWatchdog(f"intake of {name}")
 
     def run(self, stop: threading.Event) -> None:
         """Take in archives until told to stop; `poke` ends a wait."""
@@ -204,7 +203,7 @@ class Intake:
             found += 1
             if not go_on():
                 break
-            if mark(relpath, fingerprint_of(status)) in known.marks:
+            if content_key(relpath, fingerprint_of(status)) in known.marks:
                 continue
             if prove and missed is None and self._was_missed(relpath, status, known):
                 missed = relpath
@@ -221,7 +220,7 @@ class Intake:
             duration_s=time.monotonic() - started,
         )
 
-    def _was_missed(self, relpath: bytes, status: os.stat_result, known: Known) -> bool:
+    def _was_missed(self, relpath: bytes, status: os.stat_result, known: KnownFiles) -> bool:
         """Tell whether an event should long have told of this file: the proof that the watcher sees."""
         if time.time() - status.st_ctime <= _SURELY_MISSED:
             return False

@@ -2,19 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
-from backupd.core.gate import Gate
+from backupd.core.circuit import Circuit
+from backupd.core.clock_skew import ClockSkew
+from backupd.core.devices import Device, DeviceExpectation
 from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint, Rejected, identity
-from backupd.core.step import Priority, Step
-from backupd.ledger.habits import Habits, Tracked
+from backupd.core.transition import Priority, Transition
 
 
 @dataclass(frozen=True, slots=True)
-class Sighting:
+class TrackedDevice:
+    """The device that an archive comes from, and by what fraction its size may differ from the usual."""
+
+    device: str
+    size_alarm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ClockReading:
+    """What the clock said, and what was doubted of that, the latest doubt last."""
+
+    seen_at: datetime
+    doubts: Sequence[ClockSkew] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class UnusualArchive:
+    """An archive whose size differs from the median of its device's last ones."""
+
+    archive_id: int
+    drop: str
+    relpath: bytes
+    device: str
+    size: int
+    median_size: int
+
+
+class DeviceLedger(Protocol):
+    """The part of a ledger that remembers devices; safe to use from several threads.
+
+    Every method raises `LedgerError` where the record can't be read or written; nothing is half done then.
+    """
+
+    def expect(self, expectations: Mapping[str, DeviceExpectation], now: datetime) -> None:
+        """Take over what the configuration expects of each drop, before anything is admitted.
+
+        Listed devices are known from now on. Those that were told apart in another way are forgotten, and so
+        are those that were listed, are not any more, and never came.
+        """
+        ...
+
+    def doubtful(self, now: datetime) -> list[Device]:
+        """Return the devices that are overdue, or that were said to be."""
+        ...
+
+    def alarmed(self, overdue: Sequence[Device], recovered: Sequence[Device]) -> None:
+        """Note which devices were said to be overdue, and which to have recovered."""
+        ...
+
+    def unusual(self) -> list[UnusualArchive]:
+        """Return the archives of unusual size of which that is still to be said, the oldest first."""
+        ...
+
+    def told(self, unusual: Sequence[UnusualArchive]) -> None:
+        """Note that the unusual size of these archives was said."""
+        ...
+
+    def clock(self) -> ClockReading | None:
+        """Return what was noted of the clock last; None where nothing was."""
+        ...
+
+    def note_clock(self, note: ClockReading, *, patience: float = 0.0) -> None:
+        """Note what the clock says, and what is doubted of it.
+
+        Raises LedgerHeldError where another process holds the ledger for longer than `patience`, in seconds.
+        """
+        ...
+
+    def prune(self, before: Callable[[], datetime], most: int) -> int:
+        """Forget at most so many archives that ended before a time; return how many there were.
+
+        The time is asked for once nobody else can write: a clock is doubted before old history comes back.
+
+        Deliveries and attempts go with them. What is pending, still to be disposed of, in its drop folder or
+        in quarantine stays, however old.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FileCandidate:
     """A stable, eligible file in a drop folder.
 
     `tracked` where its device is of interest, `rejected` if it is not worth to be sent.
@@ -23,12 +104,12 @@ class Sighting:
     drop: str
     relpath: bytes
     fingerprint: Fingerprint
-    tracked: Tracked | None = None
+    tracked: TrackedDevice | None = None
     rejected: Rejected | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class KnownFiles:
     """The files of a drop that are accounted for: the `mark` of each, and the `hash` of each path."""
 
     marks: frozenset[int]
@@ -52,16 +133,16 @@ class Admission:
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class ClaimResult:
     """A claim that has ended: the attempts made, and what the delivery becomes."""
 
     delivery: Delivery
     attempts: tuple[Attempt, ...]
-    step: Step
+    step: Transition
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class DeliveryResult:
     """How one delivery of a settled archive ended."""
 
     delivery_id: str
@@ -77,7 +158,7 @@ class Ending:
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
+class CompletedArchive:
     """An archive all of whose deliveries have ended, so that its file is to be disposed of.
 
     `announced` tells whether its end was logged before.
@@ -86,12 +167,12 @@ class Settled:
     archive: Archive
     state: DeliveryState
     digest: str | None
-    endings: tuple[Ending, ...]
+    endings: tuple[DeliveryResult, ...]
     announced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Disposed:
+class DispositionResult:
     """Where an archive's file went, relative to its drop folder; `left` for one that stays in place.
 
     `gone` for one that was not there any more.
@@ -112,7 +193,7 @@ class Backlog:
     oldest: datetime | None
 
 
-class Ledger(Habits, Protocol):
+class Ledger(DeviceLedger, Protocol):
     """The durable record; safe to use from several threads.
 
     Every method raises `LedgerError` where the record can't be read or written; nothing is half done then.
@@ -125,11 +206,13 @@ class Ledger(Habits, Protocol):
         """
         ...
 
-    def known(self, drop: str, below: bytes = b"") -> Known:
+    def known(self, drop: str, below: bytes = b"") -> KnownFiles:
         """Return which files of a drop are accounted for: all, or those below a directory of it."""
         ...
 
-    def admit(self, sightings: Sequence[Sighting], destinations: Sequence[str], now: datetime) -> Admission:
+    def admit(
+        self, sightings: Sequence[FileCandidate], destinations: Sequence[str], now: datetime
+    ) -> Admission:
         """Make a pending delivery to each destination for each file not accounted for yet.
 
         What was delivered, but gone when it was to be disposed of, is due for that once it is back.
@@ -151,11 +234,11 @@ class Ledger(Habits, Protocol):
         """Make no pending delivery of a destination due after a time."""
         ...
 
-    def record(self, finished: Sequence[Finished], now: datetime) -> list[Settled]:
+    def record(self, finished: Sequence[ClaimResult], now: datetime) -> list[CompletedArchive]:
         """Commit, durably, how claims ended; return the archives that are settled by it."""
         ...
 
-    def undisposed(self, after: int = 0, most: int = 256) -> list[Settled]:
+    def undisposed(self, after: int = 0, most: int = 256) -> list[CompletedArchive]:
         """Return settled archives whose files are still to be disposed of: the first, by id, after one."""
         ...
 
@@ -163,7 +246,7 @@ class Ledger(Habits, Protocol):
         """Return how many settled archives there are whose files are still to be disposed of."""
         ...
 
-    def disposed(self, done: Sequence[Disposed], still_due: Sequence[int], now: datetime) -> None:
+    def disposed(self, done: Sequence[DispositionResult], still_due: Sequence[int], now: datetime) -> None:
         """Note what became of the files of settled archives, all of which are announced.
 
         `still_due` are the archives' ids whose file could not be disposed of.
@@ -185,7 +268,7 @@ class Ledger(Habits, Protocol):
         """Return how many rejected archives are in quarantine."""
         ...
 
-    def note_gate(self, destination: str, gate: Gate, error: str | None) -> None:
+    def note_gate(self, destination: str, gate: Circuit, error: str | None) -> None:
         """Note how a destination's gate stands, for whoever asks beside the daemon."""
         ...
 
@@ -198,6 +281,6 @@ class Ledger(Habits, Protocol):
         ...
 
 
-def mark(relpath: bytes, fingerprint: Fingerprint) -> int:
+def content_key(relpath: bytes, fingerprint: Fingerprint) -> int:
     """Return a number that stands for one content under one name, within this process."""
     return hash((relpath, *identity(fingerprint)))

@@ -36,7 +36,7 @@ class Incoming:
 
     def write(self, pieces: Iterable[bytes | memoryview]) -> None:
         """Append the pieces; raise StoreFullError."""
-        with self._lock, full_disk_told():
+        with self._lock, full_disk_reported():
             fd = self._opened()
             for piece in pieces:
                 self._hash.update(piece)
@@ -47,7 +47,7 @@ class Incoming:
 
     def sync(self) -> None:
         """Bring everything to the disk; raise StoreFullError."""
-        with self._lock, full_disk_told():
+        with self._lock, full_disk_reported():
             os.fsync(self._opened())
 
     def discard(self) -> None:
@@ -68,7 +68,7 @@ class Incoming:
 
 
 @contextmanager
-def full_disk_told() -> Iterator[None]:
+def full_disk_reported() -> Iterator[None]:
     """Raise StoreFullError for what the system and SQLite say when there is no space."""
     try:
         yield

@@ -27,7 +27,7 @@ from pathlib import Path
 from threading import Lock
 
 from backupd.core.errors import ConfigError
-from backupd.receiver.incoming import Incoming, full_disk_told
+from backupd.receiver.incoming import Incoming, full_disk_reported
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS archive (
@@ -54,7 +54,7 @@ class DigestMismatchError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class StoredReceipt:
     """What is stored: `id` is the name in the `archives` folder, `name` the one the client gave."""
 
     id: str
@@ -67,7 +67,7 @@ class Receipt:
 class Stored:
     """A receipt, and whether this upload is the one that stored it."""
 
-    receipt: Receipt
+    receipt: StoredReceipt
     new: bool
 
 
@@ -120,7 +120,7 @@ class Store:
             return arrival.outcome
         raise arrival.outcome or AssertionError("settled without an outcome")
 
-    def find(self, sha256: str) -> Receipt | None:
+    def find(self, sha256: str) -> StoredReceipt | None:
         """Return the receipt of a stored archive with this digest."""
         with self._lock:
             return self._find("sha256 = ?", sha256)
@@ -142,7 +142,7 @@ class Store:
 
     def _settle(self, arrivals: list[Arrival]) -> None:
         try:
-            with full_disk_told(), _transaction(self._index):
+            with full_disk_reported(), _transaction(self._index):
                 for arrival in arrivals:
                     arrival.outcome = self._settled(arrival)
                 if any(isinstance(arrival.outcome, Stored) and arrival.outcome.new for arrival in arrivals):
@@ -169,7 +169,7 @@ class Store:
             )
         return stored
 
-    def _place(self, arrival: Arrival) -> Receipt:
+    def _place(self, arrival: Arrival) -> StoredReceipt:
         """Give the archive its final name, and record it."""
         sha256 = arrival.sha256
         target = self.archives / stored_name(arrival.name, sha256[:16])
@@ -177,22 +177,22 @@ class Store:
             # Two digests with one beginning, or somebody has changed the archive: never overwrite it.
             target = self.archives / stored_name(arrival.name, sha256)
         os.rename(arrival.incoming.path, target)
-        receipt = Receipt(target.name, arrival.name, arrival.incoming.size, sha256)
+        receipt = StoredReceipt(target.name, arrival.name, arrival.incoming.size, sha256)
         self._index.execute(
             "INSERT OR REPLACE INTO archive (id, name, size, sha256, fields) VALUES (?, ?, ?, ?, ?)",
             (receipt.id, receipt.name, receipt.size, receipt.sha256, json.dumps(dict(arrival.fields))),
         )
         return receipt
 
-    def _find(self, condition: str, *parameters: str | None) -> Receipt | None:
+    def _find(self, condition: str, *parameters: str | None) -> StoredReceipt | None:
         """Return the first receipt that meets the condition and whose archive is there."""
         rows = self._index.execute(
             f"SELECT id, name, size, sha256 FROM archive WHERE {condition}",  # noqa: S608 - ours, no input
             parameters,
         )
-        return next((receipt for row in rows.fetchall() if self._holds(receipt := Receipt(*row))), None)
+        return next((receipt for row in rows.fetchall() if self._holds(receipt := StoredReceipt(*row))), None)
 
-    def _holds(self, receipt: Receipt) -> bool:
+    def _holds(self, receipt: StoredReceipt) -> bool:
         try:
             return (self.archives / receipt.id).stat().st_size == receipt.size
         except FileNotFoundError:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from backupd.ledger.database import open_for_reading
+from backupd.ledger.sqlite.connection import open_for_reading
 from tests.bench.table import BrokenError
 from tests.pki import Pki
 

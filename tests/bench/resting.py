@@ -8,7 +8,7 @@ import sqlite3
 import time
 import uuid
 
-from backupd.ledger.database import FILE_NAME
+from backupd.ledger.sqlite.connection import FILE_NAME
 from tests.bench.ends import Ours
 from tests.bench.setting import Setting
 from tests.bench.table import Claim, Column, Figures, Race, Row

@@ -8,26 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from backupd.core.doubt import Doubt
-from backupd.core.freshness import Device, Expectation, judged
+from backupd.core.clock_skew import ClockSkew
+from backupd.core.devices import Device, DeviceExpectation, newly_overdue_and_recovered
 from backupd.core.model import Archive, Outcome
-from backupd.ledger.habits import ClockNote, Tracked
-from backupd.ledger.port import Disposed, Ledger, Sighting
+from backupd.ledger.port import ClockReading, DispositionResult, FileCandidate, Ledger, TrackedDevice
 from tests.contract.test_ledger import ADAPTERS, Bench
-from tests.factories import (
-    NOW,
-    SECOND,
-    a_fingerprint,
-    a_sighting,
-    deferred,
-    delivered,
-    finished,
-    rejected,
-)
+from tests.factories import NOW, SECOND, a_fingerprint, a_sighting, deferred, delivered, finished, rejected
 
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
-DAILY = Expectation(DAY, "{device}")
+DAILY = DeviceExpectation(DAY, "{device}")
 
 
 @pytest.fixture(params=list(ADAPTERS.values()), ids=list(ADAPTERS))
@@ -52,18 +42,20 @@ def arrive(
 ) -> tuple[Archive, bool]:
     """Admit an archive of a device; return it, and whether its size is unusual."""
     looks = a_fingerprint(size=size)
-    sighting = Sighting(drop, b"%s-%d.cfg" % (device.encode(), looks.inode), looks, Tracked(device, alarm))
+    sighting = FileCandidate(
+        drop, b"%s-%d.cfg" % (device.encode(), looks.inode), looks, TrackedDevice(device, alarm)
+    )
     admission = ledger.admit([sighting], to, at)
     return admission.admitted[0], admission.unusual
 
 
 def overdue(ledger: Ledger, now: datetime) -> list[str]:
-    return [device.name for device in judged(ledger.doubtful(now), now)[0]]
+    return [device.name for device in newly_overdue_and_recovered(ledger.doubtful(now), now)[0]]
 
 
 def alarm(ledger: Ledger, now: datetime) -> tuple[list[str], list[str]]:
     """Do as a heartbeat does; return who is overdue, and who has recovered."""
-    late, recovered = judged(ledger.doubtful(now), now)
+    late, recovered = newly_overdue_and_recovered(ledger.doubtful(now), now)
     ledger.alarmed(late, recovered)
     return [device.name for device in late], [device.name for device in recovered]
 
@@ -87,7 +79,7 @@ def test_a_device_is_learnt_from_its_first_archive(bench: Bench) -> None:
 
 
 def test_a_listed_device_is_overdue_though_it_never_came(bench: Bench) -> None:
-    listed = {"switches": Expectation(DAY, "{device}", ("sw1", "sw2"))}
+    listed = {"switches": DeviceExpectation(DAY, "{device}", ("sw1", "sw2"))}
     bench.ledger.expect(listed, NOW)
     bench.crash().expect(listed, NOW + HOUR)  # a restart makes it no younger
     arrive(bench.ledger, "sw2", at=NOW + HOUR)
@@ -95,14 +87,14 @@ def test_a_listed_device_is_overdue_though_it_never_came(bench: Bench) -> None:
 
 
 def test_without_a_template_the_drop_as_a_whole_is_expected(ledger: Ledger) -> None:
-    ledger.expect({"switches": Expectation(DAY)}, NOW)
+    ledger.expect({"switches": DeviceExpectation(DAY)}, NOW)
     assert overdue(ledger, NOW + DAY + SECOND) == [""]
     arrive(ledger, "", at=NOW + DAY)
     assert overdue(ledger, NOW + DAY + SECOND) == []
 
 
 def test_the_same_name_in_two_drops_is_two_devices(ledger: Ledger) -> None:
-    ledger.expect({"switches": DAILY, "firewalls": Expectation(HOUR, "{device}")}, NOW)
+    ledger.expect({"switches": DAILY, "firewalls": DeviceExpectation(HOUR, "{device}")}, NOW)
     arrive(ledger, drop="switches")
     arrive(ledger, drop="firewalls")
     assert [d.drop for d in ledger.doubtful(NOW + 2 * HOUR)] == ["firewalls"]
@@ -118,13 +110,13 @@ def test_an_alarm_outlasts_a_crash_and_is_called_off_once(bench: Bench) -> None:
     assert alarm(ledger, late) == (["sw1"], [])
     arrive(ledger, at=late)
     ledger = bench.crash()
-    assert judged(ledger.doubtful(late), late)[1]  # not said yet, and so not over
+    assert newly_overdue_and_recovered(ledger.doubtful(late), late)[1]  # not said yet, and so not over
     assert alarm(ledger, late) == ([], ["sw1"])
     assert alarm(ledger, late) == ([], [])
 
 
 def test_a_device_that_is_listed_no_more_and_never_came_is_forgotten(ledger: Ledger) -> None:
-    ledger.expect({"switches": Expectation(DAY, "{device}", ("sw1", "sw2", "sw3"))}, NOW)
+    ledger.expect({"switches": DeviceExpectation(DAY, "{device}", ("sw1", "sw2", "sw3"))}, NOW)
     arrive(ledger, "sw1")
     ledger.alarmed([d for d in ledger.doubtful(NOW + 2 * DAY) if d.name == "sw3"], [])
     ledger.expect({"switches": DAILY}, NOW)
@@ -136,7 +128,7 @@ def test_devices_that_were_told_apart_in_another_way_are_forgotten(ledger: Ledge
     arrive(ledger, "sw1")
     alarm(ledger, NOW + 2 * DAY)
     arrive(ledger, "sw2")
-    ledger.expect({"switches": Expectation(DAY, "{site}/{device}")}, NOW)
+    ledger.expect({"switches": DeviceExpectation(DAY, "{site}/{device}")}, NOW)
     assert alarm(ledger, NOW + 9 * DAY) == ([], ["sw1"])
     assert ledger.doubtful(NOW + 9 * DAY) == []
 
@@ -214,7 +206,7 @@ def done(
     archive, _ = arrive(ledger, at=at)
     (delivery,) = ledger.claim("vault", at)
     ledger.record([finished(delivery, outcome or delivered(), now=at)], at)
-    ledger.disposed([Disposed(archive.id, to, left)], [], at)
+    ledger.disposed([DispositionResult(archive.id, to, left)], [], at)
     return archive
 
 
@@ -274,9 +266,9 @@ def test_devices_outlast_their_history(ledger: Ledger) -> None:
 
 def test_what_is_noted_of_the_clock_outlasts_the_process(bench: Bench) -> None:
     assert bench.ledger.clock() is None
-    for note in (ClockNote(NOW, (Doubt(400 * DAY, HOUR), Doubt(SECOND, DAY))), ClockNote(OLD)):
+    for note in (ClockReading(NOW, (ClockSkew(400 * DAY, HOUR), ClockSkew(SECOND, DAY))), ClockReading(OLD)):
         bench.ledger.note_clock(note)
         for ledger in (bench.ledger, bench.crash()):
             noted = ledger.clock()
             assert noted is not None
-            assert ClockNote(noted.seen_at, tuple(noted.doubts)) == note
+            assert ClockReading(noted.seen_at, tuple(noted.doubts)) == note

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from backupd.core.circuit import Circuit, CircuitState
 from backupd.core.errors import LedgerError
-from backupd.core.gate import Gate, GateState
 from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint, Outcome, Superseded
 from backupd.core.policy import Reason
-from backupd.ledger.database import _migrate, open_ledger
-from backupd.ledger.port import Disposed, Ledger, Settled, Sighting, mark
-from backupd.ledger.sqlite import SqliteLedger
+from backupd.ledger.port import CompletedArchive, DispositionResult, FileCandidate, Ledger, content_key
+from backupd.ledger.sqlite.connection import _migrate, open_ledger
+from backupd.ledger.sqlite.deliveries import SqliteLedger
 from tests.factories import (
     NOW,
     SECOND,
@@ -83,7 +83,7 @@ def ledger(bench: Bench) -> Ledger:
 
 def admit(
     ledger: Ledger,
-    *sightings: Sighting,
+    *sightings: FileCandidate,
     to: tuple[str, ...] = ("vault",),
     now: datetime = NOW,
 ) -> tuple[Archive, ...]:
@@ -95,7 +95,9 @@ def claim(ledger: Ledger, destination: str = "vault", now: datetime = LATER) -> 
     return delivery
 
 
-def end(ledger: Ledger, outcome: Outcome, destination: str = "vault", now: datetime = LATER) -> list[Settled]:
+def end(
+    ledger: Ledger, outcome: Outcome, destination: str = "vault", now: datetime = LATER
+) -> list[CompletedArchive]:
     """Claim a delivery and record its outcome."""
     return ledger.record([finished(claim(ledger, destination), outcome, now=now)], now)
 
@@ -245,7 +247,7 @@ def test_a_rejected_sighting_supersedes_the_content_that_it_replaces(ledger: Led
 
     assert admission.superseded == (old,)
     assert ledger.claim("vault", LATER) == []
-    ledger.disposed([Disposed(admission.rejected[0].id, b"rejected/r1")], [], LATER)
+    ledger.disposed([DispositionResult(admission.rejected[0].id, b"rejected/r1")], [], LATER)
     assert ledger.known("switches").marks == frozenset()
 
 
@@ -253,7 +255,7 @@ def test_known_are_the_files_of_a_drop_that_are_accounted_for(ledger: Ledger) ->
     sighting = a_sighting(b"r1")
     admit(ledger, sighting, a_sighting(b"r2", drop="firewalls"))
     known = ledger.known("switches")
-    assert known.marks == {mark(b"r1", sighting.fingerprint)}
+    assert known.marks == {content_key(b"r1", sighting.fingerprint)}
     assert known.paths == {hash(b"r1")}
     assert ledger.known("nowhere").marks == frozenset()
 
@@ -272,7 +274,7 @@ def test_a_superseded_content_is_no_longer_known(ledger: Ledger) -> None:
     admit(ledger, a_sighting(b"r1"))
     new = a_sighting(b"r1")
     admit(ledger, new)
-    assert ledger.known("switches").marks == {mark(b"r1", new.fingerprint)}
+    assert ledger.known("switches").marks == {content_key(b"r1", new.fingerprint)}
 
 
 @pytest.mark.parametrize(
@@ -293,7 +295,7 @@ def test_a_path_is_read_back_as_the_same_bytes(bench: Bench, relpath: bytes) -> 
     assert delivery.archive.relpath == relpath
     (settled,) = ledger.record([finished(delivery, delivered())], LATER)
     assert settled.archive.relpath == relpath
-    ledger.disposed([Disposed(settled.archive.id, b"sent/" + relpath)], [], LATER)
+    ledger.disposed([DispositionResult(settled.archive.id, b"sent/" + relpath)], [], LATER)
     assert bench.crash().undisposed() == []
 
 
@@ -311,7 +313,7 @@ def test_a_fingerprint_is_read_back_as_the_same_numbers(bench: Bench, looks: Fin
     admit(bench.ledger, sighting)
     ledger = bench.crash()
     assert admit(ledger, sighting) == ()
-    assert ledger.known("switches").marks == {mark(sighting.relpath, looks)}
+    assert ledger.known("switches").marks == {content_key(sighting.relpath, looks)}
     assert claim(ledger).archive.fingerprint == looks
 
 
@@ -542,7 +544,7 @@ def test_what_was_disposed_of_is_not_found_again(bench: Bench) -> None:
     sighting = a_sighting()
     admit(bench.ledger, sighting)
     (settled,) = end(bench.ledger, delivered())
-    bench.ledger.disposed([Disposed(settled.archive.id, b"sent/r1")], [], LATER)
+    bench.ledger.disposed([DispositionResult(settled.archive.id, b"sent/r1")], [], LATER)
     ledger = bench.crash()
     assert ledger.undisposed() == []
     assert ledger.known("switches").paths == frozenset()
@@ -552,16 +554,16 @@ def test_a_file_put_back_after_its_disposal_starts_over(ledger: Ledger) -> None:
     sighting = a_sighting()
     admit(ledger, sighting)
     (settled,) = end(ledger, delivered())
-    ledger.disposed([Disposed(settled.archive.id, b"sent/r1")], [], LATER)
+    ledger.disposed([DispositionResult(settled.archive.id, b"sent/r1")], [], LATER)
     (again,) = admit(ledger, sighting)
     assert again.id != settled.archive.id
 
 
-def gone(ledger: Ledger, sighting: Sighting, outcome: Outcome) -> Archive:
+def gone(ledger: Ledger, sighting: FileCandidate, outcome: Outcome) -> Archive:
     """Have a delivery end, and its file be gone when it is to be disposed of."""
     admit(ledger, sighting)
     (settled,) = end(ledger, outcome)
-    ledger.disposed([Disposed(settled.archive.id, None, gone=True)], [], LATER)
+    ledger.disposed([DispositionResult(settled.archive.id, None, gone=True)], [], LATER)
     return settled.archive
 
 
@@ -575,7 +577,7 @@ def test_what_was_delivered_and_gone_is_due_once_it_is_back_and_not_sent_again(b
     (settled,) = ledger.undisposed()
     assert (settled.archive, settled.announced) == (archive, True)
     assert not ledger.admit([sighting], ["vault"], LATER).found_again
-    ledger.disposed([Disposed(archive.id, b"sent/r1")], [], LATER)
+    ledger.disposed([DispositionResult(archive.id, b"sent/r1")], [], LATER)
     assert len(admit(ledger, sighting)) == 1  # who brings it back from there wants it sent
 
 
@@ -591,26 +593,26 @@ def test_a_file_that_stays_in_place_stays_accounted_for(bench: Bench) -> None:
     sighting = a_sighting()
     admit(bench.ledger, sighting)
     (settled,) = end(bench.ledger, delivered())
-    bench.ledger.disposed([Disposed(settled.archive.id, None, left=True)], [], LATER)
+    bench.ledger.disposed([DispositionResult(settled.archive.id, None, left=True)], [], LATER)
     ledger = bench.crash()
     assert ledger.undisposed() == []
-    assert mark(sighting.relpath, sighting.fingerprint) in ledger.known("switches").marks
+    assert content_key(sighting.relpath, sighting.fingerprint) in ledger.known("switches").marks
     assert admit(ledger, sighting) == ()
 
 
 def test_a_file_that_stays_in_place_and_changes_starts_over(ledger: Ledger) -> None:
     admit(ledger, a_sighting())
     (settled,) = end(ledger, delivered())
-    ledger.disposed([Disposed(settled.archive.id, None, left=True)], [], LATER)
+    ledger.disposed([DispositionResult(settled.archive.id, None, left=True)], [], LATER)
     new = a_sighting()
     assert len(admit(ledger, new)) == 1
-    assert ledger.known("switches").marks == {mark(new.relpath, new.fingerprint)}
+    assert ledger.known("switches").marks == {content_key(new.relpath, new.fingerprint)}
 
 
 def test_what_could_not_be_disposed_of_stays_due_and_counts_as_announced(bench: Bench) -> None:
     admit(bench.ledger, a_sighting(b"r1"), a_sighting(b"r2"))
     one, other = end(bench.ledger, delivered()) + end(bench.ledger, delivered())
-    bench.ledger.disposed([Disposed(one.archive.id, b"sent/r1")], [other.archive.id], LATER)
+    bench.ledger.disposed([DispositionResult(one.archive.id, b"sent/r1")], [other.archive.id], LATER)
     (left,) = bench.crash().undisposed()
     assert (left.archive, left.announced) == (other.archive, True)
 
@@ -642,17 +644,17 @@ def test_what_is_in_quarantine_is_counted_by_archives(ledger: Ledger) -> None:
     end(ledger, rejected(), "annex")
     settled = [one for _ in range(3) for one in end(ledger, rejected())]
     assert ledger.quarantined() == 0
-    r1, r2, r3 = (Disposed(one.archive.id, b"rejected/" + one.archive.relpath) for one in settled)
-    ledger.disposed([r1, r2, Disposed(r3.archive_id, None)], [], LATER)
+    r1, r2, r3 = (DispositionResult(one.archive.id, b"rejected/" + one.archive.relpath) for one in settled)
+    ledger.disposed([r1, r2, DispositionResult(r3.archive_id, None)], [], LATER)
     assert ledger.quarantined() == 2
 
 
 def test_a_gate_can_be_noted_again_and_again(ledger: Ledger) -> None:
-    ledger.note_gate("vault", Gate(), None)
-    paused = Gate(GateState.PAUSED, LATER, 3, Reason.CONNECT, NOW)
+    ledger.note_gate("vault", Circuit(), None)
+    paused = Circuit(CircuitState.PAUSED, LATER, 3, Reason.CONNECT, NOW)
     ledger.note_gate("vault", paused, "connection refused")
     ledger.note_gate("vault", paused, "no Unicode: \ud800\udcff")
-    ledger.note_gate("vault", Gate(), None)
+    ledger.note_gate("vault", Circuit(), None)
 
 
 def test_a_closed_ledger_takes_nothing(ledger: Ledger) -> None:
@@ -665,7 +667,7 @@ def test_a_closed_ledger_takes_nothing(ledger: Ledger) -> None:
 
 def test_many_threads_admit_claim_and_record_at_the_same_time(ledger: Ledger) -> None:
     faults: list[BaseException] = []
-    settled: list[list[Settled]] = [[], [], [], []]
+    settled: list[list[CompletedArchive]] = [[], [], [], []]
 
     def work(number: int) -> None:
         try:
@@ -675,7 +677,7 @@ def test_many_threads_admit_claim_and_record_at_the_same_time(ledger: Ledger) ->
                 (delivery,) = ledger.claim("vault", LATER)
                 ended = ledger.record([finished(delivery, delivered())], LATER)
                 settled[number] += ended
-                ledger.disposed([Disposed(one.archive.id, b"sent/x") for one in ended], [], LATER)
+                ledger.disposed([DispositionResult(one.archive.id, b"sent/x") for one in ended], [], LATER)
         except BaseException as error:  # noqa: BLE001 -- a thread's failure is the test's
             faults.append(error)
 
@@ -698,6 +700,6 @@ def test_what_is_to_be_disposed_of_comes_a_page_at_a_time(ledger: Ledger) -> Non
     assert ledger.undisposed(most=2) == settled[:2]
     assert ledger.undisposed(settled[1].archive.id, 2) == settled[2:4]
     assert ledger.undisposed(settled[3].archive.id, 2) == settled[4:]
-    ledger.disposed([Disposed(one.archive.id, None) for one in settled[:3]], [], NOW)
+    ledger.disposed([DispositionResult(one.archive.id, None) for one in settled[:3]], [], NOW)
     assert ledger.undisposed() == settled[3:]
     assert ledger.count_undisposed() == 2

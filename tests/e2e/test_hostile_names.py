@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from backupd.core.names import as_text
-from backupd.ledger.database import open_for_reading
-from backupd.ledger.history import History
+from backupd.ledger.sqlite.connection import open_for_reading
+from backupd.ledger.sqlite.queries import LedgerQueries
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.privileges import IS_ROOT
 from tests.scripted import ScriptedServer, server_context, take_all
@@ -103,7 +103,7 @@ def test_every_name_makes_whole_log_lines_and_no_others(delivered: Stage) -> Non
 
 def test_every_name_reads_back_from_the_ledger_as_the_same_bytes(delivered: Stage) -> None:
     connection = open_for_reading(delivered.state)
-    records = History(connection).deliveries(None, 1000)
+    records = LedgerQueries(connection).deliveries(None, 1000)
     connection.close()
     assert sorted(record.archive.relpath for record in records) == sorted(NAMES)
     assert {record.disposed_to for record in records} == {b"sent/" + name for name in NAMES}

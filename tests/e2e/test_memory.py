@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from backupd.ledger.database import FILE_NAME, open_ledger
-from backupd.ledger.sqlite_shelf import open_shelf
+from backupd.ledger.sqlite.connection import FILE_NAME, open_ledger
+from backupd.ledger.sqlite.sent_rows import open_sent_index
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.stage import PATIENCE, Stage, a_stage
 
@@ -96,7 +96,7 @@ def have_sent(stage: Stage, archives: int) -> None:
         """
     )
     db.close()
-    shelf = open_shelf(stage.state)  # which a ledger that saw them go has looked through
+    shelf = open_sent_index(stage.state)  # which a ledger that saw them go has looked through
     shelf.note_restored("switches", b"sent")
     shelf.close()
 

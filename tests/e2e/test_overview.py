@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from backupd.ledger.database import open_ledger
+from backupd.ledger.sqlite.connection import open_ledger
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.pki import in_days
 from tests.stage import PATIENCE, Daemon, Stage, until
@@ -392,14 +392,13 @@ def test_every_command_is_quick_on_a_ledger_of_a_hundred_thousand(stage: Stage) 
 import sqlite3, sys
 from pathlib import Path
 from backupd.core.model import DeliveryState
-from backupd.ledger.history import History
-from backupd.ledger.records import Search
+from backupd.ledger.sqlite.queries import LedgerQueries, Search
 connection = sqlite3.connect(sys.argv[1])
 steps = [0]
 def step():
     steps[0] += 1
 connection.set_progress_handler(step, 100)
-history = History(connection)
+history = LedgerQueries(connection)
 for ask in (
     lambda: history.destination("vault"),
     lambda: history.drop("switches"),

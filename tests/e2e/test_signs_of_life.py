@@ -15,13 +15,13 @@ from tests.stage import PATIENCE, Stage, until
 
 HANGS = """
 import time
-from backupd.upload import http
+from backupd.upload.http import uploader
 
 def hang(*_):
     while True:
         time.sleep(60)
 
-http.HttpUploader._send = hang
+uploader.HttpUploader._send = hang
 """
 """A fault that no network shows: code that neither ends nor waits on the wire."""
 

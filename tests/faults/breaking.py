@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from backupd.cli import main
-from backupd.upload.http import HttpUploader
+from backupd.upload.http.uploader import HttpUploader
 
 
 def _judged(*request_and_answer: Any) -> NoReturn:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from backupd.cli import main
-from backupd.delivery import disposal
-from backupd.drop.held import HeldFolder
-from backupd.ledger.sqlite import SqliteLedger
-from backupd.upload.body import Body
-from backupd.upload.http import HttpUploader
+from backupd.delivery import disposition
+from backupd.dropfolder.folder import CachedFolder
+from backupd.ledger.sqlite.deliveries import SqliteLedger
+from backupd.upload.http.body import UploadBody
+from backupd.upload.http.uploader import HttpUploader
 
 STEPS = (
     "seen",
@@ -59,19 +59,19 @@ def tell_steps() -> None:
     wrap(SqliteLedger, "claim", "claimed", "claimed")
     wrap(HttpUploader, "upload", "first byte", "claimed")
     wrap(SqliteLedger, "record", "outcome committed", "moved")
-    wrap(disposal, "write_record", "receipt written", "moved")
-    wrap(HeldFolder, "sync", "directories synced", "moved")
+    wrap(disposition, "write_record", "receipt written", "moved")
+    wrap(CachedFolder, "sync", "directories synced", "moved")
     wrap(SqliteLedger, "disposed", "disposition committed", "moved")
 
-    pieces = Body.__iter__
+    pieces = UploadBody.__iter__
 
-    def told(body: Body) -> Iterator[bytes]:
+    def told(body: UploadBody) -> Iterator[bytes]:
         for piece in pieces(body):
             yield piece
             _enter("last byte")
         _enter("answer received")
 
-    Body.__iter__ = told  # type: ignore[method-assign]
+    UploadBody.__iter__ = told  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

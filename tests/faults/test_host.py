@@ -16,7 +16,7 @@ from typing import IO
 
 import pytest
 
-from backupd.ledger.database import FILE_NAME, LOCK_NAME
+from backupd.ledger.sqlite.connection import FILE_NAME, LOCK_NAME
 from backupd.receiver.serve import RunningReceiver
 from tests.faults.shim import Shim
 from tests.scripted import Peer, ScriptedServer, receipt_for, server_context

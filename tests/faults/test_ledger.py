@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from backupd.ledger.database import FILE_NAME
+from backupd.ledger.sqlite.connection import FILE_NAME
 from backupd.receiver.serve import RunningReceiver
 from tests.privileges import needs_root
 from tests.scripted import Peer, ScriptedServer, answer, receipt_for, server_context

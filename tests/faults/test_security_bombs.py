@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from backupd.core.inspection import Finding
-from backupd.drop.inspect import LimitReachedError, inspect
+from backupd.core.archive_formats import Damage
+from backupd.dropfolder.decompress import LimitReachedError
+from backupd.dropfolder.inspect import inspect
 
 MIB = 1 << 20
 
@@ -101,7 +102,7 @@ def test_no_archive_is_costly_to_look_into(tmp_path: Path, name: str, full: bool
     finally:
         tracemalloc.stop()
         os.close(fd)
-    assert found is None or isinstance(found, Finding | LimitReachedError)
+    assert found is None or isinstance(found, Damage | LimitReachedError)
     assert peak < 8 * MIB
     assert steps < 70_000  # of which none comes to more than a mebibyte
     assert len(str(found)) < 300

@@ -17,14 +17,12 @@ from typing import Any
 
 import pytest
 
-from backupd.core.bandwidth import Schedule, Window
+from backupd.core.bandwidth import RateSchedule, RateWindow
 from backupd.core.model import Deferred, Delivered, Outcome, Rejected
 from backupd.core.policy import Reason
-from backupd.upload.bandwidth import Bandwidth
-from backupd.upload.endpoint import open_endpoint
-from backupd.upload.http import HttpUploader
-from backupd.upload.line import Abort, Line
-from backupd.upload.request import RequestMaker
+from backupd.upload.http.limits import Abort, AttemptLimits, BandwidthLimit
+from backupd.upload.http.request import RequestBuilder
+from backupd.upload.http.uploader import HttpUploader, open_endpoint
 from tests.endpoints import CLIENT_ID, CLIENT_SECRET, Login, guarded
 from tests.pki import Pki
 from tests.scripted import Peer, Script, ScriptedServer, answer, header_of, server_context, take_all
@@ -68,7 +66,7 @@ class Meter:
             peer.send(answer(201, json.dumps({"sha256": digest.hexdigest()}).encode()))
 
 
-def note_grants(bandwidth: Bandwidth) -> list[Moment]:
+def note_grants(bandwidth: BandwidthLimit) -> list[Moment]:
     """Return a list to which every grant of bandwidth is added."""
     grants: list[Moment] = []
     take = bandwidth.take
@@ -142,13 +140,13 @@ def test_workers_together_keep_to_the_limit_and_use_it(
 def test_the_limit_is_that_of_the_local_time_of_day() -> None:
     now = datetime.now().astimezone()
     minute = now.hour * 60 + now.minute
-    around = Window((minute - 120) % 1440, (minute + 120) % 1440, 1024)
-    elsewhere = Window((minute + 240) % 1440, (minute + 480) % 1440, 1024)
+    around = RateWindow((minute - 120) % 1440, (minute + 120) % 1440, 1024)
+    elsewhere = RateWindow((minute + 240) % 1440, (minute + 480) % 1440, 1024)
 
-    granted, wait = Bandwidth(Schedule((around,), None)).take(MIB)
+    granted, wait = BandwidthLimit(RateSchedule((around,), None)).take(MIB)
     assert granted == 0
     assert 15 < wait <= 16
-    assert Bandwidth(Schedule((elsewhere,), None)).take(MIB) == (MIB, 0.0)
+    assert BandwidthLimit(RateSchedule((elsewhere,), None)).take(MIB) == (MIB, 0.0)
 
 
 def reading(rate: int) -> Script:
@@ -169,7 +167,7 @@ def reading(rate: int) -> Script:
 
 @pytest.fixture
 def short_window(monkeypatch: pytest.MonkeyPatch) -> float:
-    monkeypatch.setattr("backupd.upload.line.RATE_WINDOW", 0.5)
+    monkeypatch.setattr("backupd.upload.http.limits.RATE_WINDOW", 0.5)
     return 0.5
 
 
@@ -199,18 +197,17 @@ class TestLeastRate:
         self, tmp_path: Path, pki: Pki, short_window: float, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Time passes in the waits for bandwidth alone: no other of them is a short one."""
-        now, wait = [0.0], Line.wait
+        now, wait = [0.0], AttemptLimits.wait
 
-        def passing(self: Line, fd: int, events: int, timeout: float | None) -> bool:
+        def passing(self: AttemptLimits, fd: int, events: int, timeout: float | None) -> bool:
             if timeout is None or timeout > 1:
                 return wait(self, fd, events, timeout)
             now[0] += timeout
             return wait(self, fd, events, 0)
 
-        for module in ("line", "bandwidth"):
-            clock = SimpleNamespace(monotonic=lambda: now[0])
-            monkeypatch.setattr(f"backupd.upload.{module}.time", clock)
-        monkeypatch.setattr(Line, "wait", passing)
+        clock = SimpleNamespace(monotonic=lambda: now[0])
+        monkeypatch.setattr("backupd.upload.http.limits.time", clock)
+        monkeypatch.setattr(AttemptLimits, "wait", passing)
         with ScriptedServer(take_all, server_context(pki)) as server:
             destination = a_destination(server.url, pki, bandwidth="64KiB/s", min_rate="1MB")
             with a_sender(destination) as sender:
@@ -227,14 +224,14 @@ class TestLeastRate:
     def test_nor_does_the_time_that_the_digest_takes_before_anything_is_sent(
         self, tmp_path: Path, pki: Pki, short_window: float, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        digest_of = RequestMaker.digest_of
+        digest_of = RequestBuilder.digest_of
 
-        def slowly(self: RequestMaker, cargo: Any) -> Any:
+        def slowly(self: RequestBuilder, cargo: Any) -> Any:
             time.sleep(1.2)
             self._line.check()
             return digest_of(self, cargo)
 
-        monkeypatch.setattr(RequestMaker, "digest_of", slowly)
+        monkeypatch.setattr(RequestBuilder, "digest_of", slowly)
         with ScriptedServer(take_all, server_context(pki)) as server:
             with a_sender(a_destination(server.url, pki, digest_at="before", min_rate="100kB")) as sender:
                 assert isinstance(sender.send(an_archive(tmp_path, size=1000)), Delivered)
@@ -295,7 +292,7 @@ def test_the_deadline_ends_an_attempt_wherever_it_stands(
 def test_a_stop_ends_the_wait_for_bandwidth_at_once(tmp_path: Path, pki: Pki) -> None:
     with ScriptedServer(take_all, server_context(pki)) as server:
         abort = Abort()
-        one_in_hours = Schedule((), 1)
+        one_in_hours = RateSchedule((), 1)
         endpoint = open_endpoint(a_destination(server.url, pki, bandwidth=one_in_hours), abort)
         assert endpoint.bandwidth is not None
         grants = note_grants(endpoint.bandwidth)

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from backupd.config.models import DropConfig
-from backupd.drop.folder import DropFolder
+from backupd.dropfolder.folder import DropFolder
 from backupd.intake.candidates import Candidates
-from backupd.ops.lines import LineWriter
-from backupd.ops.log import EventLog
+from backupd.telemetry.journal import LineWriter
+from backupd.telemetry.log import EventLog
 
 
 class Locked(DropFolder):

@@ -20,16 +20,15 @@ from typing import Any
 import pytest
 
 from backupd.core.model import Archive, DeliveryState, fingerprint_of
-from backupd.core.names import record_name
+from backupd.core.names import receipt_file_name
 from backupd.core.policy import Reason
-from backupd.delivery.disposal import Disposal, Rule
-from backupd.drop import move as move_module
-from backupd.drop.checksum import move_companions, remove_companions
-from backupd.drop.folder import DropFolder
-from backupd.drop.held import HeldFolder
-from backupd.ledger.port import Ending, Settled
-from backupd.ops.lines import LineWriter
-from backupd.ops.log import EventLog
+from backupd.delivery.disposition import Disposition, DispositionRule
+from backupd.dropfolder import move as move_module
+from backupd.dropfolder.checksums import move_checksum_files, remove_checksum_files
+from backupd.dropfolder.folder import CachedFolder, DropFolder
+from backupd.ledger.port import CompletedArchive, DeliveryResult
+from backupd.telemetry.journal import LineWriter
+from backupd.telemetry.log import EventLog
 from tests.factories import NOW, an_archive
 
 
@@ -46,25 +45,25 @@ def folder(root: Path) -> Iterator[DropFolder]:
     folder.close()
 
 
-def rejected(number: int) -> Ending:
-    return Ending(
+def rejected(number: int) -> DeliveryResult:
+    return DeliveryResult(
         str(number), "vault", DeliveryState.REJECTED, NOW, None, None, 422, Reason.REFUSED, "no", None
     )
 
 
-def delivered(root: Path, number: int, name: str = "") -> Settled:
+def delivered(root: Path, number: int, name: str = "") -> CompletedArchive:
     name = name or f"r{number}.cfg"
     path = root / name
     path.write_bytes(b"abc")
     archive = Archive(number, "switches", os.fsencode(name), fingerprint_of(path.stat()), NOW)
-    ending = Ending(
+    ending = DeliveryResult(
         str(number), "vault", DeliveryState.DELIVERED, NOW, "sha256:00", True, 201, None, None, "{}"
     )
-    return Settled(archive, DeliveryState.DELIVERED, "sha256:00", (ending,))
+    return CompletedArchive(archive, DeliveryState.DELIVERED, "sha256:00", (ending,))
 
 
 def test_a_sent_folder_that_is_removed_in_mid_batch_is_made_anew(folder: DropFolder, root: Path) -> None:
-    rule = Rule(folder, "move", b"sent", b"rejected")
+    rule = DispositionRule(folder, "move", b"sent", b"rejected")
     begun = []
 
     def remove_after_the_first() -> None:
@@ -73,7 +72,7 @@ def test_a_sent_folder_that_is_removed_in_mid_batch_is_made_anew(folder: DropFol
             shutil.rmtree(root / "sent")
 
     with open(os.devnull, "wb") as null:
-        disposal = Disposal({"switches": rule}, EventLog(LineWriter(null.fileno())))
+        disposal = Disposition({"switches": rule}, EventLog(LineWriter(null.fileno())))
         batch = [delivered(root, number) for number in range(3)]
         done, failed = disposal.dispose(batch, remove_after_the_first)
     assert ([one.to for one in done], failed) == ([b"sent/r0.cfg", b"sent/r1.cfg", b"sent/r2.cfg"], [])
@@ -86,19 +85,19 @@ def test_an_archive_whose_directory_became_a_file_is_gone(folder: DropFolder, ro
     shutil.rmtree(root / "a")
     (root / "a").write_bytes(b"a file")
     with open(os.devnull, "wb") as null:
-        rules = {"switches": Rule(folder, "move", b"sent", b"rejected")}
-        done, failed = Disposal(rules, EventLog(LineWriter(null.fileno()))).dispose([settled])
+        rules = {"switches": DispositionRule(folder, "move", b"sent", b"rejected")}
+        done, failed = Disposition(rules, EventLog(LineWriter(null.fileno()))).dispose([settled])
     assert ([one.to for one in done], failed) == ([None], [])
 
 
 def test_an_archive_in_a_deep_folder_takes_few_descriptors(folder: DropFolder, root: Path) -> None:
     deep = "/".join(["d"] * 300)
     (root / deep).mkdir(parents=True)
-    rule = Rule(folder, "move", b"sent", b"rejected")
+    rule = DispositionRule(folder, "move", b"sent", b"rejected")
     one = delivered(root, 1, f"{deep}/r1.cfg")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with open(os.devnull, "wb") as null:
-        disposal = Disposal({"switches": rule}, EventLog(LineWriter(null.fileno())))
+        disposal = Disposition({"switches": rule}, EventLog(LineWriter(null.fileno())))
         few = max(map(int, os.listdir("/proc/self/fd"))) + 40
         resource.setrlimit(resource.RLIMIT_NOFILE, (few, limits[1]))
         try:
@@ -110,7 +109,7 @@ def test_an_archive_in_a_deep_folder_takes_few_descriptors(folder: DropFolder, r
 
 def test_a_batch_over_many_directories_goes_where_it_should(folder: DropFolder, root: Path) -> None:
     """Also where a file of the same name was sent before, and more directories than are held at a time."""
-    rule = Rule(folder, "move", b"done/ok", b"done/bad")
+    rule = DispositionRule(folder, "move", b"done/ok", b"done/bad")
     batch = []
     for number in range(30):
         for kind in ("ok", "bad"):
@@ -121,7 +120,7 @@ def test_a_batch_over_many_directories_goes_where_it_should(folder: DropFolder, 
         batch[-1] = replace(batch[-1], state=DeliveryState.REJECTED, endings=(rejected(number),))
     before = len(os.listdir("/proc/self/fd"))
     log = EventLog(LineWriter(os.open(os.devnull, os.O_WRONLY)))
-    done, failed = Disposal({"switches": rule}, log).dispose(batch)
+    done, failed = Disposition({"switches": rule}, log).dispose(batch)
     assert failed == []
     assert all(one.to is not None and one.to.startswith(b"done/") for one in done)
     assert len({one.to for one in done}) == 60
@@ -140,8 +139,8 @@ def test_what_was_rewritten_behind_our_back_is_not_taken_for_what_was_sent(
         stream.write(b"xyz")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     with open(os.devnull, "wb") as null:
-        rule = Rule(folder, "move", b"sent", b"rejected")
-        disposal = Disposal({"switches": rule}, EventLog(LineWriter(null.fileno())))
+        rule = DispositionRule(folder, "move", b"sent", b"rejected")
+        disposal = Disposition({"switches": rule}, EventLog(LineWriter(null.fileno())))
         done, failed = disposal.dispose([one])
     assert ([each.to for each in done], failed) == ([None], [])
     assert path.read_bytes() == b"xyz"
@@ -167,17 +166,18 @@ def _sigio_ignored() -> Iterator[None]:
 
 
 @pytest.fixture
-def disposal_of(folder: DropFolder, tmp_path: Path) -> Iterator[Callable[[str], Disposal]]:
+def disposal_of(folder: DropFolder, tmp_path: Path) -> Iterator[Callable[[str], Disposition]]:
     with (tmp_path / "log").open("wb") as log:
-        yield lambda action: Disposal(
-            {"switches": Rule(folder, action, b"sent", b"rejected")}, EventLog(LineWriter(log.fileno()))
+        yield lambda action: Disposition(
+            {"switches": DispositionRule(folder, action, b"sent", b"rejected")},
+            EventLog(LineWriter(log.fileno())),
         )
 
 
 @pytest.mark.parametrize("action", ["move", "delete"])
 def test_what_somebody_writes_to_again_stays_until_it_is_closed(
     root: Path,
-    disposal_of: Callable[[str], Disposal],
+    disposal_of: Callable[[str], Disposition],
     told: Callable[[str], list[dict[str, Any]]],
     action: str,
 ) -> None:
@@ -197,7 +197,7 @@ def test_what_somebody_writes_to_again_stays_until_it_is_closed(
 
 @pytest.mark.usefixtures("_sigio_ignored")
 def test_what_somebody_holds_a_write_lease_on_stays_until_that_is_given_back(
-    root: Path, disposal_of: Callable[[str], Disposal], told: Callable[[str], list[dict[str, Any]]]
+    root: Path, disposal_of: Callable[[str], Disposition], told: Callable[[str], list[dict[str, Any]]]
 ) -> None:
     one, disposal = delivered(root, 1), disposal_of("move")
     path = root / "r1.cfg"
@@ -214,7 +214,7 @@ def test_what_somebody_holds_a_write_lease_on_stays_until_that_is_given_back(
 
 @pytest.mark.parametrize("action", ["move", "delete"])
 def test_what_was_added_to_an_archive_that_was_sent_starts_over(
-    root: Path, disposal_of: Callable[[str], Disposal], action: str
+    root: Path, disposal_of: Callable[[str], Disposition], action: str
 ) -> None:
     one, disposal = delivered(root, 1), disposal_of(action)
     path = root / "r1.cfg"
@@ -231,13 +231,13 @@ def test_what_was_added_to_an_archive_that_was_sent_starts_over(
 @pytest.mark.parametrize("action", ["move", "delete"])
 def test_a_writer_that_comes_while_it_is_moved_finds_it_where_it_was(
     root: Path,
-    disposal_of: Callable[[str], Disposal],
+    disposal_of: Callable[[str], Disposition],
     monkeypatch: pytest.MonkeyPatch,
     action: str,
 ) -> None:
     """As does one that was let in by the end of a daemon that was killed right then."""
     one, disposal = delivered(root, 1), disposal_of(action)
-    path, came, real = root / "r1.cfg", [], move_module.take
+    path, came, real = root / "r1.cfg", [], move_module.move_into
 
     def take(*arguments: Any) -> None:
         with pytest.raises(BlockingIOError):  # without O_NONBLOCK it would wait for the end of the move
@@ -245,7 +245,7 @@ def test_a_writer_that_comes_while_it_is_moved_finds_it_where_it_was(
         came.append(1)
         real(*arguments)
 
-    monkeypatch.setattr(move_module, "take", take)
+    monkeypatch.setattr(move_module, "move_into", take)
     done, failed = disposal.dispose([one])
     assert ([each.to for each in done], failed, came) == ([None], [], [1])
     assert path.read_bytes() == b"abc"
@@ -261,12 +261,12 @@ def test_a_writer_that_comes_while_it_is_moved_finds_it_where_it_was(
 
 
 def test_names_that_are_taken_cost_little_and_no_archive_its_record(
-    folder: DropFolder, root: Path, disposal_of: Callable[[str], Disposal], monkeypatch: pytest.MonkeyPatch
+    folder: DropFolder, root: Path, disposal_of: Callable[[str], Disposition], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever may write in the folder may have taken any number of them."""
     (root / "sent").mkdir()
     for number in range(1, 400):
-        (root / os.fsdecode(b"sent/" + record_name(b"r1.cfg", b"receipt", number))).write_bytes(b"{}")
+        (root / os.fsdecode(b"sent/" + receipt_file_name(b"r1.cfg", b"receipt", number))).write_bytes(b"{}")
     before, synced, real = set((root / "sent").iterdir()), [], os.fsync
 
     def counted(fd: int) -> None:
@@ -293,7 +293,7 @@ def test_what_cannot_be_synced_is_said_and_tried_again(
     is_kind: Callable[[int], bool],
 ) -> None:
     """Until it can be, nothing is told to be disposed of: a power cut might undo it."""
-    rule = Rule(folder, "move", b"sent", b"rejected")
+    rule = DispositionRule(folder, "move", b"sent", b"rejected")
     batch = [delivered(root, 1), delivered(root, 2)]
     real = os.fsync
 
@@ -303,7 +303,7 @@ def test_what_cannot_be_synced_is_said_and_tried_again(
         real(fd)
 
     with (tmp_path / "log").open("wb") as log:
-        disposal = Disposal({"switches": rule}, EventLog(LineWriter(log.fileno())))
+        disposal = Disposition({"switches": rule}, EventLog(LineWriter(log.fileno())))
         monkeypatch.setattr(os, "fsync", fails_for_some)
         assert disposal.dispose(batch) == ([], [1, 2])
         again = [replace(one, announced=True) for one in batch]
@@ -325,7 +325,7 @@ def test_what_cannot_be_synced_is_said_and_tried_again(
 
 def test_a_directory_in_use_is_never_let_go(folder: DropFolder) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    held = HeldFolder(folder)
+    held = CachedFolder(folder)
     with held.directory(b"site", create=True) as site:
         for number in range(40):
             with held.directory(b"site-%d" % number, create=True) as one:
@@ -346,7 +346,7 @@ def test_a_checksum_file_of_what_is_to_come_stays(
     (root / "sent").mkdir()
     archive = an_archive(b"r1.cfg", admitted_at=datetime.now(UTC) - timedelta(hours=1))
     (root / "r1.cfg.sha256").write_text("of tomorrow's")
-    move_companions(folder, archive, moved_to)
+    move_checksum_files(folder, archive, moved_to)
     assert (root / "r1.cfg.sha256").read_text() == "of tomorrow's"
     assert list((root / "sent").iterdir()) == []
 
@@ -356,7 +356,7 @@ def test_a_checksum_file_takes_no_archive_s_place(folder: DropFolder, root: Path
     (root / "sent" / "r1.cfg.sha256").write_text("an archive, of when there were no checksum files")
     (root / "sent" / "r1.cfg.sha256.receipt.json").write_text("its receipt")
     (root / "r1.cfg.sha256").write_text("of this one")
-    move_companions(folder, archive := admitted_now(b"r1.cfg"), b"sent/r1.cfg")
+    move_checksum_files(folder, archive := admitted_now(b"r1.cfg"), b"sent/r1.cfg")
     name = f"r1.cfg.sha256.{archive.admitted_at:%Y%m%dT%H%M%SZ}"
     assert (root / "sent" / name).read_text() == "of this one"
     assert (root / "sent" / "r1.cfg.sha256").read_text().startswith("an archive")
@@ -368,9 +368,9 @@ def test_a_checksum_file_goes_with_its_archive_and_in_place_of_an_old_one(
     (root / "sent").mkdir()
     (root / "sent" / "r1.cfg.sha256").write_text("of one that was removed")
     (root / "r1.cfg.sha256").write_text("of this one")
-    move_companions(folder, admitted_now(b"r1.cfg"), b"sent/r1.cfg")
+    move_checksum_files(folder, admitted_now(b"r1.cfg"), b"sent/r1.cfg")
     assert (root / "sent" / "r1.cfg.sha256").read_text() == "of this one"
     assert not (root / "r1.cfg.sha256").exists()
     (root / "sent" / "r1.cfg.md5").symlink_to("/etc/passwd")
-    remove_companions(folder, b"sent/r1.cfg")
+    remove_checksum_files(folder, b"sent/r1.cfg")
     assert [path.name for path in (root / "sent").iterdir()] == ["r1.cfg.md5"]

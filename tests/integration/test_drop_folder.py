@@ -19,13 +19,10 @@ import pytest
 
 from backupd.core.model import Fingerprint, fingerprint_of
 from backupd.core.names import free_names
-from backupd.drop import move as moving
-from backupd.drop.folder import Descent, DropFolder
-from backupd.drop.mounts import filesystem_of, is_remote
-from backupd.drop.move import FileChangedError, find_moved, move
-from backupd.drop.record import write_record
-from backupd.drop.walk import walk
-from backupd.drop.writer import is_being_written
+from backupd.dropfolder import move as moving
+from backupd.dropfolder.filesystem import filesystem_of, is_being_written, is_remote
+from backupd.dropfolder.folder import DirectoryCache, DropFolder, walk
+from backupd.dropfolder.move import FileChangedError, find_moved, move, write_receipt_file
 from tests.factories import NOW
 from tests.privileges import a_folder_of_nobody, needs_root, without_rights
 from tests.stage import Stage
@@ -89,7 +86,7 @@ def test_nothing_is_opened_through_a_linked_directory(folder: DropFolder, root: 
         with pytest.raises(NotADirectoryError):
             action(b"site/secret.cfg")
     with pytest.raises(NotADirectoryError):
-        write_record(folder, b"site", [b"new.cfg"], b"x")
+        write_receipt_file(folder, b"site", [b"new.cfg"], b"x")
     assert sorted(path.name for path in (root.parent / "outside").iterdir()) == ["secret.cfg"]
 
 
@@ -157,7 +154,7 @@ def test_a_path_with_dots_is_refused(folder: DropFolder, root: Path, relpath: by
     with refused(errno.EINVAL):
         folder.open(relpath)
     with refused(errno.EINVAL, errno.EEXIST):
-        write_record(folder, *split(relpath), b"x")
+        write_receipt_file(folder, *split(relpath), b"x")
     with refused(errno.EINVAL, errno.EISDIR):
         folder.unlink(relpath)
     assert open_descriptors() == before
@@ -172,10 +169,10 @@ def test_a_directory_below_a_missing_one_is_made_only_where_asked_for(folder: Dr
 
 
 def test_a_file_is_written_once_and_whole(folder: DropFolder, root: Path) -> None:
-    write_record(folder, b"sent", [b"r1.cfg.receipt.json"], b"{}" * 100_000)
+    write_receipt_file(folder, b"sent", [b"r1.cfg.receipt.json"], b"{}" * 100_000)
     assert (root / "sent/r1.cfg.receipt.json").read_bytes() == b"{}" * 100_000
     with pytest.raises(FileExistsError):
-        write_record(folder, b"sent", [b"r1.cfg.receipt.json"], b"other")
+        write_receipt_file(folder, b"sent", [b"r1.cfg.receipt.json"], b"other")
     folder.sync(b"sent")
     folder.unlink(b"sent/r1.cfg.receipt.json")
     assert list((root / "sent").iterdir()) == []
@@ -190,7 +187,7 @@ def test_a_file_that_could_not_be_written_whole_is_not_left_behind(tmp_path: Pat
     try:
         folder = DropFolder(str(disk))
         with pytest.raises(OSError, match="No space left"):
-            write_record(folder, b"sent", [b"r1.receipt.json"], bytes(1_000_000))
+            write_receipt_file(folder, b"sent", [b"r1.receipt.json"], bytes(1_000_000))
         assert list((disk / "sent").iterdir()) == []
         folder.close()
     finally:
@@ -284,7 +281,7 @@ def test_two_that_list_the_folder_at_once_see_all_of_it(folder: DropFolder, root
 
 
 def test_a_path_has_an_end(folder: DropFolder, root: Path) -> None:
-    with closing(Descent(folder)) as descent:
+    with closing(DirectoryCache(folder)) as descent:
         relpath = b""
         while len(relpath) < 4096:
             os.mkdir(b"d" * 200, dir_fd=descent.directory(relpath))
@@ -316,7 +313,7 @@ def test_depth_costs_a_walk_no_more_than_its_length(root: Path) -> None:
 def test_a_descent_leads_nowhere_else(folder: DropFolder, root: Path, before: bytes) -> None:
     put(root / "a/c/r1")
     put(root.parent / "outside" / "r2")
-    with closing(Descent(folder)) as descent:
+    with closing(DirectoryCache(folder)) as descent:
         descent.directory(before)
         (root / "a/b").symlink_to(root.parent / "outside")
         for relpath in (b"a/b", b"a/..", before + b"/..", before + b"/."):
@@ -668,7 +665,7 @@ def test_what_can_have_no_lease_has_no_writer() -> None:
 
 LOOK = """
 import os, signal, sys
-from backupd.drop.writer import is_being_written
+from backupd.dropfolder.filesystem import is_being_written
 signal.signal(signal.SIGIO, signal.SIG_IGN)
 fd = os.open(sys.argv[1], os.O_RDONLY)
 print("looking", flush=True)
@@ -721,7 +718,7 @@ def test_a_wrong_file_is_put_back_even_where_a_third_one_took_its_name(
         if len(calls) == 1:  # before it is put back
             path.write_bytes(b"third")
 
-    monkeypatch.setattr("backupd.drop.move.rename_no_replace", beaten_to_it)
+    monkeypatch.setattr("backupd.dropfolder.move.rename_no_replace", beaten_to_it)
     with pytest.raises(FileChangedError):
         move(folder, b"r1.cfg", expected, b"sent", iter([b"r1.cfg"]), b".taken")
 

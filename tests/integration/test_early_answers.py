@@ -18,8 +18,8 @@ import pytest
 
 from backupd.core.model import Deferred, Delivered, Outcome, Rejected
 from backupd.core.policy import Reason
-from backupd.upload.backend import WireBackend
-from backupd.upload.body import CHUNK
+from backupd.upload.http.body import CHUNK
+from backupd.upload.http.transport import StreamBackend
 from tests.pki import Pki
 from tests.scripted import (
     Peer,
@@ -145,7 +145,7 @@ UNPROVEN: dict[str, Any] = {"body": "raw", "receipt": {"digest": "none"}}
 
 
 def wait_for_an_answer_before_any_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    connect = WireBackend.connect_tcp
+    connect = StreamBackend.connect_tcp
 
     def answered_at_once(*args: Any, **keys: Any) -> httpcore.NetworkStream:
         stream = connect(*args, **keys)
@@ -154,7 +154,7 @@ def wait_for_an_answer_before_any_request(monkeypatch: pytest.MonkeyPatch) -> No
         assert poller.poll(PATIENCE * 1000)
         return stream
 
-    monkeypatch.setattr(WireBackend, "connect_tcp", answered_at_once)
+    monkeypatch.setattr(StreamBackend, "connect_tcp", answered_at_once)
 
 
 def test_a_success_before_the_first_byte_is_no_delivery_of_what_ends_like_a_head(

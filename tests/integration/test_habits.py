@@ -12,21 +12,19 @@ from typing import Any, Protocol, TypeVar
 import pytest
 
 from backupd.config.models import DropConfig
+from backupd.core.devices import DeviceExpectation
 from backupd.core.errors import LedgerError
-from backupd.core.freshness import Expectation
 from backupd.core.model import Archive
-from backupd.delivery.pruning import Pruning
-from backupd.intake.freshness import Freshness
-from backupd.ledger import database
-from backupd.ledger.database import FILE_NAME, open_for_reading, open_ledger
-from backupd.ledger.habits import ClockNote, UnusualSize
-from backupd.ledger.history import History
-from backupd.ledger.port import Disposed, Sighting
-from backupd.ledger.records import DeviceRecord
-from backupd.ledger.sqlite import SqliteLedger
-from backupd.ops.events import Event
-from backupd.ops.lines import LineWriter
-from backupd.ops.log import EventLog
+from backupd.daemon.housekeeping import HistoryPruning
+from backupd.intake.device_tracker import DeviceTracker
+from backupd.ledger.port import ClockReading, DispositionResult, FileCandidate, UnusualArchive
+from backupd.ledger.sqlite import connection
+from backupd.ledger.sqlite.connection import FILE_NAME, open_for_reading, open_ledger
+from backupd.ledger.sqlite.deliveries import SqliteLedger
+from backupd.ledger.sqlite.queries import DeviceRecord, LedgerQueries
+from backupd.telemetry.events import Event
+from backupd.telemetry.journal import LineWriter
+from backupd.telemetry.log import EventLog
 from tests.factories import NOW, SECOND, a_fingerprint, a_sighting, deferred, delivered, finished
 
 HOUR = timedelta(hours=1)
@@ -91,7 +89,7 @@ class Scene:
     def start(self, now: Any = NOW) -> None:
         """Begin as a new daemon does."""
         self.ledger = self._close(FailingLedger(open_ledger(self.state).connection))
-        self.freshness = Freshness(self.ledger, self.said)
+        self.freshness = DeviceTracker(self.ledger, self.said)
         self.freshness.begin(self.config, now)
 
     def kill(self, now: Any = NOW) -> None:
@@ -99,15 +97,15 @@ class Scene:
         self.start(now)
 
     def arrive(self, name: bytes, *, at: Any = NOW, size: int = 100) -> bool:
-        sighting = Sighting("switches", name, a_fingerprint(size=size))
+        sighting = FileCandidate("switches", name, a_fingerprint(size=size))
         return self.ledger.admit(self.freshness.labelled([sighting], at), ["vault"], at).unusual
 
     def tick(self, now: Any) -> list[tuple[str, dict[str, Any]]]:
         self.freshness.tick(now)
         return self.said.take()
 
-    def history(self) -> History:
-        return History(self._close(open_for_reading(self.state)))
+    def history(self) -> LedgerQueries:
+        return LedgerQueries(self._close(open_for_reading(self.state)))
 
 
 BY_DEVICE = {"label_pattern": "(?P<device>[^/]+)/.*", "expect": {"every": "1h", "by": "{device}"}}
@@ -194,7 +192,7 @@ def test_an_admission_that_is_undone_leaves_no_trace_of_its_device(
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr("backupd.ledger.sqlite.note_arrival", broken)
+        patched.setattr("backupd.ledger.sqlite.deliveries.record_arrival", broken)
         with pytest.raises(LedgerError):
             scene.arrive(b"sw1/odd.cfg", size=9000, at=NOW + HOUR)
     assert scene.ledger.unusual() == []
@@ -250,17 +248,17 @@ def version_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Ar
     (old,) = ledger.admit([a_sighting(b"old.cfg")], ["vault"], NOW).admitted
     (delivery,) = ledger.claim("vault", NOW)
     ledger.record([finished(delivery, deferred(), delivered())], NOW)
-    ledger.disposed([Disposed(old.id, b"sent/old.cfg")], [], NOW)
+    ledger.disposed([DispositionResult(old.id, b"sent/old.cfg")], [], NOW)
     ledger.admit([a_sighting(b"new.cfg")], ["vault"], NOW)
     ledger.close()
     with monkeypatch.context() as earlier:
-        earlier.setattr(database, "_SCRIPTS", database._SCRIPTS[:1])
-        connection = open_ledger(tmp_path).connection
-    connection.execute("ATTACH ? AS today", (str(today / database.FILE_NAME),))
+        earlier.setattr(connection, "_SCRIPTS", connection._SCRIPTS[:1])
+        db = open_ledger(tmp_path).connection
+    db.execute("ATTACH ? AS today", (str(today / connection.FILE_NAME),))
     for table in ("archive", "delivery", "attempt"):  # in what columns it had then
-        names = ", ".join(row[1] for row in connection.execute(f"PRAGMA main.table_info({table})"))
-        connection.execute(f"INSERT INTO main.{table} ({names}) SELECT {names} FROM today.{table}")
-    connection.close()
+        names = ", ".join(row[1] for row in db.execute(f"PRAGMA main.table_info({table})"))
+        db.execute(f"INSERT INTO main.{table} ({names}) SELECT {names} FROM today.{table}")
+    db.close()
     return tmp_path, old
 
 
@@ -268,12 +266,14 @@ def test_a_ledger_of_the_version_before_is_taken_over(
     version_1: tuple[Path, Archive], closed_after: Close
 ) -> None:
     state, _ = version_1
-    history = History(closed_after(open_for_reading(state)))  # of a command that is newer than the daemon
+    history = LedgerQueries(
+        closed_after(open_for_reading(state))
+    )  # of a command that is newer than the daemon
     assert (history.devices(NOW), history.forget("sw1", None, NOW)) == ([], [])
     ledger = closed_after(SqliteLedger(open_ledger(state).connection))
-    assert ledger.clock() == ClockNote(NOW, [])
+    assert ledger.clock() == ClockReading(NOW, [])
     assert ledger.backlog()["vault"].pending == 1
-    ledger.expect({"switches": Expectation(HOUR)}, NOW)
+    ledger.expect({"switches": DeviceExpectation(HOUR)}, NOW)
     assert len(ledger.doubtful(NOW + 2 * HOUR)) == 1
     assert ledger.prune(lambda: NOW + DAY, 9) == 1
     assert ledger.backlog()["vault"].pending == 1
@@ -292,9 +292,9 @@ def test_deliveries_and_attempts_go_with_their_archive(
         ]
 
     assert counts() == [2, 2, 2]
-    Pruning(ledger).tick(lambda: NOW)
+    HistoryPruning(ledger).tick(lambda: NOW)
     assert counts() == [2, 2, 2]
-    Pruning(ledger).tick(lambda: NOW + SECOND)
+    HistoryPruning(ledger).tick(lambda: NOW + SECOND)
     assert counts() == [1, 1, 0]
 
 
@@ -308,8 +308,8 @@ def test_a_long_history_goes_in_many_small_transactions(tmp_path: Path, closed_a
     ledger = closed_after(Counting(open_ledger(tmp_path).connection))
     admitted = ledger.admit([a_sighting(b"%d" % n) for n in range(1000)], ["vault"], NOW).admitted
     ledger.record([finished(d, delivered()) for _ in admitted for d in ledger.claim("vault", NOW)], NOW)
-    ledger.disposed([Disposed(archive.id, b"sent/x") for archive in admitted], [], NOW)
-    pruning = Pruning(ledger)
+    ledger.disposed([DispositionResult(archive.id, b"sent/x") for archive in admitted], [], NOW)
+    pruning = HistoryPruning(ledger)
     for _ in range(1000):  # how many of them a tick gets done depends on the machine
         pruning.tick(lambda: NOW + DAY)
         if sizes[-1] < 200:
@@ -358,4 +358,4 @@ def test_a_size_is_told_with_what_the_ledger_holds(tmp_path: Path, closed_after:
         scene.arrive(b"%d.cfg" % size, size=size)
     assert scene.arrive(b"odd.cfg", size=99)
     (one,) = scene.ledger.unusual()
-    assert one == UnusualSize(one.archive_id, "switches", b"odd.cfg", "", 99, 20)
+    assert one == UnusualArchive(one.archive_id, "switches", b"odd.cfg", "", 99, 20)

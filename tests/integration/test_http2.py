@@ -20,9 +20,9 @@ from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, RstStr
 
 from backupd.core.model import Deferred, Delivered, Outcome, Rejected, Superseded
 from backupd.core.policy import Reason
-from backupd.upload import line
-from backupd.upload.line import Line
-from backupd.upload.tls_socket import TlsSocket
+from backupd.upload.http import limits
+from backupd.upload.http.limits import AttemptLimits
+from backupd.upload.http.stream import TlsSocket
 from tests.pki import Pki
 from tests.scripted import EndedError, Peer, Request, ScriptedServer, receipt_for, server_context, take_all
 from tests.stage import PATIENCE, Stage, until
@@ -508,7 +508,7 @@ def test_the_least_rate_is_that_of_the_archive_alone(
                 while select.select([talk.peer.socket], [], [], 0)[0]:
                     talk.peer._piece()
 
-    monkeypatch.setattr(line, "RATE_WINDOW", 1.0)
+    monkeypatch.setattr(limits, "RATE_WINDOW", 1.0)
     with (
         ThreadPoolExecutor(1) as pool,
         ScriptedServer(Grudging(), http2_context(pki)) as server,
@@ -601,9 +601,9 @@ def test_frames_that_wait_to_be_read_cost_no_time_while_the_other_side_takes_not
             server.stopping.wait(PATIENCE)
 
     turns: list[None] = []
-    check, send = Line._check, TlsSocket.send
+    check, send = AttemptLimits._check, TlsSocket.send
 
-    def counted_check(self: Line, now: float) -> None:
+    def counted_check(self: AttemptLimits, now: float) -> None:
         turns.append(None)
         check(self, now)
 
@@ -611,7 +611,7 @@ def test_frames_that_wait_to_be_read_cost_no_time_while_the_other_side_takes_not
         turns.append(None)
         return send(self, view)
 
-    monkeypatch.setattr(Line, "_check", counted_check)
+    monkeypatch.setattr(AttemptLimits, "_check", counted_check)
     monkeypatch.setattr(TlsSocket, "send", counted_send)
     with (
         ScriptedServer(Stuck(), http2_context(pki)) as server,

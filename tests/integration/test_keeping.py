@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from backupd.core.keeping import MinFree, Order
-from backupd.core.names import LARGEST_RECORD, RECORDS
-from backupd.delivery.keeping import Keeper
-from backupd.ledger.database import FILE_NAME
-from backupd.ledger.port import Disposed, Settled
-from backupd.ledger.sqlite_shelf import SqliteShelf, open_shelf
+from backupd.core.names import MAX_RECEIPT_FILE_BYTES, RECEIPT_FILE_KINDS
+from backupd.core.retention_policy import MinFree, RetentionPolicy
+from backupd.delivery.retention import Retention
+from backupd.ledger.port import CompletedArchive, DispositionResult
+from backupd.ledger.sqlite.connection import FILE_NAME
+from backupd.ledger.sqlite.sent_rows import SqliteSentIndex, open_sent_index
 from tests.factories import NOW, a_fingerprint, a_sighting, delivered, finished
 from tests.privileges import needs_root
 from tests.site import Site
@@ -77,7 +77,7 @@ def test_records_that_others_planted_cost_little_when_it_goes(
     assert site.removals() == {"old.cfg": "expired"}
     assert not old.with_name("old.cfg.receipt-3.json").exists()
     assert len(read) == 3
-    assert max(read) <= LARGEST_RECORD
+    assert max(read) <= MAX_RECEIPT_FILE_BYTES
 
     again = site.send("new.cfg", NOW - 91 * DAY)
     for number in range(2, 150):
@@ -86,7 +86,7 @@ def test_records_that_others_planted_cost_little_when_it_goes(
     read.clear()
     site.keep(keep_for=90 * DAY)
     assert not again.exists()
-    assert len(read) == RECORDS
+    assert len(read) == RECEIPT_FILE_KINDS
 
 
 @pytest.mark.parametrize("checksums", [False, True])
@@ -101,8 +101,12 @@ def test_a_checksum_file_goes_with_its_archive_only_where_it_came_with_it(
     assert site.sent() == ([] if checksums else ["old.cfg.sha256"])
 
 
-@pytest.mark.parametrize("order", [Order(keep_for=90 * DAY), Order(min_free=MinFree(1 << 60))])
-def test_what_lies_on_a_filesystem_that_is_away_is_not_taken_for_gone(site: Site, order: Order) -> None:
+@pytest.mark.parametrize(
+    "order", [RetentionPolicy(keep_for=90 * DAY), RetentionPolicy(min_free=MinFree(1 << 60))]
+)
+def test_what_lies_on_a_filesystem_that_is_away_is_not_taken_for_gone(
+    site: Site, order: RetentionPolicy
+) -> None:
     old = site.send("old.cfg", NOW - 91 * DAY)
     away = site.root.with_name("away")
     site.root.rename(away)
@@ -119,7 +123,7 @@ def test_what_lies_on_a_filesystem_that_is_away_is_not_taken_for_gone(site: Site
 
 def test_nothing_is_touched_or_opened_without_an_order(site: Site) -> None:
     site.send("old.cfg", NOW - 1000 * DAY)
-    site.keeper = Keeper(lambda: pytest.fail("opened"), site._stocks, site._log)
+    site.keeper = Retention(lambda: pytest.fail("opened"), site._stocks, site._log)
     site.keep()
     assert site.sent() == ["old.cfg"]
 
@@ -228,7 +232,7 @@ def test_without_the_sent_folder_nothing_is_taken_for_gone(site: Site) -> None:
 @pytest.mark.parametrize("how_far", ["noted", "renamed", "removed"])
 def test_a_removal_that_a_crash_cut_short_is_finished(site: Site, how_far: str) -> None:
     path = site.send("old.cfg", NOW - 91 * DAY)
-    shelf = open_shelf(site.state)
+    shelf = open_sent_index(site.state)
     [kept] = shelf.oldest("switches", None, NOW, 10)
     shelf.condemn([kept.archive.id])
     shelf.close()
@@ -271,7 +275,7 @@ def test_what_cannot_be_removed_is_said_once_and_tried_again(site: Site) -> None
     assert site.sent() == []
 
 
-def many_delivered(site: Site, count: int) -> list[Settled]:
+def many_delivered(site: Site, count: int) -> list[CompletedArchive]:
     """Have the ledger know of deliveries, without files."""
     names = [b"h-%d-%d" % (count, n) for n in range(count)]
     site.ledger.admit([a_sighting(n, fingerprint=a_fingerprint()) for n in names], ["vault"], NOW)
@@ -283,7 +287,7 @@ def steps_of(site: Site, now: datetime, **order: Any) -> int:
     """Keep to an order, and return how many steps SQLite took for that."""
     connection = sqlite3.connect(site.state / FILE_NAME, isolation_level=None)
     site._closing.callback(connection.close)
-    site.keeper._opened = SqliteShelf(connection)
+    site.keeper._opened = SqliteSentIndex(connection)
     steps = 0
 
     def tick() -> None:
@@ -299,7 +303,7 @@ def test_the_cost_of_a_look_does_not_grow_with_the_history(site: Site) -> None:
     steps: list[int] = []
     for count in (100, 3000):
         settled = many_delivered(site, count)
-        done = [Disposed(s.archive.id, b"sent/x/" + s.archive.relpath) for s in settled]
+        done = [DispositionResult(s.archive.id, b"sent/x/" + s.archive.relpath) for s in settled]
         site.ledger.disposed(done, [], NOW)
         (site.root / "sent").mkdir(exist_ok=True)
         site.keep(NOW + DAY, keep_for=90 * DAY, keep_last=5)
@@ -314,7 +318,7 @@ def test_the_cost_of_what_is_removed_is_that_of_each(site: Site, step: int) -> N
         settled = many_delivered(site, count)
         for minute, one in enumerate(settled[::step]):
             to = b"sent/%d/%s" % (count, one.archive.relpath)
-            site.ledger.disposed([Disposed(one.archive.id, to)], [], NOW + timedelta(minutes=minute))
+            site.ledger.disposed([DispositionResult(one.archive.id, to)], [], NOW + timedelta(minutes=minute))
         (site.root / "sent").mkdir(exist_ok=True)
         steps.append(steps_of(site, NOW + 2 * DAY, keep_last=5))
     assert steps[1] < 2 * 15 * steps[0]

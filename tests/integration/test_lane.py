@@ -12,20 +12,19 @@ from pathlib import Path
 
 import pytest
 
+from backupd.core.backoff import Backoff
 from backupd.core.errors import LedgerError
 from backupd.core.model import Deferred, Digest, Outcome
 from backupd.core.policy import Reason
-from backupd.core.retry import Backoff
-from backupd.core.step import Patience, Priority
-from backupd.delivery.gate import SharedGate
-from backupd.delivery.wakeup import Wakeup
-from backupd.delivery.worker import Lane, Source, Worker
-from backupd.drop.folder import DropFolder
-from backupd.ledger.database import open_ledger
-from backupd.ledger.sqlite import SqliteLedger
-from backupd.ops.lines import LineWriter
-from backupd.ops.log import EventLog
-from backupd.upload.port import Cargo, Uploader
+from backupd.core.transition import Priority, RetryPolicy
+from backupd.delivery.circuit_breaker import CircuitBreaker, Notifier
+from backupd.delivery.worker import DestinationQueue, DropSource, Worker
+from backupd.dropfolder.folder import DropFolder
+from backupd.ledger.sqlite.connection import open_ledger
+from backupd.ledger.sqlite.deliveries import SqliteLedger
+from backupd.telemetry.journal import LineWriter
+from backupd.telemetry.log import EventLog
+from backupd.upload.base import Uploader, UploadJob
 from tests.factories import NOW, a_digest, a_sighting, deferred
 from tests.stage import PATIENCE
 
@@ -44,7 +43,7 @@ class Failing(SqliteLedger):
 class StoppedRightAfterALook(threading.Event):
     """A stop event that somebody sets, and rings for, in the moment after it was looked at."""
 
-    def __init__(self, wakeup: Wakeup) -> None:
+    def __init__(self, wakeup: Notifier) -> None:
         super().__init__()
         self._wakeup = wakeup
 
@@ -55,19 +54,21 @@ class StoppedRightAfterALook(threading.Event):
         return was_set
 
 
-def a_lane(ledger: SqliteLedger, log: EventLog) -> Lane:
-    wakeup, backoff = Wakeup(), Backoff(timedelta(hours=1), timedelta(hours=1))
-    gate = SharedGate("vault", backoff, log, wakeup, ledger)
-    return Lane("vault", ledger, gate, Patience(backoff, None), Priority.OLDEST, wakeup, {}, log)
+def a_lane(ledger: SqliteLedger, log: EventLog) -> DestinationQueue:
+    wakeup, backoff = Notifier(), Backoff(timedelta(hours=1), timedelta(hours=1))
+    gate = CircuitBreaker("vault", backoff, log, wakeup, ledger)
+    return DestinationQueue(
+        "vault", ledger, gate, RetryPolicy(backoff, None), Priority.OLDEST, wakeup, {}, log
+    )
 
 
 class NoUploader(Uploader):
     """For workers that come to no upload."""
 
-    def upload(self, cargo: Cargo) -> Outcome:
+    def upload(self, cargo: UploadJob) -> Outcome:
         raise AssertionError(cargo)
 
-    def ask(self, cargo: Cargo, digest: Digest) -> Outcome | None:
+    def ask(self, cargo: UploadJob, digest: Digest) -> Outcome | None:
         raise AssertionError(cargo)
 
     def close(self) -> None:
@@ -91,7 +92,7 @@ def test_no_stop_is_missed_while_the_gate_is_shut_for_long(tmp_path: Path) -> No
 class Unlucky(NoUploader):
     """Meets a bug."""
 
-    def upload(self, cargo: Cargo) -> Outcome:
+    def upload(self, cargo: UploadJob) -> Outcome:
         raise RuntimeError("a bug")
 
 
@@ -112,7 +113,7 @@ def test_what_may_be_there_is_remembered_whatever_fails_next(tmp_path: Path, kin
     folder = kind(str(tmp_path))
     with open(os.devnull, "wb") as null:
         lane = a_lane(ledger, EventLog(LineWriter(null.fileno())))
-        lane.sources = {"switches": Source(folder)}
+        lane.sources = {"switches": DropSource(folder)}
         worker = Worker(lane, Unlucky(), lambda finished: None)
         attempts = worker.attempt(replace(delivery, unknown=a_digest()), threading.Event())
     outcome = attempts[-1].outcome

@@ -17,14 +17,20 @@ from typing import Any
 
 import pytest
 
+from backupd.core.circuit import Circuit
+from backupd.core.devices import Device
 from backupd.core.errors import LedgerDamagedError, LedgerError, LedgerUnreadableError
-from backupd.core.freshness import Device
-from backupd.core.gate import Gate
-from backupd.ledger.database import FILE_NAME, LOCK_NAME, StateLock, daemon_pid, open_for_reading, open_ledger
-from backupd.ledger.habits import ClockNote
-from backupd.ledger.port import Disposed
-from backupd.ledger.sqlite import SqliteLedger
-from backupd.ledger.sqlite_shelf import SqliteShelf, open_shelf
+from backupd.ledger.port import ClockReading, DispositionResult
+from backupd.ledger.sqlite.connection import (
+    FILE_NAME,
+    LOCK_NAME,
+    StateLock,
+    daemon_pid,
+    open_for_reading,
+    open_ledger,
+)
+from backupd.ledger.sqlite.deliveries import SqliteLedger
+from backupd.ledger.sqlite.sent_rows import SqliteSentIndex, open_sent_index
 from tests.factories import NOW, a_sighting, deferred, delivered, finished
 from tests.privileges import a_folder_of_nobody, needs_root, without_rights
 
@@ -49,7 +55,7 @@ def set_aside(state: Path) -> list[Path]:
 HOLD = """
 import sys
 from pathlib import Path
-from backupd.ledger.database import StateLock
+from backupd.ledger.sqlite.connection import StateLock
 lock = StateLock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
@@ -254,14 +260,14 @@ def costs_of_a_day(ledger: SqliteLedger) -> dict[str, int]:
     (settled,) = cost(ledger.record, [finished(delivery, delivered())], NOW)
     cost(ledger.undisposed)
     cost(ledger.count_undisposed)
-    cost(ledger.disposed, [Disposed(settled.archive.id, b"sent/new.cfg")], [], NOW)
+    cost(ledger.disposed, [DispositionResult(settled.archive.id, b"sent/new.cfg")], [], NOW)
     cost(ledger.known, "switches")
     cost(ledger.quarantined)
-    cost(ledger.note_gate, "vault", Gate(), None)
+    cost(ledger.note_gate, "vault", Circuit(), None)
     cost(ledger.doubtful, NOW)
     cost(ledger.alarmed, [Device("switches", "sw1", NOW)], [])
     cost(ledger.told, cost(ledger.unusual))
-    cost(ledger.note_clock, ClockNote(NOW))
+    cost(ledger.note_clock, ClockReading(NOW))
     cost(ledger.clock)
     cost(ledger.prune, lambda: NOW - timedelta(days=1), 100)
     return costs
@@ -273,7 +279,7 @@ def test_no_cost_grows_with_the_history(tmp_path: Path) -> None:
     for count in (10, 2000):
         archives = ledger.admit([a_sighting(b"%d" % n) for n in range(count)], ["vault"], NOW).admitted
         ledger.record([finished(d, delivered()) for _ in archives for d in ledger.claim("vault", NOW)], NOW)
-        ledger.disposed([Disposed(archive.id, b"sent/x") for archive in archives], [], NOW)
+        ledger.disposed([DispositionResult(archive.id, b"sent/x") for archive in archives], [], NOW)
         costs.append(costs_of_a_day(ledger))
     ledger.close()
     few, many = costs
@@ -395,11 +401,11 @@ def test_what_was_put_away_at_no_time_is_damage_too(tmp_path: Path) -> None:
     ledger = SqliteLedger(open_ledger(tmp_path).connection)
     ledger.admit([a_sighting(b"r1")], ["vault"], NOW)
     [settled] = ledger.record([finished(ledger.claim("vault", NOW)[0], delivered())], NOW)
-    ledger.disposed([Disposed(settled.archive.id, b"sent/r1")], [], NOW)
+    ledger.disposed([DispositionResult(settled.archive.id, b"sent/r1")], [], NOW)
     ledger.close()
     with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as db:
         db.execute("UPDATE archive SET disposed_at = NULL")
-    shelf = open_shelf(tmp_path)
+    shelf = open_sent_index(tmp_path)
     with pytest.raises(LedgerUnreadableError):
         shelf.unsorted("switches", 9)
     shelf.close()
@@ -419,11 +425,11 @@ def test_what_can_not_be_written_is_no_damage(tmp_path: Path) -> None:
 def test_a_transaction_that_could_not_be_undone_keeps_no_other_from_its_work(tmp_path: Path) -> None:
     a_ledger_with(tmp_path, b"r1")
     opened = open_ledger(tmp_path)
-    ledger, shelf = SqliteLedger(opened.connection), open_shelf(tmp_path)
+    ledger, shelf = SqliteLedger(opened.connection), open_sent_index(tmp_path)
     opened.connection.execute("BEGIN IMMEDIATE")
     opened.connection.execute("DELETE FROM archive")
     assert len(ledger.claim("vault", NOW)) == 1
-    assert isinstance(shelf, SqliteShelf)
+    assert isinstance(shelf, SqliteSentIndex)
     shelf._db.execute("BEGIN IMMEDIATE")
     shelf.note_restored("switches", b"")
     assert shelf.is_restored("switches", b"")
@@ -542,9 +548,9 @@ def test_a_full_disk_at_the_start_is_said_and_leaves_no_empty_ledger(small_disk:
 WRITE = """
 import itertools, sys
 from pathlib import Path
-from backupd.ledger.database import open_ledger
-from backupd.ledger.port import Disposed
-from backupd.ledger.sqlite import SqliteLedger
+from backupd.ledger.sqlite.connection import open_ledger
+from backupd.ledger.port import DispositionResult
+from backupd.ledger.sqlite.deliveries import SqliteLedger
 from tests.factories import NOW, a_sighting, delivered, finished
 ledger = SqliteLedger(open_ledger(Path(sys.argv[1])).connection)
 for number in itertools.count():
@@ -553,7 +559,7 @@ for number in itertools.count():
     ended = [finished(one, delivered()) for one in ledger.claim("vault", NOW, most=2)]
     settled = ledger.record(ended, NOW)
     print(*(one.delivery.id for one in ended), flush=True)
-    ledger.disposed([Disposed(settled[0].archive.id, b"sent/x")], [], NOW)
+    ledger.disposed([DispositionResult(settled[0].archive.id, b"sent/x")], [], NOW)
 """
 
 

@@ -13,9 +13,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from backupd.config.destination import DestinationConfig
-from backupd.config.models import Config, DropConfig
-from backupd.config.preflight import Problem, mount_points, preflight
+from backupd.config.files import file_problems, mount_points
+from backupd.config.models import Config, DestinationConfig, DropConfig
+from backupd.config.problems import FileProblem
 
 NOW = datetime(2030, 6, 1, 12, tzinfo=UTC)
 NOBODY = 65534
@@ -63,8 +63,8 @@ def a_config(
     )
 
 
-def only(config: Config, now: datetime = NOW) -> Problem:
-    (problem,) = preflight(config, now)
+def only(config: Config, now: datetime = NOW) -> FileProblem:
+    (problem,) = file_problems(config, now)
     return problem
 
 
@@ -86,7 +86,7 @@ class TestFolders:
     def test_good_ones_raise_no_problem(self, place: Path) -> None:
         (place / "drop/sent").mkdir()
         (place / "state").mkdir()
-        assert preflight(a_config(place), NOW) == []
+        assert file_problems(a_config(place), NOW) == []
 
     def test_a_missing_drop_is_told_with_a_way_out(self, place: Path) -> None:
         config = a_config(place, DropConfig(path=place / "none"))
@@ -127,7 +127,7 @@ class TestFolders:
     def test_a_sent_folder_is_not_needed_where_nothing_is_moved_there(self, place: Path) -> None:
         (place / "drop/sent").touch()
         config = a_config(place, DropConfig(path=place / "drop", on_delivered="keep"))
-        assert preflight(config, NOW) == []
+        assert file_problems(config, NOW) == []
 
     def test_the_quarantine_is_always_needed(self, place: Path, as_a_plain_user: None) -> None:
         (place / "drop/a/b").mkdir(parents=True)
@@ -150,7 +150,7 @@ class TestFolders:
         sent.mkdir()
         table = place / "mountinfo"
         table.write_text(f"36 35 98:0 / {sent} rw - ext4 /dev/sda rw\n", encoding="utf-8")
-        monkeypatch.setattr("backupd.config.preflight._MOUNTS", table)
+        monkeypatch.setattr("backupd.config.files._MOUNTS", table)
         config = a_config(place)
         assert an_error(config) == f"drop.d.sent_dir: {sent} is on another filesystem than {place}/drop"
         assert "renaming" in only(config).hint
@@ -183,7 +183,7 @@ class TestFolders:
 
     def test_a_state_folder_is_made_where_it_can_be(self, place: Path, as_a_plain_user: None) -> None:
         config = a_config(place).model_copy(update={"state_dir": place / "a/b/c"})
-        assert preflight(config, NOW) == []
+        assert file_problems(config, NOW) == []
 
     def test_a_state_folder_that_can_not_be_made_is_told(self, place: Path, as_a_plain_user: None) -> None:
         (place / "closed").mkdir(mode=0o555)
@@ -286,7 +286,7 @@ def tls(place: Path) -> Tls:
 
 class TestCertificates:
     def test_a_good_pair_raises_no_problem(self, tls: Tls) -> None:
-        assert preflight(tls.config(ca=tls.cert_file), NOW) == []
+        assert file_problems(tls.config(ca=tls.cert_file), NOW) == []
 
     def test_a_pair_as_authorities_issue_it_raises_no_problem(self, tls: Tls) -> None:
         authority = trustme.CA()
@@ -297,7 +297,7 @@ class TestCertificates:
             cert=tls.write("issued.pem", chain),
             key=tls.write("issued.key", issued.private_key_pem.bytes()),
         )
-        assert preflight(config, datetime.now(UTC)) == []
+        assert file_problems(config, datetime.now(UTC)) == []
 
     def test_an_expired_one_is_fatal(self, tls: Tls) -> None:
         cert = tls.certificate("old", end=timedelta(hours=-1))
@@ -313,7 +313,7 @@ class TestCertificates:
         cert = tls.certificate("soon", end=timedelta(days=30))
         config = tls.config(cert=cert)
         assert "which expires on 2030-07-01, in 30 days" in a_warning(config)
-        assert preflight(config, NOW - timedelta(seconds=1)) == []
+        assert file_problems(config, NOW - timedelta(seconds=1)) == []
 
     def test_an_expired_one_further_up_the_chain_is_fatal(self, tls: Tls) -> None:
         old = tls.certificate_bytes("middle", end=timedelta(hours=-1))
@@ -324,7 +324,7 @@ class TestCertificates:
         cert = tls.certificate("server", purpose=ExtendedKeyUsageOID.SERVER_AUTH)
         assert "is not meant for clients" in a_warning(tls.config(cert=cert))
         cert = tls.certificate("client", purpose=ExtendedKeyUsageOID.CLIENT_AUTH)
-        assert preflight(tls.config(cert=cert), NOW) == []
+        assert file_problems(tls.config(cert=cert), NOW) == []
 
     def test_a_missing_one_is_told(self, tls: Tls) -> None:
         config = tls.config(cert=tls.folder / "none.pem")
@@ -382,7 +382,7 @@ class TestKeys:
     ) -> None:
         tls.key_file.chmod(0o440)
         monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tls.folder))
-        assert preflight(tls.config(), NOW) == []
+        assert file_problems(tls.config(), NOW) == []
 
     def test_a_file_without_a_key_is_told(self, tls: Tls) -> None:
         assert "does not exist" in an_error(tls.config(key=tls.folder / "none.key"))
@@ -394,7 +394,7 @@ class TestKeys:
     def test_a_key_with_a_password_is_unlocked(self, tls: Tls, form: serialization.PrivateFormat) -> None:
         key = tls.private_key("locked.key", password="pä ss".encode(), form=form)
         right, wrong = tls.write("right", "pä ss\n".encode()), tls.write("wrong", b"guess")
-        assert preflight(tls.config(key=key, password=right), NOW) == []
+        assert file_problems(tls.config(key=key, password=right), NOW) == []
         assert an_error(tls.config(key=key, password=wrong)) == (
             f"destination.v.key_password_file: {wrong} does not unlock {key}"
         )
@@ -428,7 +428,7 @@ def test_all_problems_are_told_at_once(tls: Tls) -> None:
     config = tls.config(ca=tls.folder / "ca.pem", cert=cert, key=key).model_copy(
         update={"drop": {"d": DropConfig(path=tls.folder / "none")}, "state_dir": tls.cert_file}
     )
-    assert [(problem.where, problem.fatal) for problem in preflight(config, NOW)] == [
+    assert [(problem.where, problem.fatal) for problem in file_problems(config, NOW)] == [
         ("state_dir", True),
         ("drop.d.path", True),
         ("destination.v.ca", True),

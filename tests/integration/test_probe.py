@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from backupd.core.policy import Reason
-from backupd.upload.probe import Probe, probe_all
+from backupd.upload.http.probe import ProbeResult, probe_all
 from tests.endpoints import CLIENT_ID, CLIENT_SECRET, Login, a_full_listener, refused
 from tests.pki import Pki, in_days
 from tests.scripted import Peer, Request, Script, ScriptedServer, answer, header_of, server_context
@@ -51,7 +51,7 @@ def checking(value: str, name: str = "authorization") -> Script:
     return script
 
 
-def probe(url: str, pki: Pki, **keys: Any) -> Probe:
+def probe(url: str, pki: Pki, **keys: Any) -> ProbeResult:
     (found,) = probe_all({"vault": a_destination(url, pki, **keys)})
     return found
 
@@ -298,7 +298,7 @@ def test_a_date_that_is_none_says_nothing_of_the_clock(pki: Pki, date: str) -> N
 
 
 def test_one_that_never_answers_ends_in_time(pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backupd.upload.probe._LONGEST_READ", 3600.0)
+    monkeypatch.setattr("backupd.upload.http.probe._LONGEST_READ", 3600.0)
 
     def silent(peer: Peer) -> None:
         peer.read_head()

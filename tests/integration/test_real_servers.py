@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from backupd.core.model import Deferred, Delivered, Rejected
 from backupd.core.policy import Reason
 from backupd.receiver.serve import RunningReceiver, ServerTls
-from backupd.upload.wire import spki_pin
+from backupd.upload.http.stream import spki_pin
 from tests.documents import block
 from tests.programs import require
 from tests.servers import documented

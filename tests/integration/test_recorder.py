@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from backupd.delivery.disposal import Disposal, Rule
+from backupd.delivery.disposition import Disposition, DispositionRule
 from backupd.delivery.recorder import Recorder
-from backupd.drop.folder import DropFolder
-from backupd.ledger.database import open_ledger
-from backupd.ledger.port import Disposed, Ledger
-from backupd.ledger.sqlite import SqliteLedger
-from backupd.ops.lines import LineWriter
-from backupd.ops.log import EventLog
+from backupd.dropfolder.folder import DropFolder
+from backupd.ledger.port import DispositionResult, Ledger
+from backupd.ledger.sqlite.connection import open_ledger
+from backupd.ledger.sqlite.deliveries import SqliteLedger
+from backupd.telemetry.journal import LineWriter
+from backupd.telemetry.log import EventLog
 from tests.factories import NOW, a_sighting, delivered, finished
 from tests.stage import PATIENCE
 
@@ -28,7 +28,7 @@ def test_a_full_queue_keeps_no_stop_waiting(tmp_path: Path) -> None:
     ledger.close()  # whatever it is asked to record now fails
     with (tmp_path / "log").open("wb") as stream:
         log = EventLog(LineWriter(stream.fileno()))
-        recorder = Recorder(ledger, Disposal({}, log), log, lambda _drop, _path: None)
+        recorder = Recorder(ledger, Disposition({}, log), log, lambda _drop, _path: None)
         abandon = threading.Event()
         running = threading.Thread(target=recorder.run, args=(abandon,), daemon=True)
         recorder.put(finished(delivery, delivered()))
@@ -53,7 +53,7 @@ class Stopping(SqliteLedger):
     commits: list[int]
     stop: Callable[[], None]
 
-    def disposed(self, done: Sequence[Disposed], still_due: Sequence[int], now: datetime) -> None:
+    def disposed(self, done: Sequence[DispositionResult], still_due: Sequence[int], now: datetime) -> None:
         super().disposed(done, still_due, now)
         self.commits.append(len(done))
         self.stop()
@@ -69,9 +69,9 @@ def test_a_stop_is_heard_between_the_pages_of_what_an_earlier_daemon_left(tmp_pa
     folder = DropFolder(str(tmp_path / "drop"))
     with open(os.devnull, "wb") as null:
         log = EventLog(LineWriter(null.fileno()))
-        rules = {"switches": Rule(folder, "keep", b"sent", b"rejected")}
+        rules = {"switches": DispositionRule(folder, "keep", b"sent", b"rejected")}
         for stops_at_once in (True, False):
-            recorder = Recorder(ledger, Disposal(rules, log), log, lambda _drop, _path: None)
+            recorder = Recorder(ledger, Disposition(rules, log), log, lambda _drop, _path: None)
             ledger.stop = recorder.finish if stops_at_once else _when_done(ledger, recorder)
             recorder.run(threading.Event())
             if stops_at_once:

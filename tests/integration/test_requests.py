@@ -15,21 +15,13 @@ from typing import Any
 
 import pytest
 
-from backupd.config.destination import DestinationConfig
-from backupd.core.model import (
-    Deferred,
-    Delivered,
-    Digest,
-    Outcome,
-    Rejected,
-    Superseded,
-    fingerprint_of,
-)
+from backupd.config.models import DestinationConfig
+from backupd.core.model import Deferred, Delivered, Digest, Outcome, Rejected, Superseded, fingerprint_of
 from backupd.core.policy import Reason
-from backupd.upload.http import HttpUploader
-from backupd.upload.line import Abort
-from backupd.upload.port import Cargo
-from backupd.upload.request import RequestMaker
+from backupd.upload.base import UploadJob
+from backupd.upload.http.limits import Abort
+from backupd.upload.http.request import RequestBuilder
+from backupd.upload.http.uploader import HttpUploader
 from tests.pki import Pki
 from tests.scripted import (
     Peer,
@@ -99,7 +91,7 @@ class Courier:
             variables = {"name": path.name} if self.variables is None else self.variables
             fingerprint = fingerprint_of(os.fstat(fd))
             self.before_upload()
-            cargo = Cargo(
+            cargo = UploadJob(
                 "the-delivery", os.fsencode(path.name), fd, fingerprint, variables, unknown=self.unknown
             )
             return self._uploader.upload(cargo)
@@ -217,16 +209,16 @@ def test_a_file_that_is_rewritten_between_its_two_reads_is_superseded(
     tmp_path: Path, pki: Pki, keys: dict[str, Any], undetected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = an_archive(tmp_path, CONTENT)
-    read_once = RequestMaker.digest_of
+    read_once = RequestBuilder.digest_of
 
-    def digest_then_rewrite(self: RequestMaker, cargo: Any) -> Any:
+    def digest_then_rewrite(self: RequestBuilder, cargo: Any) -> Any:
         digest = read_once(self, cargo)
         archive.write_bytes(CONTENT[::-1])
         if undetected:  # as on a filesystem whose times are coarse
             cargo.fingerprint = fingerprint_of(os.fstat(cargo.fd))
         return digest
 
-    monkeypatch.setattr(RequestMaker, "digest_of", digest_then_rewrite)
+    monkeypatch.setattr(RequestBuilder, "digest_of", digest_then_rewrite)
     outcome, requests = sent(
         tmp_path, pki, once(lambda request: receipt_for(request.archive)), archive, **keys
     )

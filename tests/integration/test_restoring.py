@@ -17,18 +17,18 @@ from typing import Any
 
 import pytest
 
-from backupd.core.keeping import MinFree
 from backupd.core.model import Archive, DeliveryState
+from backupd.core.retention_policy import MinFree
 from backupd.delivery import place
-from backupd.delivery.disposal import Rule
-from backupd.delivery.keeping import Keeper
-from backupd.delivery.restoring import Restorer
-from backupd.drop.folder import DropFolder
-from backupd.ledger.database import FILE_NAME, open_ledger
-from backupd.ledger.history import History
-from backupd.ledger.shelf import Kept
-from backupd.ledger.sqlite import SqliteLedger
-from backupd.ledger.sqlite_shelf import SqliteShelf, open_shelf
+from backupd.delivery.disposition import DispositionRule
+from backupd.delivery.restoring import HistoryRestorer
+from backupd.delivery.retention import Retention
+from backupd.dropfolder.folder import DropFolder
+from backupd.ledger.sent_index import SentArchive
+from backupd.ledger.sqlite.connection import FILE_NAME, open_ledger
+from backupd.ledger.sqlite.deliveries import SqliteLedger
+from backupd.ledger.sqlite.queries import LedgerQueries
+from backupd.ledger.sqlite.sent_rows import SqliteSentIndex, open_sent_index
 from tests.factories import NOW
 from tests.privileges import a_folder_of_nobody, without_rights
 from tests.site import Site
@@ -66,10 +66,10 @@ class Lost(Site):
     ) -> None:
         self.restorer(device_of).look(stop or threading.Event())
 
-    def restorer(self, device_of: Callable[[Archive], str | None] = lambda _: None) -> Restorer:
-        rules = {"switches": Rule(self.folder, "move", b"sent", b"rejected")}
-        return Restorer(
-            lambda: open_shelf(self.state),
+    def restorer(self, device_of: Callable[[Archive], str | None] = lambda _: None) -> HistoryRestorer:
+        rules = {"switches": DispositionRule(self.folder, "move", b"sent", b"rejected")}
+        return HistoryRestorer(
+            lambda: open_sent_index(self.state),
             rules,
             device_of,
             lambda: self.forgotten,
@@ -126,7 +126,7 @@ def test_what_was_put_away_is_known_again_as_it_was(site: Lost) -> None:
     ]
     assert site.ledger.quarantined() == 1
     with closing(sqlite3.connect(site.state / FILE_NAME)) as db:
-        audited = History(db).in_sent("switches", None, None, 100)
+        audited = LedgerQueries(db).in_sent("switches", None, None, 100)
     assert len(audited) == 5
 
 
@@ -155,15 +155,15 @@ def test_what_comes_back_while_old_archives_are_looked_for_is_none(
 ) -> None:
     """By the clock before the doubt it would be old."""
 
-    def comes_back(self: SqliteShelf, *arguments: Any) -> list[Kept]:
+    def comes_back(self: SqliteSentIndex, *arguments: Any) -> list[SentArchive]:
         site.restore()
         return find(self, *arguments)
 
     site.send("a.cfg", NOW)
     site.send("a.cfg", NOW)
     site.lose()
-    find = SqliteShelf.oldest
-    monkeypatch.setattr(SqliteShelf, "oldest", comes_back)
+    find = SqliteSentIndex.oldest
+    monkeypatch.setattr(SqliteSentIndex, "oldest", comes_back)
     site.keep(NOW + 400 * DAY, **order)
     assert len(site.doubted) == 1
     assert len(site.sent()) == 2
@@ -278,7 +278,9 @@ def test_no_room_is_made_before_the_old_ones_are_known(site: Lost) -> None:
     site.lose()
     site.send("new.cfg", NOW + 3 * DAY, b"x" * 4096)
     restorer = site.restorer()
-    site.keeper = Keeper(site._open_shelf, site._stocks, site._log, lambda: site.now, restorer.has_looked_at)
+    site.keeper = Retention(
+        site._open_shelf, site._stocks, site._log, lambda: site.now, restorer.has_looked_at
+    )
     free = os.statvfs(site.root)
     short = MinFree(free.f_bavail * free.f_frsize + 64 * 2**30)
     site.keep(NOW + 3 * DAY, min_free=short)
@@ -375,8 +377,8 @@ def test_empty_folders_are_walked_with_signs_of_life(site: Lost) -> None:
     for number in range(50):
         (site.root / "sent" / str(number)).mkdir(parents=True)
     beats = itertools.count()
-    sent = place.Place("switches", site.folder, b"sent", DeliveryState.DELIVERED, b"receipt")
-    assert sent.files(lambda: next(beats) >= 0, place.Problems()) == []
+    sent = place.StoredFolder("switches", site.folder, b"sent", DeliveryState.DELIVERED, b"receipt")
+    assert sent.files(lambda: next(beats) >= 0, place.ReadProblems()) == []
     assert next(beats) > 50
 
 
@@ -401,7 +403,7 @@ def test_its_device_is_known_again_by_what_arrived_whole(site: Lost) -> None:
     site.restore(lambda _: "r1")
     assert len(site.rows()) == 4
     with closing(sqlite3.connect(site.state / FILE_NAME)) as db:
-        [device] = History(db).devices(NOW)
+        [device] = LedgerQueries(db).devices(NOW)
     assert (device.device, device.last_at, device.archives) == ("r1", NOW + timedelta(minutes=3), 3)
 
 

@@ -25,10 +25,9 @@ from cryptography.hazmat.primitives.serialization import (
 
 from backupd.core.model import Deferred, Delivered, Outcome
 from backupd.core.policy import Reason
-from backupd.ledger.database import FILE_NAME
-from backupd.upload.endpoint import open_endpoint
-from backupd.upload.http import HttpUploader
-from backupd.upload.line import Abort
+from backupd.ledger.sqlite.connection import FILE_NAME
+from backupd.upload.http.limits import Abort
+from backupd.upload.http.uploader import HttpUploader, open_endpoint
 from tests.endpoints import CLIENT_ID, CLIENT_SECRET, SIGN_IN_AGAIN, Login, answered, guarded, refused
 from tests.pki import Pki
 from tests.scripted import Peer, Request, ScriptedServer, answer, receipt_for, server_context
@@ -283,7 +282,7 @@ class TestOAuth2:
     ) -> None:
         now = [0.0]
         clock = SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep)
-        for module in ("backupd.upload.oauth2", "tests.endpoints"):
+        for module in ("backupd.upload.http.auth", "tests.endpoints"):
             monkeypatch.setattr(f"{module}.time", clock)
         login = Login(life=100)
         with (
@@ -361,7 +360,7 @@ class TestOAuth2:
                 until(lambda: len(asking) == 8, "all of them to ask")
                 return super()._answer(request)
 
-        monkeypatch.setattr("backupd.upload.oauth2.threading", SimpleNamespace(Lock=Lock))
+        monkeypatch.setattr("backupd.upload.http.auth.threading", SimpleNamespace(Lock=Lock))
         login = Late()
         if not works:
             login.instead = refused("temporarily_unavailable", status=503)

@@ -19,10 +19,9 @@ import pytest
 import respx
 
 from backupd.core.model import Deferred, Delivered, Outcome, Rejected
-from backupd.core.policy import Reason, Then, rule_of
-from backupd.upload.endpoint import open_endpoint
-from backupd.upload.http import HttpUploader
-from backupd.upload.line import Abort
+from backupd.core.policy import Action, Reason, rule_of
+from backupd.upload.http.limits import Abort
+from backupd.upload.http.uploader import HttpUploader, open_endpoint
 from tests.uploading import Sender, a_destination, an_archive
 
 CONTENT = b"the archive's content"
@@ -86,7 +85,7 @@ def test_a_status_that_is_no_success_has_its_reason(tmp_path: Path, status: int,
 
 
 def test_only_what_the_archive_is_to_blame_for_is_rejected() -> None:
-    assert {reason for reason in STATUSES if rule_of(reason).then is Then.REJECT} == REJECTING
+    assert {reason for reason in STATUSES if rule_of(reason).then is Action.REJECT} == REJECTING
 
 
 @pytest.mark.parametrize("status", [200, 201, 202])

@@ -340,7 +340,8 @@ def test_nobody_is_asked_for_a_password_on_the_terminal(stage: Stage, what: str)
     command = [sys.executable, "-m", "backupd", what, "--config", str(config)]
     if what == "the uploader":
         program = (
-            "import pathlib, sys; from backupd.config.loading import load; from backupd.upload.tls import *\n"
+            "import pathlib, sys; from backupd.config.load import load\n"
+            "from backupd.upload.http.tls import *\n"
             "try: make_context(load(pathlib.Path(sys.argv[1])).destination['vault'])\n"
             "except TlsFilesError as error: sys.exit(error.message)"
         )

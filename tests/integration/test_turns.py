@@ -11,27 +11,26 @@ import pytest
 
 from backupd.config.models import DropConfig
 from backupd.core.model import fingerprint_of
-from backupd.drop.folder import DropFolder
-from backupd.intake.examination import Examination
-from backupd.intake.turns import Case, Turns
-from backupd.ledger.port import Sighting
-from backupd.ops.lines import LineWriter
-from backupd.ops.log import EventLog
+from backupd.dropfolder.folder import DropFolder
+from backupd.intake.examiner import Examiner, ExaminerJob, ExaminerQueue
+from backupd.ledger.port import FileCandidate
+from backupd.telemetry.journal import LineWriter
+from backupd.telemetry.log import EventLog
 from tests.factories import a_fingerprint
 
 LARGE = 10**12
 
 
-def a_case(name: bytes, size: int) -> Case:
-    return Case(Sighting("switches", name, replace(a_fingerprint(), size=size)), 0.0)
+def a_case(name: bytes, size: int) -> ExaminerJob:
+    return ExaminerJob(FileCandidate("switches", name, replace(a_fingerprint(), size=size)), 0.0)
 
 
-def begun(turns: Turns) -> list[bytes]:
+def begun(turns: ExaminerQueue) -> list[bytes]:
     return [case.sighting.relpath for case in turns.begin()]
 
 
 def test_large_ones_never_have_all_turns() -> None:
-    turns = Turns()
+    turns = ExaminerQueue()
     for number in range(9):
         turns.add(a_case(b"large-%d" % number, LARGE))
     assert begun(turns) == [b"large-0", b"large-1", b"large-2"]
@@ -41,7 +40,7 @@ def test_large_ones_never_have_all_turns() -> None:
 
 
 def test_small_ones_never_have_all_turns_either() -> None:
-    turns = Turns()
+    turns = ExaminerQueue()
     for number in range(9):
         turns.add(a_case(b"small-%d" % number, 1))
     turns.add(a_case(b"large", LARGE))
@@ -51,7 +50,7 @@ def test_small_ones_never_have_all_turns_either() -> None:
 
 
 def test_what_is_dropped_gets_no_turn() -> None:
-    turns = Turns()
+    turns = ExaminerQueue()
     waiting, active = a_case(b"waiting", 1), a_case(b"active", LARGE)
     turns.add(active)
     turns.begin()
@@ -62,23 +61,23 @@ def test_what_is_dropped_gets_no_turn() -> None:
 
 
 @pytest.fixture
-def examination(tmp_path: Path) -> Iterator[Examination]:
+def examination(tmp_path: Path) -> Iterator[Examiner]:
     folder = DropFolder(str(tmp_path))
     config = DropConfig(path=tmp_path, checksum_file="auto")
     with open(os.devnull, "wb") as null:
         log = EventLog(LineWriter(null.fileno()))
-        examination = Examination("switches", config, folder, log, lambda _path, _error: None)
+        examination = Examiner("switches", config, folder, log, lambda _path, _error: None)
         yield examination
         examination.close()
     folder.close()
 
 
-def take(examination: Examination, path: Path) -> None:
-    examination.take(Sighting("switches", os.fsencode(path.name), fingerprint_of(path.stat())))
+def take(examination: Examiner, path: Path) -> None:
+    examination.take(FileCandidate("switches", os.fsencode(path.name), fingerprint_of(path.stat())))
 
 
 def test_files_of_terabytes_with_checksums_keep_no_other_waiting(
-    tmp_path: Path, examination: Examination
+    tmp_path: Path, examination: Examiner
 ) -> None:
     for number in range(6):
         path = tmp_path / f"hole-{number}.cfg"
@@ -91,16 +90,16 @@ def test_files_of_terabytes_with_checksums_keep_no_other_waiting(
     honest = tmp_path / "honest.cfg"
     honest.write_bytes(b"abc")
     take(examination, honest)
-    done: list[Sighting] = []
+    done: list[FileCandidate] = []
     for _ in range(20):
         done += examination.work()
     assert [sighting.relpath for sighting in done] == [b"honest.cfg"]
 
 
 def test_a_digest_that_takes_too_long_is_given_up_and_that_is_waited_for(
-    tmp_path: Path, examination: Examination, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, examination: Examiner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backupd.intake.examination._LONGEST", 0.0)
+    monkeypatch.setattr("backupd.intake.examiner._LONGEST", 0.0)
     path = tmp_path / "r1.cfg"
     path.write_bytes(b"abc")
     path.with_name("r1.cfg.sha256").write_text("0" * 64)

@@ -21,13 +21,13 @@ from watchdog.observers.inotify_c import InotifyConstants, inotify_rm_watch
 
 from backupd.config.models import DropConfig
 from backupd.core.errors import LedgerError
-from backupd.drop.folder import DropFolder
+from backupd.dropfolder.folder import DropFolder
 from backupd.intake.intake import Intake
-from backupd.ledger.database import open_ledger
-from backupd.ledger.port import Admission, Disposed, Sighting
-from backupd.ledger.sqlite import SqliteLedger
-from backupd.ops.lines import LineWriter
-from backupd.ops.log import EventLog
+from backupd.ledger.port import Admission, DispositionResult, FileCandidate
+from backupd.ledger.sqlite.connection import open_ledger
+from backupd.ledger.sqlite.deliveries import SqliteLedger
+from backupd.telemetry.journal import LineWriter
+from backupd.telemetry.log import EventLog
 from tests.factories import NOW, delivered, finished
 from tests.privileges import a_folder_of_nobody, without_rights
 from tests.stage import PATIENCE, until
@@ -635,7 +635,7 @@ def test_files_that_no_event_told_of_are_found_and_that_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("backupd.intake.intake._SURELY_MISSED", -1.0)
-    monkeypatch.setattr("backupd.intake.sight._SILENT", HOUR)
+    monkeypatch.setattr("backupd.intake.watch_health._SILENT", HOUR)
     with watching(tmp_path) as scene:
         deaf = make_deaf(scene)
         tree = scene.base / "tree"
@@ -658,7 +658,7 @@ def test_a_quiet_folder_whose_watcher_is_deaf_is_told_from_one_that_is_only_quie
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr("backupd.intake.sight.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("backupd.intake.watch_health.time", SimpleNamespace(monotonic=lambda: now[0]))
     with watching(tmp_path) as scene:
         for _ in range(10):
             scene.wait_scan()
@@ -683,7 +683,7 @@ def test_a_folder_with_much_to_tell_is_not_taken_for_a_blind_watcher(
 ) -> None:
     """The sign of life may wait behind thousands of events, or be lost in an overflow: they are signs too."""
     now = [100.0]
-    monkeypatch.setattr("backupd.intake.sight.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("backupd.intake.watch_health.time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr("backupd.intake.watcher.Watcher.ask", lambda _watcher: True)
     with watching(tmp_path, rescan_every=NEVER) as scene:
         scene.put("r1.cfg")
@@ -745,7 +745,9 @@ class UnwillingLedger(SqliteLedger):
 
     failing = True
 
-    def admit(self, sightings: Sequence[Sighting], destinations: Sequence[str], now: datetime) -> Admission:
+    def admit(
+        self, sightings: Sequence[FileCandidate], destinations: Sequence[str], now: datetime
+    ) -> Admission:
         if self.failing:
             raise LedgerError("the ledger can't be written: database or disk is full", "check the disk")
         return super().admit(sightings, destinations, now)
@@ -819,7 +821,7 @@ def test_a_hundred_files_a_second_never_look_like_blindness(scene: Watching) -> 
             for delivery in scene.ledger.claim("vault", datetime.now(UTC), most=100):
                 (settled,) = scene.ledger.record([finished(delivery, delivered())], NOW)
                 os.unlink(scene.root / os.fsdecode(delivery.archive.relpath))
-                scene.ledger.disposed([Disposed(settled.archive.id, None)], [], NOW)
+                scene.ledger.disposed([DispositionResult(settled.archive.id, None)], [], NOW)
     scene.wait_admitted("r199.cfg")
     scene.wait_scan()
     assert blindness(scene) == []

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from backupd.ops import events
-from backupd.ops.journal import JournalWriter, reads, writer_for
-from backupd.ops.lines import LineWriter
-from backupd.ops.log import EventLog
 from backupd.receiver.serve import RunningReceiver
+from backupd.telemetry import events
+from backupd.telemetry.journal import JournalWriter, LineWriter, reads, writer_for
+from backupd.telemetry.log import EventLog
 from tests.monitoring.journal import JournalSocket, a_journald
 from tests.stage import Stage, until
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from backupd.ops.events import CATALOGUE
-from backupd.ops.keys import KEYS
+from backupd.telemetry.events import CATALOGUE, KEYS
 from tests.monitoring.tools import KIT, defined, run, used
 from tests.programs import require
 

@@ -117,7 +117,8 @@ def test_certificates_that_are_renewed_in_mid_upload_are_taken_up_by_the_next(si
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("backupd.ops.journal") is None, reason="backupd.ops.journal is not there yet"
+    importlib.util.find_spec("backupd.telemetry.journal") is None,
+    reason="backupd.telemetry.journal is not there yet",
 )
 def test_the_journal_can_be_asked_by_the_event(site: Site, receiver: RunningReceiver) -> None:
     site.configure(receiver.url)

@@ -2,9 +2,9 @@
 
 import tomllib
 
+from backupd.config.load import validate
 from backupd.config.models import Config
-from backupd.config.places import shown
-from backupd.config.validation import validate
+from backupd.config.paths import key_path
 
 SMALLEST = """
 [drop.switches]
@@ -35,4 +35,4 @@ def read(text: str) -> Config:
 def told(text: str) -> tuple[str, ...]:
     findings = validate(tomllib.loads(text))
     assert not isinstance(findings, Config)
-    return tuple(f"{shown(finding.place)}: {finding.text}" for finding in findings)
+    return tuple(f"{key_path(finding.place)}: {finding.text}" for finding in findings)

@@ -7,12 +7,15 @@ from collections import Counter
 import pytest
 
 from backupd.cli import audit
-from backupd.cli.audit import Finding, Verdict
+from backupd.cli.audit import AuditFinding, AuditVerdict
 
 
 def test_of_many_findings_the_first_are_told_and_all_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    wrong = [Finding(n, "switches", f"sw-{n}.cfg", Verdict.MISSING) for n in range(1, audit._MOST_TOLD + 8)]
-    audit._print({"kept": Counter({Verdict.MISSING: len(wrong), Verdict.OK: 5})}, wrong)
+    wrong = [
+        AuditFinding(n, "switches", f"sw-{n}.cfg", AuditVerdict.MISSING)
+        for n in range(1, audit._MOST_TOLD + 8)
+    ]
+    audit._print({"kept": Counter({AuditVerdict.MISSING: len(wrong), AuditVerdict.OK: 5})}, wrong)
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.split()[:1] == ["missing"]]) == audit._MOST_TOLD
     assert "  and 7 more: `backupd audit --json` tells of each" in lines

@@ -8,12 +8,12 @@ import random
 import pytest
 from pydantic import TypeAdapter
 
-from backupd.config.rates import Bandwidth
-from backupd.core.bandwidth import LARGEST_GRANT, SMALLEST_GRANT, Bucket, Schedule, Window
+from backupd.config.types import Bandwidth
+from backupd.core.bandwidth import LARGEST_GRANT, SMALLEST_GRANT, RateSchedule, RateWindow, TokenBucket
 from tests.unit.config_files import a_file, read, told
 
 MIB = 1024 * 1024
-ANY_BANDWIDTH: TypeAdapter[Schedule] = TypeAdapter(Bandwidth)
+ANY_BANDWIDTH: TypeAdapter[RateSchedule] = TypeAdapter(Bandwidth)
 
 
 def at(clock: str) -> int:
@@ -22,9 +22,9 @@ def at(clock: str) -> int:
 
 
 class TestSchedule:
-    OFFICE = Window(at("08:00"), at("18:00"), 1000)
-    NIGHT = Window(at("22:00"), at("06:00"), None)
-    SCHEDULE = Schedule((OFFICE, NIGHT), 5000)
+    OFFICE = RateWindow(at("08:00"), at("18:00"), 1000)
+    NIGHT = RateWindow(at("22:00"), at("06:00"), None)
+    SCHEDULE = RateSchedule((OFFICE, NIGHT), 5000)
 
     @pytest.mark.parametrize(
         ("clock", "rate"),
@@ -46,39 +46,39 @@ class TestSchedule:
         assert self.SCHEDULE.rate_at(at(clock)) == rate
 
     def test_the_first_window_that_holds_the_time_counts(self) -> None:
-        schedule = Schedule((Window(0, 60, 1), Window(0, 120, 2)), None)
+        schedule = RateSchedule((RateWindow(0, 60, 1), RateWindow(0, 120, 2)), None)
         assert [schedule.rate_at(minute) for minute in (0, 59, 60, 119, 120)] == [1, 1, 2, 2, None]
 
     def test_without_windows_the_default_is_all_there_is(self) -> None:
-        assert {Schedule((), 7).rate_at(minute) for minute in range(24 * 60)} == {7}
+        assert {RateSchedule((), 7).rate_at(minute) for minute in range(24 * 60)} == {7}
 
 
 class TestBucket:
     def test_nothing_goes_before_time_has_passed(self) -> None:
-        granted, wait = Bucket(filled_at=100.0).take(MIB, MIB, 100.0)
+        granted, wait = TokenBucket(filled_at=100.0).take(MIB, MIB, 100.0)
         assert granted == 0
         assert wait == pytest.approx(SMALLEST_GRANT / MIB)
 
     def test_after_the_wait_that_it_asks_for_something_goes(self) -> None:
-        bucket = Bucket(filled_at=100.0)
+        bucket = TokenBucket(filled_at=100.0)
         _, wait = bucket.take(MIB, 10_000, 100.0)
         assert bucket.take(MIB, 10_000, 100.0 + wait)[0] == SMALLEST_GRANT
 
     def test_a_grant_is_no_larger_than_what_is_wanted(self) -> None:
-        bucket = Bucket(filled_at=0.0)
+        bucket = TokenBucket(filled_at=0.0)
         assert bucket.take(5, MIB, 1.0) == (5, 0.0)
 
     def test_a_small_rest_does_not_wait_for_a_whole_record(self) -> None:
-        granted, wait = Bucket(filled_at=0.0).take(10, 1024, 0.0)
+        granted, wait = TokenBucket(filled_at=0.0).take(10, 1024, 0.0)
         assert granted == 0
         assert wait == pytest.approx(10 / 1024)
 
     def test_a_grant_is_small_enough_for_several_workers_to_share(self) -> None:
-        assert Bucket(filled_at=0.0).take(MIB, 1000 * MIB, 1.0) == (LARGEST_GRANT, 0.0)
+        assert TokenBucket(filled_at=0.0).take(MIB, 1000 * MIB, 1.0) == (LARGEST_GRANT, 0.0)
 
     @pytest.mark.parametrize("rate", [1024, 50_000, 8 * MIB])
     def test_a_pause_saves_up_no_more_than_a_tenth_of_a_second_or_one_record(self, rate: int) -> None:
-        bucket = Bucket(filled_at=0.0)
+        bucket = TokenBucket(filled_at=0.0)
         first = 0
         while granted := bucket.take(MIB, rate, 3600.0)[0]:
             first += granted
@@ -87,7 +87,7 @@ class TestBucket:
     @pytest.mark.parametrize("rate", [1024, 20_000, MIB, 8 * MIB, 200 * MIB])
     def test_whoever_asks_and_however_often_no_second_gets_more_than_the_rate(self, rate: int) -> None:
         chance = random.Random(rate)
-        bucket, now, grants = Bucket(filled_at=0.0), 0.0, [(0.0, 0)]
+        bucket, now, grants = TokenBucket(filled_at=0.0), 0.0, [(0.0, 0)]
         for _ in range(3000):
             granted, wait = bucket.take(chance.choice([1, 500, 20_000, MIB]), rate, now)
             grants.append((now, granted))
@@ -101,7 +101,7 @@ class TestBucket:
                 assert total[end] - total[begin - 1] <= allowed
 
     def test_one_that_always_asks_gets_the_whole_rate(self) -> None:
-        bucket, now, sent = Bucket(filled_at=0.0), 0.0, 0
+        bucket, now, sent = TokenBucket(filled_at=0.0), 0.0, 0
         while now < 60:
             granted, wait = bucket.take(MIB, 8 * MIB, now)
             sent += granted
@@ -109,14 +109,14 @@ class TestBucket:
         assert sent == pytest.approx(60 * 8 * MIB, rel=0.01)
 
     def test_a_rate_that_changes_counts_from_then_on(self) -> None:
-        bucket = Bucket(filled_at=0.0)
+        bucket = TokenBucket(filled_at=0.0)
         bucket.take(MIB, 1024, 0.0)
         granted, wait = bucket.take(MIB, MIB, 1.0)
         assert granted
         assert wait == 0.0
 
 
-def schedule_in(text: str) -> Schedule:
+def schedule_in(text: str) -> RateSchedule:
     schedule = read(a_file(destination=text)).destination["vault"].bandwidth
     assert schedule is not None
     return schedule
@@ -127,12 +127,14 @@ def schedule_in(text: str) -> Schedule:
     [("2MB/s", 2_000_000), ("2MB", 2_000_000), ("1KiB/s", 1024), ("1.5 MiB/s", 1_572_864), ("none", None)],
 )
 def test_one_rate_is_for_the_whole_day(text: str, rate: int | None) -> None:
-    assert schedule_in(f'bandwidth = "{text}"') == Schedule((), rate)
+    assert schedule_in(f'bandwidth = "{text}"') == RateSchedule((), rate)
 
 
 def test_a_table_has_rates_by_the_time_of_day() -> None:
     table = 'bandwidth = { "08:00-18:00" = "1MB/s", "22:00-06:00" = "none", default = "5MB/s" }'
-    assert schedule_in(table) == Schedule((Window(480, 1080, 1_000_000), Window(1320, 360, None)), 5_000_000)
+    assert schedule_in(table) == RateSchedule(
+        (RateWindow(480, 1080, 1_000_000), RateWindow(1320, 360, None)), 5_000_000
+    )
 
 
 def test_outside_of_all_windows_there_is_no_limit_unless_one_is_given() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backupd.core.checksum import archive_of, is_checksum_name, own_files, stated_alone, stated_in_list
+from backupd.core.checksum import archive_of, digest_in_list, digest_in_single, is_checksum_name, own_files
 from backupd.core.model import Digest
 
 HEX = {name: hashlib.new(name, b"abc").hexdigest() for name in ("md5", "sha1", "sha256", "sha512")}
@@ -64,23 +64,23 @@ def test_every_form_is_understood_alone_and_in_a_list(text: bytes) -> None:
     before, after = OTHER + b"  r0.tar.gz\n# r1.tar.gz\n", b"\n" + OTHER + b"  r2.tar.gz\n"
     in_a_list = before + text.removeprefix(b"\xef\xbb\xbf") + after
 
-    assert stated_alone(text, b"r1.tar.gz", "sha256") == expected
-    assert stated_alone(in_a_list, b"r1.tar.gz", "sha256") == expected
-    assert stated_in_list(in_a_list, b"r1.tar.gz", "sha256") == expected
+    assert digest_in_single(text, b"r1.tar.gz", "sha256") == expected
+    assert digest_in_single(in_a_list, b"r1.tar.gz", "sha256") == expected
+    assert digest_in_list(in_a_list, b"r1.tar.gz", "sha256") == expected
 
 
 def test_a_bare_hash_is_understood_in_a_file_of_its_own_only() -> None:
-    assert stated_alone(SHA + b"\n", b"r1", "sha256") == Digest("sha256", HEX["sha256"])
-    assert stated_in_list(SHA + b"\n", b"r1", "sha256") is None
+    assert digest_in_single(SHA + b"\n", b"r1", "sha256") == Digest("sha256", HEX["sha256"])
+    assert digest_in_list(SHA + b"\n", b"r1", "sha256") is None
 
 
 def test_one_line_counts_whatever_its_name() -> None:
-    assert stated_alone(SHA + b"  upload-4711.part\n", b"r1", "sha256") == Digest("sha256", HEX["sha256"])
+    assert digest_in_single(SHA + b"  upload-4711.part\n", b"r1", "sha256") == Digest("sha256", HEX["sha256"])
 
 
 def test_of_two_lines_in_a_list_the_last_one_counts() -> None:
     text = OTHER + b"  r1\n" + SHA + b"  r1\n"
-    assert stated_in_list(text, b"r1", "sha256") == Digest("sha256", HEX["sha256"])
+    assert digest_in_list(text, b"r1", "sha256") == Digest("sha256", HEX["sha256"])
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_of_two_lines_in_a_list_the_last_one_counts() -> None:
     ],
 )
 def test_names_are_read_as_they_were_escaped(written: bytes, name: bytes) -> None:
-    assert stated_in_list(written, name, "sha256") == Digest("sha256", HEX["sha256"])
+    assert digest_in_list(written, name, "sha256") == Digest("sha256", HEX["sha256"])
 
 
 @pytest.mark.parametrize(
@@ -119,10 +119,10 @@ def test_names_are_read_as_they_were_escaped(written: bytes, name: bytes) -> Non
     ],
 )
 def test_what_states_no_such_digest_is_of_no_use(text: bytes) -> None:
-    assert stated_alone(text, b"r1", "sha256") is None
+    assert digest_in_single(text, b"r1", "sha256") is None
 
 
 @given(st.binary(max_size=300), st.binary(max_size=20))
 def test_garbage_is_no_digest_or_one_of_the_right_length(text: bytes, name: bytes) -> None:
-    for stated in (stated_alone(text, name, "md5"), stated_in_list(text, name, "md5")):
+    for stated in (digest_in_single(text, name, "md5"), digest_in_list(text, name, "md5")):
         assert stated is None or len(stated.hex) == 32

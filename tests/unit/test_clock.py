@@ -7,9 +7,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from backupd.clock import Clock
-from backupd.core.doubt import ZERO, Doubt, Doubts
-from backupd.ledger.habits import ClockNote
+from backupd.core.clock_skew import ZERO, ClockSkew, ClockSkews
+from backupd.daemon.housekeeping import HostClock
+from backupd.ledger.port import ClockReading
 
 START = datetime(2026, 5, 1, tzinfo=UTC).timestamp()
 
@@ -40,12 +40,12 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Host:
         def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
             return host.now
 
-    monkeypatch.setattr("backupd.clock.datetime", Now)
+    monkeypatch.setattr("backupd.daemon.housekeeping.datetime", Now)
     return host
 
 
 def test_time_that_passes_is_no_step_whether_the_host_slept_or_not(host: Host) -> None:
-    clock = Clock()
+    clock = HostClock()
     for seconds in (5, 0.5, 8 * 3600):
         host.passes(seconds)
         assert clock.step() == ZERO
@@ -53,7 +53,7 @@ def test_time_that_passes_is_no_step_whether_the_host_slept_or_not(host: Host) -
 
 
 def test_being_kept_right_is_no_step_however_much_it_comes_to(host: Host) -> None:
-    clock = Clock()
+    clock = HostClock()
     for _ in range(100):
         host.passes(5)
         host.wall += 0.1
@@ -62,7 +62,7 @@ def test_being_kept_right_is_no_step_however_much_it_comes_to(host: Host) -> Non
 
 @pytest.mark.parametrize("seconds", [-3 * 86400, -2, 2, 3 * 86400])
 def test_a_step_is_told_once(host: Host, seconds: float) -> None:
-    clock = Clock()
+    clock = HostClock()
     host.passes(5)
     host.wall += seconds
     assert clock.step() == timedelta(seconds=seconds)
@@ -70,7 +70,7 @@ def test_a_step_is_told_once(host: Host, seconds: float) -> None:
 
 
 def test_a_step_forward_is_not_believed_for_a_day_noticed_or_not(host: Host) -> None:
-    clock = Clock()
+    clock = HostClock()
     host.wall += 400 * 86400
     assert clock.believed() == datetime.fromtimestamp(START, UTC)
     clock.step()
@@ -81,7 +81,7 @@ def test_a_step_forward_is_not_believed_for_a_day_noticed_or_not(host: Host) -> 
 
 
 def test_a_step_back_is_believed_at_once(host: Host) -> None:
-    clock = Clock()
+    clock = HostClock()
     host.wall += 400 * 86400
     clock.step()
     host.wall -= 400 * 86400
@@ -96,7 +96,7 @@ def test_the_time_before_a_start_is_doubted_for_a_day(host: Host) -> None:
     """The host may have been off, or its clock may be wrong."""
     last = host.now
     host.passes(1000 * 24 * 3600)
-    clock = Clock(ClockNote(last))
+    clock = HostClock(ClockReading(last))
     assert clock.believed() == last
     host.passes(3600)
     assert clock.step() == ZERO
@@ -108,7 +108,7 @@ def test_the_time_before_a_start_is_doubted_for_a_day(host: Host) -> None:
 
 
 def test_a_history_that_is_read_later_is_doubted_as_well(host: Host) -> None:
-    clock = Clock()
+    clock = HostClock()
     assert clock.believed() == host.now
     oldest = host.now - timedelta(days=30)
     clock.doubt_since(host.now - timedelta(days=2))
@@ -122,13 +122,13 @@ def test_a_history_that_is_read_later_is_doubted_as_well(host: Host) -> None:
 def test_a_start_by_an_earlier_clock_is_believed(host: Host) -> None:
     last = host.now
     host.wall -= 3600
-    assert Clock(ClockNote(last)).believed() == host.now
+    assert HostClock(ClockReading(last)).believed() == host.now
 
 
 def test_a_step_soon_after_a_start_is_doubted_with_it(host: Host) -> None:
     last = host.now
     host.passes(3600)
-    clock = Clock(ClockNote(last))
+    clock = HostClock(ClockReading(last))
     host.wall += 7200
     assert clock.step() == timedelta(hours=2)
     assert clock.believed() == last
@@ -137,14 +137,14 @@ def test_a_step_soon_after_a_start_is_doubted_with_it(host: Host) -> None:
 def test_a_start_goes_on_doubting_what_was_doubted_before(host: Host) -> None:
     right = host.now
     host.wall += 400 * 86400
-    clock = Clock(ClockNote(right))
+    clock = HostClock(ClockReading(right))
     for number in range(1, 25):  # a start each hour
         host.passes(3600 - 1)
         assert clock.step() == ZERO
         assert clock.believed() == right + timedelta(seconds=3599) * number
         note = clock.note()
         host.passes(1)  # between end and start
-        clock = Clock(note)
+        clock = HostClock(note)
     host.passes(2 * 3600)
     assert host.now - clock.believed() < timedelta(minutes=1)
 
@@ -152,18 +152,18 @@ def test_a_start_goes_on_doubting_what_was_doubted_before(host: Host) -> None:
 def test_a_clock_that_was_put_right_between_two_starts_is_believed(host: Host) -> None:
     right = host.now
     host.wall += 400 * 86400
-    clock = Clock(ClockNote(right))
+    clock = HostClock(ClockReading(right))
     host.passes(60)
     note = clock.note()
     host.wall -= 400 * 86400
-    assert Clock(note).believed() == host.now
-    assert Clock(note).note().doubts == []
+    assert HostClock(note).believed() == host.now
+    assert HostClock(note).note().doubts == []
 
 
 def test_a_doubt_ends_though_others_come(host: Host) -> None:
     right = host.now
     host.wall += 300 * 86400
-    clock = Clock(ClockNote(right))
+    clock = HostClock(ClockReading(right))
     for number in range(40):
         host.passes(0.9 * 3600)
         host.wall += 2 * (-1) ** number
@@ -173,7 +173,7 @@ def test_a_doubt_ends_though_others_come(host: Host) -> None:
 
 def test_a_history_that_comes_back_is_doubted_for_a_day_of_its_own(host: Host) -> None:
     host.wall += 1000 * 86400
-    clock = Clock(ClockNote(host.now - timedelta(days=1000)))
+    clock = HostClock(ClockReading(host.now - timedelta(days=1000)))
     host.passes(86400 + 1800)  # that doubt is about to end
     old = host.now - timedelta(days=900)
     assert clock.doubt_since(old)
@@ -185,17 +185,17 @@ def test_a_history_that_comes_back_is_doubted_for_a_day_of_its_own(host: Host) -
 
 
 def test_a_step_that_is_not_noticed_yet_is_left_to_the_next_start(host: Host) -> None:
-    clock = Clock()
+    clock = HostClock()
     right = host.now
     host.wall += 400 * 86400
-    assert Clock(clock.note()).believed() == right
+    assert HostClock(clock.note()).believed() == right
 
 
 DAY, HOUR = timedelta(days=1), timedelta(hours=1)
 
 
 def test_steps_that_come_together_are_one_doubt() -> None:
-    doubts = Doubts([], ZERO)
+    doubts = ClockSkews([], ZERO)
     for minute in range(24 * 60):
         doubts.add(timedelta(seconds=2), timedelta(minutes=minute))
     assert len(doubts.left(DAY)) <= 25
@@ -203,11 +203,11 @@ def test_steps_that_come_together_are_one_doubt() -> None:
 
 
 def test_a_step_back_takes_the_latest_doubts_away() -> None:
-    doubts = Doubts([Doubt(5 * DAY, HOUR), Doubt(3 * DAY, 2 * HOUR)], ZERO)
+    doubts = ClockSkews([ClockSkew(5 * DAY, HOUR), ClockSkew(3 * DAY, 2 * HOUR)], ZERO)
     doubts.add(-DAY, ZERO)
-    assert doubts.left(ZERO) == [Doubt(5 * DAY, HOUR), Doubt(2 * DAY, 2 * HOUR)]
+    assert doubts.left(ZERO) == [ClockSkew(5 * DAY, HOUR), ClockSkew(2 * DAY, 2 * HOUR)]
     doubts.add(-4 * DAY, ZERO)
-    assert doubts.left(ZERO) == [Doubt(3 * DAY, HOUR)]
+    assert doubts.left(ZERO) == [ClockSkew(3 * DAY, HOUR)]
     doubts.add(-9 * DAY, ZERO)
     assert doubts.left(ZERO) == []
     assert doubts.total(ZERO) == ZERO

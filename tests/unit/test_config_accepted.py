@@ -3,8 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from backupd.config.destination import DestinationConfig
-from backupd.config.models import Config, DropConfig
+from backupd.config.models import Config, DestinationConfig, DropConfig
 from tests.unit.config_files import a_file, a_url, read
 
 

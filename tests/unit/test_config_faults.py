@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backupd.config.consistency import PLACEHOLDERS
+from backupd.config.load import validate
 from backupd.config.models import Config
-from backupd.config.validation import validate
-from backupd.core.template import Template
+from backupd.config.rules import PLACEHOLDERS
+from backupd.core.names import TextTemplate
 from tests.unit.config_files import a_file, a_url, told
 
 
@@ -406,4 +406,4 @@ def test_no_shape_of_a_file_is_more_than_faulty(value: object) -> None:
 
 
 def test_every_built_in_placeholder_is_a_name() -> None:
-    assert Template.parse("".join(f"{{{name}}}" for name in PLACEHOLDERS)).names == PLACEHOLDERS
+    assert TextTemplate.parse("".join(f"{{{name}}}" for name in PLACEHOLDERS)).names == PLACEHOLDERS

@@ -7,12 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from backupd.config.effective import as_toml
-from backupd.config.example import example_toml
 from backupd.config.models import Config, DropConfig
-from backupd.config.places import shown, subtables
-from backupd.config.schema import json_schema
-from backupd.config.writing import setting
+from backupd.config.paths import key_path, subtables
+from backupd.config.render import effective_toml, example_toml, json_schema
+from backupd.config.toml import setting
 from tests.unit.config_files import a_file, read
 
 
@@ -79,7 +77,7 @@ def test_the_effective_configuration_reads_back_the_same() -> None:
         '[drop."a.b"]\npath = "/srv/ü"\ndestinations = ["other"]\n[destination.other]\nurl = "https://o"',
     )
     config = read(text)
-    assert read(as_toml(config)) == config
+    assert read(effective_toml(config)) == config
 
 
 def test_the_effective_configuration_hides_what_looks_like_a_credential() -> None:
@@ -87,11 +85,11 @@ def test_the_effective_configuration_hides_what_looks_like_a_credential() -> Non
         destination='headers = { Authorization = "geheim", x-api-key = "geheim", X-Site = "north" }\n'
         'fields = { token = "geheim", site = "south" }'
     ).replace("{name}", "{name}?site=east&api_key=geheim&x")
-    shown_text = as_toml(read(text))
+    shown_text = effective_toml(read(text))
     assert "geheim" not in shown_text
     assert "/{name}?site=east&api_key=***&x" in shown_text
     asked = a_file(destination='query_url = "https://vault.example.net/{digest}?token=geheim&x=1"')
-    assert "geheim" not in as_toml(read(asked))
+    assert "geheim" not in effective_toml(read(asked))
     hidden = read(shown_text).destination["vault"]
     assert hidden.headers == {"Authorization": "***", "x-api-key": "***", "X-Site": "north"}
     assert hidden.fields == {"token": "***", "site": "south"}
@@ -105,7 +103,7 @@ def test_every_table_reads_back_as_written(table: dict[str, object]) -> None:
 
 
 def test_a_place_reads_like_the_file() -> None:
-    assert shown(("drop", "a.b", "include", 2)) == 'drop."a.b".include[2]'
+    assert key_path(("drop", "a.b", "include", 2)) == 'drop."a.b".include[2]'
 
 
 def test_no_other_kind_of_value_is_written() -> None:

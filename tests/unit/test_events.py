@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 import backupd
-from backupd.ops import events
-from backupd.ops.events import CATALOGUE, Event
-from backupd.ops.keys import KEYS
-from backupd.ops.pages import as_markdown
+from backupd.telemetry import events
+from backupd.telemetry.docs import events_page
+from backupd.telemetry.events import CATALOGUE, KEYS, Event
 
 PACKAGE = Path(backupd.__file__).parent
 BY_NAME = {name: value for name, value in vars(events).items() if isinstance(value, Event)}
@@ -201,11 +200,11 @@ def test_every_key_is_used() -> None:
 
 def test_the_page_is_made_from_the_catalogue() -> None:
     page = (PACKAGE.parent / "docs" / "events.md").read_text("utf-8")
-    assert page == as_markdown(), "run: python -m backupd.ops.events > docs/events.md"
+    assert page == events_page(), "run: python -m backupd.telemetry.docs > docs/events.md"
     assert all(f"| `{name}` |" in page for name in CATALOGUE)
 
 
 def test_no_cell_of_the_page_breaks_its_table() -> None:
-    for line in as_markdown().splitlines():
+    for line in events_page().splitlines():
         if line.startswith("|"):
             assert line.count("|") in (3, 5)

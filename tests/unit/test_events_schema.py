@@ -10,10 +10,8 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import backupd
-from backupd.ops.events import CATALOGUE
-from backupd.ops.keys import KEYS
-from backupd.ops.pages import as_json_schema
-from backupd.ops.schema import TYPES, schema
+from backupd.telemetry.docs import TYPES, events_schema, schema
+from backupd.telemetry.events import CATALOGUE, KEYS
 from tests.lines import check_line, check_log
 
 PAGE = Path(backupd.__file__).parent.parent / "docs" / "events.schema.json"
@@ -31,7 +29,7 @@ ADMITTED: dict[str, Any] = {
 
 def test_the_file_is_made_from_the_catalogue() -> None:
     text = PAGE.read_text("utf-8")
-    assert text == as_json_schema(), "run: python -m backupd.ops.events --schema > docs/events.schema.json"
+    assert text == events_schema(), "run: python -m backupd.telemetry.docs --schema > docs/events.schema.json"
     assert set(json.loads(text)["$defs"]) == set(CATALOGUE)
 
 

@@ -2,8 +2,8 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from backupd.core.freshness import WHOLE_DROP, Device, device_of, judged, overdue_by
-from backupd.core.template import Template
+from backupd.core.devices import WHOLE_DROP, Device, device_of, newly_overdue_and_recovered, overdue_by
+from backupd.core.names import TextTemplate
 from tests.factories import NOW, SECOND
 
 HOUR = timedelta(hours=1)
@@ -58,7 +58,7 @@ def test_a_device_is_overdue_once_nothing_came_for_longer_than_it_should(
     ids=["falls silent", "still silent", "came", "in time", "not expected any more"],
 )
 def test_only_what_was_said_to_be_overdue_recovers(device: Device, overdue: bool, recovered: bool) -> None:
-    assert judged([device], NOW + 2 * HOUR) == ([device] * overdue, [device] * recovered)
+    assert newly_overdue_and_recovered([device], NOW + 2 * HOUR) == ([device] * overdue, [device] * recovered)
 
 
 VALUES = {"site": "zrh", "device": "sw1", "kind": ""}
@@ -76,4 +76,4 @@ VALUES = {"site": "zrh", "device": "sw1", "kind": ""}
     ],
 )
 def test_a_device_is_named_by_the_template(by: str | None, values: dict[str, str], name: str | None) -> None:
-    assert device_of(Template.parse(by) if by else None, values) == name
+    assert device_of(TextTemplate.parse(by) if by else None, values) == name

@@ -19,12 +19,12 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from python_multipart import create_form_parser
 
-from backupd.config.destination import ReceiptConfig
+from backupd.config.models import ReceiptConfig
+from backupd.core.backoff import parse_retry_after
 from backupd.core.model import Deferred, Delivered, Digest, Rejected
-from backupd.core.retry import parse_retry_after
-from backupd.core.verify import Expectation, matches
-from backupd.upload.answer import Judge, _stated, refusal
-from backupd.upload.multipart import file_name, frame
+from backupd.core.verify import ReceiptExpectation, matches
+from backupd.upload.http.body import file_name, frame
+from backupd.upload.http.response import ResponseEvaluator, _stated, failure_from_response
 
 SENT = Digest("sha256", "0123456789abcdef" * 4)
 
@@ -74,10 +74,10 @@ def test_any_answer_is_judged_and_never_raises(
         request = httpx.Request("POST", "https://vault.test/", headers={"Authorization": "Basic YTpiYmJi"})
         return httpx.Response(status, headers=headers, stream=_Bytes(body), request=request)
 
-    outcome = Judge(config).of_success(an_httpx_response(), SENT, 5)
+    outcome = ResponseEvaluator(config).of_success(an_httpx_response(), SENT, 5)
     assert isinstance(outcome, Delivered) == (source == "none" and "receipt says" not in repr(outcome))
-    assert isinstance(refusal(an_httpx_response()), Deferred | Rejected)
-    assert isinstance(Judge(config).of_duplicate(_as_409(an_httpx_response()), SENT, 5), Rejected)
+    assert isinstance(failure_from_response(an_httpx_response()), Deferred | Rejected)
+    assert isinstance(ResponseEvaluator(config).of_duplicate(_as_409(an_httpx_response()), SENT, 5), Rejected)
 
 
 class _Bytes(httpx.SyncByteStream):
@@ -106,7 +106,7 @@ def test_nothing_that_is_stated_matches_by_chance_or_raises(
 ) -> None:
     sent = Digest(algorithm, "0f" * 64)
     assume(prefix == 0 or prefix >= 8)
-    assert matches(sent, stated, Expectation(True, encoding, prefix)) is False
+    assert matches(sent, stated, ReceiptExpectation(True, encoding, prefix)) is False
 
 
 @given(a_header | st.text())

@@ -3,36 +3,36 @@ from datetime import datetime, timedelta
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backupd.core.gate import Gate, GateState
+from backupd.core.backoff import Backoff
+from backupd.core.circuit import Circuit, CircuitState
 from backupd.core.policy import Reason
-from backupd.core.retry import Backoff
 from tests.factories import NOW, SECOND
 
 BACKOFF = Backoff(10 * SECOND, timedelta(minutes=5))
 
 
 def shut(
-    gate: Gate, now: datetime = NOW, asked: timedelta | None = None, reason: Reason = Reason.CONNECT
-) -> Gate:
+    gate: Circuit, now: datetime = NOW, asked: timedelta | None = None, reason: Reason = Reason.CONNECT
+) -> Circuit:
     return gate.failed(reason, now, BACKOFF, 1 - 1e-12, asked)
 
 
-def probing() -> Gate:
-    gate = shut(Gate()).enter(NOW + timedelta(hours=1))
+def probing() -> Circuit:
+    gate = shut(Circuit()).enter(NOW + timedelta(hours=1))
     assert gate is not None
     return gate
 
 
 def test_an_open_gate_lets_everything_through() -> None:
-    gate = Gate()
+    gate = Circuit()
     assert gate.enter(NOW) is gate
     assert gate.wait(NOW) == timedelta(0)
 
 
 def test_a_fault_of_the_destination_shuts_it_for_a_while() -> None:
-    gate = shut(Gate(), reason=Reason.SERVER_ERROR)
+    gate = shut(Circuit(), reason=Reason.SERVER_ERROR)
     assert (gate.state, gate.faults, gate.reason, gate.since) == (
-        GateState.PAUSED,
+        CircuitState.PAUSED,
         1,
         Reason.SERVER_ERROR,
         NOW,
@@ -43,9 +43,9 @@ def test_a_fault_of_the_destination_shuts_it_for_a_while() -> None:
 
 
 def test_after_the_pause_a_single_delivery_probes() -> None:
-    gate = shut(Gate()).enter(NOW + 10 * SECOND)
+    gate = shut(Circuit()).enter(NOW + 10 * SECOND)
     assert gate is not None
-    assert gate.state is GateState.PROBING
+    assert gate.state is CircuitState.PROBING
     assert gate.enter(NOW + timedelta(days=1)) is None
     assert gate.wait(NOW + timedelta(days=1)) is None
 
@@ -53,13 +53,13 @@ def test_after_the_pause_a_single_delivery_probes() -> None:
 def test_a_probe_that_fails_shuts_it_for_longer() -> None:
     later = NOW + timedelta(hours=1)
     gate = shut(probing(), later)
-    assert (gate.state, gate.faults, gate.since) == (GateState.PAUSED, 2, NOW)
+    assert (gate.state, gate.faults, gate.since) == (CircuitState.PAUSED, 2, NOW)
     assert gate.until == later + 20 * SECOND
 
 
 def test_an_answer_opens_it_whatever_it_was() -> None:
-    assert probing().answered() == Gate()
-    assert shut(Gate()).answered() == Gate()
+    assert probing().answered() == Circuit()
+    assert shut(Circuit()).answered() == Circuit()
 
 
 def test_a_probe_that_tells_nothing_lets_the_next_one_through() -> None:
@@ -67,24 +67,24 @@ def test_a_probe_that_tells_nothing_lets_the_next_one_through() -> None:
     assert gate.enter(NOW) == probing_at(NOW)
 
 
-def probing_at(until: datetime) -> Gate:
+def probing_at(until: datetime) -> Circuit:
     gate = probing()
-    return Gate(GateState.PROBING, until, gate.faults, gate.reason, gate.since)
+    return Circuit(CircuitState.PROBING, until, gate.faults, gate.reason, gate.since)
 
 
 def test_what_tells_nothing_changes_no_gate_but_a_probing_one() -> None:
-    paused = shut(Gate())
+    paused = shut(Circuit())
     assert paused.left(NOW) is paused
-    assert Gate().left(NOW) == Gate()
+    assert Circuit().left(NOW) == Circuit()
 
 
 def test_uploads_that_were_under_way_do_not_lengthen_the_pause() -> None:
-    paused = shut(Gate())
+    paused = shut(Circuit())
     assert shut(paused, NOW + SECOND) is paused
 
 
 def test_uploads_that_were_under_way_may_bring_a_longer_retry_after() -> None:
-    paused = shut(Gate())
+    paused = shut(Circuit())
     asked = shut(paused, NOW + SECOND, timedelta(minutes=30))
     assert asked.until == NOW + SECOND + timedelta(minutes=30)
     assert asked.faults == 1
@@ -92,8 +92,8 @@ def test_uploads_that_were_under_way_may_bring_a_longer_retry_after() -> None:
 
 
 def test_retry_after_is_kept_where_it_is_longer_than_the_back_off() -> None:
-    assert shut(Gate(), asked=timedelta(minutes=2)).until == NOW + timedelta(minutes=2)
-    until = shut(Gate(), asked=SECOND).until
+    assert shut(Circuit(), asked=timedelta(minutes=2)).until == NOW + timedelta(minutes=2)
+    until = shut(Circuit(), asked=SECOND).until
     assert until is not None
     assert until > NOW + 9 * SECOND
 
@@ -110,7 +110,7 @@ ACTIONS = st.tuples(
 def test_whatever_happens_the_gate_is_in_order_and_opens_again(
     actions: list[tuple[str, timedelta, timedelta | None, float]],
 ) -> None:
-    gate, now = Gate(), NOW
+    gate, now = Circuit(), NOW
     for action, pause, asked, chance in actions:
         now += pause
         before = gate
@@ -119,16 +119,16 @@ def test_whatever_happens_the_gate_is_in_order_and_opens_again(
                 gate = gate.enter(now) or gate
             case "fail":
                 gate = gate.failed(Reason.CONNECT, now, BACKOFF, chance, asked)
-                assert gate.state is GateState.PAUSED
-                assert gate.faults - before.faults == (before.state is not GateState.PAUSED)
+                assert gate.state is CircuitState.PAUSED
+                assert gate.faults - before.faults == (before.state is not CircuitState.PAUSED)
                 assert before.until is None or (gate.until is not None and gate.until >= before.until)
             case "answer":
                 gate = gate.answered()
-                assert gate.state is GateState.OPEN
+                assert gate.state is CircuitState.OPEN
             case _:
                 gate = gate.left(now)
-        if gate.state is GateState.OPEN:
-            assert gate == Gate()
+        if gate.state is CircuitState.OPEN:
+            assert gate == Circuit()
         else:
             assert gate.faults > 0
             assert gate.until is not None

@@ -6,38 +6,54 @@ from datetime import timedelta
 
 import pytest
 
-from backupd.core.health import Facts, Level, Limits, plugin_line
+from backupd.core.health import HealthFacts, HealthLevel, HealthLimits, plugin_line
 
 HOUR = timedelta(hours=1)
-LIMITS = Limits(HOUR, 6 * HOUR)
+LIMITS = HealthLimits(HOUR, 6 * HOUR)
 
 
 @pytest.mark.parametrize(
     ("facts", "level", "words"),
     [
-        (Facts(), Level.OK, "OK - 0 pending, none rejected"),
-        (Facts(pending=3, oldest=HOUR / 2), Level.OK, "OK - 3 pending"),
-        (Facts(running=False), Level.CRITICAL, "CRITICAL - the daemon is not running"),
-        (Facts(pending=1, oldest=HOUR), Level.WARNING, "the oldest pending archive waits for 60 min"),
-        (Facts(pending=1, oldest=6 * HOUR), Level.CRITICAL, "the oldest pending archive waits for 6 h"),
-        (Facts(paused={"vault": HOUR / 60}), Level.WARNING, "vault is paused for 60 s"),
-        (Facts(paused={"vault": 6 * HOUR}), Level.CRITICAL, "vault is paused for 6 h"),
-        (Facts(rejected=2), Level.WARNING, "WARNING - 2 rejected"),
-        (Facts(days_left={"vault": 14}), Level.OK, "OK"),
-        (Facts(days_left={"vault": 13}), Level.WARNING, "the certificate of vault ends in 13 days"),
-        (Facts(days_left={"vault": 2}), Level.CRITICAL, "the certificate of vault ends in 2 days"),
-        (Facts(days_left={"vault": -1}), Level.CRITICAL, "the certificate of vault has expired"),
-        (Facts(pending=1, oldest=72 * HOUR), Level.CRITICAL, "archive waits for 3 d"),
-        (Facts(overdue=["r1 (switches)"]), Level.WARNING, "overdue: r1 (switches)"),
+        (HealthFacts(), HealthLevel.OK, "OK - 0 pending, none rejected"),
+        (HealthFacts(pending=3, oldest=HOUR / 2), HealthLevel.OK, "OK - 3 pending"),
+        (HealthFacts(running=False), HealthLevel.CRITICAL, "CRITICAL - the daemon is not running"),
         (
-            Facts(running=False, rejected=1),
-            Level.CRITICAL,
+            HealthFacts(pending=1, oldest=HOUR),
+            HealthLevel.WARNING,
+            "the oldest pending archive waits for 60 min",
+        ),
+        (
+            HealthFacts(pending=1, oldest=6 * HOUR),
+            HealthLevel.CRITICAL,
+            "the oldest pending archive waits for 6 h",
+        ),
+        (HealthFacts(paused={"vault": HOUR / 60}), HealthLevel.WARNING, "vault is paused for 60 s"),
+        (HealthFacts(paused={"vault": 6 * HOUR}), HealthLevel.CRITICAL, "vault is paused for 6 h"),
+        (HealthFacts(rejected=2), HealthLevel.WARNING, "WARNING - 2 rejected"),
+        (HealthFacts(days_left={"vault": 14}), HealthLevel.OK, "OK"),
+        (
+            HealthFacts(days_left={"vault": 13}),
+            HealthLevel.WARNING,
+            "the certificate of vault ends in 13 days",
+        ),
+        (
+            HealthFacts(days_left={"vault": 2}),
+            HealthLevel.CRITICAL,
+            "the certificate of vault ends in 2 days",
+        ),
+        (HealthFacts(days_left={"vault": -1}), HealthLevel.CRITICAL, "the certificate of vault has expired"),
+        (HealthFacts(pending=1, oldest=72 * HOUR), HealthLevel.CRITICAL, "archive waits for 3 d"),
+        (HealthFacts(overdue=["r1 (switches)"]), HealthLevel.WARNING, "overdue: r1 (switches)"),
+        (
+            HealthFacts(running=False, rejected=1),
+            HealthLevel.CRITICAL,
             "CRITICAL - the daemon is not running; 1 rejected",
         ),
-        (Facts(rejected=1, days_left={"v": 1}), Level.CRITICAL, "v ends in 1 days; 1 rejected"),
+        (HealthFacts(rejected=1, days_left={"v": 1}), HealthLevel.CRITICAL, "v ends in 1 days; 1 rejected"),
     ],
 )
-def test_the_worst_counts_and_comes_first(facts: Facts, level: Level, words: str) -> None:
+def test_the_worst_counts_and_comes_first(facts: HealthFacts, level: HealthLevel, words: str) -> None:
     found, line = plugin_line(facts, LIMITS)
     assert found is level
     assert line.startswith(level.name + " - ")
@@ -45,7 +61,7 @@ def test_the_worst_counts_and_comes_first(facts: Facts, level: Level, words: str
 
 
 def test_the_numbers_stand_behind_a_single_bar() -> None:
-    facts = Facts(
+    facts = HealthFacts(
         pending=3,
         pending_bytes=10,
         oldest=90 * HOUR / 60,

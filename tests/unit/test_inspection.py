@@ -19,9 +19,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backupd.core.inspection import Finding
+from backupd.core.archive_formats import Damage
 from backupd.core.policy import Reason
-from backupd.drop.inspect import LimitReachedError, inspect
+from backupd.dropfolder.decompress import LimitReachedError
+from backupd.dropfolder.inspect import inspect
 
 TEXT = b"".join(b"interface Gi1/0/%d\n description %d\n" % (n, n * n) for n in range(40))
 
@@ -100,7 +101,7 @@ class File:
     def __init__(self) -> None:
         self.fd = os.memfd_create("archive")
 
-    def inspected(self, content: bytes, name: str = "", *, full: bool = True) -> Finding | None:
+    def inspected(self, content: bytes, name: str = "", *, full: bool = True) -> Damage | None:
         os.ftruncate(self.fd, 0)
         os.pwrite(self.fd, content, 0)
         steps = inspect(self.fd, len(content), name.encode(), full=full)
@@ -108,7 +109,7 @@ class File:
             try:
                 next(steps)
             except StopIteration as stop:
-                found: Finding | None = stop.value
+                found: Damage | None = stop.value
                 return found
 
 

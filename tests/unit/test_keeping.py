@@ -8,8 +8,8 @@ from datetime import timedelta
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from backupd.config.free_space import FreeSpace
-from backupd.core.keeping import Expiry, MinFree, Order, enough, series_of
+from backupd.config.types import FreeSpace
+from backupd.core.retention_policy import Expiry, MinFree, RetentionPolicy, series_of, smallest_prefix
 from tests.unit.config_files import a_file, read, told
 
 DAY = timedelta(days=1)
@@ -18,19 +18,19 @@ DAY = timedelta(days=1)
 @pytest.mark.parametrize(
     ("order", "age", "newer", "verdict"),
     [
-        (Order(), 1000 * DAY, 1000, None),
-        (Order(keep_for=90 * DAY), 90 * DAY, 0, None),
-        (Order(keep_for=90 * DAY), 91 * DAY, 0, Expiry.TOO_OLD),
-        (Order(keep_last=3), 1000 * DAY, 2, None),
-        (Order(keep_last=3), timedelta(0), 3, Expiry.TOO_MANY),
-        (Order(keep_for=90 * DAY, keep_last=3), 91 * DAY, 2, None),
-        (Order(keep_for=90 * DAY, keep_last=3), 89 * DAY, 3, None),
-        (Order(keep_for=90 * DAY, keep_last=3), 91 * DAY, 3, Expiry.TOO_OLD),
-        (Order(min_free=MinFree(1)), 1000 * DAY, 1000, None),
+        (RetentionPolicy(), 1000 * DAY, 1000, None),
+        (RetentionPolicy(keep_for=90 * DAY), 90 * DAY, 0, None),
+        (RetentionPolicy(keep_for=90 * DAY), 91 * DAY, 0, Expiry.TOO_OLD),
+        (RetentionPolicy(keep_last=3), 1000 * DAY, 2, None),
+        (RetentionPolicy(keep_last=3), timedelta(0), 3, Expiry.TOO_MANY),
+        (RetentionPolicy(keep_for=90 * DAY, keep_last=3), 91 * DAY, 2, None),
+        (RetentionPolicy(keep_for=90 * DAY, keep_last=3), 89 * DAY, 3, None),
+        (RetentionPolicy(keep_for=90 * DAY, keep_last=3), 91 * DAY, 3, Expiry.TOO_OLD),
+        (RetentionPolicy(min_free=MinFree(1)), 1000 * DAY, 1000, None),
     ],
 )
 def test_an_archive_goes_when_it_is_old_and_not_among_the_last(
-    order: Order, age: timedelta, newer: int, verdict: Expiry | None
+    order: RetentionPolicy, age: timedelta, newer: int, verdict: Expiry | None
 ) -> None:
     assert order.verdict(age, newer) is verdict
     assert order.expires is (order.keep_for is not None or order.keep_last is not None)
@@ -65,7 +65,7 @@ def test_a_series_is_a_device_s_or_else_a_folder_s(pattern: str | None, series: 
     ],
 )
 def test_no_more_goes_than_makes_up_for_the_shortage(shortage: int, sizes: list[int], wanted: int) -> None:
-    assert enough(shortage, sizes) == wanted
+    assert smallest_prefix(shortage, sizes) == wanted
 
 
 def test_a_share_is_of_the_whole_filesystem() -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backupd.core.labels import variables
+from backupd.core.names import template_values
 from tests.factories import a_fingerprint, an_archive
 
 BUILT_IN = {"name", "stem", "relpath", "drop", "host", "size", "mtime"}
@@ -13,7 +13,7 @@ BUILT_IN = {"name", "stem", "relpath", "drop", "host", "size", "mtime"}
 def test_the_values_come_from_the_archive() -> None:
     looks = a_fingerprint(size=7, mtime_ns=1_772_600_767_890_123_456)
     archive = an_archive(b"site-1/r1.tar.gz", drop="switches", fingerprint=looks)
-    assert variables(archive, "backup-host", None) == {
+    assert template_values(archive, "backup-host", None) == {
         "name": "r1.tar.gz",
         "stem": "r1",
         "relpath": "site-1/r1.tar.gz",
@@ -26,20 +26,23 @@ def test_the_values_come_from_the_archive() -> None:
 
 def test_named_groups_of_the_relative_path_become_values() -> None:
     pattern = re.compile(r"(?P<site>[^/]+)/(?P<device>[^/.]+)(?:\.(?P<kind>cfg))?.*")
-    values = variables(an_archive(b"zrh/r1.tar.gz"), "h", pattern)
+    values = template_values(an_archive(b"zrh/r1.tar.gz"), "h", pattern)
     assert (values["site"], values["device"], values["kind"]) == ("zrh", "r1", "")
 
 
 def test_a_pattern_that_does_not_match_the_whole_path_leaves_its_values_empty() -> None:
-    assert variables(an_archive(b"a/b/r1.cfg"), "h", re.compile(r"(?P<site>[^/]+)/[^/]+"))["site"] == ""
+    assert template_values(an_archive(b"a/b/r1.cfg"), "h", re.compile(r"(?P<site>[^/]+)/[^/]+"))["site"] == ""
 
 
 def test_a_group_cannot_take_the_name_of_a_built_in_value() -> None:
-    assert variables(an_archive(b"r1.cfg"), "h", re.compile(r"(?P<name>.)(?P<drop>.*)"))["name"] == "r1.cfg"
+    assert (
+        template_values(an_archive(b"r1.cfg"), "h", re.compile(r"(?P<name>.)(?P<drop>.*)"))["name"]
+        == "r1.cfg"
+    )
 
 
 def test_a_name_that_begins_with_a_dot_is_its_own_stem() -> None:
-    assert variables(an_archive(b".cfg"), "h", None)["stem"] == ".cfg"
+    assert template_values(an_archive(b".cfg"), "h", None)["stem"] == ".cfg"
 
 
 @pytest.mark.parametrize(
@@ -53,13 +56,13 @@ def test_a_name_that_begins_with_a_dot_is_its_own_stem() -> None:
 )
 def test_every_time_can_be_written(mtime_ns: int, text: str) -> None:
     archive = an_archive(fingerprint=a_fingerprint(mtime_ns=mtime_ns))
-    assert variables(archive, "h", None)["mtime"] == text
+    assert template_values(archive, "h", None)["mtime"] == text
 
 
 @given(st.binary(min_size=1), st.integers(-(1 << 90), 1 << 90))
 def test_every_value_is_valid_unicode_whatever_the_file_is_called(relpath: bytes, mtime_ns: int) -> None:
     archive = an_archive(relpath, fingerprint=a_fingerprint(mtime_ns=mtime_ns))
-    values = variables(archive, "h", re.compile(r"(?P<first>.).*", re.DOTALL))
+    values = template_values(archive, "h", re.compile(r"(?P<first>.).*", re.DOTALL))
     assert set(values) == BUILT_IN | {"first"}
     for value in values.values():
         value.encode("utf-8")

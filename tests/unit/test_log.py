@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backupd.core.policy import Reason
-from backupd.ops import events
-from backupd.ops.lines import LineWriter
-from backupd.ops.log import EventLog, take_over_library_loggers
+from backupd.telemetry import events
+from backupd.telemetry.journal import LineWriter
+from backupd.telemetry.log import EventLog, take_over_library_loggers
 
 
 class Pipe:

@@ -3,7 +3,7 @@ import itertools
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from backupd.core.names import NAME_MAX, as_text, fitted, free_names, printable
+from backupd.core.names import NAME_MAX, as_text, free_names, printable, shortened
 from tests.factories import NOW
 
 NAMES = st.binary(min_size=1, max_size=NAME_MAX).filter(lambda name: b"/" not in name and b"\0" not in name)
@@ -35,7 +35,7 @@ def test_what_is_printed_is_always_printable(text: str) -> None:
 
 @given(NAMES, SUFFIXES)
 def test_a_fitted_name_is_never_too_long_and_keeps_its_suffix(name: bytes, suffix: bytes) -> None:
-    new = fitted(name, suffix)
+    new = shortened(name, suffix)
     assert len(new) <= NAME_MAX
     assert new.endswith(suffix)
     assert new == name + suffix or len(name + suffix) > NAME_MAX
@@ -44,7 +44,7 @@ def test_a_fitted_name_is_never_too_long_and_keeps_its_suffix(name: bytes, suffi
 @given(st.binary(min_size=200, max_size=240), NAMES, NAMES, SUFFIXES)
 def test_names_that_differ_stay_different(same: bytes, one: bytes, other: bytes, suffix: bytes) -> None:
     one, other = (same + one)[:NAME_MAX], (same + other)[:NAME_MAX]
-    assert (fitted(one, suffix) == fitted(other, suffix)) == (one == other)
+    assert (shortened(one, suffix) == shortened(other, suffix)) == (one == other)
 
 
 @given(NAMES)

@@ -2,8 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backupd.core.policy import RULES, Charge, Reason, Then, rule_of
-from backupd.core.statuses import reason_of_status
+from backupd.core.policy import RULES, Action, Blame, Reason, reason_of_status, rule_of
 
 
 def test_every_reason_has_exactly_one_rule() -> None:
@@ -23,10 +22,10 @@ def test_every_rule_says_what_it_means_and_what_to_do(reason: Reason) -> None:
 @pytest.mark.parametrize("reason", Reason)
 def test_only_the_destination_is_paused_and_only_archives_are_rejected(reason: Reason) -> None:
     rule = rule_of(reason)
-    if rule.then is Then.PAUSE:
-        assert rule.charge is Charge.DESTINATION
-    if rule.then is Then.REJECT:
-        assert rule.charge is Charge.ARCHIVE
+    if rule.then is Action.PAUSE:
+        assert rule.charge is Blame.DESTINATION
+    if rule.then is Action.REJECT:
+        assert rule.charge is Blame.ARCHIVE
 
 
 def test_only_what_a_moment_may_mend_is_tried_again_at_once() -> None:
@@ -36,13 +35,13 @@ def test_only_what_a_moment_may_mend_is_tried_again_at_once() -> None:
 @pytest.mark.parametrize(
     ("status", "then"),
     [
-        *((status, Then.REJECT) for status in (400, 409, 413, 415, 422)),
-        *((status, Then.PAUSE) for status in (401, 403, 404, 405, 407, 408, 410, 418, 425, 429)),
-        *((status, Then.PAUSE) for status in (301, 302, 303, 307, 308, 500, 502, 503, 504, 507, 599)),
-        *((status, Then.PAUSE) for status in (203, 206)),
+        *((status, Action.REJECT) for status in (400, 409, 413, 415, 422)),
+        *((status, Action.PAUSE) for status in (401, 403, 404, 405, 407, 408, 410, 418, 425, 429)),
+        *((status, Action.PAUSE) for status in (301, 302, 303, 307, 308, 500, 502, 503, 504, 507, 599)),
+        *((status, Action.PAUSE) for status in (203, 206)),
     ],
 )
-def test_a_status_rejects_the_archive_only_where_the_archive_is_at_fault(status: int, then: Then) -> None:
+def test_a_status_rejects_the_archive_only_where_the_archive_is_at_fault(status: int, then: Action) -> None:
     assert rule_of(reason_of_status(status)).then is then
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from backupd.config.loading import load
-from backupd.core.policy import RULES, Reason
-from backupd.core.statuses import as_markdown, reason_of_status
+from backupd.config.load import load
+from backupd.core.policy import RULES, Reason, policy_table, reason_of_status
 from tests.documents import DOCS, Block, between, blocks
 
 PAGES = sorted(page.name for page in DOCS.glob("*.md"))
@@ -17,13 +16,13 @@ A_DROP = '[drop.switches]\npath = "/srv/backups/switches"\n'
 
 
 def test_the_table_on_the_page_is_that_of_the_policy() -> None:
-    assert between("destinations.md", "policy") == as_markdown(), (
-        "put what `python -m backupd.core.statuses` prints between the markers of docs/destinations.md"
+    assert between("destinations.md", "policy") == policy_table(), (
+        "put what `python -m backupd.core.policy` prints between the markers of docs/destinations.md"
     )
 
 
 def test_the_table_has_a_row_for_each_reason_and_a_cell_for_each_column() -> None:
-    head, _, *rows = as_markdown().splitlines()
+    head, _, *rows = policy_table().splitlines()
 
     assert len(rows) == len(RULES) == len(Reason)
     assert {row.count(" | ") for row in rows} == {head.count(" | ")}
@@ -31,7 +30,7 @@ def test_the_table_has_a_row_for_each_reason_and_a_cell_for_each_column() -> Non
 
 def test_a_status_that_the_table_names_stands_in_the_row_of_its_reason_alone() -> None:
     named: dict[int, str] = {}
-    for row in as_markdown().splitlines()[2:]:
+    for row in policy_table().splitlines()[2:]:
         seen, reason = (cell.strip() for cell in row.split("|")[1:3])
         named |= {int(what): reason for what in seen.split(", ") if what.isdigit()}
 

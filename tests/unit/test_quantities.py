@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from backupd.config.quantities import (
+from backupd.config.types import (
     DURATION_PATTERN,
     LARGEST,
     LONGEST,

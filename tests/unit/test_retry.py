@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from backupd.core.retry import LONGEST_RETRY_AFTER, Backoff, parse_retry_after
+from backupd.core.backoff import LONGEST_RETRY_AFTER, Backoff, parse_retry_after
 from tests.factories import NOW, SECOND
 
 CHANCES = st.floats(0, 1, exclude_max=True)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backupd.upload.secret import SECRET_HEADERS, secrets_of, without
+from backupd.upload.http.redact import SECRET_HEADERS, redact, secrets_of
 
 a_secret = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E, exclude_characters="*"), min_size=4)
 
@@ -31,8 +31,8 @@ def test_no_form_of_a_secret_is_left(secret: str, before: str, after: str) -> No
         html.escape(secret),
         base64.b64encode(secret.encode()).decode(),
     ):
-        assert form not in without(f"<{form}>", [secret])
-    assert secret not in without(before + secret + after, [secret])
+        assert form not in redact(f"<{form}>", [secret])
+    assert secret not in redact(before + secret + after, [secret])
 
 
 ESCAPES = [
@@ -60,18 +60,18 @@ def test_each_character_may_be_escaped_in_its_own_way(
     escaped = [
         char if char.isalnum() else escape(char) for char, escape in zip(secret, escapes, strict=False)
     ]
-    assert without(f"it was {''.join(escaped)}", [secret]) == "it was ***"
+    assert redact(f"it was {''.join(escaped)}", [secret]) == "it was ***"
 
 
 @pytest.mark.parametrize("secret", ["%" * 40, "&" * 40, "\\" * 40, '\\"' * 20, "%&" * 20, "# +" * 20])
 def test_no_text_takes_long_to_be_searched(secret: str) -> None:
     for filler in ("%25", "&amp;", "\\", "&#0", "%", "&"):
         text = (secret[:-1] + filler * 20) * 300
-        assert len(without(text, [secret])) <= len(text)
+        assert len(redact(text, [secret])) <= len(text)
 
 
 def test_what_is_no_secret_is_left_as_it_is() -> None:
-    assert without("the disk is full", ["token-1", "", "is"]) == "the disk is full"
+    assert redact("the disk is full", ["token-1", "", "is"]) == "the disk is full"
 
 
 @pytest.mark.parametrize(

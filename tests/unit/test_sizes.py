@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backupd.core.sizes import Unusual, change_of, median, unusual
+from backupd.core.devices import SizeAnomaly, median, relative_change, size_anomaly
 
 
 @pytest.mark.parametrize(
@@ -24,21 +24,21 @@ def test_no_more_than_half_are_on_either_side_of_the_median(sizes: list[int]) ->
     [
         (100, [100, 100, 100], None),
         (149, [100, 100, 100], None),
-        (150, [100, 100, 100], Unusual(100, 0.5)),
+        (150, [100, 100, 100], SizeAnomaly(100, 0.5)),
         (51, [100, 100, 100], None),
-        (50, [100, 100, 100], Unusual(100, -0.5)),
+        (50, [100, 100, 100], SizeAnomaly(100, -0.5)),
         (1, [100, 100], None),
         (1, [], None),
-        (1000, [100, 5000, 90], Unusual(100, 9.0)),
+        (1000, [100, 5000, 90], SizeAnomaly(100, 9.0)),
         (0, [0, 0, 0], None),
-        (1, [0, 0, 0], Unusual(0, 1.0)),
+        (1, [0, 0, 0], SizeAnomaly(0, 1.0)),
     ],
 )
 def test_a_size_is_unusual_if_it_differs_so_much_from_three_or_more(
-    size: int, before: list[int], found: Unusual | None
+    size: int, before: list[int], found: SizeAnomaly | None
 ) -> None:
-    assert unusual(size, before, 0.5) == found
+    assert size_anomaly(size, before, 0.5) == found
 
 
 def test_a_change_is_a_fraction_of_what_is_usual() -> None:
-    assert [change_of(size, 200) for size in (0, 100, 200, 500)] == [-1.0, -0.5, 0.0, 1.5]
+    assert [relative_change(size, 200) for size in (0, 100, 200, 500)] == [-1.0, -0.5, 0.0, 1.5]

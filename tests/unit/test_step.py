@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backupd.core.model import DeliveryState, Outcome, Rejected
-from backupd.core.policy import RULES, Charge, Reason, Then
-from backupd.core.step import archive_state, next_step
+from backupd.core.policy import RULES, Action, Blame, Reason
+from backupd.core.transition import archive_state, next_step
 from tests.factories import (
     ENDED,
     NOW,
@@ -20,7 +20,9 @@ from tests.factories import (
     superseded,
 )
 
-LATER = [rule.reason for rule in RULES if rule.then is not Then.REJECT and rule.reason is not Reason.STOPPED]
+LATER = [
+    rule.reason for rule in RULES if rule.then is not Action.REJECT and rule.reason is not Reason.STOPPED
+]
 
 
 @pytest.mark.parametrize(
@@ -43,8 +45,8 @@ def test_what_is_deferred_is_tried_again_later_and_charged_to_whose_fault_it_was
     assert step.due_at is not None
     assert step.due_at > NOW
     rule = next(rule for rule in RULES if rule.reason is reason)
-    assert step.charged == 2 + (rule.charge is Charge.ARCHIVE)
-    assert step.faults == (4 if rule.then is Then.PAUSE else 0)
+    assert step.charged == 2 + (rule.charge is Blame.ARCHIVE)
+    assert step.faults == (4 if rule.then is Action.PAUSE else 0)
 
 
 def test_a_fault_of_the_destination_uses_up_nothing_of_the_archive() -> None:

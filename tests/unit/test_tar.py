@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from backupd.core.tar import BLOCK, TarError, TarWalk, is_tar_header
+from backupd.core.archive_formats import BLOCK, TarError, TarWalk, is_tar_header
 
 END = bytes(2 * BLOCK)
 

@@ -2,30 +2,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backupd.core.template import Template, TemplateError
+from backupd.core.names import TemplateError, TextTemplate
 
 NAMES = st.from_regex(r"[a-z_][a-z0-9_]*", fullmatch=True)
 
 
 def test_placeholders_are_filled_in() -> None:
-    template = Template.parse("Config backup {name} of {drop}, {name}")
+    template = TextTemplate.parse("Config backup {name} of {drop}, {name}")
     assert template.names == {"name", "drop"}
     assert template.render({"name": "a.tgz", "drop": "switches"}) == "Config backup a.tgz of switches, a.tgz"
 
 
 def test_only_values_are_escaped() -> None:
-    assert Template.parse("a b/{name}").render({"name": "c d"}, lambda value: value.replace(" ", "%20")) == (
-        "a b/c%20d"
-    )
+    assert TextTemplate.parse("a b/{name}").render(
+        {"name": "c d"}, lambda value: value.replace(" ", "%20")
+    ) == ("a b/c%20d")
 
 
 def test_a_value_is_put_in_as_it_is() -> None:
-    assert Template.parse("{name}").render({"name": "{drop}"}) == "{drop}"
+    assert TextTemplate.parse("{name}").render({"name": "{drop}"}) == "{drop}"
 
 
 def test_a_name_without_a_value_is_an_error() -> None:
     with pytest.raises(KeyError):
-        Template.parse("{name}").render({})
+        TextTemplate.parse("{name}").render({})
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_a_name_without_a_value_is_an_error() -> None:
     ],
 )
 def test_doubled_braces_are_single_ones(text: str, rendered: str) -> None:
-    assert Template.parse(text).render({"name": "x"}) == rendered
+    assert TextTemplate.parse(text).render({"name": "x"}) == rendered
 
 
 @pytest.mark.parametrize(
@@ -62,26 +62,26 @@ def test_doubled_braces_are_single_ones(text: str, rendered: str) -> None:
 )
 def test_anything_but_a_plain_name_in_braces_is_refused(text: str, said: str) -> None:
     with pytest.raises(TemplateError) as refusal:
-        Template.parse(text)
+        TextTemplate.parse(text)
     assert str(refusal.value).startswith(said)
 
 
 @given(st.text())
 def test_any_text_can_be_written_with_doubled_braces(text: str) -> None:
-    template = Template.parse(text.replace("{", "{{").replace("}", "}}"))
+    template = TextTemplate.parse(text.replace("{", "{{").replace("}", "}}"))
     assert template.names == frozenset()
     assert template.render({}) == text
 
 
 @given(NAMES, st.text(), st.text(alphabet="ab /"))
 def test_what_is_rendered_holds_the_value(name: str, value: str, around: str) -> None:
-    assert Template.parse(f"{around}{{{name}}}{around}").render({name: value}) == around + value + around
+    assert TextTemplate.parse(f"{around}{{{name}}}{around}").render({name: value}) == around + value + around
 
 
 @given(st.text(alphabet="{}ab. "))
 def test_no_text_does_more_than_parse_or_be_refused(text: str) -> None:
     try:
-        template = Template.parse(text)
+        template = TextTemplate.parse(text)
     except TemplateError:
         return
     assert len(template.render(dict.fromkeys(template.names, ""))) <= len(text)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from backupd.core.model import Deferred, Delivered, Digest, Outcome, Receipt
 from backupd.core.policy import Reason
-from backupd.core.verify import Expectation, judge, matches
+from backupd.core.verify import ReceiptExpectation, matches, verify_receipt
 from tests.factories import a_digest
 
 SENT = a_digest(b"abc")
@@ -16,8 +16,8 @@ OTHER = a_digest(b"abd")
 SPECIAL = Digest("sha256", ("fb" * 32))  # base64 of it has + and /
 
 
-def judged(receipt: Receipt, expected: Expectation = Expectation()) -> Outcome:  # noqa: B008 -- frozen
-    return judge(SENT, 3, receipt, expected)
+def judged(receipt: Receipt, expected: ReceiptExpectation = ReceiptExpectation()) -> Outcome:  # noqa: B008 -- frozen
+    return verify_receipt(SENT, 3, receipt, expected)
 
 
 def reason(outcome: Outcome) -> Reason:
@@ -43,7 +43,7 @@ def test_another_digest_is_no_delivery() -> None:
 
 
 def test_another_size_is_no_delivery_even_where_no_digest_is_asked_for() -> None:
-    for expected in (Expectation(), Expectation(required=False)):
+    for expected in (ReceiptExpectation(), ReceiptExpectation(required=False)):
         assert reason(judged(Receipt(201, SENT.hex, 4), expected)) is Reason.MISMATCH
 
 
@@ -53,7 +53,7 @@ def test_an_answer_without_a_digest_is_no_delivery() -> None:
 
 def test_where_the_configuration_asks_for_no_receipt_the_delivery_is_not_verified() -> None:
     receipt = Receipt(204)
-    assert judged(receipt, Expectation(required=False)) == Delivered(SENT, receipt, verified=False)
+    assert judged(receipt, ReceiptExpectation(required=False)) == Delivered(SENT, receipt, verified=False)
 
 
 def test_a_long_lie_is_cut_in_the_error() -> None:
@@ -66,59 +66,59 @@ def test_a_long_lie_is_cut_in_the_error() -> None:
 @pytest.mark.parametrize(
     ("stated", "expected"),
     [
-        (SENT.hex, Expectation()),
-        (f"  {SENT.hex.upper()}\n", Expectation()),
-        (f"sha256:{SENT.hex}", Expectation()),
-        (f"SHA-256: {SENT.hex}", Expectation()),
-        (SENT.hex[:16], Expectation(prefix=16)),
-        (f"sha256:{SENT.hex[:16]}", Expectation(prefix=16)),
-        (B64, Expectation(encoding="base64")),
-        (B64.rstrip("="), Expectation(encoding="base64")),
-        (f"sha256:{B64}", Expectation(encoding="base64")),
-        (B64[:12], Expectation(encoding="base64", prefix=12)),
-        (base64.urlsafe_b64encode(RAW).decode(), Expectation(encoding="base64url")),
-        (f"sha-256=:{B64}:", Expectation(encoding="base64")),
-        (f"sha-256=:{B64}:", Expectation()),
-        (f"md5=:kAFQmDzST7DWlj99KOF/cg==:, sha-256=:{B64}:", Expectation()),
+        (SENT.hex, ReceiptExpectation()),
+        (f"  {SENT.hex.upper()}\n", ReceiptExpectation()),
+        (f"sha256:{SENT.hex}", ReceiptExpectation()),
+        (f"SHA-256: {SENT.hex}", ReceiptExpectation()),
+        (SENT.hex[:16], ReceiptExpectation(prefix=16)),
+        (f"sha256:{SENT.hex[:16]}", ReceiptExpectation(prefix=16)),
+        (B64, ReceiptExpectation(encoding="base64")),
+        (B64.rstrip("="), ReceiptExpectation(encoding="base64")),
+        (f"sha256:{B64}", ReceiptExpectation(encoding="base64")),
+        (B64[:12], ReceiptExpectation(encoding="base64", prefix=12)),
+        (base64.urlsafe_b64encode(RAW).decode(), ReceiptExpectation(encoding="base64url")),
+        (f"sha-256=:{B64}:", ReceiptExpectation(encoding="base64")),
+        (f"sha-256=:{B64}:", ReceiptExpectation()),
+        (f"md5=:kAFQmDzST7DWlj99KOF/cg==:, sha-256=:{B64}:", ReceiptExpectation()),
     ],
 )
-def test_the_digest_is_known_in_each_of_its_spellings(stated: str, expected: Expectation) -> None:
+def test_the_digest_is_known_in_each_of_its_spellings(stated: str, expected: ReceiptExpectation) -> None:
     assert matches(SENT, stated, expected)
 
 
 @pytest.mark.parametrize(
     ("stated", "expected"),
     [
-        ("", Expectation()),
-        ("", Expectation(prefix=8)),
-        (SENT.hex[:16], Expectation()),
-        (SENT.hex, Expectation(prefix=16)),
-        (SENT.hex + "00", Expectation()),
-        (f"sha512:{SENT.hex}", Expectation()),
-        (f"md5:{SENT.hex}", Expectation()),
-        (f":{SENT.hex}", Expectation()),
-        (B64, Expectation()),
-        (B64.swapcase(), Expectation(encoding="base64")),
-        (SENT.hex, Expectation(encoding="base64")),
-        (f"sha-512=:{B64}:", Expectation()),
-        (f"sha-256=:{base64.b64encode(bytes(32)).decode()}:", Expectation()),
+        ("", ReceiptExpectation()),
+        ("", ReceiptExpectation(prefix=8)),
+        (SENT.hex[:16], ReceiptExpectation()),
+        (SENT.hex, ReceiptExpectation(prefix=16)),
+        (SENT.hex + "00", ReceiptExpectation()),
+        (f"sha512:{SENT.hex}", ReceiptExpectation()),
+        (f"md5:{SENT.hex}", ReceiptExpectation()),
+        (f":{SENT.hex}", ReceiptExpectation()),
+        (B64, ReceiptExpectation()),
+        (B64.swapcase(), ReceiptExpectation(encoding="base64")),
+        (SENT.hex, ReceiptExpectation(encoding="base64")),
+        (f"sha-512=:{B64}:", ReceiptExpectation()),
+        (f"sha-256=:{base64.b64encode(bytes(32)).decode()}:", ReceiptExpectation()),
     ],
 )
-def test_anything_else_is_not_the_digest(stated: str, expected: Expectation) -> None:
+def test_anything_else_is_not_the_digest(stated: str, expected: ReceiptExpectation) -> None:
     assert not matches(SENT, stated, expected)
 
 
 def test_the_two_alphabets_of_base64_are_told_apart() -> None:
     raw = bytes.fromhex(SPECIAL.hex)
     standard, url_safe = base64.b64encode(raw).decode(), base64.urlsafe_b64encode(raw).decode()
-    assert matches(SPECIAL, standard, Expectation(encoding="base64"))
-    assert not matches(SPECIAL, url_safe, Expectation(encoding="base64"))
-    assert matches(SPECIAL, url_safe, Expectation(encoding="base64url"))
+    assert matches(SPECIAL, standard, ReceiptExpectation(encoding="base64"))
+    assert not matches(SPECIAL, url_safe, ReceiptExpectation(encoding="base64"))
+    assert matches(SPECIAL, url_safe, ReceiptExpectation(encoding="base64url"))
 
 
 @given(st.text(), st.sampled_from(["hex", "base64", "base64url"]), st.sampled_from([0, 8, 16]))
 def test_no_text_that_does_not_hold_the_digest_passes(stated: str, encoding: str, prefix: int) -> None:
-    assert not matches(SENT, stated, Expectation(encoding=encoding, prefix=prefix))
+    assert not matches(SENT, stated, ReceiptExpectation(encoding=encoding, prefix=prefix))
 
 
 @given(
@@ -135,10 +135,10 @@ def test_every_digest_matches_itself_and_no_other(content: bytes, algorithm: str
         encode = base64.b64encode if encoding == "base64" else base64.urlsafe_b64encode
         return encode(bytes.fromhex(digest.hex)).decode()
 
-    assert matches(sent, stated(sent), Expectation(encoding=encoding))
-    assert not matches(sent, stated(other), Expectation(encoding=encoding))
+    assert matches(sent, stated(sent), ReceiptExpectation(encoding=encoding))
+    assert not matches(sent, stated(other), ReceiptExpectation(encoding=encoding))
 
 
 def test_a_quoted_digest_as_in_an_etag_is_read_without_its_quotes() -> None:
     digest = Digest("md5", "9e107d9d372bb6826bd81d3542a419d6")
-    assert matches(digest, '"9e107d9d372bb6826bd81d3542a419d6"', Expectation())
+    assert matches(digest, '"9e107d9d372bb6826bd81d3542a419d6"', ReceiptExpectation())

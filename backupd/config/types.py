@@ -1,0 +1,513 @@
+"""The kinds of single values that a configuration holds, each with its own check."""
+
+import base64
+import ipaddress
+import os
+import posixpath
+import re
+import warnings
+from collections.abc import Mapping
+from datetime import timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Final
+from urllib.parse import SplitResult, urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, PlainSerializer, StringConstraints, WithJsonSchema
+
+from backupd.config.problems import expected, quoted, refused
+from backupd.core.bandwidth import RateSchedule, RateWindow
+from backupd.core.names import TemplateError, TextTemplate
+from backupd.core.retention_policy import MinFree
+
+_NUMBER: Final = r"[0-9]{1,20}(?:\.[0-9]{1,9})?"
+_MICROSECONDS: Final = {
+    "d": 86_400_000_000,
+    "h": 3_600_000_000,
+    "m": 60_000_000,
+    "s": 1_000_000,
+    "ms": 1_000,
+}
+DURATION_PATTERN: Final = "^(?=.)" + "".join(f"(?:{_NUMBER}{unit})?" for unit in _MICROSECONDS) + "$"
+_DURATION: Final = re.compile(DURATION_PATTERN)
+_DURATION_PART: Final = re.compile(f"({_NUMBER})(ms|[dhms])")
+
+_BYTES: Final = {"B": 1} | {
+    prefix + suffix: base**power
+    for suffix, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate("kMGTP", start=1)
+}
+_BYTES_BY_UNIT: Final = {unit.lower(): factor for unit, factor in _BYTES.items()}
+SIZE_PATTERN: Final = f"^{_NUMBER} ?(?:[kKmMgGtTpP][iI]?)?[bB]$"
+_SIZE: Final = re.compile(f"({_NUMBER}) ?((?:[kmgtp]i?)?b)", re.IGNORECASE)
+
+PERCENT_PATTERN: Final = f"^{_NUMBER}%$"
+_PERCENT: Final = re.compile(f"({_NUMBER})%")
+
+LONGEST: Final = timedelta(days=36500)
+LARGEST: Final = 2**63 - 1
+
+_A_DURATION: Final = 'a duration such as "2s"'
+_A_SIZE: Final = 'a size such as "20MB"'
+_A_PERCENTAGE: Final = 'a percentage from "1%" to "1000%"'
+
+
+def parse_duration(text: str) -> timedelta:
+    """Return the duration that `text` spells; units are d, h, m, s and ms, in this order.
+
+    Raise `ValueError` for anything else, and for more than a hundred years.
+    """
+    if not _DURATION.fullmatch(text):
+        raise ValueError(f"expected {_A_DURATION}")
+    microseconds = sum(
+        (Decimal(number) * _MICROSECONDS[unit] for number, unit in _DURATION_PART.findall(text)), Decimal(0)
+    )
+    if microseconds > LONGEST // timedelta(microseconds=1):
+        raise ValueError(f'expected a duration of at most "{LONGEST.days}d"')
+    return timedelta(microseconds=int(microseconds))
+
+
+def format_duration(duration: timedelta) -> str:
+    """Return `duration` in the largest unit of which it is a whole number, in seconds otherwise."""
+    microseconds = duration // timedelta(microseconds=1)
+    if not microseconds:
+        return "0s"
+    for unit in ("d", "h", "m", "s"):
+        if microseconds % _MICROSECONDS[unit] == 0:
+            return f"{microseconds // _MICROSECONDS[unit]}{unit}"
+    seconds = Decimal(microseconds) / _MICROSECONDS["s"]
+    return f"{seconds:f}s"
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that `text` spells; kB is a thousand of them, KiB 1024.
+
+    Raise `ValueError` for anything else, for parts of a byte, and for more than 2**63 - 1.
+    """
+    if not (match := _SIZE.fullmatch(text)):
+        raise ValueError(f"expected {_A_SIZE}")
+    number, unit = match.groups()
+    size = Decimal(number) * _BYTES_BY_UNIT[unit.lower()]
+    if size > LARGEST:
+        raise ValueError('expected a size of less than "8192PiB"')
+    if size != int(size):
+        raise ValueError("expected a whole number of bytes")
+    return int(size)
+
+
+def format_size(size: int) -> str:
+    """Return `size` in the unit of which it is the smallest whole number."""
+    amounts = [(size // factor, unit) for unit, factor in _BYTES.items() if size and size % factor == 0]
+    amount, unit = min(amounts, key=lambda each: each[0], default=(0, "B"))
+    return f"{amount}{'KiB' if unit == 'kiB' else unit}"
+
+
+def _to_duration(value: object) -> timedelta:
+    if isinstance(value, timedelta):
+        if not timedelta(0) <= value <= LONGEST:
+            raise expected(_A_DURATION)
+        return value
+    if not isinstance(value, str):
+        raise expected(_A_DURATION)
+    try:
+        return parse_duration(value)
+    except ValueError as error:
+        raise expected(str(error).removeprefix("expected ")) from None
+
+
+def _to_size(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST:
+        return value
+    if not isinstance(value, str):
+        raise expected(_A_SIZE)
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise expected(str(error).removeprefix("expected ")) from None
+
+
+def _to_fraction(value: object) -> float:
+    if isinstance(value, float) and 0.01 <= value <= 10:
+        return value
+    match = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+    fraction = Decimal(match[1]) / 100 if match else Decimal(0)
+    if not Decimal("0.01") <= fraction <= 10:
+        raise expected(_A_PERCENTAGE)
+    return float(fraction)
+
+
+def _as_percentage(fraction: float) -> str:
+    return f"{fraction * 100:.10g}%"
+
+
+def _longer_than_nothing(value: timedelta) -> timedelta:
+    if not value:
+        raise expected('a duration longer than "0s"')
+    return value
+
+
+Duration = Annotated[
+    timedelta,
+    BeforeValidator(_to_duration),
+    PlainSerializer(format_duration, return_type=str, when_used="json"),
+    WithJsonSchema({"type": "string", "pattern": DURATION_PATTERN}),
+]
+"""A duration from nothing to a hundred years."""
+
+PositiveDuration = Annotated[
+    Duration,
+    AfterValidator(_longer_than_nothing),
+    WithJsonSchema({"type": "string", "pattern": DURATION_PATTERN.replace("(?=.)", "(?=.*[1-9])")}),
+]
+"""A duration of more than nothing."""
+
+Size = Annotated[
+    int,
+    BeforeValidator(_to_size),
+    PlainSerializer(format_size, return_type=str, when_used="json"),
+    WithJsonSchema({"type": ["string", "integer"], "minimum": 0, "pattern": SIZE_PATTERN}),
+]
+"""A number of bytes; a bare number counts bytes, too."""
+
+Percentage = Annotated[
+    float,
+    BeforeValidator(_to_fraction),
+    PlainSerializer(_as_percentage, return_type=str, when_used="json"),
+    WithJsonSchema({"type": "string", "pattern": PERCENT_PATTERN}),
+]
+"""A fraction, written in percent."""
+
+_WINDOW: Final = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])-([01][0-9]|2[0-3]):([0-5][0-9])")
+_A_RATE: Final = 'a rate such as "2MB/s", or "none"'
+_RATE_PATTERN: Final = f"{SIZE_PATTERN[:-1]}(?:/s)?$|^none$"
+_SLOWEST: Final = 1024
+
+
+def _rate(value: object) -> int | None:
+    if value == "none":
+        return None
+    if not isinstance(value, str):
+        raise expected(_A_RATE)
+    try:
+        rate = parse_size(value.removesuffix("/s"))
+    except ValueError:
+        raise expected(_A_RATE) from None
+    if rate < _SLOWEST:
+        raise expected('a rate of at least "1KiB/s"')
+    return rate
+
+
+def _schedule(value: object) -> RateSchedule:
+    if isinstance(value, RateSchedule):
+        return value
+    if not isinstance(value, Mapping):
+        return RateSchedule((), _rate(value))
+    windows = []
+    for key, rate in value.items():
+        if key == "default":
+            continue
+        match = _WINDOW.fullmatch(str(key))
+        if not match or match[1] + match[2] == match[3] + match[4]:
+            raise refused('expected hours such as "08:00-18:00", or "default", as keys')
+        begin, end = (int(match[i]) * 60 + int(match[i + 1]) for i in (1, 3))
+        windows.append(RateWindow(begin, end, _rate(rate)))
+    return RateSchedule(tuple(windows), _rate(value.get("default", "none")))
+
+
+def _written(schedule: RateSchedule) -> str | dict[str, str]:
+    if not schedule.windows:
+        return _rate_text(schedule.default)
+    hours = {f"{_clock(w.start)}-{_clock(w.end)}": _rate_text(w.rate) for w in schedule.windows}
+    return {**hours, "default": _rate_text(schedule.default)}
+
+
+def _rate_text(rate: int | None) -> str:
+    return "none" if rate is None else f"{format_size(rate)}/s"
+
+
+def _clock(minute: int) -> str:
+    return f"{minute // 60:02}:{minute % 60:02}"
+
+
+Bandwidth = Annotated[
+    RateSchedule,
+    BeforeValidator(_schedule),
+    PlainSerializer(_written, when_used="json"),
+    WithJsonSchema(
+        {
+            "type": ["string", "object"],
+            "pattern": _RATE_PATTERN,
+            "additionalProperties": {"type": "string", "pattern": _RATE_PATTERN},
+        }
+    ),
+]
+"""Bytes per second by the time of day."""
+
+_FREE_SPACE_PERCENT: Final = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,3})?)%")
+_A_SPACE: Final = 'a size such as "2GiB", or a percentage such as "5%"'
+
+
+def _to_space(value: object) -> MinFree:
+    if isinstance(value, MinFree):
+        return value
+    if not isinstance(value, str):
+        raise expected(_A_SPACE)
+    if match := _FREE_SPACE_PERCENT.fullmatch(value):
+        space = MinFree(percent=float(match[1]))
+    else:
+        try:
+            space = MinFree(parse_size(value))
+        except ValueError:
+            raise expected(_A_SPACE) from None
+    if space == MinFree():
+        raise expected("more than nothing")
+    return space
+
+
+def _free_space_written(space: MinFree) -> str:
+    return f"{space.percent:g}%" if space.percent else format_size(space.size)
+
+
+FreeSpace = Annotated[
+    MinFree,
+    BeforeValidator(_to_space),
+    PlainSerializer(_free_space_written, return_type=str, when_used="json"),
+    WithJsonSchema({"type": "string", "pattern": f"{SIZE_PATTERN}|^{_FREE_SPACE_PERCENT.pattern}$"}),
+]
+"""A size, or a percentage of the filesystem below 100."""
+
+NAME_PATTERN: Final = "^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+_TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
+_HEADER_TEXT: Final = re.compile(r"(?:[\x21-\x7e](?:[\x20-\x7e\t]*[\x21-\x7e])?)?")
+_OUR_HEADERS: Final = frozenset(
+    {"content-length", "content-type", "host", "idempotency-key", "transfer-encoding"}
+)
+_CREDENTIAL: Final = re.compile(r"auth|cookie|credential|key|passw|secret|signature|token", re.IGNORECASE)
+_HOST: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+_HOST_OR_IP: Final = re.compile(r"[A-Za-z0-9:](?:[A-Za-z0-9.:-]{0,251}[A-Za-z0-9:])?")
+_POINTER: Final = re.compile(r"(?:/(?:[^~/]|~[01])*)+")  # RFC 6901, section 3
+
+
+def names_a_credential(name: str) -> bool:
+    """Tell whether what is called `name` is likely to be a secret."""
+    return _CREDENTIAL.search(name) is not None
+
+
+def _absolute(value: object, what: str) -> Path:
+    if isinstance(value, Path):
+        value = os.fspath(value)
+    if not isinstance(value, str) or not value.startswith("/") or "\0" in value:
+        raise expected(what)
+    return Path(posixpath.normpath(value))
+
+
+def _absolute_path(value: object) -> Path:
+    return _absolute(value, "an absolute path")
+
+
+def _tls_path(value: object) -> Path:
+    return _absolute(value, "an absolute path, or the name of a file in $CREDENTIALS_DIRECTORY")
+
+
+def _subfolder(value: str) -> str:
+    parts = value.split("/")
+    if value.startswith("/") or ".." in parts or "\0" in value or posixpath.normpath(value) == ".":
+        raise expected('a folder below the drop folder, without ".."')
+    return posixpath.normpath(value)
+
+
+def _file_pattern(value: str) -> str:
+    if not value or "\0" in value:
+        raise expected('a pattern such as "*.tar.gz"')
+    return value
+
+
+def _label_pattern(value: str) -> str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # what Python merely warns of today means something else tomorrow
+            pattern = re.compile(value)
+    except (re.error, Warning, OverflowError, RecursionError) as error:
+        raise refused(f"expected a regular expression: {error}") from None
+    if not pattern.groupindex:
+        raise expected('a named group such as "(?P<device>[^/]+)"')
+    return value
+
+
+def _template(value: str) -> TextTemplate:
+    try:
+        return TextTemplate.parse(value)
+    except TemplateError as error:
+        raise refused(str(error)) from None
+
+
+def _url(value: str) -> str:
+    _template(value)
+    if not value.isprintable() or " " in value:
+        raise refused("expected an address without blanks and control characters")
+    try:
+        address = urlsplit(value)
+        _ = address.port
+    except ValueError as error:
+        raise refused(f"expected an address such as https://host/path: {str(error).lower()}") from None
+    if fault := _address_fault(address, value):
+        raise refused(fault)
+    return value
+
+
+def _address_fault(address: SplitResult, value: str) -> str | None:
+    if address.username is not None or address.password is not None:
+        return "expected an address without a user name or password"
+    if "#" in value:
+        return "expected an address without a fragment"
+    if "{" in address.netloc:
+        return "expected placeholders in the path and query only"
+    if address.scheme not in {"https", "http"} or not address.hostname:
+        return "expected an address such as https://host/path"
+    if address.scheme == "http" and not _is_loopback(address.hostname):
+        return "expected https; plain http is for loopback addresses only"
+    return None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _field_name(value: str) -> str:
+    if not value or not value.isprintable():
+        raise expected("the name of a form field")
+    return value
+
+
+def _digest_field(value: str) -> str:
+    return _field_name(value) if value else value
+
+
+def _field_text(value: str) -> str:
+    _template(value)
+    return value
+
+
+def _device_name(value: str) -> str:
+    if not value or not value.isprintable():
+        raise expected("the name of a device")
+    return value
+
+
+def _device_template(value: str) -> str:
+    if not _template(value).names:
+        raise expected('a placeholder such as "{device}"')
+    return value
+
+
+def _header_name(value: str) -> str:
+    if not _TOKEN.fullmatch(value):
+        raise refused("expected a header name of letters, digits and dashes")
+    if value.lower() in _OUR_HEADERS:
+        raise refused(f"{value} is set by backupd itself")
+    return value
+
+
+def _header_text(value: str) -> str:
+    if not _HEADER_TEXT.fullmatch(value):
+        raise refused("expected printable ASCII without blanks at the ends")
+    _template(value)
+    return value
+
+
+def _digest_source(value: str) -> str:
+    kind, _, place = value.partition(":")
+    known = (
+        value == "none"
+        or (kind == "body" and _POINTER.fullmatch(place))
+        or (kind == "header" and _TOKEN.fullmatch(place))
+    )
+    if not known:
+        what = " or ".join((*map(quoted, ("body:/json/pointer", "header:Name")), quoted("none")))
+        raise expected(what)
+    return value
+
+
+def _value_source(value: str) -> str:
+    return value if not value else _digest_source(value)
+
+
+def _proxy_url(value: str) -> str:
+    if not value:
+        return value
+    try:
+        address = urlsplit(value)
+        named = address.scheme == "http" and address.hostname and address.port is not None
+    except ValueError:
+        named = False
+    if not named or address.username is not None or address.path.strip("/") or address.query:
+        raise refused("expected a proxy such as http://proxy.example.net:3128, its user in proxy_user")
+    return value
+
+
+def _ip_address(value: str) -> str:
+    if value:
+        try:
+            ipaddress.ip_address(value)
+        except ValueError:
+            raise expected("an IP address") from None
+    return value
+
+
+def _host_name(value: str) -> str:
+    if value and not _HOST.fullmatch(value):
+        raise expected("a host name")
+    return value
+
+
+def _connect_to(value: str) -> str:
+    host, colon, port = value.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if value and not (colon and port.isdigit() and 0 < int(port) < 65536 and _HOST_OR_IP.fullmatch(bare)):
+        raise expected('a host and port such as "10.0.0.5:8443"')
+    return value
+
+
+def _pin(value: str) -> str:
+    try:
+        raw = base64.b64decode(value.removeprefix("sha256//"), validate=True)
+    except ValueError:
+        raw = b""
+    if len(raw) != 32:
+        raise expected("a SHA-256 in base64")
+    return value
+
+
+def _token_url(value: str) -> str:
+    return _url(value) if value else value
+
+
+_ABSOLUTE_SCHEMA: Final = WithJsonSchema({"type": "string", "pattern": "^/"})
+_FILE_SCHEMA: Final = WithJsonSchema({"type": "string", "minLength": 1})
+
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+AbsolutePath = Annotated[Path, BeforeValidator(_absolute_path), _ABSOLUTE_SCHEMA]
+TlsPath = Annotated[Path, BeforeValidator(_tls_path), _FILE_SCHEMA]
+DropSubfolder = Annotated[str, AfterValidator(_subfolder)]
+FilePattern = Annotated[str, AfterValidator(_file_pattern)]
+LabelPattern = Annotated[str, AfterValidator(_label_pattern)]
+UrlTemplate = Annotated[str, AfterValidator(_url)]
+FieldName = Annotated[str, AfterValidator(_field_name)]
+DigestField = Annotated[str, AfterValidator(_digest_field)]
+FieldText = Annotated[str, AfterValidator(_field_text)]
+DeviceName = Annotated[str, AfterValidator(_device_name)]
+DeviceTemplate = Annotated[str, AfterValidator(_device_template)]
+HeaderName = Annotated[str, AfterValidator(_header_name)]
+HeaderText = Annotated[str, AfterValidator(_header_text)]
+DigestSource = Annotated[str, AfterValidator(_digest_source)]
+ValueSource = Annotated[str, AfterValidator(_value_source)]
+ProxyUrl = Annotated[str, AfterValidator(_proxy_url)]
+IpAddress = Annotated[str, AfterValidator(_ip_address)]
+HostName = Annotated[str, AfterValidator(_host_name)]
+ConnectTo = Annotated[str, AfterValidator(_connect_to)]
+Pin = Annotated[str, AfterValidator(_pin)]
+TokenUrl = Annotated[str, AfterValidator(_token_url)]

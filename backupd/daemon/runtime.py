@@ -1,0 +1,76 @@
+"""What a daemon runs, by the configuration that asked for it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from backupd.config.models import Config
+from backupd.delivery.circuit_breaker import CircuitBreaker, Notifier
+from backupd.delivery.recorder import Recorder
+from backupd.delivery.restoring import HistoryRestorer
+from backupd.delivery.retention import Retention
+from backupd.delivery.worker import DestinationQueue, Worker
+from backupd.intake.intake import Intake
+from backupd.ledger.port import Ledger
+from backupd.upload.http.tls import ReloadingTlsContext
+
+
+@dataclass(slots=True)
+class RunningDrop:
+    """The intake of a drop; `stop` ends it alone."""
+
+    intake: Intake
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def end(self) -> None:
+        """Have it end, without waiting for it."""
+        self.stop.set()
+        self.intake.poke()
+
+
+@dataclass(slots=True)
+class RunningDestination:
+    """The workers of a destination and what they share; `stop` ends them once their upload is done."""
+
+    lane: DestinationQueue
+    workers: tuple[Worker, ...]
+    gate: CircuitBreaker
+    wakeup: Notifier
+    identity: ReloadingTlsContext
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def end(self) -> None:
+        """Have the workers end, without waiting for them."""
+        self.stop.set()
+        self.wakeup.ring()
+
+
+@dataclass(slots=True)
+class Runtime:
+    """Everything a daemon runs."""
+
+    config: Config
+    ledger: Ledger
+    drops: dict[str, RunningDrop]
+    destinations: dict[str, RunningDestination]
+    recorder: Recorder
+    abort: Callable[[], None]
+    keeper: Retention
+    restorer: HistoryRestorer
+
+    @property
+    def gates(self) -> Mapping[str, CircuitBreaker]:
+        """Return the gate of each destination."""
+        return {name: part.gate for name, part in self.destinations.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadDiff:
+    """What a new configuration made of the parts, which hold what is new already."""
+
+    drops_ended: Mapping[str, RunningDrop]
+    drops_begun: Mapping[str, RunningDrop]
+    destinations_ended: Mapping[str, RunningDestination]
+    destinations_begun: Mapping[str, RunningDestination]

@@ -1,0 +1,128 @@
+"""Who sends what: the devices behind the archives, when one falls silent, and sizes that are not as usual."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from backupd.config.models import DropConfig
+from backupd.core.devices import (
+    DeviceExpectation,
+    device_of,
+    newly_overdue_and_recovered,
+    overdue_by,
+    relative_change,
+)
+from backupd.core.model import Archive
+from backupd.core.names import TextTemplate, template_values
+from backupd.ledger.port import DeviceLedger, FileCandidate, TrackedDevice
+from backupd.telemetry import events
+from backupd.telemetry.log import EventLog
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    by: TextTemplate | None
+    pattern: re.Pattern[str] | None
+    size_alarm: float | None
+
+
+class DeviceTracker:
+    """Knows the devices of all drops; `tick` is called at each heartbeat.
+
+    What is to be said stands in the ledger until it was said: an end in between says it again, never not.
+    """
+
+    def __init__(self, ledger: DeviceLedger, log: EventLog) -> None:
+        self._rules: Mapping[str, _Rule] = {}
+        self._ledger = ledger
+        self._log = log
+        self._host = socket.gethostname()
+        self._saying = threading.Lock()
+        self.overdue = 0
+        """How many devices were overdue at the last tick."""
+
+    def begin(self, drops: Mapping[str, DropConfig], now: datetime) -> None:
+        """Take over what a configuration expects; to be called before anything is admitted by it.
+
+        Raises LedgerError, and changes nothing, where the ledger can't be written.
+        """
+        tracked = {name: drop for name, drop in drops.items() if _is_tracked(drop)}
+        rules = {name: _rule(drop) for name, drop in tracked.items()}
+        self._ledger.expect({name: _expectation(drop) for name, drop in tracked.items()}, now)
+        self._rules = rules
+
+    def labelled(self, sightings: Sequence[FileCandidate], now: datetime) -> list[FileCandidate]:
+        """Return sightings with the devices that they come from."""
+        return [replace(s, tracked=self._tracked(s, now)) for s in sightings] if self._rules else [*sightings]
+
+    def device_of(self, archive: Archive) -> str | None:
+        """Return the device that an archive comes from, where its drop's devices are of interest."""
+        rule = self._rules.get(archive.drop)
+        return (
+            None if rule is None else device_of(rule.by, template_values(archive, self._host, rule.pattern))
+        )
+
+    def tick(self, now: datetime) -> None:
+        """Say what is overdue, what has recovered, and what a killed daemon left unsaid of sizes."""
+        overdue, recovered = newly_overdue_and_recovered(self._ledger.doubtful(now), now)
+        for device in overdue:
+            self._log.emit(
+                events.DROP_OVERDUE,
+                drop=device.drop,
+                device=device.name or None,
+                last_at=device.last_at,
+                overdue_s=overdue_by(device, now),
+            )
+        for device in recovered:
+            self._log.emit(
+                events.DROP_RECOVERED, drop=device.drop, device=device.name or None, last_at=device.last_at
+            )
+        self._ledger.alarmed(overdue, recovered)
+        self.overdue = len(overdue)
+        self.say_unusual()
+
+    def say_unusual(self) -> None:
+        """Say of each archive of unusual size that it is, once."""
+        with self._saying:
+            found = self._ledger.unusual()
+            for one in found:
+                self._log.emit(
+                    events.ARCHIVE_UNUSUAL_SIZE,
+                    drop=one.drop,
+                    archive=one.relpath,
+                    device=one.device or None,
+                    size=one.size,
+                    median_size=one.median_size,
+                    change=relative_change(one.size, one.median_size),
+                )
+            if found:
+                self._ledger.told(found)
+
+    def _tracked(self, s: FileCandidate, now: datetime) -> TrackedDevice | None:
+        rule = self._rules.get(s.drop)
+        if rule is None:
+            return None
+        device = self.device_of(Archive(0, s.drop, s.relpath, s.fingerprint, now))
+        return None if device is None else TrackedDevice(device, rule.size_alarm)
+
+
+def _is_tracked(drop: DropConfig) -> bool:
+    return drop.expect.every is not None or drop.size_alarm is not None
+
+
+def _rule(drop: DropConfig) -> _Rule:
+    by = drop.expect.by
+    return _Rule(
+        TextTemplate.parse(by) if by else None,
+        re.compile(drop.label_pattern) if drop.label_pattern else None,
+        drop.size_alarm,
+    )
+
+
+def _expectation(drop: DropConfig) -> DeviceExpectation:
+    return DeviceExpectation(drop.expect.every, drop.expect.by, drop.expect.devices)

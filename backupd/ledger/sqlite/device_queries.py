@@ -1,0 +1,197 @@
+"""Devices, their habits, the end of old history, and the clock, in SQLite."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta
+
+from backupd.core.clock_skew import ClockSkew
+from backupd.core.devices import KEPT, WHOLE_DROP, Device, DeviceExpectation, size_anomaly
+from backupd.core.model import Archive
+from backupd.ledger.port import ClockReading, DeviceLedger, TrackedDevice, UnusualArchive
+from backupd.ledger.sqlite.connection import Row, Transactions, as_time, to_micros
+
+_MICROSECOND = timedelta(microseconds=1)
+
+_DEVICE = """
+    SELECT d.drop_name, d.name, d.known_at, d.last_at, d.archives,
+        CASE WHEN d.listed OR d.archives THEN e.every END, d.alarmed
+    FROM device d LEFT JOIN expectation e ON e.drop_name = d.drop_name
+"""
+_LET_GO = "UPDATE device SET known_at = ?, last_at = NULL, archives = 0, sizes = ''"
+_CLEAR = "DELETE FROM device WHERE NOT (listed OR archives OR alarmed)"
+"""A device that is let go has a row for as long as its alarm is not called off."""
+
+_OVER = "disposition = 'done' AND NOT live AND (state <> 'rejected' OR disposed_to IS NULL)"
+
+
+class SqliteDeviceLedger(Transactions, DeviceLedger):
+    """The methods of `Habits`."""
+
+    def expect(self, expectations: Mapping[str, DeviceExpectation], now: datetime) -> None:
+        """See `Habits.expect`."""
+        at = to_micros(now)
+        with self._transaction(durable=False) as db:
+            before = dict(db.execute("SELECT drop_name, device_by FROM expectation"))
+            db.execute("UPDATE expectation SET every = NULL")
+            db.execute("UPDATE device SET listed = 0")
+            # a clock that was ahead and is put right must not hide anybody
+            db.execute("UPDATE device SET known_at = min(known_at, ?), last_at = min(last_at, ?)", (at, at))
+            for drop, expectation in expectations.items():
+                if drop in before and before[drop] != expectation.by:
+                    db.execute(f"{_LET_GO} WHERE drop_name = ?", (at, drop))
+                _expect(db, drop, expectation, at)
+            db.execute(_CLEAR)
+
+    def doubtful(self, now: datetime) -> list[Device]:
+        """See `Habits.doubtful`."""
+        with self._reading() as db:
+            rows = db.execute(
+                f"{_DEVICE} WHERE d.alarmed OR coalesce(d.last_at, d.known_at) + e.every < ?"
+                " ORDER BY d.drop_name, d.name",
+                (to_micros(now),),
+            ).fetchall()
+            return [_as_device(row) for row in rows]
+
+    def alarmed(self, overdue: Sequence[Device], recovered: Sequence[Device]) -> None:
+        """See `Habits.alarmed`."""
+        changed = [(1, d.drop, d.name) for d in overdue if not d.alarmed]
+        changed += [(0, d.drop, d.name) for d in recovered]
+        if not changed:
+            return
+        with self._transaction(durable=False) as db:
+            db.executemany("UPDATE device SET alarmed = ? WHERE drop_name = ? AND name = ?", changed)
+            db.execute(_CLEAR)
+
+    def unusual(self) -> list[UnusualArchive]:
+        """See `Habits.unusual`."""
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT a.id, a.drop_name, a.relpath, u.device, a.size, u.median_size"
+                " FROM unusual_size u CROSS JOIN archive a ON a.id = u.archive_id ORDER BY u.archive_id"
+            ).fetchall()
+        return [UnusualArchive(*row) for row in rows]
+
+    def told(self, unusual: Sequence[UnusualArchive]) -> None:
+        """See `Habits.told`."""
+        with self._transaction(durable=False) as db:
+            db.executemany(
+                "DELETE FROM unusual_size WHERE archive_id = ?", [(one.archive_id,) for one in unusual]
+            )
+
+    def clock(self) -> ClockReading | None:
+        """See `Habits.clock`."""
+        with self._reading() as db:
+            seen = db.execute("SELECT seen_at FROM clock").fetchone()
+            doubts = db.execute("SELECT ahead, remaining FROM doubt ORDER BY id").fetchall()
+            if seen is None:
+                return None
+            return ClockReading(
+                as_time(seen[0]), [ClockSkew(a * _MICROSECOND, r * _MICROSECOND) for a, r in doubts]
+            )
+
+    def note_clock(self, note: ClockReading, *, patience: float = 0.0) -> None:
+        """See `Habits.note_clock`."""
+        doubts = [(doubt.ahead // _MICROSECOND, doubt.left // _MICROSECOND) for doubt in note.doubts]
+        with self._transaction(durable=bool(doubts), patience=patience) as db:
+            db.execute("DELETE FROM clock")
+            db.execute("INSERT INTO clock VALUES (?)", (to_micros(note.seen_at),))
+            db.execute("DELETE FROM doubt")
+            db.executemany("INSERT INTO doubt (ahead, remaining) VALUES (?, ?)", doubts)
+
+    def prune(self, before: Callable[[], datetime], most: int) -> int:
+        """See `Habits.prune`."""
+        old = (
+            f"SELECT id FROM archive INDEXED BY archive_over WHERE {_OVER}"  # noqa: S608 -- own clause
+            " AND coalesce(disposed_at, admitted_at) < ?"
+            " AND id < (SELECT max(id) FROM archive)"  # the last number is never given again
+            " LIMIT ?"
+        )
+        with self._reading() as db:  # mostly there is nothing, and a write would be for nothing
+            if db.execute(old, (to_micros(before()), 1)).fetchone() is None:
+                return 0
+        with self._transaction(durable=False) as db:
+            query = f"DELETE FROM archive WHERE id IN ({old})"  # noqa: S608 -- own clauses
+            return db.execute(query, (to_micros(before()), most)).rowcount
+
+
+def record_arrival(db: sqlite3.Connection, archive: Archive, tracked: TrackedDevice) -> bool:
+    """Note that a device sent an archive, which this transaction admits; tell if its size is unusual."""
+    device, size = (archive.drop, tracked.device), archive.fingerprint.size
+    at = to_micros(archive.admitted_at)
+    row = db.execute("SELECT sizes FROM device WHERE drop_name = ? AND name = ?", device).fetchone()
+    before = [int(each) for each in row[0].split()] if row else []
+    sizes = " ".join(map(str, [*before, size][-KEPT:]))
+    db.execute(
+        "INSERT INTO device (drop_name, name, known_at, last_at, archives, sizes) VALUES (?, ?, ?, ?, 1, ?)"
+        " ON CONFLICT DO UPDATE SET last_at = excluded.last_at, archives = archives + 1,"
+        " sizes = excluded.sizes",
+        (*device, at, at, sizes),
+    )
+    odd = None if tracked.size_alarm is None else size_anomaly(size, before, tracked.size_alarm)
+    if odd is None:
+        return False
+    db.execute("INSERT INTO unusual_size VALUES (?, ?, ?)", (archive.id, tracked.device, odd.median))
+    return True
+
+
+def device_records(db: sqlite3.Connection) -> list[Device]:
+    """Return every device that a ledger knows; none where no daemon has brought its schema up to date."""
+    if not _is_up_to_date(db):
+        return []
+    query = f"{_DEVICE} WHERE d.listed OR d.archives ORDER BY d.drop_name, d.name"
+    return [_as_device(row) for row in db.execute(query)]
+
+
+def forget_device(
+    db: sqlite3.Connection, name: str, drop: str | None, now: datetime
+) -> list[tuple[str, bool]]:
+    """Forget a device, in one drop or all; return the drops that knew it, and whether they list it.
+
+    One that the configuration lists stays known, but as if it had been listed only now.
+    """
+    if not _is_up_to_date(db):
+        return []
+    where = "name = ? AND (? IS NULL OR drop_name = ?) AND (listed OR archives)"
+    values = (name, drop, drop)
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        query = f"SELECT drop_name, listed FROM device WHERE {where} ORDER BY drop_name"  # noqa: S608 -- own clause
+        found = [(row[0], bool(row[1])) for row in db.execute(query, values)]
+        db.execute(f"{_LET_GO} WHERE {where}", (to_micros(now), *values))
+        db.execute(_CLEAR)
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+    return found
+
+
+def _is_up_to_date(db: sqlite3.Connection) -> bool:
+    return bool(db.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'device'").fetchone()[0])
+
+
+def _expect(db: sqlite3.Connection, drop: str, expectation: DeviceExpectation, at: int) -> None:
+    every = None if expectation.every is None else expectation.every // _MICROSECOND
+    db.execute("INSERT OR REPLACE INTO expectation VALUES (?, ?, ?)", (drop, every, expectation.by))
+    whole = (WHOLE_DROP,) if expectation.by is None and every is not None else ()
+    db.executemany(
+        "INSERT INTO device (drop_name, name, known_at, listed) VALUES (?, ?, ?, 1)"
+        " ON CONFLICT DO UPDATE SET listed = 1",
+        [(drop, name, at) for name in (*whole, *expectation.devices)],
+    )
+
+
+def _as_device(row: Row) -> Device:
+    drop, name, known_at, last_at, archives, every, alarmed = row
+    return Device(
+        drop,
+        name,
+        as_time(known_at),
+        None if last_at is None else as_time(last_at),
+        archives,
+        None if every is None else every * _MICROSECOND,
+        bool(alarmed),
+    )

@@ -1,0 +1,222 @@
+"""The archives that were put away, in SQLite: over a connection of its own no worker waits for long."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from backupd.core.errors import LedgerError
+from backupd.ledger.sent_index import RemovalReason, RestoredArchive, SentArchive, SentIndex
+from backupd.ledger.sqlite.connection import (
+    ARCHIVE_COLUMNS,
+    FILE_NAME,
+    Row,
+    as_archive,
+    as_time,
+    failures,
+    fingerprint_columns,
+    to_micros,
+    transaction,
+)
+
+_COLUMNS = f"{ARCHIVE_COLUMNS}, disposed_to, disposed_at"
+_SENT = "state = 'delivered' AND disposed_to IS NOT NULL"
+_KEPT = f"{_SENT} AND removal IS NULL"
+_IN_SERIES = "series IS NOT NULL AND removal IS NULL"
+
+
+def open_sent_index(state_dir: Path) -> SentIndex:
+    """Open the ledger that the daemon has opened already, once more."""
+    path = state_dir / FILE_NAME
+    try:
+        connection = sqlite3.connect(
+            f"{path.as_uri()}?mode=rw", uri=True, timeout=30, isolation_level=None, check_same_thread=False
+        )
+        connection.execute("PRAGMA synchronous = FULL")
+    except sqlite3.Error as error:
+        raise LedgerError(f"{path}: {error}", "check the disk and the owner of `state_dir`") from error
+    return SqliteSentIndex(connection)
+
+
+class SqliteSentIndex(SentIndex):
+    """A `Shelf` on a connection to a ledger whose schema is up to date."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._db = connection
+
+    def unsorted(self, drop: str, most: int) -> list[SentArchive]:
+        """See `Shelf.unsorted`."""
+        return self._kept(
+            f"INDEXED BY archive_unsorted WHERE drop_name = ? AND {_KEPT} AND series IS NULL"
+            " ORDER BY id LIMIT ?",
+            (drop, most),
+        )
+
+    def sort(self, series: Mapping[int, bytes]) -> None:
+        """See `Shelf.sort`."""
+        with transaction(self._db):
+            self._db.executemany(
+                "UPDATE archive SET series = ? WHERE id = ?", [(s, ident) for ident, s in series.items()]
+            )
+
+    def oldest(
+        self, drop: str, after: SentArchive | None, until: datetime | None, most: int
+    ) -> list[SentArchive]:
+        """See `Shelf.oldest`."""
+        behind = (to_micros(after.since), after.archive.id) if after else (-(1 << 62), 0)
+        return self._kept(
+            f"INDEXED BY archive_kept WHERE drop_name = ? AND {_KEPT}"
+            " AND (disposed_at, id) > (?, ?) AND disposed_at <= ? ORDER BY disposed_at, id LIMIT ?",
+            (drop, *behind, to_micros(until) if until else 1 << 62, most),
+        )
+
+    def newer(self, kept: SentArchive, most: int) -> int:
+        """See `Shelf.newer`."""
+        series = "(SELECT series FROM archive WHERE id = ?2)"
+        moved_after = (
+            "SELECT count(*) FROM (SELECT 1 FROM archive INDEXED BY archive_series"  # noqa: S608 -- own clauses
+            f" WHERE drop_name = ?1 AND {_IN_SERIES} AND series = {series} AND (disposed_at, id) > (?3, ?2)"
+            " LIMIT ?4)"
+        )
+        admitted_after = (
+            "SELECT count(*) FROM (SELECT 1 FROM archive INDEXED BY archive_last"  # noqa: S608 -- own clauses
+            f" WHERE drop_name = ?1 AND {_IN_SERIES} AND series = {series} AND id > ?2 LIMIT ?4)"
+        )
+        rows = self._query(
+            f"SELECT min(({moved_after}), CASE WHEN ?2 > 0 THEN ({admitted_after}) ELSE ?4 END)",
+            (kept.archive.drop, kept.archive.id, to_micros(kept.since), most),
+        )
+        return int(rows[0][0])
+
+    def beyond(self, drop: str, series: bytes, last: int, until: datetime, most: int) -> list[SentArchive]:
+        """See `Shelf.beyond`."""
+        members = f"WHERE drop_name = ?1 AND series = ?2 AND {_IN_SERIES}"
+        return self._kept(
+            f"INDEXED BY archive_series {members} AND disposed_at <= ?3 AND (disposed_at, id) < ("  # noqa: S608
+            f"  SELECT disposed_at, id FROM archive INDEXED BY archive_series {members}"
+            "  ORDER BY disposed_at DESC, id DESC LIMIT 1 OFFSET ?4 - 1"
+            " ) AND (id <= 0 OR id < ("
+            f"  SELECT id FROM archive INDEXED BY archive_last {members}"
+            "  ORDER BY id DESC LIMIT 1 OFFSET ?4 - 1"
+            " )) ORDER BY disposed_at DESC, id DESC LIMIT ?5",
+            (drop, series, to_micros(until), last, most),
+        )
+
+    def condemn(self, archive_ids: Sequence[int]) -> None:
+        """See `Shelf.condemn`."""
+        with transaction(self._db):
+            self._db.executemany(
+                "UPDATE archive SET removal = 'expiring' WHERE id = ?", [(i,) for i in archive_ids]
+            )
+
+    def condemned(self, drop: str, most: int) -> list[SentArchive]:
+        """See `Shelf.condemned`."""
+        return self._kept(
+            "INDEXED BY archive_expiring WHERE removal = 'expiring' AND drop_name = ? ORDER BY id LIMIT ?",
+            (drop, most),
+        )
+
+    def ended(self, removals: Mapping[int, RemovalReason], now: datetime) -> None:
+        """See `Shelf.ended`."""
+        at = to_micros(now)
+        with transaction(self._db):
+            self._db.executemany(
+                "UPDATE archive SET removal = ?, removed_at = ? WHERE id = ?",
+                [(removal, at, ident) for ident, removal in removals.items()],
+            )
+
+    def is_restored(self, drop: str, folder: bytes) -> bool:
+        """See `Shelf.is_restored`."""
+        noted = "SELECT 1 FROM restored WHERE drop_name = ? AND folder IN (?, x'')"
+        return bool(self._query(noted, (drop, folder)))
+
+    def lowest(self) -> int:
+        """See `Shelf.lowest`."""
+        return int(self._query("SELECT min(coalesce(min(id), 1), 1) - 1 FROM archive", ())[0][0])
+
+    def lacking(self, found: Sequence[RestoredArchive]) -> list[RestoredArchive]:
+        """See `Shelf.lacking`."""
+        with failures("read"):
+            return [one for one in found if not _is_known(self._db, one)]
+
+    def restore(self, found: Sequence[RestoredArchive]) -> int:
+        """See `Shelf.restore`."""
+        with transaction(self._db):
+            return sum(_restore(self._db, one) for one in found)
+
+    def note_restored(self, drop: str, folder: bytes) -> None:
+        """See `Shelf.note_restored`."""
+        with transaction(self._db):
+            self._db.execute("INSERT OR IGNORE INTO restored VALUES (?, ?)", (drop, folder))
+
+    def close(self) -> None:
+        """See `Shelf.close`."""
+        self._db.close()
+
+    def _kept(self, clauses: str, values: tuple[object, ...]) -> list[SentArchive]:
+        with failures("read"):
+            rows = self._db.execute(f"SELECT {_COLUMNS} FROM archive {clauses}", values)  # noqa: S608 -- own clauses
+            return [SentArchive(as_archive(row), row[9], as_time(row[10])) for row in rows]
+
+    def _query(self, query: str, values: tuple[object, ...]) -> list[Row]:
+        with failures("read"):
+            return self._db.execute(query, values).fetchall()
+
+
+def _is_known(db: sqlite3.Connection, one: RestoredArchive) -> bool:
+    known = "SELECT 1 FROM delivery WHERE id = ?"
+    return any(db.execute(known, (ending.delivery_id,)).fetchone() for ending in one.settled.endings)
+
+
+def _restore(db: sqlite3.Connection, one: RestoredArchive) -> bool:
+    """Insert what is not known yet."""
+    settled, archive = one.settled, one.settled.archive
+    if _is_known(db, one):
+        return False
+    db.execute(
+        "INSERT INTO archive (id, drop_name, relpath, device, inode, size, mtime_ns, ctime_ns, admitted_at,"
+        " state, digest, disposition, announced, live, disposed_to, disposed_at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'done', 1, 0, ?, ?)",
+        (
+            one.ident,
+            archive.drop,
+            archive.relpath,
+            *fingerprint_columns(archive.fingerprint),
+            to_micros(archive.admitted_at),
+            settled.state,
+            settled.digest,
+            one.to,
+            to_micros(one.since),
+        ),
+    )
+    db.executemany(
+        "INSERT OR IGNORE INTO delivery (id, archive_id, destination, size, state, ended_at, reason, error,"
+        " digest, verified, http_status, receipt) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        [
+            (
+                e.delivery_id,
+                one.ident,
+                e.destination,
+                archive.fingerprint.size,
+                e.state,
+                to_micros(e.ended_at),
+                e.reason,
+                e.error,
+                e.digest,
+                e.verified,
+                e.http_status,
+                e.receipt,
+            )
+            for e in settled.endings
+        ],
+    )
+    if one.device is not None:
+        db.execute(
+            "INSERT INTO device (drop_name, name, known_at, last_at, archives) VALUES (?1, ?2, ?3, ?3, 1)"
+            " ON CONFLICT DO UPDATE SET archives = archives + 1,"
+            " last_at = max(coalesce(last_at, 0), excluded.last_at)",
+            (archive.drop, one.device, to_micros(archive.admitted_at)),
+        )
+    return True

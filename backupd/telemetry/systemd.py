@@ -1,0 +1,29 @@
+"""Telling systemd how we are; sd_notify(3)."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+
+
+class SystemdNotifier:
+    """Sends states to the socket that systemd names; does nothing where there is none."""
+
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
+        address = environ.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._socket = (
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) if address else None
+        )
+        micros = environ.get("WATCHDOG_USEC", "")
+        for_us = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self.watchdog_every = int(micros) / 2e6 if micros.isdigit() and for_us else None
+        """Half the seconds within which systemd wants a sign of life; None if it wants none."""
+
+    def send(self, *states: str) -> None:
+        """Send states such as `READY=1`; never raises, as nothing hangs on it but systemd's view."""
+        if self._socket is not None:
+            with suppress(OSError):
+                self._socket.sendto("\n".join(states).encode(), self._address)
