@@ -78,15 +78,15 @@ class Site:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         seen = FileCandidate("switches", os.fsencode(name), fingerprint_of(path.stat()))
-        self.ledger.admit([seen], ["vault"], at)
+        self.ledger.enqueue([seen], ["vault"], at)
 
     def put_away(self, claim: Delivery, at: datetime, outcome: Outcome) -> Path:
         """Have a delivery end so, and its file put away, at a time; return where that lies."""
         ended = finished(claim, outcome, now=at)
         done, _ = self._disposal.dispose(self.ledger.record([ended], at))
-        self.ledger.disposed(done, [], at)
-        assert done[0].to is not None
-        return self.root / os.fsdecode(done[0].to)
+        self.ledger.record_dispositions(done, [], at)
+        assert done[0].moved_to is not None
+        return self.root / os.fsdecode(done[0].moved_to)
 
     def keep(self, now: datetime = NOW, **order: Any) -> None:
         """Keep to an order, until there is nothing more to do."""

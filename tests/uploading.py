@@ -49,7 +49,7 @@ class Sender:
     @property
     def sent(self) -> int:
         """Return how many bytes of the archive were handed to the connection so far."""
-        return self._cargo.sent if self._cargo else 0
+        return self._cargo.sent_bytes if self._cargo else 0
 
     def send(self, path: Path, progress: OnProgress = lambda _sent: None) -> Outcome:
         fd = os.open(path, os.O_RDONLY)
@@ -63,10 +63,10 @@ class Sender:
                 fingerprint,
                 variables,
                 progress,
-                alive=self.pulse.beat,
-                resting=self.pulse.rest,
+                on_alive=self.pulse.alive,
+                on_idle=self.pulse.idle,
             )
-            self.pulse.beat()
+            self.pulse.alive()
             return self._uploader.upload(self._cargo)
         finally:
             os.close(fd)
@@ -82,7 +82,7 @@ class Sender:
 def a_sender(destination: DestinationConfig) -> Iterator[Sender]:
     """Yield a sender to a destination."""
     abort = Abort()
-    uploader = HttpUploader.alone(destination, abort)
+    uploader = HttpUploader.standalone(destination, abort)
     try:
         yield Sender(uploader, abort)
     finally:

@@ -139,7 +139,7 @@ def _findings(
 
 def _kept(history: LedgerQueries, drop: str, since: datetime | None) -> Iterator[ArchiveRecord]:
     after = None
-    while page := history.in_sent(drop, since, after, _PAGE):
+    while page := history.sent_archives(drop, since, after, _PAGE):
         yield from page
         after = page[-1].archive.id
 
@@ -261,7 +261,7 @@ class RemoteVerifier:
         name = archive.relpath.rpartition(b"/")[2]
         cargo = UploadJob(delivery.id, name, -1, archive.fingerprint, values)
         verdict, detail = AuditVerdict.OK, ""
-        match uploader.ask(cargo, Digest.parse(delivery.digest)):
+        match uploader.query(cargo, Digest.parse(delivery.digest)):
             case Delivered():
                 pass
             case Deferred(reason=reason, error=detail) | Rejected(reason=reason, error=detail):

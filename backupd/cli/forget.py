@@ -30,7 +30,7 @@ def forget(
     loaded = load(config)
     history = LedgerQueries(open_for_reading(loaded.state_dir))
     device = as_text(os.fsencode(device))  # as the ledger has names that are no UTF-8
-    forgotten = history.forget(device, as_text(os.fsencode(drop)) or None, datetime.now(UTC))
+    forgotten = history.forget_device(device, as_text(os.fsencode(drop)) or None, datetime.now(UTC))
     if not forgotten:
         raise UsageError(
             f"no device is called {device!r}" + (f" in the drop {drop!r}" if drop else ""),

@@ -62,7 +62,7 @@ def list_deliveries(
         return
     rows = [
         (r.id[:8], r.state, r.archive.drop, as_text(r.archive.relpath), size(r.archive.fingerprint.size),
-         r.destination, ago(r.archive.admitted_at), r.attempts, r.reason)
+         r.destination, ago(r.archive.queued_at), r.attempts, r.reason)
         for r in records
     ]  # fmt: skip
     print_table(
@@ -124,7 +124,7 @@ def _print_archive(r: ArchiveRecord) -> None:
         {
             "archive": f"@{r.archive.id} {r.archive.drop}: {as_text(r.archive.relpath)}",
             "size": size(r.archive.fingerprint.size),
-            "admitted": _moment(r.archive.admitted_at),
+            "admitted": _moment(r.archive.queued_at),
             "became": r.state,
             "moved to": as_text(r.disposed_to) if r.disposed_to else None,
             "disposed": _moment(r.disposed_at),
@@ -172,8 +172,8 @@ def _print_attempts(attempts: list[AttemptRecord]) -> None:
     if not attempts:
         return
     rows = [
-        (a.number, f"{a.started_at:%Y-%m-%d %H:%M:%S}", f"{a.duration_s:.2f} s", size(a.sent), a.outcome,
-         a.http_status, a.reason, a.error)
+        (a.number, f"{a.started_at:%Y-%m-%d %H:%M:%S}", f"{a.duration_s:.2f} s", size(a.sent_bytes),
+         a.outcome, a.http_status, a.reason, a.error)
         for a in attempts
     ]  # fmt: skip
     print_table(("attempt", "started (UTC)", "took", "sent", "outcome", "status", "reason", "error"), rows)

@@ -122,7 +122,7 @@ def _push(file: Path, destination: str, config: Config, progress: PushProgress) 
     def once() -> Outcome:
         outcome = uploader.upload(cargo)
         if isinstance(outcome, Deferred):  # what may be there is asked about before the next attempt
-            cargo.unknown = outcome.unknown
+            cargo.unconfirmed_digest = outcome.unconfirmed_digest
         outcomes.append(outcome)
         return outcome
 

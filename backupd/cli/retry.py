@@ -47,7 +47,7 @@ def retry(
                 "it was put back or removed, or another destination has yet to have it: see `backupd list`",
             )
         typer.echo(f"put back; it starts over{then}")
-    elif history.hasten(record.id, datetime.now(UTC)):
+    elif history.retry_now(record.id, datetime.now(UTC)):
         typer.echo(f"due now{then}")
     else:
         raise UsageError(
@@ -101,12 +101,12 @@ def _put_back(
     archive = record.archive
     source, _, name = moved_to.rpartition(b"/")
     target, _, original = archive.relpath.rpartition(b"/")
-    with history.put_back(archive.id):
+    with history.mark_retried(archive.id):
         try:
             with folder.directory(source) as quarantine, folder.directory(target, create=True) as place:
                 rename_no_replace(quarantine, name, place, original)
         except FileNotFoundError:
-            if folder.is_out_of_reach(moved_to, archive.fingerprint.device):
+            if folder.is_unreachable(moved_to, archive.fingerprint.device):
                 raise
             found = False  # removed by hand: it must not count as rejected for ever
         else:

@@ -81,7 +81,7 @@ def collect_status(config: Path) -> DaemonStatus:
                 for name, drop in loaded.drop.items()
             ],
             [history.destination(name) for name in names],
-            history.quarantined(),
+            history.count_quarantined(),
             list(_certificates(loaded)),
             overdue_devices(loaded, history, datetime.now(UTC)),
         )
@@ -102,7 +102,7 @@ def health_facts(standing: DaemonStatus, now: datetime) -> HealthFacts:
         sum(d.pending_bytes for d in standing.destinations),
         None if oldest is None else now - oldest,
         standing.rejected,
-        {d.name: now - (d.since or now) for d in standing.destinations if d.gate not in (None, "open")},
+        {d.name: now - (d.since or now) for d in standing.destinations if d.circuit not in (None, "open")},
         {c.destination: c.days_left for c in standing.certificates},
         [f"{d.device or 'all'} ({d.drop})" for d in standing.overdue],
     )
@@ -215,7 +215,7 @@ def _print_drops(drops: list[DropStatus]) -> None:
 
 def _print_destinations(records: list[DestinationRecord]) -> None:
     rows = [
-        (r.name, r.gate or "open", r.pending, size(r.pending_bytes), ago(r.oldest), r.rejected,
+        (r.name, r.circuit or "open", r.pending, size(r.pending_bytes), ago(r.oldest), r.rejected,
          ago(r.last_delivered), _why_paused(r))
         for r in records
     ]  # fmt: skip

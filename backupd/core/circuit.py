@@ -28,7 +28,7 @@ class Circuit:
     reason: Reason | None = None
     since: datetime | None = None
 
-    def enter(self, now: datetime) -> Circuit | None:
+    def try_acquire(self, now: datetime) -> Circuit | None:
         """Return the gate with one more delivery let through, or None where it has to wait."""
         if self.state is CircuitState.OPEN:
             return self
@@ -36,13 +36,13 @@ class Circuit:
             return replace(self, state=CircuitState.PROBING)
         return None
 
-    def wait(self, now: datetime) -> timedelta | None:
+    def wait_time(self, now: datetime) -> timedelta | None:
         """Return how long until another `enter` may succeed; None: only a report can change it."""
         if self.state is CircuitState.PROBING:
             return None
         return timedelta(0) if self.until is None else max(self.until - now, timedelta(0))
 
-    def failed(
+    def record_failure(
         self, reason: Reason, now: datetime, backoff: Backoff, chance: float, asked: timedelta | None
     ) -> Circuit:
         """Return the gate after a fault of the destination, `asked` being its Retry-After.
@@ -58,16 +58,16 @@ class Circuit:
         until = now + wait if self.until is None else max(now + wait, self.until)
         return Circuit(CircuitState.PAUSED, until, faults, reason, self.since or now)
 
-    def answered(self) -> Circuit:
+    def record_success(self) -> Circuit:
         """Return the gate after the destination did its part, whatever it said of the archive."""
         return Circuit()
 
-    def set_back(self, by: timedelta) -> Circuit:
+    def shift_earlier(self, by: timedelta) -> Circuit:
         """Return the gate where the clock was set back; it opens no later than it would have."""
         until, since = (None if time is None else time - by for time in (self.until, self.since))
         return replace(self, until=until, since=since)
 
-    def left(self, now: datetime) -> Circuit:
+    def released(self, now: datetime) -> Circuit:
         """Return the gate after a probe that told nothing (nothing was due, or we were stopped)."""
         if self.state is CircuitState.PROBING:
             return replace(self, state=CircuitState.PAUSED, until=now)

@@ -18,7 +18,7 @@ class ClockSkew:
     """Time that a clock may have gone forward by wrongly, and how much longer that is not believed."""
 
     ahead: timedelta
-    left: timedelta
+    remaining: timedelta
 
 
 class ClockSkews:
@@ -28,18 +28,18 @@ class ClockSkews:
     """
 
     def __init__(self, doubts: Iterable[ClockSkew], now: timedelta) -> None:
-        self._parts = [(doubt.ahead, now + doubt.left) for doubt in doubts]
+        self._parts = [(doubt.ahead, now + doubt.remaining) for doubt in doubts]
         """How much, and until when; what was added last at the end."""
 
     def total(self, now: timedelta) -> timedelta:
         """Return by how much the clock may be ahead."""
         return sum((ahead for ahead, until in self._parts if now < until), ZERO)
 
-    def fresh(self, now: timedelta) -> timedelta:
+    def recent(self, now: timedelta) -> timedelta:
         """Return how much of that will be doubted for a day yet."""
         return sum((ahead for ahead, until in self._parts if until >= now + TRUST_AFTER), ZERO)
 
-    def left(self, now: timedelta) -> list[ClockSkew]:
+    def remaining(self, now: timedelta) -> list[ClockSkew]:
         """Return what is left of them, to be kept."""
         return [ClockSkew(ahead, until - now) for ahead, until in self._parts if now < until]
 

@@ -12,6 +12,6 @@ def failure(
     reason: Reason, error: str, http_status: int | None = None, retry_after: timedelta | None = None
 ) -> Deferred | Rejected:
     """Return `Rejected` where the policy rejects the archive, else `Deferred`."""
-    if rule_of(reason).then is Action.REJECT:
+    if rule_of(reason).action is Action.REJECT:
         return Rejected(reason, error, http_status)
     return Deferred(reason, error, http_status, retry_after)

@@ -106,7 +106,7 @@ class Archive:
     drop: str
     relpath: bytes
     fingerprint: Fingerprint
-    admitted_at: datetime
+    queued_at: datetime
 
 
 class DeliveryState(StrEnum):
@@ -132,9 +132,9 @@ class Delivery:
     archive: Archive
     destination: str
     attempts: int = 0
-    charged: int = 0
-    faults: int = 0
-    unknown: Digest | None = None
+    archive_failures: int = 0
+    destination_failures: int = 0
+    unconfirmed_digest: Digest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,7 @@ class Deferred:
     error: str
     http_status: int | None = None
     retry_after: timedelta | None = None
-    unknown: Digest | None = None
+    unconfirmed_digest: Digest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +190,7 @@ class Superseded:
     """The file changed, or is `gone`; its new content, if there is one, starts over."""
 
     error: str
-    gone: bool = False
+    missing: bool = False
 
 
 Outcome = Delivered | Deferred | Rejected | Superseded
@@ -202,5 +202,5 @@ class Attempt:
 
     started_at: datetime
     duration: timedelta
-    sent: int
+    sent_bytes: int
     outcome: Outcome

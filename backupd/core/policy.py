@@ -70,11 +70,11 @@ class FailureRule:
     """One row of the policy; `at_once` allows the few short attempts within a claim."""
 
     reason: Reason
-    charge: Blame
-    then: Action
+    blame: Blame
+    action: Action
     meaning: str
     hint: str
-    at_once: bool = False
+    retry_immediately: bool = False
 
 
 _D, _A = Blame.DESTINATION, Blame.ARCHIVE
@@ -90,7 +90,7 @@ RULES: tuple[FailureRule, ...] = (
         Action.PAUSE,
         "no connection",
         "check that the endpoint runs and the firewall",
-        at_once=True,
+        retry_immediately=True,
     ),
     FailureRule(
         Reason.CONNECT_TIMEOUT,
@@ -119,7 +119,7 @@ RULES: tuple[FailureRule, ...] = (
         Action.PAUSE,
         "the connection broke before the answer",
         "look at the endpoint's log; one that hangs up at once may not accept our certificate",
-        at_once=True,
+        retry_immediately=True,
     ),
     FailureRule(
         Reason.PROTOCOL,
@@ -372,7 +372,7 @@ def policy_table() -> str:
         statuses = [str(status) for status, reason in _BY_STATUS.items() if reason is rule.reason]
         seen = ", ".join([*statuses, *_ALSO_SEEN_AS.get(rule.reason, ())]) or "no answer"
         meaning = rule.meaning.partition(": ")[2] if rule.meaning[0].isdigit() else rule.meaning
-        cells = (seen, f"`{rule.reason}`", meaning, rule.charge, rule.then, rule.hint)
+        cells = (seen, f"`{rule.reason}`", meaning, rule.blame, rule.action, rule.hint)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -45,7 +45,7 @@ class RetentionPolicy:
         """Tell whether archives are removed for their age or number."""
         return self.keep_for is not None or self.keep_last is not None
 
-    def verdict(self, age: timedelta, newer: int) -> Expiry | None:
+    def expiry_reason(self, age: timedelta, newer: int) -> Expiry | None:
         """Return why an archive goes, or None where it stays.
 
         It goes when it is older than `keep_for`, if that is given, and not among the `keep_last` newest

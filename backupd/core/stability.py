@@ -33,7 +33,7 @@ class StabilityTracker:
     def __contains__(self, relpath: object) -> bool:
         return relpath in self._waiting or relpath in self._held
 
-    def look(self, relpath: bytes, fingerprint: Fingerprint, now: float) -> bool:
+    def observe(self, relpath: bytes, fingerprint: Fingerprint, now: float) -> bool:
         """Note how a file looks; return True once it has not changed for `stable_for`, and forget it."""
         known = self._waiting.get(relpath) or self._held.get(relpath)
         if known is not None and known.fingerprint == fingerprint:

@@ -19,8 +19,8 @@ class Transition:
     state: DeliveryState
     outcome: Outcome
     due_at: datetime | None = None
-    charged: int = 0
-    faults: int = 0
+    archive_failures: int = 0
+    destination_failures: int = 0
 
 
 class Priority(StrEnum):
@@ -57,15 +57,17 @@ def next_step(
 def _deferred(
     delivery: Delivery, outcome: Deferred, now: datetime, patience: RetryPolicy, chance: float
 ) -> Transition:
-    age = now - delivery.archive.admitted_at
+    age = now - delivery.archive.queued_at
     if patience.give_up_after is not None and age > patience.give_up_after:
         error = f"gave up after {age}; last: {outcome.error}"
         return Transition(DeliveryState.REJECTED, Rejected(Reason.GAVE_UP, error, outcome.http_status))
     if outcome.reason is Reason.STOPPED:
-        return Transition(DeliveryState.PENDING, outcome, now, delivery.charged, delivery.faults)
+        return Transition(
+            DeliveryState.PENDING, outcome, now, delivery.archive_failures, delivery.destination_failures
+        )
     rule = rule_of(outcome.reason)
-    charged = delivery.charged + (rule.charge is Blame.ARCHIVE)
-    faults = delivery.faults + 1 if rule.then is Action.PAUSE else 0
+    charged = delivery.archive_failures + (rule.blame is Blame.ARCHIVE)
+    faults = delivery.destination_failures + 1 if rule.action is Action.PAUSE else 0
     wait = patience.backoff.before(max(charged, faults), chance)
     if outcome.retry_after is not None:
         wait = max(wait, outcome.retry_after)

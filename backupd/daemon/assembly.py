@@ -59,9 +59,9 @@ def run_daemon(
                 hint="what is pending is found again in the drop folders; find out who removed the file",
             )
         assembly = Assembly(config, SqliteLedger(opened.connection), log)
-        certificates = Certificates(assembly.parts, log, examine, found)
-        upkeep = Housekeeping(assembly.parts, log, assembly.freshness, assembly.clock)
-        daemon = Daemon(assembly.parts, log, config_path, examine, assembly.change_to, certificates, upkeep)
+        certificates = Certificates(assembly.runtime, log, examine, found)
+        upkeep = Housekeeping(assembly.runtime, log, assembly.device_tracker, assembly.clock)
+        daemon = Daemon(assembly.runtime, log, config_path, examine, assembly.change_to, certificates, upkeep)
         code = daemon.run()
         lock.ended_well, lock.damage = code == 0, daemon.damage
         return code
@@ -77,25 +77,29 @@ class Assembly:
         self._folders = {name: open_folder(name, drop) for name, drop in config.drop.items()}
         self._rules = _rules(config, self._folders)
         self._sources = {name: _source(drop, self._folders[name]) for name, drop in config.drop.items()}
-        self.clock = HostClock(ledger.clock())
-        self.freshness = DeviceTracker(ledger, log)
-        self.freshness.begin(config.drop, datetime.now(UTC))
+        self.clock = HostClock(ledger.last_clock_reading())
+        self.device_tracker = DeviceTracker(ledger, log)
+        self.device_tracker.configure(config.drop, datetime.now(UTC))
         disposal = Disposition(self._rules, log)
         recorder = Recorder(ledger, disposal, log, self._look_again)
         keeper = Retention(
-            lambda: open_sent_index(config.state_dir), self._stocks, log, self.clock.believed, self._is_known
+            lambda: open_sent_index(config.state_dir),
+            self._stocks,
+            log,
+            self.clock.trusted_now,
+            self._is_known,
         )
         restorer = HistoryRestorer(
             lambda: open_sent_index(config.state_dir),
             self._rules,
-            self.freshness.device_of,
-            lambda: self.clock.believed() - self.parts.config.keep_history_for,
+            self.device_tracker.device_of,
+            lambda: self.clock.trusted_now() - self.runtime.config.keep_history_for,
             self._doubt_since,
             log,
         )
-        self.parts = Runtime(config, ledger, {}, {}, recorder, self._abort.set, keeper, restorer)
-        self.parts.destinations |= {n: self._destination(n, d) for n, d in config.destination.items()}
-        self.parts.drops |= {n: self._drop(n, d, config) for n, d in config.drop.items()}
+        self.runtime = Runtime(config, ledger, {}, {}, recorder, self._abort.set, keeper, restorer)
+        self.runtime.destinations |= {n: self._destination(n, d) for n, d in config.destination.items()}
+        self.runtime.drops |= {n: self._drop(n, d, config) for n, d in config.drop.items()}
 
     def change_to(self, config: Config) -> ReloadDiff:
         """Have the parts be those for another configuration; what is the same goes on as it is.
@@ -103,15 +107,15 @@ class Assembly:
         Raises ConfigError or LedgerError, and changes nothing, where a folder can't be opened or the ledger
         not be written. What ended is still to be stopped, and what is new to be started.
         """
-        before = self.parts.config
+        before = self.runtime.config
         drops = {n: d for n, d in config.drop.items() if not _is_same_drop(n, before, config)}
         destinations = {n: d for n, d in config.destination.items() if before.destination.get(n) != d}
         folders = {n: open_folder(n, d) for n, d in drops.items() if not self._has_folder(n, d)}
-        self.freshness.begin(config.drop, datetime.now(UTC))
+        self.device_tracker.configure(config.drop, datetime.now(UTC))
         self._folders |= folders  # one that was replaced stays open: its archives may be under way
         self._rules |= _rules(config, self._folders)
         self._sources |= {n: _source(d, self._folders[n]) for n, d in drops.items()}
-        parts = self.parts
+        parts = self.runtime
         parts.config = config
         drops_ended = {n: parts.drops.pop(n) for n in [*parts.drops] if n in drops or n not in config.drop}
         gone = [n for n in parts.destinations if n in destinations or n not in config.destination]
@@ -127,10 +131,10 @@ class Assembly:
 
     def _drop(self, name: str, drop: DropConfig, config: Config) -> RunningDrop:
         targets, folder = destinations_of(config, drop), self._folders[name]
-        settled = self.parts.recorder.look
+        settled = self.runtime.recorder.recheck_dispositions
         ledger, log = self._ledger, self._log
         return RunningDrop(
-            Intake(name, drop, targets, folder, ledger, log, self._wake, settled, self.freshness)
+            Intake(name, drop, targets, folder, ledger, log, self._wake, settled, self.device_tracker)
         )
 
     def _destination(self, name: str, config: DestinationConfig) -> RunningDestination:
@@ -141,34 +145,34 @@ class Assembly:
         lane = DestinationQueue(
             name, self._ledger, gate, patience, priority, wakeup, self._sources, self._log
         )
-        endpoint, put = open_endpoint(config, self._abort), self.parts.recorder.put
+        endpoint, put = open_endpoint(config, self._abort), self.runtime.recorder.submit
         workers = tuple(Worker(lane, HttpUploader(endpoint), put) for _ in range(config.workers))
-        return RunningDestination(lane, workers, gate, wakeup, endpoint.identity)
+        return RunningDestination(lane, workers, gate, wakeup, endpoint.tls_context)
 
     def _stocks(self) -> SentFolders:
-        config = self.parts.config
+        config = self.runtime.config
         return SentFolders(
             {name: _stock(drop, self._folders[name]) for name, drop in config.drop.items()},
             config.heartbeat_every,
         )
 
     def _doubt_since(self, last: datetime) -> None:
-        if self.clock.doubt_since(last):
-            self._ledger.note_clock(self.clock.note(), patience=5.0)  # before it is looked at
+        if self.clock.distrust_since(last):
+            self._ledger.save_clock_reading(self.clock.reading(), patience=5.0)  # before it is looked at
 
     def _look_again(self, drop: str, relpath: bytes) -> None:
-        part = self.parts.drops.get(drop)
+        part = self.runtime.drops.get(drop)
         if part is not None:
-            part.intake.look_again(relpath)
+            part.intake.recheck(relpath)
 
     def _is_known(self, drop: str) -> bool:
-        return self.parts.restorer.has_looked_at(drop)
+        return self.runtime.restorer.has_scanned(drop)
 
     def _wake(self, destinations: Sequence[str]) -> None:
         for name in destinations:
-            part = self.parts.destinations.get(name)
+            part = self.runtime.destinations.get(name)
             if part is not None:
-                part.wakeup.ring()
+                part.notifier.notify()
 
 
 def _is_same_drop(name: str, before: Config, after: Config) -> bool:
@@ -178,7 +182,7 @@ def _is_same_drop(name: str, before: Config, after: Config) -> bool:
 
 def make_uploader(destination: DestinationConfig, abort: Abort) -> Uploader:
     """Return a new uploader for a destination."""
-    return HttpUploader.alone(destination, abort)
+    return HttpUploader.standalone(destination, abort)
 
 
 def destinations_of(config: Config, drop: DropConfig) -> tuple[str, ...]:

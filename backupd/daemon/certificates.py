@@ -33,13 +33,13 @@ class Certificates:
     def tick(self) -> None:
         """Take up what was renewed: once its files rest, as a key comes a moment after its certificate."""
         parts = self._parts.destinations
-        changing = {name for name, part in parts.items() if part.identity.has_new_files()}
+        changing = {name for name, part in parts.items() if part.tls_context.files_changed()}
         rested = (self._changing - changing) & set(parts)
         self._changing = changing
         if rested:
             self._take_up(rested)
 
-    def note(self, found: FilesReport) -> None:
+    def update(self, found: FilesReport) -> None:
         """Note what an examination found."""
         self._expires = dict(found.expires)
 
@@ -52,7 +52,7 @@ class Certificates:
             if name in self._parts.destinations
         }
 
-    def tell(self) -> None:
+    def log_expiring(self) -> None:
         """Tell of each certificate that has come to fewer days than was told of it before.
 
         What was refused is tried again: the fault may have been mended beside the files.
@@ -83,8 +83,8 @@ class Certificates:
         for name, part in self._parts.destinations.items():
             if name in self._expires:
                 yield name, "client", self._expires[name]
-            if part.identity.server_expires is not None:
-                yield name, "server", part.identity.server_expires
+            if part.tls_context.server_expires is not None:
+                yield name, "server", part.tls_context.server_expires
 
     def _take_up(self, names: set[str]) -> None:
         try:
@@ -96,7 +96,7 @@ class Certificates:
             try:
                 if fatal:
                     raise ConfigError("; ".join(p.message for p in fatal), fatal[0].hint)
-                self._parts.destinations[name].identity.renew()
+                self._parts.destinations[name].tls_context.reload()
             except BackupdError as error:
                 self._log.emit(
                     events.CERTIFICATE_REFUSED, destination=name, error=error.message, hint=error.hint

@@ -103,15 +103,15 @@ class Daemon:
         parts = self._parts
         released = parts.ledger.release_claims()
         self._upkeep.bring_forward()
-        self._upkeep.mind_clock()
-        undisposed = parts.ledger.count_undisposed()
+        self._upkeep.check_clock()
+        undisposed = parts.ledger.count_pending_dispositions()
         for drop in parts.drops.values():
-            drop.intake.note_folder()
-        self._threads.start(parts.recorder.run, self._abandon, parts.recorder.pulse)
+            drop.intake.register_folder()
+        self._threads.start(parts.recorder.run, self._abandon, parts.recorder.watchdog)
         self._begin(parts.drops, parts.destinations)
         self._wait_for_intakes(parts.drops, self._began + _FIRST_LOOK)
-        self._threads.start(parts.keeper.run, parts.keeper.stop, parts.keeper.pulse)
-        self._threads.start(parts.restorer.run, parts.keeper.stop, parts.restorer.pulse)
+        self._threads.start(parts.retention.run, parts.retention.stop, parts.retention.watchdog)
+        self._threads.start(parts.restorer.run, parts.retention.stop, parts.restorer.watchdog)
         self._log.emit(
             events.DAEMON_READY,
             duration_s=time.monotonic() - self._began,
@@ -131,12 +131,12 @@ class Daemon:
         self, drops: Mapping[str, RunningDrop], destinations: Mapping[str, RunningDestination]
     ) -> None:
         for drop in drops.values():
-            self._threads.start(drop.intake.run, drop.stop, drop.intake.pulse)
+            self._threads.start(drop.intake.run, drop.stop, drop.intake.watchdog)
         self._wait_for_intakes(drops, time.monotonic() + _HEAD_START)
         for destination in destinations.values():
-            destination.gate.note()
+            destination.circuit.save()
             for worker in destination.workers:
-                self._threads.start(worker.run, destination.stop, worker.pulse)
+                self._threads.start(worker.run, destination.stop, worker.watchdog)
 
     def _wait_for_intakes(self, drops: Mapping[str, RunningDrop], until: float) -> None:
         """Wait until every drop has been looked through once, or a monotonic time."""
@@ -158,7 +158,7 @@ class Daemon:
                 self._reload()
             self._show_life()
             self._certificates.tick()
-            self._upkeep.mind_clock()
+            self._upkeep.check_clock()
             self._let_go()
             if time.monotonic() >= next_beat:
                 self._beat()
@@ -174,7 +174,7 @@ class Daemon:
 
     def _show_life(self) -> None:
         every = self._notifier.watchdog_every
-        if self._threads.show_life(_HUNG if every is None else 2 * every):
+        if self._threads.all_alive(_HUNG if every is None else 2 * every):
             self._notifier.send("WATCHDOG=1", self._status())
 
     def _reload(self) -> None:
@@ -196,47 +196,49 @@ class Daemon:
                 hint=error.hint or "mend the file and reload again",
             )
         else:
-            self._certificates.note(found)
+            self._certificates.update(found)
             self._exchange(change)
         self._notifier.send("READY=1", self._status())
 
     def _exchange(self, change: ReloadDiff) -> None:
         """Stop what ended and start what is new; an upload under way goes on to its end."""
-        for drop in change.drops_ended.values():
-            drop.end()
-        self._threads.join([d.intake.pulse for d in change.drops_ended.values()], time.monotonic() + _TICK)
-        for destination in change.destinations_ended.values():
-            destination.gate.retire()
-            destination.end()
-        self._retired += change.destinations_ended.values()
-        if change.drops_begun:
+        for drop in change.drops_stopped.values():
+            drop.request_stop()
+        self._threads.join(
+            [d.intake.watchdog for d in change.drops_stopped.values()], time.monotonic() + _TICK
+        )
+        for destination in change.destinations_stopped.values():
+            destination.circuit.retire()
+            destination.request_stop()
+        self._retired += change.destinations_stopped.values()
+        if change.drops_started:
             with suppress(LedgerError):  # what waited for a drop is tried within a day all the same
                 self._upkeep.bring_forward()
-        self._begin(change.drops_begun, change.destinations_begun)
+        self._begin(change.drops_started, change.destinations_started)
         self._log.emit(
             events.CONFIG_RELOADED,
             config=str(self._config_path),
-            drops_changed=sorted({*change.drops_ended, *change.drops_begun}),
-            destinations_changed=sorted({*change.destinations_ended, *change.destinations_begun}),
+            drops_changed=sorted({*change.drops_stopped, *change.drops_started}),
+            destinations_changed=sorted({*change.destinations_stopped, *change.destinations_started}),
         )
 
     def _let_go(self) -> None:
         """Let go of what was retired, once its workers ended and their claims are given back."""
-        running = self._threads.pulses()
-        ended = [p for p in self._retired if not any(w.pulse in running for w in p.workers)]
-        free = [p for p in ended if p.lane.give_back()]
+        running = self._threads.running()
+        ended = [p for p in self._retired if not any(w.watchdog in running for w in p.workers)]
+        free = [p for p in ended if p.queue.release_claims()]
         self._retired = [p for p in self._retired if p not in free]
 
     def _beat(self) -> None:
         """See to what has its time, then tell how things stand."""
         self._upkeep.tick()
-        self._certificates.tell()
-        self._beats.beat(
-            self._parts.gates,
+        self._certificates.log_expiring()
+        self._beats.log(
+            self._parts.circuits,
             self._in_flight(),
             self._certificates.days_left(),
             self._upkeep.overdue,
-            sum(drop.intake.is_blind for drop in self._parts.drops.values()),
+            sum(drop.intake.is_degraded for drop in self._parts.drops.values()),
         )
 
     def _destinations(self) -> list[RunningDestination]:
@@ -256,7 +258,7 @@ class Daemon:
                 parts.insert(1, f"oldest {_span((datetime.now(UTC) - oldest).total_seconds())}")
         if self._parts.recorder.last_delivered is not None:
             parts.append(f"last delivered {self._parts.recorder.last_delivered:%Y-%m-%d %H:%M:%S} UTC")
-        shut = [name for name, gate in self._parts.gates.items() if gate.state != "open"]
+        shut = [name for name, gate in self._parts.circuits.items() if gate.state != "open"]
         if shut:
             parts.append(f"PAUSED: {', '.join(shut)}")
         return "STATUS=" + "; ".join(parts)
@@ -267,25 +269,25 @@ class Daemon:
         grace = self._parts.config.shutdown_grace.total_seconds()
         self._log.emit(events.DAEMON_STOPPING, signal=received.name, in_flight=self._in_flight())
         self._notifier.send("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int((grace + 10) * 1_000_000)}")
-        self._parts.keeper.stop.set()
+        self._parts.retention.stop.set()
         for drop in self._parts.drops.values():
-            drop.end()
+            drop.request_stop()
         for destination in self._destinations():
-            destination.end()
-        workers = [worker.pulse for part in self._destinations() for worker in part.workers]
+            destination.request_stop()
+        workers = [worker.watchdog for part in self._destinations() for worker in part.workers]
         clean = self._threads.join(workers, began + grace)
         if not clean:
             self._parts.abort()
             self._threads.join(workers, time.monotonic() + _AFTER_ABORT)
         self._parts.recorder.finish()
-        others = [pulse for pulse in self._threads.pulses() if pulse not in workers]
+        others = [pulse for pulse in self._threads.running() if pulse not in workers]
         settled = self._threads.join(others, time.monotonic() + _AFTER_ABORT)
         self._abandon.set()
         pending = None
         if settled:
             with suppress(LedgerError, LedgerDamagedError):  # the next start does it too
                 self._parts.ledger.release_claims()
-                self._upkeep.note_clock()
+                self._upkeep.save_clock()
                 pending = sum(b.pending for b in self._parts.ledger.backlog().values())
             self._parts.ledger.close()
         self._log.emit(

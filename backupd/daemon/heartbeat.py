@@ -27,7 +27,7 @@ class Heartbeat:
         self._began = self._last = began
         self._removed: set[str] = set()
 
-    def beat(
+    def log(
         self,
         gates: Mapping[str, CircuitBreaker],
         in_flight: int,
@@ -42,7 +42,7 @@ class Heartbeat:
         """
         try:
             backlog = self._ledger.backlog()
-            quarantined = self._ledger.quarantined()
+            quarantined = self._ledger.count_quarantined()
         except LedgerError as error:
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
             return
@@ -50,7 +50,7 @@ class Heartbeat:
         days_left = days_left or {}
         mine = {name: backlog.get(name, _NOTHING) for name in [*gates, *backlog]}
         ages = {name: _age(one, now) for name, one in mine.items()}
-        tally, process, seconds = self._recorder.take_tally(), process_stats(), self._since_last()
+        tally, process, seconds = self._recorder.pop_tally(), process_stats(), self._since_last()
         self._log.emit(
             events.DAEMON_HEARTBEAT,
             uptime_s=self._last - self._began,
@@ -71,7 +71,7 @@ class Heartbeat:
             blind=blind,
             memory_bytes=process.memory_bytes,
             open_files=process.open_files,
-            open_files_most=process.open_files_most,
+            open_files_most=process.open_files_limit,
         )
         for name, one in mine.items():
             if name not in gates:

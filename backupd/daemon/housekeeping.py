@@ -34,11 +34,11 @@ class HostClock:
         if before is not None:
             self._doubts.add(datetime.now(UTC) - before.seen_at, _since_boot())
 
-    def doubt_since(self, last: datetime) -> bool:
+    def distrust_since(self, last: datetime) -> bool:
         """Doubt all of the time since a known one for a day; return False where that is done already."""
         with self._lock:
             boot = _since_boot()
-            more = datetime.now(UTC) - last - self._doubts.fresh(boot)
+            more = datetime.now(UTC) - last - self._doubts.recent(boot)
             self._doubts.add(max(more, ZERO), boot)
             return more > ZERO
 
@@ -52,19 +52,19 @@ class HostClock:
             self._doubts.add(step, _since_boot())
             return step
 
-    def believed(self) -> datetime:
+    def trusted_now(self) -> datetime:
         """Return the time by which archives may be removed: without what the clock went forward by lately."""
         with self._lock:
             now = datetime.now(UTC)
             unnoticed = _offset() - self._offset  # of a step in this very moment as well
             return now - self._doubts.total(_since_boot()) - max(unnoticed, ZERO)
 
-    def note(self) -> ClockReading:
+    def reading(self) -> ClockReading:
         """Return what is to be known of it at the next start."""
         with self._lock:
             now = datetime.now(UTC)
             unnoticed = _offset() - self._offset  # the next start will notice it
-            return ClockReading(now - max(unnoticed, ZERO), self._doubts.left(_since_boot()))
+            return ClockReading(now - max(unnoticed, ZERO), self._doubts.remaining(_since_boot()))
 
 
 def _since_boot() -> timedelta:
@@ -124,7 +124,7 @@ class Housekeeping:
         now = datetime.now(UTC)
         try:
             self._freshness.tick(now)
-            self._pruning.tick(lambda: self._clock.believed() - self._parts.config.keep_history_for)
+            self._pruning.tick(lambda: self._clock.trusted_now() - self._parts.config.keep_history_for)
             self._parts.ledger.check_files()
         except LedgerError as error:
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
@@ -138,21 +138,21 @@ class Housekeeping:
         for name, destination in self._parts.config.destination.items():
             self._parts.ledger.bring_forward(name, now + destination.retry.max)
 
-    def note_clock(self) -> None:
+    def save_clock(self) -> None:
         """Have the next start know of the clock; to be called at the end, too."""
         self._noted = time.monotonic()
         try:
-            self._parts.ledger.note_clock(self._clock.note())
+            self._parts.ledger.save_clock_reading(self._clock.reading())
         except LedgerHeldError:
             pass  # nobody is waited for here: the next time will do
         except LedgerError as error:
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
 
-    def mind_clock(self) -> None:
+    def check_clock(self) -> None:
         """Look whether the clock was set, say so, and see to what waits for a time."""
         step = self._clock.step()
         if step != ZERO or time.monotonic() - self._noted > _NOTE_EVERY:
-            self.note_clock()
+            self.save_clock()
         if step == ZERO:
             return
         self._log.emit(
@@ -164,10 +164,10 @@ class Housekeeping:
         )
         if step > ZERO:
             return
-        for gate in self._parts.gates.values():
-            gate.set_back(-step)
+        for gate in self._parts.circuits.values():
+            gate.shift_earlier(-step)
         try:
             self.bring_forward()
-            self._freshness.begin(self._parts.config.drop, datetime.now(UTC))
+            self._freshness.configure(self._parts.config.drop, datetime.now(UTC))
         except LedgerError as error:
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)

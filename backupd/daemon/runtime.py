@@ -24,27 +24,27 @@ class RunningDrop:
     intake: Intake
     stop: threading.Event = field(default_factory=threading.Event)
 
-    def end(self) -> None:
+    def request_stop(self) -> None:
         """Have it end, without waiting for it."""
         self.stop.set()
-        self.intake.poke()
+        self.intake.wake()
 
 
 @dataclass(slots=True)
 class RunningDestination:
     """The workers of a destination and what they share; `stop` ends them once their upload is done."""
 
-    lane: DestinationQueue
+    queue: DestinationQueue
     workers: tuple[Worker, ...]
-    gate: CircuitBreaker
-    wakeup: Notifier
-    identity: ReloadingTlsContext
+    circuit: CircuitBreaker
+    notifier: Notifier
+    tls_context: ReloadingTlsContext
     stop: threading.Event = field(default_factory=threading.Event)
 
-    def end(self) -> None:
+    def request_stop(self) -> None:
         """Have the workers end, without waiting for them."""
         self.stop.set()
-        self.wakeup.ring()
+        self.notifier.notify()
 
 
 @dataclass(slots=True)
@@ -57,20 +57,20 @@ class Runtime:
     destinations: dict[str, RunningDestination]
     recorder: Recorder
     abort: Callable[[], None]
-    keeper: Retention
+    retention: Retention
     restorer: HistoryRestorer
 
     @property
-    def gates(self) -> Mapping[str, CircuitBreaker]:
+    def circuits(self) -> Mapping[str, CircuitBreaker]:
         """Return the gate of each destination."""
-        return {name: part.gate for name, part in self.destinations.items()}
+        return {name: part.circuit for name, part in self.destinations.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class ReloadDiff:
     """What a new configuration made of the parts, which hold what is new already."""
 
-    drops_ended: Mapping[str, RunningDrop]
-    drops_begun: Mapping[str, RunningDrop]
-    destinations_ended: Mapping[str, RunningDestination]
-    destinations_begun: Mapping[str, RunningDestination]
+    drops_stopped: Mapping[str, RunningDrop]
+    drops_started: Mapping[str, RunningDrop]
+    destinations_stopped: Mapping[str, RunningDestination]
+    destinations_started: Mapping[str, RunningDestination]

@@ -58,13 +58,13 @@ class Threads:
             thread.join(max(until - time.monotonic(), 0))
         return not any(thread.is_alive() for thread in threads)
 
-    def pulses(self) -> list[ThreadWatchdog]:
+    def running(self) -> list[ThreadWatchdog]:
         """Return the pulses of all threads that run."""
         return [pulse for thread, pulse in self._running if thread.is_alive()]
 
-    def show_life(self, within: float) -> bool:
+    def all_alive(self, within: float) -> bool:
         """Tell whether every thread that is not at rest showed life within seconds; say which did not."""
-        hung = [pulse for pulse in self.pulses() if pulse.age() > within]
+        hung = [pulse for pulse in self.running() if pulse.age() > within]
         for pulse in hung:
             if pulse.name not in self._said:
                 self._log.emit(

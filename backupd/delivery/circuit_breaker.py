@@ -24,13 +24,13 @@ class Notifier:
         self._changed = threading.Condition()
         self._rings = 0
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         """Wake all who wait."""
         with self._changed:
             self._rings += 1
             self._changed.notify_all()
 
-    def heard(self) -> int:
+    def generation(self) -> int:
         """Return the number of the last ring, to be passed to `wait`."""
         with self._changed:
             return self._rings
@@ -68,44 +68,44 @@ class CircuitBreaker:
         """Return whether it is open."""
         return self._gate.state
 
-    def enter(self) -> bool:
+    def try_acquire(self) -> bool:
         """Tell whether one more delivery may go to the destination."""
         with self._lock:
-            entered = self._gate.enter(datetime.now(UTC))
+            entered = self._gate.try_acquire(datetime.now(UTC))
             self._gate = entered or self._gate
         return entered is not None
 
-    def wait(self) -> float | None:
+    def wait_time(self) -> float | None:
         """Return the seconds until `enter` may succeed again; None: until a report."""
-        left = self._gate.wait(datetime.now(UTC))
+        left = self._gate.wait_time(datetime.now(UTC))
         return None if left is None else left.total_seconds()
 
-    def set_back(self, by: timedelta) -> None:
+    def shift_earlier(self, by: timedelta) -> None:
         """Note that the clock was set back."""
         with self._lock:
-            self._gate = self._gate.set_back(by)
-        self._wakeup.ring()
-        self.note()
+            self._gate = self._gate.shift_earlier(by)
+        self._wakeup.notify()
+        self.save()
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Note that what had entered told nothing about the destination."""
         with self._lock:
-            before, self._gate = self._gate, self._gate.left(datetime.now(UTC))
+            before, self._gate = self._gate, self._gate.released(datetime.now(UTC))
         if self._gate is not before:
-            self._wakeup.ring()
+            self._wakeup.notify()
 
-    def report(self, outcome: Outcome) -> None:
+    def record_outcome(self, outcome: Outcome) -> None:
         """Note how an upload ended."""
         now = datetime.now(UTC)
         if isinstance(outcome, Superseded) or (
-            isinstance(outcome, Deferred) and rule_of(outcome.reason).then is not Action.PAUSE
+            isinstance(outcome, Deferred) and rule_of(outcome.reason).action is not Action.PAUSE
         ):
-            self.leave()
+            self.release()
             return
         with self._lock:
             before = self._gate
             if isinstance(outcome, Deferred):
-                after = before.failed(
+                after = before.record_failure(
                     outcome.reason,
                     now,
                     self._backoff,
@@ -113,19 +113,19 @@ class CircuitBreaker:
                     outcome.retry_after,
                 )
             else:
-                after = before.answered()
+                after = before.record_success()
             self._gate = after
         if after != before:
-            self._wakeup.ring()
+            self._wakeup.notify()
             self._tell(before, after, outcome, now)
-            self.note(outcome.error if isinstance(outcome, Deferred) else None)
+            self.save(outcome.error if isinstance(outcome, Deferred) else None)
 
-    def note(self, error: str | None = None) -> None:
+    def save(self, error: str | None = None) -> None:
         """Write to the ledger how the gate stands."""
         if self._retired:
             return
         with suppress(LedgerError):  # nothing hangs on it; what matters fails by itself, and is said
-            self._ledger.note_gate(self._destination, self._gate, error)
+            self._ledger.save_circuit(self._destination, self._gate, error)
 
     def _tell(self, before: Circuit, after: Circuit, outcome: Outcome, now: datetime) -> None:
         if self._retired:

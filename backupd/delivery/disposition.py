@@ -66,7 +66,7 @@ class ReceiptFile(BaseModel):
     drop: _Name
     size: int
     digest: _Digest | None
-    admitted_at: _Time
+    queued_at: _Time
     deliveries: Annotated[list[_Delivery], FailFast(), Field(min_length=1, max_length=64)]
 
     @property
@@ -77,7 +77,7 @@ class ReceiptFile(BaseModel):
     @property
     def ended_at(self) -> datetime:
         """Return when all was over, not before the admission, however the clock was set meanwhile."""
-        return max(self.admitted_at, *(delivery.ended_at for delivery in self.deliveries))
+        return max(self.queued_at, *(delivery.ended_at for delivery in self.deliveries))
 
     def settled(self, archive: Archive) -> CompletedArchive:
         """Return how the deliveries of an archive ended, which was announced then."""
@@ -107,7 +107,7 @@ def as_json(one: CompletedArchive) -> bytes:
         "drop": archive.drop,
         "size": archive.fingerprint.size,
         "digest": one.digest,
-        "admitted_at": archive.admitted_at.isoformat(),
+        "queued_at": archive.queued_at.isoformat(),
         "deliveries": [
             {
                 "destination": ending.destination,
@@ -121,7 +121,7 @@ def as_json(one: CompletedArchive) -> bytes:
                 "error": ending.error,
                 "receipt": ending.receipt,
             }
-            for ending in one.endings
+            for ending in one.results
         ],
     }
     return (json.dumps(fields, indent=2) + "\n").encode("ascii")
@@ -233,11 +233,11 @@ class Disposition:
         else:
             top = rule.sent_dir if action == "move" else rule.rejected_dir
             target = top + b"/" + parent if parent else top
-        moved_to = self._move(one, folder, target, free_names(name, archive.admitted_at))
-        if moved_to is None and folder.is_out_of_reach(archive.relpath, archive.fingerprint.device):
+        moved_to = self._move(one, folder, target, free_names(name, archive.queued_at))
+        if moved_to is None and folder.is_unreachable(archive.relpath, archive.fingerprint.device):
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         if moved_to is None:
-            return DispositionResult(archive.id, None, gone=True), "gone"
+            return DispositionResult(archive.id, None, missing=True), "gone"
         if rule.checksums:
             move_checksum_files(folder, archive, None if action == "delete" else moved_to)
         # those above it, too: they may have been made for it, now or before a crash
@@ -267,7 +267,7 @@ class Disposition:
     def _write_record(self, one: CompletedArchive, folder: CachedFolder, moved_to: bytes) -> None:
         kind = b"receipt" if one.state is DeliveryState.DELIVERED else b"reason"
         directory, _, name = moved_to.rpartition(b"/")
-        own = hashlib.sha256(one.endings[0].delivery_id.encode()).digest()
+        own = hashlib.sha256(one.results[0].delivery_id.encode()).digest()
         numbers = (
             *range(1, RECEIPT_FILE_KINDS + 1),
             int.from_bytes(own[:8], "big"),
@@ -285,12 +285,12 @@ class Disposition:
                 exc_info=None,
                 **about,
                 digest=one.digest,
-                destinations=[ending.destination for ending in one.endings],
-                verified=all(ending.verified for ending in one.endings),
-                duration_s=max(ending.ended_at for ending in one.endings) - archive.admitted_at,
+                destinations=[ending.destination for ending in one.results],
+                verified=all(ending.verified for ending in one.results),
+                duration_s=max(ending.ended_at for ending in one.results) - archive.queued_at,
             )
             return
-        why = next(ending for ending in one.endings if ending.state is DeliveryState.REJECTED)
+        why = next(ending for ending in one.results if ending.state is DeliveryState.REJECTED)
         self._log.emit(
             events.ARCHIVE_REJECTED,
             exc_info=None,
@@ -311,7 +311,7 @@ class Disposition:
             drop=one.archive.drop,
             archive=one.archive.relpath,
             disposition=disposition,
-            moved_to=disposed.to,
+            moved_to=disposed.moved_to,
         )
 
     def _complain(self, one: CompletedArchive, error: OSError) -> None:

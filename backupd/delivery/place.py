@@ -132,7 +132,7 @@ class StoredFolder:
         if not passed or put_away > now + _SKEW:
             raise NotReachableError(f"{as_text(relpath)} (it is of the future: the clock may be wrong)")
         latest, dropped = max(passed, key=lambda each: each[0].ended_at)
-        archive = Archive(0, self.drop, dropped, fingerprint_of(status), latest.admitted_at)
+        archive = Archive(0, self.drop, dropped, fingerprint_of(status), latest.queued_at)
         # it was put away no later than the kernel has it, which a restore of the files sets anew
         return latest.settled(archive), min(latest.ended_at, put_away, now)
 
@@ -180,5 +180,5 @@ def _dropped_as(found: ReceiptFile, lies: bytes) -> bytes | None:
         return None
     if len(said.encode()) > NAME_MAX:
         return None
-    names = islice(free_names(said.encode(), found.admitted_at), _MOST)
+    names = islice(free_names(said.encode(), found.queued_at), _MOST)
     return parent + slash + said.encode() if as_text(name) in map(as_text, names) else None

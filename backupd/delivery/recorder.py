@@ -69,15 +69,15 @@ class Recorder:
         self._done: list[DispositionResult] = []
         self._still_due: list[int] = []
         """What became of files, as far as the ledger does not have it yet."""
-        self.pulse = ThreadWatchdog("recorder")
+        self.watchdog = ThreadWatchdog("recorder")
         self.last_delivered: datetime | None = None
         """When this daemon saw an archive delivered last."""
 
-    def put(self, finished: ClaimResult) -> None:
+    def submit(self, finished: ClaimResult) -> None:
         """Hand an ended claim over; waits while the recorder is far behind."""
         self._queue.put(finished)
 
-    def look(self) -> None:
+    def recheck_dispositions(self) -> None:
         """Have what was settled by others than `run` disposed of; only `run` does that, so never twice."""
         self._queue.put(_Look())
 
@@ -86,7 +86,7 @@ class Recorder:
         with suppress(queue.Full):  # as the ledger can't be written: `abandon` ends it then
             self._queue.put(None, timeout=_MOMENT)
 
-    def take_tally(self) -> Tally:
+    def pop_tally(self) -> Tally:
         """Return what ended since last asked."""
         with self._lock:
             tally, self._tally = self._tally, Tally()
@@ -96,9 +96,9 @@ class Recorder:
         """Record until `finish`; where the ledger can't be written it is tried again until `abandon`."""
         done = False
         while not done:
-            self.pulse.rest()
+            self.watchdog.idle()
             batch, done = self._take()
-            self.pulse.beat()
+            self.watchdog.alive()
             if batch and not self._record(batch, abandon):
                 return
             if self._after is None and self._leftover and time.monotonic() >= self._next_try:
@@ -131,10 +131,10 @@ class Recorder:
                 break
             except LedgerError as error:
                 self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
-                self.pulse.rest()
+                self.watchdog.idle()
                 if abandon.wait(wait):
                     return False
-                self.pulse.beat()
+                self.watchdog.alive()
                 wait = min(wait * 2, 30.0)
         for finished in batch:
             self._tell(finished)
@@ -154,7 +154,7 @@ class Recorder:
                     self._tally.delivered_bytes += one.archive.fingerprint.size
                 else:
                     self._tally.rejected += 1
-        done, still_due = self._disposal.dispose(settled, self.pulse.beat)
+        done, still_due = self._disposal.dispose(settled, self.watchdog.alive)
         if still_due:
             self._leftover, self._next_try = True, time.monotonic() + _TRY_AGAIN
         self._done += done
@@ -163,7 +163,7 @@ class Recorder:
 
     def _note(self) -> None:
         try:
-            self._ledger.disposed(self._done, self._still_due, datetime.now(UTC))
+            self._ledger.record_dispositions(self._done, self._still_due, datetime.now(UTC))
         except LedgerError as error:
             self._put_off(error)
         else:
@@ -176,7 +176,7 @@ class Recorder:
             if self._after is None:
                 return
         try:
-            page = self._ledger.undisposed(after, _PAGE)
+            page = self._ledger.pending_dispositions(after, _PAGE)
         except LedgerError as error:
             self._put_off(error)
             return
@@ -189,7 +189,7 @@ class Recorder:
         self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
 
     def _tell(self, finished: ClaimResult) -> None:
-        delivery, step, last = finished.delivery, finished.step, finished.attempts[-1]
+        delivery, step, last = finished.delivery, finished.transition, finished.attempts[-1]
         about = {
             "drop": delivery.archive.drop,
             "archive": delivery.archive.relpath,
@@ -215,8 +215,8 @@ class Recorder:
                 self._log.emit(
                     events.DELIVERY_DEFERRED, exc_info=None, **about, reason=reason, retry_at=step.due_at
                 )
-            case Superseded(error=error, gone=gone):
-                event = events.ARCHIVE_GONE if gone else events.ARCHIVE_SUPERSEDED
+            case Superseded(error=error, missing=missing):
+                event = events.ARCHIVE_GONE if missing else events.ARCHIVE_SUPERSEDED
                 size = delivery.archive.fingerprint.size
                 self._log.emit(event, exc_info=None, **about, size=size, error=error)
                 self._look_again(delivery.archive.drop, delivery.archive.relpath)

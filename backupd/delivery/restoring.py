@@ -65,18 +65,18 @@ class HistoryRestorer:
         self._looked: set[bytes] = set()
         self._again: dict[bytes, float] = {}
         """When to look again at a place where it failed, by its path (monotonic)."""
-        self.pulse = ThreadWatchdog("restorer of history")
+        self.watchdog = ThreadWatchdog("restorer of history")
 
     def run(self, stop: threading.Event) -> None:
         """Look for folders that the ledger's history lacks until told to stop."""
         wait = 0.0
         while not stop.wait(wait):
-            self.pulse.beat()
-            self.look(stop)
-            self.pulse.rest()
+            self.watchdog.alive()
+            self.scan(stop)
+            self.watchdog.idle()
             wait = _EVERY
 
-    def look(self, stop: threading.Event) -> None:
+    def scan(self, stop: threading.Event) -> None:
         """Look through each folder that is there and for which that was not done yet, as far as it can be."""
         there = [place for place in self._places() if self._is_due(place) and place.is_there()]
         if not there:
@@ -95,7 +95,7 @@ class HistoryRestorer:
             self._again |= {place.path: time.monotonic() + _AFTER_FAILURE for place in there}
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
 
-    def has_looked_at(self, drop: str) -> bool:
+    def has_scanned(self, drop: str) -> bool:
         """Tell whether all that is there of a drop is known, as far as it can be; from any thread."""
         places = [place for place in self._places() if place.drop == drop]
         return all(place.path in self._looked or not place.is_there() for place in places)
@@ -112,7 +112,7 @@ class HistoryRestorer:
         """Return whether all was done that can be."""
 
         def go_on() -> bool:
-            self.pulse.beat()
+            self.watchdog.alive()
             return not stop.is_set()
 
         problems = ReadProblems()
@@ -122,7 +122,7 @@ class HistoryRestorer:
         for first in range(0, len(files), _PAGE):
             page: list[RestoredArchive] = []
             for ident, file in enumerate(files[first : first + _PAGE], below + first):
-                self.pulse.beat()
+                self.watchdog.alive()
                 try:
                     one = self._read(place, file.relpath, ident)
                 except NotReachableError as error:
@@ -150,7 +150,7 @@ class HistoryRestorer:
         if told is None:
             return None
         settled, since = told
-        arrived = not {ending.reason for ending in settled.endings} & _NEVER_ARRIVED
+        arrived = not {ending.reason for ending in settled.results} & _NEVER_ARRIVED
         device = self._device_of(settled.archive) if arrived else None
         return RestoredArchive(ident, settled, relpath, since, device)
 

@@ -36,7 +36,7 @@ class LowSpace:
     needed: int
 
     @property
-    def missing(self) -> int:
+    def bytes_short(self) -> int:
         """Return how much is to become free."""
         return self.needed - self.free
 
@@ -48,7 +48,7 @@ class DiskSpace:
         self._log = log
         self._told: dict[int, datetime] = {}
 
-    def shortages(self, drops: Mapping[str, tuple[DropFolder, RetentionPolicy]]) -> list[LowSpace]:
+    def low_filesystems(self, drops: Mapping[str, tuple[DropFolder, RetentionPolicy]]) -> list[LowSpace]:
         """Return the disks on which less is free than the drops there ask for."""
         disks: dict[int, dict[str, tuple[DropFolder, RetentionPolicy]]] = {}
         for name, (folder, order) in drops.items():
@@ -59,7 +59,7 @@ class DiskSpace:
         self._told = {device: when for device, when in self._told.items() if device in lacking}
         return found
 
-    def tell(self, short: LowSpace, now: datetime, every: timedelta) -> None:
+    def log_low_space(self, short: LowSpace, now: datetime, every: timedelta) -> None:
         """Tell that a disk stays short of room."""
         told = self._told.get(short.device)
         if told is not None and timedelta(0) <= now - told < every:  # the clock may have been set back
@@ -109,7 +109,7 @@ class SentFolder:
 
     folder: DropFolder
     sent_dir: bytes
-    order: RetentionPolicy
+    policy: RetentionPolicy
     label_pattern: re.Pattern[str] | None = None
     checksums: bool = False
     """Whether checksum files went with their archives; where not, they are archives of their own."""
@@ -119,8 +119,8 @@ class SentFolder:
 class SentFolders:
     """The stocks of all drops, and how often a full disk is told of."""
 
-    of_drop: Mapping[str, SentFolder]
-    tell_every: timedelta
+    by_drop: Mapping[str, SentFolder]
+    log_every: timedelta
 
 
 @dataclass(slots=True)
@@ -161,17 +161,17 @@ class Retention:
         self._complained: set[int] = set()
         self._room = DiskSpace(log)
         self.stop = threading.Event()
-        self.pulse = ThreadWatchdog("keeper of sent archives")
+        self.watchdog = ThreadWatchdog("keeper of sent archives")
 
     def run(self, stop: threading.Event) -> None:
         """Look every so often until told to stop."""
         try:
             wait = 0.0
             while not stop.wait(wait):
-                self.pulse.beat()
+                self.watchdog.alive()
                 more = self.tick()
                 wait = _SOON if more else self._patience()
-                self.pulse.rest()
+                self.watchdog.idle()
         finally:
             if self._opened is not None:
                 self._opened.close()
@@ -179,15 +179,15 @@ class Retention:
     def tick(self) -> bool:
         """Do a batch of what is due; return whether there is more to do at once."""
         stocks, now = self._stocks(), self._now()
-        wanted = {n: s for n, s in stocks.of_drop.items() if s.order != RetentionPolicy()}
+        wanted = {n: s for n, s in stocks.by_drop.items() if s.policy != RetentionPolicy()}
         if not wanted:
             return False
         try:
             shelf = self._opened = self._opened or self._open_shelf()
             able = {n: s for n, s in wanted.items() if _is_there(s) and self._finish_begun(shelf, n, s, now)}
-            more = [self._by_rule(shelf, n, s) for n, s in able.items() if s.order.expires]
-            shortages = self._room.shortages({n: (s.folder, s.order) for n, s in wanted.items()})
-            more += [self._make_room(shelf, short, able, now, stocks.tell_every) for short in shortages]
+            more = [self._by_rule(shelf, n, s) for n, s in able.items() if s.policy.expires]
+            shortages = self._room.low_filesystems({n: (s.folder, s.policy) for n, s in wanted.items()})
+            more += [self._make_room(shelf, short, able, now, stocks.log_every) for short in shortages]
         except LedgerError as error:
             self._progress.clear()  # what was looked at may not have been seen to
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
@@ -195,13 +195,13 @@ class Retention:
         return any(more)
 
     def _patience(self) -> float:
-        orders = [stock.order for stock in self._stocks().of_drop.values()]
+        orders = [stock.policy for stock in self._stocks().by_drop.values()]
         shortest = min((o.keep_for.total_seconds() for o in orders if o.keep_for), default=_EVERY)
         return min(max(shortest, 1.0), _EVERY)
 
     def _by_rule(self, shelf: SentIndex, drop: str, stock: SentFolder) -> bool:
         """Remove what is too old or too many; return whether there is more to look at."""
-        order, grown, now = stock.order, self._grown.setdefault(drop, set()), self._now()
+        order, grown, now = stock.policy, self._grown.setdefault(drop, set()), self._now()
         progress = self._progress.get(drop)
         if progress is None or progress.order != order or not ZERO <= now - progress.begun < _ANEW:
             progress = self._progress[drop] = _Progress(order, now)
@@ -220,7 +220,7 @@ class Retention:
             found[kept.archive.id] = kept, shelf.newer(kept, order.keep_last) if order.keep_last else 0
             progress.last = kept
         now = self._now()  # after the look: the clock is doubted before an old history comes into the ledger
-        due = [(k, e) for k, newer in found.values() if (e := order.verdict(now - k.since, newer))]
+        due = [(k, e) for k, newer in found.values() if (e := order.expiry_reason(now - k.since, newer))]
         if not all(_is_within_reach(stock.folder, kept) for kept, _ in due):
             del self._progress[drop]  # once its filesystem is back, all is looked at again
             return False
@@ -249,21 +249,21 @@ class Retention:
         if not all(map(self._is_known, short.drops)):  # the oldest may be among those that come back
             self._lacking_since = self._lacking_since or time.monotonic()
             if time.monotonic() - self._lacking_since > _EVERY:
-                self._room.tell(short, now, tell_every)
+                self._room.log_low_space(short, now, tell_every)
             return False
         self._lacking_since = 0.0
         pages = [shelf.oldest(name, None, None, _MOST) for name in short.drops if name in able]
         merged = heapq.merge(*pages, key=lambda k: (k.since, k.archive.id))
         oldest = [k for k in merged if _is_within_reach(able[k.archive.drop].folder, k)][:_MOST]
-        chosen = oldest[: smallest_prefix(short.missing, [k.archive.fingerprint.size for k in oldest])]
+        chosen = oldest[: smallest_prefix(short.bytes_short, [k.archive.fingerprint.size for k in oldest])]
         freed = 0
         for name in short.drops:
             mine = [(k, Expiry.DISK_LOW) for k in chosen if k.archive.drop == name]
             if mine:
                 freed += self._remove(shelf, able[name], mine, now)
         if not chosen:
-            self._room.tell(short, now, tell_every)
-        return bool(chosen) and freed < short.missing  # what was freed may show only after a while
+            self._room.log_low_space(short, now, tell_every)
+        return bool(chosen) and freed < short.bytes_short  # what was freed may show only after a while
 
     def _finish_begun(self, shelf: SentIndex, drop: str, stock: SentFolder, now: datetime) -> bool:
         """Finish removals that were begun; return False where that many fail that more should not begin."""
@@ -298,7 +298,7 @@ class Retention:
         touched: set[bytes] = set()
         total = 0
         for kept, expiry in due:
-            self.pulse.beat()
+            self.watchdog.alive()
             archive = kept.archive
             try:
                 freed = remove_archive(folder, kept.to, archive)
@@ -363,7 +363,7 @@ def _left(folder: DropFolder, kept: SentArchive) -> RemovalReason | None:
 
 
 def _is_within_reach(folder: DropFolder, kept: SentArchive) -> bool:
-    return not folder.is_out_of_reach(kept.to, kept.archive.fingerprint.device)
+    return not folder.is_unreachable(kept.to, kept.archive.fingerprint.device)
 
 
 def _sync(folder: DropFolder, directory: bytes) -> None:

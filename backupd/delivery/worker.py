@@ -57,7 +57,7 @@ def short_attempts(once: Callable[[], Outcome], stop: threading.Event) -> None:
 
 
 def _is_worth_another(outcome: Outcome) -> bool:
-    return isinstance(outcome, Deferred) and rule_of(outcome.reason).at_once
+    return isinstance(outcome, Deferred) and rule_of(outcome.reason).retry_immediately
 
 
 _IDLE = 5.0
@@ -85,10 +85,10 @@ class DestinationQueue:
 
     destination: str
     ledger: Ledger
-    gate: CircuitBreaker
-    patience: RetryPolicy
+    circuit: CircuitBreaker
+    retry_policy: RetryPolicy
     priority: Priority
-    wakeup: Notifier
+    notifier: Notifier
     sources: Mapping[str, DropSource]
     log: EventLog
     host: str = field(default_factory=socket.gethostname)
@@ -104,7 +104,7 @@ class DestinationQueue:
                 self._claimed += self.ledger.claim(self.destination, now, self.priority, _CLAIMS)
             return self._claimed.popleft() if self._claimed else None
 
-    def give_back(self) -> bool:
+    def release_claims(self) -> bool:
         """Make pending again what was claimed and not begun, for whoever comes; False if that failed."""
         with self._lock:
             if self._claimed:
@@ -115,7 +115,7 @@ class DestinationQueue:
                 self._claimed.clear()
         return True
 
-    def tell_of_removed(self, drop: str) -> None:
+    def log_removed_drop(self, drop: str) -> None:
         """Say, once, that archives wait for a drop to be configured again."""
         with self._lock:
             is_new = drop not in self._removed
@@ -138,31 +138,31 @@ class Worker:
         self._lane = lane
         self._uploader = uploader
         self._hand_over = hand_over
-        self.pulse = ThreadWatchdog(f"worker of {lane.destination}")
+        self.watchdog = ThreadWatchdog(f"worker of {lane.destination}")
         self.current: Delivery | None = None
 
     def run(self, stop: threading.Event) -> None:
         """Deliver until told to stop; what is claimed then is still carried to its end."""
         try:
             while True:
-                heard = self._lane.wakeup.heard()  # first: whoever sets `stop` rings afterwards
+                heard = self._lane.notifier.generation()  # first: whoever sets `stop` rings afterwards
                 if stop.is_set():
                     return
-                self.pulse.beat()
+                self.watchdog.alive()
                 if not self._one(stop):
                     patience = self._patience()
-                    self.pulse.rest()
-                    self._lane.wakeup.wait(heard, patience)
+                    self.watchdog.idle()
+                    self._lane.notifier.wait(heard, patience)
         finally:
-            self._lane.give_back()
-            self.pulse.rest()
+            self._lane.release_claims()
+            self.watchdog.idle()
             self._uploader.close()
 
     def _one(self, stop: threading.Event) -> bool:
         """Carry one delivery to its end; return False where there is nothing to do now."""
         lane = self._lane
-        if not lane.gate.enter():
-            lane.give_back()  # nobody knows for how long
+        if not lane.circuit.try_acquire():
+            lane.release_claims()  # nobody knows for how long
             return False
         delivery = None
         try:
@@ -170,7 +170,7 @@ class Worker:
         except LedgerError as error:
             lane.log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
         if delivery is None:
-            lane.gate.leave()
+            lane.circuit.release()
             return False
         self.current = delivery
         attempts = self.attempt(delivery, stop)
@@ -180,7 +180,7 @@ class Worker:
 
     def _patience(self) -> float:
         """Return for how many seconds there is nothing to do."""
-        shut = self._lane.gate.wait()
+        shut = self._lane.circuit.wait_time()
         if shut != 0.0:
             return _IDLE if shut is None else shut
         try:
@@ -201,14 +201,14 @@ class Worker:
             self._tell_failure(delivery, len(attempts), attempts[-1])
             outcome = attempts[-1].outcome
             if isinstance(outcome, Deferred):  # what may be there is asked about before the next attempt
-                delivery = replace(delivery, unknown=outcome.unknown)
+                delivery = replace(delivery, unconfirmed_digest=outcome.unconfirmed_digest)
             return outcome
 
         short_attempts(once, stop)
         return attempts
 
     def _upload(self, delivery: Delivery) -> Attempt:
-        self.pulse.beat()
+        self.watchdog.alive()
         started_at, began = datetime.now(UTC), time.monotonic()
         outcome, sent = self._open_and_upload(delivery)
         duration = timedelta(seconds=time.monotonic() - began)
@@ -218,20 +218,24 @@ class Worker:
         archive = delivery.archive
         source = self._lane.sources.get(archive.drop)
         if source is None:
-            self._lane.tell_of_removed(archive.drop)
+            self._lane.log_removed_drop(archive.drop)
             error = f"no drop named {archive.drop} is configured any more"
-            return Deferred(Reason.UNREADABLE, error, None, _UNTIL_CONFIGURED, delivery.unknown), 0
+            return Deferred(Reason.UNREADABLE, error, None, _UNTIL_CONFIGURED, delivery.unconfirmed_digest), 0
         try:
             fd = source.folder.open(archive.relpath)
         except (FileNotFoundError, NotADirectoryError):
-            if source.folder.is_out_of_reach(archive.relpath, archive.fingerprint.device):
+            if source.folder.is_unreachable(archive.relpath, archive.fingerprint.device):
                 error = "its filesystem is not mounted on the drop folder"
-                return Deferred(Reason.UNREADABLE, error, unknown=delivery.unknown), 0
-            return Superseded("the file is gone", gone=True), 0
+                return Deferred(Reason.UNREADABLE, error, unconfirmed_digest=delivery.unconfirmed_digest), 0
+            return Superseded("the file is gone", missing=True), 0
         except OSError as error:
             if _is_something_else(source, archive.relpath):
-                return Superseded("something that is no file has its name", gone=True), 0
-            return Deferred(Reason.UNREADABLE, error.strerror or str(error), unknown=delivery.unknown), 0
+                return Superseded("something that is no file has its name", missing=True), 0
+            return Deferred(
+                Reason.UNREADABLE,
+                error.strerror or str(error),
+                unconfirmed_digest=delivery.unconfirmed_digest,
+            ), 0
         try:
             cargo = UploadJob(
                 delivery.id,
@@ -239,25 +243,25 @@ class Worker:
                 fd,
                 archive.fingerprint,
                 template_values(archive, self._lane.host, source.label_pattern),
-                alive=self.pulse.beat,
-                resting=self.pulse.rest,
-                unknown=delivery.unknown,
+                on_alive=self.watchdog.alive,
+                on_idle=self.watchdog.idle,
+                unconfirmed_digest=delivery.unconfirmed_digest,
             )
-            return _seen_again(self._uploader.upload(cargo), fd, source, archive.relpath), cargo.sent
+            return _seen_again(self._uploader.upload(cargo), fd, source, archive.relpath), cargo.sent_bytes
         except Exception as error:  # noqa: BLE001 -- a bug must cost neither the archive nor the worker
             self._lane.log.emit(events.DAEMON_FAILED, error=repr(error), exc_info=error)
-            return Deferred(Reason.INTERNAL, repr(error), unknown=delivery.unknown), 0
+            return Deferred(Reason.INTERNAL, repr(error), unconfirmed_digest=delivery.unconfirmed_digest), 0
         finally:
             os.close(fd)
 
     def _finish(self, delivery: Delivery, attempts: list[Attempt]) -> None:
         outcome = attempts[-1].outcome
-        self._lane.gate.report(outcome)
+        self._lane.circuit.record_outcome(outcome)
         now = datetime.now(UTC)
-        step = next_step(delivery, outcome, now, self._lane.patience, random.random())
-        self.pulse.rest()  # the recorder may be waiting for room on the disk
+        step = next_step(delivery, outcome, now, self._lane.retry_policy, random.random())
+        self.watchdog.idle()  # the recorder may be waiting for room on the disk
         self._hand_over(ClaimResult(delivery, tuple(attempts), step))
-        self.pulse.beat()
+        self.watchdog.alive()
 
     def _tell_failure(self, delivery: Delivery, number: int, attempt: Attempt) -> None:
         outcome = attempt.outcome
@@ -274,7 +278,7 @@ class Worker:
             error=outcome.error,
             hint=rule_of(outcome.reason).hint,
             http_status=outcome.http_status,
-            sent=attempt.sent,
+            sent=attempt.sent_bytes,
             duration_s=attempt.duration,
         )
 
@@ -294,7 +298,7 @@ def _seen_again(outcome: Outcome, fd: int, source: DropSource, relpath: bytes) -
     try:
         source.folder.stat(relpath)
     except (FileNotFoundError, NotADirectoryError):
-        return replace(outcome, error="the file was removed while it was sent", gone=True)
+        return replace(outcome, error="the file was removed while it was sent", missing=True)
     except OSError:
         pass  # whoever looks at it next will say so
     return outcome

@@ -104,12 +104,12 @@ def move_checksum_files(folder: DropFolder, archive: Archive, moved_to: bytes | 
         for file in own_files(name):
             with suppress(OSError):
                 status = os.stat(file, dir_fd=source, follow_symlinks=False)
-                if not stat.S_ISREG(status.st_mode) or status.st_ctime > archive.admitted_at.timestamp():
+                if not stat.S_ISREG(status.st_mode) or status.st_ctime > archive.queued_at.timestamp():
                     continue
                 if moved_to is None:
                     os.unlink(file, dir_fd=source)
                     continue
-                names = free_names(shortened(new_name, file[len(name) :]), archive.admitted_at)
+                names = free_names(shortened(new_name, file[len(name) :]), archive.queued_at)
                 # what lies there and is no archive is of one of this name that was removed
                 new = next(new for new in names if not _is_archive(there, new))
                 os.rename(file, new, src_dir_fd=source, dst_dir_fd=there)

@@ -58,7 +58,7 @@ class DecompressedOutput:
         self._tar: TarWalk | None = None
         self._total = 0
 
-    def take(self, data: bytes) -> None:
+    def feed(self, data: bytes) -> None:
         """Look at the next bytes; raises LimitReachedError once there are too many, TarError for no tar."""
         before, self._total = self._total, self._total + len(data)
         if self._total > self._most:
@@ -190,7 +190,7 @@ def expand(source: BoundedFile, kind: ArchiveKind, output: DecompressedOutput) -
                 at += len(data)
                 if not data:
                     raise UnsoundError(Reason.TRUNCATED, f"ends in the middle of its {kind} data")
-            output.take(push(decoder, data, kind))
+            output.feed(push(decoder, data, kind))
             data = b""
             yield
         data = decoder.unused_data

@@ -59,7 +59,7 @@ class DropFolder:
         finally:
             os.close(fd)
 
-    def is_out_of_reach(self, relpath: bytes, device: int) -> bool:
+    def is_unreachable(self, relpath: bytes, device: int) -> bool:
         """Tell whether a file that is not found may only lie on a filesystem that is not mounted now.
 
         So it is while our path leads elsewhere, and where the last directory on the way to it is empty and on

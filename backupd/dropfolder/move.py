@@ -230,8 +230,8 @@ def is_receipt_file_of(archive: Archive, content: bytes) -> bool:
     return isinstance(fields, dict) and (
         fields.get("archive"),
         fields.get("drop"),
-        fields.get("admitted_at"),
-    ) == (as_text(archive.relpath), archive.drop, archive.admitted_at.isoformat())
+        fields.get("queued_at"),
+    ) == (as_text(archive.relpath), archive.drop, archive.queued_at.isoformat())
 
 
 _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

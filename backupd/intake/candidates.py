@@ -65,7 +65,7 @@ class Candidates:
         """Return the paths that are worth another look."""
         return self._tracker.due(now)
 
-    def look(self, relpath: bytes, now: float, status: os.stat_result | None = None) -> FileCandidate | None:
+    def check(self, relpath: bytes, now: float, status: os.stat_result | None = None) -> FileCandidate | None:
         """Look at a file; return it once it is a finished archive. What is none is said once."""
         why = self._eligibility.of_name(relpath)
         if why is Ineligible.NOT_INCLUDED:
@@ -79,7 +79,7 @@ class Candidates:
             return None
         except OSError as error:
             self._forget(relpath)
-            self.complain(relpath, error)
+            self.log_unreadable(relpath, error)
             return None
         sighting = self._settle(relpath, status, now)
         if relpath in self._tracker:
@@ -118,7 +118,7 @@ class Candidates:
         if stat.S_ISDIR(status.st_mode):
             self._tracker.forget(relpath)
             return None
-        if not self._tracker.look(relpath, fingerprint_of(status), now):
+        if not self._tracker.observe(relpath, fingerprint_of(status), now):
             return None
         why = self._eligibility.of_file(status.st_mode, status.st_size)
         if why is not None:
@@ -133,7 +133,7 @@ class Candidates:
         except FileNotFoundError:
             return None
         except OSError as error:
-            self.complain(relpath, error)
+            self.log_unreadable(relpath, error)
             return None
         if is_written or opened != fingerprint_of(status):
             self._tracker.hold(relpath, opened, now)
@@ -154,7 +154,7 @@ class Candidates:
             error = f"more than {_MOST_SAID} files here are no archives; further ones are not told"
             self._say(relpath, reason="too_many", error=error, hint="clear the folder, or `exclude` them")
 
-    def complain(self, relpath: bytes, error: OSError) -> None:
+    def log_unreadable(self, relpath: bytes, error: OSError) -> None:
         """Say, once, that something can't be read."""
         if hash(relpath) in self._complained:
             return

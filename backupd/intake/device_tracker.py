@@ -46,17 +46,17 @@ class DeviceTracker:
         self.overdue = 0
         """How many devices were overdue at the last tick."""
 
-    def begin(self, drops: Mapping[str, DropConfig], now: datetime) -> None:
+    def configure(self, drops: Mapping[str, DropConfig], now: datetime) -> None:
         """Take over what a configuration expects; to be called before anything is admitted by it.
 
         Raises LedgerError, and changes nothing, where the ledger can't be written.
         """
         tracked = {name: drop for name, drop in drops.items() if _is_tracked(drop)}
         rules = {name: _rule(drop) for name, drop in tracked.items()}
-        self._ledger.expect({name: _expectation(drop) for name, drop in tracked.items()}, now)
+        self._ledger.set_expectations({name: _expectation(drop) for name, drop in tracked.items()}, now)
         self._rules = rules
 
-    def labelled(self, sightings: Sequence[FileCandidate], now: datetime) -> list[FileCandidate]:
+    def with_devices(self, sightings: Sequence[FileCandidate], now: datetime) -> list[FileCandidate]:
         """Return sightings with the devices that they come from."""
         return [replace(s, tracked=self._tracked(s, now)) for s in sightings] if self._rules else [*sightings]
 
@@ -69,7 +69,7 @@ class DeviceTracker:
 
     def tick(self, now: datetime) -> None:
         """Say what is overdue, what has recovered, and what a killed daemon left unsaid of sizes."""
-        overdue, recovered = newly_overdue_and_recovered(self._ledger.doubtful(now), now)
+        overdue, recovered = newly_overdue_and_recovered(self._ledger.possibly_overdue(now), now)
         for device in overdue:
             self._log.emit(
                 events.DROP_OVERDUE,
@@ -82,14 +82,14 @@ class DeviceTracker:
             self._log.emit(
                 events.DROP_RECOVERED, drop=device.drop, device=device.name or None, last_at=device.last_at
             )
-        self._ledger.alarmed(overdue, recovered)
+        self._ledger.record_alarms(overdue, recovered)
         self.overdue = len(overdue)
-        self.say_unusual()
+        self.log_unusual_sizes()
 
-    def say_unusual(self) -> None:
+    def log_unusual_sizes(self) -> None:
         """Say of each archive of unusual size that it is, once."""
         with self._saying:
-            found = self._ledger.unusual()
+            found = self._ledger.unusual_archives()
             for one in found:
                 self._log.emit(
                     events.ARCHIVE_UNUSUAL_SIZE,
@@ -101,7 +101,7 @@ class DeviceTracker:
                     change=relative_change(one.size, one.median_size),
                 )
             if found:
-                self._ledger.told(found)
+                self._ledger.mark_reported(found)
 
     def _tracked(self, s: FileCandidate, now: datetime) -> TrackedDevice | None:
         rule = self._rules.get(s.drop)

@@ -180,7 +180,7 @@ class Examiner:
             if case.steps is not None:
                 case.steps.close()
 
-    def take(self, sighting: FileCandidate) -> bool:
+    def add(self, sighting: FileCandidate) -> bool:
         """Take a finished file; False if this drop's files are not examined."""
         if self._config.inspect == "off" and self._config.checksum_file == "off":
             return False
@@ -194,7 +194,7 @@ class Examiner:
         self._turns.add(self._cases[sighting.relpath])
         return True
 
-    def noticed(self, relpath: bytes) -> None:
+    def recheck(self, relpath: bytes) -> None:
         """Look again at whatever waits for a checksum file, if that is what a path is."""
         if not self._held:
             return
@@ -213,7 +213,7 @@ class Examiner:
             return 0.0
         return min((case.due for case in self._held.values()), default=None)
 
-    def work(self) -> list[FileCandidate]:
+    def run_slice(self) -> list[FileCandidate]:
         """Go on for a moment; return what can be told now, the rejected ones marked as such."""
         done: list[FileCandidate] = []
         now = time.monotonic()

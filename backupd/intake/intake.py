@@ -72,7 +72,7 @@ class Intake:
         self._prefix = os.fsencode(config.path).rstrip(b"/") + b"/"
         self._notices: queue.SimpleQueue[_Notice | None] = queue.SimpleQueue()
         self._candidates = Candidates(name, config, folder, log)
-        self._examination = Examiner(name, config, folder, log, self._candidates.complain)
+        self._examination = Examiner(name, config, folder, log, self._candidates.log_unreadable)
         self._skip = frozenset(os.fsencode(d.strip("/")) for d in (config.sent_dir, config.rejected_dir))
         self._sight = WatchHealth(name, config, folder, log, self._notice, self._ignores)
         self._batch: list[FileCandidate] = []
@@ -81,7 +81,7 @@ class Intake:
         self._noted: tuple[int, int] | None = None
         """Which directory the ledger was told that the folder is: its device and inode."""
         self.ready = threading.Event()
-        self.pulse = ThreadWatchdog(f"intake of {name}")
+        self.watchdog = ThreadWatchdog(f"intake of {name}")
 
     def run(self, stop: threading.Event) -> None:
         """Take in archives until told to stop; `poke` ends a wait."""
@@ -89,51 +89,51 @@ class Intake:
         next_scan = time.monotonic()
         try:
             while not stop.is_set():
-                self.pulse.beat()
+                self.watchdog.alive()
                 now = time.monotonic()
-                if self._sight.has_missed_some() or now >= next_scan:
+                if self._sight.has_missed_events() or now >= next_scan:
                     proven = self._sight.check()
-                    self.note_folder()
+                    self.register_folder()
                     self._scan(b"", stop, prove=proven and self.ready.is_set())
                     next_scan = time.monotonic() + self._sight.scan_every()
                     self.ready.set()
                 self._look_again()
-                self._batch += self._examination.work()
+                self._batch += self._examination.run_slice()
                 self._admit()
                 self._wait(next_scan)
         finally:
             self._examination.close()
-            self.pulse.rest()
+            self.watchdog.idle()
             self._sight.close()
 
-    def note_folder(self) -> None:
+    def register_folder(self) -> None:
         """Have the ledger know which directory this is, before anything in it is looked for."""
         status = os.fstat(self._folder.fileno())
         here = status.st_dev, status.st_ino
         if here == self._noted:
             return
         try:
-            self._ledger.note_folder(self.name, *here)
+            self._ledger.register_folder(self.name, *here)
         except LedgerError as error:
             self._ledger_failed(error)
         else:
             self._noted = here
 
-    def poke(self) -> None:
+    def wake(self) -> None:
         """End a wait, to look at the stop event."""
         self._notices.put(None)
 
-    def look_again(self, relpath: bytes) -> None:
+    def recheck(self, relpath: bytes) -> None:
         """Ask for a look at a path, as an event would."""
         self._notices.put(_Notice(os.fsencode(self._config.path) + b"/" + relpath, is_directory=False))
 
     @property
-    def is_blind(self) -> bool:
+    def is_degraded(self) -> bool:
         """Whether no events come from the folder, or it can't be read."""
-        return self._sight.is_blind
+        return self._sight.is_degraded
 
     def _notice(self, path: bytes, is_directory: bool) -> None:
-        self._sight.heard()
+        self._sight.event_received()
         if path != self._prefix:
             self._notices.put(_Notice(path, is_directory))
 
@@ -142,9 +142,9 @@ class Intake:
         until = min([next_scan, *(due for due in dues if due is not None)])
         timeout = max(until - time.monotonic(), 0.0)
         try:
-            self.pulse.rest()
+            self.watchdog.idle()
             notice = self._notices.get(timeout=min(timeout, self._sight.patience()))
-            self.pulse.beat()
+            self.watchdog.alive()
             self._take(notice)
             for _ in range(_BATCH):
                 self._take(self._notices.get_nowait())
@@ -161,7 +161,7 @@ class Intake:
             if self._config.recursive:
                 self._scan(relpath, None, prove=False)
             return
-        self._examination.noticed(relpath)
+        self._examination.recheck(relpath)
         self._look(relpath)
 
     def _ignores(self, directory: bytes) -> bool:
@@ -175,8 +175,8 @@ class Intake:
         return any(relpath == skip or relpath.startswith(skip + b"/") for skip in self._skip)
 
     def _look(self, relpath: bytes, status: os.stat_result | None = None) -> None:
-        sighting = self._candidates.look(relpath, time.monotonic(), status)
-        if sighting is not None and not self._examination.take(sighting):
+        sighting = self._candidates.check(relpath, time.monotonic(), status)
+        if sighting is not None and not self._examination.add(sighting):
             self._batch.append(sighting)
             if len(self._batch) >= _BATCH:
                 self._admit()
@@ -188,13 +188,13 @@ class Intake:
     def _scan(self, below: bytes, stop: threading.Event | None, *, prove: bool) -> None:
         started, found, missed = time.monotonic(), 0, None
         try:
-            known = self._ledger.known(self.name, below)
+            known = self._ledger.known_files(self.name, below)
         except LedgerError as error:
             self._ledger_failed(error)
             return
 
         def go_on() -> bool:
-            self.pulse.beat()
+            self.watchdog.alive()
             return stop is None or not stop.is_set()
 
         for relpath, status in walk(
@@ -203,7 +203,7 @@ class Intake:
             found += 1
             if not go_on():
                 break
-            if content_key(relpath, fingerprint_of(status)) in known.marks:
+            if content_key(relpath, fingerprint_of(status)) in known.content_keys:
                 continue
             if prove and missed is None and self._was_missed(relpath, status, known):
                 missed = relpath
@@ -211,7 +211,7 @@ class Intake:
         if not go_on():
             return
         if missed is not None and self._notices.empty():
-            self._sight.lost(missed)
+            self._sight.missed_event(missed)
         self._log.emit(
             events.DROP_SCANNED,
             drop=self.name,
@@ -233,7 +233,7 @@ class Intake:
         if not relpath:
             self._sight.root_failed(error)
         else:
-            self._candidates.complain(relpath, error)
+            self._candidates.log_unreadable(relpath, error)
 
     def _admit(self) -> None:
         batch, self._batch = self._batch, []
@@ -241,7 +241,9 @@ class Intake:
             return
         try:
             now = datetime.now(UTC)
-            admission = self._ledger.admit(self._freshness.labelled(batch, now), self._destinations, now)
+            admission = self._ledger.enqueue(
+                self._freshness.with_devices(batch, now), self._destinations, now
+            )
         except LedgerError as error:
             self._unadmitted |= {hash(sighting.relpath) for sighting in batch}
             self._ledger_failed(error)
@@ -256,7 +258,7 @@ class Intake:
                 size=archive.fingerprint.size,
                 error="replaced before it was sent",
             )
-        for archive in admission.admitted:
+        for archive in admission.queued:
             self._log.emit(
                 events.ARCHIVE_ADMITTED,
                 drop=self.name,
@@ -264,13 +266,13 @@ class Intake:
                 size=archive.fingerprint.size,
                 destinations=self._destinations,
             )
-        if admission.admitted:
+        if admission.queued:
             self._wake(self._destinations)
         if admission.rejected or admission.found_again:
             self._settled()
         if admission.unusual:
             with suppress(LedgerError):  # the next tick says it
-                self._freshness.say_unusual()
+                self._freshness.log_unusual_sizes()
 
     def _ledger_failed(self, error: LedgerError) -> None:
         """Say so, once: the files stay where they are, and the next rescan tries again."""

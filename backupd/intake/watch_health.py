@@ -47,7 +47,7 @@ class WatchHealth:
         """When the watcher was last asked for a sign of life that has not come yet, monotonic."""
 
     @property
-    def is_blind(self) -> bool:
+    def is_degraded(self) -> bool:
         """Whether only the scan brings archives, if anything does."""
         return bool(self._blind) or self._root_failing
 
@@ -82,23 +82,23 @@ class WatchHealth:
     def scan_every(self) -> float:
         """Return the seconds until the next scan."""
         every = self._config.rescan_every.total_seconds()
-        return min(every, _POLL_EVERY) if self._polling or self.is_blind else every
+        return min(every, _POLL_EVERY) if self._polling or self.is_degraded else every
 
     def patience(self) -> float:
         """Return for how many seconds an overflow may go unnoticed."""
         return 1.0 if not self._polling else self.scan_every()
 
-    def heard(self) -> None:
+    def event_received(self) -> None:
         """Note that an event came, which only a watcher that sees can tell of."""
         self._asked = None
 
-    def has_missed_some(self) -> bool:
+    def has_missed_events(self) -> bool:
         """Tell whether events were lost since last asked, so that a scan is due; it is said."""
         if self._asked is not None and time.monotonic() - self._asked > _SILENT:
             self._say_blind("silent", "the folder was opened, and no event told of it", "")
             self._restart()
             return True
-        if self._watcher is None or not self._watcher.take_overflow():
+        if self._watcher is None or not self._watcher.pop_overflow():
             return False
         self._say_blind(
             "overflow", "the kernel's queue was full", "raise fs.inotify.max_queued_events (sysctl)"
@@ -137,7 +137,7 @@ class WatchHealth:
             return True
         self._asked = time.monotonic()  # before: the answer comes in another thread
         try:
-            watched = watcher.ask()
+            watched = watcher.request_sign_of_life()
         except OSError:
             self._asked = None  # the scan tells of a folder that can't be read
             return True
@@ -146,7 +146,7 @@ class WatchHealth:
             self._restart()
         return watched
 
-    def lost(self, relpath: bytes) -> None:
+    def missed_event(self, relpath: bytes) -> None:
         """Say that the scan found a file that no event had told of, and begin to watch anew."""
         self._say_blind("missed", f"no event came for {relpath!r}", "")
         self._restart()

@@ -296,7 +296,7 @@ class Watcher:
         reader = getattr(observer, "_inotify_fd", None)
         return all(e.is_alive() for e in observer.emitters) and (reader is None or reader.is_alive())
 
-    def ask(self) -> bool:
+    def request_sign_of_life(self) -> bool:
         """Have an event come, of `path/`, that proves life; return False where none can come any more.
 
         Raises OSError where the folder can't be opened.
@@ -307,7 +307,7 @@ class Watcher:
         """Tell whether some directories are not watched, because a limit is reached."""
         return any(watches is not None and watches.is_partial for watches in self._all_watches())
 
-    def take_overflow(self) -> bool:
+    def pop_overflow(self) -> bool:
         """Tell whether the kernel's queue has overflowed since last asked."""
         return self._overflow.take()
 

@@ -48,7 +48,7 @@ class DeviceLedger(Protocol):
     Every method raises `LedgerError` where the record can't be read or written; nothing is half done then.
     """
 
-    def expect(self, expectations: Mapping[str, DeviceExpectation], now: datetime) -> None:
+    def set_expectations(self, expectations: Mapping[str, DeviceExpectation], now: datetime) -> None:
         """Take over what the configuration expects of each drop, before anything is admitted.
 
         Listed devices are known from now on. Those that were told apart in another way are forgotten, and so
@@ -56,27 +56,27 @@ class DeviceLedger(Protocol):
         """
         ...
 
-    def doubtful(self, now: datetime) -> list[Device]:
+    def possibly_overdue(self, now: datetime) -> list[Device]:
         """Return the devices that are overdue, or that were said to be."""
         ...
 
-    def alarmed(self, overdue: Sequence[Device], recovered: Sequence[Device]) -> None:
+    def record_alarms(self, overdue: Sequence[Device], recovered: Sequence[Device]) -> None:
         """Note which devices were said to be overdue, and which to have recovered."""
         ...
 
-    def unusual(self) -> list[UnusualArchive]:
+    def unusual_archives(self) -> list[UnusualArchive]:
         """Return the archives of unusual size of which that is still to be said, the oldest first."""
         ...
 
-    def told(self, unusual: Sequence[UnusualArchive]) -> None:
+    def mark_reported(self, unusual: Sequence[UnusualArchive]) -> None:
         """Note that the unusual size of these archives was said."""
         ...
 
-    def clock(self) -> ClockReading | None:
+    def last_clock_reading(self) -> ClockReading | None:
         """Return what was noted of the clock last; None where nothing was."""
         ...
 
-    def note_clock(self, note: ClockReading, *, patience: float = 0.0) -> None:
+    def save_clock_reading(self, note: ClockReading, *, patience: float = 0.0) -> None:
         """Note what the clock says, and what is doubted of it.
 
         Raises LedgerHeldError where another process holds the ledger for longer than `patience`, in seconds.
@@ -112,12 +112,12 @@ class FileCandidate:
 class KnownFiles:
     """The files of a drop that are accounted for: the `mark` of each, and the `hash` of each path."""
 
-    marks: frozenset[int]
+    content_keys: frozenset[int]
     paths: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
-class Admission:
+class EnqueueResult:
     """What became of some sightings: new archives, and ones whose content they replace.
 
     `unusual` tells whether `Ledger.unusual` has something to say of a new one.
@@ -125,7 +125,7 @@ class Admission:
     some that were delivered, gone when they should have been disposed of, and are there again.
     """
 
-    admitted: tuple[Archive, ...] = ()
+    queued: tuple[Archive, ...] = ()
     superseded: tuple[Archive, ...] = ()
     unusual: bool = False
     rejected: tuple[Archive, ...] = ()
@@ -138,7 +138,7 @@ class ClaimResult:
 
     delivery: Delivery
     attempts: tuple[Attempt, ...]
-    step: Transition
+    transition: Transition
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,7 @@ class CompletedArchive:
     archive: Archive
     state: DeliveryState
     digest: str | None
-    endings: tuple[DeliveryResult, ...]
+    results: tuple[DeliveryResult, ...]
     announced: bool = False
 
 
@@ -179,9 +179,9 @@ class DispositionResult:
     """
 
     archive_id: int
-    to: bytes | None
+    moved_to: bytes | None
     left: bool = False
-    gone: bool = False
+    missing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,20 +199,20 @@ class Ledger(DeviceLedger, Protocol):
     Every method raises `LedgerError` where the record can't be read or written; nothing is half done then.
     """
 
-    def note_folder(self, drop: str, device: int, inode: int) -> None:
+    def register_folder(self, drop: str, device: int, inode: int) -> None:
         """Note which directory a drop folder is, by the numbers that stat(2) gives.
 
         One that has another device number than before, as after a boot, has it for what lies in it, too.
         """
         ...
 
-    def known(self, drop: str, below: bytes = b"") -> KnownFiles:
+    def known_files(self, drop: str, below: bytes = b"") -> KnownFiles:
         """Return which files of a drop are accounted for: all, or those below a directory of it."""
         ...
 
-    def admit(
+    def enqueue(
         self, sightings: Sequence[FileCandidate], destinations: Sequence[str], now: datetime
-    ) -> Admission:
+    ) -> EnqueueResult:
         """Make a pending delivery to each destination for each file not accounted for yet.
 
         What was delivered, but gone when it was to be disposed of, is due for that once it is back.
@@ -238,15 +238,17 @@ class Ledger(DeviceLedger, Protocol):
         """Commit, durably, how claims ended; return the archives that are settled by it."""
         ...
 
-    def undisposed(self, after: int = 0, most: int = 256) -> list[CompletedArchive]:
+    def pending_dispositions(self, after: int = 0, most: int = 256) -> list[CompletedArchive]:
         """Return settled archives whose files are still to be disposed of: the first, by id, after one."""
         ...
 
-    def count_undisposed(self) -> int:
+    def count_pending_dispositions(self) -> int:
         """Return how many settled archives there are whose files are still to be disposed of."""
         ...
 
-    def disposed(self, done: Sequence[DispositionResult], still_due: Sequence[int], now: datetime) -> None:
+    def record_dispositions(
+        self, done: Sequence[DispositionResult], still_due: Sequence[int], now: datetime
+    ) -> None:
         """Note what became of the files of settled archives, all of which are announced.
 
         `still_due` are the archives' ids whose file could not be disposed of.
@@ -264,11 +266,11 @@ class Ledger(DeviceLedger, Protocol):
         """Return what is pending (and claimed), by destination."""
         ...
 
-    def quarantined(self) -> int:
+    def count_quarantined(self) -> int:
         """Return how many rejected archives are in quarantine."""
         ...
 
-    def note_gate(self, destination: str, gate: Circuit, error: str | None) -> None:
+    def save_circuit(self, destination: str, gate: Circuit, error: str | None) -> None:
         """Note how a destination's gate stands, for whoever asks beside the daemon."""
         ...
 

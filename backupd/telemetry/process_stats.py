@@ -13,7 +13,7 @@ class ProcessStats:
 
     memory_bytes: int | None
     open_files: int | None
-    open_files_most: int
+    open_files_limit: int
 
 
 def process_stats() -> ProcessStats:

@@ -13,11 +13,11 @@ class ThreadWatchdog:
         self.name = name
         self._last = math.inf
 
-    def beat(self) -> None:
+    def alive(self) -> None:
         """Show life: from here on the next sign is awaited."""
         self._last = time.monotonic()
 
-    def rest(self) -> None:
+    def idle(self) -> None:
         """Show no life until the next `beat`, and be awaited by nobody."""
         self._last = math.inf
 

@@ -40,11 +40,11 @@ class UploadJob:
     fd: int
     fingerprint: Fingerprint
     variables: Mapping[str, str]
-    progress: OnProgress = _no_progress
-    alive: OnAlive = _unwatched
-    resting: OnAlive = _unwatched
-    unknown: Digest | None = None
-    sent: int = field(default=0, init=False)
+    on_progress: OnProgress = _no_progress
+    on_alive: OnAlive = _unwatched
+    on_idle: OnAlive = _unwatched
+    unconfirmed_digest: Digest | None = None
+    sent_bytes: int = field(default=0, init=False)
 
 
 class Uploader(Protocol):
@@ -57,7 +57,7 @@ class Uploader(Protocol):
         """Send an archive and verify the receipt."""
         ...
 
-    def ask(self, cargo: UploadJob, digest: Digest) -> Outcome | None:
+    def query(self, cargo: UploadJob, digest: Digest) -> Outcome | None:
         """Return what the destination says of a content that it was sent, None if it does not have it.
 
         `Delivered` only where it states that very digest. Nothing of the archive is read. Where it can't be

@@ -45,18 +45,18 @@ def arrive(
     sighting = FileCandidate(
         drop, b"%s-%d.cfg" % (device.encode(), looks.inode), looks, TrackedDevice(device, alarm)
     )
-    admission = ledger.admit([sighting], to, at)
-    return admission.admitted[0], admission.unusual
+    admission = ledger.enqueue([sighting], to, at)
+    return admission.queued[0], admission.unusual
 
 
 def overdue(ledger: Ledger, now: datetime) -> list[str]:
-    return [device.name for device in newly_overdue_and_recovered(ledger.doubtful(now), now)[0]]
+    return [device.name for device in newly_overdue_and_recovered(ledger.possibly_overdue(now), now)[0]]
 
 
 def alarm(ledger: Ledger, now: datetime) -> tuple[list[str], list[str]]:
     """Do as a heartbeat does; return who is overdue, and who has recovered."""
-    late, recovered = newly_overdue_and_recovered(ledger.doubtful(now), now)
-    ledger.alarmed(late, recovered)
+    late, recovered = newly_overdue_and_recovered(ledger.possibly_overdue(now), now)
+    ledger.record_alarms(late, recovered)
     return [device.name for device in late], [device.name for device in recovered]
 
 
@@ -64,14 +64,14 @@ def alarm(ledger: Ledger, now: datetime) -> tuple[list[str], list[str]]:
 
 
 def test_a_device_is_learnt_from_its_first_archive(bench: Bench) -> None:
-    bench.ledger.expect({"switches": DAILY}, NOW)
+    bench.ledger.set_expectations({"switches": DAILY}, NOW)
     arrive(bench.ledger, "sw1")
     arrive(bench.ledger, "sw1", at=NOW + HOUR)
     arrive(bench.ledger, "sw2")
     for ledger in (bench.ledger, bench.crash()):
         assert overdue(ledger, NOW + DAY) == []
         assert overdue(ledger, NOW + DAY + SECOND) == ["sw2"]
-        found = ledger.doubtful(NOW + 2 * DAY)
+        found = ledger.possibly_overdue(NOW + 2 * DAY)
         assert found == [
             Device("switches", "sw1", NOW, NOW + HOUR, 2, DAY),
             Device("switches", "sw2", NOW, NOW, 1, DAY),
@@ -80,73 +80,75 @@ def test_a_device_is_learnt_from_its_first_archive(bench: Bench) -> None:
 
 def test_a_listed_device_is_overdue_though_it_never_came(bench: Bench) -> None:
     listed = {"switches": DeviceExpectation(DAY, "{device}", ("sw1", "sw2"))}
-    bench.ledger.expect(listed, NOW)
-    bench.crash().expect(listed, NOW + HOUR)  # a restart makes it no younger
+    bench.ledger.set_expectations(listed, NOW)
+    bench.crash().set_expectations(listed, NOW + HOUR)  # a restart makes it no younger
     arrive(bench.ledger, "sw2", at=NOW + HOUR)
-    assert bench.ledger.doubtful(NOW + DAY + SECOND) == [Device("switches", "sw1", NOW, None, 0, DAY)]
+    assert bench.ledger.possibly_overdue(NOW + DAY + SECOND) == [Device("switches", "sw1", NOW, None, 0, DAY)]
 
 
 def test_without_a_template_the_drop_as_a_whole_is_expected(ledger: Ledger) -> None:
-    ledger.expect({"switches": DeviceExpectation(DAY)}, NOW)
+    ledger.set_expectations({"switches": DeviceExpectation(DAY)}, NOW)
     assert overdue(ledger, NOW + DAY + SECOND) == [""]
     arrive(ledger, "", at=NOW + DAY)
     assert overdue(ledger, NOW + DAY + SECOND) == []
 
 
 def test_the_same_name_in_two_drops_is_two_devices(ledger: Ledger) -> None:
-    ledger.expect({"switches": DAILY, "firewalls": DeviceExpectation(HOUR, "{device}")}, NOW)
+    ledger.set_expectations({"switches": DAILY, "firewalls": DeviceExpectation(HOUR, "{device}")}, NOW)
     arrive(ledger, drop="switches")
     arrive(ledger, drop="firewalls")
-    assert [d.drop for d in ledger.doubtful(NOW + 2 * HOUR)] == ["firewalls"]
+    assert [d.drop for d in ledger.possibly_overdue(NOW + 2 * HOUR)] == ["firewalls"]
 
 
 def test_an_alarm_outlasts_a_crash_and_is_called_off_once(bench: Bench) -> None:
-    bench.ledger.expect({"switches": DAILY}, NOW)
+    bench.ledger.set_expectations({"switches": DAILY}, NOW)
     arrive(bench.ledger)
     late = NOW + 2 * DAY
     assert alarm(bench.ledger, late) == (["sw1"], [])
     ledger = bench.crash()
-    ledger.expect({"switches": DAILY}, late)
+    ledger.set_expectations({"switches": DAILY}, late)
     assert alarm(ledger, late) == (["sw1"], [])
     arrive(ledger, at=late)
     ledger = bench.crash()
-    assert newly_overdue_and_recovered(ledger.doubtful(late), late)[1]  # not said yet, and so not over
+    assert newly_overdue_and_recovered(ledger.possibly_overdue(late), late)[
+        1
+    ]  # not said yet, and so not over
     assert alarm(ledger, late) == ([], ["sw1"])
     assert alarm(ledger, late) == ([], [])
 
 
 def test_a_device_that_is_listed_no_more_and_never_came_is_forgotten(ledger: Ledger) -> None:
-    ledger.expect({"switches": DeviceExpectation(DAY, "{device}", ("sw1", "sw2", "sw3"))}, NOW)
+    ledger.set_expectations({"switches": DeviceExpectation(DAY, "{device}", ("sw1", "sw2", "sw3"))}, NOW)
     arrive(ledger, "sw1")
-    ledger.alarmed([d for d in ledger.doubtful(NOW + 2 * DAY) if d.name == "sw3"], [])
-    ledger.expect({"switches": DAILY}, NOW)
+    ledger.record_alarms([d for d in ledger.possibly_overdue(NOW + 2 * DAY) if d.name == "sw3"], [])
+    ledger.set_expectations({"switches": DAILY}, NOW)
     assert alarm(ledger, NOW + 2 * DAY) == (["sw1"], ["sw3"])
 
 
 def test_devices_that_were_told_apart_in_another_way_are_forgotten(ledger: Ledger) -> None:
-    ledger.expect({"switches": DAILY}, NOW)
+    ledger.set_expectations({"switches": DAILY}, NOW)
     arrive(ledger, "sw1")
     alarm(ledger, NOW + 2 * DAY)
     arrive(ledger, "sw2")
-    ledger.expect({"switches": DeviceExpectation(DAY, "{site}/{device}")}, NOW)
+    ledger.set_expectations({"switches": DeviceExpectation(DAY, "{site}/{device}")}, NOW)
     assert alarm(ledger, NOW + 9 * DAY) == ([], ["sw1"])
-    assert ledger.doubtful(NOW + 9 * DAY) == []
+    assert ledger.possibly_overdue(NOW + 9 * DAY) == []
 
 
 def test_what_is_no_longer_expected_is_no_longer_overdue(ledger: Ledger) -> None:
-    ledger.expect({"switches": DAILY}, NOW)
+    ledger.set_expectations({"switches": DAILY}, NOW)
     arrive(ledger)
     alarm(ledger, NOW + 2 * DAY)
-    ledger.expect({}, NOW + 2 * DAY)
+    ledger.set_expectations({}, NOW + 2 * DAY)
     assert alarm(ledger, NOW + 2 * DAY) == ([], ["sw1"])
-    ledger.expect({"switches": DAILY}, NOW + 3 * DAY)  # and what was learnt is not lost
+    ledger.set_expectations({"switches": DAILY}, NOW + 3 * DAY)  # and what was learnt is not lost
     assert alarm(ledger, NOW + 3 * DAY) == (["sw1"], [])
 
 
 def test_a_clock_that_was_ahead_hides_no_device(ledger: Ledger) -> None:
-    ledger.expect({"switches": DAILY}, NOW)
+    ledger.set_expectations({"switches": DAILY}, NOW)
     arrive(ledger, at=NOW + 9000 * DAY)
-    ledger.expect({"switches": DAILY}, NOW)
+    ledger.set_expectations({"switches": DAILY}, NOW)
     assert overdue(ledger, NOW + 2 * DAY) == ["sw1"]
 
 
@@ -159,11 +161,11 @@ def test_an_unusual_size_is_kept_until_it_was_said(bench: Bench) -> None:
     archive, unusual = arrive(bench.ledger, size=20, alarm=0.5)
     assert unusual
     ledger = bench.crash()
-    (one,) = ledger.unusual()
+    (one,) = ledger.unusual_archives()
     assert (one.archive_id, one.drop, one.relpath) == (archive.id, "switches", archive.relpath)
     assert (one.device, one.size, one.median_size) == ("sw1", 20, 100)
-    ledger.told([one])
-    assert bench.crash().unusual() == []
+    ledger.mark_reported([one])
+    assert bench.crash().unusual_archives() == []
 
 
 def test_a_device_is_judged_by_its_own_sizes(ledger: Ledger) -> None:
@@ -177,9 +179,9 @@ def test_a_device_is_judged_by_its_own_sizes(ledger: Ledger) -> None:
 def test_only_the_last_ten_sizes_count(ledger: Ledger) -> None:
     for size in [100] * 20 + [900] * 6:
         arrive(ledger, size=size, alarm=0.5)
-    ledger.told(ledger.unusual())
+    ledger.mark_reported(ledger.unusual_archives())
     assert not arrive(ledger, size=900, alarm=0.5)[1]
-    assert ledger.unusual() == []
+    assert ledger.unusual_archives() == []
 
 
 def test_without_an_alarm_no_size_is_unusual(ledger: Ledger) -> None:
@@ -206,7 +208,7 @@ def done(
     archive, _ = arrive(ledger, at=at)
     (delivery,) = ledger.claim("vault", at)
     ledger.record([finished(delivery, outcome or delivered(), now=at)], at)
-    ledger.disposed([DispositionResult(archive.id, to, left)], [], at)
+    ledger.record_dispositions([DispositionResult(archive.id, to, left)], [], at)
     return archive
 
 
@@ -220,7 +222,7 @@ def test_what_was_done_with_long_ago_is_forgotten_a_few_at_a_time(bench: Bench) 
 
 def test_what_was_replaced_long_ago_is_forgotten(ledger: Ledger) -> None:
     for _ in range(2):
-        ledger.admit([a_sighting(b"r1")], ["vault"], OLD)
+        ledger.enqueue([a_sighting(b"r1")], ["vault"], OLD)
     assert ledger.prune(lambda: LIMIT, 9) == 1
 
 
@@ -237,11 +239,11 @@ def test_nothing_is_forgotten_that_is_still_of_use(ledger: Ledger) -> None:
     assert ledger.claim("vault", OLD)
     arrive(ledger, at=OLD)
     assert ledger.prune(lambda: NOW + 9999 * DAY, 99) == 0
-    assert [one.archive for one in ledger.undisposed()] == [undisposed]
+    assert [one.archive for one in ledger.pending_dispositions()] == [undisposed]
     assert ledger.backlog()["vault"].pending == 3
-    assert len(ledger.known("switches").marks) == 5
+    assert len(ledger.known_files("switches").content_keys) == 5
     assert waiting in [d.archive for d in ledger.claim("vault", NOW + DAY, most=9)]
-    assert rejected_one not in [one.archive for one in ledger.undisposed()]
+    assert rejected_one not in [one.archive for one in ledger.pending_dispositions()]
 
 
 def test_a_rejected_archive_whose_file_is_gone_is_forgotten(ledger: Ledger) -> None:
@@ -257,18 +259,18 @@ def test_no_number_of_an_archive_is_given_twice(ledger: Ledger) -> None:
 
 
 def test_devices_outlast_their_history(ledger: Ledger) -> None:
-    ledger.expect({"switches": DAILY}, OLD)
+    ledger.set_expectations({"switches": DAILY}, OLD)
     done(ledger)
     done(ledger)
     assert ledger.prune(lambda: LIMIT, 99) == 1
-    assert [d.archives for d in ledger.doubtful(NOW)] == [2]
+    assert [d.archives for d in ledger.possibly_overdue(NOW)] == [2]
 
 
 def test_what_is_noted_of_the_clock_outlasts_the_process(bench: Bench) -> None:
-    assert bench.ledger.clock() is None
+    assert bench.ledger.last_clock_reading() is None
     for note in (ClockReading(NOW, (ClockSkew(400 * DAY, HOUR), ClockSkew(SECOND, DAY))), ClockReading(OLD)):
-        bench.ledger.note_clock(note)
+        bench.ledger.save_clock_reading(note)
         for ledger in (bench.ledger, bench.crash()):
-            noted = ledger.clock()
+            noted = ledger.last_clock_reading()
             assert noted is not None
             assert ClockReading(noted.seen_at, tuple(noted.doubts)) == note

@@ -87,7 +87,7 @@ def admit(
     to: tuple[str, ...] = ("vault",),
     now: datetime = NOW,
 ) -> tuple[Archive, ...]:
-    return ledger.admit(sightings, to, now).admitted
+    return ledger.enqueue(sightings, to, now).queued
 
 
 def claim(ledger: Ledger, destination: str = "vault", now: datetime = LATER) -> Delivery:
@@ -117,18 +117,18 @@ def test_what_lies_in_a_folder_has_the_number_that_its_disk_has_now(ledger: Ledg
     def devices() -> list[int]:
         claimed = ledger.claim("vault", LATER, most=9)
         ledger.release_claims()
-        found = [*(each.archive for each in claimed), *(one.archive for one in ledger.undisposed())]
+        found = [*(each.archive for each in claimed), *(one.archive for one in ledger.pending_dispositions())]
         return [archive.fingerprint.device for archive in sorted(found, key=lambda archive: archive.id)]
 
-    ledger.note_folder("switches", here, folder)
-    ledger.note_folder("switches", here + 1, folder)
+    ledger.register_folder("switches", here, folder)
+    ledger.register_folder("switches", here + 1, folder)
     assert devices() == [here + 1, here + 1, here]
-    ledger.note_folder("switches", here + 2, other)  # such as the empty place to mount on
+    ledger.register_folder("switches", here + 2, other)  # such as the empty place to mount on
     assert devices() == [here + 1, here + 1, here]
-    ledger.note_folder("switches", here + 3, folder)
+    ledger.register_folder("switches", here + 3, folder)
     assert devices() == [here + 3, here + 3, here]
-    ledger.note_folder("switches", here, 1 << 63)
-    ledger.note_folder("switches", here, 1 << 63)
+    ledger.register_folder("switches", here, 1 << 63)
+    ledger.register_folder("switches", here, 1 << 63)
 
 
 def test_a_new_file_becomes_a_pending_delivery_to_each_destination(ledger: Ledger) -> None:
@@ -139,7 +139,7 @@ def test_a_new_file_becomes_a_pending_delivery_to_each_destination(ledger: Ledge
         sighting.relpath,
         sighting.fingerprint,
     )
-    assert archive.admitted_at == NOW
+    assert archive.queued_at == NOW
     deliveries = [claim(ledger, name) for name in BOTH]
     assert [delivery.destination for delivery in deliveries] == list(BOTH)
     assert [delivery.archive for delivery in deliveries] == [archive, archive]
@@ -150,8 +150,8 @@ def test_a_new_file_becomes_a_pending_delivery_to_each_destination(ledger: Ledge
 def test_the_same_file_is_admitted_once(bench: Bench) -> None:
     sighting = a_sighting()
     assert admit(bench.ledger, sighting)
-    again = bench.ledger.admit([sighting, sighting], ["vault"], LATER)
-    assert (again.admitted, again.superseded) == ((), ())
+    again = bench.ledger.enqueue([sighting, sighting], ["vault"], LATER)
+    assert (again.queued, again.superseded) == ((), ())
     assert admit(bench.crash(), sighting) == ()
 
 
@@ -187,94 +187,94 @@ def test_a_changed_device_number_alone_is_no_new_content(ledger: Ledger) -> None
 )
 def test_a_replaced_content_supersedes_the_one_that_is_pending(ledger: Ledger, changed: Fingerprint) -> None:
     (old,) = admit(ledger, a_sighting(fingerprint=a_fingerprint(inode=7)), to=BOTH)
-    admission = ledger.admit([a_sighting(fingerprint=changed)], BOTH, LATER)
+    admission = ledger.enqueue([a_sighting(fingerprint=changed)], BOTH, LATER)
     assert admission.superseded == (old,)
-    assert [archive.fingerprint for archive in admission.admitted] == [changed]
+    assert [archive.fingerprint for archive in admission.queued] == [changed]
     assert [claim(ledger, name).archive.fingerprint for name in BOTH] == [changed, changed]
     assert not ledger.claim("vault", LATER)
-    assert ledger.undisposed() == []
+    assert ledger.pending_dispositions() == []
 
 
 def test_a_replaced_content_leaves_a_claimed_delivery_to_its_worker(ledger: Ledger) -> None:
     admit(ledger, a_sighting())
     old = claim(ledger)
-    admission = ledger.admit([a_sighting()], ["vault"], LATER)
+    admission = ledger.enqueue([a_sighting()], ["vault"], LATER)
     assert admission.superseded == ()
-    assert len(admission.admitted) == 1
+    assert len(admission.queued) == 1
     assert ledger.record([finished(old, superseded())], LATER) == []
-    assert claim(ledger).archive == admission.admitted[0]
+    assert claim(ledger).archive == admission.queued[0]
 
 
 def test_of_a_replaced_content_only_the_pending_deliveries_end(ledger: Ledger) -> None:
     (old,) = admit(ledger, a_sighting(), to=BOTH)
     held = claim(ledger, "vault")
-    assert ledger.admit([a_sighting()], BOTH, LATER).superseded == (old,)
+    assert ledger.enqueue([a_sighting()], BOTH, LATER).superseded == (old,)
     assert ledger.record([finished(held, delivered())], LATER) == []  # the file is another one now
-    assert ledger.undisposed() == []
+    assert ledger.pending_dispositions() == []
 
 
 def test_a_content_replaced_while_its_predecessor_awaits_disposal_is_admitted(ledger: Ledger) -> None:
     old = a_sighting()
     admit(ledger, old)
     (settled,) = end(ledger, delivered())
-    admission = ledger.admit([a_sighting()], ["vault"], LATER)
-    assert (len(admission.admitted), admission.superseded) == (1, ())
-    assert [one.archive for one in ledger.undisposed()] == [settled.archive]
+    admission = ledger.enqueue([a_sighting()], ["vault"], LATER)
+    assert (len(admission.queued), admission.superseded) == (1, ())
+    assert [one.archive for one in ledger.pending_dispositions()] == [settled.archive]
     assert admit(ledger, old) == ()  # still accounted for
 
 
 def test_a_rejected_sighting_is_settled_at_once_and_never_claimed(bench: Bench) -> None:
     why = rejected(Reason.TRUNCATED)
     sound, unsound = a_sighting(b"r1"), replace(a_sighting(b"r2"), rejected=why)
-    admission = bench.ledger.admit([sound, unsound], BOTH, NOW)
+    admission = bench.ledger.enqueue([sound, unsound], BOTH, NOW)
 
-    assert [archive.relpath for archive in admission.admitted] == [b"r1"]
+    assert [archive.relpath for archive in admission.queued] == [b"r1"]
     assert [archive.relpath for archive in admission.rejected] == [b"r2"]
     for ledger in (bench.ledger, bench.crash()):
-        (settled,) = ledger.undisposed()
+        (settled,) = ledger.pending_dispositions()
         assert settled.archive == admission.rejected[0]
         assert (settled.state, settled.announced) == (DeliveryState.REJECTED, False)
-        assert {(e.destination, e.state, e.reason, e.error) for e in settled.endings} == {
+        assert {(e.destination, e.state, e.reason, e.error) for e in settled.results} == {
             (name, DeliveryState.REJECTED, "truncated", why.error) for name in BOTH
         }
-        assert ledger.admit([unsound], BOTH, LATER).rejected == ()
+        assert ledger.enqueue([unsound], BOTH, LATER).rejected == ()
     assert [d.archive.relpath for d in bench.ledger.claim("vault", LATER, most=9)] == [b"r1"]
 
 
 def test_a_rejected_sighting_supersedes_the_content_that_it_replaces(ledger: Ledger) -> None:
     (old,) = admit(ledger, a_sighting(), to=BOTH)
-    admission = ledger.admit([replace(a_sighting(), rejected=rejected())], BOTH, LATER)
+    admission = ledger.enqueue([replace(a_sighting(), rejected=rejected())], BOTH, LATER)
 
     assert admission.superseded == (old,)
     assert ledger.claim("vault", LATER) == []
-    ledger.disposed([DispositionResult(admission.rejected[0].id, b"rejected/r1")], [], LATER)
-    assert ledger.known("switches").marks == frozenset()
+    ledger.record_dispositions([DispositionResult(admission.rejected[0].id, b"rejected/r1")], [], LATER)
+    assert ledger.known_files("switches").content_keys == frozenset()
 
 
 def test_known_are_the_files_of_a_drop_that_are_accounted_for(ledger: Ledger) -> None:
     sighting = a_sighting(b"r1")
     admit(ledger, sighting, a_sighting(b"r2", drop="firewalls"))
-    known = ledger.known("switches")
-    assert known.marks == {content_key(b"r1", sighting.fingerprint)}
+    known = ledger.known_files("switches")
+    assert known.content_keys == {content_key(b"r1", sighting.fingerprint)}
     assert known.paths == {hash(b"r1")}
-    assert ledger.known("nowhere").marks == frozenset()
+    assert ledger.known_files("nowhere").content_keys == frozenset()
 
 
 def test_known_below_a_directory_are_the_files_in_it_and_no_others(ledger: Ledger) -> None:
     paths = [b"a", b"a-b/x", b"a/x", b"a/y/z", b"a0", b"a0/x", b"b/a/x", b"a/\xff"]
-    ledger.admit([a_sighting(path) for path in paths], BOTH, NOW)
+    ledger.enqueue([a_sighting(path) for path in paths], BOTH, NOW)
 
-    known = ledger.known("switches", b"a")
+    known = ledger.known_files("switches", b"a")
 
     assert known.paths == {hash(path) for path in (b"a/x", b"a/y/z", b"a/\xff")}
-    assert len(known.marks) == 3
+    assert len(known.content_keys) == 3
 
 
 def test_a_superseded_content_is_no_longer_known(ledger: Ledger) -> None:
     admit(ledger, a_sighting(b"r1"))
     new = a_sighting(b"r1")
     admit(ledger, new)
-    assert ledger.known("switches").marks == {content_key(b"r1", new.fingerprint)}
+    assert ledger.known_files("switches").content_keys == {content_key(b"r1", new.fingerprint)}
 
 
 @pytest.mark.parametrize(
@@ -295,8 +295,8 @@ def test_a_path_is_read_back_as_the_same_bytes(bench: Bench, relpath: bytes) -> 
     assert delivery.archive.relpath == relpath
     (settled,) = ledger.record([finished(delivery, delivered())], LATER)
     assert settled.archive.relpath == relpath
-    ledger.disposed([DispositionResult(settled.archive.id, b"sent/" + relpath)], [], LATER)
-    assert bench.crash().undisposed() == []
+    ledger.record_dispositions([DispositionResult(settled.archive.id, b"sent/" + relpath)], [], LATER)
+    assert bench.crash().pending_dispositions() == []
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_a_fingerprint_is_read_back_as_the_same_numbers(bench: Bench, looks: Fin
     admit(bench.ledger, sighting)
     ledger = bench.crash()
     assert admit(ledger, sighting) == ()
-    assert ledger.known("switches").marks == {content_key(sighting.relpath, looks)}
+    assert ledger.known_files("switches").content_keys == {content_key(sighting.relpath, looks)}
     assert claim(ledger).archive.fingerprint == looks
 
 
@@ -330,7 +330,7 @@ def test_nothing_is_claimed_before_it_is_due(ledger: Ledger) -> None:
     admit(ledger, a_sighting())
     step = finished(claim(ledger), deferred(), now=LATER)
     ledger.record([step], LATER)
-    due = step.step.due_at
+    due = step.transition.due_at
     assert due is not None
     assert ledger.next_due("vault") == due
     assert not ledger.claim("vault", due - timedelta(microseconds=1))
@@ -389,10 +389,15 @@ def test_threads_never_claim_the_same(ledger: Ledger) -> None:
 def test_a_delivery_remembers_what_it_went_through(bench: Bench) -> None:
     admit(bench.ledger, a_sighting())
     first = claim(bench.ledger)
-    assert (first.attempts, first.charged, first.faults) == (0, 0, 0)
+    assert (first.attempts, first.archive_failures, first.destination_failures) == (0, 0, 0)
     bench.ledger.record([finished(first, deferred(Reason.CONNECT), deferred(Reason.UNREADABLE))], NOW)
     again = claim(bench.crash())
-    assert (again.id, again.attempts, again.charged, again.faults) == (first.id, 2, 1, 0)
+    assert (again.id, again.attempts, again.archive_failures, again.destination_failures) == (
+        first.id,
+        2,
+        1,
+        0,
+    )
 
 
 def test_claims_that_nobody_holds_are_released(bench: Bench) -> None:
@@ -413,7 +418,7 @@ def test_a_delivered_archive_is_settled(ledger: Ledger) -> None:
     (settled,) = end(ledger, outcome)
     assert (settled.archive, settled.state, settled.announced) == (archive, DeliveryState.DELIVERED, False)
     assert settled.digest == str(outcome.digest)
-    (ending,) = settled.endings
+    (ending,) = settled.results
     assert (ending.destination, ending.state, ending.ended_at) == ("vault", DeliveryState.DELIVERED, LATER)
     assert (ending.digest, ending.verified, ending.http_status) == (str(outcome.digest), True, 201)
     assert (ending.reason, ending.error, ending.receipt) == (None, None, '{"id": "17"}')
@@ -423,7 +428,7 @@ def test_a_rejected_archive_is_settled_with_the_reason(ledger: Ledger) -> None:
     admit(ledger, a_sighting())
     (settled,) = end(ledger, rejected(Reason.TOO_LARGE))
     assert (settled.state, settled.digest) == (DeliveryState.REJECTED, None)
-    (ending,) = settled.endings
+    (ending,) = settled.results
     assert (ending.reason, ending.error, ending.http_status) == ("too_large", "not wanted", 422)
     assert (ending.verified, ending.receipt) == (None, None)
 
@@ -431,15 +436,15 @@ def test_a_rejected_archive_is_settled_with_the_reason(ledger: Ledger) -> None:
 def test_a_deferred_archive_is_not_settled(ledger: Ledger) -> None:
     admit(ledger, a_sighting())
     assert end(ledger, deferred()) == []
-    assert ledger.undisposed() == []
+    assert ledger.pending_dispositions() == []
 
 
 def test_an_archive_with_a_delivery_still_pending_is_not_settled(ledger: Ledger) -> None:
     admit(ledger, a_sighting(), to=BOTH)
     assert end(ledger, delivered(), "vault") == []
-    assert ledger.undisposed() == []
+    assert ledger.pending_dispositions() == []
     (settled,) = end(ledger, delivered(), "annex")
-    assert [ending.destination for ending in settled.endings] == ["annex", "vault"]
+    assert [ending.destination for ending in settled.results] == ["annex", "vault"]
 
 
 def test_an_archive_with_a_delivery_still_claimed_is_not_settled(ledger: Ledger) -> None:
@@ -457,7 +462,7 @@ def test_an_archive_that_one_destination_rejects_is_rejected(ledger: Ledger, fir
     (settled,) = end(ledger, last, name)
     assert settled.state is DeliveryState.REJECTED
     assert settled.digest is not None
-    assert [ending.state for ending in settled.endings] == [DeliveryState.REJECTED, DeliveryState.DELIVERED]
+    assert [ending.state for ending in settled.results] == [DeliveryState.REJECTED, DeliveryState.DELIVERED]
 
 
 def test_both_deliveries_recorded_at_once_settle_an_archive_once(ledger: Ledger) -> None:
@@ -477,15 +482,15 @@ def test_a_superseded_delivery_leaves_nothing_to_dispose_of(ledger: Ledger) -> N
     sighting = a_sighting()
     admit(ledger, sighting)
     assert end(ledger, superseded()) == []
-    assert ledger.undisposed() == []
-    assert ledger.known("switches").paths == frozenset()
+    assert ledger.pending_dispositions() == []
+    assert ledger.known_files("switches").paths == frozenset()
     assert len(admit(ledger, sighting)) == 1  # whatever is there now starts over
 
 
 def test_a_file_that_is_gone_is_admitted_again_when_it_comes_back(ledger: Ledger) -> None:
     sighting = a_sighting()
     admit(ledger, sighting)
-    end(ledger, Superseded("the file is gone", gone=True))
+    end(ledger, Superseded("the file is gone", missing=True))
     assert len(admit(ledger, sighting)) == 1
 
 
@@ -493,7 +498,7 @@ def test_a_superseded_delivery_outweighs_one_that_was_delivered(ledger: Ledger) 
     admit(ledger, a_sighting(), to=BOTH)
     assert end(ledger, delivered(), "vault") == []
     assert end(ledger, superseded(), "annex") == []
-    assert ledger.undisposed() == []
+    assert ledger.pending_dispositions() == []
 
 
 def test_a_record_made_twice_settles_once(ledger: Ledger) -> None:
@@ -501,19 +506,19 @@ def test_a_record_made_twice_settles_once(ledger: Ledger) -> None:
     once = finished(claim(ledger), delivered())
     assert len(ledger.record([once], LATER)) == 1
     assert ledger.record([once], LATER) == []
-    assert len(ledger.undisposed()) == 1
+    assert len(ledger.pending_dispositions()) == 1
 
 
 def test_nothing_to_record_is_nothing_settled(ledger: Ledger) -> None:
     assert ledger.record([], NOW) == []
-    assert ledger.admit([], BOTH, NOW).admitted == ()
-    ledger.disposed([], [], NOW)
+    assert ledger.enqueue([], BOTH, NOW).queued == ()
+    ledger.record_dispositions([], [], NOW)
 
 
 def test_a_text_that_is_no_valid_unicode_does_not_keep_an_outcome_from_being_recorded(ledger: Ledger) -> None:
     admit(ledger, a_sighting(b"r1"), a_sighting(b"r2"))
     (settled,) = end(ledger, delivered(body="bad\udcff\0"))
-    assert settled.endings[0].receipt == "bad\\udcff\0"
+    assert settled.results[0].receipt == "bad\\udcff\0"
     claimed = claim(ledger)
     broken = Superseded("bad\udcff")
     assert ledger.record([finished(claimed, broken)], LATER) == []
@@ -527,7 +532,7 @@ def test_every_attempt_is_kept_without_limit_of_time(bench: Bench) -> None:
         for number in range(3)
     )
     whole = finished(delivery, deferred())
-    bench.ledger.record([type(whole)(delivery, attempts, whole.step)], LATER)
+    bench.ledger.record([type(whole)(delivery, attempts, whole.transition)], LATER)
     assert claim(bench.crash(), now=LATER + timedelta(hours=1)).attempts == 3
 
 
@@ -537,24 +542,24 @@ def test_every_attempt_is_kept_without_limit_of_time(bench: Bench) -> None:
 def test_what_was_settled_and_not_disposed_of_is_found_after_a_crash(bench: Bench) -> None:
     admit(bench.ledger, a_sighting(b"r1"), a_sighting(b"r2"), a_sighting(b"r3"))
     settled = end(bench.ledger, delivered()) + end(bench.ledger, rejected())
-    assert bench.crash().undisposed() == settled
+    assert bench.crash().pending_dispositions() == settled
 
 
 def test_what_was_disposed_of_is_not_found_again(bench: Bench) -> None:
     sighting = a_sighting()
     admit(bench.ledger, sighting)
     (settled,) = end(bench.ledger, delivered())
-    bench.ledger.disposed([DispositionResult(settled.archive.id, b"sent/r1")], [], LATER)
+    bench.ledger.record_dispositions([DispositionResult(settled.archive.id, b"sent/r1")], [], LATER)
     ledger = bench.crash()
-    assert ledger.undisposed() == []
-    assert ledger.known("switches").paths == frozenset()
+    assert ledger.pending_dispositions() == []
+    assert ledger.known_files("switches").paths == frozenset()
 
 
 def test_a_file_put_back_after_its_disposal_starts_over(ledger: Ledger) -> None:
     sighting = a_sighting()
     admit(ledger, sighting)
     (settled,) = end(ledger, delivered())
-    ledger.disposed([DispositionResult(settled.archive.id, b"sent/r1")], [], LATER)
+    ledger.record_dispositions([DispositionResult(settled.archive.id, b"sent/r1")], [], LATER)
     (again,) = admit(ledger, sighting)
     assert again.id != settled.archive.id
 
@@ -563,21 +568,21 @@ def gone(ledger: Ledger, sighting: FileCandidate, outcome: Outcome) -> Archive:
     """Have a delivery end, and its file be gone when it is to be disposed of."""
     admit(ledger, sighting)
     (settled,) = end(ledger, outcome)
-    ledger.disposed([DispositionResult(settled.archive.id, None, gone=True)], [], LATER)
+    ledger.record_dispositions([DispositionResult(settled.archive.id, None, missing=True)], [], LATER)
     return settled.archive
 
 
 def test_what_was_delivered_and_gone_is_due_once_it_is_back_and_not_sent_again(bench: Bench) -> None:
     sighting = a_sighting()
     archive = gone(bench.ledger, sighting, delivered())
-    assert bench.ledger.known("switches").paths == frozenset()
-    told = bench.ledger.admit([sighting], ["vault"], LATER)
-    assert (told.admitted, told.found_again) == ((), True)
+    assert bench.ledger.known_files("switches").paths == frozenset()
+    told = bench.ledger.enqueue([sighting], ["vault"], LATER)
+    assert (told.queued, told.found_again) == ((), True)
     ledger = bench.crash()
-    (settled,) = ledger.undisposed()
+    (settled,) = ledger.pending_dispositions()
     assert (settled.archive, settled.announced) == (archive, True)
-    assert not ledger.admit([sighting], ["vault"], LATER).found_again
-    ledger.disposed([DispositionResult(archive.id, b"sent/r1")], [], LATER)
+    assert not ledger.enqueue([sighting], ["vault"], LATER).found_again
+    ledger.record_dispositions([DispositionResult(archive.id, b"sent/r1")], [], LATER)
     assert len(admit(ledger, sighting)) == 1  # who brings it back from there wants it sent
 
 
@@ -593,27 +598,29 @@ def test_a_file_that_stays_in_place_stays_accounted_for(bench: Bench) -> None:
     sighting = a_sighting()
     admit(bench.ledger, sighting)
     (settled,) = end(bench.ledger, delivered())
-    bench.ledger.disposed([DispositionResult(settled.archive.id, None, left=True)], [], LATER)
+    bench.ledger.record_dispositions([DispositionResult(settled.archive.id, None, left=True)], [], LATER)
     ledger = bench.crash()
-    assert ledger.undisposed() == []
-    assert content_key(sighting.relpath, sighting.fingerprint) in ledger.known("switches").marks
+    assert ledger.pending_dispositions() == []
+    assert content_key(sighting.relpath, sighting.fingerprint) in ledger.known_files("switches").content_keys
     assert admit(ledger, sighting) == ()
 
 
 def test_a_file_that_stays_in_place_and_changes_starts_over(ledger: Ledger) -> None:
     admit(ledger, a_sighting())
     (settled,) = end(ledger, delivered())
-    ledger.disposed([DispositionResult(settled.archive.id, None, left=True)], [], LATER)
+    ledger.record_dispositions([DispositionResult(settled.archive.id, None, left=True)], [], LATER)
     new = a_sighting()
     assert len(admit(ledger, new)) == 1
-    assert ledger.known("switches").marks == {content_key(new.relpath, new.fingerprint)}
+    assert ledger.known_files("switches").content_keys == {content_key(new.relpath, new.fingerprint)}
 
 
 def test_what_could_not_be_disposed_of_stays_due_and_counts_as_announced(bench: Bench) -> None:
     admit(bench.ledger, a_sighting(b"r1"), a_sighting(b"r2"))
     one, other = end(bench.ledger, delivered()) + end(bench.ledger, delivered())
-    bench.ledger.disposed([DispositionResult(one.archive.id, b"sent/r1")], [other.archive.id], LATER)
-    (left,) = bench.crash().undisposed()
+    bench.ledger.record_dispositions(
+        [DispositionResult(one.archive.id, b"sent/r1")], [other.archive.id], LATER
+    )
+    (left,) = bench.crash().pending_dispositions()
     assert (left.archive, left.announced) == (other.archive, True)
 
 
@@ -643,24 +650,24 @@ def test_what_is_in_quarantine_is_counted_by_archives(ledger: Ledger) -> None:
     admit(ledger, a_sighting(b"r3"), now=NOW + 2 * SECOND)
     end(ledger, rejected(), "annex")
     settled = [one for _ in range(3) for one in end(ledger, rejected())]
-    assert ledger.quarantined() == 0
+    assert ledger.count_quarantined() == 0
     r1, r2, r3 = (DispositionResult(one.archive.id, b"rejected/" + one.archive.relpath) for one in settled)
-    ledger.disposed([r1, r2, DispositionResult(r3.archive_id, None)], [], LATER)
-    assert ledger.quarantined() == 2
+    ledger.record_dispositions([r1, r2, DispositionResult(r3.archive_id, None)], [], LATER)
+    assert ledger.count_quarantined() == 2
 
 
 def test_a_gate_can_be_noted_again_and_again(ledger: Ledger) -> None:
-    ledger.note_gate("vault", Circuit(), None)
+    ledger.save_circuit("vault", Circuit(), None)
     paused = Circuit(CircuitState.PAUSED, LATER, 3, Reason.CONNECT, NOW)
-    ledger.note_gate("vault", paused, "connection refused")
-    ledger.note_gate("vault", paused, "no Unicode: \ud800\udcff")
-    ledger.note_gate("vault", Circuit(), None)
+    ledger.save_circuit("vault", paused, "connection refused")
+    ledger.save_circuit("vault", paused, "no Unicode: \ud800\udcff")
+    ledger.save_circuit("vault", Circuit(), None)
 
 
 def test_a_closed_ledger_takes_nothing(ledger: Ledger) -> None:
     ledger.close()
     with pytest.raises(LedgerError):
-        ledger.admit([a_sighting()], ["vault"], NOW)
+        ledger.enqueue([a_sighting()], ["vault"], NOW)
     with pytest.raises(LedgerError):
         ledger.backlog()
 
@@ -673,11 +680,13 @@ def test_many_threads_admit_claim_and_record_at_the_same_time(ledger: Ledger) ->
         try:
             for turn in range(25):
                 admit(ledger, a_sighting(b"%d-%d" % (number, turn)))
-                ledger.known("switches")
+                ledger.known_files("switches")
                 (delivery,) = ledger.claim("vault", LATER)
                 ended = ledger.record([finished(delivery, delivered())], LATER)
                 settled[number] += ended
-                ledger.disposed([DispositionResult(one.archive.id, b"sent/x") for one in ended], [], LATER)
+                ledger.record_dispositions(
+                    [DispositionResult(one.archive.id, b"sent/x") for one in ended], [], LATER
+                )
         except BaseException as error:  # noqa: BLE001 -- a thread's failure is the test's
             faults.append(error)
 
@@ -688,18 +697,18 @@ def test_many_threads_admit_claim_and_record_at_the_same_time(ledger: Ledger) ->
         thread.join()
     assert faults == []
     assert len({one.archive.id for mine in settled for one in mine}) == 100
-    assert ledger.undisposed() == []
+    assert ledger.pending_dispositions() == []
 
 
 def test_what_is_to_be_disposed_of_comes_a_page_at_a_time(ledger: Ledger) -> None:
-    ledger.admit([a_sighting(b"r%d" % number) for number in range(5)], ["vault"], NOW)
+    ledger.enqueue([a_sighting(b"r%d" % number) for number in range(5)], ["vault"], NOW)
     claimed = ledger.claim("vault", NOW, most=5)
     settled = ledger.record([finished(one, delivered()) for one in claimed], NOW)
     settled.sort(key=lambda one: one.archive.id)
-    assert ledger.count_undisposed() == 5
-    assert ledger.undisposed(most=2) == settled[:2]
-    assert ledger.undisposed(settled[1].archive.id, 2) == settled[2:4]
-    assert ledger.undisposed(settled[3].archive.id, 2) == settled[4:]
-    ledger.disposed([DispositionResult(one.archive.id, None) for one in settled[:3]], [], NOW)
-    assert ledger.undisposed() == settled[3:]
-    assert ledger.count_undisposed() == 2
+    assert ledger.count_pending_dispositions() == 5
+    assert ledger.pending_dispositions(most=2) == settled[:2]
+    assert ledger.pending_dispositions(settled[1].archive.id, 2) == settled[2:4]
+    assert ledger.pending_dispositions(settled[3].archive.id, 2) == settled[4:]
+    ledger.record_dispositions([DispositionResult(one.archive.id, None) for one in settled[:3]], [], NOW)
+    assert ledger.pending_dispositions() == settled[3:]
+    assert ledger.count_pending_dispositions() == 2

@@ -57,23 +57,23 @@ def a_file(folder: Locked) -> Path:
 def test_what_becomes_a_folder_is_waited_for_no_longer(folder: Locked, candidates: Candidates) -> None:
     """Else it would be due for ever, and looked at as quickly as can be."""
     path = a_file(folder)
-    assert candidates.look(b"r1.cfg", now=0.0) is None
+    assert candidates.check(b"r1.cfg", now=0.0) is None
     assert candidates.next_due() == 5.0
     path.unlink()
     path.mkdir()
-    assert candidates.look(b"r1.cfg", now=5.0) is None
+    assert candidates.check(b"r1.cfg", now=5.0) is None
     assert candidates.next_due() is None
 
 
 def test_what_cannot_be_looked_at_any_more_waits_for_the_scan(folder: Locked, candidates: Candidates) -> None:
     a_file(folder)
-    assert candidates.look(b"r1.cfg", now=0.0) is None
+    assert candidates.check(b"r1.cfg", now=0.0) is None
     folder.is_locked = True
-    assert candidates.look(b"r1.cfg", now=5.0) is None
+    assert candidates.check(b"r1.cfg", now=5.0) is None
     assert candidates.next_due() is None
     folder.is_locked = False
-    assert candidates.look(b"r1.cfg", now=6.0) is None
-    assert candidates.look(b"r1.cfg", now=11.0) is not None
+    assert candidates.check(b"r1.cfg", now=6.0) is None
+    assert candidates.check(b"r1.cfg", now=11.0) is not None
 
 
 def test_what_is_written_to_for_an_hour_is_said_once(folder: Locked, candidates: Candidates) -> None:
@@ -81,14 +81,14 @@ def test_what_is_written_to_for_an_hour_is_said_once(folder: Locked, candidates:
     for now in range(0, 9000, 4):
         with path.open("ab") as stream:
             stream.write(b"more")
-        assert candidates.look(b"r1.cfg", float(now)) is None
+        assert candidates.check(b"r1.cfg", float(now)) is None
     (said,) = [json.loads(line) for line in log_of(folder).read_text().splitlines()]
     assert (said["event"], said["archive"], said["reason"]) == ("archive.waiting", "r1.cfg", "unfinished")
-    assert candidates.look(b"r1.cfg", 9100.0) is not None
+    assert candidates.check(b"r1.cfg", 9100.0) is not None
 
     with path.open("ab") as stream:
         stream.write(b"another one")
-    assert candidates.look(b"r1.cfg", 9200.0) is None
+    assert candidates.check(b"r1.cfg", 9200.0) is None
     assert len(log_of(folder).read_text().splitlines()) == 1
 
 
@@ -98,7 +98,7 @@ def test_what_its_owner_keeps_to_himself_is_said_as_such(folder: Locked, candida
         with a_file(folder).open("r+b") as stream:
             fcntl.fcntl(stream.fileno(), fcntl.F_SETLEASE, fcntl.F_WRLCK)
             for now in (0.0, 6.0):
-                assert candidates.look(b"r1.cfg", now) is None
+                assert candidates.check(b"r1.cfg", now) is None
         (said,) = [json.loads(line) for line in log_of(folder).read_text().splitlines()]
         assert (said["archive"], said["reason"]) == ("r1.cfg", "unreadable")
         assert "write lease" in said["hint"]

@@ -393,7 +393,7 @@ def test_each_phase_has_a_timeout_of_its_own(
             outcome = sender.send(an_archive(tmp_path, size=size))
     assert failed(outcome)[0] is reason
     assert isinstance(outcome, Deferred)
-    assert (outcome.unknown is not None) == (phase == "read")
+    assert (outcome.unconfirmed_digest is not None) == (phase == "read")
 
 
 def test_a_connection_that_nobody_answers_times_out(tmp_path: Path, pki: Pki) -> None:

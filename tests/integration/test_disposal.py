@@ -75,7 +75,7 @@ def test_a_sent_folder_that_is_removed_in_mid_batch_is_made_anew(folder: DropFol
         disposal = Disposition({"switches": rule}, EventLog(LineWriter(null.fileno())))
         batch = [delivered(root, number) for number in range(3)]
         done, failed = disposal.dispose(batch, remove_after_the_first)
-    assert ([one.to for one in done], failed) == ([b"sent/r0.cfg", b"sent/r1.cfg", b"sent/r2.cfg"], [])
+    assert ([one.moved_to for one in done], failed) == ([b"sent/r0.cfg", b"sent/r1.cfg", b"sent/r2.cfg"], [])
     assert {path.name for path in (root / "sent").iterdir()} >= {"r1.cfg", "r2.cfg", "r2.cfg.receipt.json"}
 
 
@@ -87,7 +87,7 @@ def test_an_archive_whose_directory_became_a_file_is_gone(folder: DropFolder, ro
     with open(os.devnull, "wb") as null:
         rules = {"switches": DispositionRule(folder, "move", b"sent", b"rejected")}
         done, failed = Disposition(rules, EventLog(LineWriter(null.fileno()))).dispose([settled])
-    assert ([one.to for one in done], failed) == ([None], [])
+    assert ([one.moved_to for one in done], failed) == ([None], [])
 
 
 def test_an_archive_in_a_deep_folder_takes_few_descriptors(folder: DropFolder, root: Path) -> None:
@@ -104,7 +104,7 @@ def test_an_archive_in_a_deep_folder_takes_few_descriptors(folder: DropFolder, r
             done, failed = disposal.dispose([one])
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert ([one.to for one in done], failed) == ([os.fsencode(f"sent/{deep}/r1.cfg")], [])
+    assert ([one.moved_to for one in done], failed) == ([os.fsencode(f"sent/{deep}/r1.cfg")], [])
 
 
 def test_a_batch_over_many_directories_goes_where_it_should(folder: DropFolder, root: Path) -> None:
@@ -117,13 +117,13 @@ def test_a_batch_over_many_directories_goes_where_it_should(folder: DropFolder, 
                 place.mkdir(parents=True, exist_ok=True)
             (root / "done" / kind / f"d{number}" / f"{kind}.cfg").write_bytes(b"an older one")
         batch += [delivered(root, number, f"d{number}/ok.cfg"), delivered(root, number, f"d{number}/bad.cfg")]
-        batch[-1] = replace(batch[-1], state=DeliveryState.REJECTED, endings=(rejected(number),))
+        batch[-1] = replace(batch[-1], state=DeliveryState.REJECTED, results=(rejected(number),))
     before = len(os.listdir("/proc/self/fd"))
     log = EventLog(LineWriter(os.open(os.devnull, os.O_WRONLY)))
     done, failed = Disposition({"switches": rule}, log).dispose(batch)
     assert failed == []
-    assert all(one.to is not None and one.to.startswith(b"done/") for one in done)
-    assert len({one.to for one in done}) == 60
+    assert all(one.moved_to is not None and one.moved_to.startswith(b"done/") for one in done)
+    assert len({one.moved_to for one in done}) == 60
     assert not [*root.glob("d*/*.cfg")]
     assert len(os.listdir("/proc/self/fd")) == before + 1  # the log
 
@@ -142,7 +142,7 @@ def test_what_was_rewritten_behind_our_back_is_not_taken_for_what_was_sent(
         rule = DispositionRule(folder, "move", b"sent", b"rejected")
         disposal = Disposition({"switches": rule}, EventLog(LineWriter(null.fileno())))
         done, failed = disposal.dispose([one])
-    assert ([each.to for each in done], failed) == ([None], [])
+    assert ([each.moved_to for each in done], failed) == ([None], [])
     assert path.read_bytes() == b"xyz"
     assert not [*root.glob("sent/*")]
 
@@ -191,7 +191,7 @@ def test_what_somebody_writes_to_again_stays_until_it_is_closed(
     assert (line["archive"], line["error"]) == ("r1.cfg", "somebody has it open for writing")
     assert "fuser" in line["hint"]
     done, failed = disposal.dispose([one])  # it was closed as it was
-    assert ([each.to for each in done], failed) == ([b"sent/r1.cfg" if action == "move" else None], [])
+    assert ([each.moved_to for each in done], failed) == ([b"sent/r1.cfg" if action == "move" else None], [])
     assert not path.exists()
 
 
@@ -209,7 +209,7 @@ def test_what_somebody_holds_a_write_lease_on_stays_until_that_is_given_back(
     assert line["archive"] == "r1.cfg"
     assert "fuser" in line["hint"]
     done, failed = disposal.dispose([one])
-    assert ([each.to for each in done], failed) == ([b"sent/r1.cfg"], [])
+    assert ([each.moved_to for each in done], failed) == ([b"sent/r1.cfg"], [])
 
 
 @pytest.mark.parametrize("action", ["move", "delete"])
@@ -222,7 +222,7 @@ def test_what_was_added_to_an_archive_that_was_sent_starts_over(
         assert disposal.dispose([one]) == ([], [1])
         stream.write(b"def")
     done, failed = disposal.dispose([one])
-    assert ([each.to for each in done], failed) == ([None], [])
+    assert ([each.moved_to for each in done], failed) == ([None], [])
     assert path.read_bytes() == b"abcdef"
     assert [entry for entry in root.rglob("*") if entry.is_file()] == [path]
 
@@ -247,7 +247,7 @@ def test_a_writer_that_comes_while_it_is_moved_finds_it_where_it_was(
 
     monkeypatch.setattr(move_module, "move_into", take)
     done, failed = disposal.dispose([one])
-    assert ([each.to for each in done], failed, came) == ([None], [], [1])
+    assert ([each.moved_to for each in done], failed, came) == ([None], [], [1])
     assert path.read_bytes() == b"abc"
     assert [entry for entry in root.rglob("*") if entry.is_file()] == [path]
 
@@ -256,7 +256,7 @@ def test_a_writer_that_comes_while_it_is_moved_finds_it_where_it_was(
     (root / "r2.cfg").rename(hidden)
     with hidden.open("ab"):
         done, failed = disposal.dispose([two])
-    assert ([each.to for each in done], failed) == ([None], [])
+    assert ([each.moved_to for each in done], failed) == ([None], [])
     assert (root / "r2.cfg").read_bytes() == b"abc"
 
 
@@ -310,7 +310,7 @@ def test_what_cannot_be_synced_is_said_and_tried_again(
         assert disposal.dispose(again) == ([], [1, 2])
         monkeypatch.undo()
         done, failed = disposal.dispose(again)
-    assert ([one.to for one in done], failed) == ([b"sent/r1.cfg", b"sent/r2.cfg"], [])
+    assert ([one.moved_to for one in done], failed) == ([b"sent/r1.cfg", b"sent/r2.cfg"], [])
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert sorted((line["event"], line["archive"]) for line in lines) == [
         (event, name)
@@ -357,7 +357,7 @@ def test_a_checksum_file_takes_no_archive_s_place(folder: DropFolder, root: Path
     (root / "sent" / "r1.cfg.sha256.receipt.json").write_text("its receipt")
     (root / "r1.cfg.sha256").write_text("of this one")
     move_checksum_files(folder, archive := admitted_now(b"r1.cfg"), b"sent/r1.cfg")
-    name = f"r1.cfg.sha256.{archive.admitted_at:%Y%m%dT%H%M%SZ}"
+    name = f"r1.cfg.sha256.{archive.queued_at:%Y%m%dT%H%M%SZ}"
     assert (root / "sent" / name).read_text() == "of this one"
     assert (root / "sent" / "r1.cfg.sha256").read_text().startswith("an archive")
 

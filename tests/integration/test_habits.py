@@ -90,7 +90,7 @@ class Scene:
         """Begin as a new daemon does."""
         self.ledger = self._close(FailingLedger(open_ledger(self.state).connection))
         self.freshness = DeviceTracker(self.ledger, self.said)
-        self.freshness.begin(self.config, now)
+        self.freshness.configure(self.config, now)
 
     def kill(self, now: Any = NOW) -> None:
         self.ledger.close()
@@ -98,7 +98,7 @@ class Scene:
 
     def arrive(self, name: bytes, *, at: Any = NOW, size: int = 100) -> bool:
         sighting = FileCandidate("switches", name, a_fingerprint(size=size))
-        return self.ledger.admit(self.freshness.labelled([sighting], at), ["vault"], at).unusual
+        return self.ledger.enqueue(self.freshness.with_devices([sighting], at), ["vault"], at).unusual
 
     def tick(self, now: Any) -> list[tuple[str, dict[str, Any]]]:
         self.freshness.tick(now)
@@ -195,11 +195,11 @@ def test_an_admission_that_is_undone_leaves_no_trace_of_its_device(
         patched.setattr("backupd.ledger.sqlite.deliveries.record_arrival", broken)
         with pytest.raises(LedgerError):
             scene.arrive(b"sw1/odd.cfg", size=9000, at=NOW + HOUR)
-    assert scene.ledger.unusual() == []
+    assert scene.ledger.unusual_archives() == []
     assert [(d.last_at, d.archives) for d in scene.history().devices(NOW)] == [(NOW, 3)]
     assert scene.ledger.backlog()["vault"].pending == 3
     assert scene.arrive(b"sw1/odd.cfg", size=9000, at=NOW + HOUR)
-    assert [one.size for one in scene.ledger.unusual()] == [9000]
+    assert [one.size for one in scene.ledger.unusual_archives()] == [9000]
 
 
 # beside the daemon
@@ -217,10 +217,10 @@ def test_devices_are_shown_and_forgotten_from_beside_the_daemon(tmp_path: Path, 
         DeviceRecord("switches", "sw2", late, 2, False, HOUR),
     ]
     assert [keys["device"] for _, keys in scene.tick(late)] == ["sw1"]
-    assert history.forget("sw1", "elsewhere", late) == []
-    assert history.forget("sw1", None, late) == [("switches", False)]
+    assert history.forget_device("sw1", "elsewhere", late) == []
+    assert history.forget_device("sw1", None, late) == [("switches", False)]
     assert [d.device for d in history.devices(late)] == ["sw2"]
-    assert history.forget("sw1", None, late) == []
+    assert history.forget_device("sw1", None, late) == []
     assert scene.tick(late) == [("drop.recovered", {"drop": "switches", "device": "sw1"})]
     assert scene.tick(late + HOUR) == []
     scene.arrive(b"sw1/b.cfg", at=late)  # it comes back: it is expected again
@@ -231,7 +231,7 @@ def test_a_listed_device_that_is_forgotten_waits_anew(tmp_path: Path, closed_aft
     expect = {"every": "1h", "by": "{stem}", "devices": ["sw1"]}
     scene = Scene(tmp_path, closed_after, expect=expect)
     assert [name for name, _ in scene.tick(NOW + 2 * HOUR)] == ["drop.overdue"]
-    assert scene.history().forget("sw1", "switches", NOW + 2 * HOUR) == [("switches", True)]
+    assert scene.history().forget_device("sw1", "switches", NOW + 2 * HOUR) == [("switches", True)]
     assert [name for name, _ in scene.tick(NOW + 3 * HOUR)] == ["drop.recovered"]
     assert [keys["overdue_s"] for _, keys in scene.tick(NOW + 4 * HOUR)] == [HOUR]
 
@@ -245,11 +245,11 @@ def version_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Ar
     today = tmp_path / "today"
     today.mkdir()
     ledger = SqliteLedger(open_ledger(today).connection)
-    (old,) = ledger.admit([a_sighting(b"old.cfg")], ["vault"], NOW).admitted
+    (old,) = ledger.enqueue([a_sighting(b"old.cfg")], ["vault"], NOW).queued
     (delivery,) = ledger.claim("vault", NOW)
     ledger.record([finished(delivery, deferred(), delivered())], NOW)
-    ledger.disposed([DispositionResult(old.id, b"sent/old.cfg")], [], NOW)
-    ledger.admit([a_sighting(b"new.cfg")], ["vault"], NOW)
+    ledger.record_dispositions([DispositionResult(old.id, b"sent/old.cfg")], [], NOW)
+    ledger.enqueue([a_sighting(b"new.cfg")], ["vault"], NOW)
     ledger.close()
     with monkeypatch.context() as earlier:
         earlier.setattr(connection, "_SCRIPTS", connection._SCRIPTS[:1])
@@ -269,12 +269,12 @@ def test_a_ledger_of_the_version_before_is_taken_over(
     history = LedgerQueries(
         closed_after(open_for_reading(state))
     )  # of a command that is newer than the daemon
-    assert (history.devices(NOW), history.forget("sw1", None, NOW)) == ([], [])
+    assert (history.devices(NOW), history.forget_device("sw1", None, NOW)) == ([], [])
     ledger = closed_after(SqliteLedger(open_ledger(state).connection))
-    assert ledger.clock() == ClockReading(NOW, [])
+    assert ledger.last_clock_reading() == ClockReading(NOW, [])
     assert ledger.backlog()["vault"].pending == 1
-    ledger.expect({"switches": DeviceExpectation(HOUR)}, NOW)
-    assert len(ledger.doubtful(NOW + 2 * HOUR)) == 1
+    ledger.set_expectations({"switches": DeviceExpectation(HOUR)}, NOW)
+    assert len(ledger.possibly_overdue(NOW + 2 * HOUR)) == 1
     assert ledger.prune(lambda: NOW + DAY, 9) == 1
     assert ledger.backlog()["vault"].pending == 1
 
@@ -306,9 +306,9 @@ def test_a_long_history_goes_in_many_small_transactions(tmp_path: Path, closed_a
 
     sizes: list[int] = []
     ledger = closed_after(Counting(open_ledger(tmp_path).connection))
-    admitted = ledger.admit([a_sighting(b"%d" % n) for n in range(1000)], ["vault"], NOW).admitted
+    admitted = ledger.enqueue([a_sighting(b"%d" % n) for n in range(1000)], ["vault"], NOW).queued
     ledger.record([finished(d, delivered()) for _ in admitted for d in ledger.claim("vault", NOW)], NOW)
-    ledger.disposed([DispositionResult(archive.id, b"sent/x") for archive in admitted], [], NOW)
+    ledger.record_dispositions([DispositionResult(archive.id, b"sent/x") for archive in admitted], [], NOW)
     pruning = HistoryPruning(ledger)
     for _ in range(1000):  # how many of them a tick gets done depends on the machine
         pruning.tick(lambda: NOW + DAY)
@@ -357,5 +357,5 @@ def test_a_size_is_told_with_what_the_ledger_holds(tmp_path: Path, closed_after:
     for size in (10, 20, 30):
         scene.arrive(b"%d.cfg" % size, size=size)
     assert scene.arrive(b"odd.cfg", size=99)
-    (one,) = scene.ledger.unusual()
+    (one,) = scene.ledger.unusual_archives()
     assert one == UnusualArchive(one.archive_id, "switches", b"odd.cfg", "", 99, 20)

@@ -220,7 +220,7 @@ def test_a_goaway_in_the_middle_of_an_answer_leaves_open_whether_it_arrived(
             outcome = sender.send(an_archive(tmp_path, b"second"))
     assert failed(outcome) in (Reason.CONNECTION_LOST, Reason.PROTOCOL)
     assert isinstance(outcome, Deferred)
-    assert outcome.unknown is not None
+    assert outcome.unconfirmed_digest is not None
 
 
 def test_a_request_that_is_refused_unprocessed_is_sent_at_once_on_another_connection(
@@ -432,7 +432,7 @@ def test_an_answer_that_is_none_leaves_open_whether_it_arrived(
             outcome = sender.send(an_archive(tmp_path, CONTENT))
             assert failed(outcome) is Reason.PROTOCOL
             assert isinstance(outcome, Deferred)
-            assert outcome.unknown is not None
+            assert outcome.unconfirmed_digest is not None
             assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
 
 

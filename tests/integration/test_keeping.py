@@ -278,7 +278,7 @@ def test_what_cannot_be_removed_is_said_once_and_tried_again(site: Site) -> None
 def many_delivered(site: Site, count: int) -> list[CompletedArchive]:
     """Have the ledger know of deliveries, without files."""
     names = [b"h-%d-%d" % (count, n) for n in range(count)]
-    site.ledger.admit([a_sighting(n, fingerprint=a_fingerprint()) for n in names], ["vault"], NOW)
+    site.ledger.enqueue([a_sighting(n, fingerprint=a_fingerprint()) for n in names], ["vault"], NOW)
     claims = [c for _ in names for c in site.ledger.claim("vault", NOW)]
     return site.ledger.record([finished(c, delivered()) for c in claims], NOW)
 
@@ -304,7 +304,7 @@ def test_the_cost_of_a_look_does_not_grow_with_the_history(site: Site) -> None:
     for count in (100, 3000):
         settled = many_delivered(site, count)
         done = [DispositionResult(s.archive.id, b"sent/x/" + s.archive.relpath) for s in settled]
-        site.ledger.disposed(done, [], NOW)
+        site.ledger.record_dispositions(done, [], NOW)
         (site.root / "sent").mkdir(exist_ok=True)
         site.keep(NOW + DAY, keep_for=90 * DAY, keep_last=5)
         steps.append(steps_of(site, NOW + DAY))
@@ -318,7 +318,9 @@ def test_the_cost_of_what_is_removed_is_that_of_each(site: Site, step: int) -> N
         settled = many_delivered(site, count)
         for minute, one in enumerate(settled[::step]):
             to = b"sent/%d/%s" % (count, one.archive.relpath)
-            site.ledger.disposed([DispositionResult(one.archive.id, to)], [], NOW + timedelta(minutes=minute))
+            site.ledger.record_dispositions(
+                [DispositionResult(one.archive.id, to)], [], NOW + timedelta(minutes=minute)
+            )
         (site.root / "sent").mkdir(exist_ok=True)
         steps.append(steps_of(site, NOW + 2 * DAY, keep_last=5))
     assert steps[1] < 2 * 15 * steps[0]

@@ -50,7 +50,7 @@ class StoppedRightAfterALook(threading.Event):
     def is_set(self) -> bool:
         was_set = super().is_set()
         self.set()
-        self._wakeup.ring()
+        self._wakeup.notify()
         return was_set
 
 
@@ -68,7 +68,7 @@ class NoUploader(Uploader):
     def upload(self, cargo: UploadJob) -> Outcome:
         raise AssertionError(cargo)
 
-    def ask(self, cargo: UploadJob, digest: Digest) -> Outcome | None:
+    def query(self, cargo: UploadJob, digest: Digest) -> Outcome | None:
         raise AssertionError(cargo)
 
     def close(self) -> None:
@@ -79,10 +79,12 @@ def test_no_stop_is_missed_while_the_gate_is_shut_for_long(tmp_path: Path) -> No
     ledger = SqliteLedger(open_ledger(tmp_path).connection)
     with open(os.devnull, "wb") as null:
         lane = a_lane(ledger, EventLog(LineWriter(null.fileno())))
-        lane.gate.report(deferred(Reason.FORBIDDEN))
-        assert (lane.gate.wait() or 0) > PATIENCE
+        lane.circuit.record_outcome(deferred(Reason.FORBIDDEN))
+        assert (lane.circuit.wait_time() or 0) > PATIENCE
         worker = Worker(lane, NoUploader(), lambda finished: None)
-        thread = threading.Thread(target=worker.run, args=(StoppedRightAfterALook(lane.wakeup),), daemon=True)
+        thread = threading.Thread(
+            target=worker.run, args=(StoppedRightAfterALook(lane.notifier),), daemon=True
+        )
         thread.start()
         thread.join(PATIENCE)
         assert not thread.is_alive()
@@ -108,17 +110,17 @@ def test_what_may_be_there_is_remembered_whatever_fails_next(tmp_path: Path, kin
     """Else it would be sent again without the question for it."""
     (tmp_path / "r1").write_bytes(b"abc")
     ledger = SqliteLedger(open_ledger(tmp_path).connection)
-    ledger.admit([a_sighting(b"r1")], ["vault"], NOW)
+    ledger.enqueue([a_sighting(b"r1")], ["vault"], NOW)
     (delivery,) = ledger.claim("vault", NOW)
     folder = kind(str(tmp_path))
     with open(os.devnull, "wb") as null:
         lane = a_lane(ledger, EventLog(LineWriter(null.fileno())))
         lane.sources = {"switches": DropSource(folder)}
         worker = Worker(lane, Unlucky(), lambda finished: None)
-        attempts = worker.attempt(replace(delivery, unknown=a_digest()), threading.Event())
+        attempts = worker.attempt(replace(delivery, unconfirmed_digest=a_digest()), threading.Event())
     outcome = attempts[-1].outcome
     assert isinstance(outcome, Deferred)
-    assert outcome.unknown == a_digest()
+    assert outcome.unconfirmed_digest == a_digest()
     folder.close()
     ledger.close()
 
@@ -126,12 +128,12 @@ def test_what_may_be_there_is_remembered_whatever_fails_next(tmp_path: Path, kin
 def test_claims_that_cannot_be_given_back_are_kept_and_not_lost(tmp_path: Path) -> None:
     ledger = Failing(open_ledger(tmp_path).connection)
     lane = a_lane(ledger, EventLog(LineWriter(1), level="error"))
-    ledger.admit([a_sighting(b"r%d" % number) for number in range(4)], ["vault"], NOW)
+    ledger.enqueue([a_sighting(b"r%d" % number) for number in range(4)], ["vault"], NOW)
     assert lane.claim() is not None
     ledger.full = True
-    lane.give_back()
+    lane.release_claims()
     ledger.full = False
     assert lane.claim() is not None
-    lane.give_back()
+    lane.release_claims()
     assert len(ledger.claim("vault", NOW, most=4)) == 2
     ledger.close()

@@ -38,7 +38,7 @@ from tests.privileges import a_folder_of_nobody, needs_root, without_rights
 def a_ledger_with(state: Path, *names: bytes) -> None:
     """Make a ledger that knows of some archives, all pending."""
     ledger = SqliteLedger(open_ledger(state).connection)
-    ledger.admit([a_sighting(name) for name in names], ["vault"], NOW)
+    ledger.enqueue([a_sighting(name) for name in names], ["vault"], NOW)
     ledger.close()
 
 
@@ -137,7 +137,7 @@ def test_a_ledger_is_readable_by_its_owner_and_group_alone(tmp_path: Path) -> No
     try:
         with StateLock(tmp_path / "state"):
             ledger = SqliteLedger(open_ledger(tmp_path / "state").connection)
-            ledger.admit([a_sighting()], ["vault"], NOW)
+            ledger.enqueue([a_sighting()], ["vault"], NOW)
             modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "state").iterdir()}
             ledger.close()
     finally:
@@ -218,7 +218,7 @@ def test_what_a_disposition_hangs_on_is_synced_at_its_commit(tmp_path: Path) -> 
     connection = sqlite3.connect(tmp_path / FILE_NAME, factory=WatchedConnection, isolation_level=None)
     connection.levels = []
     ledger = SqliteLedger(connection)
-    ledger.admit([a_sighting()], ["vault"], NOW)
+    ledger.enqueue([a_sighting()], ["vault"], NOW)
     (delivery,) = ledger.claim("vault", NOW)
     assert connection.levels == [NORMAL, NORMAL]
     ledger.record([finished(delivery, delivered())], NOW)
@@ -231,7 +231,7 @@ def test_what_is_known_below_a_directory_costs_no_look_at_the_others(tmp_path: P
     ledger = SqliteLedger(open_ledger(tmp_path).connection)
     statements: list[str] = []
     ledger._db.set_trace_callback(statements.append)
-    ledger.known("switches", b"site")
+    ledger.known_files("switches", b"site")
     ledger._db.set_trace_callback(None)
     plan = [row[3] for row in ledger._db.execute(f"EXPLAIN QUERY PLAN {statements[0]}")]
     assert plan == ["SEARCH archive USING INDEX archive_live (drop_name=? AND relpath>? AND relpath<?)"], plan
@@ -250,7 +250,7 @@ def costs_of_a_day(ledger: SqliteLedger) -> dict[str, int]:
         costs[ask.__name__] = steps[0]
         return answer
 
-    cost(ledger.admit, [a_sighting(b"new.cfg")], ["vault"], NOW)
+    cost(ledger.enqueue, [a_sighting(b"new.cfg")], ["vault"], NOW)
     (delivery,) = cost(ledger.claim, "vault", NOW)
     cost(ledger.next_due, "vault")
     cost(ledger.bring_forward, "vault", NOW)
@@ -258,17 +258,17 @@ def costs_of_a_day(ledger: SqliteLedger) -> dict[str, int]:
     cost(ledger.release_claims)
     (delivery,) = ledger.claim("vault", NOW)
     (settled,) = cost(ledger.record, [finished(delivery, delivered())], NOW)
-    cost(ledger.undisposed)
-    cost(ledger.count_undisposed)
-    cost(ledger.disposed, [DispositionResult(settled.archive.id, b"sent/new.cfg")], [], NOW)
-    cost(ledger.known, "switches")
-    cost(ledger.quarantined)
-    cost(ledger.note_gate, "vault", Circuit(), None)
-    cost(ledger.doubtful, NOW)
-    cost(ledger.alarmed, [Device("switches", "sw1", NOW)], [])
-    cost(ledger.told, cost(ledger.unusual))
-    cost(ledger.note_clock, ClockReading(NOW))
-    cost(ledger.clock)
+    cost(ledger.pending_dispositions)
+    cost(ledger.count_pending_dispositions)
+    cost(ledger.record_dispositions, [DispositionResult(settled.archive.id, b"sent/new.cfg")], [], NOW)
+    cost(ledger.known_files, "switches")
+    cost(ledger.count_quarantined)
+    cost(ledger.save_circuit, "vault", Circuit(), None)
+    cost(ledger.possibly_overdue, NOW)
+    cost(ledger.record_alarms, [Device("switches", "sw1", NOW)], [])
+    cost(ledger.mark_reported, cost(ledger.unusual_archives))
+    cost(ledger.save_clock_reading, ClockReading(NOW))
+    cost(ledger.last_clock_reading)
     cost(ledger.prune, lambda: NOW - timedelta(days=1), 100)
     return costs
 
@@ -277,9 +277,11 @@ def test_no_cost_grows_with_the_history(tmp_path: Path) -> None:
     ledger = SqliteLedger(open_ledger(tmp_path).connection)
     costs = []
     for count in (10, 2000):
-        archives = ledger.admit([a_sighting(b"%d" % n) for n in range(count)], ["vault"], NOW).admitted
+        archives = ledger.enqueue([a_sighting(b"%d" % n) for n in range(count)], ["vault"], NOW).queued
         ledger.record([finished(d, delivered()) for _ in archives for d in ledger.claim("vault", NOW)], NOW)
-        ledger.disposed([DispositionResult(archive.id, b"sent/x") for archive in archives], [], NOW)
+        ledger.record_dispositions(
+            [DispositionResult(archive.id, b"sent/x") for archive in archives], [], NOW
+        )
         costs.append(costs_of_a_day(ledger))
     ledger.close()
     few, many = costs
@@ -336,7 +338,7 @@ def test_what_was_not_in_the_file_yet_is_put_aside_with_it(
     live, state = tmp_path / "live", tmp_path / "state"
     live.mkdir()
     opened = open_ledger(live)
-    SqliteLedger(opened.connection).admit([a_sighting(b"in-the-log")], ["vault"], NOW)
+    SqliteLedger(opened.connection).enqueue([a_sighting(b"in-the-log")], ["vault"], NOW)
     shutil.copytree(live, state)  # as a power cut would leave it
     opened.connection.close()
     log = (state / f"{FILE_NAME}-wal").read_bytes()
@@ -356,7 +358,7 @@ def test_what_was_not_in_the_file_yet_is_put_aside_with_it(
 
 def test_damage_that_an_opening_does_not_meet_is_found_after_an_unclean_end(tmp_path: Path) -> None:
     ledger = SqliteLedger(open_ledger(tmp_path).connection)
-    ledger.admit([a_sighting(b"r%d" % number) for number in range(2000)], ["vault"], NOW)
+    ledger.enqueue([a_sighting(b"r%d" % number) for number in range(2000)], ["vault"], NOW)
     ledger.close()
     path = tmp_path / FILE_NAME
     with path.open("r+b") as file:
@@ -399,9 +401,9 @@ def test_what_can_not_be_read_is_damage_whatever_a_check_says(tmp_path: Path, da
 
 def test_what_was_put_away_at_no_time_is_damage_too(tmp_path: Path) -> None:
     ledger = SqliteLedger(open_ledger(tmp_path).connection)
-    ledger.admit([a_sighting(b"r1")], ["vault"], NOW)
+    ledger.enqueue([a_sighting(b"r1")], ["vault"], NOW)
     [settled] = ledger.record([finished(ledger.claim("vault", NOW)[0], delivered())], NOW)
-    ledger.disposed([DispositionResult(settled.archive.id, b"sent/r1")], [], NOW)
+    ledger.record_dispositions([DispositionResult(settled.archive.id, b"sent/r1")], [], NOW)
     ledger.close()
     with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as db:
         db.execute("UPDATE archive SET disposed_at = NULL")
@@ -498,7 +500,7 @@ def test_a_full_disk_leaves_nothing_half_done_and_is_survived(small_disk: Path) 
     connection = open_ledger(small_disk).connection
     ledger = SqliteLedger(connection)
     names = [b"r%d" % number for number in range(100)]
-    ledger.admit([a_sighting(name) for name in names], ["vault"], NOW)
+    ledger.enqueue([a_sighting(name) for name in names], ["vault"], NOW)
     claims = ledger.claim("vault", NOW, most=len(names))
     ended = [finished(one, deferred(), delivered(body="x" * 4000)) for one in claims]
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # no room left in the log
@@ -508,17 +510,19 @@ def test_a_full_disk_leaves_nothing_half_done_and_is_survived(small_disk: Path) 
         ledger.record(ended, NOW)
     assert "check the disk" in failed.value.hint
     with pytest.raises(LedgerError, match="full"):
-        ledger.admit([a_sighting(b"more-%d" % number + bytes(3000)) for number in range(100)], ["vault"], NOW)
+        ledger.enqueue(
+            [a_sighting(b"more-%d" % number + bytes(3000)) for number in range(100)], ["vault"], NOW
+        )
 
-    assert ledger.undisposed() == []
+    assert ledger.pending_dispositions() == []
     assert ledger.backlog()["vault"].pending == 100
-    assert len(ledger.known("switches").paths) == 100
+    assert len(ledger.known_files("switches").paths) == 100
     filler.unlink()
     assert len(ledger.record(ended, NOW)) == 100
     ledger.close()
     reopened = open_ledger(small_disk, check="quick_check")
     assert reopened.set_aside is None
-    assert len(SqliteLedger(reopened.connection).undisposed()) == 100
+    assert len(SqliteLedger(reopened.connection).pending_dispositions()) == 100
     assert reopened.connection.execute("SELECT count(*) FROM attempt").fetchone() == (200,)
     reopened.connection.close()
 
@@ -555,11 +559,11 @@ from tests.factories import NOW, a_sighting, delivered, finished
 ledger = SqliteLedger(open_ledger(Path(sys.argv[1])).connection)
 for number in itertools.count():
     names = [b"%s-%d-%d" % (sys.argv[2].encode(), number, n) for n in range(3)]
-    ledger.admit([a_sighting(name) for name in names], ["vault"], NOW)
+    ledger.enqueue([a_sighting(name) for name in names], ["vault"], NOW)
     ended = [finished(one, delivered()) for one in ledger.claim("vault", NOW, most=2)]
     settled = ledger.record(ended, NOW)
     print(*(one.delivery.id for one in ended), flush=True)
-    ledger.disposed([DispositionResult(settled[0].archive.id, b"sent/x")], [], NOW)
+    ledger.record_dispositions([DispositionResult(settled[0].archive.id, b"sent/x")], [], NOW)
 """
 
 

@@ -23,7 +23,7 @@ from tests.stage import PATIENCE
 
 def test_a_full_queue_keeps_no_stop_waiting(tmp_path: Path) -> None:
     ledger = SqliteLedger(open_ledger(tmp_path).connection)
-    ledger.admit([a_sighting()], ["vault"], NOW)
+    ledger.enqueue([a_sighting()], ["vault"], NOW)
     (delivery,) = ledger.claim("vault", NOW)
     ledger.close()  # whatever it is asked to record now fails
     with (tmp_path / "log").open("wb") as stream:
@@ -31,10 +31,10 @@ def test_a_full_queue_keeps_no_stop_waiting(tmp_path: Path) -> None:
         recorder = Recorder(ledger, Disposition({}, log), log, lambda _drop, _path: None)
         abandon = threading.Event()
         running = threading.Thread(target=recorder.run, args=(abandon,), daemon=True)
-        recorder.put(finished(delivery, delivered()))
+        recorder.submit(finished(delivery, delivered()))
         running.start()
         while not recorder._queue.full():
-            recorder.put(finished(delivery, delivered()))
+            recorder.submit(finished(delivery, delivered()))
 
         stopping = threading.Thread(target=recorder.finish, daemon=True)
         stopping.start()
@@ -53,8 +53,10 @@ class Stopping(SqliteLedger):
     commits: list[int]
     stop: Callable[[], None]
 
-    def disposed(self, done: Sequence[DispositionResult], still_due: Sequence[int], now: datetime) -> None:
-        super().disposed(done, still_due, now)
+    def record_dispositions(
+        self, done: Sequence[DispositionResult], still_due: Sequence[int], now: datetime
+    ) -> None:
+        super().record_dispositions(done, still_due, now)
         self.commits.append(len(done))
         self.stop()
 
@@ -62,7 +64,7 @@ class Stopping(SqliteLedger):
 def test_a_stop_is_heard_between_the_pages_of_what_an_earlier_daemon_left(tmp_path: Path) -> None:
     ledger = Stopping(open_ledger(tmp_path).connection)
     ledger.commits = []
-    ledger.admit([a_sighting(b"r%d" % number) for number in range(300)], ["vault"], NOW)
+    ledger.enqueue([a_sighting(b"r%d" % number) for number in range(300)], ["vault"], NOW)
     while claimed := ledger.claim("vault", NOW, most=300):
         ledger.record([finished(one, delivered()) for one in claimed], NOW)
     (tmp_path / "drop").mkdir()
@@ -75,11 +77,11 @@ def test_a_stop_is_heard_between_the_pages_of_what_an_earlier_daemon_left(tmp_pa
             ledger.stop = recorder.finish if stops_at_once else _when_done(ledger, recorder)
             recorder.run(threading.Event())
             if stops_at_once:
-                assert 0 < ledger.count_undisposed() < 300
+                assert 0 < ledger.count_pending_dispositions() < 300
     assert sum(ledger.commits) == 300
     folder.close()
     ledger.close()
 
 
 def _when_done(ledger: Ledger, recorder: Recorder) -> Callable[[], None]:
-    return lambda: None if ledger.count_undisposed() else recorder.finish()
+    return lambda: None if ledger.count_pending_dispositions() else recorder.finish()

@@ -92,7 +92,12 @@ class Courier:
             fingerprint = fingerprint_of(os.fstat(fd))
             self.before_upload()
             cargo = UploadJob(
-                "the-delivery", os.fsencode(path.name), fd, fingerprint, variables, unknown=self.unknown
+                "the-delivery",
+                os.fsencode(path.name),
+                fd,
+                fingerprint,
+                variables,
+                unconfirmed_digest=self.unknown,
             )
             return self._uploader.upload(cargo)
         finally:
@@ -102,7 +107,7 @@ class Courier:
 @contextmanager
 def a_courier(destination: DestinationConfig) -> Iterator[Courier]:
     abort = Abort()
-    uploader = HttpUploader.alone(destination, abort)
+    uploader = HttpUploader.standalone(destination, abort)
     try:
         yield Courier(uploader)
     finally:
@@ -604,11 +609,11 @@ def test_one_that_can_not_be_asked_about_is_not_sent_again_before_it_can(tmp_pat
             archive = an_archive(tmp_path, CONTENT)
             first = courier.send(archive)
             assert isinstance(first, Deferred)
-            assert first.unknown is not None
-            courier.unknown = first.unknown
+            assert first.unconfirmed_digest is not None
+            courier.unknown = first.unconfirmed_digest
             second = courier.send(archive)
             assert isinstance(second, Deferred)
-            assert second.unknown == first.unknown
+            assert second.unconfirmed_digest == first.unconfirmed_digest
             assert isinstance(courier.send(archive), Delivered)
     assert vault.log == ["sent", "asked"]
 
@@ -637,8 +642,8 @@ def test_a_question_that_no_address_can_be_made_of_keeps_no_archive_from_arrivin
             first = courier.send(archive)
             assert isinstance(first, Deferred)
             assert first.reason is Reason.CONNECTION_LOST
-            assert first.unknown is not None
-            courier.unknown = first.unknown
+            assert first.unconfirmed_digest is not None
+            courier.unknown = first.unconfirmed_digest
             assert isinstance(courier.send(archive), Delivered)
     assert vault.log == ["sent", "sent"]
 
@@ -661,7 +666,7 @@ def ask_in_vain(tmp_path: Path, pki: Pki, status: int) -> tuple[Vault, list[Outc
         for _ in range(3):
             with a_courier(destination) as courier:  # as after a restart: nothing but the ledger knows
                 last = outcomes[-1] if outcomes else None
-                courier.unknown = last.unknown if isinstance(last, Deferred) else None
+                courier.unknown = last.unconfirmed_digest if isinstance(last, Deferred) else None
                 outcomes.append(courier.send(archive))
             if isinstance(outcomes[-1], Delivered):
                 break
@@ -674,7 +679,7 @@ def test_while_the_question_meets_trouble_nothing_is_sent_anew(tmp_path: Path, p
 
     assert isinstance(first, Deferred)
     assert isinstance(second, Deferred)
-    assert second.unknown == first.unknown
+    assert second.unconfirmed_digest == first.unconfirmed_digest
     assert second.http_status == status
     assert second.retry_after == timedelta(seconds=7)
     assert str(status) in second.error
@@ -747,6 +752,6 @@ def test_a_receipt_for_other_content_does_not_settle_an_unknown_outcome(tmp_path
 
     outcome, requests = sent(tmp_path, pki, script, query_path="/{digest}")
     assert isinstance(outcome, Deferred)
-    assert outcome.unknown is not None
+    assert outcome.unconfirmed_digest is not None
     assert len(requests) == 2
     until(lambda: lied, "the question")

@@ -64,7 +64,7 @@ class Lost(Site):
     def restore(
         self, device_of: Callable[[Archive], str | None] = lambda _: None, stop: threading.Event | None = None
     ) -> None:
-        self.restorer(device_of).look(stop or threading.Event())
+        self.restorer(device_of).scan(stop or threading.Event())
 
     def restorer(self, device_of: Callable[[Archive], str | None] = lambda _: None) -> HistoryRestorer:
         rules = {"switches": DispositionRule(self.folder, "move", b"sent", b"rejected")}
@@ -124,9 +124,9 @@ def test_what_was_put_away_is_known_again_as_it_was(site: Lost) -> None:
         (str(site.root / "sent"), 5, 0),
         (str(site.root / "rejected"), 1, 0),
     ]
-    assert site.ledger.quarantined() == 1
+    assert site.ledger.count_quarantined() == 1
     with closing(sqlite3.connect(site.state / FILE_NAME)) as db:
-        audited = LedgerQueries(db).in_sent("switches", None, None, 100)
+        audited = LedgerQueries(db).sent_archives("switches", None, None, 100)
     assert len(audited) == 5
 
 
@@ -245,11 +245,11 @@ def test_what_can_be_seen_later_only_is_doubted_then(site_of_nobody: Lost) -> No
     (site.root / "sent").chmod(0)
     restorer = site.restorer()
     with without_rights():
-        restorer.look(threading.Event())
+        restorer.scan(threading.Event())
     assert (site.doubted, site.rows()) == ([], [])
     (site.root / "sent").chmod(0o755)
     restorer._again.clear()  # an hour later
-    restorer.look(threading.Event())
+    restorer.scan(threading.Event())
     assert (site.doubted, len(site.rows())) == ([NOW], 1)
 
 
@@ -278,23 +278,21 @@ def test_no_room_is_made_before_the_old_ones_are_known(site: Lost) -> None:
     site.lose()
     site.send("new.cfg", NOW + 3 * DAY, b"x" * 4096)
     restorer = site.restorer()
-    site.keeper = Retention(
-        site._open_shelf, site._stocks, site._log, lambda: site.now, restorer.has_looked_at
-    )
+    site.keeper = Retention(site._open_shelf, site._stocks, site._log, lambda: site.now, restorer.has_scanned)
     free = os.statvfs(site.root)
     short = MinFree(free.f_bavail * free.f_frsize + 64 * 2**30)
     site.keep(NOW + 3 * DAY, min_free=short)
     ledger = site.state / FILE_NAME
     elsewhere = ledger.rename(ledger.with_name("elsewhere"))
-    restorer.look(threading.Event())  # it fails
+    restorer.scan(threading.Event())  # it fails
     elsewhere.rename(ledger)
     assert site.events("ledger.failed")
-    restorer.look(threading.Event())  # which it does not at once do again
+    restorer.scan(threading.Event())  # which it does not at once do again
     site.keep(NOW + 3 * DAY)
     assert len(site.sent()) == 4
     assert not site.events("disk.low"), "there is something left"
     restorer._again.clear()  # a minute later
-    restorer.look(threading.Event())
+    restorer.scan(threading.Event())
     assert site.doubted
     site.keeper.tick()
     assert site.sent() == []
@@ -431,8 +429,8 @@ def of_delivery(**fields: Any) -> Callable[[dict[str, Any]], Any]:
         pytest.param(changed(digest="nosuch:abcdef12"), id="of no algorithm"),
         pytest.param(changed(digest=None), id="without a digest"),
         pytest.param(of_delivery(digest=None), id="delivered without a digest"),
-        pytest.param(changed(admitted_at="0001-01-01T00:00:00+14:00"), id="before all time"),
-        pytest.param(changed(admitted_at="2026-01-01T00:00:00"), id="of no zone"),
+        pytest.param(changed(queued_at="0001-01-01T00:00:00+14:00"), id="before all time"),
+        pytest.param(changed(queued_at="2026-01-01T00:00:00"), id="of no zone"),
         pytest.param(changed(deliveries=[]), id="never delivered"),
         pytest.param(of_delivery(state="pending"), id="pending"),
         pytest.param(of_delivery(state="rejected"), id="rejected"),

@@ -85,7 +85,7 @@ def test_a_status_that_is_no_success_has_its_reason(tmp_path: Path, status: int,
 
 
 def test_only_what_the_archive_is_to_blame_for_is_rejected() -> None:
-    assert {reason for reason in STATUSES if rule_of(reason).then is Action.REJECT} == REJECTING
+    assert {reason for reason in STATUSES if rule_of(reason).action is Action.REJECT} == REJECTING
 
 
 @pytest.mark.parametrize("status", [200, 201, 202])

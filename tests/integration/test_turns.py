@@ -73,7 +73,7 @@ def examination(tmp_path: Path) -> Iterator[Examiner]:
 
 
 def take(examination: Examiner, path: Path) -> None:
-    examination.take(FileCandidate("switches", os.fsencode(path.name), fingerprint_of(path.stat())))
+    examination.add(FileCandidate("switches", os.fsencode(path.name), fingerprint_of(path.stat())))
 
 
 def test_files_of_terabytes_with_checksums_keep_no_other_waiting(
@@ -86,13 +86,13 @@ def test_files_of_terabytes_with_checksums_keep_no_other_waiting(
         path.with_name(f"{path.name}.sha256").write_text("0" * 64)
         take(examination, path)
     for _ in range(20):
-        assert examination.work() == []
+        assert examination.run_slice() == []
     honest = tmp_path / "honest.cfg"
     honest.write_bytes(b"abc")
     take(examination, honest)
     done: list[FileCandidate] = []
     for _ in range(20):
-        done += examination.work()
+        done += examination.run_slice()
     assert [sighting.relpath for sighting in done] == [b"honest.cfg"]
 
 
@@ -104,7 +104,7 @@ def test_a_digest_that_takes_too_long_is_given_up_and_that_is_waited_for(
     path.write_bytes(b"abc")
     path.with_name("r1.cfg.sha256").write_text("0" * 64)
     take(examination, path)
-    assert examination.work() == []
+    assert examination.run_slice() == []
     (case,) = examination._held.values()
     assert case.sighting.relpath == b"r1.cfg"
     assert case.digests == {}

@@ -23,7 +23,7 @@ from backupd.config.models import DropConfig
 from backupd.core.errors import LedgerError
 from backupd.dropfolder.folder import DropFolder
 from backupd.intake.intake import Intake
-from backupd.ledger.port import Admission, DispositionResult, FileCandidate
+from backupd.ledger.port import DispositionResult, EnqueueResult, FileCandidate
 from backupd.ledger.sqlite.connection import open_ledger
 from backupd.ledger.sqlite.deliveries import SqliteLedger
 from backupd.telemetry.journal import LineWriter
@@ -85,7 +85,7 @@ class Watching:
 
     def end(self) -> None:
         self._stop.set()
-        self.intake.poke()
+        self.intake.wake()
         self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), "the intake did not end"
         self.ledger.close()
@@ -515,7 +515,7 @@ def test_a_root_that_is_polled_may_be_replaced_again_and_again(tmp_path: Path) -
             scene.put(f"r{number}.cfg")
             scene.wait_admitted(f"r{number}.cfg")
             assert blindness(scene) == ["replaced"] * number
-            assert not scene.intake.is_blind
+            assert not scene.intake.is_degraded
 
 
 def test_after_a_replacement_events_alone_bring_files_again(scene: Watching) -> None:
@@ -664,7 +664,7 @@ def test_a_quiet_folder_whose_watcher_is_deaf_is_told_from_one_that_is_only_quie
             scene.wait_scan()
             until(lambda: scene.intake._sight._asked is None, "a sign of life")
         assert blindness(scene) == []
-        assert not scene.intake.is_blind
+        assert not scene.intake.is_degraded
 
         deaf = make_deaf(scene)
         scene.wait_scan()
@@ -684,7 +684,7 @@ def test_a_folder_with_much_to_tell_is_not_taken_for_a_blind_watcher(
     """The sign of life may wait behind thousands of events, or be lost in an overflow: they are signs too."""
     now = [100.0]
     monkeypatch.setattr("backupd.intake.watch_health.time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr("backupd.intake.watcher.Watcher.ask", lambda _watcher: True)
+    monkeypatch.setattr("backupd.intake.watcher.Watcher.request_sign_of_life", lambda _watcher: True)
     with watching(tmp_path, rescan_every=NEVER) as scene:
         scene.put("r1.cfg")
         scene.wait_admitted("r1.cfg")
@@ -745,12 +745,12 @@ class UnwillingLedger(SqliteLedger):
 
     failing = True
 
-    def admit(
+    def enqueue(
         self, sightings: Sequence[FileCandidate], destinations: Sequence[str], now: datetime
-    ) -> Admission:
+    ) -> EnqueueResult:
         if self.failing:
             raise LedgerError("the ledger can't be written: database or disk is full", "check the disk")
-        return super().admit(sightings, destinations, now)
+        return super().enqueue(sightings, destinations, now)
 
 
 def test_what_the_ledger_did_not_take_is_admitted_later_and_is_no_blindness(
@@ -821,7 +821,7 @@ def test_a_hundred_files_a_second_never_look_like_blindness(scene: Watching) -> 
             for delivery in scene.ledger.claim("vault", datetime.now(UTC), most=100):
                 (settled,) = scene.ledger.record([finished(delivery, delivered())], NOW)
                 os.unlink(scene.root / os.fsdecode(delivery.archive.relpath))
-                scene.ledger.disposed([DispositionResult(settled.archive.id, None)], [], NOW)
+                scene.ledger.record_dispositions([DispositionResult(settled.archive.id, None)], [], NOW)
     scene.wait_admitted("r199.cfg")
     scene.wait_scan()
     assert blindness(scene) == []
@@ -830,6 +830,6 @@ def test_a_hundred_files_a_second_never_look_like_blindness(scene: Watching) -> 
 
 def test_a_stop_ends_every_wait_at_once(by_events: Watching) -> None:
     by_events._stop.set()
-    by_events.intake.poke()
+    by_events.intake.wake()
     by_events._thread.join(PATIENCE)  # the next scan is an hour away
     assert not by_events._thread.is_alive()

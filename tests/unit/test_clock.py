@@ -49,7 +49,7 @@ def test_time_that_passes_is_no_step_whether_the_host_slept_or_not(host: Host) -
     for seconds in (5, 0.5, 8 * 3600):
         host.passes(seconds)
         assert clock.step() == ZERO
-    assert clock.believed() == host.now
+    assert clock.trusted_now() == host.now
 
 
 def test_being_kept_right_is_no_step_however_much_it_comes_to(host: Host) -> None:
@@ -72,12 +72,12 @@ def test_a_step_is_told_once(host: Host, seconds: float) -> None:
 def test_a_step_forward_is_not_believed_for_a_day_noticed_or_not(host: Host) -> None:
     clock = HostClock()
     host.wall += 400 * 86400
-    assert clock.believed() == datetime.fromtimestamp(START, UTC)
+    assert clock.trusted_now() == datetime.fromtimestamp(START, UTC)
     clock.step()
     host.passes(3600)
-    assert clock.believed() == datetime.fromtimestamp(START + 3600, UTC)
+    assert clock.trusted_now() == datetime.fromtimestamp(START + 3600, UTC)
     host.passes(86400 + 3600)
-    assert clock.believed() == host.now
+    assert clock.trusted_now() == host.now
 
 
 def test_a_step_back_is_believed_at_once(host: Host) -> None:
@@ -86,10 +86,10 @@ def test_a_step_back_is_believed_at_once(host: Host) -> None:
     clock.step()
     host.wall -= 400 * 86400
     clock.step()
-    assert clock.believed() == host.now
+    assert clock.trusted_now() == host.now
     host.wall -= 86400
     clock.step()
-    assert clock.believed() == host.now
+    assert clock.trusted_now() == host.now
 
 
 def test_the_time_before_a_start_is_doubted_for_a_day(host: Host) -> None:
@@ -97,32 +97,32 @@ def test_the_time_before_a_start_is_doubted_for_a_day(host: Host) -> None:
     last = host.now
     host.passes(1000 * 24 * 3600)
     clock = HostClock(ClockReading(last))
-    assert clock.believed() == last
+    assert clock.trusted_now() == last
     host.passes(3600)
     assert clock.step() == ZERO
-    assert clock.believed() == last + timedelta(hours=1)
+    assert clock.trusted_now() == last + timedelta(hours=1)
     host.passes(23 * 3600 - 1)
-    assert clock.believed() == host.now - timedelta(days=1000)
+    assert clock.trusted_now() == host.now - timedelta(days=1000)
     host.passes(3601)
-    assert clock.believed() == host.now
+    assert clock.trusted_now() == host.now
 
 
 def test_a_history_that_is_read_later_is_doubted_as_well(host: Host) -> None:
     clock = HostClock()
-    assert clock.believed() == host.now
+    assert clock.trusted_now() == host.now
     oldest = host.now - timedelta(days=30)
-    clock.doubt_since(host.now - timedelta(days=2))
-    clock.doubt_since(oldest)
-    clock.doubt_since(host.now + timedelta(days=1))
-    assert clock.believed() == oldest
+    clock.distrust_since(host.now - timedelta(days=2))
+    clock.distrust_since(oldest)
+    clock.distrust_since(host.now + timedelta(days=1))
+    assert clock.trusted_now() == oldest
     host.passes(86400 + 3600)
-    assert clock.believed() == host.now
+    assert clock.trusted_now() == host.now
 
 
 def test_a_start_by_an_earlier_clock_is_believed(host: Host) -> None:
     last = host.now
     host.wall -= 3600
-    assert HostClock(ClockReading(last)).believed() == host.now
+    assert HostClock(ClockReading(last)).trusted_now() == host.now
 
 
 def test_a_step_soon_after_a_start_is_doubted_with_it(host: Host) -> None:
@@ -131,7 +131,7 @@ def test_a_step_soon_after_a_start_is_doubted_with_it(host: Host) -> None:
     clock = HostClock(ClockReading(last))
     host.wall += 7200
     assert clock.step() == timedelta(hours=2)
-    assert clock.believed() == last
+    assert clock.trusted_now() == last
 
 
 def test_a_start_goes_on_doubting_what_was_doubted_before(host: Host) -> None:
@@ -141,12 +141,12 @@ def test_a_start_goes_on_doubting_what_was_doubted_before(host: Host) -> None:
     for number in range(1, 25):  # a start each hour
         host.passes(3600 - 1)
         assert clock.step() == ZERO
-        assert clock.believed() == right + timedelta(seconds=3599) * number
-        note = clock.note()
+        assert clock.trusted_now() == right + timedelta(seconds=3599) * number
+        note = clock.reading()
         host.passes(1)  # between end and start
         clock = HostClock(note)
     host.passes(2 * 3600)
-    assert host.now - clock.believed() < timedelta(minutes=1)
+    assert host.now - clock.trusted_now() < timedelta(minutes=1)
 
 
 def test_a_clock_that_was_put_right_between_two_starts_is_believed(host: Host) -> None:
@@ -154,10 +154,10 @@ def test_a_clock_that_was_put_right_between_two_starts_is_believed(host: Host) -
     host.wall += 400 * 86400
     clock = HostClock(ClockReading(right))
     host.passes(60)
-    note = clock.note()
+    note = clock.reading()
     host.wall -= 400 * 86400
-    assert HostClock(note).believed() == host.now
-    assert HostClock(note).note().doubts == []
+    assert HostClock(note).trusted_now() == host.now
+    assert HostClock(note).reading().doubts == []
 
 
 def test_a_doubt_ends_though_others_come(host: Host) -> None:
@@ -168,7 +168,7 @@ def test_a_doubt_ends_though_others_come(host: Host) -> None:
         host.passes(0.9 * 3600)
         host.wall += 2 * (-1) ** number
         clock.step()
-    assert host.now - clock.believed() <= timedelta(seconds=2)
+    assert host.now - clock.trusted_now() <= timedelta(seconds=2)
 
 
 def test_a_history_that_comes_back_is_doubted_for_a_day_of_its_own(host: Host) -> None:
@@ -176,19 +176,19 @@ def test_a_history_that_comes_back_is_doubted_for_a_day_of_its_own(host: Host) -
     clock = HostClock(ClockReading(host.now - timedelta(days=1000)))
     host.passes(86400 + 1800)  # that doubt is about to end
     old = host.now - timedelta(days=900)
-    assert clock.doubt_since(old)
-    assert not clock.doubt_since(old + timedelta(days=1))
+    assert clock.distrust_since(old)
+    assert not clock.distrust_since(old + timedelta(days=1))
     host.passes(86400)
-    assert clock.believed() == old + timedelta(days=1)
+    assert clock.trusted_now() == old + timedelta(days=1)
     host.passes(3600)
-    assert clock.believed() == host.now
+    assert clock.trusted_now() == host.now
 
 
 def test_a_step_that_is_not_noticed_yet_is_left_to_the_next_start(host: Host) -> None:
     clock = HostClock()
     right = host.now
     host.wall += 400 * 86400
-    assert HostClock(clock.note()).believed() == right
+    assert HostClock(clock.reading()).trusted_now() == right
 
 
 DAY, HOUR = timedelta(days=1), timedelta(hours=1)
@@ -198,16 +198,16 @@ def test_steps_that_come_together_are_one_doubt() -> None:
     doubts = ClockSkews([], ZERO)
     for minute in range(24 * 60):
         doubts.add(timedelta(seconds=2), timedelta(minutes=minute))
-    assert len(doubts.left(DAY)) <= 25
+    assert len(doubts.remaining(DAY)) <= 25
     assert doubts.total(DAY) == timedelta(seconds=2 * 24 * 60)
 
 
 def test_a_step_back_takes_the_latest_doubts_away() -> None:
     doubts = ClockSkews([ClockSkew(5 * DAY, HOUR), ClockSkew(3 * DAY, 2 * HOUR)], ZERO)
     doubts.add(-DAY, ZERO)
-    assert doubts.left(ZERO) == [ClockSkew(5 * DAY, HOUR), ClockSkew(2 * DAY, 2 * HOUR)]
+    assert doubts.remaining(ZERO) == [ClockSkew(5 * DAY, HOUR), ClockSkew(2 * DAY, 2 * HOUR)]
     doubts.add(-4 * DAY, ZERO)
-    assert doubts.left(ZERO) == [ClockSkew(3 * DAY, HOUR)]
+    assert doubts.remaining(ZERO) == [ClockSkew(3 * DAY, HOUR)]
     doubts.add(-9 * DAY, ZERO)
-    assert doubts.left(ZERO) == []
+    assert doubts.remaining(ZERO) == []
     assert doubts.total(ZERO) == ZERO

@@ -11,7 +11,7 @@ from backupd.core.policy import Action, Reason, rule_of
 @pytest.mark.parametrize("reason", Reason)
 def test_a_failure_is_what_the_policy_makes_of_its_reason(reason: Reason) -> None:
     outcome = failure(reason, "why", 418, timedelta(seconds=5))
-    rejects = rule_of(reason).then is Action.REJECT
+    rejects = rule_of(reason).action is Action.REJECT
     assert isinstance(outcome, Rejected) == rejects
     assert (outcome.reason, outcome.error, outcome.http_status) == (reason, "why", 418)
     if isinstance(outcome, Deferred):

@@ -74,10 +74,12 @@ def test_any_answer_is_judged_and_never_raises(
         request = httpx.Request("POST", "https://vault.test/", headers={"Authorization": "Basic YTpiYmJi"})
         return httpx.Response(status, headers=headers, stream=_Bytes(body), request=request)
 
-    outcome = ResponseEvaluator(config).of_success(an_httpx_response(), SENT, 5)
+    outcome = ResponseEvaluator(config).evaluate_success(an_httpx_response(), SENT, 5)
     assert isinstance(outcome, Delivered) == (source == "none" and "receipt says" not in repr(outcome))
     assert isinstance(failure_from_response(an_httpx_response()), Deferred | Rejected)
-    assert isinstance(ResponseEvaluator(config).of_duplicate(_as_409(an_httpx_response()), SENT, 5), Rejected)
+    assert isinstance(
+        ResponseEvaluator(config).evaluate_duplicate(_as_409(an_httpx_response()), SENT, 5), Rejected
+    )
 
 
 class _Bytes(httpx.SyncByteStream):

@@ -14,19 +14,19 @@ BACKOFF = Backoff(10 * SECOND, timedelta(minutes=5))
 def shut(
     gate: Circuit, now: datetime = NOW, asked: timedelta | None = None, reason: Reason = Reason.CONNECT
 ) -> Circuit:
-    return gate.failed(reason, now, BACKOFF, 1 - 1e-12, asked)
+    return gate.record_failure(reason, now, BACKOFF, 1 - 1e-12, asked)
 
 
 def probing() -> Circuit:
-    gate = shut(Circuit()).enter(NOW + timedelta(hours=1))
+    gate = shut(Circuit()).try_acquire(NOW + timedelta(hours=1))
     assert gate is not None
     return gate
 
 
 def test_an_open_gate_lets_everything_through() -> None:
     gate = Circuit()
-    assert gate.enter(NOW) is gate
-    assert gate.wait(NOW) == timedelta(0)
+    assert gate.try_acquire(NOW) is gate
+    assert gate.wait_time(NOW) == timedelta(0)
 
 
 def test_a_fault_of_the_destination_shuts_it_for_a_while() -> None:
@@ -37,17 +37,17 @@ def test_a_fault_of_the_destination_shuts_it_for_a_while() -> None:
         Reason.SERVER_ERROR,
         NOW,
     )
-    assert gate.enter(NOW + 9 * SECOND) is None
-    assert gate.wait(NOW + 9 * SECOND) == SECOND
-    assert gate.wait(NOW + timedelta(hours=1)) == timedelta(0)
+    assert gate.try_acquire(NOW + 9 * SECOND) is None
+    assert gate.wait_time(NOW + 9 * SECOND) == SECOND
+    assert gate.wait_time(NOW + timedelta(hours=1)) == timedelta(0)
 
 
 def test_after_the_pause_a_single_delivery_probes() -> None:
-    gate = shut(Circuit()).enter(NOW + 10 * SECOND)
+    gate = shut(Circuit()).try_acquire(NOW + 10 * SECOND)
     assert gate is not None
     assert gate.state is CircuitState.PROBING
-    assert gate.enter(NOW + timedelta(days=1)) is None
-    assert gate.wait(NOW + timedelta(days=1)) is None
+    assert gate.try_acquire(NOW + timedelta(days=1)) is None
+    assert gate.wait_time(NOW + timedelta(days=1)) is None
 
 
 def test_a_probe_that_fails_shuts_it_for_longer() -> None:
@@ -58,13 +58,13 @@ def test_a_probe_that_fails_shuts_it_for_longer() -> None:
 
 
 def test_an_answer_opens_it_whatever_it_was() -> None:
-    assert probing().answered() == Circuit()
-    assert shut(Circuit()).answered() == Circuit()
+    assert probing().record_success() == Circuit()
+    assert shut(Circuit()).record_success() == Circuit()
 
 
 def test_a_probe_that_tells_nothing_lets_the_next_one_through() -> None:
-    gate = probing().left(NOW)
-    assert gate.enter(NOW) == probing_at(NOW)
+    gate = probing().released(NOW)
+    assert gate.try_acquire(NOW) == probing_at(NOW)
 
 
 def probing_at(until: datetime) -> Circuit:
@@ -74,8 +74,8 @@ def probing_at(until: datetime) -> Circuit:
 
 def test_what_tells_nothing_changes_no_gate_but_a_probing_one() -> None:
     paused = shut(Circuit())
-    assert paused.left(NOW) is paused
-    assert Circuit().left(NOW) == Circuit()
+    assert paused.released(NOW) is paused
+    assert Circuit().released(NOW) == Circuit()
 
 
 def test_uploads_that_were_under_way_do_not_lengthen_the_pause() -> None:
@@ -116,17 +116,17 @@ def test_whatever_happens_the_gate_is_in_order_and_opens_again(
         before = gate
         match action:
             case "enter":
-                gate = gate.enter(now) or gate
+                gate = gate.try_acquire(now) or gate
             case "fail":
-                gate = gate.failed(Reason.CONNECT, now, BACKOFF, chance, asked)
+                gate = gate.record_failure(Reason.CONNECT, now, BACKOFF, chance, asked)
                 assert gate.state is CircuitState.PAUSED
                 assert gate.faults - before.faults == (before.state is not CircuitState.PAUSED)
                 assert before.until is None or (gate.until is not None and gate.until >= before.until)
             case "answer":
-                gate = gate.answered()
+                gate = gate.record_success()
                 assert gate.state is CircuitState.OPEN
             case _:
-                gate = gate.left(now)
+                gate = gate.released(now)
         if gate.state is CircuitState.OPEN:
             assert gate == Circuit()
         else:
@@ -134,8 +134,8 @@ def test_whatever_happens_the_gate_is_in_order_and_opens_again(
             assert gate.until is not None
             assert gate.since is not None
             assert gate.since <= now
-        wait = gate.wait(now)
-        assert (gate.enter(now) is not None) == (wait == timedelta(0))
+        wait = gate.wait_time(now)
+        assert (gate.try_acquire(now) is not None) == (wait == timedelta(0))
         if wait is not None:
             assert wait <= timedelta(hours=1)
-            assert gate.enter(now + wait) is not None
+            assert gate.try_acquire(now + wait) is not None

@@ -32,7 +32,7 @@ DAY = timedelta(days=1)
 def test_an_archive_goes_when_it_is_old_and_not_among_the_last(
     order: RetentionPolicy, age: timedelta, newer: int, verdict: Expiry | None
 ) -> None:
-    assert order.verdict(age, newer) is verdict
+    assert order.expiry_reason(age, newer) is verdict
     assert order.expires is (order.keep_for is not None or order.keep_last is not None)
 
 

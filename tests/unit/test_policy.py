@@ -22,14 +22,17 @@ def test_every_rule_says_what_it_means_and_what_to_do(reason: Reason) -> None:
 @pytest.mark.parametrize("reason", Reason)
 def test_only_the_destination_is_paused_and_only_archives_are_rejected(reason: Reason) -> None:
     rule = rule_of(reason)
-    if rule.then is Action.PAUSE:
-        assert rule.charge is Blame.DESTINATION
-    if rule.then is Action.REJECT:
-        assert rule.charge is Blame.ARCHIVE
+    if rule.action is Action.PAUSE:
+        assert rule.blame is Blame.DESTINATION
+    if rule.action is Action.REJECT:
+        assert rule.blame is Blame.ARCHIVE
 
 
 def test_only_what_a_moment_may_mend_is_tried_again_at_once() -> None:
-    assert {rule.reason for rule in RULES if rule.at_once} == {Reason.CONNECT, Reason.CONNECTION_LOST}
+    assert {rule.reason for rule in RULES if rule.retry_immediately} == {
+        Reason.CONNECT,
+        Reason.CONNECTION_LOST,
+    }
 
 
 @pytest.mark.parametrize(
@@ -42,7 +45,7 @@ def test_only_what_a_moment_may_mend_is_tried_again_at_once() -> None:
     ],
 )
 def test_a_status_rejects_the_archive_only_where_the_archive_is_at_fault(status: int, then: Action) -> None:
-    assert rule_of(reason_of_status(status)).then is then
+    assert rule_of(reason_of_status(status)).action is then
 
 
 @pytest.mark.parametrize(

@@ -9,30 +9,30 @@ from tests.factories import a_fingerprint
 def test_a_file_is_stable_once_it_stayed_unchanged_for_long_enough() -> None:
     tracker = StabilityTracker(2.0)
     looks = a_fingerprint()
-    assert not tracker.look(b"a", looks, 10.0)
-    assert not tracker.look(b"a", looks, 11.9)
-    assert tracker.look(b"a", looks, 12.0)
+    assert not tracker.observe(b"a", looks, 10.0)
+    assert not tracker.observe(b"a", looks, 11.9)
+    assert tracker.observe(b"a", looks, 12.0)
     assert b"a" not in tracker
 
 
 def test_a_change_begins_the_wait_anew() -> None:
     tracker = StabilityTracker(2.0)
-    tracker.look(b"a", a_fingerprint(inode=1, size=3), 10.0)
+    tracker.observe(b"a", a_fingerprint(inode=1, size=3), 10.0)
     grown = a_fingerprint(inode=1, size=4)
-    assert not tracker.look(b"a", grown, 12.0)
-    assert not tracker.look(b"a", grown, 13.9)
-    assert tracker.look(b"a", grown, 14.0)
+    assert not tracker.observe(b"a", grown, 12.0)
+    assert not tracker.observe(b"a", grown, 13.9)
+    assert tracker.observe(b"a", grown, 14.0)
 
 
 def test_a_rewrite_that_puts_size_and_time_back_begins_the_wait_anew() -> None:
     tracker = StabilityTracker(2.0)
-    tracker.look(b"a", a_fingerprint(inode=1, ctime_ns=1), 10.0)
-    assert not tracker.look(b"a", a_fingerprint(inode=1, ctime_ns=2), 12.0)
+    tracker.observe(b"a", a_fingerprint(inode=1, ctime_ns=1), 10.0)
+    assert not tracker.observe(b"a", a_fingerprint(inode=1, ctime_ns=2), 12.0)
 
 
 def test_without_a_delay_a_file_is_stable_at_once() -> None:
     tracker = StabilityTracker(0.0)
-    assert tracker.look(b"a", a_fingerprint(), 10.0)
+    assert tracker.observe(b"a", a_fingerprint(), 10.0)
     assert len(tracker) == 0
 
 
@@ -40,9 +40,9 @@ def test_a_held_file_waits_even_without_a_delay() -> None:
     tracker = StabilityTracker(0.0)
     looks = a_fingerprint()
     tracker.hold(b"a", looks, 10.0)
-    assert not tracker.look(b"a", looks, 10.4)
+    assert not tracker.observe(b"a", looks, 10.4)
     assert tracker.next_due() == 10.5
-    assert tracker.look(b"a", looks, 10.5)
+    assert tracker.observe(b"a", looks, 10.5)
 
 
 def test_a_held_file_waits_for_the_delay_where_that_is_longer() -> None:
@@ -54,21 +54,21 @@ def test_a_held_file_waits_for_the_delay_where_that_is_longer() -> None:
 def test_a_held_file_that_changes_begins_the_wait_anew() -> None:
     tracker = StabilityTracker(2.0)
     tracker.hold(b"a", a_fingerprint(), 10.0)
-    assert not tracker.look(b"a", a_fingerprint(), 12.0)
+    assert not tracker.observe(b"a", a_fingerprint(), 12.0)
     assert tracker.next_due() == 14.0
 
 
 def test_a_held_file_does_not_keep_back_one_that_is_ready_before_it() -> None:
     tracker = StabilityTracker(0.1)
     tracker.hold(b"held", a_fingerprint(), 10.0)
-    tracker.look(b"other", a_fingerprint(), 10.0)
+    tracker.observe(b"other", a_fingerprint(), 10.0)
     assert tracker.due(10.2) == [b"other"]
     assert tracker.next_due() == 10.1
 
 
 def test_what_is_forgotten_is_no_longer_due() -> None:
     tracker = StabilityTracker(2.0)
-    tracker.look(b"a", a_fingerprint(), 10.0)
+    tracker.observe(b"a", a_fingerprint(), 10.0)
     tracker.hold(b"b", a_fingerprint(), 10.0)
     for relpath in (b"a", b"b", b"never seen"):
         tracker.forget(relpath)
@@ -105,7 +105,7 @@ def test_due_are_all_whose_time_has_come_and_no_others(
             ready = (known is not None and unchanged and now >= known[1]) or (
                 not unchanged and stable_for <= 0
             )
-            assert tracker.look(relpath, looks, now) == ready
+            assert tracker.observe(relpath, looks, now) == ready
             if ready:
                 expected.pop(relpath, None)
             elif not unchanged:

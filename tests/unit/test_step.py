@@ -21,7 +21,7 @@ from tests.factories import (
 )
 
 LATER = [
-    rule.reason for rule in RULES if rule.then is not Action.REJECT and rule.reason is not Reason.STOPPED
+    rule.reason for rule in RULES if rule.action is not Action.REJECT and rule.reason is not Reason.STOPPED
 ]
 
 
@@ -45,12 +45,12 @@ def test_what_is_deferred_is_tried_again_later_and_charged_to_whose_fault_it_was
     assert step.due_at is not None
     assert step.due_at > NOW
     rule = next(rule for rule in RULES if rule.reason is reason)
-    assert step.charged == 2 + (rule.charge is Blame.ARCHIVE)
-    assert step.faults == (4 if rule.then is Action.PAUSE else 0)
+    assert step.archive_failures == 2 + (rule.blame is Blame.ARCHIVE)
+    assert step.destination_failures == (4 if rule.action is Action.PAUSE else 0)
 
 
 def test_a_fault_of_the_destination_uses_up_nothing_of_the_archive() -> None:
-    assert next_step(a_delivery(), deferred(Reason.CONNECT), NOW, patience(), 0.5).charged == 0
+    assert next_step(a_delivery(), deferred(Reason.CONNECT), NOW, patience(), 0.5).archive_failures == 0
 
 
 def test_each_failure_makes_the_wait_longer_up_to_a_bound() -> None:
@@ -79,7 +79,12 @@ def test_a_shorter_retry_after_does_not_shorten_the_wait() -> None:
 def test_a_stop_costs_nothing() -> None:
     delivery = a_delivery(charged=2, faults=3)
     step = next_step(delivery, deferred(Reason.STOPPED), NOW, patience(), 0.5)
-    assert (step.state, step.due_at, step.charged, step.faults) == (DeliveryState.PENDING, NOW, 2, 3)
+    assert (step.state, step.due_at, step.archive_failures, step.destination_failures) == (
+        DeliveryState.PENDING,
+        NOW,
+        2,
+        3,
+    )
 
 
 def test_it_is_given_up_only_after_the_time_for_that() -> None:

@@ -124,20 +124,20 @@ def as_ending(row: Row) -> DeliveryResult:
 
 def delivery_row(finished: ClaimResult, now: datetime) -> Row:
     """Return the values of a delivery's update, its id last."""
-    delivery, step = finished.delivery, finished.step
+    delivery, step = finished.delivery, finished.transition
     pending = step.state is DeliveryState.PENDING
     reason, error, http_status = _why(step.outcome)
     digest = verified = receipt = None
     if isinstance(step.outcome, Delivered):
         digest, verified = str(step.outcome.digest), step.outcome.verified
         receipt = storable_text(step.outcome.receipt.body)
-    elif isinstance(step.outcome, Deferred) and step.outcome.unknown is not None:
-        digest = str(step.outcome.unknown)
+    elif isinstance(step.outcome, Deferred) and step.outcome.unconfirmed_digest is not None:
+        digest = str(step.outcome.unconfirmed_digest)
     return (
         step.state,
         to_micros(step.due_at or now) if pending else None,
-        step.charged,
-        step.faults,
+        step.archive_failures,
+        step.destination_failures,
         delivery.attempts + len(finished.attempts),
         None if pending else to_micros(now),
         reason,
@@ -158,7 +158,7 @@ def attempt_row(delivery_id: str, number: int, attempt: Attempt) -> Row:
         number,
         to_micros(attempt.started_at),
         attempt.duration // _MICROSECOND,
-        attempt.sent,
+        attempt.sent_bytes,
         type(attempt.outcome).__name__.lower(),
         reason,
         error,

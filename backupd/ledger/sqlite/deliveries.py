@@ -12,11 +12,11 @@ from backupd.core.circuit import Circuit
 from backupd.core.model import Archive, Delivery, DeliveryState, Digest, Rejected, identity
 from backupd.core.transition import Priority, archive_state
 from backupd.ledger.port import (
-    Admission,
     Backlog,
     ClaimResult,
     CompletedArchive,
     DispositionResult,
+    EnqueueResult,
     FileCandidate,
     KnownFiles,
     Ledger,
@@ -93,7 +93,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
     a sync: what a power cut takes of them, the scan and `release_claims` bring back.
     """
 
-    def note_folder(self, drop: str, device: int, inode: int) -> None:
+    def register_folder(self, drop: str, device: int, inode: int) -> None:
         """See `Ledger.note_folder`."""
         now_on, key = as_stored(device), (drop, as_stored(inode))
         with self._reading() as db:
@@ -106,7 +106,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                 db.execute(update, (now_on, drop, *before))
             db.execute("INSERT OR REPLACE INTO folder VALUES (?, ?, ?)", (*key, now_on))
 
-    def known(self, drop: str, below: bytes = b"") -> KnownFiles:
+    def known_files(self, drop: str, below: bytes = b"") -> KnownFiles:
         """See `Ledger.known`."""
         query = f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE drop_name = ? AND live"  # noqa: S608 -- own columns
         values: tuple[str | bytes, ...] = (drop,)
@@ -120,9 +120,9 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
             ]
         return KnownFiles(frozenset(m for m, _ in pairs), frozenset(p for _, p in pairs))
 
-    def admit(
+    def enqueue(
         self, sightings: Sequence[FileCandidate], destinations: Sequence[str], now: datetime
-    ) -> Admission:
+    ) -> EnqueueResult:
         """See `Ledger.admit`."""
         admitted: list[Archive] = []
         superseded: list[Archive] = []
@@ -146,7 +146,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                 admitted.append(archive)
                 if sighting.tracked is not None:
                     unusual |= record_arrival(db, archive, sighting.tracked)
-        return Admission(tuple(admitted), tuple(superseded), unusual, tuple(rejected), found_again)
+        return EnqueueResult(tuple(admitted), tuple(superseded), unusual, tuple(rejected), found_again)
 
     def claim(
         self, destination: str, now: datetime, priority: Priority = Priority.OLDEST, most: int = 1
@@ -198,25 +198,30 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                 ended += settle(db, archive_id)
         return ended
 
-    def undisposed(self, after: int = 0, most: int = 256) -> list[CompletedArchive]:
+    def pending_dispositions(self, after: int = 0, most: int = 256) -> list[CompletedArchive]:
         """See `Ledger.undisposed`."""
         query = "SELECT id FROM archive WHERE disposition = 'due' AND id > ? ORDER BY id LIMIT ?"
         with self._reading() as db:
             ids = [row[0] for row in db.execute(query, (after, most))]
             return [settled(db, archive_id) for archive_id in ids]
 
-    def count_undisposed(self) -> int:
+    def count_pending_dispositions(self) -> int:
         """See `Ledger.count_undisposed`."""
         with self._reading() as db:
             return int(db.execute("SELECT count(*) FROM archive WHERE disposition = 'due'").fetchone()[0])
 
-    def disposed(self, done: Sequence[DispositionResult], still_due: Sequence[int], now: datetime) -> None:
+    def record_dispositions(
+        self, done: Sequence[DispositionResult], still_due: Sequence[int], now: datetime
+    ) -> None:
         """See `Ledger.disposed`."""
         with self._transaction(durable=False) as db:
             db.executemany(
                 "UPDATE archive SET disposition = 'done', disposed_to = ?, disposed_at = ?, live = ?,"
                 " removal = ? WHERE id = ?",
-                [(o.to, to_micros(now), o.left, "gone" if o.gone else None, o.archive_id) for o in done],
+                [
+                    (o.moved_to, to_micros(now), o.left, "gone" if o.missing else None, o.archive_id)
+                    for o in done
+                ],
             )
             db.executemany("UPDATE archive SET announced = 1 WHERE id = ?", [(i,) for i in still_due])
 
@@ -240,7 +245,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
             ).fetchall()
             return {name: Backlog(count, size, as_time(oldest)) for name, count, size, oldest in rows}
 
-    def quarantined(self) -> int:
+    def count_quarantined(self) -> int:
         """See `Ledger.quarantined`."""
         with self._reading() as db:
             row = db.execute(
@@ -250,7 +255,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
             ).fetchone()
         return int(row[0])
 
-    def note_gate(self, destination: str, gate: Circuit, error: str | None) -> None:
+    def save_circuit(self, destination: str, gate: Circuit, error: str | None) -> None:
         """See `Ledger.note_gate`."""
         times = [None if time is None else to_micros(time) for time in (gate.since, gate.until)]
         words = None if error is None else storable_text(error)

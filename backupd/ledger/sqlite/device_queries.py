@@ -29,7 +29,7 @@ _OVER = "disposition = 'done' AND NOT live AND (state <> 'rejected' OR disposed_
 class SqliteDeviceLedger(Transactions, DeviceLedger):
     """The methods of `Habits`."""
 
-    def expect(self, expectations: Mapping[str, DeviceExpectation], now: datetime) -> None:
+    def set_expectations(self, expectations: Mapping[str, DeviceExpectation], now: datetime) -> None:
         """See `Habits.expect`."""
         at = to_micros(now)
         with self._transaction(durable=False) as db:
@@ -44,7 +44,7 @@ class SqliteDeviceLedger(Transactions, DeviceLedger):
                 _expect(db, drop, expectation, at)
             db.execute(_CLEAR)
 
-    def doubtful(self, now: datetime) -> list[Device]:
+    def possibly_overdue(self, now: datetime) -> list[Device]:
         """See `Habits.doubtful`."""
         with self._reading() as db:
             rows = db.execute(
@@ -54,7 +54,7 @@ class SqliteDeviceLedger(Transactions, DeviceLedger):
             ).fetchall()
             return [_as_device(row) for row in rows]
 
-    def alarmed(self, overdue: Sequence[Device], recovered: Sequence[Device]) -> None:
+    def record_alarms(self, overdue: Sequence[Device], recovered: Sequence[Device]) -> None:
         """See `Habits.alarmed`."""
         changed = [(1, d.drop, d.name) for d in overdue if not d.alarmed]
         changed += [(0, d.drop, d.name) for d in recovered]
@@ -64,7 +64,7 @@ class SqliteDeviceLedger(Transactions, DeviceLedger):
             db.executemany("UPDATE device SET alarmed = ? WHERE drop_name = ? AND name = ?", changed)
             db.execute(_CLEAR)
 
-    def unusual(self) -> list[UnusualArchive]:
+    def unusual_archives(self) -> list[UnusualArchive]:
         """See `Habits.unusual`."""
         with self._reading() as db:
             rows = db.execute(
@@ -73,14 +73,14 @@ class SqliteDeviceLedger(Transactions, DeviceLedger):
             ).fetchall()
         return [UnusualArchive(*row) for row in rows]
 
-    def told(self, unusual: Sequence[UnusualArchive]) -> None:
+    def mark_reported(self, unusual: Sequence[UnusualArchive]) -> None:
         """See `Habits.told`."""
         with self._transaction(durable=False) as db:
             db.executemany(
                 "DELETE FROM unusual_size WHERE archive_id = ?", [(one.archive_id,) for one in unusual]
             )
 
-    def clock(self) -> ClockReading | None:
+    def last_clock_reading(self) -> ClockReading | None:
         """See `Habits.clock`."""
         with self._reading() as db:
             seen = db.execute("SELECT seen_at FROM clock").fetchone()
@@ -91,9 +91,9 @@ class SqliteDeviceLedger(Transactions, DeviceLedger):
                 as_time(seen[0]), [ClockSkew(a * _MICROSECOND, r * _MICROSECOND) for a, r in doubts]
             )
 
-    def note_clock(self, note: ClockReading, *, patience: float = 0.0) -> None:
+    def save_clock_reading(self, note: ClockReading, *, patience: float = 0.0) -> None:
         """See `Habits.note_clock`."""
-        doubts = [(doubt.ahead // _MICROSECOND, doubt.left // _MICROSECOND) for doubt in note.doubts]
+        doubts = [(doubt.ahead // _MICROSECOND, doubt.remaining // _MICROSECOND) for doubt in note.doubts]
         with self._transaction(durable=bool(doubts), patience=patience) as db:
             db.execute("DELETE FROM clock")
             db.execute("INSERT INTO clock VALUES (?)", (to_micros(note.seen_at),))
@@ -119,7 +119,7 @@ class SqliteDeviceLedger(Transactions, DeviceLedger):
 def record_arrival(db: sqlite3.Connection, archive: Archive, tracked: TrackedDevice) -> bool:
     """Note that a device sent an archive, which this transaction admits; tell if its size is unusual."""
     device, size = (archive.drop, tracked.device), archive.fingerprint.size
-    at = to_micros(archive.admitted_at)
+    at = to_micros(archive.queued_at)
     row = db.execute("SELECT sizes FROM device WHERE drop_name = ? AND name = ?", device).fetchone()
     before = [int(each) for each in row[0].split()] if row else []
     sizes = " ".join(map(str, [*before, size][-KEPT:]))

@@ -69,7 +69,7 @@ class AttemptRecord:
     number: int
     started_at: datetime
     duration_s: float
-    sent: int
+    sent_bytes: int
     outcome: str
     reason: str | None
     error: str | None
@@ -86,7 +86,7 @@ class DestinationRecord:
     oldest: datetime | None
     rejected: int
     last_delivered: datetime | None
-    gate: str | None
+    circuit: str | None
     reason: str | None
     error: str | None
     since: datetime | None
@@ -220,7 +220,9 @@ class LedgerQueries:
         return [_delivery(row) for row in rows]
 
     @_told("read")
-    def in_sent(self, drop: str, since: datetime | None, after: int | None, most: int) -> list[ArchiveRecord]:
+    def sent_archives(
+        self, drop: str, since: datetime | None, after: int | None, most: int
+    ) -> list[ArchiveRecord]:
         """Return what has to lie in sent_dir: archives of a drop moved there since a time, by their ids."""
         rows = self._query(
             f"{_ARCHIVE} WHERE a.id > ? AND a.drop_name = ? AND a.state = 'delivered'"
@@ -255,7 +257,7 @@ class LedgerQueries:
         return [row[0] for row in rows]
 
     @_told("read")
-    def quarantined(self) -> int:
+    def count_quarantined(self) -> int:
         """Return how many archives lie in rejected_dir."""
         return int(
             self._query(
@@ -335,13 +337,13 @@ class LedgerQueries:
             for d in found
         ]
 
-    def forget(self, device: str, drop: str | None, now: datetime) -> list[tuple[str, bool]]:
+    def forget_device(self, device: str, drop: str | None, now: datetime) -> list[tuple[str, bool]]:
         """Forget a device in one drop or all; return the drops that knew it, and whether they list it."""
         with _told("written"):
             self._db.execute("PRAGMA query_only = OFF")
             return device_queries.forget_device(self._db, device, drop, now)
 
-    def hasten(self, delivery_id: str, now: datetime) -> bool:
+    def retry_now(self, delivery_id: str, now: datetime) -> bool:
         """Make a pending delivery due at once; return False if it is not pending."""
         query = "UPDATE delivery SET due_at = ? WHERE id = ? AND state = 'pending'"
         with _told("written"):
@@ -349,7 +351,7 @@ class LedgerQueries:
             return self._db.execute(query, (to_micros(now), delivery_id)).rowcount > 0
 
     @contextmanager
-    def put_back(self, archive_id: int) -> Iterator[None]:
+    def mark_retried(self, archive_id: int) -> Iterator[None]:
         """Note that a rejected archive is no longer in quarantine, if what is enclosed succeeds."""
         with _told("written"):
             self._db.execute("PRAGMA query_only = OFF")

@@ -167,7 +167,7 @@ class SqliteSentIndex(SentIndex):
 
 def _is_known(db: sqlite3.Connection, one: RestoredArchive) -> bool:
     known = "SELECT 1 FROM delivery WHERE id = ?"
-    return any(db.execute(known, (ending.delivery_id,)).fetchone() for ending in one.settled.endings)
+    return any(db.execute(known, (ending.delivery_id,)).fetchone() for ending in one.settled.results)
 
 
 def _restore(db: sqlite3.Connection, one: RestoredArchive) -> bool:
@@ -184,7 +184,7 @@ def _restore(db: sqlite3.Connection, one: RestoredArchive) -> bool:
             archive.drop,
             archive.relpath,
             *fingerprint_columns(archive.fingerprint),
-            to_micros(archive.admitted_at),
+            to_micros(archive.queued_at),
             settled.state,
             settled.digest,
             one.to,
@@ -209,7 +209,7 @@ def _restore(db: sqlite3.Connection, one: RestoredArchive) -> bool:
                 e.http_status,
                 e.receipt,
             )
-            for e in settled.endings
+            for e in settled.results
         ],
     )
     if one.device is not None:
@@ -217,6 +217,6 @@ def _restore(db: sqlite3.Connection, one: RestoredArchive) -> bool:
             "INSERT INTO device (drop_name, name, known_at, last_at, archives) VALUES (?1, ?2, ?3, ?3, 1)"
             " ON CONFLICT DO UPDATE SET archives = archives + 1,"
             " last_at = max(coalesce(last_at, 0), excluded.last_at)",
-            (archive.drop, one.device, to_micros(archive.admitted_at)),
+            (archive.drop, one.device, to_micros(archive.queued_at)),
         )
     return True

@@ -129,11 +129,11 @@ class UploadBody:
 
     def begin(self) -> None:
         """Note that a request begins, of which nothing was handed over yet."""
-        self.complete, self._cargo.sent = False, 0
+        self.complete, self._cargo.sent_bytes = False, 0
 
     def __iter__(self) -> Iterator[bytes]:
         self.begin()
-        self._line.body_begins()
+        self._line.body_started()
         hasher = hashlib.new(self._algorithm)
         size = self._cargo.fingerprint.size
         pending = self._framing.before
@@ -155,8 +155,8 @@ class UploadBody:
         self._line.body_sent()
 
     def _handed_over(self, sent: int) -> None:
-        self._cargo.sent = sent
-        self._cargo.progress(sent)
+        self._cargo.sent_bytes = sent
+        self._cargo.on_progress(sent)
 
     def _chunks(self) -> Iterator[tuple[int, bytes]]:
         at, size = 0, self._cargo.fingerprint.size

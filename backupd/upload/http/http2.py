@@ -114,7 +114,7 @@ class Http2Connection(httpcore.HTTP2Connection):
             finally:
                 counted, self._is_progress = self._is_progress, False
             if not counted:
-                self._wire.line.moved(size)
+                self._wire.line.count_bytes(size)
             data = data[size:]
 
     def _wait_for_outgoing_flow(self, request: httpcore.Request, stream_id: int) -> int:
@@ -138,7 +138,7 @@ class Http2Connection(httpcore.HTTP2Connection):
                 raise httpcore.WriteTimeout("the other side has stopped reading") from error
 
     def _write_outgoing_data(self, request: httpcore.Request) -> None:
-        with nullcontext() if self._is_progress else self._wire.line.aside():
+        with nullcontext() if self._is_progress else self._wire.line.without_timeouts():
             super()._write_outgoing_data(request)
 
     def _read_incoming_data(self, request: httpcore.Request) -> list[h2.events.Event]:

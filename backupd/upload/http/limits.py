@@ -109,7 +109,7 @@ class AttemptLimits:
         self.peer_expires: float | None = None
         """When the certificate expires that the other side showed last, in seconds since the epoch."""
 
-    def begin(
+    def start(
         self, alive: Callable[[], None] = lambda: None, resting: Callable[[], None] = lambda: None
     ) -> None:
         """Start the clock of an attempt; `alive` and `resting` are those of `Cargo`."""
@@ -119,7 +119,7 @@ class AttemptLimits:
         self._window = None
         self._be_patient(now)
 
-    def body_begins(self) -> None:
+    def body_started(self) -> None:
         """From here on the least rate counts; what went before was no sending."""
         self._window = _Window(time.monotonic()) if self._min_rate else None
         self._patient_until = None
@@ -133,7 +133,7 @@ class AttemptLimits:
         """Bound what is no sending: who answers a byte at a time would else keep us for days."""
         self._patient_until = None if self._patience is None else now + self._patience
 
-    def moved(self, count: int) -> None:
+    def count_bytes(self, count: int) -> None:
         """Note bytes that the connection took."""
         self._alive()
         if self._window is not None and not self._is_aside:
@@ -141,7 +141,7 @@ class AttemptLimits:
         self._check(time.monotonic())  # who never lets us wait is no exception
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def without_timeouts(self) -> Iterator[None]:
         """Enclose what may be sent beside the body: the least rate does not count it."""
         self._is_aside = True
         try:
@@ -162,7 +162,7 @@ class AttemptLimits:
         """Raise AttemptEndedError where the attempt is to end now."""
         self.wait(-1, 0, 0)
 
-    def grant(self, wanted: int) -> tuple[int, float]:
+    def acquire_bandwidth(self, wanted: int) -> tuple[int, float]:
         """Return how many bytes may be sent now, and if none, the seconds until some may.
 
         That wait is ours, not the destination's: it does not count against the least rate.

@@ -210,7 +210,7 @@ async def _ask(endpoint: HttpEndpoint) -> _Answer:
     config = endpoint.config
     connect = config.timeout.connect.total_seconds()
     line = AttemptLimits(endpoint.abort, deadline=2 * connect + _LONGEST_READ)
-    line.begin()
+    line.start()
     timeout = timeouts(config)
     timeout.read = min(config.timeout.read.total_seconds(), _LONGEST_READ)
     if isinstance(endpoint.auth, OAuth2):
@@ -223,7 +223,7 @@ async def _ask(endpoint: HttpEndpoint) -> _Answer:
         trust_env=False,
         follow_redirects=False,
     ) as client:
-        url, headers = RequestBuilder(config, line).probe(_values(config))
+        url, headers = RequestBuilder(config, line).probe_request(_values(config))
         return _answer(await client.options(url, headers=headers))
 
 
@@ -287,7 +287,7 @@ async def _is_certificate_required(endpoint: HttpEndpoint, with_it: _Answer) -> 
     """Tell whether the endpoint treats us differently without our certificate."""
     bare = endpoint.config.model_copy(update={"cert": None, "key": None, "key_password_file": None})
     try:
-        without = await _ask(replace(endpoint, config=bare, identity=ReloadingTlsContext(bare)))
+        without = await _ask(replace(endpoint, config=bare, tls_context=ReloadingTlsContext(bare)))
     except httpx.TransportError as error:
         reason, _ = reason_from_error(error)
         return True if reason in (Reason.TLS, Reason.TLS_CLIENT, Reason.CONNECTION_LOST) else None
@@ -319,9 +319,9 @@ def _untrusted(endpoint: HttpEndpoint) -> Iterator[httpcore.NetworkStream]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     line = AttemptLimits(endpoint.abort, deadline=2 * timeout)
-    line.begin()
+    line.start()
     url = httpx.URL(TextTemplate.parse(config.url).render(_values(config)))
-    backend = StreamBackend(line, replace(endpoint.route, pins=frozenset()))
+    backend = StreamBackend(line, replace(endpoint.connect_options, pins=frozenset()))
     with (
         closing(backend.connect_tcp(url.host, url.port or 443, timeout)) as plain,
         closing(plain.start_tls(context, url.host, timeout)) as stream,

@@ -52,7 +52,7 @@ class RequestBuilder:
         self._fields = {key: TextTemplate.parse(value) for key, value in config.fields.items()}
         self._headers = {key: TextTemplate.parse(value) for key, value in config.headers.items()}
 
-    def prepare(self, cargo: UploadJob) -> PreparedRequest:
+    def build(self, cargo: UploadJob) -> PreparedRequest:
         """Return the request for an archive.
 
         Raises ReadFailedError or FileChangedError if the archive has to be read first and can't be or
@@ -86,13 +86,13 @@ class RequestBuilder:
             UNWATCHED: self._line.unwatched,
         }
 
-    def query_url(self, cargo: UploadJob, digest: Digest) -> str | None:
+    def query_request(self, cargo: UploadJob, digest: Digest) -> str | None:
         """Return the address that tells whether a content is stored, or None without `query_url`."""
         if self._query_url is None:
             return None
         return _address(self._query_url, {**cargo.variables, "digest": digest.hex})
 
-    def probe(self, values: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    def probe_request(self, values: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         """Return address and headers of a request that only asks; raises SecretError for a header's file."""
         return _address(self._url, values), self.own_headers(values)
 

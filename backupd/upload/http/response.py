@@ -101,11 +101,11 @@ class ResponseEvaluator:
         self._config = config
         self._expected = ReceiptExpectation(config.digest != "none", config.encoding, config.prefix)
 
-    def of_success(self, response: httpx.Response, sent: Digest, size: int) -> Outcome:
+    def evaluate_success(self, response: httpx.Response, sent: Digest, size: int) -> Outcome:
         """Return `Delivered` if the receipt in an answer is for what was sent, else why it is not."""
         return self._judged(response, _read(response), sent, size)
 
-    def of_duplicate(self, response: httpx.Response, sent: Digest, size: int) -> Delivered | Rejected:
+    def evaluate_duplicate(self, response: httpx.Response, sent: Digest, size: int) -> Delivered | Rejected:
         """Return `Delivered` if a 409 states the very content that was to be sent, else the rejection."""
         body = _read(response)
         if self._expected.required:

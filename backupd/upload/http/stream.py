@@ -105,7 +105,7 @@ class TlsSocket:
                 except BlockingIOError:
                     raise ssl.SSLWantWriteError from None
                 self._unsent = self._unsent[count:]
-                self._line.moved(count)
+                self._line.count_bytes(count)
             if not self._outgoing.pending:
                 return
             self._unsent = memoryview(self._outgoing.read())
@@ -243,7 +243,7 @@ class Stream(httpcore.NetworkStream):
     def _grant(self, wanted: int) -> int:
         """Return how many bytes the bandwidth limit lets out now, after having waited for some."""
         while True:
-            granted, wait = self.line.grant(wanted)
+            granted, wait = self.line.acquire_bandwidth(wanted)
             if granted:
                 return granted
             fd = -1 if self.is_http2 else self._sock.fileno()
@@ -264,7 +264,7 @@ class Stream(httpcore.NetworkStream):
             else:
                 view = view[count:]
                 if not isinstance(self._sock, TlsSocket):  # which tells by itself, and of less at a time
-                    self.line.moved(count)
+                    self.line.count_bytes(count)
 
     def _wait_to_send(self, events: int, timeout: float | None) -> None:
         if not self.is_http2 or not events:  # in HTTP/2 nobody here reads what would end the wait

@@ -126,12 +126,12 @@ class ReloadingTlsContext:
                 self._context = self._make()
             return self._context
 
-    def has_new_files(self) -> bool:
+    def files_changed(self) -> bool:
         """Tell whether the files changed since this was last asked."""
         before, self._state = self._state, self._look()
         return self._state != before
 
-    def renew(self) -> None:
+    def reload(self) -> None:
         """Make a context of the files as they are; raises TlsFilesError, and keeps what it has."""
         context = self._make()
         with self._lock:

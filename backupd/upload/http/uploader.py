@@ -48,9 +48,9 @@ class HttpEndpoint:
     abort: Abort
     bandwidth: BandwidthLimit | None
     auth: httpx.Auth | None
-    identity: ReloadingTlsContext
+    tls_context: ReloadingTlsContext
 
-    def line(self) -> AttemptLimits:
+    def limits(self) -> AttemptLimits:
         """Return the bounds of one uploader's attempts."""
         config = self.config
         deadline = config.deadline.total_seconds() if config.deadline else None
@@ -66,7 +66,7 @@ class HttpEndpoint:
         )
 
     @property
-    def route(self) -> ConnectOptions:
+    def connect_options(self) -> ConnectOptions:
         """Return how to get there."""
         return _route(self.config)
 
@@ -74,7 +74,7 @@ class HttpEndpoint:
         """Return a transport; raises TlsFilesError or SecretError where a file can't be used."""
         config = self.config
         return HttpTransport(
-            self.identity.context(),
+            self.tls_context.context(),
             line,
             http2=config.http2,
             route=_route(config),
@@ -117,7 +117,7 @@ def _sign_in(auth: AuthConfig, config: DestinationConfig, abort: Abort) -> httpx
 def _token_client(auth: AuthConfig, config: DestinationConfig, abort: Abort) -> httpx.Client:
     """Return a client for the token endpoint, which has its own CA and certificate."""
     line = AttemptLimits(abort, deadline=min(2 * config.timeout.connect.total_seconds() + 30, _TOKEN_WITHIN))
-    line.begin()
+    line.start()
     return httpx.Client(
         transport=HttpTransport(make_context(auth), line, proxy=_proxy(config)),
         timeout=timeouts(config),
@@ -181,7 +181,7 @@ class HttpUploader(Uploader):
         self._endpoint = endpoint
         self._config = endpoint.config
         self._make_transport = transport or endpoint.transport
-        self._line = endpoint.line()
+        self._line = endpoint.limits()
         self._client: httpx.Client | None = None
         self._renewals = 0
         self._look_anew = False
@@ -189,7 +189,7 @@ class HttpUploader(Uploader):
         self._judge = ResponseEvaluator(self._config.receipt)
 
     @classmethod
-    def alone(cls, config: DestinationConfig, abort: Abort) -> HttpUploader:
+    def standalone(cls, config: DestinationConfig, abort: Abort) -> HttpUploader:
         """Return an uploader that shares its endpoint with no other."""
         return cls(open_endpoint(config, abort))
 
@@ -208,11 +208,11 @@ class HttpUploader(Uploader):
         if outcome.reason in _MENDED_BY_NEW_FILES:
             self.close()
         self._look_anew = outcome.reason in (Reason.TLS, Reason.TLS_CLIENT)
-        return replace(outcome, unknown=outcome.unknown or cargo.unknown)
+        return replace(outcome, unconfirmed_digest=outcome.unconfirmed_digest or cargo.unconfirmed_digest)
 
-    def ask(self, cargo: UploadJob, digest: Digest) -> Outcome | None:
+    def query(self, cargo: UploadJob, digest: Digest) -> Outcome | None:
         """See `Uploader.ask`."""
-        self._line.begin(cargo.alive, cargo.resting)
+        self._line.start(cargo.on_alive, cargo.on_idle)
         try:
             client = self._client = self._client or self._open_client()
             return self._ask(client, cargo, digest)
@@ -226,21 +226,21 @@ class HttpUploader(Uploader):
             return _deferred(error)
 
     def _upload(self, cargo: UploadJob) -> Outcome:
-        self._line.begin(cargo.alive, cargo.resting)
+        self._line.start(cargo.on_alive, cargo.on_idle)
         if self._look_anew:
             with suppress(BackupdError):  # what can't be used is told by whoever looks after the files
-                self._endpoint.identity.renew()
-        if self._renewals != self._endpoint.identity.renewals:
+                self._endpoint.tls_context.reload()
+        if self._renewals != self._endpoint.tls_context.renewals:
             self.close()
         try:
             client = self._client = self._client or self._open_client()
-            if cargo.unknown is not None and is_unchanged(os.fstat(cargo.fd), cargo.fingerprint):
-                found = self._ask_first(client, cargo, cargo.unknown)
+            if cargo.unconfirmed_digest is not None and is_unchanged(os.fstat(cargo.fd), cargo.fingerprint):
+                found = self._ask_first(client, cargo, cargo.unconfirmed_digest)
                 if isinstance(found, Delivered):
                     return found
                 if isinstance(found, Deferred) and _may_be_answered_later(found):
                     return replace(found, error=f"asked for what was sent: {found.error}")
-            return self._send(client, cargo, self._maker.prepare(cargo))
+            return self._send(client, cargo, self._maker.build(cargo))
         except FileChangedDuringUploadError as error:
             return Superseded(str(error))
         except ReadFailedError as error:
@@ -255,10 +255,10 @@ class HttpUploader(Uploader):
             return _deferred(error)
         finally:
             if self._line.peer_expires is not None:
-                self._endpoint.identity.server_expires = self._line.peer_expires
+                self._endpoint.tls_context.server_expires = self._line.peer_expires
 
     def _open_client(self) -> httpx.Client:
-        self._renewals = self._endpoint.identity.renewals
+        self._renewals = self._endpoint.tls_context.renewals
         return httpx.Client(
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # no request depends on another
             transport=self._make_transport(self._line),
@@ -294,17 +294,17 @@ class HttpUploader(Uploader):
         status, size = response.status_code, cargo.fingerprint.size
         if status == 409 and self._config.on_duplicate == "verify":
             digest = body.digest if body.complete else self._maker.digest_of(cargo)
-            return self._judge.of_duplicate(response, digest, size)
+            return self._judge.evaluate_duplicate(response, digest, size)
         if status not in self._config.success:
             refused = failure_from_response(response)
             if status in _FROM_A_GATEWAY and body.complete and isinstance(refused, Deferred):
-                return replace(refused, unknown=body.digest)
+                return replace(refused, unconfirmed_digest=body.digest)
             return refused
         if not body.complete:
             return failure(
-                Reason.EARLY_SUCCESS, f"answered {status} after {cargo.sent} of {size} bytes", status
+                Reason.EARLY_SUCCESS, f"answered {status} after {cargo.sent_bytes} of {size} bytes", status
             )
-        return self._judge.of_success(response, body.digest, size)
+        return self._judge.evaluate_success(response, body.digest, size)
 
     def _after_lost_answer(
         self, client: httpx.Client, cargo: UploadJob, digest: Digest, lost: Deferred
@@ -317,7 +317,7 @@ class HttpUploader(Uploader):
                 found = None
             if isinstance(found, Delivered):
                 return found
-        return replace(lost, unknown=digest)
+        return replace(lost, unconfirmed_digest=digest)
 
     def _ask_first(self, client: httpx.Client, cargo: UploadJob, digest: Digest) -> Outcome | None:
         """Ask before anything is sent again; what no address can be made of, nobody can be asked about."""
@@ -327,7 +327,7 @@ class HttpUploader(Uploader):
 
     def _ask(self, client: httpx.Client, cargo: UploadJob, digest: Digest) -> Outcome | None:
         """Return what the destination says of a content; None if it does not have it or knows no query."""
-        url = self._maker.query_url(cargo, digest)
+        url = self._maker.query_request(cargo, digest)
         if url is None or self._config.receipt.digest == "none":  # an answer would prove nothing
             return None
         headers = self._maker.own_headers({**cargo.variables, "digest": digest.hex})
@@ -337,7 +337,7 @@ class HttpUploader(Uploader):
                 return None
             if response.status_code != 200:
                 return failure_from_response(response)
-            return self._judge.of_success(response, digest, cargo.fingerprint.size)
+            return self._judge.evaluate_success(response, digest, cargo.fingerprint.size)
 
 
 def _begin(request: httpx.Request) -> None:
