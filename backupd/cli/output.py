@@ -80,7 +80,7 @@ _STYLES = {
     "warning": "yellow",
     "claimed": "cyan",
     "delivered": "green",
-    "open": "green",
+    "working": "green",
     "ok": "green",
     "yes": "green",
 }

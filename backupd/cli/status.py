@@ -102,7 +102,7 @@ def health_facts(standing: DaemonStatus, now: datetime) -> HealthFacts:
         sum(d.pending_bytes for d in standing.destinations),
         None if oldest is None else now - oldest,
         standing.rejected,
-        {d.name: now - (d.since or now) for d in standing.destinations if d.circuit not in (None, "open")},
+        {d.name: now - (d.since or now) for d in standing.destinations if d.circuit not in (None, "working")},
         {c.destination: c.days_left for c in standing.certificates},
         [f"{d.device or 'all'} ({d.drop})" for d in standing.overdue],
     )
@@ -215,13 +215,13 @@ def _print_drops(drops: list[DropStatus]) -> None:
 
 def _print_destinations(records: list[DestinationRecord]) -> None:
     rows = [
-        (r.name, r.circuit or "open", r.pending, size(r.pending_bytes), ago(r.oldest), r.rejected,
+        (r.name, r.circuit or "working", r.pending, size(r.pending_bytes), ago(r.oldest), r.rejected,
          ago(r.last_delivered), _why_paused(r))
         for r in records
     ]  # fmt: skip
     headings = (
         "destination",
-        "gate",
+        "state",
         "pending",
         "bytes",
         "oldest",

@@ -13,24 +13,24 @@ from backupd.core.policy import Reason
 class CircuitState(StrEnum):
     """Open, shut for a while, or letting a single delivery through to see."""
 
-    OPEN = "open"
+    WORKING = "working"
     PAUSED = "paused"
     PROBING = "probing"
 
 
 @dataclass(frozen=True, slots=True)
 class Circuit:
-    """A destination's gate; `faults` counts the destination's failures in a row."""
+    """A destination's gate; `failures` counts the destination's failures in a row."""
 
-    state: CircuitState = CircuitState.OPEN
+    state: CircuitState = CircuitState.WORKING
     until: datetime | None = None
-    faults: int = 0
+    failures: int = 0
     reason: Reason | None = None
     since: datetime | None = None
 
     def try_acquire(self, now: datetime) -> Circuit | None:
         """Return the gate with one more delivery let through, or None where it has to wait."""
-        if self.state is CircuitState.OPEN:
+        if self.state is CircuitState.WORKING:
             return self
         if self.state is CircuitState.PAUSED and self.until is not None and now >= self.until:
             return replace(self, state=CircuitState.PROBING)
@@ -51,12 +51,12 @@ class Circuit:
         """
         if self.state is CircuitState.PAUSED and asked is None:
             return self
-        faults = self.faults if self.state is CircuitState.PAUSED else self.faults + 1
-        wait = backoff.before(faults, chance)
+        failures = self.failures if self.state is CircuitState.PAUSED else self.failures + 1
+        wait = backoff.before(failures, chance)
         if asked is not None:
             wait = max(wait, asked)
         until = now + wait if self.until is None else max(now + wait, self.until)
-        return Circuit(CircuitState.PAUSED, until, faults, reason, self.since or now)
+        return Circuit(CircuitState.PAUSED, until, failures, reason, self.since or now)
 
     def record_success(self) -> Circuit:
         """Return the gate after the destination did its part, whatever it said of the archive."""

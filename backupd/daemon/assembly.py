@@ -46,14 +46,14 @@ def run_daemon(
         opened = open_ledger(config.state_dir, check=lock.check, hopeless=lock.is_hopeless)
         if opened.set_aside is not None:
             log.emit(
-                events.LEDGER_REPLACED,
+                events.LEDGER_RECREATED,
                 path=str(opened.set_aside),
                 error="the ledger was damaged and has been put aside",
                 hint="what is pending is found again in the drop folders, what was put away by its records",
             )
         elif opened.is_new and not lock.is_first:
             log.emit(
-                events.LEDGER_REPLACED,
+                events.LEDGER_RECREATED,
                 path=str(config.state_dir),
                 error="the ledger is gone, and a new one was begun",
                 hint="what is pending is found again in the drop folders; find out who removed the file",

@@ -67,7 +67,7 @@ class Certificates:
                 self._log.emit(
                     events.CERTIFICATE_EXPIRING,
                     destination=name,
-                    whose=whose,
+                    certificate_role=whose,
                     days_left=days,
                     expires_at=datetime.fromtimestamp(end, UTC),
                     hint="renew the files that `cert` and `key` name; they are taken up by themselves"

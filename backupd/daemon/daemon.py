@@ -258,7 +258,7 @@ class Daemon:
                 parts.insert(1, f"oldest {_span((datetime.now(UTC) - oldest).total_seconds())}")
         if self._parts.recorder.last_delivered is not None:
             parts.append(f"last delivered {self._parts.recorder.last_delivered:%Y-%m-%d %H:%M:%S} UTC")
-        shut = [name for name, gate in self._parts.circuits.items() if gate.state != "open"]
+        shut = [name for name, gate in self._parts.circuits.items() if gate.state != "working"]
         if shut:
             parts.append(f"PAUSED: {', '.join(shut)}")
         return "STATUS=" + "; ".join(parts)

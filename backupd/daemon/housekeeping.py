@@ -156,7 +156,7 @@ class Housekeeping:
         if step == ZERO:
             return
         self._log.emit(
-            events.CLOCK_SET,
+            events.CLOCK_STEPPED,
             step_s=step,
             hint="see to the host's clock; for a day, what is removed in time goes by the clock as it was"
             if step > ZERO

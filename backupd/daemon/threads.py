@@ -70,7 +70,7 @@ class Threads:
                 self._log.emit(
                     events.DAEMON_HUNG,
                     thread=pulse.name,
-                    silent_s=pulse.age(),
+                    stalled_s=pulse.age(),
                     hint="a disk or network filesystem that hangs does this; systemd restarts the daemon",
                 )
         self._said = {pulse.name for pulse in hung}

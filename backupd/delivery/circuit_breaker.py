@@ -138,11 +138,11 @@ class CircuitBreaker:
                 reason=outcome.reason,
                 error=outcome.error,
                 hint=hint_for(outcome.reason),
-                faults=after.faults,
+                failures=after.failures,
                 paused_for_s=after.until - now,
                 down_for_s=down_for,
             )
-        elif before.state is not CircuitState.OPEN:
+        elif before.state is not CircuitState.WORKING:
             self._log.emit(events.DESTINATION_RESUMED, destination=self._destination, down_for_s=down_for)
 
 

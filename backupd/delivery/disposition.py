@@ -278,7 +278,7 @@ class Disposition:
 
     def _announce(self, one: CompletedArchive) -> None:
         archive = one.archive
-        about = {"drop": archive.drop, "archive": archive.relpath, "size": archive.fingerprint.size}
+        about = {"drop": archive.drop, "archive": archive.relpath, "size_bytes": archive.fingerprint.size}
         if one.state is DeliveryState.DELIVERED:
             self._log.emit(
                 events.ARCHIVE_DELIVERED,

@@ -203,22 +203,22 @@ class Recorder:
                     events.DELIVERY_VERIFIED,
                     exc_info=None,
                     **about,
-                    size=size,
+                    size_bytes=size,
                     digest=digest,
                     attempt=delivery.attempts + len(finished.attempts),
                     http_status=receipt.http_status,
                     verified=verified,
                     duration_s=seconds,
-                    rate=round(size / seconds) if seconds > 0 else None,
+                    bytes_per_s=round(size / seconds) if seconds > 0 else None,
                 )
             case Deferred(reason=reason):
                 self._log.emit(
                     events.DELIVERY_DEFERRED, exc_info=None, **about, reason=reason, retry_at=step.due_at
                 )
             case Superseded(error=error, missing=missing):
-                event = events.ARCHIVE_GONE if missing else events.ARCHIVE_SUPERSEDED
+                event = events.ARCHIVE_MISSING if missing else events.ARCHIVE_SUPERSEDED
                 size = delivery.archive.fingerprint.size
-                self._log.emit(event, exc_info=None, **about, size=size, error=error)
+                self._log.emit(event, exc_info=None, **about, size_bytes=size, error=error)
                 self._look_again(delivery.archive.drop, delivery.archive.relpath)
             case _:
                 pass  # a rejection is told for the archive as a whole

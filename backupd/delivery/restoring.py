@@ -137,7 +137,11 @@ class HistoryRestorer:
             return False
         if restored or (unknown and not problems.count):
             self._log.emit(
-                events.LEDGER_RESTORED, drop=place.drop, path=place.path, restored=restored, unknown=unknown
+                events.LEDGER_RESTORED,
+                drop=place.drop,
+                path=place.path,
+                restored=restored,
+                unknown_files=unknown,
             )
         if problems.count:
             self._complain(place, problems)

@@ -321,7 +321,7 @@ class Retention:
                 drop=archive.drop,
                 archive=archive.relpath,
                 path=os.path.join(os.fsencode(folder.path), kept.to),
-                size=archive.fingerprint.size,
+                size_bytes=archive.fingerprint.size,
                 reason=expiry,
             )
         for directory in touched:

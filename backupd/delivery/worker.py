@@ -278,7 +278,7 @@ class Worker:
             error=outcome.error,
             hint=rule_of(outcome.reason).hint,
             http_status=outcome.http_status,
-            sent=attempt.sent_bytes,
+            sent_bytes=attempt.sent_bytes,
             duration_s=attempt.duration,
         )
 

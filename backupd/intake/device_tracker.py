@@ -96,9 +96,9 @@ class DeviceTracker:
                     drop=one.drop,
                     archive=one.relpath,
                     device=one.device or None,
-                    size=one.size,
-                    median_size=one.median_size,
-                    change=relative_change(one.size, one.median_size),
+                    size_bytes=one.size,
+                    median_size_bytes=one.median_size_bytes,
+                    change_ratio=relative_change(one.size, one.median_size_bytes),
                 )
             if found:
                 self._ledger.mark_reported(found)

@@ -330,7 +330,7 @@ class Examiner:
             events.INSPECTION_ENDED,
             drop=self._drop,
             archive=sighting.relpath,
-            size=sighting.fingerprint.size,
+            size_bytes=sighting.fingerprint.size,
             error=why,
         )
         return None
@@ -363,7 +363,7 @@ class Examiner:
             events.ARCHIVE_WAITING,
             drop=self._drop,
             archive=sighting.relpath,
-            size=sighting.fingerprint.size,
+            size_bytes=sighting.fingerprint.size,
             reason=found.reason,
             error=found.error,
             hint=found.hint,

@@ -255,15 +255,15 @@ class Intake:
                 events.ARCHIVE_SUPERSEDED,
                 drop=self.name,
                 archive=archive.relpath,
-                size=archive.fingerprint.size,
+                size_bytes=archive.fingerprint.size,
                 error="replaced before it was sent",
             )
         for archive in admission.queued:
             self._log.emit(
-                events.ARCHIVE_ADMITTED,
+                events.ARCHIVE_QUEUED,
                 drop=self.name,
                 archive=archive.relpath,
-                size=archive.fingerprint.size,
+                size_bytes=archive.fingerprint.size,
                 destinations=self._destinations,
             )
         if admission.queued:

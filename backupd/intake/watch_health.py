@@ -200,7 +200,7 @@ class WatchHealth:
     def _say_blind(self, reason: str, error: str, hint: str) -> None:
         if reason != self._blind:
             self._log.emit(
-                events.WATCHER_BLIND,
+                events.WATCH_DEGRADED,
                 drop=self._drop,
                 path=self._path,
                 reason=reason,
@@ -212,5 +212,5 @@ class WatchHealth:
     def _say_restored(self) -> None:
         if self._blind:
             observer = "polling" if self._polling else "inotify"
-            self._log.emit(events.WATCHER_RESTORED, drop=self._drop, path=self._path, observer=observer)
+            self._log.emit(events.WATCH_RECOVERED, drop=self._drop, path=self._path, observer=observer)
         self._blind = ""

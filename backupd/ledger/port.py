@@ -39,7 +39,7 @@ class UnusualArchive:
     relpath: bytes
     device: str
     size: int
-    median_size: int
+    median_size_bytes: int
 
 
 class DeviceLedger(Protocol):

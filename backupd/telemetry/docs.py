@@ -5,64 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from backupd.telemetry.events import CATALOGUE, KEYS, Event
-
-_Type = dict[str, object]
-
-_TEXT: _Type = {"type": "string"}
-_COUNT: _Type = {"type": "integer", "minimum": 0}
-_INTEGER: _Type = {"type": "integer"}
-_SECONDS: _Type = {"type": "number"}
-_FLAG: _Type = {"type": "boolean"}
-_TIME: _Type = {"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$"}
-_NAMES: _Type = {"type": "array", "items": _TEXT}
-_GATE: _Type = {"enum": ["open", "paused", "probing"]}
-
-
-def _each(one: _Type) -> _Type:
-    """Return the type of what is said for each destination."""
-    return {"type": "object", "additionalProperties": one}
-
-
-_KEYS_OF: tuple[tuple[_Type, str], ...] = (
-    (_TIME, "timestamp retry_at expires_at last_at"),
-    (_NAMES, "destinations drops_changed destinations_changed"),
-    (_FLAG, "verified clean"),
-    (
-        _SECONDS,
-        (
-            "duration_s paused_for_s down_for_s oldest_s uptime_s silent_s step_s overdue_s archives_per_s"
-            " change"
-        ),
-    ),
-    (_each(_SECONDS), "oldest_each"),
-    (_each(_GATE), "gates"),
-    (_GATE, "gate"),
-    (_INTEGER, "days_left"),
-    (
-        _COUNT,
-        (
-            "pid size attempt sent http_status faults pending pending_bytes found candidates released"
-            " undisposed in_flight delivered delivered_bytes rejected lost rate quarantined overdue blind"
-            " memory_bytes open_files open_files_most median_size free_bytes min_free_bytes restored unknown"
-        ),
-    ),
-    (
-        _TEXT,
-        (
-            "level event version config drop path observer filesystem archive digest destination delivery_id"
-            " reason error hint exception moved_to disposition signal logger thread whose device"
-        ),
-    ),
-)
-TYPES = {key: kind for kind, keys in _KEYS_OF for key in keys.split()}
-"""The type of each key's value."""
-
-_OTHERWISE = {
-    ("daemon.heartbeat", "pending"): _each(_COUNT),
-    ("daemon.heartbeat", "days_left"): _each(_INTEGER),
-}
-"""Keys whose value is of another type in one event."""
+from backupd.telemetry.events import ALWAYS, CATALOGUE, KEYS, Event, Key
 
 
 def schema() -> dict[str, object]:
@@ -77,23 +20,19 @@ def schema() -> dict[str, object]:
 
 def of_event(event: Event) -> dict[str, object]:
     """Return the schema of an event's lines."""
-    always: dict[str, object] = {
-        "timestamp": _described("timestamp", TYPES["timestamp"]),
-        "level": {"const": event.level},
-        "event": {"const": event.name},
-    }
-    keys = {key: _described(key, _OTHERWISE.get((event.name, key)) or TYPES[key]) for key in event.keys}
+    fixed: dict[str, dict[str, object]] = {"level": {"const": event.level}, "event": {"const": event.name}}
+    properties = {name: fixed.get(name) or _described(KEYS[name]) for name in (*ALWAYS, *event.keys)}
     return {
         "description": event.meaning,
         "type": "object",
-        "properties": always | keys,
-        "required": list(always),
+        "properties": properties,
+        "required": list(ALWAYS),
         "additionalProperties": False,
     }
 
 
-def _described(key: str, kind: _Type) -> _Type:
-    return {"description": KEYS[key], **kind}
+def _described(key: Key) -> dict[str, object]:
+    return {"description": key.meaning, **key.type}
 
 
 def events_page() -> str:
@@ -105,7 +44,7 @@ def events_page() -> str:
         "(`python -m backupd.telemetry.docs`), and so is the [JSON Schema](events.schema.json) of every line",
         "(`python -m backupd.telemetry.docs --schema`).",
         "",
-        "Every line has `timestamp`, `level` and `event`.",
+        f"Every line has {', '.join(f'`{name}`' for name in ALWAYS)}.",
         "",
         "| event | level | meaning | keys |",
         "|---|---|---|---|",
@@ -113,9 +52,16 @@ def events_page() -> str:
     for event in CATALOGUE.values():
         keys = ", ".join(f"`{key}`" for key in event.keys)
         lines.append(f"| `{event.name}` | {event.level} | {event.meaning} | {keys} |")
-    lines += ["", "## Keys", "", "| key | meaning |", "|---|---|"]
-    lines += [f"| `{key}` | {meaning} |" for key, meaning in KEYS.items()]
+    lines += ["", "## Keys", "", "| key | type | meaning |", "|---|---|---|"]
+    lines += [f"| `{key.name}` | {_type_name(key)} | {key.meaning} |" for key in KEYS.values()]
     return "\n".join(lines) + "\n"
+
+
+def _type_name(key: Key) -> str:
+    """Return the type of a key in a word or two."""
+    if "enum" in key.type:
+        return "string"
+    return f"array of {key.type['items']['type']}s" if "items" in key.type else str(key.type["type"])
 
 
 def events_schema() -> str:

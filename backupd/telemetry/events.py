@@ -1,332 +1,502 @@
-"""The catalogue of events: every line that the daemon can log; `docs/events.md` is made from it."""
+"""The catalogue of events: every line that the daemon can log, with its keys and their types."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-KEYS = {
-    "timestamp": "when, RFC 3339 in UTC",
-    "level": "debug, info, warning or error",
-    "event": "which event",
-    "version": "of backupd",
-    "pid": "of the daemon",
-    "config": "path of the configuration file",
-    "drop": "name of the drop folder in the configuration",
-    "path": "absolute path of a folder or file",
-    "observer": "inotify or polling",
-    "filesystem": "type of the filesystem",
-    "archive": r"path of the archive relative to its drop folder; bytes that are no UTF-8 as \xNN",
-    "size": "bytes of the archive",
-    "digest": "algorithm:hex of the content",
-    "destination": "name of the destination in the configuration",
-    "destinations": "names of the destinations that the archive goes to",
-    "delivery_id": "the delivery, and the Idempotency-Key of all its requests",
-    "attempt": "number of the request made for the delivery, from 1",
-    "sent": "bytes of the archive that were handed to the connection",
-    "duration_s": "seconds that it took",
-    "rate": "bytes per second",
-    "http_status": "what the destination answered",
-    "verified": "false only where the configuration asks for no receipt",
-    "reason": "a fixed word for why",
-    "error": "the same in words",
-    "hint": "what to do about it",
-    "exception": "the stack trace of a bug, without the values of variables",
-    "moved_to": "path of the file now, relative to its drop folder",
-    "disposition": "moved, deleted, kept, or gone",
-    "retry_at": "when it is tried again",
-    "paused_for_s": "seconds for which the destination gets nothing",
-    "down_for_s": "seconds since the destination's first failure in a row",
-    "faults": "the destination's failures in a row",
-    "pending": "deliveries not ended",
-    "pending_bytes": "bytes of the archives of pending deliveries",
-    "oldest_s": "age in seconds of the oldest pending archive",
-    "found": "files found",
-    "candidates": "files that are not stable yet",
-    "released": "claims of a daemon that ended in the middle",
-    "undisposed": "delivered or rejected archives whose file is still to be moved",
-    "restored": "archives that were put away and are known again",
-    "unknown": "files in `sent_dir` and `rejected_dir` that no record tells of",
-    "in_flight": "uploads under way",
-    "signal": "name of the signal",
-    "clean": "whether every upload ended within the grace",
-    "gates": "state of each destination's gate",
-    "delivered": "archives delivered since the last heartbeat",
-    "delivered_bytes": "bytes delivered since the last heartbeat",
-    "rejected": "archives rejected since the last heartbeat",
-    "uptime_s": "seconds since the start",
-    "logger": "the library's logger",
-    "lost": "lines that could not be written",
-    "drops_changed": "names of the drops that began, ended or began anew",
-    "destinations_changed": "names of the destinations that began, ended or began anew",
-    "thread": "which thread",
-    "step_s": "seconds by which the clock was set, negative where it was set back",
-    "silent_s": "seconds without a sign of life",
-    "whose": "client or server",
-    "expires_at": "when the certificate ends",
-    "device": "whom the archive comes from, by `expect.by`; left out for a drop as a whole",
-    "last_at": "when its last archive was admitted; left out if none ever was",
-    "overdue_s": "seconds since it should have come",
-    "median_size": "bytes in the middle of the last ten archives of the device",
-    "change": "difference from that as a fraction of it: -0.5 for half of it",
-    "oldest_each": "age in seconds of each destination's oldest pending archive, 0 where none is pending",
-    "archives_per_s": "archives delivered a second since the last heartbeat",
-    "quarantined": "rejected archives that are in quarantine now",
-    "overdue": "devices from which nothing came for too long, as things stand",
-    "blind": "drop folders that tell of nothing by themselves, so that only the scan finds archives there",
-    "days_left": "whole days until the client certificate ends; of each destination in a heartbeat",
-    "memory_bytes": "resident memory of the daemon",
-    "open_files": "descriptors that the daemon has open",
-    "open_files_most": "descriptors that the daemon may have open",
-    "gate": "open, paused or probing",
-    "free_bytes": "bytes that are free on the filesystem",
-    "min_free_bytes": "bytes that `min_free` asks for",
-}
-"""What each key means; an event uses some of them."""
+JsonType = Mapping[str, Any]
+"""A type in the words of JSON Schema."""
+
+TEXT: JsonType = {"type": "string"}
+COUNT: JsonType = {"type": "integer", "minimum": 0}
+INTEGER: JsonType = {"type": "integer"}
+NUMBER: JsonType = {"type": "number"}
+FLAG: JsonType = {"type": "boolean"}
+TIME: JsonType = {"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$"}
+NAMES: JsonType = {"type": "array", "items": TEXT}
+CIRCUIT: JsonType = {"enum": ["working", "paused", "probing"]}
+
+
+def by_name(value: JsonType) -> JsonType:
+    """Return the type of an object whose keys are names of destinations."""
+    return {"type": "object", "additionalProperties": value}
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key of log lines: its type, the same in every event, and its meaning."""
+
+    name: str
+    type: JsonType
+    meaning: str
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One kind of line: its name, level, the keys it may have beside the first three, and its meaning."""
+    """One kind of line.
+
+    `keys` are those that it may have beside `ALWAYS`. `message` is a sentence with keys in braces; a part
+    in brackets is left out where one of its keys is missing.
+    """
 
     name: str
     level: str
     keys: tuple[str, ...]
+    message: str
     meaning: str
 
+    def sentence(self, values: Mapping[str, object]) -> str:
+        """Return `message` with the values of its keys; a missing key outside of brackets shows as "?"."""
+        plain = [_filled(part, values) for part in _OPTIONAL.split(self.message)]
+        for index, part in enumerate(_OPTIONAL.findall(self.message)):
+            if any(key not in values for key in _KEY.findall(part)):
+                plain[2 * index + 1] = ""
+        return "".join(plain)
 
-def _event(name: str, level: str, keys: str, meaning: str) -> Event:
-    event = Event(name, level, tuple(keys.split()), meaning)
+
+ALWAYS = ("timestamp", "level", "event", "message", "host")
+"""The keys of every line, in their order."""
+
+KEYS: dict[str, Key] = {
+    key.name: key
+    for key in (
+        Key("timestamp", TIME, "time of the event, RFC 3339, UTC"),
+        Key("level", TEXT, "debug, info, warning or error"),
+        Key("event", TEXT, "name of the event"),
+        Key("message", TEXT, "the event in one sentence"),
+        Key("host", TEXT, "name of the host that runs backupd"),
+        Key("version", TEXT, "version of backupd"),
+        Key("pid", COUNT, "process id of the daemon"),
+        Key("config", TEXT, "path of the configuration file"),
+        Key("drop", TEXT, "name of the drop folder in the configuration"),
+        Key("path", TEXT, "absolute path of a folder or file, or the key of the configuration"),
+        Key("observer", TEXT, "how changes are noticed: inotify or polling"),
+        Key("filesystem", TEXT, "type of the filesystem"),
+        Key(
+            "archive",
+            TEXT,
+            r"path of the archive relative to its drop folder; bytes that are not UTF-8 as \xNN",
+        ),
+        Key("size_bytes", COUNT, "size of the archive in bytes"),
+        Key("digest", TEXT, "digest of the content, as algorithm:hex"),
+        Key("destination", TEXT, "name of the destination in the configuration"),
+        Key("destinations", NAMES, "names of the destinations of the archive"),
+        Key("delivery_id", TEXT, "id of the delivery, and the Idempotency-Key of all its requests"),
+        Key("attempt", COUNT, "number of the attempt of this delivery, from 1"),
+        Key("sent_bytes", COUNT, "bytes of the archive that were written to the connection"),
+        Key("duration_s", NUMBER, "duration in seconds"),
+        Key("bytes_per_s", COUNT, "throughput in bytes per second"),
+        Key("http_status", COUNT, "HTTP status of the response"),
+        Key("verified", FLAG, 'whether a receipt was checked; false only with `receipt.digest = "none"`'),
+        Key("reason", TEXT, "the cause, one word of a fixed list"),
+        Key("error", TEXT, "the cause in words"),
+        Key("hint", TEXT, "how to fix it"),
+        Key("exception", TEXT, "stack trace of a bug, without the values of variables"),
+        Key("moved_to", TEXT, "new path of the file, relative to its drop folder"),
+        Key("disposition", TEXT, "outcome for the file: moved, deleted, kept or missing"),
+        Key("retry_at", TIME, "time of the next attempt"),
+        Key("paused_for_s", NUMBER, "seconds until the destination is tried again"),
+        Key("down_for_s", NUMBER, "seconds since the first of the consecutive failures"),
+        Key("failures", COUNT, "consecutive failures of the destination"),
+        Key("pending", COUNT, "deliveries that have not ended"),
+        Key("pending_bytes", COUNT, "size of the archives of pending deliveries in bytes"),
+        Key("pending_by_destination", by_name(COUNT), "deliveries that have not ended, per destination"),
+        Key("oldest_s", NUMBER, "age of the oldest pending archive in seconds"),
+        Key(
+            "oldest_s_by_destination",
+            by_name(NUMBER),
+            "age of the oldest pending archive in seconds, per destination; 0 if none is pending",
+        ),
+        Key("found", COUNT, "files found by the scan"),
+        Key("candidates", COUNT, "files that are not stable yet"),
+        Key("released", COUNT, "claims of an earlier run that were released"),
+        Key("undisposed", COUNT, "delivered or rejected archives whose file has not been moved yet"),
+        Key("restored", COUNT, "sent and rejected archives that the ledger knows again"),
+        Key("unknown_files", COUNT, "files in `sent_dir` and `rejected_dir` without a receipt file"),
+        Key("in_flight", COUNT, "uploads in progress"),
+        Key("signal", TEXT, "name of the signal"),
+        Key("clean", FLAG, "whether all uploads ended within `shutdown_grace`"),
+        Key("circuit", CIRCUIT, "state of the destination: working, paused or probing"),
+        Key("circuit_by_destination", by_name(CIRCUIT), "state of each destination"),
+        Key("delivered", COUNT, "archives delivered since the last heartbeat"),
+        Key("delivered_bytes", COUNT, "bytes delivered since the last heartbeat"),
+        Key("rejected", COUNT, "archives rejected since the last heartbeat"),
+        Key("archives_per_s", NUMBER, "archives delivered per second since the last heartbeat"),
+        Key("uptime_s", NUMBER, "seconds since the start of the daemon"),
+        Key("logger", TEXT, "name of the library's logger"),
+        Key("lost_lines", COUNT, "log lines that could not be written"),
+        Key("drops_changed", NAMES, "names of the drops that were added, removed or restarted"),
+        Key("destinations_changed", NAMES, "names of the destinations that were added, removed or restarted"),
+        Key("thread", TEXT, "name of the thread"),
+        Key("step_s", NUMBER, "seconds by which the clock was stepped; negative if it was set back"),
+        Key("stalled_s", NUMBER, "seconds since the thread's last sign of life"),
+        Key("certificate_role", TEXT, "client or server"),
+        Key("expires_at", TIME, "expiry of the certificate"),
+        Key("days_left", INTEGER, "whole days until the client certificate expires"),
+        Key(
+            "days_left_by_destination",
+            by_name(INTEGER),
+            "whole days until the client certificate expires, per destination",
+        ),
+        Key("device", TEXT, "sender of the archive, by `expect.by`; missing for a drop as a whole"),
+        Key("last_at", TIME, "arrival of the device's last archive; missing if there was none"),
+        Key("overdue_s", NUMBER, "seconds since the device's next archive was due"),
+        Key("overdue_devices", COUNT, "devices whose next archive is overdue"),
+        Key("median_size_bytes", COUNT, "median size in bytes of the device's last ten archives"),
+        Key("change_ratio", NUMBER, "relative difference from the median size; -0.5 is half of it"),
+        Key("quarantined", COUNT, "archives in quarantine (`rejected_dir`)"),
+        Key("degraded_drops", COUNT, "drop folders without events, where only the rescan finds archives"),
+        Key("memory_bytes", COUNT, "resident memory of the daemon in bytes"),
+        Key("open_files", COUNT, "open file descriptors of the daemon"),
+        Key("open_files_limit", COUNT, "limit of open file descriptors"),
+        Key("free_bytes", COUNT, "free bytes on the filesystem"),
+        Key("min_free_bytes", COUNT, "bytes that `min_free` keeps free"),
+    )
+}
+"""Every key; adding one here is all that schema, pages and log viewers need."""
+
+CATALOGUE: dict[str, Event] = {}
+"""Every event by its name."""
+
+_OPTIONAL = re.compile(r"\[([^\]]*)\]")
+_KEY = re.compile(r"\{(\w+)\}")
+
+
+def _filled(text: str, values: Mapping[str, object]) -> str:
+    return _KEY.sub(lambda key: _shown(values.get(key[1], "?")), text)
+
+
+def _shown(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _event(name: str, level: str, keys: str, message: str, meaning: str) -> Event:
+    event = Event(name, level, tuple(keys.split()), message, meaning)
     CATALOGUE[name] = event
     return event
 
 
-CATALOGUE: dict[str, Event] = {}
-
 DAEMON_STARTED = _event(
-    "daemon.started", "info", "version pid config path", "the daemon begins; `path` is its state_dir"
+    "daemon.started",
+    "info",
+    "version pid config path",
+    "backupd {version} starts with {config}",
+    "the daemon starts; `path` is its `state_dir`",
 )
 DAEMON_READY = _event(
-    "daemon.ready", "info", "duration_s pending released undisposed", "ledger, watchers and workers stand"
+    "daemon.ready",
+    "info",
+    "duration_s pending released undisposed",
+    "ready after {duration_s} s with {pending} pending deliveries",
+    "ledger, watchers and workers are running",
 )
 DAEMON_HEARTBEAT = _event(
     "daemon.heartbeat",
     "info",
-    "uptime_s pending pending_bytes oldest_s oldest_each in_flight gates delivered delivered_bytes rejected"
-    " rate archives_per_s quarantined days_left overdue blind memory_bytes open_files open_files_most",
-    "still alive, and how things stand, first at the start; its absence is an alarm",
+    "uptime_s pending pending_by_destination pending_bytes oldest_s oldest_s_by_destination in_flight"
+    " circuit_by_destination delivered delivered_bytes rejected bytes_per_s archives_per_s quarantined"
+    " days_left_by_destination overdue_devices degraded_drops memory_bytes open_files open_files_limit",
+    "{pending} pending, {in_flight} uploading, {delivered} delivered since the last heartbeat",
+    "the state of the daemon, first at the start; alert on its absence",
 )
 DAEMON_STOPPING = _event(
-    "daemon.stopping", "info", "signal in_flight", "told to stop; uploads get `shutdown_grace`"
+    "daemon.stopping",
+    "info",
+    "signal in_flight",
+    "stopping on {signal} with {in_flight} uploads in progress",
+    "a stop signal arrived; uploads get `shutdown_grace` to end",
 )
-DAEMON_STOPPED = _event("daemon.stopped", "info", "duration_s clean pending", "the daemon ends")
+DAEMON_STOPPED = _event(
+    "daemon.stopped",
+    "info",
+    "duration_s clean pending",
+    "stopped after {duration_s} s[ with {pending} pending deliveries]",
+    "the daemon ends",
+)
 DAEMON_FAILED = _event(
-    "daemon.failed", "error", "error hint exception", "a part of the daemon broke; it ends, for a restart"
+    "daemon.failed",
+    "error",
+    "error hint exception",
+    "a part of the daemon failed: {error}",
+    "a part of the daemon failed; the daemon ends, so that systemd restarts it",
 )
-CONFIG_WARNING = _event("config.warning", "warning", "path error hint", "usable, but worth a look")
+CONFIG_WARNING = _event(
+    "config.warning",
+    "warning",
+    "path error hint",
+    "{path}: {error}",
+    "the configuration works, but needs attention",
+)
 CONFIG_RELOADED = _event(
-    "config.reloaded", "info", "config drops_changed destinations_changed", "a new configuration is in force"
+    "config.reloaded",
+    "info",
+    "config drops_changed destinations_changed",
+    "{config} is active",
+    "a new configuration is active",
 )
 CONFIG_REFUSED = _event(
     "config.refused",
     "error",
     "config error hint",
-    "a new configuration can't be used; the old one stays in force",
+    "the new configuration is refused: {error}",
+    "a new configuration cannot be used; the old one stays active",
 )
 DAEMON_HUNG = _event(
     "daemon.hung",
     "error",
-    "thread silent_s hint",
-    "a thread shows no life; systemd is told nothing, and restarts it",
+    "thread stalled_s hint",
+    "thread {thread} has been stalled for {stalled_s} s",
+    "a thread shows no sign of life; the watchdog of systemd restarts the daemon",
 )
-CLOCK_SET = _event(
-    "clock.set",
+CLOCK_STEPPED = _event(
+    "clock.stepped",
     "warning",
     "step_s hint",
-    "the host's clock was set, by more than a second at once; a host that slept is no such thing",
+    "the clock was stepped by {step_s} s",
+    "the host's clock jumped by more than a second; the sleep of a host does not count",
 )
 CERTIFICATE_RENEWED = _event(
     "certificate.renewed",
     "info",
     "destination days_left",
-    "new certificate files are in use from the next archive on",
+    "new certificate for {destination}[, valid for {days_left} days]",
+    "new certificate files are used from the next archive on",
 )
 CERTIFICATE_REFUSED = _event(
     "certificate.refused",
     "error",
     "destination error hint",
-    "new certificate files can't be used; the last good ones stay in use",
+    "new certificate files for {destination} are refused: {error}",
+    "new certificate files cannot be used; the last good ones stay in use",
 )
 CERTIFICATE_EXPIRING = _event(
     "certificate.expiring",
     "warning",
-    "destination whose days_left expires_at hint",
-    "a certificate ends in fewer than 30, 14, 7, 3 or 1 days; told again at every start",
+    "destination certificate_role days_left expires_at hint",
+    "the {certificate_role} certificate of {destination} expires in {days_left} days",
+    "a certificate expires in fewer than 30, 14, 7, 3 or 1 days; logged at each step and at every start",
 )
-LEDGER_REPLACED = _event(
-    "ledger.replaced",
+LEDGER_RECREATED = _event(
+    "ledger.recreated",
     "error",
     "path error hint",
-    "the ledger was damaged and put aside, or gone, and is begun anew from the folders",
+    "the ledger is recreated: {error}",
+    "the ledger was damaged and has been renamed, or it was missing; a new one is filled from the folders",
 )
 LEDGER_RESTORED = _event(
     "ledger.restored",
     "info",
-    "drop path restored unknown",
-    "a ledger that was begun anew knows again what lies in sent_dir and rejected_dir, but for the unknown"
-    " files, which have no record",
+    "drop path restored unknown_files",
+    "{restored} archives in {path} are known again",
+    "a recreated ledger knows the archives in `sent_dir` or `rejected_dir` again, by their receipt files",
 )
 LEDGER_INCOMPLETE = _event(
     "ledger.incomplete",
     "warning",
     "drop path error hint",
-    "not all can be read of what lies in sent_dir or rejected_dir, by which a history is completed; it is"
-    " tried again every hour",
+    "the history of {path} is incomplete: {error}",
+    "some receipt files in `sent_dir` or `rejected_dir` cannot be read; retried every hour",
 )
 LEDGER_FAILED = _event(
-    "ledger.failed", "error", "error hint", "the ledger can't be used now; it is tried again"
+    "ledger.failed",
+    "error",
+    "error hint",
+    "the ledger cannot be used: {error}",
+    "the ledger cannot be used at the moment; retried",
 )
 
 DROP_WATCHED = _event(
-    "drop.watched", "info", "drop path observer filesystem reason", "a drop folder is being watched"
+    "drop.watched",
+    "info",
+    "drop path observer filesystem reason",
+    "watching {path} with {observer}",
+    "a drop folder is watched",
 )
 DROP_SCANNED = _event(
-    "drop.scanned", "debug", "drop found candidates duration_s", "a scan of a drop folder ended"
+    "drop.scanned",
+    "debug",
+    "drop found candidates duration_s",
+    "scanned {drop}: {found} files",
+    "the scan of a drop folder ended",
 )
 DROP_FAILED = _event(
-    "drop.failed", "error", "drop path error hint", "a drop folder can't be read; tried at each rescan"
+    "drop.failed",
+    "error",
+    "drop path error hint",
+    "{path} cannot be read: {error}",
+    "a drop folder cannot be read; retried at each rescan",
 )
-WATCHER_BLIND = _event(
-    "watcher.blind",
+WATCH_DEGRADED = _event(
+    "watch.degraded",
     "warning",
     "drop path reason error hint",
-    "events were or may have been missed; the scan finds them",
+    "events of {path} are lost: {error}",
+    "events were lost or may have been lost; the rescan finds the files",
 )
-WATCHER_RESTORED = _event("watcher.restored", "info", "drop path observer", "events come again")
+WATCH_RECOVERED = _event(
+    "watch.recovered", "info", "drop path observer", "events of {path} arrive again", "events arrive again"
+)
 DROP_OVERDUE = _event(
     "drop.overdue",
     "warning",
     "drop device last_at overdue_s",
-    "nothing came of it for longer than `expect.every`; said at each heartbeat until something does",
+    "no archive in {drop}[ from {device}] for too long[, last at {last_at}]",
+    "no archive arrived within `expect.every`; repeated at each heartbeat until one does",
 )
 DROP_RECOVERED = _event(
     "drop.recovered",
     "info",
     "drop device last_at",
-    "what was overdue has come, was forgotten, or is expected no longer",
+    "{drop}[, device {device}] is no longer overdue",
+    "an overdue archive arrived, or the device is no longer expected",
 )
 
-ARCHIVE_ADMITTED = _event(
-    "archive.admitted",
+ARCHIVE_QUEUED = _event(
+    "archive.queued",
     "info",
-    "drop archive size destinations",
-    "a finished archive was noticed and recorded",
+    "drop archive size_bytes destinations",
+    "{archive} is queued for {destinations}",
+    "a finished archive was noticed and recorded in the ledger",
 )
 ARCHIVE_IGNORED = _event(
     "archive.ignored",
     "warning",
-    "drop archive size reason error hint",
-    "something in a drop folder is no archive; said once",
+    "drop archive size_bytes reason error hint",
+    "{archive} is ignored: {error}",
+    "a file in a drop folder is not an archive; logged once",
 )
 ARCHIVE_SUPERSEDED = _event(
     "archive.superseded",
     "info",
-    "drop archive size destination delivery_id error",
-    "the file changed before it was delivered; it starts over",
+    "drop archive size_bytes destination delivery_id error",
+    "{archive} changed before it was delivered",
+    "the file changed before it was delivered; the new content is delivered instead",
 )
-ARCHIVE_GONE = _event(
-    "archive.gone",
+ARCHIVE_MISSING = _event(
+    "archive.missing",
     "warning",
-    "drop archive size destination delivery_id error",
-    "the file was removed before every destination had it; there is nothing left to deliver",
+    "drop archive size_bytes destination delivery_id error",
+    "{archive} was removed before it was delivered to {destination}",
+    "the file was removed before every destination had it; it cannot be delivered any more",
 )
 ARCHIVE_DELIVERED = _event(
     "archive.delivered",
     "info",
-    "drop archive size digest destinations verified duration_s",
-    "every destination has it, verified and committed; said once per content",
+    "drop archive size_bytes digest destinations verified duration_s",
+    "{archive} is delivered to {destinations}",
+    "every destination has the archive, verified and committed; logged once per content",
 )
 ARCHIVE_REJECTED = _event(
     "archive.rejected",
     "error",
-    "drop archive size digest destination reason error hint http_status delivery_id",
-    "a destination will never have it; it goes to quarantine; said once per content",
+    "drop archive size_bytes digest destination reason error hint http_status delivery_id",
+    "{archive} is rejected[ by {destination}]: {error}",
+    "the archive cannot be delivered and goes to quarantine; logged once per content",
 )
 ARCHIVE_DISPOSED = _event(
     "archive.disposed",
     "info",
     "drop archive disposition moved_to",
-    "what became of the file after its last delivery",
+    "{archive} is {disposition}[ to {moved_to}]",
+    "the file was moved, deleted or kept after its last delivery",
 )
 DISPOSITION_FAILED = _event(
     "disposition.failed",
     "error",
     "drop archive error hint",
-    "the file could not be moved or deleted; tried again",
+    "{archive} cannot be moved or deleted: {error}",
+    "the file cannot be moved or deleted; retried",
 )
 ARCHIVE_UNUSUAL_SIZE = _event(
     "archive.unusual_size",
     "warning",
-    "drop archive device size median_size change",
-    "its size differs from the usual by `size_alarm` or more; it is delivered as ever",
+    "drop archive device size_bytes median_size_bytes change_ratio",
+    "{archive} has {size_bytes} bytes, the median is {median_size_bytes}",
+    "the size differs from the device's median by `size_alarm` or more; the archive is delivered",
 )
 ARCHIVE_EXPIRED = _event(
     "archive.expired",
     "info",
-    "drop archive path size reason",
+    "drop archive path size_bytes reason",
+    "{path} is removed[: {reason}]",
     "a delivered archive was removed from `sent_dir`: too_old, too_many or disk_low; no reason after a crash",
 )
 DISK_LOW = _event(
     "disk.low",
     "error",
     "drop path free_bytes min_free_bytes error hint",
-    "less than `min_free` is free, and there is no sent archive left to remove; told again while it lasts",
+    "{path} has {free_bytes} free bytes, `min_free` is {min_free_bytes}",
+    "less than `min_free` is free and no sent archive is left to remove; repeated while it lasts",
 )
 ARCHIVE_WAITING = _event(
     "archive.waiting",
     "warning",
-    "drop archive size reason error hint",
-    "a file is not sent as it looks truncated or damaged, its checksum file is missing or wrong, or it has "
-    "been written to, or held open, for an hour; said once per content and reason",
+    "drop archive size_bytes reason error hint",
+    "{archive} is held back: {error}",
+    "a file is not sent because it looks truncated or damaged, its checksum file is missing or does not match, or"
+    " it has been open for writing for an hour; logged once per content and reason",
 )
 INSPECTION_ENDED = _event(
     "inspection.ended",
     "debug",
-    "drop archive size error",
-    "an archive is sent without having been inspected to its end",
+    "drop archive size_bytes error",
+    "the inspection of {archive} ended early: {error}",
+    "an archive is sent although its inspection could not be completed",
 )
 
 ATTEMPT_FAILED = _event(
     "attempt.failed",
     "warning",
-    "drop archive destination delivery_id attempt reason error hint http_status sent duration_s",
-    "one request did not bring the archive to the destination",
+    "drop archive destination delivery_id attempt reason error hint http_status sent_bytes duration_s",
+    "attempt {attempt} of {archive} to {destination} failed: {error}",
+    "an attempt to upload an archive failed",
 )
 DELIVERY_VERIFIED = _event(
     "delivery.verified",
     "info",
-    "drop archive size digest destination delivery_id attempt http_status verified duration_s rate",
-    "the destination's receipt matches what was sent",
+    "drop archive size_bytes digest destination delivery_id attempt http_status verified duration_s"
+    " bytes_per_s",
+    "{destination} has {archive}",
+    "the destination's receipt matches the bytes that were sent",
 )
 DELIVERY_DEFERRED = _event(
     "delivery.deferred",
     "warning",
     "drop archive destination delivery_id reason retry_at",
-    "it will be tried again later",
+    "{archive} to {destination} is retried at {retry_at}",
+    "the delivery is retried later",
 )
 DESTINATION_PAUSED = _event(
     "destination.paused",
     "error",
-    "destination reason error hint faults paused_for_s down_for_s",
-    "the destination is at fault and gets nothing for a while; no archive is charged",
+    "destination reason error hint failures paused_for_s down_for_s",
+    "{destination} is paused for {paused_for_s} s: {error}",
+    "the destination is down or misconfigured and is paused; no archive is rejected for it",
 )
 DESTINATION_RESUMED = _event(
-    "destination.resumed", "info", "destination down_for_s", "the destination answers again"
+    "destination.resumed",
+    "info",
+    "destination down_for_s",
+    "{destination} works again[ after {down_for_s} s]",
+    "the destination works again",
 )
 DESTINATION_STATUS = _event(
     "destination.status",
     "info",
-    "destination gate pending pending_bytes oldest_s days_left",
-    "how things stand with a destination, after each heartbeat",
+    "destination circuit pending pending_bytes oldest_s days_left",
+    "{destination}[ is {circuit}]: {pending} pending",
+    "the state of a destination, after each heartbeat",
 )
-LIBRARY_WARNING = _event("library.warning", "warning", "logger error", "a library has something to say")
-LOG_LOST = _event("log.lost", "error", "lost", "log lines could not be written; this is the first one again")
+LIBRARY_WARNING = _event(
+    "library.warning", "warning", "logger error", "{logger}: {error}", "a warning of a library"
+)
+LOG_LOST = _event(
+    "log.lost",
+    "error",
+    "lost_lines",
+    "{lost_lines} log lines could not be written",
+    "log lines could not be written; this is the first line that could",
+)

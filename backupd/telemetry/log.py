@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import logging
+import socket
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -13,7 +14,7 @@ import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from backupd.core.names import as_text, printable
-from backupd.telemetry.events import LIBRARY_WARNING, LOG_LOST, Event
+from backupd.telemetry.events import CATALOGUE, LIBRARY_WARNING, LOG_LOST, Event
 from backupd.telemetry.journal import JournalWriter, LineWriter
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
@@ -34,7 +35,7 @@ class EventLog:
             writer,
             wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
             processors=[
-                _ordered,
+                _Header(socket.gethostname()),
                 structlog.processors.ExceptionRenderer(),
                 _with_its_record(_console if console else _as_json),
             ],
@@ -44,7 +45,7 @@ class EventLog:
         """Log an event with some of its keys."""
         lost = self._writer.lost
         if lost:
-            told = self._logger.error(LOG_LOST.name, lost=lost)
+            told = self._logger.error(LOG_LOST.name, lost_lines=lost)
             self._writer.forget(lost if told else 1)
         plain = {key: _plain(value) for key, value in keys.items() if value is not None}
         if exc_info is not None:
@@ -92,9 +93,24 @@ def _with_its_record(render: Callable[[EventDict], str]) -> Processor:
     return processor
 
 
-def _ordered(_logger: WrappedLogger, level: str, record: EventDict) -> EventDict:
-    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    return {"timestamp": now, "level": level, "event": record.pop("event"), **record}
+class _Header:
+    """The processor that puts the keys of every line in front of those of the event."""
+
+    def __init__(self, host: str) -> None:
+        self._host = host
+
+    def __call__(self, _logger: WrappedLogger, level: str, record: EventDict) -> EventDict:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        event = CATALOGUE[record.pop("event")]
+        message = event.sentence(record)
+        return {
+            "timestamp": now,
+            "level": level,
+            "event": event.name,
+            "message": message,
+            "host": self._host,
+            **record,
+        }
 
 
 def _plain(value: Any) -> Any:
@@ -120,14 +136,15 @@ def _plain(value: Any) -> Any:
 
 
 _COLOURS = {"debug": "\x1b[2m", "info": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[31m"}
-_NOT_SHOWN = {"timestamp", "level", "event", "exception"}
+_NOT_SHOWN = {"timestamp", "level", "event", "message", "host", "exception"}
 
 
 def _console(record: EventDict) -> str:
     keys = {key: value for key, value in record.items() if key not in _NOT_SHOWN}
     clock, event, level = record["timestamp"][11:23], record["event"], record["level"]
     shown = " ".join(f"{key}={_quoted(value)}" for key, value in keys.items())
-    line = f"{clock} {_COLOURS[level]}{level:7}\x1b[0m \x1b[1m{event}\x1b[0m {shown}"
+    message = printable(record["message"])
+    line = f"{clock} {_COLOURS[level]}{level:7}\x1b[0m \x1b[1m{event}\x1b[0m {message} {shown}"
     return "\n    | ".join((line, *map(printable, str(record.get("exception", "")).splitlines())))
 
 

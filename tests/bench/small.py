@@ -123,7 +123,7 @@ def waiting(setting: Setting) -> list[Row]:
         os.sync()
         start = time.perf_counter()
         with ours.running():
-            ours.wait_for("archive.admitted", count, every=0.05)
+            ours.wait_for("archive.queued", count, every=0.05)
             admitted, peak = time.perf_counter(), ours.memory("VmHWM")
             before = ours.count("archive.disposed")
             ours.wait_for("archive.disposed", count, every=0.05)

@@ -163,7 +163,7 @@ def test_an_unusual_size_is_kept_until_it_was_said(bench: Bench) -> None:
     ledger = bench.crash()
     (one,) = ledger.unusual_archives()
     assert (one.archive_id, one.drop, one.relpath) == (archive.id, "switches", archive.relpath)
-    assert (one.device, one.size, one.median_size) == ("sw1", 20, 100)
+    assert (one.device, one.size, one.median_size_bytes) == ("sw1", 20, 100)
     ledger.mark_reported([one])
     assert bench.crash().unusual_archives() == []
 

@@ -406,7 +406,7 @@ def test_a_pipe_and_a_socket_and_a_device_in_a_drop_folder_are_left_alone(stage:
         ("link.tar.gz", "symlink"),
         ("empty.tar.gz", "too_small"),
     }
-    assert not daemon.events("archive.admitted")
+    assert not daemon.events("archive.queued")
     assert daemon.stop() == 0
 
 

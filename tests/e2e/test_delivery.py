@@ -27,7 +27,7 @@ def test_an_archive_is_delivered_verified_and_moved(stage: Stage, receiver: Runn
     assert record["digest"] == f"sha256:{hashlib.sha256(content).hexdigest()}"
     assert [path.read_bytes() for path in stage.stored()] == [content]
     names = [event["event"] for event in daemon.events() if "archive" in event]
-    assert names == ["archive.admitted", "delivery.verified", "archive.delivered", "archive.disposed"]
+    assert names == ["archive.queued", "delivery.verified", "archive.delivered", "archive.disposed"]
     assert daemon.stop() == 0
 
 
@@ -47,7 +47,7 @@ def test_every_one_of_two_thousand_files_arrives_exactly_once(
     assert {path.name: path.read_bytes() for path in stage.archives(stage.sent)} == contents
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in stage.stored()]
     assert sorted(digests) == sorted(hashlib.sha256(content).hexdigest() for content in contents.values())
-    assert not daemon.events("watcher.blind")
+    assert not daemon.events("watch.degraded")
     assert not daemon.events("attempt.failed")
 
 
@@ -137,7 +137,7 @@ def test_a_hidden_or_temporary_name_never_counts_until_it_is_renamed(
         (stage.drop / name).write_bytes(b"half")
     stage.put("proof.tar.gz", b"the others had their chance")
     daemon.wait_for("archive.disposed", archive="proof.tar.gz")
-    assert len(daemon.events("archive.admitted")) == 1
+    assert len(daemon.events("archive.queued")) == 1
 
     (stage.drop / "x.tar.gz.part").rename(stage.drop / "x.tar.gz")
 
@@ -170,7 +170,7 @@ def test_what_is_kept_in_place_is_delivered_once_even_after_a_restart(
     again.wait_for("archive.disposed", archive="b.tar.gz")
 
     assert kept.read_bytes() == b"kept"
-    assert not again.events("archive.admitted")[1:]
+    assert not again.events("archive.queued")[1:]
     assert len(stage.stored()) == 2
 
 

@@ -73,10 +73,15 @@ def test_an_archive_of_unusual_size_is_delivered_and_said_once(
     daemon = stage.daemon().ready()
     for number in range(3):
         stage.put(f"{number}.cfg", b"%d" % number * 1000)
-        daemon.wait_for("archive.admitted", archive=f"{number}.cfg")
+        daemon.wait_for("archive.queued", archive=f"{number}.cfg")
     stage.put("odd.cfg", b"x" * 100)
     (odd,) = daemon.wait_for("archive.unusual_size")
-    assert (odd["archive"], odd["size"], odd["median_size"], odd["change"]) == ("odd.cfg", 100, 1000, -0.9)
+    assert (odd["archive"], odd["size"], odd["median_size_bytes"], odd["change"]) == (
+        "odd.cfg",
+        100,
+        1000,
+        -0.9,
+    )
     daemon.wait_for("archive.disposed", archive="odd.cfg")
     assert daemon.stop() == 0
     again = stage.daemon().ready()

@@ -97,7 +97,7 @@ def test_every_name_makes_whole_log_lines_and_no_others(delivered: Stage) -> Non
     assert raw.isascii()
     events = [json.loads(line) for line in raw.rstrip(b"\n").split(b"\n")]
     count = Counter((event["event"], event.get("archive")) for event in events if "archive" in event)
-    kinds = ("archive.admitted", "delivery.verified", "archive.delivered", "archive.disposed")
+    kinds = ("archive.queued", "delivery.verified", "archive.delivered", "archive.disposed")
     assert count == Counter((kind, as_text(name)) for kind in kinds for name in NAMES)
 
 

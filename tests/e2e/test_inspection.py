@@ -39,7 +39,7 @@ def rejected(stage: Stage, daemon: Daemon, name: str, reason: str) -> None:
     daemon.wait_for("archive.disposed", archive=name)
     (told,) = daemon.events("archive.rejected")
     assert (told["archive"], told["reason"]) == (name, reason)
-    assert not daemon.events("archive.admitted")
+    assert not daemon.events("archive.queued")
     assert (stage.rejected / name).exists()
     record = json.loads((stage.rejected / f"{name}.reason.json").read_text())
     assert [one["reason"] for one in record["deliveries"]] == [reason]
@@ -72,7 +72,7 @@ def test_a_truncated_archive_is_held_and_then_rejected_once(
     stage.put("r2.tar.gz", a_backup())
     again.wait_for("archive.disposed", archive="r2.tar.gz")
     assert not again.events("archive.rejected")
-    assert not again.events("watcher.blind")
+    assert not again.events("watch.degraded")
 
 
 def test_what_was_rejected_can_be_sent_all_the_same(stage: Stage, receiver: RunningReceiver) -> None:
@@ -98,7 +98,7 @@ def test_what_is_completed_in_time_is_delivered(stage: Stage, receiver: RunningR
     stage.put("r1.tar.gz", whole[:-3000])
     (said,) = daemon.wait_for("archive.waiting")
     assert (said["archive"], said["reason"]) == ("r1.tar.gz", "truncated")
-    assert daemon.events("archive.admitted") == []
+    assert daemon.events("archive.queued") == []
 
     if how == "replaced":
         stage.put("r1.tar.gz", whole)
@@ -109,7 +109,7 @@ def test_what_is_completed_in_time_is_delivered(stage: Stage, receiver: RunningR
     daemon.wait_for("archive.disposed")
     assert [path.read_bytes() for path in stage.stored()] == [whole]
     assert not daemon.events("archive.rejected")
-    assert not daemon.events("watcher.blind")
+    assert not daemon.events("watch.degraded")
 
 
 def test_a_quick_look_holds_back_what_has_no_end_and_lets_the_unknown_pass(
@@ -144,7 +144,7 @@ def test_a_bomb_is_looked_at_within_bounds_and_keeps_no_other_waiting(
     assert [event["archive"] for event in daemon.events("inspection.ended")] == ["bomb.gz"]
     assert daemon.memory("VmHWM") < 80 << 20
     assert len(daemon.events("archive.delivered")) == 21
-    assert [event["archive"] for event in daemon.events("archive.admitted")][-1] == "bomb.gz"
+    assert [event["archive"] for event in daemon.events("archive.queued")][-1] == "bomb.gz"
 
 
 def test_what_states_the_right_checksum_is_delivered_and_takes_it_along(

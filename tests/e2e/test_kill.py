@@ -87,7 +87,7 @@ def put_some(stage: Stage, chance: random.Random, begin: int) -> dict[str, str]:
 
 def kill_at_a_bad_moment(stage: Stage, daemon: Daemon, chance: random.Random) -> bool:
     """Wait for progress, then for an upload in every other case, then a little; return if one was cut."""
-    daemon.wait_for("archive.admitted")
+    daemon.wait_for("archive.queued")
     if chance.random() < 0.6:
         with contextlib.suppress(AssertionError):  # it was too quick for us: any other moment will do
             until(lambda: uploading(stage) or not waiting(stage), "an upload", patience=5)
@@ -129,7 +129,7 @@ def test_twenty_kills_lose_nothing_and_store_nothing_twice(stage: Stage, receive
     told = Counter(event["archive"] for event in first.events("archive.delivered"))
     assert set(told) == set(digests)
     assert not first.events("archive.rejected")
-    assert not first.events("ledger.replaced")
+    assert not first.events("ledger.recreated")
 
 
 class Holding:

@@ -123,7 +123,7 @@ def test_a_destination_that_is_down_at_the_start_gets_everything_once_it_is_up(s
     for name, content in contents.items():
         stage.put(name, content)
     daemon = stage.daemon().ready()
-    daemon.wait_for("archive.admitted", count=20)
+    daemon.wait_for("archive.queued", count=20)
     daemon.wait_for("destination.paused", count=3)
     assert len(stage.archives(stage.drop)) == 20
     assert not stage.sent.exists()
@@ -308,7 +308,7 @@ def test_what_is_pending_waits_while_its_filesystem_is_not_mounted(stage: Stage)
     stage.configure(f"https://127.0.0.1:{port}/v1/upload", destination=QUICK, drop='rescan_every = "1s"')
     daemon = stage.daemon().ready()
     stage.put("core.tar.gz", b"content")
-    daemon.wait_for("archive.admitted")
+    daemon.wait_for("archive.queued")
     daemon.wait_for("destination.paused")
     with mounted_over(stage.drop):
         (told,) = daemon.wait_for("attempt.failed", reason="archive_unreadable")[:1]
@@ -319,7 +319,7 @@ def test_what_is_pending_waits_while_its_filesystem_is_not_mounted(stage: Stage)
     with a_receiver(stage, port):
         daemon.wait_for("archive.disposed", disposition="moved")
     assert daemon.stop() == 0
-    assert "archive.gone" not in stage.log.read_text()
+    assert "archive.missing" not in stage.log.read_text()
     assert ledger(stage, "SELECT count(*) FROM archive") == [(1,)]
 
 

@@ -55,7 +55,7 @@ def test_what_is_pending_waits_for_its_drop_to_be_configured_again(
     for number in range(2):
         stage.put(f"r{number}.cfg", b"content %d" % number, into=other)
     daemon.wait_for("destination.paused")
-    daemon.wait_for("archive.admitted", 2)
+    daemon.wait_for("archive.queued", 2)
     assert daemon.stop() == 0
 
     stage.configure(receiver.url, more=quick)

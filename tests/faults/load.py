@@ -145,7 +145,7 @@ def among_rubbish(base: Path, count: int) -> tuple[list[str], str]:
         stage.end()
     said = text.count(b'"archive.ignored"')
     found = [] if said <= min(count, 100_001) else [f"{said} lines of {count} files"]
-    found += ["the watcher was taken for blind"] * (b'"watcher.blind"' in text)
+    found += ["the watcher was taken for blind"] * (b'"watch.degraded"' in text)
     return found, (
         f"one archive among {count} files that are none, ready after {ready:.1f} s, sent in {took:.2f} s,"
         f" {said} lines, peak memory {peak / 2**20:.0f} MiB"

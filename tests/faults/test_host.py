@@ -48,11 +48,11 @@ def test_a_clock_that_is_set_back_makes_no_archive_wait(
 ) -> None:
     daemon = an_archive_waits(stage, receiver, shim, days * DAYS)
     shim.set_clock(0)
-    told = daemon.wait_for("clock.set")
+    told = daemon.wait_for("clock.stepped")
     assert -days * DAYS - 5 < told[0]["step_s"] < -days * DAYS + 5
     receiver.__enter__()
     daemon.wait_for("archive.disposed", archive="waits.tar.gz")
-    assert len(daemon.events("clock.set")) == 1
+    assert len(daemon.events("clock.stepped")) == 1
     assert daemon.stop() == 0
 
 
@@ -103,7 +103,7 @@ def test_a_clock_that_is_set_forward_is_said_and_removes_nothing(
     daemon = stage.daemon(shim.environ).ready()
     send(stage, daemon, "sent.tar.gz", "too.tar.gz")
     shim.set_clock(400 * DAYS)
-    daemon.wait_for("clock.set")
+    daemon.wait_for("clock.stepped")
     send(stage, daemon, "later.tar.gz")
     assert_kept_and_known(stage, daemon, "sent.tar.gz", "too.tar.gz", "later.tar.gz")
     assert daemon.stop() == 0

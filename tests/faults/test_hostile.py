@@ -231,7 +231,7 @@ def test_a_sparse_file_of_eight_exbibytes_keeps_no_other_from_its_destination(
         daemon = stage.daemon().ready()
         with (stage.drop / "huge.tar.gz").open("wb") as stream:
             os.truncate(stream.fileno(), 2**63 - 1)
-        daemon.wait_for("archive.admitted", archive="huge.tar.gz")
+        daemon.wait_for("archive.queued", archive="huge.tar.gz")
         for number in range(20):
             (stage.drop / f"r{number}.cfg").write_bytes(b"%d" % number)
         for number in range(20):

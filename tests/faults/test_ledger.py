@@ -101,7 +101,7 @@ def test_a_ledger_that_is_lost_is_begun_anew_from_the_folders(
     daemon = stage.daemon()
     daemon.wait_for("archive.disposed", archive="pending.tar.gz")
 
-    assert [line["level"] for line in daemon.events("ledger.replaced")] == ["error"]
+    assert [line["level"] for line in daemon.events("ledger.recreated")] == ["error"]
     assert {name: found for name, found in stamps(stage.sent).items() if name in before} == before
     assert_delivered(stage, "pending.tar.gz", "sent.tar.gz")
     assert not [line for line in daemon.events("archive.delivered") if line["archive"] == "sent.tar.gz"]
@@ -162,7 +162,7 @@ def test_what_was_put_away_is_known_again_by_its_records(stage: Stage) -> None:
 def test_the_first_ledger_of_all_replaces_none(stage: Stage, receiver: RunningReceiver) -> None:
     stage.configure(receiver.url)
     daemon = stage.daemon().ready()
-    assert not daemon.events("ledger.replaced")
+    assert not daemon.events("ledger.recreated")
     assert daemon.stop() == 0
 
 
@@ -189,7 +189,7 @@ def test_pages_that_are_damaged_under_the_daemon_end_it_and_the_next_start_mends
     assert "the ledger is damaged" in daemon.text()
 
     again = stage.daemon()
-    again.wait_for("ledger.replaced")
+    again.wait_for("ledger.recreated")
     until(lambda: len(stage.archives(stage.drop)) == len(stage.archives(stage.sent)), "all archives")
     again.wait_for("archive.disposed", archive="after.tar.gz")
     assert len(stage.stored()) == len(stage.archives(stage.sent))
@@ -271,7 +271,7 @@ def test_damage_under_the_daemon_is_said_by_an_event_and_costs_no_archive(
         down.clear()
         again = stage.daemon()
         again.wait_for("archive.disposed", archive="later.tar.gz")
-        assert again.events("ledger.replaced")
+        assert again.events("ledger.recreated")
         assert {path.name for path in stage.archives(stage.sent)} == {*names, "later.tar.gz"}
         assert again.stop() == 0
 
@@ -299,12 +299,12 @@ def test_damage_that_no_check_finds_keeps_the_daemon_from_its_work_for_one_start
         damage(db)
         assert damage is no_column or db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     daemon = stage.daemon()
-    until(lambda: daemon.process.poll() is not None or daemon.events("ledger.replaced"), "an end")
-    if not daemon.events("ledger.replaced"):
+    until(lambda: daemon.process.poll() is not None or daemon.events("ledger.recreated"), "an end")
+    if not daemon.events("ledger.recreated"):
         assert daemon.process.returncode == 1  # after which systemd starts it anew
         assert "the ledger is damaged" in daemon.text()
         daemon = stage.daemon()
-        daemon.wait_for("ledger.replaced")
+        daemon.wait_for("ledger.recreated")
     daemon.wait_for("archive.disposed", archive="pending.tar.gz")
     assert_delivered(stage, "sent.tar.gz", "pending.tar.gz")
     assert daemon.stop() == 0
@@ -319,7 +319,7 @@ def test_a_ledger_that_is_removed_under_the_daemon_costs_nothing(stage: Stage, w
     assert daemon.stop() == 0
 
     again = stage.daemon().ready()
-    assert again.events("ledger.replaced")
+    assert again.events("ledger.recreated")
     stage.put("later.tar.gz", b"later")
     again.wait_for("archive.disposed", archive="later.tar.gz")
     assert_delivered(stage, "after.tar.gz", "later.tar.gz", "pending.tar.gz", "sent.tar.gz")

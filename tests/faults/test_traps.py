@@ -121,7 +121,7 @@ def test_an_archive_whose_name_something_else_has_before_it_is_sent_is_gone(
     path.rename(kept)
     trap(path, outside)
     receiver.__enter__()
-    daemon.wait_for("archive.gone", archive="r1.cfg")
+    daemon.wait_for("archive.missing", archive="r1.cfg")
     outside.assert_untouched(stage)
 
     path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -231,12 +231,12 @@ def test_huge_files_that_are_sent_and_read_without_end_stop_no_other_and_no_end(
         a_huge_file(stage.drop / "sent.cfg")
         (stage.drop / "examined.cfg.sha256").write_text("0" * 64)
         a_huge_file(stage.drop / "examined.cfg")
-        daemon.wait_for("archive.admitted", archive="sent.cfg")
+        daemon.wait_for("archive.queued", archive="sent.cfg")
         names = [f"r{number}.cfg" for number in range(10)]
         for name in names:
             (stage.drop / name).write_bytes(name.encode())
         disposed(daemon, *names)
-        assert not [e for e in daemon.events("archive.admitted") if e["archive"] == "examined.cfg"]
+        assert not [e for e in daemon.events("archive.queued") if e["archive"] == "examined.cfg"]
         assert daemon.memory("VmHWM") < 150 * 2**20
         assert daemon.stop() == 0
 

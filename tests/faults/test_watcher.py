@@ -40,7 +40,7 @@ def sees_again(stage: Stage, daemon: Daemon, name: str) -> None:
         known = len(daemon.events())
         deliver(stage, daemon, archive)
         lines = [(line["event"], line.get("archive")) for line in daemon.events()[known:]]
-        return ("drop.scanned", None) not in lines[: lines.index(("archive.admitted", archive))]
+        return ("drop.scanned", None) not in lines[: lines.index(("archive.queued", archive))]
 
     until(came_by_event, "an archive that an event told of")
 
@@ -53,7 +53,7 @@ def scans(daemon: Daemon) -> int:
 def assert_said_by_the_next_scan(daemon: Daemon, before: int, count: int = 1) -> None:
     """Check that an event told of blindness by the next scan; one may have been under way at the cause."""
     lines = [line["event"] for line in daemon.events()]
-    blind = [index for index, event in enumerate(lines) if event == "watcher.blind"]
+    blind = [index for index, event in enumerate(lines) if event == "watch.degraded"]
     assert lines[: blind[count - 1]].count("drop.scanned") <= before + 2
 
 
@@ -99,18 +99,18 @@ def test_a_root_that_is_mounted_over_and_unmounted(stage: Stage, receiver: Runni
 
     mount(stage.drop)
     after = scans(daemon)
-    daemon.wait_for("watcher.blind", reason="replaced")
+    daemon.wait_for("watch.degraded", reason="replaced")
     assert_said_by_the_next_scan(daemon, after)
-    daemon.wait_for("watcher.restored")
+    daemon.wait_for("watch.recovered")
     (stage.drop / "over.tar.gz").write_bytes(b"over")
     daemon.wait_for("archive.disposed", archive="over.tar.gz")
     assert (stage.drop / "sent" / "over.tar.gz").read_bytes() == b"over"
 
     subprocess.run(["umount", "--lazy", stage.drop], check=True)
     after = scans(daemon)
-    daemon.wait_for("watcher.blind", 2, reason="replaced")
+    daemon.wait_for("watch.degraded", 2, reason="replaced")
     assert_said_by_the_next_scan(daemon, after, 2)
-    daemon.wait_for("watcher.restored", 2)
+    daemon.wait_for("watch.recovered", 2)
     deliver(stage, daemon, "after.tar.gz")
     sees_again(stage, daemon, "later")
     assert sorted(p.name for p in stage.archives(stage.sent) if "later" not in p.name) == [
@@ -138,7 +138,7 @@ def test_archives_that_wait_on_a_filesystem_that_goes_away_are_sent_when_it_is_b
         (stage.drop / "waits.tar.gz").write_bytes(b"waits")
         daemon.wait_for("attempt.failed", archive="waits.tar.gz")
         subprocess.run(["umount", "--lazy", stage.drop], check=True)
-        daemon.wait_for("watcher.blind", reason="replaced")
+        daemon.wait_for("watch.degraded", reason="replaced")
         receiver.__enter__()
 
         subprocess.run(["mount", "--bind", image, stage.drop], check=True)
@@ -161,14 +161,14 @@ def test_a_limit_of_the_kernel_is_said_and_archives_are_found_without_events(
     stage.configure(receiver.url, top='heartbeat_every = "1s"', drop=OFTEN, more=SCANS_TOLD)
     daemon = stage.daemon(before=within_limits(**{limit: 0}))
 
-    refused = daemon.wait_for("watcher.blind", reason="refused")[0]
+    refused = daemon.wait_for("watch.degraded", reason="refused")[0]
     assert f"max_user_{limit.rpartition('_')[2]}" in refused["hint"]
     daemon.wait_for("daemon.heartbeat", blind=1)
     deliver(stage, daemon, "found.tar.gz")
-    assert len(daemon.events("watcher.blind")) == 1  # however often it is tried again
+    assert len(daemon.events("watch.degraded")) == 1  # however often it is tried again
 
     set_limit(daemon, limit, 1000)
-    daemon.wait_for("watcher.restored")
+    daemon.wait_for("watch.recovered")
     sees_again(stage, daemon, "later")
     daemon.wait_for("daemon.heartbeat", blind=0)
     assert daemon.stop() == 0
@@ -181,23 +181,23 @@ def test_a_limit_that_leaves_only_some_directories_unwatched_is_said(
     stage.configure(receiver.url, top='heartbeat_every = "1s"', drop=OFTEN, more=SCANS_TOLD)
     daemon = stage.daemon(before=within_limits(max_inotify_watches=2)).ready()
     sees_again(stage, daemon, "root")
-    assert daemon.events("watcher.blind") == []
+    assert daemon.events("watch.degraded") == []
 
     for name in ("first", "second"):
         (stage.drop / name).mkdir()
     after = scans(daemon)
-    refused = daemon.wait_for("watcher.blind", reason="refused")[0]
+    refused = daemon.wait_for("watch.degraded", reason="refused")[0]
     assert_said_by_the_next_scan(daemon, after)
     assert "max_user_watches" in refused["hint"]
     daemon.wait_for("daemon.heartbeat", blind=1)
     for name in ("first", "second"):
         deliver(stage, daemon, f"{name}/found.tar.gz")
     daemon.wait_for("drop.scanned", scans(daemon) + 3)
-    assert len(daemon.events("watcher.blind")) == 1
-    assert daemon.events("watcher.restored") == []
+    assert len(daemon.events("watch.degraded")) == 1
+    assert daemon.events("watch.recovered") == []
 
     set_limit(daemon, "max_inotify_watches", 1000)
-    daemon.wait_for("watcher.restored")
+    daemon.wait_for("watch.recovered")
     for name in ("first", "second"):
         sees_again(stage, daemon, f"{name}/later")
     daemon.wait_for("daemon.heartbeat", blind=0)
@@ -212,13 +212,13 @@ def test_each_further_reason_to_be_blind_is_said(stage: Stage, receiver: Running
     set_limit(daemon, "max_inotify_instances", 0)
     stage.drop.rename(stage.base / "away")
     stage.drop.mkdir()
-    daemon.wait_for("watcher.blind", reason="replaced")
-    daemon.wait_for("watcher.blind", reason="refused")
+    daemon.wait_for("watch.degraded", reason="replaced")
+    daemon.wait_for("watch.degraded", reason="refused")
     deliver(stage, daemon, "found.tar.gz")
-    assert len(daemon.events("watcher.blind")) == 2
+    assert len(daemon.events("watch.degraded")) == 2
 
     set_limit(daemon, "max_inotify_instances", 1000)
-    daemon.wait_for("watcher.restored")
+    daemon.wait_for("watch.recovered")
     sees_again(stage, daemon, "later")
     assert daemon.stop() == 0
 
@@ -232,7 +232,7 @@ def test_a_root_that_goes_and_is_made_anew(
     deliver(stage, daemon, "before.tar.gz")
     go(stage.drop)
     after = scans(daemon)
-    daemon.wait_for("watcher.blind", reason="replaced")
+    daemon.wait_for("watch.degraded", reason="replaced")
     assert_said_by_the_next_scan(daemon, after)
     (failed,) = daemon.wait_for("drop.failed", error="No such file or directory")
     assert failed["hint"]
@@ -240,9 +240,9 @@ def test_a_root_that_goes_and_is_made_anew(
 
     stage.drop.mkdir()
     deliver(stage, daemon, "after.tar.gz")
-    daemon.wait_for("watcher.restored")
+    daemon.wait_for("watch.recovered")
     sees_again(stage, daemon, "later")
-    assert len(daemon.events("watcher.blind")) == len(daemon.events("drop.failed")) == 1
+    assert len(daemon.events("watch.degraded")) == len(daemon.events("drop.failed")) == 1
     assert daemon.stop() == 0
 
 
@@ -262,7 +262,7 @@ def test_a_root_that_is_made_unreadable_in_its_place(stage: Stage, receiver: Run
     assert len(daemon.events("drop.failed")) == 1
 
     stage.drop.chmod(mode)
-    daemon.wait_for("watcher.restored")
+    daemon.wait_for("watch.recovered")
     daemon.wait_for("archive.disposed", archive="meanwhile.tar.gz")
     sees_again(stage, daemon, "later")
     daemon.wait_for("daemon.heartbeat", blind=0)
@@ -287,7 +287,7 @@ def test_more_events_than_the_queue_holds_cost_no_archive(stage: Stage, receiver
         stage.put("after.tar.gz", b"after")
     finally:
         daemon.process.send_signal(signal.SIGCONT)
-    daemon.wait_for("watcher.blind", reason="overflow")
+    daemon.wait_for("watch.degraded", reason="overflow")
     daemon.wait_for("archive.disposed", archive="after.tar.gz")
     sees_again(stage, daemon, "later")
     assert daemon.stop() == 0

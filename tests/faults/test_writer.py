@@ -45,7 +45,7 @@ def test_a_writer_that_pauses_with_the_file_open_is_waited_for(
     with (stage.drop / "core.tar.gz").open("wb", buffering=0) as stream:
         stream.write(b"first half, ")
         scans(daemon, 3)
-        assert not daemon.events("archive.admitted")
+        assert not daemon.events("archive.queued")
         stream.write(b"second half")
     assert settle(stage, daemon, 1) == [b"first half, second half"]
     assert len(stage.stored()) == 1

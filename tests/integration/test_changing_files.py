@@ -120,7 +120,7 @@ def test_one_whose_folder_is_away_when_it_is_to_be_moved_is_moved_once_it_is_bac
         assert server.paused.wait(PATIENCE)
         stage.drop.rename(away)
         other.rename(stage.drop)
-        daemon.wait_for("watcher.restored")
+        daemon.wait_for("watch.recovered")
 
         server.go_on()
         daemon.wait_for("archive.disposed", disposition="gone")
@@ -159,7 +159,7 @@ def test_a_file_removed_while_it_is_sent_is_said_to_be_gone(stage: Stage) -> Non
 
         path.unlink()
         server.go_on()
-        daemon.wait_for("archive.gone", archive="a.tar.gz")
+        daemon.wait_for("archive.missing", archive="a.tar.gz")
         stage.put("b.tar.gz", b"the worker lives")
         daemon.wait_for("archive.disposed", archive="b.tar.gz")
 
@@ -170,7 +170,7 @@ def test_a_file_removed_while_it_is_sent_is_said_to_be_gone(stage: Stage) -> Non
 
 
 @pytest.mark.parametrize(
-    ("change", "end_of_the_old"), [(append, "archive.superseded"), (rename_over, "archive.gone")]
+    ("change", "end_of_the_old"), [(append, "archive.superseded"), (rename_over, "archive.missing")]
 )
 def test_the_new_content_need_not_wait_for_the_end_of_the_old_one(
     stage: Stage, change: Change, end_of_the_old: str

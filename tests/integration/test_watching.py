@@ -108,7 +108,7 @@ class Watching:
 
     def admitted(self) -> list[str]:
         """Return what was admitted, in order."""
-        return [event["archive"] for event in self.events("archive.admitted")]
+        return [event["archive"] for event in self.events("archive.queued")]
 
     def _until(self, condition: Callable[[], bool], what: str) -> None:
         try:
@@ -367,7 +367,7 @@ def test_polling_finds_files_without_inotify(tmp_path: Path) -> None:
         scene.wait_admitted("r1.cfg", "below/r2.cfg")
         (seen,) = scene.events("drop.watched")
         assert (seen["observer"], seen["reason"]) == ("polling", "configured")
-        assert not scene.events("watcher.blind")
+        assert not scene.events("watch.degraded")
 
 
 def test_the_destinations_workers_are_woken(scene: Watching) -> None:
@@ -390,7 +390,7 @@ def test_a_file_that_is_held_open_waits_until_it_is_closed(scene: Watching) -> N
         assert scene.admitted() == ["other.cfg"]
         file.write(b" and half")
     scene.wait_admitted("r1.cfg")
-    (event,) = (event for event in scene.events("archive.admitted") if event["archive"] == "r1.cfg")
+    (event,) = (event for event in scene.events("archive.queued") if event["archive"] == "r1.cfg")
     assert event["size"] == len(b"half and half")
     assert scene.admitted() == ["other.cfg", "r1.cfg"]
 
@@ -408,14 +408,14 @@ def test_a_file_that_grows_is_admitted_once_and_whole(tmp_path: Path, ahead: lis
         ahead[0] += 0.7 * HOUR
         scene.wait_admitted("r1.cfg")
         scene.wait_scan()
-        assert [event["size"] for event in scene.events("archive.admitted")] == [400]
+        assert [event["size"] for event in scene.events("archive.queued")] == [400]
 
 
 def test_a_new_content_under_the_same_name_starts_over(scene: Watching) -> None:
     scene.put("r1.cfg", b"old")
     scene.wait_admitted("r1.cfg")
     scene.put("r1.cfg", b"newer")
-    scene.wait_event("archive.admitted", 2)
+    scene.wait_event("archive.queued", 2)
     (event,) = scene.events("archive.superseded")
     assert (event["archive"], event["size"]) == ("r1.cfg", 3)
 
@@ -444,7 +444,7 @@ def test_what_is_no_archive_is_said_once_and_with_the_reason(scene: Watching) ->
 
 
 def blindness(scene: Watching) -> list[str]:
-    return [event["reason"] for event in scene.events("watcher.blind")]
+    return [event["reason"] for event in scene.events("watch.degraded")]
 
 
 def test_of_rubbish_without_end_no_more_is_said_than_that(
@@ -470,15 +470,15 @@ def test_of_rubbish_without_end_no_more_is_said_than_that(
 
 def test_a_root_that_is_renamed_away_and_made_anew_is_watched_again(scene: Watching) -> None:
     scene.root.rename(scene.base / "away")
-    scene.wait_event("watcher.blind")
+    scene.wait_event("watch.degraded")
     scene.wait_event("drop.failed")
     scene.root.mkdir()
     scene.put("r1.cfg")
     scene.wait_admitted("r1.cfg")
-    scene.wait_event("watcher.restored")
+    scene.wait_event("watch.recovered")
     scene.wait_scan()
     assert blindness(scene) == ["replaced"]
-    assert len(scene.events("watcher.restored")) == len(scene.events("drop.failed")) == 1
+    assert len(scene.events("watch.recovered")) == len(scene.events("drop.failed")) == 1
 
 
 def test_a_root_that_is_deleted_and_made_anew_at_once_is_watched_again(scene: Watching) -> None:
@@ -486,7 +486,7 @@ def test_a_root_that_is_deleted_and_made_anew_at_once_is_watched_again(scene: Wa
     scene.root.mkdir()
     scene.put("r1.cfg")
     scene.wait_admitted("r1.cfg")
-    scene.wait_event("watcher.restored")
+    scene.wait_event("watch.recovered")
     (scene.root / "below").mkdir()
     scene.put("below/r2.cfg")
     scene.wait_admitted("below/r2.cfg")
@@ -501,8 +501,8 @@ def test_a_root_that_is_deleted_and_made_anew_later_is_watched_again(scene: Watc
     scene.root.mkdir()
     scene.put("r1.cfg")
     scene.wait_admitted("r1.cfg")
-    scene.wait_event("watcher.restored")
-    assert len(scene.events("watcher.blind")) == len(scene.events("drop.failed")) == 1
+    scene.wait_event("watch.recovered")
+    assert len(scene.events("watch.degraded")) == len(scene.events("drop.failed")) == 1
 
 
 def test_a_root_that_is_polled_may_be_replaced_again_and_again(tmp_path: Path) -> None:
@@ -510,7 +510,7 @@ def test_a_root_that_is_polled_may_be_replaced_again_and_again(tmp_path: Path) -
         for number in range(1, 3):
             scene.root.rename(scene.base / f"away-{number}")
             scene.root.mkdir()
-            restored = scene.wait_event("watcher.restored", number)
+            restored = scene.wait_event("watch.recovered", number)
             assert {event["observer"] for event in restored} == {"polling"}
             scene.put(f"r{number}.cfg")
             scene.wait_admitted(f"r{number}.cfg")
@@ -521,7 +521,7 @@ def test_a_root_that_is_polled_may_be_replaced_again_and_again(tmp_path: Path) -
 def test_after_a_replacement_events_alone_bring_files_again(scene: Watching) -> None:
     scene.root.rename(scene.base / "away")
     scene.root.mkdir()
-    scene.wait_event("watcher.restored")
+    scene.wait_event("watch.recovered")
     scene.scan_no_more()
     scene.put("r1.cfg")
     (scene.root / "below").mkdir()
@@ -554,7 +554,7 @@ def test_a_root_that_is_replaced_by_one_that_cannot_be_read_is_said_once() -> No
         scene.root.chmod(0o755)
         scene.put("r1.cfg")
         scene.wait_admitted("r1.cfg")
-        scene.wait_event("watcher.restored")
+        scene.wait_event("watch.recovered")
 
 
 def test_a_directory_that_cannot_be_read_is_said_once_and_hides_no_other() -> None:
@@ -593,12 +593,12 @@ def test_a_dead_thread_of_the_watcher_is_noticed_and_it_is_made_anew(scene: Watc
     end(scene.observer)
     scene.put("r1.cfg")
     scene.wait_admitted("r1.cfg")
-    scene.wait_event("watcher.restored")
+    scene.wait_event("watch.recovered")
     scene.put("r2.cfg")
     scene.wait_admitted("r2.cfg")
     scene.wait_scan()
     assert blindness(scene) == ["dead"]
-    assert len(scene.events("watcher.restored")) == 1
+    assert len(scene.events("watch.recovered")) == 1
 
 
 def make_deaf(scene: Watching) -> InotifyObserver:
@@ -624,8 +624,8 @@ def test_without_threads_for_a_watcher_it_is_said_and_files_come_by_scan(
         until(lambda: "refused" in blindness(scene), "that no watcher can be had")
         scene.put("by-scan.cfg")
         scene.wait_admitted("by-scan.cfg")
-    scene.wait_event("watcher.restored")
-    assert "limit of threads" in scene.events("watcher.blind")[-1]["hint"]
+    scene.wait_event("watch.recovered")
+    assert "limit of threads" in scene.events("watch.degraded")[-1]["hint"]
     scene.scan_no_more()
     scene.put("by-event.cfg")
     scene.wait_admitted("by-event.cfg")
@@ -645,13 +645,13 @@ def test_files_that_no_event_told_of_are_found_and_that_is_said_once(
             (scene.base / name).write_bytes(b"abc")
         tree.rename(scene.root / "tree")  # the same scan finds all of them
         scene.wait_admitted(*names)
-        scene.wait_event("watcher.restored")
+        scene.wait_event("watch.recovered")
         assert scene.observer is not deaf
         scene.scan_no_more()
         scene.put("later.cfg")
         scene.wait_admitted("later.cfg")
         assert blindness(scene) == ["missed"]
-        assert len(scene.events("watcher.restored")) == 1
+        assert len(scene.events("watch.recovered")) == 1
 
 
 def test_a_quiet_folder_whose_watcher_is_deaf_is_told_from_one_that_is_only_quiet(
@@ -670,7 +670,7 @@ def test_a_quiet_folder_whose_watcher_is_deaf_is_told_from_one_that_is_only_quie
         scene.wait_scan()
         until(lambda: scene.intake._sight._asked is not None, "it to be asked for")
         now[0] += HOUR
-        scene.wait_event("watcher.restored")
+        scene.wait_event("watch.recovered")
         assert scene.observer is not deaf
         assert blindness(scene) == ["silent"]
         scene.scan_no_more()
@@ -699,7 +699,7 @@ def test_a_watch_that_the_kernel_gave_up_is_noticed_by_the_next_scan(scene: Watc
     assert reader is not None
     for watch in [*reader._watch_for_wd]:
         inotify_rm_watch(reader._inotify_fd, watch)
-    scene.wait_event("watcher.restored")
+    scene.wait_event("watch.recovered")
     assert blindness(scene) == ["removed"]
     scene.scan_no_more()
     scene.put("later.cfg")
@@ -780,9 +780,7 @@ def test_after_an_overflow_of_the_kernels_queue_every_file_is_admitted(by_events
             with open(scene.root / f"r{number}.cfg", "wb", buffering=0) as file:
                 file.write(b"x")
     until(lambda: scene.pending() == count, f"{count} files to be admitted")
-    until(
-        lambda: blindness(scene) and len(blindness(scene)) == len(scene.events("watcher.restored")), "sight"
-    )
+    until(lambda: blindness(scene) and len(blindness(scene)) == len(scene.events("watch.recovered")), "sight")
     assert set(blindness(scene)) == {"overflow"}
     assert len(set(scene.admitted())) == len(scene.admitted()) == count
     scene.put("below/later.cfg")

@@ -91,9 +91,9 @@ def test_what_stands_is_told_again_by_a_daemon_that_begins_anew(stage: Stage, tm
 
 def test_events_that_are_rare_become_metrics(tmp_path: Path) -> None:
     log = tmp_path / "rare.log"
-    forged = '{"timestamp":"2026-03-04T05:06:07.000Z","level":"info","event":"archive.gone"'
+    forged = '{"timestamp":"2026-03-04T05:06:07.000Z","level":"info","event":"archive.missing"'
     told: list[dict[str, object]] = [
-        {"event": "watcher.blind", "drop": "switches"},
+        {"event": "watch.degraded", "drop": "switches"},
         {"event": "drop.overdue", "drop": "switches", "device": 'r"1', "overdue_s": 5.0},
         {"event": "drop.overdue", "drop": "people", "overdue_s": 5.0},
         {"event": "drop.overdue", "drop": "people", "device": "p1", "overdue_s": 5.0},
@@ -103,7 +103,7 @@ def test_events_that_are_rare_become_metrics(tmp_path: Path) -> None:
         {"event": "daemon.failed", "error": forged},
         {"event": "disposition.failed", "drop": "people"},
         {"event": "drop.failed", "drop": "people"},
-        {"event": "archive.gone", "drop": "people"},
+        {"event": "archive.missing", "drop": "people"},
         {"event": "daemon.heartbeat", "quarantined": 0, "overdue": 2},
         {"event": "destination.status", "destination": "vault", "gate": "probing", "days_left": -3},
     ]
@@ -135,5 +135,5 @@ def test_lnav_reads_the_log(stage: Stage, receiver: RunningReceiver, tmp_path: P
     daemon.stop()
     rows = lnav(stage.log, tmp_path, ";SELECT log_level, log_body, archive, size FROM backupd_log")
     assert [row["log_body"].rstrip() for row in rows] == [event["event"] for event in daemon.events()]
-    (admitted,) = (row for row in rows if row["log_body"].rstrip() == "archive.admitted")
+    (admitted,) = (row for row in rows if row["log_body"].rstrip() == "archive.queued")
     assert (admitted["log_level"], admitted["archive"], int(admitted["size"])) == ("info", "r1.cfg", 3)

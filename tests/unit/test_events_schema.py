@@ -10,7 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import backupd
-from backupd.telemetry.docs import TYPES, events_schema, schema
+from backupd.telemetry.docs import events_schema, schema
 from backupd.telemetry.events import CATALOGUE, KEYS
 from tests.lines import check_line, check_log
 
@@ -19,10 +19,12 @@ PAGE = Path(backupd.__file__).parent.parent / "docs" / "events.schema.json"
 ADMITTED: dict[str, Any] = {
     "timestamp": "2026-03-04T05:06:07.123Z",
     "level": "info",
-    "event": "archive.admitted",
+    "event": "archive.queued",
+    "message": "r1.cfg is queued for vault",
+    "host": "backup1",
     "drop": "switches",
     "archive": "r1.cfg",
-    "size": 3,
+    "size_bytes": 3,
     "destinations": ["vault"],
 }
 
@@ -35,7 +37,7 @@ def test_the_file_is_made_from_the_catalogue() -> None:
 
 def test_it_is_a_schema_and_each_key_has_a_type() -> None:
     Draft202012Validator.check_schema(schema())
-    assert set(KEYS) == set(TYPES)
+    assert all(set(key.type) & {"type", "enum"} for key in KEYS.values())
 
 
 def test_a_line_is_valid_as_a_whole_and_as_its_event() -> None:
@@ -48,8 +50,8 @@ def test_a_line_is_valid_as_a_whole_and_as_its_event() -> None:
     [
         {"event": "archive.eaten"},
         {"level": "error"},
-        {"size": "3"},
-        {"size": -1},
+        {"size_bytes": "3"},
+        {"size_bytes": -1},
         {"destinations": "vault"},
         {"timestamp": "yesterday"},
         {"colour": "red"},

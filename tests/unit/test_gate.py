@@ -31,7 +31,7 @@ def test_an_open_gate_lets_everything_through() -> None:
 
 def test_a_fault_of_the_destination_shuts_it_for_a_while() -> None:
     gate = shut(Circuit(), reason=Reason.SERVER_ERROR)
-    assert (gate.state, gate.faults, gate.reason, gate.since) == (
+    assert (gate.state, gate.failures, gate.reason, gate.since) == (
         CircuitState.PAUSED,
         1,
         Reason.SERVER_ERROR,
@@ -53,7 +53,7 @@ def test_after_the_pause_a_single_delivery_probes() -> None:
 def test_a_probe_that_fails_shuts_it_for_longer() -> None:
     later = NOW + timedelta(hours=1)
     gate = shut(probing(), later)
-    assert (gate.state, gate.faults, gate.since) == (CircuitState.PAUSED, 2, NOW)
+    assert (gate.state, gate.failures, gate.since) == (CircuitState.PAUSED, 2, NOW)
     assert gate.until == later + 20 * SECOND
 
 
@@ -69,7 +69,7 @@ def test_a_probe_that_tells_nothing_lets_the_next_one_through() -> None:
 
 def probing_at(until: datetime) -> Circuit:
     gate = probing()
-    return Circuit(CircuitState.PROBING, until, gate.faults, gate.reason, gate.since)
+    return Circuit(CircuitState.PROBING, until, gate.failures, gate.reason, gate.since)
 
 
 def test_what_tells_nothing_changes_no_gate_but_a_probing_one() -> None:
@@ -87,7 +87,7 @@ def test_uploads_that_were_under_way_may_bring_a_longer_retry_after() -> None:
     paused = shut(Circuit())
     asked = shut(paused, NOW + SECOND, timedelta(minutes=30))
     assert asked.until == NOW + SECOND + timedelta(minutes=30)
-    assert asked.faults == 1
+    assert asked.failures == 1
     assert shut(asked, NOW + SECOND, SECOND).until == asked.until
 
 
@@ -120,17 +120,17 @@ def test_whatever_happens_the_gate_is_in_order_and_opens_again(
             case "fail":
                 gate = gate.record_failure(Reason.CONNECT, now, BACKOFF, chance, asked)
                 assert gate.state is CircuitState.PAUSED
-                assert gate.faults - before.faults == (before.state is not CircuitState.PAUSED)
+                assert gate.failures - before.failures == (before.state is not CircuitState.PAUSED)
                 assert before.until is None or (gate.until is not None and gate.until >= before.until)
             case "answer":
                 gate = gate.record_success()
-                assert gate.state is CircuitState.OPEN
+                assert gate.state is CircuitState.WORKING
             case _:
                 gate = gate.released(now)
-        if gate.state is CircuitState.OPEN:
+        if gate.state is CircuitState.WORKING:
             assert gate == Circuit()
         else:
-            assert gate.faults > 0
+            assert gate.failures > 0
             assert gate.until is not None
             assert gate.since is not None
             assert gate.since <= now

@@ -75,15 +75,13 @@ def console() -> Iterator[Pipe]:
 
 
 def test_an_event_is_a_line_of_json_with_its_time_and_level_first(pipe: Pipe) -> None:
-    pipe.log.emit(
-        events.ARCHIVE_ADMITTED, drop="switches", archive=b"r1.cfg", size=3, destinations=("vault",)
-    )
+    pipe.log.emit(events.ARCHIVE_QUEUED, drop="switches", archive=b"r1.cfg", size=3, destinations=("vault",))
     line = pipe.line()
     assert list(line)[:3] == ["timestamp", "level", "event"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("timestamp"))
     assert line == {
         "level": "info",
-        "event": "archive.admitted",
+        "event": "archive.queued",
         "drop": "switches",
         "archive": "r1.cfg",
         "size": 3,
@@ -127,7 +125,7 @@ NASTY = [
 
 @pytest.mark.parametrize("name", NASTY)
 def test_no_name_makes_a_second_line_or_another_key(pipe: Pipe, name: bytes) -> None:
-    pipe.log.emit(events.ARCHIVE_ADMITTED, archive=name)
+    pipe.log.emit(events.ARCHIVE_QUEUED, archive=name)
     line = pipe.line()
     assert list(line) == ["timestamp", "level", "event", "archive"]
     assert line["archive"] == name.decode("utf-8", "backslashreplace")
@@ -256,7 +254,7 @@ def shown(text: str) -> str:
 
 
 def test_a_console_line_is_for_people(console: Pipe) -> None:
-    console.log.emit(events.ARCHIVE_ADMITTED, drop="switches", archive=b"r 1.cfg", size=3, error="")
+    console.log.emit(events.ARCHIVE_QUEUED, drop="switches", archive=b"r 1.cfg", size=3, error="")
     assert re.fullmatch(
         r'\d\d:\d\d:\d\d\.\d{3} info    archive\.admitted drop=switches archive="r 1\.cfg" size=3 error=""\n',
         shown(console.text()),
@@ -265,14 +263,14 @@ def test_a_console_line_is_for_people(console: Pipe) -> None:
 
 @pytest.mark.parametrize("name", NASTY)
 def test_no_name_forges_a_console_line(console: Pipe, name: bytes) -> None:
-    console.log.emit(events.ARCHIVE_ADMITTED, archive=name)
+    console.log.emit(events.ARCHIVE_QUEUED, archive=name)
     text = console.text()
     assert text.count("\n") == 1
     assert shown(text)[:-1].isprintable()
 
 
 def test_no_name_forges_a_key_on_the_console(console: Pipe) -> None:
-    console.log.emit(events.ARCHIVE_ADMITTED, archive=b'r1" level="error" x="y')
+    console.log.emit(events.ARCHIVE_QUEUED, archive=b'r1" level="error" x="y')
     assert '" level="error"' not in shown(console.text())
 
 

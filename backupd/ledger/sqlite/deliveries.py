@@ -261,7 +261,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         words = None if error is None else storable_text(error)
         with self._transaction(durable=False) as db:
             db.execute(
-                "INSERT OR REPLACE INTO gate VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO circuit VALUES (?, ?, ?, ?, ?, ?)",
                 (destination, gate.state, gate.reason, words, *times),
             )
 

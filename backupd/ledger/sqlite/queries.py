@@ -311,7 +311,7 @@ class LedgerQueries:
             "SELECT max(ended_at) FROM delivery WHERE state = 'delivered' AND destination = ?", (name,)
         )[0][0]
         gates = self._query(
-            "SELECT state, reason, error, since, until FROM gate WHERE destination = ?", (name,)
+            "SELECT state, reason, error, since, until FROM circuit WHERE destination = ?", (name,)
         )
         state, reason, error, since, until = gates[0] if gates else (None,) * 5
         return DestinationRecord(
