@@ -116,8 +116,8 @@ class Daemon:
             events.DAEMON_READY,
             duration_s=time.monotonic() - self._began,
             pending=sum(b.pending for b in parts.ledger.backlog().values()),
-            released=released,
-            undisposed=undisposed,
+            released_claims=released,
+            pending_dispositions=undisposed,
         )
         self._beat()
         self._notifier.send("READY=1", self._status())

@@ -140,7 +140,7 @@ class HistoryRestorer:
                 events.LEDGER_RESTORED,
                 drop=place.drop,
                 path=place.path,
-                restored=restored,
+                restored_archives=restored,
                 unknown_files=unknown,
             )
         if problems.count:

@@ -215,8 +215,8 @@ class Intake:
         self._log.emit(
             events.DROP_SCANNED,
             drop=self.name,
-            found=found,
-            candidates=len(self._candidates) + len(self._examination),
+            found_files=found,
+            unfinished_files=len(self._candidates) + len(self._examination),
             duration_s=time.monotonic() - started,
         )
 

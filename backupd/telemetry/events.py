@@ -110,11 +110,17 @@ KEYS: dict[str, Key] = {
             by_name(NUMBER),
             "age of the oldest pending archive in seconds, per destination; 0 if none is pending",
         ),
-        Key("found", COUNT, "files found by the scan"),
-        Key("candidates", COUNT, "files that are not stable yet"),
-        Key("released", COUNT, "claims of an earlier run that were released"),
-        Key("undisposed", COUNT, "delivered or rejected archives whose file has not been moved yet"),
-        Key("restored", COUNT, "sent and rejected archives that the ledger knows again"),
+        Key("found_files", COUNT, "files found by the scan"),
+        Key("unfinished_files", COUNT, "files that are not stable yet or are still being examined"),
+        Key(
+            "released_claims", COUNT, "deliveries claimed by an earlier run and released for another attempt"
+        ),
+        Key(
+            "pending_dispositions",
+            COUNT,
+            "delivered or rejected archives whose file has not been moved or deleted yet",
+        ),
+        Key("restored_archives", COUNT, "sent and rejected archives that the ledger knows again"),
         Key("unknown_files", COUNT, "files in `sent_dir` and `rejected_dir` without a receipt file"),
         Key("in_flight", COUNT, "uploads in progress"),
         Key("signal", TEXT, "name of the signal"),
@@ -189,7 +195,7 @@ DAEMON_STARTED = _event(
 DAEMON_READY = _event(
     "daemon.ready",
     "info",
-    "duration_s pending released undisposed",
+    "duration_s pending released_claims pending_dispositions",
     "ready after {duration_s} s with {pending} pending deliveries",
     "ledger, watchers and workers are running",
 )
@@ -289,8 +295,8 @@ LEDGER_RECREATED = _event(
 LEDGER_RESTORED = _event(
     "ledger.restored",
     "info",
-    "drop path restored unknown_files",
-    "{restored} archives in {path} are known again",
+    "drop path restored_archives unknown_files",
+    "{restored_archives} archives in {path} are known again",
     "a recreated ledger knows the archives in `sent_dir` or `rejected_dir` again, by their receipt files",
 )
 LEDGER_INCOMPLETE = _event(
@@ -318,8 +324,8 @@ DROP_WATCHED = _event(
 DROP_SCANNED = _event(
     "drop.scanned",
     "debug",
-    "drop found candidates duration_s",
-    "scanned {drop}: {found} files",
+    "drop found_files unfinished_files duration_s",
+    "scanned {drop}: {found_files} files",
     "the scan of a drop folder ended",
 )
 DROP_FAILED = _event(

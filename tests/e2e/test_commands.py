@@ -383,11 +383,11 @@ def test_status_while_the_daemon_runs_and_when_it_does_not(stage: Stage, receive
     told = json.loads(stage.backupd("status", "--json").stdout)
     assert running.returncode == 0
     assert f"daemon: running as process {daemon.pid}" in running.stdout
-    assert re.search(r"vault +open +0 ", running.stdout)
+    assert re.search(r"vault +working +0 ", running.stdout)
     assert re.search(r"certificate of vault: \d+ days left", running.stdout)
     assert told["daemon_pid"] == daemon.pid
     [destination] = told["destinations"]
-    assert (destination["name"], destination["gate"], destination["pending"]) == ("vault", "open", 0)
+    assert (destination["name"], destination["circuit"], destination["pending"]) == ("vault", "working", 0)
     assert destination["last_delivered"].endswith("Z")
 
     daemon.stop()

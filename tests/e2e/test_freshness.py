@@ -76,7 +76,7 @@ def test_an_archive_of_unusual_size_is_delivered_and_said_once(
         daemon.wait_for("archive.queued", archive=f"{number}.cfg")
     stage.put("odd.cfg", b"x" * 100)
     (odd,) = daemon.wait_for("archive.unusual_size")
-    assert (odd["archive"], odd["size"], odd["median_size_bytes"], odd["change"]) == (
+    assert (odd["archive"], odd["size_bytes"], odd["median_size_bytes"], odd["change_ratio"]) == (
         "odd.cfg",
         100,
         1000,

@@ -57,7 +57,7 @@ def test_a_truncated_archive_is_held_and_then_rejected_once(
     if restarted:
         stage.put("r1.tar.gz", a_backup()[:-3000])
         first = stage.daemon().ready()
-        first.wait_for("drop.scanned", candidates=1)
+        first.wait_for("drop.scanned", unfinished_files=1)
         first.kill()
         stage.configure(receiver.url, drop='inspect = "full"\n' + QUICKLY)
     daemon = stage.daemon().ready()

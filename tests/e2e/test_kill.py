@@ -200,7 +200,7 @@ def test_a_kill_between_the_store_and_the_answer_leaves_one_copy(
     verified = again.wait_for("delivery.verified")
     again.wait_for("archive.disposed")
 
-    assert again.events("daemon.ready")[0]["released"] == 1
+    assert again.events("daemon.ready")[0]["released_claims"] == 1
     assert [event["http_status"] for event in verified] == [200]  # it had it already
     assert again.stop() == 0
     assert_all_is_well(stage, {"core.tar.gz": hashlib.sha256(content).hexdigest()})
@@ -221,7 +221,7 @@ def test_a_kill_between_the_commit_and_the_move_is_made_good(stage: Stage, recei
     again = stage.daemon().ready()
     again.wait_for("archive.disposed", disposition="moved")
 
-    assert again.events("daemon.ready")[0]["undisposed"] == 1
+    assert again.events("daemon.ready")[0]["pending_dispositions"] == 1
     assert not again.events("delivery.verified")  # it is not sent again
     assert daemon.events("archive.delivered")
     assert again.stop() == 0

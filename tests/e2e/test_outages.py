@@ -141,7 +141,7 @@ def test_a_destination_that_is_down_at_the_start_gets_everything_once_it_is_up(s
     assert len(resumed) == 1
     assert {event["reason"] for event in paused} == {"connect_failed"}
     assert all(0 < event["paused_for_s"] <= 0.5 for event in paused)
-    assert [event["faults"] for event in paused] == list(range(1, len(paused) + 1))
+    assert [event["failures"] for event in paused] == list(range(1, len(paused) + 1))
     assert resumed[0]["down_for_s"] > 0
     assert daemon.stop() == 0
 
@@ -168,7 +168,7 @@ def test_a_destination_that_goes_away_and_comes_back_is_taken_up_again(stage: St
         daemon.wait_for("archive.disposed", archive="one.tar.gz")
     stage.put("two.tar.gz", b"2")
     daemon.wait_for("destination.paused")
-    assert json.loads(stage.backupd("status", "--json").stdout)["destinations"][0]["gate"] != "open"
+    assert json.loads(stage.backupd("status", "--json").stdout)["destinations"][0]["circuit"] != "working"
 
     with receiver:
         daemon.wait_for("archive.disposed", archive="two.tar.gz")
@@ -177,7 +177,7 @@ def test_a_destination_that_goes_away_and_comes_back_is_taken_up_again(stage: St
     wanted = ["destination.paused", "destination.resumed"]
     assert order_of(daemon, *wanted) == wanted
     assert len(stage.stored()) == 2
-    assert json.loads(stage.backupd("status", "--json").stdout)["destinations"][0]["gate"] == "open"
+    assert json.loads(stage.backupd("status", "--json").stdout)["destinations"][0]["circuit"] == "working"
 
 
 @pytest.mark.parametrize(

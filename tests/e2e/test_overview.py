@@ -63,7 +63,7 @@ def micros(ago: timedelta) -> int:
         "delivery SET ended_at = 9000000000000000000",
         "delivery SET due_at = 'soon'",
         "attempt SET duration_us = 'long'",
-        "gate SET since = 'then', reason = 'x'",
+        "circuit SET since = 'then', reason = 'x'",
     ],
 )
 def test_what_can_not_be_read_in_the_ledger_is_told_without_a_traceback(
@@ -72,7 +72,7 @@ def test_what_can_not_be_read_in_the_ledger_is_told_without_a_traceback(
     assert a_sent_archive(stage, receiver, "one.cfg").stop() == 0
     (told,) = json.loads(stage.backupd("list", "--json").stdout)
     connection = open_ledger(stage.state).connection
-    connection.execute("INSERT OR REPLACE INTO gate VALUES ('vault', 'paused', NULL, NULL, 1, 1)")
+    connection.execute("INSERT OR REPLACE INTO circuit VALUES ('vault', 'paused', NULL, NULL, 1, 1)")
     connection.execute("PRAGMA ignore_check_constraints = ON")
     connection.execute(f"UPDATE {damage}")
     connection.close()

@@ -251,9 +251,9 @@ def test_certificates_that_end_soon_are_told_at_every_start(stage: Stage) -> Non
         stage.configure(server.url, top=SOON)
         for number in range(2):
             daemon = stage.daemon().ready()
-            (ours,) = daemon.wait_for("certificate.expiring", whose="client")
+            (ours,) = daemon.wait_for("certificate.expiring", certificate_role="client")
             assert (ours["destination"], ours["days_left"]) == ("vault", 5)
             stage.put(f"{number}.cfg", b"abc")
-            (theirs,) = daemon.wait_for("certificate.expiring", whose="server")
+            (theirs,) = daemon.wait_for("certificate.expiring", certificate_role="server")
             assert theirs["days_left"] == 2
             assert daemon.stop() == 0

@@ -126,7 +126,7 @@ def test_a_start_by_a_later_clock_removes_nothing(
     for name in ("later.tar.gz", "latest.tar.gz"):
         again = stage.daemon(shim.environ).ready()
         if lost and name == "later.tar.gz":
-            again.wait_for("ledger.restored", restored=2)
+            again.wait_for("ledger.restored", restored_archives=2)
         send(stage, again, name)
         names.append(name)
         assert_kept_and_known(stage, again, *names)

@@ -142,7 +142,7 @@ def test_what_was_put_away_is_known_again_by_its_records(stage: Stage) -> None:
 
         again = stage.daemon()
         said = again.wait_for("ledger.restored", 2)
-        assert [(line["restored"], line["unknown"]) for line in said] == [(1, 0), (1, 0)]
+        assert [(line["restored_archives"], line["unknown_files"]) for line in said] == [(1, 0), (1, 0)]
         assert listed(stage) == before
         again.wait_for("drop.overdue", device="r1")  # whose silence nobody would have noticed
         assert stage.backupd("audit").returncode == 0

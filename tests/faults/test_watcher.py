@@ -163,14 +163,14 @@ def test_a_limit_of_the_kernel_is_said_and_archives_are_found_without_events(
 
     refused = daemon.wait_for("watch.degraded", reason="refused")[0]
     assert f"max_user_{limit.rpartition('_')[2]}" in refused["hint"]
-    daemon.wait_for("daemon.heartbeat", blind=1)
+    daemon.wait_for("daemon.heartbeat", degraded_drops=1)
     deliver(stage, daemon, "found.tar.gz")
     assert len(daemon.events("watch.degraded")) == 1  # however often it is tried again
 
     set_limit(daemon, limit, 1000)
     daemon.wait_for("watch.recovered")
     sees_again(stage, daemon, "later")
-    daemon.wait_for("daemon.heartbeat", blind=0)
+    daemon.wait_for("daemon.heartbeat", degraded_drops=0)
     assert daemon.stop() == 0
 
 
@@ -189,7 +189,7 @@ def test_a_limit_that_leaves_only_some_directories_unwatched_is_said(
     refused = daemon.wait_for("watch.degraded", reason="refused")[0]
     assert_said_by_the_next_scan(daemon, after)
     assert "max_user_watches" in refused["hint"]
-    daemon.wait_for("daemon.heartbeat", blind=1)
+    daemon.wait_for("daemon.heartbeat", degraded_drops=1)
     for name in ("first", "second"):
         deliver(stage, daemon, f"{name}/found.tar.gz")
     daemon.wait_for("drop.scanned", scans(daemon) + 3)
@@ -200,7 +200,7 @@ def test_a_limit_that_leaves_only_some_directories_unwatched_is_said(
     daemon.wait_for("watch.recovered")
     for name in ("first", "second"):
         sees_again(stage, daemon, f"{name}/later")
-    daemon.wait_for("daemon.heartbeat", blind=0)
+    daemon.wait_for("daemon.heartbeat", degraded_drops=0)
     assert daemon.stop() == 0
 
 
@@ -236,7 +236,7 @@ def test_a_root_that_goes_and_is_made_anew(
     assert_said_by_the_next_scan(daemon, after)
     (failed,) = daemon.wait_for("drop.failed", error="No such file or directory")
     assert failed["hint"]
-    daemon.wait_for("daemon.heartbeat", blind=1)
+    daemon.wait_for("daemon.heartbeat", degraded_drops=1)
 
     stage.drop.mkdir()
     deliver(stage, daemon, "after.tar.gz")
@@ -256,7 +256,7 @@ def test_a_root_that_is_made_unreadable_in_its_place(stage: Stage, receiver: Run
     stage.drop.chmod(0)
     (failed,) = daemon.wait_for("drop.failed", error="Permission denied")
     assert "readable" in failed["hint"]
-    daemon.wait_for("daemon.heartbeat", blind=1)
+    daemon.wait_for("daemon.heartbeat", degraded_drops=1)
     stage.put("meanwhile.tar.gz", b"meanwhile")
     daemon.wait_for("archive.ignored", archive="meanwhile.tar.gz", reason="unreadable")
     assert len(daemon.events("drop.failed")) == 1
@@ -265,7 +265,7 @@ def test_a_root_that_is_made_unreadable_in_its_place(stage: Stage, receiver: Run
     daemon.wait_for("watch.recovered")
     daemon.wait_for("archive.disposed", archive="meanwhile.tar.gz")
     sees_again(stage, daemon, "later")
-    daemon.wait_for("daemon.heartbeat", blind=0)
+    daemon.wait_for("daemon.heartbeat", degraded_drops=0)
     assert len(daemon.events("drop.failed")) == 1
     assert daemon.stop() == 0
 

@@ -179,7 +179,7 @@ def test_a_change_during_the_upload_has_the_new_content_delivered_and_the_old_on
         assert settle(stage, daemon, 1) == [new]
         assert held.whole == [new]  # the first request was never made whole, with whatever content
         delivered = daemon.events("archive.delivered")
-        assert [line["size"] for line in delivered] == [len(new)]
+        assert [line["size_bytes"] for line in delivered] == [len(new)]
         assert daemon.stop() == 0
 
 

@@ -169,9 +169,9 @@ def test_an_unusual_size_is_said_once_also_by_the_next_daemon(tmp_path: Path, cl
                 "drop": "switches",
                 "archive": b"sw1/small.cfg",
                 "device": "sw1",
-                "size": 40,
+                "size_bytes": 40,
                 "median_size_bytes": 100,
-                "change": -0.6,
+                "change_ratio": -0.6,
             },
         )
     ]

@@ -721,7 +721,7 @@ def test_an_unknown_outcome_survives_a_kill_of_the_daemon(stage: Stage, query: s
         daemon.wait_for("destination.paused")
         daemon.wait_for("delivery.deferred")
         daemon.kill()
-        again_sent = [event["sent"] for event in daemon.events("attempt.failed")][1:]
+        again_sent = [event["sent_bytes"] for event in daemon.events("attempt.failed")][1:]
         assert again_sent
         assert query == "not asked" or set(again_sent) == {0}
         assert (stage.drop / "a.tar.gz").exists()

@@ -120,7 +120,9 @@ def test_what_was_put_away_is_known_again_as_it_was(site: Lost) -> None:
     assert sorted(site.rows()) == sorted(before)
     sent = [row for row in site.rows() if row[5] == "delivered"]
     assert sent == [row for row in before if row[5] == "delivered"], "not in their order"
-    assert [(e["path"], e["restored"], e["unknown"]) for e in site.events("ledger.restored")] == [
+    assert [
+        (e["path"], e["restored_archives"], e["unknown_files"]) for e in site.events("ledger.restored")
+    ] == [
         (str(site.root / "sent"), 5, 0),
         (str(site.root / "rejected"), 1, 0),
     ]
@@ -183,7 +185,7 @@ def test_it_is_done_once_and_what_is_cut_short_is_done_at_the_next_start(site: L
     site.restore()
     assert len(site.rows()) == 600
     [said] = site.events("ledger.restored")
-    assert said["restored"] == 600 - begun
+    assert said["restored_archives"] == 600 - begun
 
     with closing(sqlite3.connect(site.state / FILE_NAME)) as db:
         db.execute("DELETE FROM archive")
@@ -335,7 +337,7 @@ def test_what_is_older_than_the_history_is_neither_restored_nor_unknown(site: Lo
     site.restore()
     assert [row[0] for row in site.rows()] == [b"new.cfg"]
     [said] = site.events("ledger.restored")
-    assert (said["restored"], said["unknown"]) == (1, 0)
+    assert (said["restored_archives"], said["unknown_files"]) == (1, 0)
 
 
 def test_the_last_ones_are_kept_while_only_some_are_known(site: Lost) -> None:
@@ -452,7 +454,7 @@ def test_a_record_that_can_not_be_of_the_file_is_not_believed(
     site.restore()
     assert [row[0] for row in site.rows()] == [b"good.cfg"]
     [said] = site.events("ledger.restored")
-    assert (said["restored"], said["unknown"]) == (1, 1)
+    assert (said["restored_archives"], said["unknown_files"]) == (1, 1)
 
 
 @pytest.mark.parametrize(

@@ -274,9 +274,9 @@ def test_a_refused_certificate_makes_no_fast_loop(stage: Stage, foreign: Pki) ->
     pauses = [event for event in said if event["event"] == "destination.paused"]
     attempts = [event for event in said if event["event"] == "attempt.failed"]
     assert attempts == daemon.events("attempt.failed")
-    assert [event["faults"] for event in pauses[:5]] == [1, 2, 3, 4, 5]
+    assert [event["failures"] for event in pauses[:5]] == [1, 2, 3, 4, 5]
     for event in pauses:
-        step = 0.1 * 2 ** (event["faults"] - 1)
+        step = 0.1 * 2 ** (event["failures"] - 1)
         assert step * 0.1 - 0.002 <= event["paused_for_s"] <= step + 0.002
     assert len(attempts) <= len(pauses) + 2  # the second worker, before the gate was shut; and the end
     assert connections <= len(attempts) + 1

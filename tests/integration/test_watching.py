@@ -391,7 +391,7 @@ def test_a_file_that_is_held_open_waits_until_it_is_closed(scene: Watching) -> N
         file.write(b" and half")
     scene.wait_admitted("r1.cfg")
     (event,) = (event for event in scene.events("archive.queued") if event["archive"] == "r1.cfg")
-    assert event["size"] == len(b"half and half")
+    assert event["size_bytes"] == len(b"half and half")
     assert scene.admitted() == ["other.cfg", "r1.cfg"]
 
 
@@ -408,7 +408,7 @@ def test_a_file_that_grows_is_admitted_once_and_whole(tmp_path: Path, ahead: lis
         ahead[0] += 0.7 * HOUR
         scene.wait_admitted("r1.cfg")
         scene.wait_scan()
-        assert [event["size"] for event in scene.events("archive.queued")] == [400]
+        assert [event["size_bytes"] for event in scene.events("archive.queued")] == [400]
 
 
 def test_a_new_content_under_the_same_name_starts_over(scene: Watching) -> None:
@@ -417,7 +417,7 @@ def test_a_new_content_under_the_same_name_starts_over(scene: Watching) -> None:
     scene.put("r1.cfg", b"newer")
     scene.wait_event("archive.queued", 2)
     (event,) = scene.events("archive.superseded")
-    assert (event["archive"], event["size"]) == ("r1.cfg", 3)
+    assert (event["archive"], event["size_bytes"]) == ("r1.cfg", 3)
 
 
 def test_what_is_no_archive_is_said_once_and_with_the_reason(scene: Watching) -> None:

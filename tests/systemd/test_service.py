@@ -143,7 +143,7 @@ def test_a_kill_in_mid_upload_is_made_good_by_the_restart(site: Site) -> None:
         assert site.machine.show(UNIT, "NRestarts") == {"NRestarts": "1"}
         assert [request.archive for request in server.requests] == [LARGE]
         assert not archive.exists()
-        assert site.events("daemon.ready")[-1]["released"] == 1
+        assert site.events("daemon.ready")[-1]["released_claims"] == 1
         assert len(site.events("archive.delivered")) == 1
 
 
