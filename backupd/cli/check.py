@@ -10,11 +10,12 @@ from typing import Annotated
 import typer
 
 from backupd.cli.options import BAD_CONFIG, DEFAULT_CONFIG, UNAVAILABLE, AsJson, ConfigPath
-from backupd.cli.output import print_json, span
+from backupd.cli.output import print_json
 from backupd.config.files import file_problems
 from backupd.config.load import load
 from backupd.config.models import DestinationConfig
 from backupd.config.problems import FileProblem
+from backupd.core.durations import human_duration
 from backupd.core.names import printable
 from backupd.upload.http.probe import ProbeResult, probe_all
 
@@ -95,4 +96,4 @@ def _facts(probe: ProbeResult, destination: DestinationConfig) -> Iterator[tuple
 def _clock(ahead: float) -> str:
     if abs(ahead) < 2:  # the field has whole seconds
         return "as ours"
-    return f"{span(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'} ours"
+    return f"{human_duration(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'} ours"

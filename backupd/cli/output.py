@@ -19,6 +19,7 @@ from rich.text import Text
 
 from backupd.config.models import Config
 from backupd.config.types import parse_duration
+from backupd.core.durations import human_duration
 from backupd.core.errors import UsageError
 from backupd.core.names import as_text, printable
 
@@ -105,20 +106,8 @@ def ago(time: datetime | None) -> str:
     if time is None:
         return "-"
     seconds = (datetime.now(UTC) - time).total_seconds()
-    words = span(abs(seconds))
+    words = human_duration(abs(seconds))
     return f"{words} ago" if seconds >= 0 else f"in {words}"
-
-
-def span(seconds: float) -> str:
-    """Return a length of time for people, its two largest parts at most."""
-    whole = int(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min"
-    if whole < 48 * 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
 def time_of(option: str, text: str, now: datetime) -> datetime | None:

@@ -33,10 +33,13 @@ def key_password(path: Path) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class FilesReport:
-    """The problems, and when each destination's client certificate expires, in seconds since the epoch."""
+    """The problems of all named files and folders, and when each destination's `cert` file expires.
+
+    `expires` has no entry for a destination without a client certificate, or with an unreadable one.
+    """
 
     problems: tuple[FileProblem, ...]
-    expires: Mapping[str, float]
+    expires: Mapping[str, datetime]
 
     @property
     def fatal(self) -> tuple[FileProblem, ...]:
@@ -96,13 +99,21 @@ def certificate_problems(name: str, destination: DestinationConfig, now: datetim
 
 
 def earliest_expiry(destination: DestinationConfig) -> datetime | None:
-    """Return when the client certificate of a destination ends, or the first of its chain, if known."""
+    """Return when the first certificate in a destination's `cert` file expires: the client's or its chain's.
+
+    None if the destination has no `cert`, or the file can't be read.
+    """
     if destination.cert is None:
         return None
     try:
         return min(each.not_valid_after_utc for each in _certificates(_File("cert", destination.cert)))
     except _UnusableError:
         return None
+
+
+def days_left(end: datetime, now: datetime) -> int:
+    """Return the whole days from `now` to `end`, rounded down: 0 on the last day, negative afterwards."""
+    return (end - now).days
 
 
 def _authority_problems(file: _File, now: datetime) -> Iterator[FileProblem]:
@@ -135,7 +146,7 @@ def _date_problems(
             )
         elif end - now <= EXPIRES_SOON:
             yield file.problem(
-                f"holds {subject}, which expires on {end:%Y-%m-%d}, in {(end - now).days} days",
+                f"holds {subject}, which expires on {end:%Y-%m-%d}, in {days_left(end, now)} days",
                 "renew it before then",
                 fatal=False,
             )
@@ -255,7 +266,7 @@ _MOUNTS: Final = Path("/proc/self/mountinfo")
 def examine_files(config: Config, now: datetime) -> FilesReport:
     """Return what `preflight` says, and when the client certificates expire."""
     ends = {name: earliest_expiry(destination) for name, destination in config.destination.items()}
-    expires = {name: end.timestamp() for name, end in ends.items() if end is not None}
+    expires = {name: end for name, end in ends.items() if end is not None}
     return FilesReport(tuple(file_problems(config, now)), expires)
 
 

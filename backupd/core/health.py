@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import IntEnum
 
+from backupd.core.durations import human_duration
+
 
 class HealthLevel(IntEnum):
     """The exit codes of a plugin; Monitoring Plugins Development Guidelines, "Plugin Return Codes"."""
@@ -54,10 +56,10 @@ def _findings(facts: HealthFacts, limits: HealthLimits) -> Iterator[tuple[Health
     if not facts.running:
         yield HealthLevel.CRITICAL, "the daemon is not running"
     if facts.oldest is not None and facts.oldest >= limits.warning_age:
-        text = f"the oldest pending archive waits for {_span(facts.oldest)}"
+        text = f"the oldest pending archive waits for {human_duration(facts.oldest)}"
         yield HealthLevel.CRITICAL if facts.oldest >= limits.critical_age else HealthLevel.WARNING, text
     for name, length in facts.paused.items():
-        text = f"{name} is paused for {_span(length)}"
+        text = f"{name} is paused for {human_duration(length)}"
         yield HealthLevel.CRITICAL if length >= limits.critical_age else HealthLevel.WARNING, text
     if facts.rejected:
         yield HealthLevel.WARNING, f"{facts.rejected} rejected"
@@ -84,11 +86,3 @@ def _perfdata(facts: HealthFacts, limits: HealthLimits) -> str:
         days = min(facts.days_left.values())
         values.append(f"certificate_days={days};{limits.warning_days}:;{limits.critical_days}:")
     return " ".join(values)
-
-
-def _span(length: timedelta) -> str:
-    seconds = length.total_seconds()
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"

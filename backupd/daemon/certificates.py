@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 
-from backupd.config.files import ExamineFiles, FilesReport
+from backupd.config.files import ExamineFiles, FilesReport, days_left
 from backupd.core.errors import BackupdError, ConfigError
 from backupd.daemon.runtime import Runtime
 from backupd.telemetry import events
@@ -14,8 +13,6 @@ from backupd.telemetry.log import EventLog
 
 _TOLD_AT = (1, 3, 7, 14, 30)
 """Days before the end at which it is told."""
-
-_DAY = 86400.0
 
 
 class Certificates:
@@ -45,9 +42,9 @@ class Certificates:
 
     def days_left(self) -> Mapping[str, int]:
         """Return the whole days left of each destination's client certificate."""
-        now = time.time()
+        now = datetime.now(UTC)
         return {
-            name: int((end - now) // _DAY)
+            name: days_left(end, now)
             for name, end in self._expires.items()
             if name in self._parts.destinations
         }
@@ -59,9 +56,9 @@ class Certificates:
         """
         if refused := self._refused & set(self._parts.destinations):
             self._take_up(refused)
-        now = time.time()
+        now = datetime.now(UTC)
         for name, whose, end in self._all():
-            days = int((end - now) // _DAY)
+            days = days_left(end, now)
             step = next((step for step in _TOLD_AT if days < step), None)
             if step is not None and self._told.get((name, whose)) != step:
                 self._log.emit(
@@ -69,7 +66,7 @@ class Certificates:
                     destination=name,
                     certificate_role=whose,
                     days_left=days,
-                    expires_at=datetime.fromtimestamp(end, UTC),
+                    expires_at=end,
                     hint="renew the files that `cert` and `key` name; they are taken up by themselves"
                     if whose == "client"
                     else "tell whoever runs the destination",
@@ -79,12 +76,12 @@ class Certificates:
             else:
                 self._told[name, whose] = step
 
-    def _all(self) -> Iterator[tuple[str, str, float]]:
+    def _all(self) -> Iterator[tuple[str, str, datetime]]:
         for name, part in self._parts.destinations.items():
             if name in self._expires:
                 yield name, "client", self._expires[name]
             if part.tls_context.server_expires is not None:
-                yield name, "server", part.tls_context.server_expires
+                yield name, "server", datetime.fromtimestamp(part.tls_context.server_expires, UTC)
 
     def _take_up(self, names: set[str]) -> None:
         try:

@@ -16,6 +16,7 @@ from backupd import __version__
 from backupd.config.files import ExamineFiles
 from backupd.config.load import load
 from backupd.config.models import Config
+from backupd.core.durations import human_duration
 from backupd.core.errors import BackupdError, ConfigError, LedgerDamagedError, LedgerError
 from backupd.daemon.certificates import Certificates
 from backupd.daemon.heartbeat import Heartbeat
@@ -255,7 +256,7 @@ class Daemon:
             parts.insert(0, f"pending {sum(b.pending for b in backlog.values())}")
             oldest = min((b.oldest for b in backlog.values() if b.oldest), default=None)
             if oldest is not None:
-                parts.insert(1, f"oldest {_span((datetime.now(UTC) - oldest).total_seconds())}")
+                parts.insert(1, f"oldest {human_duration(datetime.now(UTC) - oldest)}")
         if self._parts.recorder.last_delivered is not None:
             parts.append(f"last delivered {self._parts.recorder.last_delivered:%Y-%m-%d %H:%M:%S} UTC")
         shut = [name for name, gate in self._parts.circuits.items() if gate.state != "working"]
@@ -294,10 +295,3 @@ class Daemon:
             events.DAEMON_STOPPED, duration_s=time.monotonic() - began, clean=clean, pending=pending
         )
         return 1 if self._threads.failed else 0
-
-
-def _span(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"

@@ -21,14 +21,14 @@ LIMITS = HealthLimits(HOUR, 6 * HOUR)
         (
             HealthFacts(pending=1, oldest=HOUR),
             HealthLevel.WARNING,
-            "the oldest pending archive waits for 60 min",
+            "the oldest pending archive waits for 1 h",
         ),
         (
             HealthFacts(pending=1, oldest=6 * HOUR),
             HealthLevel.CRITICAL,
             "the oldest pending archive waits for 6 h",
         ),
-        (HealthFacts(paused={"vault": HOUR / 60}), HealthLevel.WARNING, "vault is paused for 60 s"),
+        (HealthFacts(paused={"vault": HOUR / 60}), HealthLevel.WARNING, "vault is paused for 1 min"),
         (HealthFacts(paused={"vault": 6 * HOUR}), HealthLevel.CRITICAL, "vault is paused for 6 h"),
         (HealthFacts(rejected=2), HealthLevel.WARNING, "WARNING - 2 rejected"),
         (HealthFacts(days_left={"vault": 14}), HealthLevel.OK, "OK"),
