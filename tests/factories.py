@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
+from backupd.config.models import DropConfig
 from backupd.core.backoff import Backoff
 from backupd.core.model import (
     Archive,
@@ -23,6 +25,8 @@ from backupd.core.model import (
 )
 from backupd.core.policy import Reason
 from backupd.core.transition import RetryPolicy, next_step
+from backupd.dropfolder.drop import Drop
+from backupd.dropfolder.folder import DropFolder
 from backupd.ledger.port import ClaimResult, FileCandidate
 
 NOW = datetime(2026, 3, 4, 5, 6, 7, 890123, tzinfo=UTC)
@@ -69,7 +73,7 @@ def a_delivery(
     return Delivery("d-1", archive or an_archive(), destination, attempts, charged, faults)
 
 
-def a_sighting(
+def a_candidate(
     relpath: bytes = b"router-1.tar.gz", *, drop: str = "switches", fingerprint: Fingerprint | None = None
 ) -> FileCandidate:
     """Return the sighting of a new file."""
@@ -116,3 +120,9 @@ def finished(delivery: Delivery, *outcomes: Outcome, now: datetime = NOW) -> Cla
 
 
 ENDED = (DeliveryState.DELIVERED, DeliveryState.REJECTED, DeliveryState.SUPERSEDED)
+
+
+def a_drop(folder: DropFolder, *, name: str = "switches", **settings: Any) -> Drop:
+    """Return the drop of an open folder; `settings` are keys of its table in the configuration."""
+    config = DropConfig.model_validate({"path": folder.path, **settings})
+    return Drop.of(name, config, folder, ("vault",))

@@ -71,14 +71,14 @@ def is_being_written(fd: int) -> bool:
     fcntl(2), "Leases".
     """
     try:
-        with without_writers(fd):
+        with read_lease(fd):
             return False
     except BeingWrittenError:
         return True
 
 
 @contextmanager
-def without_writers(fd: int) -> Iterator[Callable[[], bool]]:
+def read_lease(fd: int) -> Iterator[Callable[[], bool]]:
     """Have whoever would open a file for writing wait for the end of the block, as far as the kernel helps.
 
     Yields what tells whether somebody waits. Raises BeingWrittenError where somebody has it open already.

@@ -22,7 +22,7 @@ from backupd.core.archive_formats import (
 )
 from backupd.core.policy import Reason
 from backupd.dropfolder.decompress import CHUNK, BoundedFile, DecompressedOutput, expand
-from backupd.dropfolder.zipwalk import has_directory, walk_zip
+from backupd.dropfolder.zipwalk import has_central_directory, walk_zip
 from backupd.dropfolder.zstdwalk import walk_zstd
 
 _BZIP2_END = 0x177245385090
@@ -43,7 +43,7 @@ def has_valid_end(source: BoundedFile, kind: ArchiveKind) -> bool:
         case ArchiveKind.TAR:
             return source.size > BLOCK and tail.endswith(bytes(BLOCK))
         case ArchiveKind.ZIP:
-            return has_directory(source)
+            return has_central_directory(source)
         case _:
             return False  # to walk through zstd's frames is quick enough
 

@@ -19,7 +19,7 @@ from backupd.core.names import (
     receipt_file_name,
     shortened,
 )
-from backupd.dropfolder.filesystem import is_being_written, without_writers
+from backupd.dropfolder.filesystem import is_being_written, read_lease
 from backupd.dropfolder.folder import DropFolder
 
 _NOREPLACE = 1
@@ -52,7 +52,7 @@ def move(
             folder.directory(to, create=True) as target,
             _without_writers(folder, relpath, expected) as somebody_waits,
         ):
-            move_into(source, name, target, hidden)
+            move_to_hidden_name(source, name, target, hidden)
             # a producer may have renamed a new file over the name since we looked, or be about to write
             is_ours = is_same_file(os.stat(hidden, dir_fd=target, follow_symlinks=False), expected)
             if not is_ours or somebody_waits():
@@ -80,7 +80,7 @@ def _without_writers(
         yield lambda: False
         return
     try:
-        with without_writers(fd) as somebody_waits:
+        with read_lease(fd) as somebody_waits:
             if not is_unchanged(os.fstat(fd), expected):
                 raise FileChangedError
             yield somebody_waits
@@ -88,7 +88,7 @@ def _without_writers(
         os.close(fd)
 
 
-def move_into(source: int, name: bytes, target: int, hidden: bytes) -> None:
+def move_to_hidden_name(source: int, name: bytes, target: int, hidden: bytes) -> None:
     """Rename a file to a hidden name of ours; whatever has that name is another's, and has to leave it."""
     try:
         rename_no_replace(source, name, target, hidden)
@@ -173,7 +173,7 @@ def rename_no_replace(source: int, name: bytes, target: int, new_name: bytes) ->
     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(new_name))
 
 
-def is_ours(status: os.stat_result, expected: Fingerprint) -> bool:
+def is_expected_file(status: os.stat_result, expected: Fingerprint) -> bool:
     """Tell whether a status is of the file that was put away."""
     return stat.S_ISREG(status.st_mode) and is_same_file(status, expected)
 
@@ -189,11 +189,11 @@ def remove_archive(folder: DropFolder, relpath: bytes, archive: Archive) -> int 
     try:
         with folder.directory(parent) as fd:
             with suppress(FileNotFoundError):
-                if not is_ours(os.stat(name, dir_fd=fd, follow_symlinks=False), expected):
+                if not is_expected_file(os.stat(name, dir_fd=fd, follow_symlinks=False), expected):
                     return None
-                move_into(fd, name, fd, hidden)
+                move_to_hidden_name(fd, name, fd, hidden)
             status = os.stat(hidden, dir_fd=fd, follow_symlinks=False)
-            if not is_ours(status, expected):
+            if not is_expected_file(status, expected):
                 move_back(fd, hidden, fd, name)
                 return None
             os.unlink(hidden, dir_fd=fd)

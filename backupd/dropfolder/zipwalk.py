@@ -38,7 +38,7 @@ class _Entry:
     at: int
 
 
-def has_directory(source: BoundedFile) -> bool:
+def has_central_directory(source: BoundedFile) -> bool:
     """Tell whether a zip ends with a central directory of one entry and more."""
     try:
         directory = _directory(source)

@@ -27,7 +27,7 @@ class ClockReading:
     """What the clock said, and what was doubted of that, the latest doubt last."""
 
     seen_at: datetime
-    doubts: Sequence[ClockSkew] = ()
+    skews: Sequence[ClockSkew] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class UnusualArchive:
     drop: str
     relpath: bytes
     device: str
-    size: int
+    size_bytes: int
     median_size_bytes: int
 
 
@@ -76,14 +76,14 @@ class DeviceLedger(Protocol):
         """Return what was noted of the clock last; None where nothing was."""
         ...
 
-    def save_clock_reading(self, note: ClockReading, *, patience: float = 0.0) -> None:
+    def save_clock_reading(self, reading: ClockReading, *, lock_timeout: float = 0.0) -> None:
         """Note what the clock says, and what is doubted of it.
 
         Raises LedgerHeldError where another process holds the ledger for longer than `patience`, in seconds.
         """
         ...
 
-    def prune(self, before: Callable[[], datetime], most: int) -> int:
+    def prune(self, before: Callable[[], datetime], limit: int) -> int:
         """Forget at most so many archives that ended before a time; return how many there were.
 
         The time is asked for once nobody else can write: a clock is doubted before old history comes back.
@@ -127,9 +127,9 @@ class EnqueueResult:
 
     queued: tuple[Archive, ...] = ()
     superseded: tuple[Archive, ...] = ()
-    unusual: bool = False
+    has_unusual_size: bool = False
     rejected: tuple[Archive, ...] = ()
-    found_again: bool = False
+    reappeared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ class CompletedArchive:
     state: DeliveryState
     digest: str | None
     results: tuple[DeliveryResult, ...]
-    announced: bool = False
+    already_logged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +180,7 @@ class DispositionResult:
 
     archive_id: int
     moved_to: bytes | None
-    left: bool = False
+    kept_in_place: bool = False
     missing: bool = False
 
 
@@ -189,7 +189,7 @@ class Backlog:
     """A destination's pending deliveries."""
 
     pending: int
-    bytes: int
+    pending_bytes: int
     oldest: datetime | None
 
 
@@ -221,7 +221,7 @@ class Ledger(DeviceLedger, Protocol):
         ...
 
     def claim(
-        self, destination: str, now: datetime, priority: Priority = Priority.OLDEST, most: int = 1
+        self, destination: str, now: datetime, priority: Priority = Priority.OLDEST, limit: int = 1
     ) -> list[Delivery]:
         """Return the due deliveries that go first, now claimed: at most so many, more than one if small."""
         ...
@@ -238,7 +238,7 @@ class Ledger(DeviceLedger, Protocol):
         """Commit, durably, how claims ended; return the archives that are settled by it."""
         ...
 
-    def pending_dispositions(self, after: int = 0, most: int = 256) -> list[CompletedArchive]:
+    def pending_dispositions(self, after_id: int = 0, limit: int = 256) -> list[CompletedArchive]:
         """Return settled archives whose files are still to be disposed of: the first, by id, after one."""
         ...
 
@@ -274,7 +274,7 @@ class Ledger(DeviceLedger, Protocol):
         """Note how a destination's gate stands, for whoever asks beside the daemon."""
         ...
 
-    def check_files(self) -> None:
+    def check_storage(self) -> None:
         """Raise LedgerError if what is recorded goes where nobody will find it."""
         ...
 

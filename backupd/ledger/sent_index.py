@@ -17,8 +17,8 @@ class SentArchive:
     """A delivered archive whose file was moved to `to`, relative to its drop folder, at `since`."""
 
     archive: Archive
-    to: bytes
-    since: datetime
+    moved_to: bytes
+    moved_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,10 @@ class RestoredArchive:
     It is to have the number `ident`; `device` is whom it comes from, where that is of interest.
     """
 
-    ident: int
-    settled: CompletedArchive
-    to: bytes
-    since: datetime
+    archive_id: int
+    completed: CompletedArchive
+    moved_to: bytes
+    moved_at: datetime
     device: str | None = None
 
 
@@ -49,11 +49,11 @@ class SentIndex(Protocol):
     Every method raises `LedgerError` where the record can't be read or written; nothing is half done then.
     """
 
-    def unsorted(self, drop: str, most: int) -> list[SentArchive]:
+    def without_series(self, drop: str, most: int) -> list[SentArchive]:
         """Return archives of a drop whose series is not noted yet, the first ones first."""
         ...
 
-    def sort(self, series: Mapping[int, bytes]) -> None:
+    def set_series(self, series: Mapping[int, bytes]) -> None:
         """Note the series of archives, by their ids."""
         ...
 
@@ -66,7 +66,7 @@ class SentIndex(Protocol):
         """
         ...
 
-    def newer(self, kept: SentArchive, most: int) -> int:
+    def count_newer(self, kept: SentArchive, most: int) -> int:
         """Return how many archives of the same series came after one; `most` for more than that.
 
         The fewer count, of those that were moved after it and those that were admitted after it: a clock that
@@ -74,22 +74,22 @@ class SentIndex(Protocol):
         """
         ...
 
-    def beyond(self, drop: str, series: bytes, last: int, until: datetime, most: int) -> list[SentArchive]:
+    def beyond_newest(self, drop: str, series: bytes, last: int, until: datetime, most: int) -> list[SentArchive]:
         """Return what is not among the last of a series, as `newer` counts, and was moved until a time.
 
         The newest come first.
         """
         ...
 
-    def condemn(self, archive_ids: Sequence[int]) -> None:
+    def mark_expiring(self, archive_ids: Sequence[int]) -> None:
         """Note, durably, that archives are about to be removed; they are kept no longer."""
         ...
 
-    def condemned(self, drop: str, most: int) -> list[SentArchive]:
+    def list_expiring(self, drop: str, most: int) -> list[SentArchive]:
         """Return archives of a drop whose removal is noted as begun."""
         ...
 
-    def ended(self, removals: Mapping[int, RemovalReason], now: datetime) -> None:
+    def record_removals(self, removals: Mapping[int, RemovalReason], now: datetime) -> None:
         """Note what became of files, by the ids of their archives."""
         ...
 
@@ -97,11 +97,11 @@ class SentIndex(Protocol):
         """Tell whether what lies in a folder of a drop is known as far as its records tell of it."""
         ...
 
-    def lowest(self) -> int:
+    def lowest_id(self) -> int:
         """Return a number that is below those of all archives, and of all that are to come."""
         ...
 
-    def lacking(self, found: Sequence[RestoredArchive]) -> list[RestoredArchive]:
+    def unknown(self, found: Sequence[RestoredArchive]) -> list[RestoredArchive]:
         """Return those archives that are not known."""
         ...
 
@@ -109,7 +109,7 @@ class SentIndex(Protocol):
         """Note archives that are not known; return how many those were."""
         ...
 
-    def note_restored(self, drop: str, folder: bytes) -> None:
+    def mark_restored(self, drop: str, folder: bytes) -> None:
         """Note that all records in a folder of a drop were read; `b""` for all of its folders."""
         ...
 

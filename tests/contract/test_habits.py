@@ -13,7 +13,7 @@ from backupd.core.devices import Device, DeviceExpectation, newly_overdue_and_re
 from backupd.core.model import Archive, Outcome
 from backupd.ledger.port import ClockReading, DispositionResult, FileCandidate, Ledger, TrackedDevice
 from tests.contract.test_ledger import ADAPTERS, Bench
-from tests.factories import NOW, SECOND, a_fingerprint, a_sighting, deferred, delivered, finished, rejected
+from tests.factories import NOW, SECOND, a_fingerprint, a_candidate, deferred, delivered, finished, rejected
 
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
@@ -46,7 +46,7 @@ def arrive(
         drop, b"%s-%d.cfg" % (device.encode(), looks.inode), looks, TrackedDevice(device, alarm)
     )
     admission = ledger.enqueue([sighting], to, at)
-    return admission.queued[0], admission.unusual
+    return admission.queued[0], admission.has_unusual_size
 
 
 def overdue(ledger: Ledger, now: datetime) -> list[str]:
@@ -163,7 +163,7 @@ def test_an_unusual_size_is_kept_until_it_was_said(bench: Bench) -> None:
     ledger = bench.crash()
     (one,) = ledger.unusual_archives()
     assert (one.archive_id, one.drop, one.relpath) == (archive.id, "switches", archive.relpath)
-    assert (one.device, one.size, one.median_size_bytes) == ("sw1", 20, 100)
+    assert (one.device, one.size_bytes, one.median_size_bytes) == ("sw1", 20, 100)
     ledger.mark_reported([one])
     assert bench.crash().unusual_archives() == []
 
@@ -222,7 +222,7 @@ def test_what_was_done_with_long_ago_is_forgotten_a_few_at_a_time(bench: Bench) 
 
 def test_what_was_replaced_long_ago_is_forgotten(ledger: Ledger) -> None:
     for _ in range(2):
-        ledger.enqueue([a_sighting(b"r1")], ["vault"], OLD)
+        ledger.enqueue([a_candidate(b"r1")], ["vault"], OLD)
     assert ledger.prune(lambda: LIMIT, 9) == 1
 
 
@@ -242,7 +242,7 @@ def test_nothing_is_forgotten_that_is_still_of_use(ledger: Ledger) -> None:
     assert [one.archive for one in ledger.pending_dispositions()] == [undisposed]
     assert ledger.backlog()["vault"].pending == 3
     assert len(ledger.known_files("switches").content_keys) == 5
-    assert waiting in [d.archive for d in ledger.claim("vault", NOW + DAY, most=9)]
+    assert waiting in [d.archive for d in ledger.claim("vault", NOW + DAY, limit=9)]
     assert rejected_one not in [one.archive for one in ledger.pending_dispositions()]
 
 
@@ -273,4 +273,4 @@ def test_what_is_noted_of_the_clock_outlasts_the_process(bench: Bench) -> None:
         for ledger in (bench.ledger, bench.crash()):
             noted = ledger.last_clock_reading()
             assert noted is not None
-            assert ClockReading(noted.seen_at, tuple(noted.doubts)) == note
+            assert ClockReading(noted.seen_at, tuple(noted.skews)) == note

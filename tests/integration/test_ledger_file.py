@@ -31,14 +31,14 @@ from backupd.ledger.sqlite.connection import (
 )
 from backupd.ledger.sqlite.deliveries import SqliteLedger
 from backupd.ledger.sqlite.sent_rows import SqliteSentIndex, open_sent_index
-from tests.factories import NOW, a_sighting, deferred, delivered, finished
+from tests.factories import NOW, a_candidate, deferred, delivered, finished
 from tests.privileges import a_folder_of_nobody, needs_root, without_rights
 
 
 def a_ledger_with(state: Path, *names: bytes) -> None:
     """Make a ledger that knows of some archives, all pending."""
     ledger = SqliteLedger(open_ledger(state).connection)
-    ledger.enqueue([a_sighting(name) for name in names], ["vault"], NOW)
+    ledger.enqueue([a_candidate(name) for name in names], ["vault"], NOW)
     ledger.close()
 
 
@@ -46,7 +46,7 @@ def pending(connection: sqlite3.Connection) -> int:
     return int(connection.execute("SELECT count(*) FROM delivery WHERE state = 'pending'").fetchone()[0])
 
 
-def set_aside(state: Path) -> list[Path]:
+def quarantined_ledgers(state: Path) -> list[Path]:
     return sorted(path for path in state.glob("*.damaged-*") if not path.name.endswith(("-wal", "-shm")))
 
 
@@ -137,7 +137,7 @@ def test_a_ledger_is_readable_by_its_owner_and_group_alone(tmp_path: Path) -> No
     try:
         with StateLock(tmp_path / "state"):
             ledger = SqliteLedger(open_ledger(tmp_path / "state").connection)
-            ledger.enqueue([a_sighting()], ["vault"], NOW)
+            ledger.enqueue([a_candidate()], ["vault"], NOW)
             modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "state").iterdir()}
             ledger.close()
     finally:
@@ -151,7 +151,7 @@ def test_what_was_written_is_there_when_it_is_opened_again(tmp_path: Path) -> No
     a_ledger_with(tmp_path, b"r1", b"r2")
     for check in ("", "quick_check", "integrity_check"):
         opened = open_ledger(tmp_path, check=check)
-        assert opened.set_aside is None
+        assert opened.quarantined_path is None
         assert pending(opened.connection) == 2
         opened.connection.close()
 
@@ -164,7 +164,7 @@ def test_a_ledger_of_a_newer_version_is_refused_and_left_alone(tmp_path: Path) -
     for opener in (open_ledger, open_for_reading):
         with pytest.raises(LedgerError, match="schema version 999"):
             opener(tmp_path)
-    assert set_aside(tmp_path) == []
+    assert quarantined_ledgers(tmp_path) == []
 
 
 def test_a_ledger_without_permission_is_refused_and_left_alone() -> None:
@@ -218,7 +218,7 @@ def test_what_a_disposition_hangs_on_is_synced_at_its_commit(tmp_path: Path) -> 
     connection = sqlite3.connect(tmp_path / FILE_NAME, factory=WatchedConnection, isolation_level=None)
     connection.levels = []
     ledger = SqliteLedger(connection)
-    ledger.enqueue([a_sighting()], ["vault"], NOW)
+    ledger.enqueue([a_candidate()], ["vault"], NOW)
     (delivery,) = ledger.claim("vault", NOW)
     assert connection.levels == [NORMAL, NORMAL]
     ledger.record([finished(delivery, delivered())], NOW)
@@ -250,7 +250,7 @@ def costs_of_a_day(ledger: SqliteLedger) -> dict[str, int]:
         costs[ask.__name__] = steps[0]
         return answer
 
-    cost(ledger.enqueue, [a_sighting(b"new.cfg")], ["vault"], NOW)
+    cost(ledger.enqueue, [a_candidate(b"new.cfg")], ["vault"], NOW)
     (delivery,) = cost(ledger.claim, "vault", NOW)
     cost(ledger.next_due, "vault")
     cost(ledger.bring_forward, "vault", NOW)
@@ -277,7 +277,7 @@ def test_no_cost_grows_with_the_history(tmp_path: Path) -> None:
     ledger = SqliteLedger(open_ledger(tmp_path).connection)
     costs = []
     for count in (10, 2000):
-        archives = ledger.enqueue([a_sighting(b"%d" % n) for n in range(count)], ["vault"], NOW).queued
+        archives = ledger.enqueue([a_candidate(b"%d" % n) for n in range(count)], ["vault"], NOW).queued
         ledger.record([finished(d, delivered()) for _ in archives for d in ledger.claim("vault", NOW)], NOW)
         ledger.record_dispositions(
             [DispositionResult(archive.id, b"sent/x") for archive in archives], [], NOW
@@ -319,14 +319,14 @@ def test_a_damaged_ledger_is_put_aside_and_never_deleted(
 
     opened = open_ledger(tmp_path, check="quick_check")
 
-    assert opened.set_aside is not None
-    assert set_aside(tmp_path) == [opened.set_aside]
-    assert opened.set_aside.read_bytes() == remains
+    assert opened.quarantined_path is not None
+    assert quarantined_ledgers(tmp_path) == [opened.quarantined_path]
+    assert opened.quarantined_path.read_bytes() == remains
     assert pending(opened.connection) == 0
     opened.connection.close()
     a_ledger_with(tmp_path, b"r1")
     again = open_ledger(tmp_path, check="quick_check")
-    assert (again.set_aside, pending(again.connection)) == (None, 1)
+    assert (again.quarantined_path, pending(again.connection)) == (None, 1)
     again.connection.close()
 
 
@@ -338,7 +338,7 @@ def test_what_was_not_in_the_file_yet_is_put_aside_with_it(
     live, state = tmp_path / "live", tmp_path / "state"
     live.mkdir()
     opened = open_ledger(live)
-    SqliteLedger(opened.connection).enqueue([a_sighting(b"in-the-log")], ["vault"], NOW)
+    SqliteLedger(opened.connection).enqueue([a_candidate(b"in-the-log")], ["vault"], NOW)
     shutil.copytree(live, state)  # as a power cut would leave it
     opened.connection.close()
     log = (state / f"{FILE_NAME}-wal").read_bytes()
@@ -349,8 +349,8 @@ def test_what_was_not_in_the_file_yet_is_put_aside_with_it(
 
     found = b"".join(path.read_bytes() for path in state.iterdir())
     assert b"in-the-log" in found
-    if again.set_aside is not None:
-        assert Path(f"{again.set_aside}-wal").read_bytes() == log
+    if again.quarantined_path is not None:
+        assert Path(f"{again.quarantined_path}-wal").read_bytes() == log
     else:
         assert pending(again.connection) == 1
     again.connection.close()
@@ -358,7 +358,7 @@ def test_what_was_not_in_the_file_yet_is_put_aside_with_it(
 
 def test_damage_that_an_opening_does_not_meet_is_found_after_an_unclean_end(tmp_path: Path) -> None:
     ledger = SqliteLedger(open_ledger(tmp_path).connection)
-    ledger.enqueue([a_sighting(b"r%d" % number) for number in range(2000)], ["vault"], NOW)
+    ledger.enqueue([a_candidate(b"r%d" % number) for number in range(2000)], ["vault"], NOW)
     ledger.close()
     path = tmp_path / FILE_NAME
     with path.open("r+b") as file:
@@ -366,10 +366,10 @@ def test_damage_that_an_opening_does_not_meet_is_found_after_an_unclean_end(tmp_
         file.write(b"\xff" * 4096)
 
     opened = open_ledger(tmp_path)
-    assert opened.set_aside is None
+    assert opened.quarantined_path is None
     opened.connection.close()
     opened = open_ledger(tmp_path, check="quick_check")
-    assert opened.set_aside is not None
+    assert opened.quarantined_path is not None
     opened.connection.close()
 
 
@@ -392,7 +392,7 @@ def test_what_can_not_be_read_is_damage_whatever_a_check_says(tmp_path: Path, da
     with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as db:
         db.execute(damage)
     opened = open_ledger(tmp_path, check="quick_check")
-    assert opened.set_aside is None
+    assert opened.quarantined_path is None
     ledger = SqliteLedger(opened.connection)
     with pytest.raises(LedgerUnreadableError):
         _deliver_all(ledger)
@@ -401,7 +401,7 @@ def test_what_can_not_be_read_is_damage_whatever_a_check_says(tmp_path: Path, da
 
 def test_what_was_put_away_at_no_time_is_damage_too(tmp_path: Path) -> None:
     ledger = SqliteLedger(open_ledger(tmp_path).connection)
-    ledger.enqueue([a_sighting(b"r1")], ["vault"], NOW)
+    ledger.enqueue([a_candidate(b"r1")], ["vault"], NOW)
     [settled] = ledger.record([finished(ledger.claim("vault", NOW)[0], delivered())], NOW)
     ledger.record_dispositions([DispositionResult(settled.archive.id, b"sent/r1")], [], NOW)
     ledger.close()
@@ -409,7 +409,7 @@ def test_what_was_put_away_at_no_time_is_damage_too(tmp_path: Path) -> None:
         db.execute("UPDATE archive SET disposed_at = NULL")
     shelf = open_sent_index(tmp_path)
     with pytest.raises(LedgerUnreadableError):
-        shelf.unsorted("switches", 9)
+        shelf.without_series("switches", 9)
     shelf.close()
 
 
@@ -433,7 +433,7 @@ def test_a_transaction_that_could_not_be_undone_keeps_no_other_from_its_work(tmp
     assert len(ledger.claim("vault", NOW)) == 1
     assert isinstance(shelf, SqliteSentIndex)
     shelf._db.execute("BEGIN IMMEDIATE")
-    shelf.note_restored("switches", b"")
+    shelf.mark_restored("switches", b"")
     assert shelf.is_restored("switches", b"")
     shelf.close()
     ledger.close()
@@ -442,7 +442,7 @@ def test_a_transaction_that_could_not_be_undone_keeps_no_other_from_its_work(tmp
 def _deliver_all(ledger: SqliteLedger) -> None:
     ledger.backlog()
     ledger.next_due("vault")
-    ledger.record([finished(one, delivered()) for one in ledger.claim("vault", NOW, most=9)], NOW)
+    ledger.record([finished(one, delivered()) for one in ledger.claim("vault", NOW, limit=9)], NOW)
 
 
 def test_how_a_daemon_ended_tells_the_next_one_how_far_to_trust_the_ledger(tmp_path: Path) -> None:
@@ -450,7 +450,7 @@ def test_how_a_daemon_ended_tells_the_next_one_how_far_to_trust_the_ledger(tmp_p
     seen = []
     for error in (None, OSError("another one"), damaged, unreadable, damaged, None, None):
         with contextlib.suppress(LedgerDamagedError, OSError), StateLock(tmp_path) as lock:
-            seen.append((lock.check, lock.is_hopeless))
+            seen.append((lock.check, lock.must_replace))
             assert daemon_pid(tmp_path) == os.getpid()
             if error is not None:
                 raise error
@@ -458,11 +458,11 @@ def test_how_a_daemon_ended_tells_the_next_one_how_far_to_trust_the_ledger(tmp_p
     assert seen == [none, none, quick, whole, ("quick_check", True), whole, none]
 
     a_ledger_with(tmp_path, b"r1")
-    opened = open_ledger(tmp_path, hopeless=True)
+    opened = open_ledger(tmp_path, must_replace=True)
     assert pending(opened.connection) == 0
     opened.connection.close()
-    assert opened.set_aside is not None
-    with contextlib.closing(sqlite3.connect(opened.set_aside)) as aside:
+    assert opened.quarantined_path is not None
+    with contextlib.closing(sqlite3.connect(opened.quarantined_path)) as aside:
         assert pending(aside) == 1
 
 
@@ -470,7 +470,7 @@ def test_two_damaged_ledgers_are_both_kept(tmp_path: Path) -> None:
     for content in (b"one" * 1000, b"two" * 1000):
         (tmp_path / FILE_NAME).write_bytes(content)
         open_ledger(tmp_path).connection.close()
-    assert [path.read_bytes()[:3] for path in set_aside(tmp_path)] == [b"one", b"two"]
+    assert [path.read_bytes()[:3] for path in quarantined_ledgers(tmp_path)] == [b"one", b"two"]
 
 
 # a full disk
@@ -500,8 +500,8 @@ def test_a_full_disk_leaves_nothing_half_done_and_is_survived(small_disk: Path) 
     connection = open_ledger(small_disk).connection
     ledger = SqliteLedger(connection)
     names = [b"r%d" % number for number in range(100)]
-    ledger.enqueue([a_sighting(name) for name in names], ["vault"], NOW)
-    claims = ledger.claim("vault", NOW, most=len(names))
+    ledger.enqueue([a_candidate(name) for name in names], ["vault"], NOW)
+    claims = ledger.claim("vault", NOW, limit=len(names))
     ended = [finished(one, deferred(), delivered(body="x" * 4000)) for one in claims]
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # no room left in the log
     filler = fill(small_disk)
@@ -511,7 +511,7 @@ def test_a_full_disk_leaves_nothing_half_done_and_is_survived(small_disk: Path) 
     assert "check the disk" in failed.value.hint
     with pytest.raises(LedgerError, match="full"):
         ledger.enqueue(
-            [a_sighting(b"more-%d" % number + bytes(3000)) for number in range(100)], ["vault"], NOW
+            [a_candidate(b"more-%d" % number + bytes(3000)) for number in range(100)], ["vault"], NOW
         )
 
     assert ledger.pending_dispositions() == []
@@ -521,7 +521,7 @@ def test_a_full_disk_leaves_nothing_half_done_and_is_survived(small_disk: Path) 
     assert len(ledger.record(ended, NOW)) == 100
     ledger.close()
     reopened = open_ledger(small_disk, check="quick_check")
-    assert reopened.set_aside is None
+    assert reopened.quarantined_path is None
     assert len(SqliteLedger(reopened.connection).pending_dispositions()) == 100
     assert reopened.connection.execute("SELECT count(*) FROM attempt").fetchone() == (200,)
     reopened.connection.close()
@@ -543,7 +543,7 @@ def test_a_full_disk_at_the_start_is_said_and_leaves_no_empty_ledger(small_disk:
     with StateLock(state) as lock:
         assert not lock.check
         opened = open_ledger(state)
-        assert opened.set_aside is None
+        assert opened.quarantined_path is None
         opened.connection.close()
 
 
@@ -555,12 +555,12 @@ from pathlib import Path
 from backupd.ledger.sqlite.connection import open_ledger
 from backupd.ledger.port import DispositionResult
 from backupd.ledger.sqlite.deliveries import SqliteLedger
-from tests.factories import NOW, a_sighting, delivered, finished
+from tests.factories import NOW, a_candidate, delivered, finished
 ledger = SqliteLedger(open_ledger(Path(sys.argv[1])).connection)
 for number in itertools.count():
     names = [b"%s-%d-%d" % (sys.argv[2].encode(), number, n) for n in range(3)]
-    ledger.enqueue([a_sighting(name) for name in names], ["vault"], NOW)
-    ended = [finished(one, delivered()) for one in ledger.claim("vault", NOW, most=2)]
+    ledger.enqueue([a_candidate(name) for name in names], ["vault"], NOW)
+    ended = [finished(one, delivered()) for one in ledger.claim("vault", NOW, limit=2)]
     settled = ledger.record(ended, NOW)
     print(*(one.delivery.id for one in ended), flush=True)
     ledger.record_dispositions([DispositionResult(settled[0].archive.id, b"sent/x")], [], NOW)
@@ -580,7 +580,7 @@ def test_a_killed_process_loses_nothing_that_it_had_recorded(tmp_path: Path) -> 
             process.send_signal(signal.SIGKILL)
             recorded |= {ident for line in process.stdout if line.endswith("\n") for ident in line.split()}
     opened = open_ledger(tmp_path, check="quick_check")
-    assert opened.set_aside is None
+    assert opened.quarantined_path is None
     query = "SELECT id, state, (SELECT count(*) FROM attempt WHERE delivery_id = id) FROM delivery"
     found = {ident: (state, attempts) for ident, state, attempts in opened.connection.execute(query)}
     assert len(recorded) >= 2 * (20 + 33 + 46 + 59)

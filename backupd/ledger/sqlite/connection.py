@@ -183,7 +183,7 @@ def storable_text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-_PATIENCE = 5.0
+LOCK_TIMEOUT = 5.0
 """Seconds for which another process may hold the ledger before that is said."""
 
 _PAUSE = 0.02
@@ -202,18 +202,18 @@ class Transactions:
         self._files = {file: os.stat(file) for file in files if os.path.exists(file)}
 
     @contextmanager
-    def _transaction(self, *, durable: bool, patience: float = _PATIENCE) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, *, durable: bool, lock_timeout: float = LOCK_TIMEOUT) -> Iterator[sqlite3.Connection]:
         with failures("written"):
-            self._begin(durable=durable, patience=patience)
+            self._begin(durable=durable, lock_timeout=lock_timeout)
             try:
                 with _committed(self._db):
                     yield self._db
             finally:
                 self._lock.release()
 
-    def _begin(self, *, durable: bool, patience: float) -> None:
+    def _begin(self, *, durable: bool, lock_timeout: float) -> None:
         """Take the lock and begin; while another process is waited for, the lock is free for readers."""
-        until = time.monotonic() + patience
+        until = time.monotonic() + lock_timeout
         while True:
             self._lock.acquire()
             try:
@@ -228,8 +228,8 @@ class Transactions:
                 return
             time.sleep(_PAUSE)
 
-    def check_files(self) -> None:
-        """See `Ledger.check_files`."""
+    def check_storage(self) -> None:
+        """See `Ledger.check_storage`."""
         for path, status in self._files.items():
             try:
                 if os.path.samestat(os.stat(path), status):
@@ -327,7 +327,7 @@ class StateLock:
         self._path = state_dir / LOCK_NAME
         try:
             state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
-            self.is_first = not self._path.exists()
+            self.is_first_start = not self._path.exists()
             """Whether no daemon had a ledger here before."""
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         except OSError as error:
@@ -346,9 +346,9 @@ class StateLock:
         left = os.pread(self._fd, 32, 0)
         self.check = "integrity_check" if left == _DAMAGED else "quick_check" if left else ""
         """The check of SQLite that the ledger needs, by how the last daemon ended."""
-        self.is_hopeless = left == _UNREADABLE
+        self.must_replace = left == _UNREADABLE
         """Whether the last daemon found in the ledger what can't be read, whatever a check says."""
-        self.ended_well = True
+        self.ended_cleanly = True
         """To be set: whether what it was held for ended as it should."""
         self.damage: LedgerDamagedError | None = None
         """To be set: the damage that the ledger was found to have."""
@@ -389,7 +389,7 @@ class StateLock:
     ) -> None:
         if isinstance(error, LedgerDamagedError):
             self.damage = error
-        self.release(clean=kind is None and self.ended_well)
+        self.release(clean=kind is None and self.ended_cleanly)
 
 
 def daemon_pid(state_dir: Path) -> int | None:
@@ -413,29 +413,29 @@ class OpenedLedger:
     """A connection to the ledger, where a damaged predecessor was put aside, and whether there was none."""
 
     connection: sqlite3.Connection
-    set_aside: Path | None = None
+    quarantined_path: Path | None = None
     is_new: bool = False
 
 
-def open_ledger(state_dir: Path, *, check: str = "", hopeless: bool = False) -> OpenedLedger:
+def open_ledger(state_dir: Path, *, check: str = "", must_replace: bool = False) -> OpenedLedger:
     """Open or create the ledger and bring its schema up to date.
 
     A file that SQLite can't read, or that has lost its content, is renamed, never deleted, and an empty
     ledger begun: what it knew of pending archives is found again in the drop folders. So is one that is
-    `hopeless`; `check` is the PRAGMA that SQLite is to check it by, if any. Raises LedgerError for a schema
+    `must_replace`; `check` is the PRAGMA that SQLite is to check it by, if any. Raises LedgerError for a schema
     of a newer version, and for what the operator must mend (permissions, disk).
     """
     path = state_dir / FILE_NAME
     try:
         is_new = not path.exists()
-        is_lost = _is_emptied(path) or (is_new and _wal_of(path).exists()) or (hopeless and not is_new)
-        aside = _set_aside(path) if is_lost else None
+        is_lost = _is_emptied(path) or (is_new and _wal_of(path).exists()) or (must_replace and not is_new)
+        aside = _quarantine(path) if is_lost else None
         try:
             return OpenedLedger(_connect(path, check=check), aside, is_new)
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             if not is_damage(error):
                 raise
-        aside = _set_aside(path)
+        aside = _quarantine(path)
         return OpenedLedger(_connect(path, check=""), aside)
     except (sqlite3.DatabaseError, OSError) as error:
         raise LedgerError(f"{path}: {error}", "check the disk and the owner of `state_dir`") from error
@@ -516,7 +516,7 @@ def _opened(path: Path, *, check: str) -> sqlite3.Connection:
     return connection
 
 
-def _set_aside(path: Path) -> Path:
+def _quarantine(path: Path) -> Path:
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
     aside = path.with_name(f"{path.name}.damaged-{stamp}")
     for suffix in ("", "-wal", "-shm"):

@@ -149,13 +149,13 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         return EnqueueResult(tuple(admitted), tuple(superseded), unusual, tuple(rejected), found_again)
 
     def claim(
-        self, destination: str, now: datetime, priority: Priority = Priority.OLDEST, most: int = 1
+        self, destination: str, now: datetime, priority: Priority = Priority.OLDEST, limit: int = 1
     ) -> list[Delivery]:
         """See `Ledger.claim`."""
         with self._transaction(durable=False) as db:
             first = db.execute(
                 f"SELECT id, size FROM delivery {_FIRST[priority]} LIMIT ?",  # noqa: S608 -- own clauses
-                (destination, to_micros(now), most),
+                (destination, to_micros(now), limit),
             ).fetchall()
             totals = accumulate(size for _, size in first)
             small = sum(1 for _ in takewhile(lambda total: total <= _SMALL, totals))
@@ -198,11 +198,11 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                 ended += settle(db, archive_id)
         return ended
 
-    def pending_dispositions(self, after: int = 0, most: int = 256) -> list[CompletedArchive]:
+    def pending_dispositions(self, after_id: int = 0, limit: int = 256) -> list[CompletedArchive]:
         """See `Ledger.undisposed`."""
         query = "SELECT id FROM archive WHERE disposition = 'due' AND id > ? ORDER BY id LIMIT ?"
         with self._reading() as db:
-            ids = [row[0] for row in db.execute(query, (after, most))]
+            ids = [row[0] for row in db.execute(query, (after_id, limit))]
             return [settled(db, archive_id) for archive_id in ids]
 
     def count_pending_dispositions(self) -> int:
@@ -219,7 +219,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                 "UPDATE archive SET disposition = 'done', disposed_to = ?, disposed_at = ?, live = ?,"
                 " removal = ? WHERE id = ?",
                 [
-                    (o.moved_to, to_micros(now), o.left, "gone" if o.missing else None, o.archive_id)
+                    (o.moved_to, to_micros(now), o.kept_in_place, "gone" if o.missing else None, o.archive_id)
                     for o in done
                 ],
             )

@@ -91,16 +91,16 @@ class SqliteDeviceLedger(Transactions, DeviceLedger):
                 as_time(seen[0]), [ClockSkew(a * _MICROSECOND, r * _MICROSECOND) for a, r in doubts]
             )
 
-    def save_clock_reading(self, note: ClockReading, *, patience: float = 0.0) -> None:
+    def save_clock_reading(self, reading: ClockReading, *, lock_timeout: float = 0.0) -> None:
         """See `Habits.note_clock`."""
-        doubts = [(doubt.ahead // _MICROSECOND, doubt.remaining // _MICROSECOND) for doubt in note.doubts]
-        with self._transaction(durable=bool(doubts), patience=patience) as db:
+        doubts = [(doubt.ahead // _MICROSECOND, doubt.remaining // _MICROSECOND) for doubt in reading.skews]
+        with self._transaction(durable=bool(doubts), lock_timeout=lock_timeout) as db:
             db.execute("DELETE FROM clock")
-            db.execute("INSERT INTO clock VALUES (?)", (to_micros(note.seen_at),))
+            db.execute("INSERT INTO clock VALUES (?)", (to_micros(reading.seen_at),))
             db.execute("DELETE FROM doubt")
             db.executemany("INSERT INTO doubt (ahead, remaining) VALUES (?, ?)", doubts)
 
-    def prune(self, before: Callable[[], datetime], most: int) -> int:
+    def prune(self, before: Callable[[], datetime], limit: int) -> int:
         """See `Habits.prune`."""
         old = (
             f"SELECT id FROM archive INDEXED BY archive_over WHERE {_OVER}"  # noqa: S608 -- own clause
@@ -113,7 +113,7 @@ class SqliteDeviceLedger(Transactions, DeviceLedger):
                 return 0
         with self._transaction(durable=False) as db:
             query = f"DELETE FROM archive WHERE id IN ({old})"  # noqa: S608 -- own clauses
-            return db.execute(query, (to_micros(before()), most)).rowcount
+            return db.execute(query, (to_micros(before()), limit)).rowcount
 
 
 def record_arrival(db: sqlite3.Connection, archive: Archive, tracked: TrackedDevice) -> bool:

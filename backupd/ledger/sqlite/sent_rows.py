@@ -46,15 +46,15 @@ class SqliteSentIndex(SentIndex):
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._db = connection
 
-    def unsorted(self, drop: str, most: int) -> list[SentArchive]:
-        """See `Shelf.unsorted`."""
+    def without_series(self, drop: str, most: int) -> list[SentArchive]:
+        """See `Shelf.without_series`."""
         return self._kept(
             f"INDEXED BY archive_unsorted WHERE drop_name = ? AND {_KEPT} AND series IS NULL"
             " ORDER BY id LIMIT ?",
             (drop, most),
         )
 
-    def sort(self, series: Mapping[int, bytes]) -> None:
+    def set_series(self, series: Mapping[int, bytes]) -> None:
         """See `Shelf.sort`."""
         with transaction(self._db):
             self._db.executemany(
@@ -65,14 +65,14 @@ class SqliteSentIndex(SentIndex):
         self, drop: str, after: SentArchive | None, until: datetime | None, most: int
     ) -> list[SentArchive]:
         """See `Shelf.oldest`."""
-        behind = (to_micros(after.since), after.archive.id) if after else (-(1 << 62), 0)
+        behind = (to_micros(after.moved_at), after.archive.id) if after else (-(1 << 62), 0)
         return self._kept(
             f"INDEXED BY archive_kept WHERE drop_name = ? AND {_KEPT}"
             " AND (disposed_at, id) > (?, ?) AND disposed_at <= ? ORDER BY disposed_at, id LIMIT ?",
             (drop, *behind, to_micros(until) if until else 1 << 62, most),
         )
 
-    def newer(self, kept: SentArchive, most: int) -> int:
+    def count_newer(self, kept: SentArchive, most: int) -> int:
         """See `Shelf.newer`."""
         series = "(SELECT series FROM archive WHERE id = ?2)"
         moved_after = (
@@ -86,11 +86,11 @@ class SqliteSentIndex(SentIndex):
         )
         rows = self._query(
             f"SELECT min(({moved_after}), CASE WHEN ?2 > 0 THEN ({admitted_after}) ELSE ?4 END)",
-            (kept.archive.drop, kept.archive.id, to_micros(kept.since), most),
+            (kept.archive.drop, kept.archive.id, to_micros(kept.moved_at), most),
         )
         return int(rows[0][0])
 
-    def beyond(self, drop: str, series: bytes, last: int, until: datetime, most: int) -> list[SentArchive]:
+    def beyond_newest(self, drop: str, series: bytes, last: int, until: datetime, most: int) -> list[SentArchive]:
         """See `Shelf.beyond`."""
         members = f"WHERE drop_name = ?1 AND series = ?2 AND {_IN_SERIES}"
         return self._kept(
@@ -104,21 +104,21 @@ class SqliteSentIndex(SentIndex):
             (drop, series, to_micros(until), last, most),
         )
 
-    def condemn(self, archive_ids: Sequence[int]) -> None:
-        """See `Shelf.condemn`."""
+    def mark_expiring(self, archive_ids: Sequence[int]) -> None:
+        """See `Shelf.mark_expiring`."""
         with transaction(self._db):
             self._db.executemany(
                 "UPDATE archive SET removal = 'expiring' WHERE id = ?", [(i,) for i in archive_ids]
             )
 
-    def condemned(self, drop: str, most: int) -> list[SentArchive]:
-        """See `Shelf.condemned`."""
+    def list_expiring(self, drop: str, most: int) -> list[SentArchive]:
+        """See `Shelf.list_expiring`."""
         return self._kept(
             "INDEXED BY archive_expiring WHERE removal = 'expiring' AND drop_name = ? ORDER BY id LIMIT ?",
             (drop, most),
         )
 
-    def ended(self, removals: Mapping[int, RemovalReason], now: datetime) -> None:
+    def record_removals(self, removals: Mapping[int, RemovalReason], now: datetime) -> None:
         """See `Shelf.ended`."""
         at = to_micros(now)
         with transaction(self._db):
@@ -132,11 +132,11 @@ class SqliteSentIndex(SentIndex):
         noted = "SELECT 1 FROM restored WHERE drop_name = ? AND folder IN (?, x'')"
         return bool(self._query(noted, (drop, folder)))
 
-    def lowest(self) -> int:
+    def lowest_id(self) -> int:
         """See `Shelf.lowest`."""
         return int(self._query("SELECT min(coalesce(min(id), 1), 1) - 1 FROM archive", ())[0][0])
 
-    def lacking(self, found: Sequence[RestoredArchive]) -> list[RestoredArchive]:
+    def unknown(self, found: Sequence[RestoredArchive]) -> list[RestoredArchive]:
         """See `Shelf.lacking`."""
         with failures("read"):
             return [one for one in found if not _is_known(self._db, one)]
@@ -146,8 +146,8 @@ class SqliteSentIndex(SentIndex):
         with transaction(self._db):
             return sum(_restore(self._db, one) for one in found)
 
-    def note_restored(self, drop: str, folder: bytes) -> None:
-        """See `Shelf.note_restored`."""
+    def mark_restored(self, drop: str, folder: bytes) -> None:
+        """See `Shelf.mark_restored`."""
         with transaction(self._db):
             self._db.execute("INSERT OR IGNORE INTO restored VALUES (?, ?)", (drop, folder))
 
@@ -167,12 +167,12 @@ class SqliteSentIndex(SentIndex):
 
 def _is_known(db: sqlite3.Connection, one: RestoredArchive) -> bool:
     known = "SELECT 1 FROM delivery WHERE id = ?"
-    return any(db.execute(known, (ending.delivery_id,)).fetchone() for ending in one.settled.results)
+    return any(db.execute(known, (ending.delivery_id,)).fetchone() for ending in one.completed.results)
 
 
 def _restore(db: sqlite3.Connection, one: RestoredArchive) -> bool:
     """Insert what is not known yet."""
-    settled, archive = one.settled, one.settled.archive
+    settled, archive = one.completed, one.completed.archive
     if _is_known(db, one):
         return False
     db.execute(
@@ -180,15 +180,15 @@ def _restore(db: sqlite3.Connection, one: RestoredArchive) -> bool:
         " state, digest, disposition, announced, live, disposed_to, disposed_at)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'done', 1, 0, ?, ?)",
         (
-            one.ident,
+            one.archive_id,
             archive.drop,
             archive.relpath,
             *fingerprint_columns(archive.fingerprint),
             to_micros(archive.queued_at),
             settled.state,
             settled.digest,
-            one.to,
-            to_micros(one.since),
+            one.moved_to,
+            to_micros(one.moved_at),
         ),
     )
     db.executemany(
@@ -197,7 +197,7 @@ def _restore(db: sqlite3.Connection, one: RestoredArchive) -> bool:
         [
             (
                 e.delivery_id,
-                one.ident,
+                one.archive_id,
                 e.destination,
                 archive.fingerprint.size,
                 e.state,
