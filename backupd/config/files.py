@@ -24,6 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from backupd.config.models import Config, DestinationConfig, DropConfig
 from backupd.config.problems import FileProblem
 from backupd.config.rules import overlap
+from backupd.core.mountinfo import parse_mountinfo
 
 
 def key_password(path: Path) -> bytes:
@@ -286,15 +287,12 @@ def file_problems(config: Config, now: datetime) -> list[FileProblem]:
 
 
 def mount_points(table: Path) -> frozenset[Path]:
-    """Return where filesystems are mounted, after a table as in proc(5), `/proc/[pid]/mountinfo`."""
+    """Return the mount points in a file such as `/proc/self/mountinfo`; none if it can't be read."""
     try:
-        lines = table.read_bytes().splitlines()
+        content = table.read_bytes()
     except OSError:
         return frozenset()
-    # blanks and the like are written as \040
-    return frozenset(
-        Path(os.fsdecode(line.split(b" ")[4].decode("unicode_escape").encode("latin-1"))) for line in lines
-    )
+    return frozenset(Path(os.fsdecode(entry.mount_point)) for entry in parse_mountinfo(content))
 
 
 def _state_problems(config: Config) -> Iterator[FileProblem]:

@@ -1,15 +1,16 @@
-"""Whether somebody still has a file open for writing."""
+"""Properties of a file's filesystem and of its open descriptors that the kernel reports."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-_NETWORK = frozenset(
+from backupd.core.mountinfo import filesystem_at, parse_mountinfo
+
+_NETWORK_FILESYSTEMS = frozenset(
     [
         "9p",
         "afs",
@@ -36,39 +37,29 @@ _NETWORK = frozenset(
 
 
 def filesystem_of(path: str, mountinfo: str = "/proc/self/mountinfo") -> str:
-    """Return the type of the filesystem that holds a path, such as `ext4`; proc_pid_mountinfo(5)."""
-    wanted = os.path.realpath(path)
-    best, kind = "", "unknown"
-    with open(mountinfo, encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            left, _, right = line.partition(" - ")
-            point = _unescape(left.split(" ")[4])
-            inside = wanted == point or wanted.startswith(point.rstrip("/") + "/")
-            if inside and len(point) >= len(best):  # of mounts over one another the last one counts
-                best, kind = point, right.split(" ")[0]
-    return kind
+    """Return the type of the filesystem that holds a path, such as `ext4`; links in the path are followed.
+
+    `unknown` if no mount point contains it. Raises OSError if the mount table can't be read.
+    """
+    with open(mountinfo, "rb") as file:
+        entries = parse_mountinfo(file.read())
+    return filesystem_at(os.fsencode(os.path.realpath(path)), entries)
 
 
 def is_remote(filesystem: str) -> bool:
-    """Tell whether others can write to a filesystem without this kernel noticing."""
-    return filesystem in _NETWORK or filesystem.split(".", maxsplit=1)[0] in ("fuse", "fuseblk")
-
-
-def _unescape(text: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), text)
+    """Return whether other hosts can write to a filesystem of this type without an inotify event here."""
+    return filesystem in _NETWORK_FILESYSTEMS or filesystem.split(".", maxsplit=1)[0] in ("fuse", "fuseblk")
 
 
 class BeingWrittenError(OSError):
-    """Somebody has a file open for writing."""
+    """Another process has the file open for writing."""
 
 
 def is_being_written(fd: int) -> bool:
-    """Tell whether a file, open here for reading only, is open for writing elsewhere on this host.
+    """Return whether a file, open here for reading only, is open for writing elsewhere on this host.
 
-    A hint: the kernel answers only to the file's owner or with CAP_LEASE, and only for local filesystems;
-    in doubt it is False. The lease is given back at once; a writer that comes in between waits for no
-    more than that, and the SIGIO that it makes the kernel send us has to be ignored by the process.
-    fcntl(2), "Leases".
+    A hint only: the kernel answers to the file's owner or with CAP_LEASE, and for local filesystems; without
+    an answer the result is False.
     """
     try:
         with read_lease(fd):
@@ -79,20 +70,23 @@ def is_being_written(fd: int) -> bool:
 
 @contextmanager
 def read_lease(fd: int) -> Iterator[Callable[[], bool]]:
-    """Have whoever would open a file for writing wait for the end of the block, as far as the kernel helps.
+    """Hold a read lease on a file during the block, where the kernel grants one.
 
-    Yields what tells whether somebody waits. Raises BeingWrittenError where somebody has it open already.
+    A process that opens the file for writing then blocks until the lease is given up, at the end of the block.
+    The kernel sends SIGIO to this process in that case, which must be ignored. Yields a function that returns
+    whether a writer is waiting. Raises BeingWrittenError if the file is open for writing already. Without
+    permission for a lease, the block runs without one. Source: fcntl(2), "Leases".
     """
     try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
         is_leased = True
     except OSError as error:
         if error.errno == errno.EAGAIN:
-            raise BeingWrittenError(errno.ETXTBSY, "somebody has it open for writing") from error
+            raise BeingWrittenError(errno.ETXTBSY, "another process has it open for writing") from error
         is_leased = False
     try:
         yield lambda: is_leased and fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK
     finally:
         if is_leased:
-            with suppress(OSError):  # the kernel takes it back from whoever keeps a writer waiting for long
+            with suppress(OSError):  # the kernel revokes a lease that blocks a writer for too long
                 fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)

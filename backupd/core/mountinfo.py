@@ -1,0 +1,55 @@
+"""The kernel's list of mounted filesystems."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_ESCAPE = re.compile(rb"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class MountEntry:
+    """One mounted filesystem.
+
+    `filesystem` is its type, such as `ext4` or `fuse.sshfs`; `device` is its number as `major:minor`.
+    """
+
+    mount_point: bytes
+    filesystem: str
+    device: str
+
+
+def parse_mountinfo(content: bytes) -> list[MountEntry]:
+    """Return the entries of a `/proc/PID/mountinfo`, in the order of the file.
+
+    Of several entries with the same mount point, the last one is visible. Lines in another format are skipped.
+    Source: proc_pid_mountinfo(5).
+    """
+    entries = []
+    for line in content.split(b"\n"):
+        left, _, right = line.partition(b" - ")
+        fields, filesystem = left.split(b" "), right.partition(b" ")[0]
+        if len(fields) >= 6 and filesystem:
+            entries.append(MountEntry(_unescape(fields[4]), _text(filesystem), _text(fields[2])))
+    return entries
+
+
+def filesystem_at(path: bytes, entries: list[MountEntry]) -> str:
+    """Return the type of the filesystem that holds an absolute path without links; `unknown` without entries."""
+    longest, filesystem = b"", "unknown"
+    for entry in entries:
+        point = entry.mount_point
+        is_inside = path == point or path.startswith(point.rstrip(b"/") + b"/")
+        if is_inside and len(point) >= len(longest):
+            longest, filesystem = point, entry.filesystem
+    return filesystem
+
+
+def _unescape(field: bytes) -> bytes:
+    r"""Replace the escapes of space, tab, line feed and backslash, such as `\040`."""
+    return _ESCAPE.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), field)
+
+
+def _text(field: bytes) -> str:
+    return field.decode("utf-8", "backslashreplace")
