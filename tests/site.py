@@ -7,14 +7,15 @@ import os
 import re
 import sqlite3
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from backupd.core.model import Delivery, Outcome, fingerprint_of
 from backupd.core.retention_policy import RetentionPolicy
-from backupd.delivery.disposition import Disposition, DispositionRule
-from backupd.delivery.retention import Retention, SentFolder, SentFolders
+from backupd.delivery.disposition import Disposition
+from backupd.delivery.retention import Retention, RetentionScope
 from backupd.dropfolder.folder import DropFolder
 from backupd.ledger.port import FileCandidate
 from backupd.ledger.sent_index import SentIndex
@@ -23,7 +24,7 @@ from backupd.ledger.sqlite.deliveries import SqliteLedger
 from backupd.ledger.sqlite.sent_rows import open_sent_index
 from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog
-from tests.factories import NOW, delivered, finished, rejected
+from tests.factories import NOW, a_drop, delivered, finished, rejected
 
 
 class Site:
@@ -39,9 +40,7 @@ class Site:
         self._closing = ExitStack()
         self._lines = base / "log"
         self._log = EventLog(LineWriter(os.open(self._lines, os.O_WRONLY | os.O_CREAT | os.O_APPEND)))
-        self._disposal = Disposition(
-            {"switches": DispositionRule(self.folder, "move", b"sent", b"rejected")}, self._log
-        )
+        self._disposal = Disposition({"switches": a_drop(self.folder)}, self._log)
         self.now = NOW
         self.order = RetentionPolicy()
         self.pattern: re.Pattern[str] | None = None
@@ -62,9 +61,10 @@ class Site:
         self.ledger.close()
         self.folder.close()
 
-    def _stocks(self) -> SentFolders:
-        stock = SentFolder(self.folder, b"sent", self.order, self.pattern, self.checksums)
-        return SentFolders({"switches": stock}, timedelta(minutes=1))
+    def _stocks(self) -> RetentionScope:
+        drop = a_drop(self.folder, checksum_file="auto" if self.checksums else "off")
+        drop = replace(drop, retention=self.order, label_pattern=self.pattern)
+        return RetentionScope({"switches": drop}, timedelta(minutes=1))
 
     def send(self, name: str, at: datetime, content: bytes = b"abc", *, good: bool = True) -> Path:
         """Have a file delivered, or rejected, and put away at a time; return where it lies."""

@@ -56,7 +56,7 @@ class Heartbeat:
             uptime_s=self._last - self._began,
             pending=sum(one.pending for one in backlog.values()),
             pending_by_destination={name: one.pending for name, one in mine.items()},
-            pending_bytes=sum(one.bytes for one in backlog.values()),
+            pending_bytes=sum(one.pending_bytes for one in backlog.values()),
             oldest_s=max(_age(one, now) for one in [*backlog.values(), _NOTHING]),
             oldest_s_by_destination=ages,
             in_flight=in_flight,
@@ -82,7 +82,7 @@ class Heartbeat:
                 destination=name,
                 circuit=gates[name].state if name in gates else None,
                 pending=one.pending,
-                pending_bytes=one.bytes,
+                pending_bytes=one.pending_bytes,
                 oldest_s=ages[name],
                 days_left=days_left.get(name),
             )

@@ -30,7 +30,7 @@ class HostClock:
     def __init__(self, before: ClockReading | None = None) -> None:
         self._lock = threading.Lock()
         self._offset = _offset()
-        self._doubts = ClockSkews(before.doubts if before else (), _since_boot())
+        self._doubts = ClockSkews(before.skews if before else (), _since_boot())
         if before is not None:
             self._doubts.add(datetime.now(UTC) - before.seen_at, _since_boot())
 
@@ -125,7 +125,7 @@ class Housekeeping:
         try:
             self._freshness.tick(now)
             self._pruning.tick(lambda: self._clock.trusted_now() - self._parts.config.keep_history_for)
-            self._parts.ledger.check_files()
+            self._parts.ledger.check_storage()
         except LedgerError as error:
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
 
@@ -168,6 +168,7 @@ class Housekeeping:
             gate.shift_earlier(-step)
         try:
             self.bring_forward()
-            self._freshness.configure(self._parts.config.drop, datetime.now(UTC))
+            drops = {name: running.drop for name, running in self._parts.drops.items()}
+            self._freshness.configure(drops, datetime.now(UTC))
         except LedgerError as error:
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)

@@ -11,7 +11,9 @@ from backupd.delivery.circuit_breaker import CircuitBreaker, Notifier
 from backupd.delivery.recorder import Recorder
 from backupd.delivery.restoring import HistoryRestorer
 from backupd.delivery.retention import Retention
-from backupd.delivery.worker import DestinationQueue, Worker
+from backupd.delivery.destination import DestinationQueue
+from backupd.delivery.worker import Worker
+from backupd.dropfolder.drop import Drop
 from backupd.intake.intake import Intake
 from backupd.ledger.port import Ledger
 from backupd.upload.http.tls import ReloadingTlsContext
@@ -19,8 +21,9 @@ from backupd.upload.http.tls import ReloadingTlsContext
 
 @dataclass(slots=True)
 class RunningDrop:
-    """The intake of a drop; `stop` ends it alone."""
+    """A drop and its intake; `stop` ends it alone."""
 
+    drop: Drop
     intake: Intake
     stop: threading.Event = field(default_factory=threading.Event)
 

@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated
@@ -27,7 +26,8 @@ from backupd.core.names import (
 from backupd.core.policy import Reason, rule_of
 from backupd.core.transition import archive_state
 from backupd.dropfolder.checksums import move_checksum_files
-from backupd.dropfolder.folder import CachedFolder, DropFolder
+from backupd.dropfolder.drop import Drop
+from backupd.dropfolder.folder import CachedFolder
 from backupd.dropfolder.move import FileChangedError, find_moved, move, write_receipt_file
 from backupd.ledger.port import CompletedArchive, DeliveryResult, DispositionResult
 from backupd.telemetry import events
@@ -96,7 +96,7 @@ class ReceiptFile(BaseModel):
             )
             for d in self.deliveries
         )
-        return CompletedArchive(archive, self.state, self.digest, endings, announced=True)
+        return CompletedArchive(archive, self.state, self.digest, endings, already_logged=True)
 
 
 def as_json(one: CompletedArchive) -> bytes:
@@ -147,25 +147,11 @@ _MOST_HELD = 16
 """Directories that stay open between two archives."""
 
 
-@dataclass(frozen=True, slots=True)
-class DispositionRule:
-    """What a drop does with its archives; the directories are relative to it.
-
-    With `checksums` an archive's own checksum files go where it goes.
-    """
-
-    folder: DropFolder
-    on_delivered: str
-    sent_dir: bytes
-    rejected_dir: bytes
-    checksums: bool = False
-
-
 class Disposition:
     """Disposes of files once their outcome is committed; what it did before a crash it finds again."""
 
-    def __init__(self, rules: Mapping[str, DispositionRule], log: EventLog) -> None:
-        self._rules = rules
+    def __init__(self, drops: Mapping[str, Drop], log: EventLog) -> None:
+        self._drops = drops
         self._log = log
         self._failed: set[int] = set()
 
@@ -187,10 +173,10 @@ class Disposition:
                 alive()
                 if sum(map(len, held.values())) > _MOST_HELD:
                     _close_all(held)
-                if not one.announced:
+                if not one.already_logged:
                     said.append(partial(self._announce, one))
                 drop = one.archive.drop
-                rule = self._rules.get(drop)
+                rule = self._drops.get(drop)
                 if rule is None:
                     failed.append(one.archive.id)  # until the drop is configured again
                     continue
@@ -218,16 +204,16 @@ class Disposition:
     def _dispose(
         self,
         one: CompletedArchive,
-        rule: DispositionRule,
+        rule: Drop,
         folder: CachedFolder,
         touched: set[tuple[str, bytes]],
     ) -> tuple[DispositionResult, str]:
         """Return what was done, and the word for it."""
         archive = one.archive
         parent, _, name = archive.relpath.rpartition(b"/")
-        action = rule.on_delivered if one.state is DeliveryState.DELIVERED else "reject"
+        action = rule.config.on_delivered if one.state is DeliveryState.DELIVERED else "reject"
         if action == "keep":
-            return DispositionResult(archive.id, None, left=True), "kept"
+            return DispositionResult(archive.id, None, kept_in_place=True), "kept"
         if action == "delete":
             target, name = parent, b".backupd-%d.deleted" % archive.id
         else:
@@ -238,7 +224,7 @@ class Disposition:
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         if moved_to is None:
             return DispositionResult(archive.id, None, missing=True), "gone"
-        if rule.checksums:
+        if rule.uses_checksum_files:
             move_checksum_files(folder, archive, None if action == "delete" else moved_to)
         # those above it, too: they may have been made for it, now or before a crash
         touched |= {(archive.drop, directory) for directory in (parent, *_up_from(target))}

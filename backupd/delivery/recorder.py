@@ -146,7 +146,7 @@ class Recorder:
             return
         with self._lock:
             for one in settled:
-                if one.announced:
+                if one.already_logged:
                     continue
                 if one.state is DeliveryState.DELIVERED:
                     self._tally.delivered += 1

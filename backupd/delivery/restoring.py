@@ -10,8 +10,8 @@ from datetime import datetime
 from backupd.core.errors import LedgerError
 from backupd.core.model import Archive, DeliveryState
 from backupd.core.policy import Reason
-from backupd.delivery.disposition import DispositionRule
 from backupd.delivery.place import NotReachableError, ReadProblems, StoredFolder
+from backupd.dropfolder.drop import Drop
 from backupd.ledger.sent_index import RestoredArchive, SentIndex
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
@@ -47,14 +47,14 @@ class HistoryRestorer:
     def __init__(
         self,
         open_shelf: Callable[[], SentIndex],
-        rules: Mapping[str, DispositionRule],
+        drops: Mapping[str, Drop],
         device_of: Callable[[Archive], str | None],
         forgotten: Callable[[], datetime],
         doubt_since: Callable[[datetime], None],
         log: EventLog,
     ) -> None:
         self._open_shelf = open_shelf
-        self._rules = rules
+        self._drops = drops
         self._device_of = device_of
         self._forgotten = forgotten
         self._doubt_since = doubt_since
@@ -104,9 +104,9 @@ class HistoryRestorer:
         return place.path not in self._done and time.monotonic() >= self._again.get(place.path, 0.0)
 
     def _places(self) -> Iterator[StoredFolder]:
-        for drop, rule in [*self._rules.items()]:
-            yield StoredFolder(drop, rule.folder, rule.sent_dir, DeliveryState.DELIVERED, b"receipt")
-            yield StoredFolder(drop, rule.folder, rule.rejected_dir, DeliveryState.REJECTED, b"reason")
+        for name, drop in [*self._drops.items()]:
+            yield StoredFolder(name, drop.folder, drop.sent_dir, DeliveryState.DELIVERED, b"receipt")
+            yield StoredFolder(name, drop.folder, drop.rejected_dir, DeliveryState.REJECTED, b"reason")
 
     def _restore(self, shelf: SentIndex, place: StoredFolder, stop: threading.Event) -> bool:
         """Return whether all was done that can be."""
@@ -118,7 +118,7 @@ class HistoryRestorer:
         problems = ReadProblems()
         files = place.files(go_on, problems)
         restored = unknown = 0
-        below = shelf.lowest() - len(files)
+        below = shelf.lowest_id() - len(files)
         for first in range(0, len(files), _PAGE):
             page: list[RestoredArchive] = []
             for ident, file in enumerate(files[first : first + _PAGE], below + first):
@@ -146,7 +146,7 @@ class HistoryRestorer:
         if problems.count:
             self._complain(place, problems)
             return False
-        shelf.note_restored(place.drop, place.top)
+        shelf.mark_restored(place.drop, place.top)
         return True
 
     def _read(self, place: StoredFolder, relpath: bytes, ident: int) -> RestoredArchive | None:
@@ -159,11 +159,11 @@ class HistoryRestorer:
         return RestoredArchive(ident, settled, relpath, since, device)
 
     def _note(self, shelf: SentIndex, page: list[RestoredArchive]) -> int:
-        page = shelf.lacking(page)
+        page = shelf.unknown(page)
         if page:
-            self._doubt_since(min(one.since for one in page))
+            self._doubt_since(min(one.moved_at for one in page))
         oldest = self._forgotten()
-        kept = [one for one in page if one.since >= oldest]
+        kept = [one for one in page if one.moved_at >= oldest]
         return shelf.restore(kept) if kept else 0
 
     def _complain(self, place: StoredFolder, problems: ReadProblems) -> None:

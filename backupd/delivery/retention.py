@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import heapq
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,8 +16,9 @@ from backupd.core.errors import LedgerError
 from backupd.core.names import as_text
 from backupd.core.retention_policy import Expiry, RetentionPolicy, series_of, smallest_prefix
 from backupd.dropfolder.checksums import remove_checksum_files
+from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.folder import DropFolder
-from backupd.dropfolder.move import is_ours, remove_archive, remove_receipt_file
+from backupd.dropfolder.move import is_expected_file, remove_archive, remove_receipt_file
 from backupd.ledger.sent_index import RemovalReason, SentArchive, SentIndex
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
@@ -104,22 +104,10 @@ _MOST = 64
 
 
 @dataclass(frozen=True, slots=True)
-class SentFolder:
-    """The sent archives of a drop, and what is kept of them."""
+class RetentionScope:
+    """All drops by name, and how often a full disk is logged again."""
 
-    folder: DropFolder
-    sent_dir: bytes
-    policy: RetentionPolicy
-    label_pattern: re.Pattern[str] | None = None
-    checksums: bool = False
-    """Whether checksum files went with their archives; where not, they are archives of their own."""
-
-
-@dataclass(frozen=True, slots=True)
-class SentFolders:
-    """The stocks of all drops, and how often a full disk is told of."""
-
-    by_drop: Mapping[str, SentFolder]
+    by_drop: Mapping[str, Drop]
     log_every: timedelta
 
 
@@ -143,7 +131,7 @@ class Retention:
     def __init__(
         self,
         open_shelf: Callable[[], SentIndex],
-        stocks: Callable[[], SentFolders],
+        stocks: Callable[[], RetentionScope],
         log: EventLog,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         is_known: Callable[[str], bool] = lambda _: True,
@@ -179,14 +167,14 @@ class Retention:
     def tick(self) -> bool:
         """Do a batch of what is due; return whether there is more to do at once."""
         stocks, now = self._stocks(), self._now()
-        wanted = {n: s for n, s in stocks.by_drop.items() if s.policy != RetentionPolicy()}
+        wanted = {n: s for n, s in stocks.by_drop.items() if s.retention != RetentionPolicy()}
         if not wanted:
             return False
         try:
             shelf = self._opened = self._opened or self._open_shelf()
             able = {n: s for n, s in wanted.items() if _is_there(s) and self._finish_begun(shelf, n, s, now)}
-            more = [self._by_rule(shelf, n, s) for n, s in able.items() if s.policy.expires]
-            shortages = self._room.low_filesystems({n: (s.folder, s.policy) for n, s in wanted.items()})
+            more = [self._by_rule(shelf, n, s) for n, s in able.items() if s.retention.expires]
+            shortages = self._room.low_filesystems({n: (s.folder, s.retention) for n, s in wanted.items()})
             more += [self._make_room(shelf, short, able, now, stocks.log_every) for short in shortages]
         except LedgerError as error:
             self._progress.clear()  # what was looked at may not have been seen to
@@ -195,13 +183,13 @@ class Retention:
         return any(more)
 
     def _patience(self) -> float:
-        orders = [stock.policy for stock in self._stocks().by_drop.values()]
+        orders = [stock.retention for stock in self._stocks().by_drop.values()]
         shortest = min((o.keep_for.total_seconds() for o in orders if o.keep_for), default=_EVERY)
         return min(max(shortest, 1.0), _EVERY)
 
-    def _by_rule(self, shelf: SentIndex, drop: str, stock: SentFolder) -> bool:
+    def _by_rule(self, shelf: SentIndex, drop: str, stock: Drop) -> bool:
         """Remove what is too old or too many; return whether there is more to look at."""
-        order, grown, now = stock.policy, self._grown.setdefault(drop, set()), self._now()
+        order, grown, now = stock.retention, self._grown.setdefault(drop, set()), self._now()
         progress = self._progress.get(drop)
         if progress is None or progress.order != order or not ZERO <= now - progress.begun < _ANEW:
             progress = self._progress[drop] = _Progress(order, now)
@@ -211,29 +199,29 @@ class Retention:
             if self._sort(shelf, drop, stock, grown):
                 return True  # who is among the last is known once all are sorted
             while grown and len(found) < _MOST:
-                beyond = shelf.beyond(drop, series := grown.pop(), order.keep_last, until, _MOST)
+                beyond = shelf.beyond_newest(drop, series := grown.pop(), order.keep_last, until, _MOST)
                 found |= {kept.archive.id: (kept, order.keep_last) for kept in beyond}
                 if len(beyond) == _MOST:
                     grown.add(series)
         page = shelf.oldest(drop, progress.last, until, _MOST)
         for kept in page:
-            found[kept.archive.id] = kept, shelf.newer(kept, order.keep_last) if order.keep_last else 0
+            found[kept.archive.id] = kept, shelf.count_newer(kept, order.keep_last) if order.keep_last else 0
             progress.last = kept
         now = self._now()  # after the look: the clock is doubted before an old history comes into the ledger
-        due = [(k, e) for k, newer in found.values() if (e := order.expiry_reason(now - k.since, newer))]
+        due = [(k, e) for k, newer in found.values() if (e := order.expiry_reason(now - k.moved_at, newer))]
         if not all(_is_within_reach(stock.folder, kept) for kept, _ in due):
             del self._progress[drop]  # once its filesystem is back, all is looked at again
             return False
         self._remove(shelf, stock, due, now)
         return bool(grown) or len(page) == _MOST
 
-    def _sort(self, shelf: SentIndex, drop: str, stock: SentFolder, grown: set[bytes]) -> bool:
+    def _sort(self, shelf: SentIndex, drop: str, stock: Drop, grown: set[bytes]) -> bool:
         """Note the series of what is new; return whether there is more of it."""
-        fresh = shelf.unsorted(drop, _MOST)
+        fresh = shelf.without_series(drop, _MOST)
         if fresh:
             pattern = stock.label_pattern
-            series = {k.archive.id: series_of(k.archive.relpath, k.to, pattern) for k in fresh}
-            shelf.sort(series)
+            series = {k.archive.id: series_of(k.archive.relpath, k.moved_to, pattern) for k in fresh}
+            shelf.set_series(series)
             grown |= set(series.values())
         return len(fresh) == _MOST
 
@@ -241,7 +229,7 @@ class Retention:
         self,
         shelf: SentIndex,
         short: LowSpace,
-        able: Mapping[str, SentFolder],
+        able: Mapping[str, Drop],
         now: datetime,
         tell_every: timedelta,
     ) -> bool:
@@ -253,7 +241,7 @@ class Retention:
             return False
         self._lacking_since = 0.0
         pages = [shelf.oldest(name, None, None, _MOST) for name in short.drops if name in able]
-        merged = heapq.merge(*pages, key=lambda k: (k.since, k.archive.id))
+        merged = heapq.merge(*pages, key=lambda k: (k.moved_at, k.archive.id))
         oldest = [k for k in merged if _is_within_reach(able[k.archive.drop].folder, k)][:_MOST]
         chosen = oldest[: smallest_prefix(short.bytes_short, [k.archive.fingerprint.size for k in oldest])]
         freed = 0
@@ -265,31 +253,31 @@ class Retention:
             self._room.log_low_space(short, now, tell_every)
         return bool(chosen) and freed < short.bytes_short  # what was freed may show only after a while
 
-    def _finish_begun(self, shelf: SentIndex, drop: str, stock: SentFolder, now: datetime) -> bool:
+    def _finish_begun(self, shelf: SentIndex, drop: str, stock: Drop, now: datetime) -> bool:
         """Finish removals that were begun; return False where that many fail that more should not begin."""
-        begun = shelf.condemned(drop, _MOST)
+        begun = shelf.list_expiring(drop, _MOST)
         if not begun:
             return True
         self._take_away(shelf, stock, [(kept, None) for kept in begun], now)
-        return len(shelf.condemned(drop, _MOST)) < _MOST
+        return len(shelf.list_expiring(drop, _MOST)) < _MOST
 
     def _remove(
-        self, shelf: SentIndex, stock: SentFolder, due: Sequence[tuple[SentArchive, Expiry]], now: datetime
+        self, shelf: SentIndex, stock: Drop, due: Sequence[tuple[SentArchive, Expiry]], now: datetime
     ) -> int:
         """Remove what is still as it was put away; return the bytes that were freed."""
         left = {k.archive.id: removal for k, _ in due if (removal := _left(stock.folder, k))}
         ours = [(k, e) for k, e in due if k.archive.id not in left]
         if left:
-            shelf.ended(left, now)
+            shelf.record_removals(left, now)
         if not ours:
             return 0
-        shelf.condemn([k.archive.id for k, _ in ours])
+        shelf.mark_expiring([k.archive.id for k, _ in ours])
         return self._take_away(shelf, stock, ours, now)
 
     def _take_away(
         self,
         shelf: SentIndex,
-        stock: SentFolder,
+        stock: Drop,
         due: Iterable[tuple[SentArchive, Expiry | None]],
         now: datetime,
     ) -> int:
@@ -301,33 +289,33 @@ class Retention:
             self.watchdog.alive()
             archive = kept.archive
             try:
-                freed = remove_archive(folder, kept.to, archive)
+                freed = remove_archive(folder, kept.moved_to, archive)
             except OSError as error:
                 self._complain(kept, error)
                 continue
             if freed is not None:
                 with suppress(OSError):  # the archive is gone; what is left beside it harms nobody
-                    if stock.checksums:
-                        remove_checksum_files(folder, kept.to)
-                    remove_receipt_file(folder, kept.to, archive, b"receipt")
+                    if stock.uses_checksum_files:
+                        remove_checksum_files(folder, kept.moved_to)
+                    remove_receipt_file(folder, kept.moved_to, archive, b"receipt")
             self._complained.discard(archive.id)
             done[archive.id] = RemovalReason.CHANGED if freed is None else RemovalReason.EXPIRED
             if freed is None:
                 continue
             total += freed
-            touched.add(kept.to.rpartition(b"/")[0])
+            touched.add(kept.moved_to.rpartition(b"/")[0])
             self._log.emit(
                 events.ARCHIVE_EXPIRED,
                 drop=archive.drop,
                 archive=archive.relpath,
-                path=os.path.join(os.fsencode(folder.path), kept.to),
+                path=os.path.join(os.fsencode(folder.path), kept.moved_to),
                 size_bytes=archive.fingerprint.size,
                 reason=expiry,
             )
         for directory in touched:
             _sync(folder, directory)
         if done:
-            shelf.ended(done, now)
+            shelf.record_removals(done, now)
         return total
 
     def _complain(self, kept: SentArchive, error: OSError) -> None:
@@ -338,12 +326,12 @@ class Retention:
             events.DISPOSITION_FAILED,
             drop=kept.archive.drop,
             archive=kept.archive.relpath,
-            error=f"{as_text(kept.to)} can't be removed ({os.strerror(error.errno or errno.EIO)})",
+            error=f"{as_text(kept.moved_to)} can't be removed ({os.strerror(error.errno or errno.EIO)})",
             hint="give the daemon's user write permission to `sent_dir`, or remove the file",
         )
 
 
-def _is_there(stock: SentFolder) -> bool:
+def _is_there(stock: Drop) -> bool:
     """Tell whether there is a `sent_dir`: without, the filesystem may not be mounted now."""
     try:
         with stock.folder.directory(stock.sent_dir):
@@ -355,7 +343,7 @@ def _is_there(stock: SentFolder) -> bool:
 def _left(folder: DropFolder, kept: SentArchive) -> RemovalReason | None:
     """Return what became of a file that is no longer as it was put away, or None."""
     try:
-        return None if is_ours(folder.stat(kept.to), kept.archive.fingerprint) else RemovalReason.CHANGED
+        return None if is_expected_file(folder.stat(kept.moved_to), kept.archive.fingerprint) else RemovalReason.CHANGED
     except (FileNotFoundError, NotADirectoryError):
         return RemovalReason.GONE
     except OSError:
@@ -363,7 +351,7 @@ def _left(folder: DropFolder, kept: SentArchive) -> RemovalReason | None:
 
 
 def _is_within_reach(folder: DropFolder, kept: SentArchive) -> bool:
-    return not folder.is_unreachable(kept.to, kept.archive.fingerprint.device)
+    return not folder.is_unreachable(kept.moved_to, kept.archive.fingerprint.device)
 
 
 def _sync(folder: DropFolder, directory: bytes) -> None:

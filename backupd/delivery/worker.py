@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-import re
-import socket
 import stat
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import tenacity
@@ -20,12 +17,11 @@ from backupd.core.errors import LedgerError
 from backupd.core.model import Attempt, Deferred, Delivery, Outcome, Superseded
 from backupd.core.names import template_values
 from backupd.core.policy import Reason, rule_of
-from backupd.core.transition import Priority, RetryPolicy, next_step
-from backupd.delivery.circuit_breaker import CircuitBreaker, Notifier
-from backupd.dropfolder.folder import DropFolder
-from backupd.ledger.port import ClaimResult, Ledger
+from backupd.core.transition import next_step
+from backupd.delivery.destination import DestinationQueue
+from backupd.dropfolder.drop import Drop
+from backupd.ledger.port import ClaimResult
 from backupd.telemetry import events
-from backupd.telemetry.log import EventLog
 from backupd.telemetry.thread_watchdog import ThreadWatchdog
 from backupd.upload.base import Uploader, UploadJob
 
@@ -63,70 +59,8 @@ def _is_worth_another(outcome: Outcome) -> bool:
 _IDLE = 5.0
 """Seconds after which a worker looks at the ledger unasked: another process may have put something there."""
 
-_CLAIMS = 16
-"""Deliveries that are claimed in one transaction."""
-
-
 _UNTIL_CONFIGURED = timedelta(days=1)
 """How long what comes from a drop that is configured no more is left alone; a start or reload ends it."""
-
-
-@dataclass(frozen=True, slots=True)
-class DropSource:
-    """A drop folder that archives are read from, and how its paths yield labels."""
-
-    folder: DropFolder
-    label_pattern: re.Pattern[str] | None = None
-
-
-@dataclass(slots=True)
-class DestinationQueue:
-    """What the workers of one destination share."""
-
-    destination: str
-    ledger: Ledger
-    circuit: CircuitBreaker
-    retry_policy: RetryPolicy
-    priority: Priority
-    notifier: Notifier
-    sources: Mapping[str, DropSource]
-    log: EventLog
-    host: str = field(default_factory=socket.gethostname)
-    _claimed: deque[Delivery] = field(default_factory=deque)
-    _removed: set[str] = field(default_factory=set)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def claim(self) -> Delivery | None:
-        """Return the delivery that goes first, or None; small ones are claimed a few at a time."""
-        with self._lock:
-            if not self._claimed:
-                now = datetime.now(UTC)
-                self._claimed += self.ledger.claim(self.destination, now, self.priority, _CLAIMS)
-            return self._claimed.popleft() if self._claimed else None
-
-    def release_claims(self) -> bool:
-        """Make pending again what was claimed and not begun, for whoever comes; False if that failed."""
-        with self._lock:
-            if self._claimed:
-                try:
-                    self.ledger.release_claims([delivery.id for delivery in self._claimed])
-                except LedgerError:  # they are still here, and go before all others
-                    return False
-                self._claimed.clear()
-        return True
-
-    def log_removed_drop(self, drop: str) -> None:
-        """Say, once, that archives wait for a drop to be configured again."""
-        with self._lock:
-            is_new = drop not in self._removed
-            self._removed.add(drop)
-        if is_new:
-            self.log.emit(
-                events.CONFIG_WARNING,
-                path=f"drop.{drop}",
-                error=f"archives from it are pending for {self.destination}, and it is configured no more",
-                hint="configure it again, until they are delivered; they stay in its folder",
-            )
 
 
 class Worker:
@@ -138,7 +72,7 @@ class Worker:
         self._lane = lane
         self._uploader = uploader
         self._hand_over = hand_over
-        self.watchdog = ThreadWatchdog(f"worker of {lane.destination}")
+        self.watchdog = ThreadWatchdog(f"worker of {lane.destination.name}")
         self.current: Delivery | None = None
 
     def run(self, stop: threading.Event) -> None:
@@ -184,7 +118,7 @@ class Worker:
         if shut != 0.0:
             return _IDLE if shut is None else shut
         try:
-            due = self._lane.ledger.next_due(self._lane.destination)
+            due = self._lane.ledger.next_due(self._lane.destination.name)
         except LedgerError:
             return _IDLE
         if due is None:
@@ -216,7 +150,7 @@ class Worker:
 
     def _open_and_upload(self, delivery: Delivery) -> tuple[Outcome, int]:
         archive = delivery.archive
-        source = self._lane.sources.get(archive.drop)
+        source = self._lane.drops.get(archive.drop)
         if source is None:
             self._lane.log_removed_drop(archive.drop)
             error = f"no drop named {archive.drop} is configured any more"
@@ -258,7 +192,7 @@ class Worker:
         outcome = attempts[-1].outcome
         self._lane.circuit.record_outcome(outcome)
         now = datetime.now(UTC)
-        step = next_step(delivery, outcome, now, self._lane.retry_policy, random.random())
+        step = next_step(delivery, outcome, now, self._lane.destination.retry_policy, random.random())
         self.watchdog.idle()  # the recorder may be waiting for room on the disk
         self._hand_over(ClaimResult(delivery, tuple(attempts), step))
         self.watchdog.alive()
@@ -283,7 +217,7 @@ class Worker:
         )
 
 
-def _is_something_else(source: DropSource, relpath: bytes) -> bool:
+def _is_something_else(source: Drop, relpath: bytes) -> bool:
     """Tell whether what can't be opened is a link, a folder or a device: the archive itself is gone."""
     try:
         return not stat.S_ISREG(source.folder.stat(relpath).st_mode)
@@ -291,7 +225,7 @@ def _is_something_else(source: DropSource, relpath: bytes) -> bool:
         return False
 
 
-def _seen_again(outcome: Outcome, fd: int, source: DropSource, relpath: bytes) -> Outcome:
+def _seen_again(outcome: Outcome, fd: int, source: Drop, relpath: bytes) -> Outcome:
     """Return the outcome; of a file that changed while it was read this tells whether it was removed."""
     if not isinstance(outcome, Superseded) or os.fstat(fd).st_nlink > 0:
         return outcome

@@ -7,12 +7,11 @@ import math
 import os
 import stat
 
-from backupd.config.models import DropConfig
 from backupd.core.eligibility import Eligibility, Ineligible, Patterns
 from backupd.core.model import fingerprint_of
 from backupd.core.stability import StabilityTracker
+from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.filesystem import is_being_written
-from backupd.dropfolder.folder import DropFolder
 from backupd.ledger.port import FileCandidate
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
@@ -35,16 +34,17 @@ _HINTS = {
 class Candidates:
     """Decides, look by look, which files of a drop are finished archives."""
 
-    def __init__(self, name: str, config: DropConfig, folder: DropFolder, log: EventLog) -> None:
-        self._drop = name
-        self._folder = folder
+    def __init__(self, drop: Drop, log: EventLog) -> None:
+        config = drop.config
+        self._drop = drop.name
+        self._folder = drop.folder
         self._log = log
         self._eligibility = Eligibility(
             Patterns(config.include),
             Patterns(config.exclude),
             config.min_size,
             config.max_size,
-            checksums=config.checksum_file != "off",
+            checksums=drop.uses_checksum_files,
         )
         self._tracker = StabilityTracker(config.stable_for.total_seconds())
         self._said: set[int] = set()

@@ -19,6 +19,7 @@ from backupd.core.devices import (
 )
 from backupd.core.model import Archive
 from backupd.core.names import TextTemplate, template_values
+from backupd.dropfolder.drop import Drop
 from backupd.ledger.port import DeviceLedger, FileCandidate, TrackedDevice
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
@@ -46,14 +47,16 @@ class DeviceTracker:
         self.overdue = 0
         """How many devices were overdue at the last tick."""
 
-    def configure(self, drops: Mapping[str, DropConfig], now: datetime) -> None:
+    def configure(self, drops: Mapping[str, Drop], now: datetime) -> None:
         """Take over what a configuration expects; to be called before anything is admitted by it.
 
         Raises LedgerError, and changes nothing, where the ledger can't be written.
         """
-        tracked = {name: drop for name, drop in drops.items() if _is_tracked(drop)}
+        tracked = {name: drop for name, drop in drops.items() if _is_tracked(drop.config)}
         rules = {name: _rule(drop) for name, drop in tracked.items()}
-        self._ledger.set_expectations({name: _expectation(drop) for name, drop in tracked.items()}, now)
+        self._ledger.set_expectations(
+            {name: _expectation(drop.config) for name, drop in tracked.items()}, now
+        )
         self._rules = rules
 
     def with_devices(self, sightings: Sequence[FileCandidate], now: datetime) -> list[FileCandidate]:
@@ -96,9 +99,9 @@ class DeviceTracker:
                     drop=one.drop,
                     archive=one.relpath,
                     device=one.device or None,
-                    size_bytes=one.size,
+                    size_bytes=one.size_bytes,
                     median_size_bytes=one.median_size_bytes,
-                    change_ratio=relative_change(one.size, one.median_size_bytes),
+                    change_ratio=relative_change(one.size_bytes, one.median_size_bytes),
                 )
             if found:
                 self._ledger.mark_reported(found)
@@ -111,18 +114,14 @@ class DeviceTracker:
         return None if device is None else TrackedDevice(device, rule.size_alarm)
 
 
-def _is_tracked(drop: DropConfig) -> bool:
-    return drop.expect.every is not None or drop.size_alarm is not None
+def _is_tracked(config: DropConfig) -> bool:
+    return config.expect.every is not None or config.size_alarm is not None
 
 
-def _rule(drop: DropConfig) -> _Rule:
-    by = drop.expect.by
-    return _Rule(
-        TextTemplate.parse(by) if by else None,
-        re.compile(drop.label_pattern) if drop.label_pattern else None,
-        drop.size_alarm,
-    )
+def _rule(drop: Drop) -> _Rule:
+    by = drop.config.expect.by
+    return _Rule(TextTemplate.parse(by) if by else None, drop.label_pattern, drop.config.size_alarm)
 
 
-def _expectation(drop: DropConfig) -> DeviceExpectation:
-    return DeviceExpectation(drop.expect.every, drop.expect.by, drop.expect.devices)
+def _expectation(config: DropConfig) -> DeviceExpectation:
+    return DeviceExpectation(config.expect.every, config.expect.by, config.expect.devices)

@@ -13,7 +13,6 @@ from collections.abc import Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from backupd.config.models import DropConfig
 from backupd.core.archive_formats import Damage
 from backupd.core.checksum import LISTS, archive_of
 from backupd.core.model import Digest, Rejected, fingerprint_of
@@ -21,7 +20,8 @@ from backupd.core.names import as_text
 from backupd.core.policy import Reason
 from backupd.dropfolder.checksums import StatedDigests, digest_of, read_checksum_files
 from backupd.dropfolder.decompress import LimitReachedError
-from backupd.dropfolder.folder import DropFolder, OnUnreadable
+from backupd.dropfolder.drop import Drop
+from backupd.dropfolder.folder import OnUnreadable
 from backupd.dropfolder.inspect import inspect
 from backupd.ledger.port import FileCandidate
 from backupd.telemetry import events
@@ -153,12 +153,11 @@ class Examiner:
     `complain` is told of files that can't be read; the rescan tries those again.
     """
 
-    def __init__(
-        self, name: str, config: DropConfig, folder: DropFolder, log: EventLog, complain: OnUnreadable
-    ) -> None:
-        self._drop = name
+    def __init__(self, drop: Drop, log: EventLog, complain: OnUnreadable) -> None:
+        config = drop.config
+        self._drop = drop.name
         self._config = config
-        self._folder = folder
+        self._folder = drop.folder
         self._log = log
         self._complain = complain
         self._required = config.checksum_file == "required"

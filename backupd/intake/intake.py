@@ -11,10 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from backupd.config.models import DropConfig
 from backupd.core.errors import LedgerError
 from backupd.core.model import fingerprint_of
-from backupd.dropfolder.folder import DropFolder, walk
+from backupd.dropfolder.drop import Drop
+from backupd.dropfolder.folder import walk
 from backupd.intake.candidates import Candidates
 from backupd.intake.device_tracker import DeviceTracker
 from backupd.intake.examiner import Examiner
@@ -50,38 +50,35 @@ class Intake:
 
     def __init__(
         self,
-        name: str,
-        config: DropConfig,
-        destinations: Sequence[str],
-        folder: DropFolder,
+        drop: Drop,
         ledger: Ledger,
         log: EventLog,
         wake: NotifyWorkers,
         settled: OnRejected,
         freshness: DeviceTracker | None = None,
     ) -> None:
-        self.name = name
-        self._config = config
-        self._destinations = tuple(destinations)
-        self._folder = folder
+        self.name = drop.name
+        self._config = drop.config
+        self._destinations = drop.destinations
+        self._folder = drop.folder
         self._ledger = ledger
         self._log = log
         self._wake = wake
         self._freshness = freshness or DeviceTracker(ledger, log)
         self._settled = settled
-        self._prefix = os.fsencode(config.path).rstrip(b"/") + b"/"
+        self._prefix = os.fsencode(drop.config.path).rstrip(b"/") + b"/"
         self._notices: queue.SimpleQueue[_Notice | None] = queue.SimpleQueue()
-        self._candidates = Candidates(name, config, folder, log)
-        self._examination = Examiner(name, config, folder, log, self._candidates.log_unreadable)
-        self._skip = frozenset(os.fsencode(d.strip("/")) for d in (config.sent_dir, config.rejected_dir))
-        self._sight = WatchHealth(name, config, folder, log, self._notice, self._ignores)
+        self._candidates = Candidates(drop, log)
+        self._examination = Examiner(drop, log, self._candidates.log_unreadable)
+        self._skip = frozenset((drop.sent_dir, drop.rejected_dir))
+        self._sight = WatchHealth(drop, log, self._notice, self._ignores)
         self._batch: list[FileCandidate] = []
         self._failing = False
         self._unadmitted: set[int] = set()
         self._noted: tuple[int, int] | None = None
         """Which directory the ledger was told that the folder is: its device and inode."""
         self.ready = threading.Event()
-        self.watchdog = ThreadWatchdog(f"intake of {name}")
+        self.watchdog = ThreadWatchdog(f"intake of {drop.name}")
 
     def run(self, stop: threading.Event) -> None:
         """Take in archives until told to stop; `poke` ends a wait."""
@@ -268,9 +265,9 @@ class Intake:
             )
         if admission.queued:
             self._wake(self._destinations)
-        if admission.rejected or admission.found_again:
+        if admission.rejected or admission.reappeared:
             self._settled()
-        if admission.unusual:
+        if admission.has_unusual_size:
             with suppress(LedgerError):  # the next tick says it
                 self._freshness.log_unusual_sizes()
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from backupd.config.models import DropConfig
+from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.filesystem import filesystem_of, is_remote
-from backupd.dropfolder.folder import DropFolder
 from backupd.intake.watcher import LIMITS_HINT, Ignores, OnEvent, Watcher, WatchError
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
@@ -24,18 +23,16 @@ class WatchHealth:
 
     def __init__(
         self,
-        name: str,
-        config: DropConfig,
-        folder: DropFolder,
+        drop: Drop,
         log: EventLog,
         notice: OnEvent,
         ignores: Ignores,
     ) -> None:
-        self._drop = name
-        self._config = config
-        self._folder = folder
+        self._drop = drop.name
+        self._config = drop.config
+        self._folder = drop.folder
         self._log = log
-        self._path = str(config.path)
+        self._path = str(drop.config.path)
         self._notice = notice
         self._ignores = ignores
         self._watcher: Watcher | None = None

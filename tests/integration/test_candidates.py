@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from backupd.config.models import DropConfig
 from backupd.dropfolder.folder import DropFolder
 from backupd.intake.candidates import Candidates
 from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog
+from tests.factories import a_drop
 
 
 class Locked(DropFolder):
@@ -39,9 +39,9 @@ def folder(tmp_path: Path) -> Iterator[Locked]:
 
 @pytest.fixture
 def candidates(folder: Locked) -> Iterator[Candidates]:
-    config = DropConfig(path=Path(folder.path), stable_for=timedelta(seconds=5))
+    drop = a_drop(folder, stable_for=timedelta(seconds=5))
     with (log_of(folder)).open("wb") as stream:
-        yield Candidates("switches", config, folder, EventLog(LineWriter(stream.fileno())))
+        yield Candidates(drop, EventLog(LineWriter(stream.fileno())))
 
 
 def log_of(folder: Locked) -> Path:

@@ -22,14 +22,14 @@ import pytest
 from backupd.core.model import Archive, DeliveryState, fingerprint_of
 from backupd.core.names import receipt_file_name
 from backupd.core.policy import Reason
-from backupd.delivery.disposition import Disposition, DispositionRule
+from backupd.delivery.disposition import Disposition
 from backupd.dropfolder import move as move_module
 from backupd.dropfolder.checksums import move_checksum_files, remove_checksum_files
 from backupd.dropfolder.folder import CachedFolder, DropFolder
 from backupd.ledger.port import CompletedArchive, DeliveryResult
 from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog
-from tests.factories import NOW, an_archive
+from tests.factories import NOW, a_drop, an_archive
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def delivered(root: Path, number: int, name: str = "") -> CompletedArchive:
 
 
 def test_a_sent_folder_that_is_removed_in_mid_batch_is_made_anew(folder: DropFolder, root: Path) -> None:
-    rule = DispositionRule(folder, "move", b"sent", b"rejected")
+    rule = a_drop(folder)
     begun = []
 
     def remove_after_the_first() -> None:
@@ -85,7 +85,7 @@ def test_an_archive_whose_directory_became_a_file_is_gone(folder: DropFolder, ro
     shutil.rmtree(root / "a")
     (root / "a").write_bytes(b"a file")
     with open(os.devnull, "wb") as null:
-        rules = {"switches": DispositionRule(folder, "move", b"sent", b"rejected")}
+        rules = {"switches": a_drop(folder)}
         done, failed = Disposition(rules, EventLog(LineWriter(null.fileno()))).dispose([settled])
     assert ([one.moved_to for one in done], failed) == ([None], [])
 
@@ -93,7 +93,7 @@ def test_an_archive_whose_directory_became_a_file_is_gone(folder: DropFolder, ro
 def test_an_archive_in_a_deep_folder_takes_few_descriptors(folder: DropFolder, root: Path) -> None:
     deep = "/".join(["d"] * 300)
     (root / deep).mkdir(parents=True)
-    rule = DispositionRule(folder, "move", b"sent", b"rejected")
+    rule = a_drop(folder)
     one = delivered(root, 1, f"{deep}/r1.cfg")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with open(os.devnull, "wb") as null:
@@ -109,7 +109,7 @@ def test_an_archive_in_a_deep_folder_takes_few_descriptors(folder: DropFolder, r
 
 def test_a_batch_over_many_directories_goes_where_it_should(folder: DropFolder, root: Path) -> None:
     """Also where a file of the same name was sent before, and more directories than are held at a time."""
-    rule = DispositionRule(folder, "move", b"done/ok", b"done/bad")
+    rule = a_drop(folder, sent_dir="done/ok", rejected_dir="done/bad")
     batch = []
     for number in range(30):
         for kind in ("ok", "bad"):
@@ -139,7 +139,7 @@ def test_what_was_rewritten_behind_our_back_is_not_taken_for_what_was_sent(
         stream.write(b"xyz")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     with open(os.devnull, "wb") as null:
-        rule = DispositionRule(folder, "move", b"sent", b"rejected")
+        rule = a_drop(folder)
         disposal = Disposition({"switches": rule}, EventLog(LineWriter(null.fileno())))
         done, failed = disposal.dispose([one])
     assert ([each.moved_to for each in done], failed) == ([None], [])
@@ -169,7 +169,7 @@ def _sigio_ignored() -> Iterator[None]:
 def disposal_of(folder: DropFolder, tmp_path: Path) -> Iterator[Callable[[str], Disposition]]:
     with (tmp_path / "log").open("wb") as log:
         yield lambda action: Disposition(
-            {"switches": DispositionRule(folder, action, b"sent", b"rejected")},
+            {"switches": a_drop(folder, on_delivered=action)},
             EventLog(LineWriter(log.fileno())),
         )
 
@@ -188,7 +188,7 @@ def test_what_somebody_writes_to_again_stays_until_it_is_closed(
             assert disposal.dispose([one]) == ([], [1])
         assert path.read_bytes() == b"abc"
     (line,) = told("disposition.failed")
-    assert (line["archive"], line["error"]) == ("r1.cfg", "somebody has it open for writing")
+    assert (line["archive"], line["error"]) == ("r1.cfg", "another process has it open for writing")
     assert "fuser" in line["hint"]
     done, failed = disposal.dispose([one])  # it was closed as it was
     assert ([each.moved_to for each in done], failed) == ([b"sent/r1.cfg" if action == "move" else None], [])
@@ -237,7 +237,7 @@ def test_a_writer_that_comes_while_it_is_moved_finds_it_where_it_was(
 ) -> None:
     """As does one that was let in by the end of a daemon that was killed right then."""
     one, disposal = delivered(root, 1), disposal_of(action)
-    path, came, real = root / "r1.cfg", [], move_module.move_into
+    path, came, real = root / "r1.cfg", [], move_module.move_to_hidden_name
 
     def take(*arguments: Any) -> None:
         with pytest.raises(BlockingIOError):  # without O_NONBLOCK it would wait for the end of the move
@@ -245,7 +245,7 @@ def test_a_writer_that_comes_while_it_is_moved_finds_it_where_it_was(
         came.append(1)
         real(*arguments)
 
-    monkeypatch.setattr(move_module, "move_into", take)
+    monkeypatch.setattr(move_module, "move_to_hidden_name", take)
     done, failed = disposal.dispose([one])
     assert ([each.moved_to for each in done], failed, came) == ([None], [], [1])
     assert path.read_bytes() == b"abc"
@@ -293,7 +293,7 @@ def test_what_cannot_be_synced_is_said_and_tried_again(
     is_kind: Callable[[int], bool],
 ) -> None:
     """Until it can be, nothing is told to be disposed of: a power cut might undo it."""
-    rule = DispositionRule(folder, "move", b"sent", b"rejected")
+    rule = a_drop(folder)
     batch = [delivered(root, 1), delivered(root, 2)]
     real = os.fsync
 
@@ -306,7 +306,7 @@ def test_what_cannot_be_synced_is_said_and_tried_again(
         disposal = Disposition({"switches": rule}, EventLog(LineWriter(log.fileno())))
         monkeypatch.setattr(os, "fsync", fails_for_some)
         assert disposal.dispose(batch) == ([], [1, 2])
-        again = [replace(one, announced=True) for one in batch]
+        again = [replace(one, already_logged=True) for one in batch]
         assert disposal.dispose(again) == ([], [1, 2])
         monkeypatch.undo()
         done, failed = disposal.dispose(again)

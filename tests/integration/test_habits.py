@@ -11,11 +11,11 @@ from typing import Any, Protocol, TypeVar
 
 import pytest
 
-from backupd.config.models import DropConfig
 from backupd.core.devices import DeviceExpectation
 from backupd.core.errors import LedgerError
 from backupd.core.model import Archive
 from backupd.daemon.housekeeping import HistoryPruning
+from backupd.dropfolder.folder import DropFolder
 from backupd.intake.device_tracker import DeviceTracker
 from backupd.ledger.port import ClockReading, DispositionResult, FileCandidate, UnusualArchive
 from backupd.ledger.sqlite import connection
@@ -25,12 +25,16 @@ from backupd.ledger.sqlite.queries import DeviceRecord, LedgerQueries
 from backupd.telemetry.events import Event
 from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog
-from tests.factories import NOW, SECOND, a_fingerprint, a_sighting, deferred, delivered, finished
+from tests.factories import NOW, SECOND, a_candidate, a_drop, a_fingerprint, deferred, delivered, finished
 
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
 
-T = TypeVar("T", bound=SqliteLedger | sqlite3.Connection)
+T = TypeVar("T", bound="Closable")
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
 
 
 class Close(Protocol):
@@ -70,10 +74,10 @@ class FailingLedger(SqliteLedger):
 
     full = False
 
-    def _transaction(self, *, durable: bool, patience: float = 5.0) -> Any:
+    def _transaction(self, *, durable: bool, lock_timeout: float = 5.0) -> Any:
         if self.full:
             raise LedgerError("the ledger can't be written: database or disk is full", "check the disk")
-        return super()._transaction(durable=durable, patience=patience)
+        return super()._transaction(durable=durable, lock_timeout=lock_timeout)
 
 
 class Scene:
@@ -83,14 +87,16 @@ class Scene:
         self.state = state
         self._close = close
         self.said = Said()
-        self.config = {"switches": DropConfig.model_validate({"path": "/srv/x", **drop})}
+        folder = state.parent / "drop"
+        folder.mkdir(exist_ok=True)
+        self.drops = {"switches": a_drop(close(DropFolder(str(folder))), **drop)}
         self.start()
 
     def start(self, now: Any = NOW) -> None:
         """Begin as a new daemon does."""
         self.ledger = self._close(FailingLedger(open_ledger(self.state).connection))
         self.freshness = DeviceTracker(self.ledger, self.said)
-        self.freshness.configure(self.config, now)
+        self.freshness.configure(self.drops, now)
 
     def kill(self, now: Any = NOW) -> None:
         self.ledger.close()
@@ -98,7 +104,9 @@ class Scene:
 
     def arrive(self, name: bytes, *, at: Any = NOW, size: int = 100) -> bool:
         sighting = FileCandidate("switches", name, a_fingerprint(size=size))
-        return self.ledger.enqueue(self.freshness.with_devices([sighting], at), ["vault"], at).unusual
+        return self.ledger.enqueue(
+            self.freshness.with_devices([sighting], at), ["vault"], at
+        ).has_unusual_size
 
     def tick(self, now: Any) -> list[tuple[str, dict[str, Any]]]:
         self.freshness.tick(now)
@@ -199,7 +207,7 @@ def test_an_admission_that_is_undone_leaves_no_trace_of_its_device(
     assert [(d.last_at, d.archives) for d in scene.history().devices(NOW)] == [(NOW, 3)]
     assert scene.ledger.backlog()["vault"].pending == 3
     assert scene.arrive(b"sw1/odd.cfg", size=9000, at=NOW + HOUR)
-    assert [one.size for one in scene.ledger.unusual_archives()] == [9000]
+    assert [one.size_bytes for one in scene.ledger.unusual_archives()] == [9000]
 
 
 # beside the daemon
@@ -245,11 +253,11 @@ def version_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Ar
     today = tmp_path / "today"
     today.mkdir()
     ledger = SqliteLedger(open_ledger(today).connection)
-    (old,) = ledger.enqueue([a_sighting(b"old.cfg")], ["vault"], NOW).queued
+    (old,) = ledger.enqueue([a_candidate(b"old.cfg")], ["vault"], NOW).queued
     (delivery,) = ledger.claim("vault", NOW)
     ledger.record([finished(delivery, deferred(), delivered())], NOW)
     ledger.record_dispositions([DispositionResult(old.id, b"sent/old.cfg")], [], NOW)
-    ledger.enqueue([a_sighting(b"new.cfg")], ["vault"], NOW)
+    ledger.enqueue([a_candidate(b"new.cfg")], ["vault"], NOW)
     ledger.close()
     with monkeypatch.context() as earlier:
         earlier.setattr(connection, "_SCRIPTS", connection._SCRIPTS[:1])
@@ -306,7 +314,7 @@ def test_a_long_history_goes_in_many_small_transactions(tmp_path: Path, closed_a
 
     sizes: list[int] = []
     ledger = closed_after(Counting(open_ledger(tmp_path).connection))
-    admitted = ledger.enqueue([a_sighting(b"%d" % n) for n in range(1000)], ["vault"], NOW).queued
+    admitted = ledger.enqueue([a_candidate(b"%d" % n) for n in range(1000)], ["vault"], NOW).queued
     ledger.record([finished(d, delivered()) for _ in admitted for d in ledger.claim("vault", NOW)], NOW)
     ledger.record_dispositions([DispositionResult(archive.id, b"sent/x") for archive in admitted], [], NOW)
     pruning = HistoryPruning(ledger)

@@ -12,21 +12,25 @@ from pathlib import Path
 
 import pytest
 
+from backupd.config.models import DestinationConfig
 from backupd.core.backoff import Backoff
 from backupd.core.errors import LedgerError
 from backupd.core.model import Deferred, Digest, Outcome
 from backupd.core.policy import Reason
 from backupd.core.transition import Priority, RetryPolicy
 from backupd.delivery.circuit_breaker import CircuitBreaker, Notifier
-from backupd.delivery.worker import DestinationQueue, DropSource, Worker
+from backupd.delivery.destination import Destination, DestinationQueue
+from backupd.delivery.worker import Worker
 from backupd.dropfolder.folder import DropFolder
 from backupd.ledger.sqlite.connection import open_ledger
 from backupd.ledger.sqlite.deliveries import SqliteLedger
 from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog
 from backupd.upload.base import Uploader, UploadJob
-from tests.factories import NOW, a_digest, a_sighting, deferred
+from tests.factories import NOW, a_candidate, a_digest, a_drop, deferred
 from tests.stage import PATIENCE
+
+A_CONFIG = DestinationConfig(url="https://vault.example.net/")
 
 
 class Failing(SqliteLedger):
@@ -57,9 +61,8 @@ class StoppedRightAfterALook(threading.Event):
 def a_lane(ledger: SqliteLedger, log: EventLog) -> DestinationQueue:
     wakeup, backoff = Notifier(), Backoff(timedelta(hours=1), timedelta(hours=1))
     gate = CircuitBreaker("vault", backoff, log, wakeup, ledger)
-    return DestinationQueue(
-        "vault", ledger, gate, RetryPolicy(backoff, None), Priority.OLDEST, wakeup, {}, log
-    )
+    destination = Destination("vault", A_CONFIG, RetryPolicy(backoff, None), Priority.OLDEST)
+    return DestinationQueue(destination, ledger, gate, wakeup, {}, log)
 
 
 class NoUploader(Uploader):
@@ -110,12 +113,12 @@ def test_what_may_be_there_is_remembered_whatever_fails_next(tmp_path: Path, kin
     """Else it would be sent again without the question for it."""
     (tmp_path / "r1").write_bytes(b"abc")
     ledger = SqliteLedger(open_ledger(tmp_path).connection)
-    ledger.enqueue([a_sighting(b"r1")], ["vault"], NOW)
+    ledger.enqueue([a_candidate(b"r1")], ["vault"], NOW)
     (delivery,) = ledger.claim("vault", NOW)
     folder = kind(str(tmp_path))
     with open(os.devnull, "wb") as null:
         lane = a_lane(ledger, EventLog(LineWriter(null.fileno())))
-        lane.sources = {"switches": DropSource(folder)}
+        lane.drops = {"switches": a_drop(folder)}
         worker = Worker(lane, Unlucky(), lambda finished: None)
         attempts = worker.attempt(replace(delivery, unconfirmed_digest=a_digest()), threading.Event())
     outcome = attempts[-1].outcome
@@ -128,12 +131,12 @@ def test_what_may_be_there_is_remembered_whatever_fails_next(tmp_path: Path, kin
 def test_claims_that_cannot_be_given_back_are_kept_and_not_lost(tmp_path: Path) -> None:
     ledger = Failing(open_ledger(tmp_path).connection)
     lane = a_lane(ledger, EventLog(LineWriter(1), level="error"))
-    ledger.enqueue([a_sighting(b"r%d" % number) for number in range(4)], ["vault"], NOW)
+    ledger.enqueue([a_candidate(b"r%d" % number) for number in range(4)], ["vault"], NOW)
     assert lane.claim() is not None
     ledger.full = True
     lane.release_claims()
     ledger.full = False
     assert lane.claim() is not None
     lane.release_claims()
-    assert len(ledger.claim("vault", NOW, most=4)) == 2
+    assert len(ledger.claim("vault", NOW, limit=4)) == 2
     ledger.close()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from backupd.delivery.disposition import Disposition, DispositionRule
+from backupd.delivery.disposition import Disposition
 from backupd.delivery.recorder import Recorder
 from backupd.dropfolder.folder import DropFolder
 from backupd.ledger.port import DispositionResult, Ledger
@@ -17,13 +17,13 @@ from backupd.ledger.sqlite.connection import open_ledger
 from backupd.ledger.sqlite.deliveries import SqliteLedger
 from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog
-from tests.factories import NOW, a_sighting, delivered, finished
+from tests.factories import NOW, a_candidate, a_drop, delivered, finished
 from tests.stage import PATIENCE
 
 
 def test_a_full_queue_keeps_no_stop_waiting(tmp_path: Path) -> None:
     ledger = SqliteLedger(open_ledger(tmp_path).connection)
-    ledger.enqueue([a_sighting()], ["vault"], NOW)
+    ledger.enqueue([a_candidate()], ["vault"], NOW)
     (delivery,) = ledger.claim("vault", NOW)
     ledger.close()  # whatever it is asked to record now fails
     with (tmp_path / "log").open("wb") as stream:
@@ -64,14 +64,14 @@ class Stopping(SqliteLedger):
 def test_a_stop_is_heard_between_the_pages_of_what_an_earlier_daemon_left(tmp_path: Path) -> None:
     ledger = Stopping(open_ledger(tmp_path).connection)
     ledger.commits = []
-    ledger.enqueue([a_sighting(b"r%d" % number) for number in range(300)], ["vault"], NOW)
-    while claimed := ledger.claim("vault", NOW, most=300):
+    ledger.enqueue([a_candidate(b"r%d" % number) for number in range(300)], ["vault"], NOW)
+    while claimed := ledger.claim("vault", NOW, limit=300):
         ledger.record([finished(one, delivered()) for one in claimed], NOW)
     (tmp_path / "drop").mkdir()
     folder = DropFolder(str(tmp_path / "drop"))
     with open(os.devnull, "wb") as null:
         log = EventLog(LineWriter(null.fileno()))
-        rules = {"switches": DispositionRule(folder, "keep", b"sent", b"rejected")}
+        rules = {"switches": a_drop(folder, on_delivered="keep")}
         for stops_at_once in (True, False):
             recorder = Recorder(ledger, Disposition(rules, log), log, lambda _drop, _path: None)
             ledger.stop = recorder.finish if stops_at_once else _when_done(ledger, recorder)

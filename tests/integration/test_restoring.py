@@ -20,7 +20,6 @@ import pytest
 from backupd.core.model import Archive, DeliveryState
 from backupd.core.retention_policy import MinFree
 from backupd.delivery import place
-from backupd.delivery.disposition import DispositionRule
 from backupd.delivery.restoring import HistoryRestorer
 from backupd.delivery.retention import Retention
 from backupd.dropfolder.folder import DropFolder
@@ -29,7 +28,7 @@ from backupd.ledger.sqlite.connection import FILE_NAME, open_ledger
 from backupd.ledger.sqlite.deliveries import SqliteLedger
 from backupd.ledger.sqlite.queries import LedgerQueries
 from backupd.ledger.sqlite.sent_rows import SqliteSentIndex, open_sent_index
-from tests.factories import NOW
+from tests.factories import NOW, a_drop
 from tests.privileges import a_folder_of_nobody, without_rights
 from tests.site import Site
 
@@ -67,7 +66,7 @@ class Lost(Site):
         self.restorer(device_of).scan(stop or threading.Event())
 
     def restorer(self, device_of: Callable[[Archive], str | None] = lambda _: None) -> HistoryRestorer:
-        rules = {"switches": DispositionRule(self.folder, "move", b"sent", b"rejected")}
+        rules = {"switches": a_drop(self.folder)}
         return HistoryRestorer(
             lambda: open_sent_index(self.state),
             rules,

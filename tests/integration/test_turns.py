@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from backupd.config.models import DropConfig
 from backupd.core.model import fingerprint_of
 from backupd.dropfolder.folder import DropFolder
 from backupd.intake.examiner import Examiner, ExaminerJob, ExaminerQueue
 from backupd.ledger.port import FileCandidate
 from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog
-from tests.factories import a_fingerprint
+from tests.factories import a_drop, a_fingerprint
 
 LARGE = 10**12
 
@@ -63,10 +62,9 @@ def test_what_is_dropped_gets_no_turn() -> None:
 @pytest.fixture
 def examination(tmp_path: Path) -> Iterator[Examiner]:
     folder = DropFolder(str(tmp_path))
-    config = DropConfig(path=tmp_path, checksum_file="auto")
     with open(os.devnull, "wb") as null:
         log = EventLog(LineWriter(null.fileno()))
-        examination = Examiner("switches", config, folder, log, lambda _path, _error: None)
+        examination = Examiner(a_drop(folder, checksum_file="auto"), log, lambda _path, _error: None)
         yield examination
         examination.close()
     folder.close()

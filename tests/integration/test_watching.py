@@ -21,6 +21,7 @@ from watchdog.observers.inotify_c import InotifyConstants, inotify_rm_watch
 
 from backupd.config.models import DropConfig
 from backupd.core.errors import LedgerError
+from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.folder import DropFolder
 from backupd.intake.intake import Intake
 from backupd.ledger.port import DispositionResult, EnqueueResult, FileCandidate
@@ -60,10 +61,7 @@ class Watching:
         self._log = os.open(base / "log", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self.woken: list[Sequence[str]] = []
         self.intake = Intake(
-            "switches",
-            self.config,
-            ["vault"],
-            self.folder,
+            Drop.of("switches", self.config, self.folder, ("vault",)),
             self.ledger,
             EventLog(LineWriter(self._log), level="debug"),
             self.woken.append,
@@ -816,7 +814,7 @@ def test_a_hundred_files_a_second_never_look_like_blindness(scene: Watching) -> 
         path = scene.put(f"r{number}.cfg")
         if number % 10 == 0:
             scene.wait_admitted(path.name)
-            for delivery in scene.ledger.claim("vault", datetime.now(UTC), most=100):
+            for delivery in scene.ledger.claim("vault", datetime.now(UTC), limit=100):
                 (settled,) = scene.ledger.record([finished(delivery, delivered())], NOW)
                 os.unlink(scene.root / os.fsdecode(delivery.archive.relpath))
                 scene.ledger.record_dispositions([DispositionResult(settled.archive.id, None)], [], NOW)

@@ -1,0 +1,97 @@
+"""One destination: its settings, and the queue that its workers share."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from backupd.config.models import DestinationConfig
+from backupd.core.backoff import Backoff
+from backupd.core.errors import LedgerError
+from backupd.core.model import Delivery
+from backupd.core.transition import Priority, RetryPolicy
+from backupd.delivery.circuit_breaker import CircuitBreaker, Notifier
+from backupd.dropfolder.drop import Drop
+from backupd.ledger.port import Ledger
+from backupd.telemetry import events
+from backupd.telemetry.log import EventLog
+
+_CLAIMS = 16
+"""Deliveries that are claimed in one transaction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Everything the daemon knows about one destination; built once for each configuration."""
+
+    name: str
+    config: DestinationConfig
+    retry_policy: RetryPolicy
+    priority: Priority
+
+    @classmethod
+    def of(cls, name: str, config: DestinationConfig) -> Destination:
+        """Return the destination for its table in the configuration."""
+        backoff = Backoff(config.retry.initial, config.retry.max)
+        retry_policy = RetryPolicy(backoff, config.retry.give_up_after)
+        return cls(name, config, retry_policy, Priority(config.priority))
+
+
+@dataclass(slots=True)
+class DestinationQueue:
+    """The pending deliveries of one destination, shared by its workers.
+
+    `drops` holds every drop by its name, those that are no longer configured included.
+    """
+
+    destination: Destination
+    ledger: Ledger
+    circuit: CircuitBreaker
+    notifier: Notifier
+    drops: Mapping[str, Drop]
+    log: EventLog
+    host: str = field(default_factory=socket.gethostname)
+    _claimed: deque[Delivery] = field(default_factory=deque)
+    _removed_drops: set[str] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def claim(self) -> Delivery | None:
+        """Claim the next delivery that is due; return None if there is none.
+
+        Raises LedgerError. Small archives are claimed a few at a time, so that they cost one transaction.
+        """
+        with self._lock:
+            if not self._claimed:
+                now = datetime.now(UTC)
+                name, priority = self.destination.name, self.destination.priority
+                self._claimed += self.ledger.claim(name, now, priority, _CLAIMS)
+            return self._claimed.popleft() if self._claimed else None
+
+    def release_claims(self) -> bool:
+        """Make claimed deliveries that no worker has started pending again; return False if that failed."""
+        with self._lock:
+            if self._claimed:
+                try:
+                    self.ledger.release_claims([delivery.id for delivery in self._claimed])
+                except LedgerError:  # they stay claimed here and are uploaded before all others
+                    return False
+                self._claimed.clear()
+        return True
+
+    def log_removed_drop(self, drop: str) -> None:
+        """Log, once, that archives of a drop that is no longer configured are pending."""
+        with self._lock:
+            is_new = drop not in self._removed_drops
+            self._removed_drops.add(drop)
+        if is_new:
+            self.log.emit(
+                events.CONFIG_WARNING,
+                path=f"drop.{drop}",
+                error=f"archives from this drop are pending for {self.destination.name}, but it is no longer"
+                " configured",
+                hint="add the drop back until its archives are delivered; the files stay in its folder",
+            )

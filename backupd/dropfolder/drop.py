@@ -1,0 +1,60 @@
+"""A drop of the configuration together with its open folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from backupd.config.models import DropConfig
+from backupd.core.errors import ConfigError
+from backupd.core.retention_policy import RetentionPolicy
+from backupd.dropfolder.folder import DropFolder
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Everything the daemon knows about one drop; built once for each configuration.
+
+    `sent_dir` and `rejected_dir` are relative to `folder`. `destinations` are the names of all destinations
+    of its archives.
+    """
+
+    name: str
+    config: DropConfig
+    folder: DropFolder
+    destinations: tuple[str, ...]
+    sent_dir: bytes
+    rejected_dir: bytes
+    label_pattern: re.Pattern[str] | None
+    retention: RetentionPolicy
+
+    @classmethod
+    def of(cls, name: str, config: DropConfig, folder: DropFolder, destinations: tuple[str, ...]) -> Drop:
+        """Return the drop for its table in the configuration."""
+        return cls(
+            name,
+            config,
+            folder,
+            destinations,
+            os.fsencode(config.sent_dir.strip("/")),
+            os.fsencode(config.rejected_dir.strip("/")),
+            re.compile(config.label_pattern) if config.label_pattern else None,
+            RetentionPolicy(config.keep_sent_for, config.keep_sent_last, config.min_free),
+        )
+
+    @property
+    def uses_checksum_files(self) -> bool:
+        """Whether checksum files belong to their archives; otherwise they are archives of their own."""
+        return self.config.checksum_file != "off"
+
+
+def open_folder(name: str, config: DropConfig) -> DropFolder:
+    """Open the folder of the drop called `name`; raise ConfigError where that fails."""
+    try:
+        return DropFolder(str(config.path))
+    except OSError as error:
+        raise ConfigError(
+            f"drop.{name}.path: {config.path} can't be opened ({error.strerror})",
+            f"create it, readable and writable for the daemon's user: mkdir -p {config.path}",
+        ) from error
