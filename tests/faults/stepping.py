@@ -55,13 +55,13 @@ def tell_steps() -> None:
     def wrap(owner: Any, name: str, step: str, after: str) -> None:
         setattr(owner, name, _during(step, after, getattr(owner, name)))
 
-    wrap(SqliteLedger, "admit", "admitted", "seen")
+    wrap(SqliteLedger, "enqueue", "admitted", "seen")
     wrap(SqliteLedger, "claim", "claimed", "claimed")
     wrap(HttpUploader, "upload", "first byte", "claimed")
     wrap(SqliteLedger, "record", "outcome committed", "moved")
-    wrap(disposition, "write_record", "receipt written", "moved")
+    wrap(disposition, "write_receipt_file", "receipt written", "moved")
     wrap(CachedFolder, "sync", "directories synced", "moved")
-    wrap(SqliteLedger, "disposed", "disposition committed", "moved")
+    wrap(SqliteLedger, "record_dispositions", "disposition committed", "moved")
 
     pieces = UploadBody.__iter__
 
