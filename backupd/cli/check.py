@@ -15,8 +15,8 @@ from backupd.config.files import file_problems
 from backupd.config.load import load
 from backupd.config.models import DestinationConfig
 from backupd.config.problems import FileProblem
-from backupd.core.durations import human_duration
 from backupd.core.names import printable
+from backupd.core.units import human_duration
 from backupd.upload.http.probe import ProbeResult, probe_all
 
 

@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from backupd.cli.options import DEFAULT_CONFIG, AsJson, ConfigPath
-from backupd.cli.output import ago, known, matcher, print_json, print_table, size, time_of
+from backupd.cli.output import ago, known, matcher, print_json, print_table, time_of
 from backupd.config.load import load
 from backupd.config.models import Config
 from backupd.core.errors import UsageError
 from backupd.core.model import DeliveryState
 from backupd.core.names import as_text, printable
 from backupd.core.policy import Reason, rule_of
+from backupd.core.units import human_size
 from backupd.ledger.sqlite.connection import open_for_reading
 from backupd.ledger.sqlite.queries import ArchiveRecord, AttemptRecord, DeliveryRecord, LedgerQueries, Search
 
@@ -61,8 +62,8 @@ def list_deliveries(
         typer.echo(none if every else "no deliveries like that")
         return
     rows = [
-        (r.id[:8], r.state, r.archive.drop, as_text(r.archive.relpath), size(r.archive.fingerprint.size),
-         r.destination, ago(r.archive.queued_at), r.attempts, r.reason)
+        (r.id[:8], r.state, r.archive.drop, as_text(r.archive.relpath),
+         human_size(r.archive.fingerprint.size), r.destination, ago(r.archive.queued_at), r.attempts, r.reason)
         for r in records
     ]  # fmt: skip
     print_table(
@@ -123,7 +124,7 @@ def _print_archive(r: ArchiveRecord) -> None:
     _print_facts(
         {
             "archive": f"@{r.archive.id} {r.archive.drop}: {as_text(r.archive.relpath)}",
-            "size": size(r.archive.fingerprint.size),
+            "size": human_size(r.archive.fingerprint.size),
             "admitted": _moment(r.archive.queued_at),
             "became": r.state,
             "moved to": as_text(r.disposed_to) if r.disposed_to else None,
@@ -172,7 +173,7 @@ def _print_attempts(attempts: list[AttemptRecord]) -> None:
     if not attempts:
         return
     rows = [
-        (a.number, f"{a.started_at:%Y-%m-%d %H:%M:%S}", f"{a.duration_s:.2f} s", size(a.sent_bytes),
+        (a.number, f"{a.started_at:%Y-%m-%d %H:%M:%S}", f"{a.duration_s:.2f} s", human_size(a.sent_bytes),
          a.outcome, a.http_status, a.reason, a.error)
         for a in attempts
     ]  # fmt: skip

@@ -19,9 +19,9 @@ from rich.text import Text
 
 from backupd.config.models import Config
 from backupd.config.types import parse_duration
-from backupd.core.durations import human_duration
 from backupd.core.errors import UsageError
 from backupd.core.names import as_text, printable
+from backupd.core.units import human_duration
 
 
 def print_json(value: object) -> None:
@@ -89,16 +89,6 @@ _STYLES = {
 
 def _style(cell: object) -> str:
     return _STYLES.get(str(cell), "")
-
-
-def size(count: int) -> str:
-    """Return a size for people, such as `1.4 MiB`."""
-    amount = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 1024:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1024
-    return f"{amount:.1f} TiB"
 
 
 def ago(time: datetime | None) -> str:

@@ -15,13 +15,14 @@ import typer
 from cryptography import x509
 
 from backupd.cli.options import DEFAULT_CONFIG, AsJson, ConfigPath
-from backupd.cli.output import ago, print_json, print_table, say, size
+from backupd.cli.output import ago, print_json, print_table, say
 from backupd.config.load import load
 from backupd.config.models import Config
 from backupd.config.types import parse_duration
 from backupd.core.errors import BackupdError, UsageError
 from backupd.core.health import HealthFacts, HealthLevel, HealthLimits, plugin_line
 from backupd.core.names import as_text
+from backupd.core.units import human_size
 from backupd.dropfolder.filesystem import filesystem_of, is_remote
 from backupd.ledger.sqlite.connection import daemon_pid, open_for_reading
 from backupd.ledger.sqlite.queries import DestinationRecord, DropRecord, LedgerQueries
@@ -206,8 +207,8 @@ def _show(standing: DaemonStatus, *, as_json: bool) -> None:
 
 def _print_drops(drops: list[DropStatus]) -> None:
     rows = [
-        (d.name, d.path, d.observer, d.record.pending, size(d.record.pending_bytes), ago(d.record.oldest),
-         as_text(d.record.last) if d.record.last else "-", ago(d.record.last_at))
+        (d.name, d.path, d.observer, d.record.pending, human_size(d.record.pending_bytes),
+         ago(d.record.oldest), as_text(d.record.last) if d.record.last else "-", ago(d.record.last_at))
         for d in drops
     ]  # fmt: skip
     print_table(("drop", "path", "observer", "pending", "bytes", "oldest", "last archive", "noticed"), rows)
@@ -215,7 +216,7 @@ def _print_drops(drops: list[DropStatus]) -> None:
 
 def _print_destinations(records: list[DestinationRecord]) -> None:
     rows = [
-        (r.name, r.circuit or "working", r.pending, size(r.pending_bytes), ago(r.oldest), r.rejected,
+        (r.name, r.circuit or "working", r.pending, human_size(r.pending_bytes), ago(r.oldest), r.rejected,
          ago(r.last_delivered), _why_paused(r))
         for r in records
     ]  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import IntEnum
 
-from backupd.core.durations import human_duration
+from backupd.core.units import human_duration
 
 
 class HealthLevel(IntEnum):

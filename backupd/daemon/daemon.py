@@ -16,8 +16,8 @@ from backupd import __version__
 from backupd.config.files import ExamineFiles
 from backupd.config.load import load
 from backupd.config.models import Config
-from backupd.core.durations import human_duration
 from backupd.core.errors import BackupdError, ConfigError, LedgerDamagedError, LedgerError
+from backupd.core.units import human_duration
 from backupd.daemon.certificates import Certificates
 from backupd.daemon.heartbeat import Heartbeat
 from backupd.daemon.housekeeping import Housekeeping

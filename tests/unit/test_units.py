@@ -1,4 +1,4 @@
-"""Durations as text for people."""
+"""Durations and sizes as text for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from backupd.core.durations import human_duration
+from backupd.core.units import human_duration, human_size
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,19 @@ from backupd.core.durations import human_duration
 def test_a_duration_for_people_has_at_most_two_units_and_is_rounded_down(seconds: float, text: str) -> None:
     assert human_duration(seconds) == text
     assert human_duration(timedelta(seconds=seconds)) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1_500_000, "1.4 MiB"),
+        (5 * 2**30, "5.0 GiB"),
+        (3 * 2**40, "3.0 TiB"),
+        (2**50, "1024.0 TiB"),
+    ],
+)
+def test_a_size_for_people_has_a_binary_unit(count: int, text: str) -> None:
+    assert human_size(count) == text

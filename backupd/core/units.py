@@ -1,4 +1,4 @@
-"""Durations as text for people; `config.types` has the exact form that configuration files use."""
+"""Durations and sizes as text for people; `config.types` has the exact forms that configuration files use."""
 
 from __future__ import annotations
 
@@ -20,6 +20,16 @@ def human_duration(duration: timedelta | float) -> str:
     if seconds < 2 * _DAY:
         return _two_units(seconds // _HOUR, "h", seconds % _HOUR // _MINUTE, "min")
     return _two_units(seconds // _DAY, "d", seconds % _DAY // _HOUR, "h")
+
+
+def human_size(count: int) -> str:
+    """Return a number of bytes with one decimal and a binary unit, such as `1.4 MiB`."""
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} TiB"
 
 
 def _two_units(larger: int, unit: str, smaller: int, smaller_unit: str) -> str:
