@@ -1,1 +1,1 @@
-"""Pure decisions: no I/O, no clock, no threads."""
+"""The decisions of backupd as pure functions and values: no I/O, no clock, no threads."""

@@ -1,4 +1,4 @@
-"""What an archive should look like: its kind by content and by name, and what can be wrong with it."""
+"""Archive formats: how to recognize one by content and by name, and how to follow the structure of a tar."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from enum import StrEnum
 from backupd.core.policy import Reason
 
 BLOCK = 512
+"""Bytes in a block of a tar."""
 
 HEAD = BLOCK
-"""Bytes from the beginning of a file that tell its kind."""
+"""Bytes at the start of a file from which its format is recognized."""
 
 
 class ArchiveKind(StrEnum):
-    """A format that is known well enough to tell whether a file of it is whole."""
+    """An archive format that backupd can check for completeness."""
 
     GZIP = "gzip"
     BZIP2 = "bzip2"
@@ -27,18 +28,21 @@ class ArchiveKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """What is wrong with an archive, as the policy calls it and in words."""
+    """A defect of an archive: its reason in the failure policy, and a description for the log."""
 
     reason: Reason
     error: str
 
 
 class UnsoundError(Exception):
-    """An archive is not whole; only for within an inspection, the outcome of which is a `Finding`."""
+    """An archive is incomplete or damaged.
+
+    It is raised and caught within one inspection, which returns its `damage` as the result.
+    """
 
     def __init__(self, reason: Reason, error: str) -> None:
         super().__init__(error)
-        self.finding = Damage(reason, error)
+        self.damage = Damage(reason, error)
 
 
 _BZIP2_BLOCKS = (bytes.fromhex("314159265359"), bytes.fromhex("177245385090"))
@@ -50,7 +54,7 @@ _MAGIC = {
     ArchiveKind.ZIP: (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08PK\x03\x04", b"PK00PK\x03\x04"),
 }
 
-_BY_ENDING = {
+_KIND_BY_SUFFIX = {
     b".gz": ArchiveKind.GZIP,
     b".tgz": ArchiveKind.GZIP,
     b".bz2": ArchiveKind.BZIP2,
@@ -63,27 +67,30 @@ _BY_ENDING = {
     b".zip": ArchiveKind.ZIP,
     b".tar": ArchiveKind.TAR,
 }
-_TAR_WITHIN = (b".tar.gz", b".tar.bz2", b".tar.xz", b".tgz", b".tbz", b".tbz2", b".txz")
+_COMPRESSED_TAR_SUFFIXES = (b".tar.gz", b".tar.bz2", b".tar.xz", b".tgz", b".tbz", b".tbz2", b".txz")
 
 
 def magics(kind: ArchiveKind) -> tuple[bytes, ...]:
-    """Return how files of a kind begin; nothing for tar, whose first block has a checksum instead."""
+    """Return the byte sequences that a file of this kind can start with.
+
+    Empty for a tar: its first block is recognized by its checksum, see `is_tar_header`.
+    """
     return _MAGIC.get(kind, ())
 
 
 def kind_from_name(name: bytes) -> ArchiveKind | None:
-    """Return the kind that a name promises."""
+    """Return the kind that a file name's suffix stands for, None if it is no suffix of an archive."""
     name = name.lower()
-    return next((kind for ending, kind in _BY_ENDING.items() if name.endswith(ending)), None)
+    return next((kind for suffix, kind in _KIND_BY_SUFFIX.items() if name.endswith(suffix)), None)
 
 
 def expects_tar_inside(name: bytes) -> bool:
-    """Tell whether a name promises a tar below a compression."""
-    return name.lower().endswith(_TAR_WITHIN)
+    """Return whether a file name is that of a compressed tar."""
+    return name.lower().endswith(_COMPRESSED_TAR_SUFFIXES)
 
 
 def kind_from_content(head: bytes) -> ArchiveKind | None:
-    """Return the kind that the first `HEAD` bytes are of."""
+    """Return the kind of a file that starts with the `HEAD` bytes `head`, None if it is not recognized."""
     for kind, beginnings in _MAGIC.items():
         if head.startswith(beginnings):
             return kind
@@ -91,74 +98,60 @@ def kind_from_content(head: bytes) -> ArchiveKind | None:
 
 
 def kind_of(name: bytes, head: bytes) -> ArchiveKind | Damage | None:
-    """Return what to inspect a file as, or what is wrong with its beginning; None if it is of no known kind.
+    """Return the kind as which to inspect a file, the damage of its start, or None if it is no archive.
 
-    The content decides. The name only makes a content suspicious that is of no known kind.
+    The content decides, whatever the name is. Only a file that is recognized by its name, but not by its
+    content, is damaged.
     """
-    promised, found = kind_from_name(name), kind_from_content(head)
-    if found is not None or promised is None:
-        return found
+    kind, expected = kind_from_content(head), kind_from_name(name)
+    if kind is not None or expected is None:
+        return kind
     if not head.strip(b"\0"):
-        return Damage(Reason.TRUNCATED, "holds nothing" + (" but zeros" if head else ""))
+        return Damage(Reason.TRUNCATED, "the archive contains only zeros" if head else "the archive is empty")
     if len(head) < HEAD and (
-        promised is ArchiveKind.TAR or any(magic.startswith(head) for magic in magics(promised))
+        expected is ArchiveKind.TAR or any(magic.startswith(head) for magic in magics(expected))
     ):
-        return Damage(Reason.TRUNCATED, f"ends after {len(head)} bytes, within the beginning of a {promised}")
-    return Damage(Reason.DAMAGED, f"named like a {promised}, but does not begin like one")
-
-
-_ZEROS = bytes(BLOCK)
-_WITHOUT_DATA = frozenset(b"123456")  # links, devices, directories, FIFOs
-_MOST_PAX = 1 << 20
-_PAX_SIZE = re.compile(rb"(?:^|\n)\d+ size=(\d{1,20})\n")
-
-
-def _number(field: bytes) -> int | None:
-    """Return a numeric field: octal digits, or GNU's base 256."""
-    if field[0] & 0x80:
-        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-    digits = field.split(b"\0")[0].strip()
-    if digits.strip(b"01234567"):  # int() would take a sign, and the walk go backwards
-        return None
-    return int(digits or b"0", 8)
-
-
-def is_tar_header(block: bytes) -> bool:
-    """Tell whether a block is a header: its checksum is that of its bytes, summed with or without sign."""
-    if len(block) < BLOCK or block == _ZEROS or not block[148:156].strip(b" \0"):
-        return False
-    rest = block[:148] + b" " * 8 + block[156:]
-    unsigned = sum(rest)
-    signed = unsigned - 256 * sum(byte > 127 for byte in rest)
-    return _number(block[148:156]) in (unsigned, signed)
+        return Damage(
+            Reason.TRUNCATED, f"the archive ends after {len(head)} bytes, within its {expected} header"
+        )
+    return Damage(Reason.DAMAGED, f"the archive has the name of a {expected} file, but no {expected} header")
 
 
 class TarError(Exception):
-    """What streamed by is no sound tar; `cut` if it only ends too early."""
+    """The bytes are not a valid tar; `truncated` if they are one that ends too early."""
 
-    def __init__(self, error: str, *, cut: bool) -> None:
+    def __init__(self, error: str, *, truncated: bool) -> None:
         super().__init__(error)
-        self.cut = cut
+        self.truncated = truncated
+
+
+_ZEROS = bytes(BLOCK)
+_KINDS_WITHOUT_DATA = frozenset(b"123456")  # links, devices, directories, FIFOs
+_MAX_PAX_BYTES = 1 << 20
+_PAX_SIZE = re.compile(rb"(?:^|\n)\d+ size=(\d{1,20})\n")
 
 
 class TarWalk:
-    """Is fed a tar's bytes in pieces of any size; holds no more than a pax header of them."""
+    """Follows the headers of a tar that is fed in pieces of any size, and counts its members.
+
+    It stores no more than one block and one pax header.
+    """
 
     def __init__(self) -> None:
         self.ended = False
         self.members = 0
-        self._at = 0
+        self._offset = 0
         self._block = b""
         self._skip = 0
         self._pax: bytearray | None = None
         self._pax_left = 0
-        self._size: int | None = None
-        self._extended = False
-        self._unsure = 0
-        self._after_extension = 0
+        self._pax_size: int | None = None
+        self._in_sparse_map = False
+        self._skip_after_map = 0
+        self._optional_data = 0
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes; raises TarError where they are no tar."""
+        """Read the next bytes of the tar; raise TarError where they are not valid."""
         at = 0
         while at < len(data) and not self.ended:
             if self._skip:
@@ -168,65 +161,86 @@ class TarWalk:
                     self._pax_left -= min(step, self._pax_left)
                 self._skip -= step
                 if self._pax is not None and not self._skip:
-                    self._take_pax(bytes(self._pax))
+                    self._parse_pax(bytes(self._pax))
             else:
                 step = min(BLOCK - len(self._block), len(data) - at)
                 self._block += data[at : at + step]
                 if len(self._block) == BLOCK:
                     block, self._block = self._block, b""
-                    self._take(block)
+                    self._parse_block(block)
             at += step
-            self._at += step
+            self._offset += step
 
     def finish(self) -> None:
-        """Raise TarError unless the end was seen, and something before it."""
+        """Raise TarError unless the end-of-archive block was read, and a member before it."""
         if not self.ended:
-            raise TarError(f"the tar ends in the middle, after {self._at} bytes", cut=True)
+            raise TarError(f"the tar has no end, it stops after {self._offset} bytes", truncated=True)
         if not self.members:
-            raise TarError("the tar holds nothing", cut=True)
+            raise TarError("the tar is empty", truncated=True)
 
-    def _take(self, block: bytes) -> None:
-        if self._extended:
-            self._extended = bool(block[504])
-            if not self._extended:
-                self._skip = self._after_extension
+    def _parse_block(self, block: bytes) -> None:
+        if self._in_sparse_map:
+            self._in_sparse_map = bool(block[504])
+            if not self._in_sparse_map:
+                self._skip = self._skip_after_map
             return
         if block == _ZEROS:
             self.ended = True
             return
         if not is_tar_header(block):
-            if not self._unsure:
-                raise TarError(f"the tar has no valid header at byte {self._at}", cut=False)
-            self._skip, self._unsure = self._unsure - BLOCK, 0
+            if not self._optional_data:
+                raise TarError(f"the tar has no valid header at byte {self._offset}", truncated=False)
+            self._skip, self._optional_data = self._optional_data - BLOCK, 0
             return
-        self._header(block)
+        self._parse_header(block)
 
-    def _header(self, block: bytes) -> None:
+    def _parse_header(self, block: bytes) -> None:
         kind, size = block[156], _number(block[124:136])
         if size is None:
-            raise TarError(f"the tar's header at byte {self._at} has no size", cut=False)
-        self._unsure = 0
+            raise TarError(f"the tar header at byte {self._offset} has no valid size", truncated=False)
+        self._optional_data = 0
         if kind in b"xg":
             self._skip = _padded(size)
-            if kind == ord("x") and 0 < size <= _MOST_PAX:
+            if kind == ord("x") and 0 < size <= _MAX_PAX_BYTES:
                 self._pax, self._pax_left = bytearray(), size
             return
         if kind not in b"LK":
             self.members += 1
-            size, self._size = (size if self._size is None else self._size), None
-        if kind in _WITHOUT_DATA:
-            self._unsure = _padded(size)  # some writers give the data of a link all the same
+            size, self._pax_size = (size if self._pax_size is None else self._pax_size), None
+        if kind in _KINDS_WITHOUT_DATA:
+            self._optional_data = _padded(size)  # some writers store the data of a hard link again
         elif kind == ord("S") and block[482]:
-            self._extended, self._after_extension = True, _padded(size)
+            self._in_sparse_map, self._skip_after_map = True, _padded(size)
         else:
             self._skip = _padded(size)
 
-    def _take_pax(self, records: bytes) -> None:
+    def _parse_pax(self, records: bytes) -> None:
         self._pax = None
         found = _PAX_SIZE.search(records)
         if found is not None:
-            self._size = int(found[1])
+            self._pax_size = int(found[1])
+
+
+def is_tar_header(block: bytes) -> bool:
+    """Return whether a block has a valid header checksum, the sum of its bytes with or without sign."""
+    if len(block) < BLOCK or block == _ZEROS or not block[148:156].strip(b" \0"):
+        return False
+    rest = block[:148] + b" " * 8 + block[156:]
+    unsigned = sum(rest)
+    signed = unsigned - 256 * sum(byte > 127 for byte in rest)
+    return _number(block[148:156]) in (unsigned, signed)
+
+
+def _number(field: bytes) -> int | None:
+    """Return the value of a numeric field, written in octal digits or in GNU's base 256."""
+    if field[0] & 0x80:
+        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+    digits = field.split(b"\0")[0].strip()
+    if digits.strip(b"01234567"):  # int() accepts a sign, and a negative size would move backwards
+        return None
+    return int(digits or b"0", 8)
 
 
 def _padded(size: int) -> int:
+    """Return a size rounded up to whole blocks."""
     return -(-size // BLOCK) * BLOCK

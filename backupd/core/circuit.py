@@ -1,4 +1,4 @@
-"""Whether a destination takes deliveries now."""
+"""The circuit of a destination: whether it takes deliveries now."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from backupd.core.policy import Reason
 
 
 class CircuitState(StrEnum):
-    """Open, shut for a while, or letting a single delivery through to see."""
+    """The state of a circuit; a circuit breaker calls these states closed, open and half-open.
+
+    `working` lets every delivery through, `paused` none, and `probing` has let through a single one whose
+    result decides.
+    """
 
     WORKING = "working"
     PAUSED = "paused"
@@ -20,7 +24,11 @@ class CircuitState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Circuit:
-    """A destination's gate; `failures` counts the destination's failures in a row."""
+    """The state of a destination's circuit.
+
+    `until` is the end of the pause. `failures` counts the destination's failures in a row, `reason` is that
+    of the last one, and `since` the time of the first.
+    """
 
     state: CircuitState = CircuitState.WORKING
     until: datetime | None = None
@@ -29,7 +37,7 @@ class Circuit:
     since: datetime | None = None
 
     def try_acquire(self, now: datetime) -> Circuit | None:
-        """Return the gate with one more delivery let through, or None where it has to wait."""
+        """Return the circuit after it let one more delivery through, or None if it lets none through now."""
         if self.state is CircuitState.WORKING:
             return self
         if self.state is CircuitState.PAUSED and self.until is not None and now >= self.until:
@@ -37,38 +45,45 @@ class Circuit:
         return None
 
     def wait_time(self, now: datetime) -> timedelta | None:
-        """Return how long until another `enter` may succeed; None: only a report can change it."""
+        """Return the time until `try_acquire` can succeed; None while the probe has no result."""
         if self.state is CircuitState.PROBING:
             return None
         return timedelta(0) if self.until is None else max(self.until - now, timedelta(0))
 
     def record_failure(
-        self, reason: Reason, now: datetime, backoff: Backoff, chance: float, asked: timedelta | None
+        self, reason: Reason, now: datetime, backoff: Backoff, chance: float, retry_after: timedelta | None
     ) -> Circuit:
-        """Return the gate after a fault of the destination, `asked` being its Retry-After.
+        """Return the circuit after a failure of the destination; `chance` is a random number in [0, 1).
 
-        A gate that is paused already is not paused for longer by the other uploads that were under way.
+        Uploads that were running when the circuit paused do not lengthen the pause when they fail too,
+        unless the destination requests it by `retry_after`.
         """
-        if self.state is CircuitState.PAUSED and asked is None:
+        if self.state is CircuitState.PAUSED and retry_after is None:
             return self
         failures = self.failures if self.state is CircuitState.PAUSED else self.failures + 1
         wait = backoff.before(failures, chance)
-        if asked is not None:
-            wait = max(wait, asked)
+        if retry_after is not None:
+            wait = max(wait, retry_after)
         until = now + wait if self.until is None else max(now + wait, self.until)
         return Circuit(CircuitState.PAUSED, until, failures, reason, self.since or now)
 
     def record_success(self) -> Circuit:
-        """Return the gate after the destination did its part, whatever it said of the archive."""
+        """Return the circuit after a response that shows that the destination works.
+
+        A response that rejects the archive counts too.
+        """
         return Circuit()
 
     def shift_earlier(self, by: timedelta) -> Circuit:
-        """Return the gate where the clock was set back; it opens no later than it would have."""
+        """Return the circuit after the clock was set back by `by`: the pause does not get longer."""
         until, since = (None if time is None else time - by for time in (self.until, self.since))
         return replace(self, until=until, since=since)
 
     def released(self, now: datetime) -> Circuit:
-        """Return the gate after a probe that told nothing (nothing was due, or we were stopped)."""
+        """Return the circuit after a probe without a result: no delivery was due, or the daemon stopped.
+
+        The next delivery probes at once.
+        """
         if self.state is CircuitState.PROBING:
             return replace(self, state=CircuitState.PAUSED, until=now)
         return self

@@ -1,4 +1,9 @@
-"""By how much a clock may be ahead, and for how long that is not believed."""
+"""How far the host's clock may be ahead of the true time, and for how long that part of it is distrusted.
+
+A clock that jumped forward by mistake would make archives look older than they are, and retention would
+remove them. Each step forward is therefore distrusted for a day: until then, times are compared with a clock
+without that step.
+"""
 
 from __future__ import annotations
 
@@ -7,55 +12,60 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 TRUST_AFTER = timedelta(days=1)
-_TOGETHER = timedelta(hours=1)
-"""What comes within so long ends together, so that a restless clock makes no endless list."""
+"""Time after which a step of the clock is trusted, if it was not reverted."""
+
+_MERGE_WITHIN = timedelta(hours=1)
+"""Steps within this time are stored as one, so that a clock that steps often does not fill the list."""
 
 ZERO = timedelta(0)
 
 
 @dataclass(frozen=True, slots=True)
 class ClockSkew:
-    """Time that a clock may have gone forward by wrongly, and how much longer that is not believed."""
+    """A step forward of the clock by `ahead`, which is distrusted for another `remaining`."""
 
     ahead: timedelta
     remaining: timedelta
 
 
 class ClockSkews:
-    """The doubts that are left. Each ends by itself, a day to a day and an hour after it came.
+    """The steps forward of the clock that are distrusted, each for 24 to 25 hours after it happened.
 
-    Times are of a clock that nobody sets, such as the time since the boot.
+    `now` is always the time of a clock that is never set, such as the time since boot.
     """
 
-    def __init__(self, doubts: Iterable[ClockSkew], now: timedelta) -> None:
-        self._parts = [(doubt.ahead, now + doubt.remaining) for doubt in doubts]
-        """How much, and until when; what was added last at the end."""
+    def __init__(self, skews: Iterable[ClockSkew], now: timedelta) -> None:
+        self._steps = [(skew.ahead, now + skew.remaining) for skew in skews]
+        """The size of each step, and the time until which it is distrusted; the latest step last."""
 
     def total(self, now: timedelta) -> timedelta:
-        """Return by how much the clock may be ahead."""
-        return sum((ahead for ahead, until in self._parts if now < until), ZERO)
+        """Return how far the clock may be ahead: the sum of all steps that are distrusted."""
+        return sum((ahead for ahead, until in self._steps if now < until), ZERO)
 
     def recent(self, now: timedelta) -> timedelta:
-        """Return how much of that will be doubted for a day yet."""
-        return sum((ahead for ahead, until in self._parts if until >= now + TRUST_AFTER), ZERO)
+        """Return the part of `total` that stays distrusted for at least `TRUST_AFTER`."""
+        return sum((ahead for ahead, until in self._steps if until >= now + TRUST_AFTER), ZERO)
 
-    def remaining(self, now: timedelta) -> list[ClockSkew]:
-        """Return what is left of them, to be kept."""
-        return [ClockSkew(ahead, until - now) for ahead, until in self._parts if now < until]
+    def active(self, now: timedelta) -> list[ClockSkew]:
+        """Return the steps that are still distrusted, to be stored until the next start."""
+        return [ClockSkew(ahead, until - now) for ahead, until in self._steps if now < until]
 
     def add(self, step: timedelta, now: timedelta) -> None:
-        """Doubt a step forward from now on; one back takes away from what was doubted, the latest first."""
-        self._parts = [(ahead, until) for ahead, until in self._parts if now < until]
-        while step < ZERO and self._parts:
-            ahead, until = self._parts.pop()
+        """Distrust a step of the clock from now on.
+
+        A negative step, back to an earlier time, cancels distrusted steps by as much, the latest first.
+        """
+        self._steps = [(ahead, until) for ahead, until in self._steps if now < until]
+        while step < ZERO and self._steps:
+            ahead, until = self._steps.pop()
             step += ahead
             if step > ZERO:
-                self._parts.append((step, until))
+                self._steps.append((step, until))
                 return
         if step <= ZERO:
             return
-        if self._parts and self._parts[-1][1] >= now + TRUST_AFTER:
-            ahead, until = self._parts.pop()
-            self._parts.append((ahead + step, until))
+        if self._steps and self._steps[-1][1] >= now + TRUST_AFTER:
+            ahead, until = self._steps.pop()
+            self._steps.append((ahead + step, until))
         else:
-            self._parts.append((step, now + TRUST_AFTER + _TOGETHER))
+            self._steps.append((step, now + TRUST_AFTER + _MERGE_WITHIN))

@@ -1,4 +1,4 @@
-"""Which devices have not been heard of for too long."""
+"""The devices that send archives: which are overdue, and which sent an archive of an unusual size."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ from datetime import datetime, timedelta
 from backupd.core.names import TextTemplate
 
 WHOLE_DROP = ""
-"""The name of the one device of a drop whose archives are not told apart."""
+"""The device name that stands for all senders of a drop without `expect.by`."""
+
+KEPT_SIZES = 10
+"""Number of latest archive sizes that are stored per device."""
+
+_MIN_SIZES = 3
+"""Number of earlier sizes without which no size is called unusual."""
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A sender of archives, as far as it is known.
+    """A sender of archives, as stored in the ledger.
 
-    `known_at` is when it was first heard of or listed, `last_at` when its last archive was admitted, None
-    if none ever was. `every` is how often one is expected, None where nothing is. `alarmed` tells whether
-    it was said to be overdue and not yet to have recovered.
+    `known_at` is the time of its first archive, or that at which it was listed in the configuration.
+    `last_at` is the time at which its last archive was queued, None if none was. `every` is the longest
+    time expected between two archives, None if none is expected. `alarmed` is True from the log event that
+    reports it as overdue until the one that reports its recovery.
     """
 
     drop: str
@@ -32,17 +39,32 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class DeviceExpectation:
-    """How often a drop's devices are expected, by what they are told apart, and which have to come."""
+    """The `expect` table of a drop.
+
+    `every` is the longest time expected between two archives of a device, `by` the template of a device's
+    name, and `devices` are the names of those that are expected from the start.
+    """
 
     every: timedelta | None = None
     by: str | None = None
     devices: tuple[str, ...] = ()
 
 
-def device_of(by: TextTemplate | None, values: Mapping[str, str]) -> str | None:
-    """Return the name of the device that an archive with these values comes from.
+@dataclass(frozen=True, slots=True)
+class SizeAnomaly:
+    """An unusual size: `median` is the usual one in bytes, `change` the difference as a fraction of it.
 
-    None if every placeholder is empty: the label pattern did not match, and the archive tells of nobody.
+    A `change` of -0.5 is half the usual size.
+    """
+
+    median: int
+    change: float
+
+
+def device_of(by: TextTemplate | None, values: Mapping[str, str]) -> str | None:
+    """Return the name of the device that an archive with these template values comes from.
+
+    None if every placeholder of `by` is empty: the label pattern did not match, so the device is unknown.
     """
     if by is None:
         return WHOLE_DROP
@@ -57,10 +79,8 @@ def overdue_by(device: Device, now: datetime) -> timedelta | None:
     return late if late > timedelta(0) else None
 
 
-def newly_overdue_and_recovered(
-    devices: Iterable[Device], now: datetime
-) -> tuple[list[Device], list[Device]]:
-    """Return which devices are overdue, and which were said to be and are no longer."""
+def overdue_and_recovered(devices: Iterable[Device], now: datetime) -> tuple[list[Device], list[Device]]:
+    """Return the devices that are overdue, and those that were reported as overdue and no longer are."""
     overdue, recovered = [], []
     for device in devices:
         if overdue_by(device, now) is not None:
@@ -70,36 +90,24 @@ def newly_overdue_and_recovered(
     return overdue, recovered
 
 
-KEPT = 10
-"""Sizes that are remembered of a device, its last ones."""
+def size_anomaly(size: int, before: Sequence[int], alarm: float) -> SizeAnomaly | None:
+    """Return the anomaly if a size differs from the median of the earlier ones by the fraction `alarm`.
 
-_ENOUGH = 3
-"""Sizes without which nothing can be said of the next one."""
-
-
-@dataclass(frozen=True, slots=True)
-class SizeAnomaly:
-    """How a size differs: `change` is a fraction of the median, -0.5 for half of it."""
-
-    median: int
-    change: float
+    None if it differs less, or if there are too few earlier sizes to compare with.
+    """
+    if len(before) < _MIN_SIZES:
+        return None
+    usual = median(before)
+    change = relative_change(size, usual)
+    return SizeAnomaly(usual, change) if abs(change) >= alarm else None
 
 
 def median(sizes: Sequence[int]) -> int:
-    """Return the middle one of some sizes, or what lies between the two in the middle."""
+    """Return the median of sizes, rounded down to a whole number."""
     ordered = sorted(sizes)
     return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) // 2
 
 
 def relative_change(size: int, usual: int) -> float:
-    """Return by how much a size differs from the usual one, as a fraction of that."""
+    """Return the difference between a size and the usual one, as a fraction of the usual one."""
     return (size - usual) / max(usual, 1)
-
-
-def size_anomaly(size: int, before: Sequence[int], alarm: float) -> SizeAnomaly | None:
-    """Tell whether a size differs from the median of those before by the fraction `alarm` or more."""
-    if len(before) < _ENOUGH:
-        return None
-    usual = median(before)
-    change = relative_change(size, usual)
-    return SizeAnomaly(usual, change) if abs(change) >= alarm else None

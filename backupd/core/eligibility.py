@@ -1,4 +1,4 @@
-"""Which names, kinds and sizes qualify as an archive."""
+"""Which files in a drop folder are archives, by their name, type and size."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _TEMPORARY = re.compile(
     r"(?:\..*|.*~|~.*|#.*#|.*\.(?:part|partial|tmp|temp|filepart|crdownload|swp|swx|lock|writing|upload|inprogress))",
     re.IGNORECASE | re.DOTALL,
 )
-"""Hidden names, and what editors, browsers, WinSCP, rsync and friends write before they rename."""
+"""Hidden names, and the names of unfinished files of editors, browsers, WinSCP, rsync and others."""
 
 
 class Ineligible(StrEnum):
-    """Why something in a drop folder is no archive; the `reason` key of `archive.ignored`."""
+    """Why a file in a drop folder is not an archive; the `reason` key of `archive.ignored`."""
 
     TEMPORARY = "temporary_name"
     EXCLUDED = "excluded"
@@ -31,17 +31,12 @@ class Ineligible(StrEnum):
     TOO_LARGE = "too_large"
 
 
-def is_temporary(name: bytes) -> bool:
-    """Tell whether a base name is one that a writer uses before it is done."""
-    return _TEMPORARY.fullmatch(name.decode("utf-8", "surrogateescape")) is not None
-
-
 @dataclass(frozen=True, slots=True)
 class Patterns:
-    """Shell patterns, matched without regard to case.
+    """Shell patterns, matched case-insensitively.
 
-    A pattern with a slash is matched against the path relative to the drop folder, another one against
-    the base name.
+    A pattern with a slash is matched against the path relative to the drop folder, one without against the
+    base name.
     """
 
     patterns: tuple[str, ...]
@@ -53,22 +48,18 @@ class Patterns:
         object.__setattr__(self, "_of_path", _union(p for p in self.patterns if "/" in p))
 
     def match(self, relpath: bytes) -> bool:
-        """Tell whether any pattern matches."""
+        """Return whether any pattern matches."""
         path = relpath.decode("utf-8", "surrogateescape")
         name = path.rpartition("/")[2]
         return self._of_name.match(name) is not None or self._of_path.match(path) is not None
 
 
-def _union(patterns: Iterable[str]) -> re.Pattern[str]:
-    parts = [fnmatch.translate(p) for p in patterns]
-    return re.compile("|".join(parts) if parts else r"(?!)", re.IGNORECASE)
-
-
 @dataclass(frozen=True, slots=True)
 class Eligibility:
-    """A drop's rules of what an archive is; sizes in bytes, `max_size` None for no limit.
+    """The rules of a drop for which files are archives.
 
-    `checksums` tells whether checksum files are read as such, and so are no archives.
+    Sizes are in bytes; `max_size` is None for no limit. With `checksums`, the drop reads checksum files, so
+    they are not archives themselves.
     """
 
     include: Patterns
@@ -78,19 +69,20 @@ class Eligibility:
     checksums: bool = False
 
     def of_name(self, relpath: bytes) -> Ineligible | None:
-        """Return why a path can't be an archive by its name, or None."""
-        if is_temporary(relpath.rpartition(b"/")[2]):
+        """Return why a file with this path is not an archive, None if its path qualifies."""
+        name = relpath.rpartition(b"/")[2]
+        if is_temporary(name):
             return Ineligible.TEMPORARY
         if self.exclude.match(relpath):
             return Ineligible.EXCLUDED
-        if self.checksums and is_checksum_name(relpath.rpartition(b"/")[2]):
+        if self.checksums and is_checksum_name(name):
             return Ineligible.CHECKSUM
         if not self.include.match(relpath):
             return Ineligible.NOT_INCLUDED
         return None
 
     def of_file(self, mode: int, size: int) -> Ineligible | None:
-        """Return why a file can't be an archive by its `st_mode` and size, or None."""
+        """Return why a file with this `st_mode` and size is not an archive, None if it qualifies."""
         if stat.S_ISLNK(mode):
             return Ineligible.SYMLINK
         if not stat.S_ISREG(mode):
@@ -100,3 +92,14 @@ class Eligibility:
         if self.max_size is not None and size > self.max_size:
             return Ineligible.TOO_LARGE
         return None
+
+
+def is_temporary(name: bytes) -> bool:
+    """Return whether a base name is one that programs give to a file while they write it."""
+    return _TEMPORARY.fullmatch(name.decode("utf-8", "surrogateescape")) is not None
+
+
+def _union(patterns: Iterable[str]) -> re.Pattern[str]:
+    """Return an expression that matches where one of the shell patterns does, never if there are none."""
+    expressions = [fnmatch.translate(pattern) for pattern in patterns]
+    return re.compile("|".join(expressions) if expressions else r"(?!)", re.IGNORECASE)

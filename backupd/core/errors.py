@@ -1,11 +1,11 @@
-"""The errors that a person has to act on."""
+"""The errors that end a command or the daemon, each with a hint for the operator and an exit code."""
 
 
 class BackupdError(Exception):
-    """Something an operator must see to; caught in `cli` only.
+    """An error that the operator has to act on; only the command line catches it.
 
-    `message` says what and where, `hint` what to do about it (may be empty), `exit_code` what the
-    command ends with.
+    `message` is the problem and where it is, `hint` the command or edit that fixes it (may be empty), and
+    `exit_code` the exit code of the command.
     """
 
     exit_code = 1
@@ -20,19 +20,19 @@ class BackupdError(Exception):
 
 
 class UsageError(BackupdError):
-    """The command was called in a way that can't work."""
+    """The arguments of a command are not valid."""
 
     exit_code = 2
 
 
 class UnavailableError(BackupdError):
-    """A destination can't be reached or refuses us."""
+    """A destination can't be reached, or it refuses uploads."""
 
     exit_code = 69
 
 
 class ConfigError(BackupdError):
-    """The configuration, or a file it names, can't be used."""
+    """The configuration, or a file that it names, can't be used."""
 
     exit_code = 78
 
@@ -44,12 +44,18 @@ class LedgerError(BackupdError):
 
 
 class LedgerHeldError(LedgerError):
-    """Another process writes to the ledger, for longer than we wait."""
+    """Another process held the ledger's write lock for longer than the lock timeout."""
 
 
 class LedgerDamagedError(BackupdError):
-    """The ledger's content can't be believed any more; no `LedgerError`, as trying again mends nothing."""
+    """The content of the ledger is damaged.
+
+    It is not a `LedgerError`, because a retry can't succeed: the ledger has to be recreated.
+    """
 
 
 class LedgerUnreadableError(LedgerDamagedError):
-    """The ledger holds what can't be read: SQLite's check may not find it, and no failing disk looks so."""
+    """The ledger contains a value that can't be read.
+
+    SQLite's integrity check does not necessarily find it, and a failing disk is not the cause.
+    """

@@ -1,4 +1,4 @@
-"""How well a daemon does, in the words and numbers of a monitoring plugin."""
+"""The health of a daemon, as the output line and exit code of a monitoring plugin."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from backupd.core.units import human_duration
 
 
 class HealthLevel(IntEnum):
-    """The exit codes of a plugin; Monitoring Plugins Development Guidelines, "Plugin Return Codes"."""
+    """The exit codes of a monitoring plugin.
+
+    Source: Monitoring Plugins Development Guidelines, "Plugin Return Codes".
+    """
 
     OK = 0
     WARNING = 1
@@ -21,7 +24,12 @@ class HealthLevel(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class HealthFacts:
-    """How things stand; `paused` is for how long each destination has been, `days_left` of certificates."""
+    """The state of a daemon and its queue.
+
+    `pending_bytes` is the size of all `pending` archives, `oldest` the age of the oldest of them. `paused`
+    has the length of the pause of each paused destination, `days_left` the days until each destination's
+    client certificate expires, and `overdue` the devices that should have sent an archive.
+    """
 
     running: bool = True
     pending: int = 0
@@ -35,7 +43,11 @@ class HealthFacts:
 
 @dataclass(frozen=True, slots=True)
 class HealthLimits:
-    """From when on something is a warning, or critical."""
+    """The limits of a warning and of a critical state.
+
+    The ages are those of the oldest pending archive and of a pause, the days those until a certificate
+    expires.
+    """
 
     warning_age: timedelta
     critical_age: timedelta
@@ -44,28 +56,29 @@ class HealthLimits:
 
 
 def plugin_line(facts: HealthFacts, limits: HealthLimits) -> tuple[HealthLevel, str]:
-    """Return the exit code and the line of output."""
-    found = list(_findings(facts, limits))
-    level = max((level for level, _ in found), default=HealthLevel.OK)
-    worst_first = sorted(found, key=lambda each: -each[0])
+    """Return the exit code and the line that a monitoring plugin prints, worst problem first."""
+    problems = list(_problems(facts, limits))
+    level = max((level for level, _ in problems), default=HealthLevel.OK)
+    worst_first = sorted(problems, key=lambda problem: -problem[0])
     text = "; ".join(text for _, text in worst_first) or f"{facts.pending} pending, none rejected"
     return level, f"{level.name} - {text.replace('|', '/')} | {_perfdata(facts, limits)}"
 
 
-def _findings(facts: HealthFacts, limits: HealthLimits) -> Iterator[tuple[HealthLevel, str]]:
+def _problems(facts: HealthFacts, limits: HealthLimits) -> Iterator[tuple[HealthLevel, str]]:
     if not facts.running:
         yield HealthLevel.CRITICAL, "the daemon is not running"
     if facts.oldest is not None and facts.oldest >= limits.warning_age:
-        text = f"the oldest pending archive waits for {human_duration(facts.oldest)}"
+        text = f"the oldest pending archive has waited for {human_duration(facts.oldest)}"
         yield HealthLevel.CRITICAL if facts.oldest >= limits.critical_age else HealthLevel.WARNING, text
     for name, length in facts.paused.items():
-        text = f"{name} is paused for {human_duration(length)}"
+        text = f"{name} has been paused for {human_duration(length)}"
         yield HealthLevel.CRITICAL if length >= limits.critical_age else HealthLevel.WARNING, text
     if facts.rejected:
         yield HealthLevel.WARNING, f"{facts.rejected} rejected"
     for name, days in facts.days_left.items():
         if days < limits.warning_days:
-            text = f"the certificate of {name} " + (f"ends in {days} days" if days >= 0 else "has expired")
+            when = f"expires in {days} day{'' if days == 1 else 's'}" if days >= 0 else "has expired"
+            text = f"the certificate of {name} {when}"
             yield HealthLevel.CRITICAL if days < limits.critical_days else HealthLevel.WARNING, text
     if facts.overdue:
         yield HealthLevel.WARNING, f"overdue: {', '.join(facts.overdue)}"

@@ -64,7 +64,7 @@ class HostClock:
         with self._lock:
             now = datetime.now(UTC)
             unnoticed = _offset() - self._offset  # the next start will notice it
-            return ClockReading(now - max(unnoticed, ZERO), self._doubts.remaining(_since_boot()))
+            return ClockReading(now - max(unnoticed, ZERO), self._doubts.active(_since_boot()))
 
 
 def _since_boot() -> timedelta:

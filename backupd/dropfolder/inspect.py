@@ -82,9 +82,9 @@ def inspect(fd: int, size: int, name: bytes, *, full: bool) -> InspectionSteps:
     try:
         yield from _whole(source, kind, tar=expects_tar_inside(name))
     except UnsoundError as error:
-        return error.finding
+        return error.damage
     except TarError as error:
-        return Damage(Reason.TRUNCATED if error.cut else Reason.DAMAGED, str(error))
+        return Damage(Reason.TRUNCATED if error.truncated else Reason.DAMAGED, str(error))
     return None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from backupd.core.clock_skew import ClockSkew
-from backupd.core.devices import Device, DeviceExpectation, newly_overdue_and_recovered
+from backupd.core.devices import Device, DeviceExpectation, overdue_and_recovered
 from backupd.core.model import Archive, Outcome
 from backupd.ledger.port import ClockReading, DispositionResult, FileCandidate, Ledger, TrackedDevice
 from tests.contract.test_ledger import ADAPTERS, Bench
@@ -50,12 +50,12 @@ def arrive(
 
 
 def overdue(ledger: Ledger, now: datetime) -> list[str]:
-    return [device.name for device in newly_overdue_and_recovered(ledger.possibly_overdue(now), now)[0]]
+    return [device.name for device in overdue_and_recovered(ledger.possibly_overdue(now), now)[0]]
 
 
 def alarm(ledger: Ledger, now: datetime) -> tuple[list[str], list[str]]:
     """Do as a heartbeat does; return who is overdue, and who has recovered."""
-    late, recovered = newly_overdue_and_recovered(ledger.possibly_overdue(now), now)
+    late, recovered = overdue_and_recovered(ledger.possibly_overdue(now), now)
     ledger.record_alarms(late, recovered)
     return [device.name for device in late], [device.name for device in recovered]
 
@@ -110,9 +110,7 @@ def test_an_alarm_outlasts_a_crash_and_is_called_off_once(bench: Bench) -> None:
     assert alarm(ledger, late) == (["sw1"], [])
     arrive(ledger, at=late)
     ledger = bench.crash()
-    assert newly_overdue_and_recovered(ledger.possibly_overdue(late), late)[
-        1
-    ]  # not said yet, and so not over
+    assert overdue_and_recovered(ledger.possibly_overdue(late), late)[1]  # not said yet, and so not over
     assert alarm(ledger, late) == ([], ["sw1"])
     assert alarm(ledger, late) == ([], [])
 

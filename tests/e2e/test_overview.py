@@ -19,7 +19,7 @@ import pytest
 from backupd.ledger.sqlite.connection import open_ledger
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.pki import in_days
-from tests.stage import PATIENCE, Daemon, Stage, until
+from tests.stage import TIMEOUT, Daemon, Stage, until
 
 STUCK = '[destination.vault.retry]\ninitial = "1h"\nmax = "1h"'
 
@@ -121,7 +121,7 @@ def on_a_terminal(stage: Stage, *arguments: str, until_seen: str = "", **environ
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background
         env = {**os.environ, "BACKUPD_CONFIG": str(stage.config), "TERM": "xterm-256color", **environ}
         os.execve(sys.executable, [sys.executable, "-m", "backupd", *arguments], env)
-    written, end = b"", time.monotonic() + PATIENCE
+    written, end = b"", time.monotonic() + TIMEOUT
     while time.monotonic() < end:
         if select.select([terminal], [], [], 0.1)[0]:
             try:
@@ -186,7 +186,7 @@ def test_check_warns_of_a_pause_and_of_age(stage: Stage) -> None:
     assert (code, "vault is paused" in line) == (1, True)
     change(stage, "UPDATE archive SET admitted_at = ?", micros(timedelta(hours=7)))
     code, line = checked(stage, "--warning-age", "6h", "--critical-age", "8h")
-    assert (code, "oldest pending archive waits for 7 h" in line) == (1, True)
+    assert (code, "oldest pending archive has waited for 7 h" in line) == (1, True)
     assert checked(stage)[0] == 2
 
 
@@ -210,6 +210,26 @@ def test_check_warns_of_certificates(stage: Stage, receiver: RunningReceiver, da
     found, line = checked(stage)
     assert found == code
     assert "the certificate of vault ends in" in line
+
+
+@pytest.mark.parametrize(("days", "code", "level"), [(4, 1, "WARNING"), (2, 2, "CRITICAL")])
+def test_status_and_the_daemon_report_the_certificate_of_a_chain_that_expires_first(
+    stage: Stage, receiver: RunningReceiver, days: int, code: int, level: str
+) -> None:
+    chained = stage.pki.issue_client_below_intermediate(in_days(days + 0.5))
+    stage.pki.client_cert.write_bytes(chained.cert.read_bytes())
+    stage.pki.client_key.write_bytes(chained.key.read_bytes())
+    daemon = a_sent_archive(stage, receiver, "one.cfg")
+
+    [heartbeat, *_] = daemon.wait_for("daemon.heartbeat")
+    assert heartbeat["days_left_by_destination"] == {"vault": days}
+    certificate = {"destination": "vault", "path": str(stage.pki.client_cert), "days_left": days}
+    assert json.loads(stage.backupd("status", "--json").stdout)["certificates"] == [certificate]
+    assert f"certificate of vault: {days} days left ({stage.pki.client_cert})" in stage.backupd("status").stdout
+    found, line = checked(stage)
+    assert found == code
+    assert line.startswith(f"{level} - the certificate of vault ends in {days} days | ")
+    assert f"certificate_days={days};14:;3:" in line
 
 
 def test_check_is_unknown_where_nothing_can_be_told(stage: Stage) -> None:

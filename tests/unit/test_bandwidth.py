@@ -55,32 +55,32 @@ class TestSchedule:
 
 class TestBucket:
     def test_nothing_goes_before_time_has_passed(self) -> None:
-        granted, wait = TokenBucket(filled_at=100.0).take(MIB, MIB, 100.0)
+        granted, wait = TokenBucket(filled_at=100.0).acquire(MIB, MIB, 100.0)
         assert granted == 0
         assert wait == pytest.approx(SMALLEST_GRANT / MIB)
 
     def test_after_the_wait_that_it_asks_for_something_goes(self) -> None:
         bucket = TokenBucket(filled_at=100.0)
-        _, wait = bucket.take(MIB, 10_000, 100.0)
-        assert bucket.take(MIB, 10_000, 100.0 + wait)[0] == SMALLEST_GRANT
+        _, wait = bucket.acquire(MIB, 10_000, 100.0)
+        assert bucket.acquire(MIB, 10_000, 100.0 + wait)[0] == SMALLEST_GRANT
 
     def test_a_grant_is_no_larger_than_what_is_wanted(self) -> None:
         bucket = TokenBucket(filled_at=0.0)
-        assert bucket.take(5, MIB, 1.0) == (5, 0.0)
+        assert bucket.acquire(5, MIB, 1.0) == (5, 0.0)
 
     def test_a_small_rest_does_not_wait_for_a_whole_record(self) -> None:
-        granted, wait = TokenBucket(filled_at=0.0).take(10, 1024, 0.0)
+        granted, wait = TokenBucket(filled_at=0.0).acquire(10, 1024, 0.0)
         assert granted == 0
         assert wait == pytest.approx(10 / 1024)
 
     def test_a_grant_is_small_enough_for_several_workers_to_share(self) -> None:
-        assert TokenBucket(filled_at=0.0).take(MIB, 1000 * MIB, 1.0) == (LARGEST_GRANT, 0.0)
+        assert TokenBucket(filled_at=0.0).acquire(MIB, 1000 * MIB, 1.0) == (LARGEST_GRANT, 0.0)
 
     @pytest.mark.parametrize("rate", [1024, 50_000, 8 * MIB])
     def test_a_pause_saves_up_no_more_than_a_tenth_of_a_second_or_one_record(self, rate: int) -> None:
         bucket = TokenBucket(filled_at=0.0)
         first = 0
-        while granted := bucket.take(MIB, rate, 3600.0)[0]:
+        while granted := bucket.acquire(MIB, rate, 3600.0)[0]:
             first += granted
         assert first <= max(rate * 0.1, SMALLEST_GRANT)
 
@@ -89,7 +89,7 @@ class TestBucket:
         chance = random.Random(rate)
         bucket, now, grants = TokenBucket(filled_at=0.0), 0.0, [(0.0, 0)]
         for _ in range(3000):
-            granted, wait = bucket.take(chance.choice([1, 500, 20_000, MIB]), rate, now)
+            granted, wait = bucket.acquire(chance.choice([1, 500, 20_000, MIB]), rate, now)
             grants.append((now, granted))
             now += chance.choice([0.0, 0.0, wait, wait * 0.5, wait * 1.2])
         spans = range(1, len(grants), 7)
@@ -103,15 +103,15 @@ class TestBucket:
     def test_one_that_always_asks_gets_the_whole_rate(self) -> None:
         bucket, now, sent = TokenBucket(filled_at=0.0), 0.0, 0
         while now < 60:
-            granted, wait = bucket.take(MIB, 8 * MIB, now)
+            granted, wait = bucket.acquire(MIB, 8 * MIB, now)
             sent += granted
             now += wait
         assert sent == pytest.approx(60 * 8 * MIB, rel=0.01)
 
     def test_a_rate_that_changes_counts_from_then_on(self) -> None:
         bucket = TokenBucket(filled_at=0.0)
-        bucket.take(MIB, 1024, 0.0)
-        granted, wait = bucket.take(MIB, MIB, 1.0)
+        bucket.acquire(MIB, 1024, 0.0)
+        granted, wait = bucket.acquire(MIB, MIB, 1.0)
         assert granted
         assert wait == 0.0
 

@@ -157,7 +157,7 @@ def test_a_clock_that_was_put_right_between_two_starts_is_believed(host: Host) -
     note = clock.reading()
     host.wall -= 400 * 86400
     assert HostClock(note).trusted_now() == host.now
-    assert HostClock(note).reading().doubts == []
+    assert HostClock(note).reading().skews == []
 
 
 def test_a_doubt_ends_though_others_come(host: Host) -> None:
@@ -195,19 +195,19 @@ DAY, HOUR = timedelta(days=1), timedelta(hours=1)
 
 
 def test_steps_that_come_together_are_one_doubt() -> None:
-    doubts = ClockSkews([], ZERO)
+    skews = ClockSkews([], ZERO)
     for minute in range(24 * 60):
-        doubts.add(timedelta(seconds=2), timedelta(minutes=minute))
-    assert len(doubts.remaining(DAY)) <= 25
-    assert doubts.total(DAY) == timedelta(seconds=2 * 24 * 60)
+        skews.add(timedelta(seconds=2), timedelta(minutes=minute))
+    assert len(skews.active(DAY)) <= 25
+    assert skews.total(DAY) == timedelta(seconds=2 * 24 * 60)
 
 
 def test_a_step_back_takes_the_latest_doubts_away() -> None:
-    doubts = ClockSkews([ClockSkew(5 * DAY, HOUR), ClockSkew(3 * DAY, 2 * HOUR)], ZERO)
-    doubts.add(-DAY, ZERO)
-    assert doubts.remaining(ZERO) == [ClockSkew(5 * DAY, HOUR), ClockSkew(2 * DAY, 2 * HOUR)]
-    doubts.add(-4 * DAY, ZERO)
-    assert doubts.remaining(ZERO) == [ClockSkew(3 * DAY, HOUR)]
-    doubts.add(-9 * DAY, ZERO)
-    assert doubts.remaining(ZERO) == []
-    assert doubts.total(ZERO) == ZERO
+    skews = ClockSkews([ClockSkew(5 * DAY, HOUR), ClockSkew(3 * DAY, 2 * HOUR)], ZERO)
+    skews.add(-DAY, ZERO)
+    assert skews.active(ZERO) == [ClockSkew(5 * DAY, HOUR), ClockSkew(2 * DAY, 2 * HOUR)]
+    skews.add(-4 * DAY, ZERO)
+    assert skews.active(ZERO) == [ClockSkew(3 * DAY, HOUR)]
+    skews.add(-9 * DAY, ZERO)
+    assert skews.active(ZERO) == []
+    assert skews.total(ZERO) == ZERO

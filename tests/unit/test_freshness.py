@@ -2,7 +2,7 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from backupd.core.devices import WHOLE_DROP, Device, device_of, newly_overdue_and_recovered, overdue_by
+from backupd.core.devices import WHOLE_DROP, Device, device_of, overdue_and_recovered, overdue_by
 from backupd.core.names import TextTemplate
 from tests.factories import NOW, SECOND
 
@@ -58,7 +58,7 @@ def test_a_device_is_overdue_once_nothing_came_for_longer_than_it_should(
     ids=["falls silent", "still silent", "came", "in time", "not expected any more"],
 )
 def test_only_what_was_said_to_be_overdue_recovers(device: Device, overdue: bool, recovered: bool) -> None:
-    assert newly_overdue_and_recovered([device], NOW + 2 * HOUR) == ([device] * overdue, [device] * recovered)
+    assert overdue_and_recovered([device], NOW + 2 * HOUR) == ([device] * overdue, [device] * recovered)
 
 
 VALUES = {"site": "zrh", "device": "sw1", "kind": ""}

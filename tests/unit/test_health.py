@@ -1,4 +1,4 @@
-"""The line and the exit code of a monitoring plugin."""
+"""The output line and the exit code of a monitoring plugin."""
 
 from __future__ import annotations
 
@@ -21,46 +21,48 @@ LIMITS = HealthLimits(HOUR, 6 * HOUR)
         (
             HealthFacts(pending=1, oldest=HOUR),
             HealthLevel.WARNING,
-            "the oldest pending archive waits for 1 h",
+            "the oldest pending archive has waited for 1 h",
         ),
         (
             HealthFacts(pending=1, oldest=6 * HOUR),
             HealthLevel.CRITICAL,
-            "the oldest pending archive waits for 6 h",
+            "the oldest pending archive has waited for 6 h",
         ),
-        (HealthFacts(paused={"vault": HOUR / 60}), HealthLevel.WARNING, "vault is paused for 1 min"),
-        (HealthFacts(paused={"vault": 6 * HOUR}), HealthLevel.CRITICAL, "vault is paused for 6 h"),
+        (HealthFacts(paused={"vault": HOUR / 60}), HealthLevel.WARNING, "vault has been paused for 1 min"),
+        (HealthFacts(paused={"vault": 6 * HOUR}), HealthLevel.CRITICAL, "vault has been paused for 6 h"),
         (HealthFacts(rejected=2), HealthLevel.WARNING, "WARNING - 2 rejected"),
         (HealthFacts(days_left={"vault": 14}), HealthLevel.OK, "OK"),
         (
             HealthFacts(days_left={"vault": 13}),
             HealthLevel.WARNING,
-            "the certificate of vault ends in 13 days",
+            "the certificate of vault expires in 13 days",
         ),
         (
             HealthFacts(days_left={"vault": 2}),
             HealthLevel.CRITICAL,
-            "the certificate of vault ends in 2 days",
+            "the certificate of vault expires in 2 days",
         ),
         (HealthFacts(days_left={"vault": -1}), HealthLevel.CRITICAL, "the certificate of vault has expired"),
-        (HealthFacts(pending=1, oldest=72 * HOUR), HealthLevel.CRITICAL, "archive waits for 3 d"),
+        (HealthFacts(pending=1, oldest=72 * HOUR), HealthLevel.CRITICAL, "archive has waited for 3 d"),
         (HealthFacts(overdue=["r1 (switches)"]), HealthLevel.WARNING, "overdue: r1 (switches)"),
         (
             HealthFacts(running=False, rejected=1),
             HealthLevel.CRITICAL,
             "CRITICAL - the daemon is not running; 1 rejected",
         ),
-        (HealthFacts(rejected=1, days_left={"v": 1}), HealthLevel.CRITICAL, "v ends in 1 days; 1 rejected"),
+        (HealthFacts(rejected=1, days_left={"v": 1}), HealthLevel.CRITICAL, "v expires in 1 day; 1 rejected"),
     ],
 )
-def test_the_worst_counts_and_comes_first(facts: HealthFacts, level: HealthLevel, words: str) -> None:
+def test_the_worst_problem_comes_first_and_sets_the_exit_code(
+    facts: HealthFacts, level: HealthLevel, words: str
+) -> None:
     found, line = plugin_line(facts, LIMITS)
     assert found is level
     assert line.startswith(level.name + " - ")
     assert words in line
 
 
-def test_the_numbers_stand_behind_a_single_bar() -> None:
+def test_the_performance_data_follows_a_single_vertical_bar() -> None:
     facts = HealthFacts(
         pending=3,
         pending_bytes=10,
@@ -71,7 +73,7 @@ def test_the_numbers_stand_behind_a_single_bar() -> None:
     )
     _, line = plugin_line(facts, LIMITS)
     text, numbers = line.split("|")
-    assert "a/b is paused" in text
+    assert "a/b has been paused" in text
     assert numbers.split() == [
         "pending=3",
         "pending_bytes=10B",

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from backupd.core.backoff import LONGEST_RETRY_AFTER, Backoff, parse_retry_after
+from backupd.core.backoff import MAX_RETRY_AFTER, Backoff, parse_retry_after
 from tests.factories import NOW, SECOND
 
 CHANCES = st.floats(0, 1, exclude_max=True)
@@ -86,4 +86,4 @@ def test_what_is_malformed_asks_for_nothing(text: str) -> None:
 )
 def test_no_text_makes_a_wait_that_is_negative_or_longer_than_an_hour(text: str, now: datetime) -> None:
     wait = parse_retry_after(text, now)
-    assert wait is None or timedelta(0) <= wait <= LONGEST_RETRY_AFTER == timedelta(hours=1)
+    assert wait is None or timedelta(0) <= wait <= MAX_RETRY_AFTER == timedelta(hours=1)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 
 from backupd.core.clock_skew import ClockSkew
-from backupd.core.devices import KEPT, WHOLE_DROP, Device, DeviceExpectation, size_anomaly
+from backupd.core.devices import KEPT_SIZES, WHOLE_DROP, Device, DeviceExpectation, size_anomaly
 from backupd.core.model import Archive
 from backupd.ledger.port import ClockReading, DeviceLedger, TrackedDevice, UnusualArchive
 from backupd.ledger.sqlite.connection import Row, Transactions, as_time, to_micros
@@ -122,7 +122,7 @@ def record_arrival(db: sqlite3.Connection, archive: Archive, tracked: TrackedDev
     at = to_micros(archive.queued_at)
     row = db.execute("SELECT sizes FROM device WHERE drop_name = ? AND name = ?", device).fetchone()
     before = [int(each) for each in row[0].split()] if row else []
-    sizes = " ".join(map(str, [*before, size][-KEPT:]))
+    sizes = " ".join(map(str, [*before, size][-KEPT_SIZES:]))
     db.execute(
         "INSERT INTO device (drop_name, name, known_at, last_at, archives, sizes) VALUES (?, ?, ?, ?, 1, ?)"
         " ON CONFLICT DO UPDATE SET last_at = excluded.last_at, archives = archives + 1,"
