@@ -1,3 +1,3 @@
-"""Delivers archives from drop folders to HTTPS endpoints, verified, exactly once."""
+"""Deliver configuration backups from drop folders to HTTPS endpoints, with verified receipts."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
