@@ -23,8 +23,8 @@ class MountEntry:
 def parse_mountinfo(content: bytes) -> list[MountEntry]:
     """Return the entries of a `/proc/PID/mountinfo`, in the order of the file.
 
-    Of several entries with the same mount point, the last one is visible. Lines in another format are skipped.
-    Source: proc_pid_mountinfo(5).
+    Of several entries with the same mount point, the last one is visible. Lines in another format are
+    skipped. Source: proc_pid_mountinfo(5).
     """
     entries = []
     for line in content.split(b"\n"):
@@ -36,7 +36,7 @@ def parse_mountinfo(content: bytes) -> list[MountEntry]:
 
 
 def filesystem_at(path: bytes, entries: list[MountEntry]) -> str:
-    """Return the type of the filesystem that holds an absolute path without links; `unknown` without entries."""
+    """Return the type of the filesystem that holds an absolute path without links, or `unknown`."""
     longest, filesystem = b"", "unknown"
     for entry in entries:
         point = entry.mount_point

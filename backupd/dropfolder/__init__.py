@@ -1,1 +1,1 @@
-"""The drop folder itself: every access is relative to its descriptor, and never through a link."""
+"""Access to the files in a drop folder, relative to its descriptor and never through a symbolic link."""

@@ -1,4 +1,4 @@
-"""Finding and reading the checksum files beside an archive; whatever lies there can do no harm."""
+"""The checksum files beside an archive: reading them safely, and moving them with it."""
 
 from __future__ import annotations
 
@@ -17,90 +17,58 @@ from backupd.dropfolder.decompress import CHUNK, BoundedFile
 from backupd.dropfolder.folder import CachedFolder, DropFolder
 from backupd.dropfolder.move import rename_no_replace
 
-_MOST = 64 * 1024
-"""Bytes of a checksum file; of a larger one none is believed."""
+_MAX_CHECKSUM_FILE_BYTES = 64 * 1024
+"""A larger checksum file is not used."""
 
-_Reader = Callable[[bytes, bytes, str], Digest | None]
+_Parser = Callable[[bytes, bytes, str], Digest | None]
 
 
 @dataclass(slots=True)
 class StatedDigests:
-    """What checksum files say of an archive: digests by the file's name, and why a file is of no use."""
+    """The digests that checksum files state for an archive, each by the name of its file.
+
+    `unusable` has the reason for each file that states none.
+    """
 
     digests: dict[bytes, Digest] = field(default_factory=dict)
     unusable: dict[bytes, str] = field(default_factory=dict)
 
 
 def read_checksum_files(folder: DropFolder, relpath: bytes) -> StatedDigests:
-    """Return what the checksum files beside an archive say of it; its own count before the directory's."""
+    """Return the digests that the checksum files beside an archive state for it.
+
+    The lists of the whole directory are read only if the archive has no checksum file of its own.
+    """
     parent, _, name = relpath.rpartition(b"/")
     stated = StatedDigests()
-    with closing(CachedFolder(folder)) as held:
-        for files, reader in ((own_files(name), digest_in_single), (LISTS, digest_in_list)):
-            _read_all(held, parent, name, files, reader, stated)
+    with closing(CachedFolder(folder)) as cached:
+        for files, parser in ((own_files(name), digest_in_single), (LISTS, digest_in_list)):
+            _read_files(cached, parent, name, files, parser, stated)
             if stated.digests or stated.unusable:
                 break
     return stated
 
 
-def _read_all(
-    folder: DropFolder,
-    parent: bytes,
-    name: bytes,
-    files: dict[bytes, str],
-    reader: _Reader,
-    stated: StatedDigests,
-) -> None:
-    for file, algorithm in files.items():
-        try:
-            text = folder.read(parent + b"/" + file if parent else file, _MOST + 1)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            stated.unusable[file] = (
-                "it is a link" if error.errno == errno.ELOOP else error.strerror or str(error)
-            )
-            continue
-        if len(text) > _MOST:
-            stated.unusable[file] = f"it has more than {_MOST} bytes"
-            continue
-        digest = reader(text, name, algorithm)
-        if digest is not None:
-            stated.digests[file] = digest
-        elif reader is digest_in_single:
-            stated.unusable[file] = f"it holds no {algorithm}"
-
-
 def digest_of(fd: int, size: int, algorithm: str) -> Generator[None, None, Digest]:
-    """Return the digest of an open file, in small steps; raises OSError where it can't be read."""
-    source, at = BoundedFile(fd, size), 0
+    """Return the digest of an open file, in small steps; raises OSError if it can't be read."""
+    source, offset = BoundedFile(fd, size), 0
     hasher = hashlib.new(algorithm, usedforsecurity=False)
-    while data := source.read(at, CHUNK):
+    while data := source.read(offset, CHUNK):
         hasher.update(data)
-        at += len(data)
+        offset += len(data)
         yield
     return Digest(algorithm, hasher.hexdigest())
 
 
-def remove_checksum_files(folder: DropFolder, relpath: bytes) -> None:
-    """Remove the checksum files beside an archive that was removed; only regular files."""
-    parent, _, name = relpath.rpartition(b"/")
-    with folder.directory(parent) as directory:
-        for file in own_files(name):
-            with suppress(FileNotFoundError):
-                if stat.S_ISREG(os.stat(file, dir_fd=directory, follow_symlinks=False).st_mode):
-                    os.unlink(file, dir_fd=directory)
-
-
 def move_checksum_files(folder: DropFolder, archive: Archive, moved_to: bytes | None) -> None:
-    """Move an archive's own checksum files to where it went, under its new name; None removes them.
+    """Move an archive's own checksum files to the archive's new path and name; None removes them.
 
-    Only regular files; what can't be moved stays, as nothing depends on it. One that is newer than the
-    archive's admission stays, too: it was not what was checked, but is of a content that is to come.
+    A checksum file that is not a regular file, or can't be moved, stays in place. So does one that is newer
+    than the archive's entry in the queue: it belongs to the next content of that name.
     """
     parent, _, name = archive.relpath.rpartition(b"/")
     target, _, new_name = (moved_to or archive.relpath).rpartition(b"/")
-    with folder.directory(parent) as source, folder.directory(target) as there:
+    with folder.directory(parent) as source, folder.directory(target) as destination:
         for file in own_files(name):
             with suppress(OSError):
                 status = os.stat(file, dir_fd=source, follow_symlinks=False)
@@ -110,25 +78,62 @@ def move_checksum_files(folder: DropFolder, archive: Archive, moved_to: bytes | 
                     os.unlink(file, dir_fd=source)
                     continue
                 names = free_names(shortened(new_name, file[len(name) :]), archive.queued_at)
-                # what lies there and is no archive is of one of this name that was removed
-                new = next(new for new in names if not _is_archive(there, new))
-                os.rename(file, new, src_dir_fd=source, dst_dir_fd=there)
+                # an existing file is replaced: without a receipt it belonged to an archive that was removed
+                new = next(new for new in names if not _is_moved_archive(destination, new))
+                os.rename(file, new, src_dir_fd=source, dst_dir_fd=destination)
 
 
 def restore_checksum_files(folder: DropFolder, relpath: bytes, moved_to: bytes) -> None:
-    """Move the checksum files beside an archive that was put away back beside it; over no others."""
+    """Move the checksum files of the archive at `moved_to` back beside `relpath`; nothing is overwritten."""
     parent, _, name = relpath.rpartition(b"/")
     target, _, new_name = moved_to.rpartition(b"/")
-    with folder.directory(parent) as source, folder.directory(target) as there:
+    with folder.directory(parent) as source, folder.directory(target) as destination:
         for file in own_files(new_name):
             with suppress(OSError):
-                status = os.stat(file, dir_fd=there, follow_symlinks=False)
-                if stat.S_ISREG(status.st_mode) and not _is_archive(there, file):
-                    rename_no_replace(there, file, source, shortened(name, file[len(new_name) :]))
+                status = os.stat(file, dir_fd=destination, follow_symlinks=False)
+                if stat.S_ISREG(status.st_mode) and not _is_moved_archive(destination, file):
+                    rename_no_replace(destination, file, source, shortened(name, file[len(new_name) :]))
 
 
-def _is_archive(directory: int, name: bytes) -> bool:
-    """Tell whether what was put away is an archive, and not a checksum file: then it has a record."""
+def remove_checksum_files(folder: DropFolder, relpath: bytes) -> None:
+    """Remove the checksum files of the archive at `relpath`, which was removed; only regular files."""
+    parent, _, name = relpath.rpartition(b"/")
+    with folder.directory(parent) as directory:
+        for file in own_files(name):
+            with suppress(FileNotFoundError):
+                if stat.S_ISREG(os.stat(file, dir_fd=directory, follow_symlinks=False).st_mode):
+                    os.unlink(file, dir_fd=directory)
+
+
+def _read_files(
+    folder: DropFolder,
+    parent: bytes,
+    name: bytes,
+    files: dict[bytes, str],
+    parser: _Parser,
+    stated: StatedDigests,
+) -> None:
+    for file, algorithm in files.items():
+        try:
+            text = folder.read(parent + b"/" + file if parent else file, _MAX_CHECKSUM_FILE_BYTES + 1)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            is_link = error.errno == errno.ELOOP
+            stated.unusable[file] = "it is a symbolic link" if is_link else error.strerror or str(error)
+            continue
+        if len(text) > _MAX_CHECKSUM_FILE_BYTES:
+            stated.unusable[file] = f"it is larger than {_MAX_CHECKSUM_FILE_BYTES} bytes"
+            continue
+        digest = parser(text, name, algorithm)
+        if digest is not None:
+            stated.digests[file] = digest
+        elif parser is digest_in_single:
+            stated.unusable[file] = f"it contains no {algorithm} digest"
+
+
+def _is_moved_archive(directory: int, name: bytes) -> bool:
+    """Return whether a moved file is an archive and no checksum file: it has a receipt or reason file."""
     for kind in (b"receipt", b"reason"):
         with suppress(FileNotFoundError):
             os.stat(receipt_file_name(name, kind), dir_fd=directory, follow_symlinks=False)

@@ -72,10 +72,10 @@ def is_being_written(fd: int) -> bool:
 def read_lease(fd: int) -> Iterator[Callable[[], bool]]:
     """Hold a read lease on a file during the block, where the kernel grants one.
 
-    A process that opens the file for writing then blocks until the lease is given up, at the end of the block.
-    The kernel sends SIGIO to this process in that case, which must be ignored. Yields a function that returns
-    whether a writer is waiting. Raises BeingWrittenError if the file is open for writing already. Without
-    permission for a lease, the block runs without one. Source: fcntl(2), "Leases".
+    Another process that opens the file for writing waits until the block ends. The kernel then sends SIGIO
+    to this process, which must ignore it. Yields a function that returns whether a writer is waiting.
+    Raises BeingWrittenError if the file is open for writing already. Where the kernel refuses a lease, the
+    block runs without one. Source: fcntl(2), "Leases".
     """
     try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)

@@ -1,7 +1,7 @@
-"""Looking into a drop folder, and opening, moving and removing what is there.
+"""Opening, listing and removing files in a drop folder.
 
-Paths are bytes relative to the folder. Every directory on the way is opened with O_NOFOLLOW, so that
-nobody who may write there can lead us elsewhere by swapping a directory for a link.
+Paths are bytes, relative to the folder. Every directory on the way is opened with O_NOFOLLOW, so that a user
+who may write to the folder can't redirect the daemon by replacing a directory with a symbolic link.
 """
 
 from __future__ import annotations
@@ -12,27 +12,30 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_LONGEST = 4096
-"""Bytes of a path, PATH_MAX: to open a file there each step on the way is opened."""
+PATH_MAX = 4096
+"""Bytes in a path, as in limits.h; a longer path below a drop folder is refused."""
 
+_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _DOTS = frozenset((b".", b".."))
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+OnUnreadable = Callable[[bytes, OSError], None]
+"""Called with the relative path of a file or directory that can't be read, and the error."""
 
 
 class DropFolder:
-    """A drop folder, held by a descriptor; safe to use from several threads.
+    """A drop folder, held open by a descriptor; safe to use from several threads.
 
-    Methods raise OSError as the system calls do.
+    The methods raise OSError as the system calls do.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
-        # the root may itself be a link: the operator wrote it
+        # the root may be a symbolic link, as the operator wrote it
         self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def close(self) -> None:
-        """Give the descriptor back."""
+        """Close the descriptor."""
         os.close(self._fd)
 
     def fileno(self) -> int:
@@ -40,19 +43,19 @@ class DropFolder:
         return self._fd
 
     def is_in_place(self) -> bool:
-        """Tell whether the path still leads to the directory that we hold."""
+        """Return whether the path still leads to the directory that is held open."""
         try:
-            there = os.stat(self.path)
+            status = os.stat(self.path)
         except OSError:
             return False
-        return os.path.samestat(there, os.fstat(self._fd))
+        return os.path.samestat(status, os.fstat(self._fd))
 
     def check_readable(self) -> None:
-        """Raise OSError where we have no right any more to what our descriptor still leads to."""
+        """Raise OSError if the daemon may no longer list the directory that is held open."""
         _is_empty(self._fd)
 
     def reopen(self) -> None:
-        """Hold the directory that the path leads to now, under the same descriptor number."""
+        """Open the directory that the path leads to now, under the same descriptor number."""
         fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.dup2(fd, self._fd, inheritable=False)
@@ -60,11 +63,11 @@ class DropFolder:
             os.close(fd)
 
     def is_unreachable(self, relpath: bytes, device: int) -> bool:
-        """Tell whether a file that is not found may only lie on a filesystem that is not mounted now.
+        """Return whether a missing file may be on a filesystem that is not mounted now.
 
-        So it is while our path leads elsewhere, and where the last directory on the way to it is empty and on
-        another device than the file was: an empty place to mount on. The number alone would not do, as it
-        may change.
+        `device` is the device number that the file had. The result is True if the folder's path leads to
+        another directory, or if the last existing directory on the way to the file is empty and on another
+        device: an unused mount point. The device number alone proves nothing, as it may change with a mount.
         """
         if not self.is_in_place():
             return True
@@ -76,36 +79,39 @@ class DropFolder:
 
     @contextmanager
     def directory(self, relpath: bytes, *, create: bool = False) -> Iterator[int]:
-        """Open a directory below the folder, `b""` for the folder itself; made first if `create`."""
+        """Open a directory below the folder and yield its descriptor; `b""` is the folder itself.
+
+        With `create`, missing directories on the way are created.
+        """
         fd = self._fd
         try:
-            for part in _parts(relpath):
+            for name in _components(relpath):
                 if create:
                     with suppress(FileExistsError):
-                        os.mkdir(part, 0o770, dir_fd=fd)
-                below = os.open(part, _DIRECTORY, dir_fd=fd)
+                        os.mkdir(name, 0o770, dir_fd=fd)
+                child = os.open(name, _OPEN_DIRECTORY, dir_fd=fd)
                 if fd != self._fd:
                     os.close(fd)
-                fd = below
+                fd = child
             yield fd
         finally:
             if fd != self._fd:
                 os.close(fd)
 
     def stat(self, relpath: bytes) -> os.stat_result:
-        """Return the status of what is there, a link's own."""
+        """Return the status of a file; of a symbolic link, the status of the link."""
         parent, _, name = relpath.rpartition(b"/")
         with self.directory(parent) as fd:
             return os.stat(name, dir_fd=fd, follow_symlinks=False)
 
     def open(self, relpath: bytes) -> int:
-        """Open a regular file for reading; the caller closes the descriptor.
+        """Open a regular file for reading and return its descriptor, which the caller closes.
 
-        Raises OSError (EINVAL) for anything else, without having waited for it.
+        Raises OSError (EINVAL) for any other kind of file; never blocks on a FIFO.
         """
         parent, _, name = relpath.rpartition(b"/")
         with self.directory(parent) as directory:
-            fd = os.open(name, _FILE, dir_fd=directory)
+            fd = os.open(name, _OPEN_FILE, dir_fd=directory)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise OSError(errno.EINVAL, "not a regular file")
@@ -114,11 +120,11 @@ class DropFolder:
             raise
         return fd
 
-    def read(self, relpath: bytes, most: int) -> bytes:
-        """Return up to `most` bytes from the beginning of a regular file."""
+    def read(self, relpath: bytes, max_bytes: int) -> bytes:
+        """Return up to `max_bytes` bytes from the beginning of a regular file."""
         fd = self.open(relpath)
         try:
-            return os.pread(fd, most, 0)
+            return os.pread(fd, max_bytes, 0)
         finally:
             os.close(fd)
 
@@ -129,15 +135,46 @@ class DropFolder:
             os.unlink(name, dir_fd=fd)
 
     def sync(self, relpath: bytes) -> None:
-        """Make the entries of a directory durable."""
+        """Write the entries of a directory to disk with fsync."""
         with self.directory(relpath) as fd:
             os.fsync(fd)
+
+
+class CachedFolder(DropFolder):
+    """A drop folder that keeps its subdirectories open, for one thread.
+
+    A directory may be in use while another is opened, so directories are closed only by `close`, which does
+    not close the drop folder itself.
+    """
+
+    def __init__(self, folder: DropFolder) -> None:
+        self.path = folder.path
+        self._fd = folder.fileno()
+        self._directories: dict[bytes, int] = {}
+
+    def __len__(self) -> int:
+        """Return the number of open directories."""
+        return len(self._directories)
+
+    def close(self) -> None:
+        """Close all directories, none of which may be in use; they are opened again when needed."""
+        while self._directories:
+            os.close(self._directories.popitem()[1])
+
+    @contextmanager
+    def directory(self, relpath: bytes, *, create: bool = False) -> Iterator[int]:
+        """See `DropFolder.directory`."""
+        if relpath not in self._directories:
+            with super().directory(relpath, create=create) as fd:
+                self._directories[relpath] = os.dup(fd)
+        yield self._directories[relpath]
 
 
 class DirectoryCache:
     """Opens the directories of a folder one after the other, for one thread.
 
-    The last one stays open: what lies in it is opened from there, so that a path costs its last step.
+    The last directory stays open and its children are opened from there, so that descending costs one system
+    call for each level.
     """
 
     def __init__(self, folder: DropFolder) -> None:
@@ -145,28 +182,69 @@ class DirectoryCache:
         self._last: tuple[bytes, int] | None = None
 
     def directory(self, relpath: bytes) -> int:
-        """Return a descriptor of a directory, which is good until the next is asked for.
+        """Return a descriptor of a directory, valid until the next call.
 
-        It has a position of its own, so that others may list the directory at the same time.
+        It has its own read position, so that other threads may list the directory at the same time.
         """
-        if len(relpath) >= _LONGEST:
+        if len(relpath) >= PATH_MAX:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         parent, _, name = relpath.rpartition(b"/")
         if self._last and name and self._last[0] == parent and name not in _DOTS:
-            fd = os.open(name, _DIRECTORY, dir_fd=self._last[1])
+            fd = os.open(name, _OPEN_DIRECTORY, dir_fd=self._last[1])
             self.close()
         else:
             self.close()
-            with self._folder.directory(relpath) as there:
-                fd = os.open(b".", _DIRECTORY, dir_fd=there)
+            with self._folder.directory(relpath) as directory:
+                fd = os.open(b".", _OPEN_DIRECTORY, dir_fd=directory)
         self._last = relpath, fd
         return fd
 
     def close(self) -> None:
-        """Let go of the last one."""
+        """Close the last directory."""
         last, self._last = self._last, None
         if last:
             os.close(last[1])
+
+
+def walk(
+    folder: DropFolder,
+    top: bytes,
+    skip: frozenset[bytes],
+    on_unreadable: OnUnreadable,
+    *,
+    recursive: bool,
+    should_continue: Callable[[], bool] = lambda: True,
+) -> Iterator[tuple[bytes, os.stat_result]]:
+    """Yield the relative path and status of every file below the directory `top` of the folder.
+
+    Hidden directories and those in `skip`, relative to the folder, are not entered. Files and directories
+    that can't be read go to `on_unreadable`, except those that have disappeared meanwhile.
+    It ends once `should_continue`, called before each directory, returns False.
+    """
+    pending = [top]
+    with closing(DirectoryCache(folder)) as directories:
+        while pending and should_continue():
+            directory = pending.pop()
+            try:
+                with os.scandir(directories.directory(directory)) as entries:
+                    for entry in entries:
+                        name = os.fsencode(entry.name)
+                        relpath = directory + b"/" + name if directory else name
+                        if entry.is_dir(follow_symlinks=False):
+                            if recursive and relpath not in skip and not name.startswith(b"."):
+                                pending.append(relpath)
+                            continue
+                        try:
+                            yield relpath, entry.stat(follow_symlinks=False)
+                        except FileNotFoundError:
+                            continue
+                        except OSError as error:
+                            on_unreadable(relpath, error)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                if not directory:
+                    on_unreadable(directory, error)
+            except OSError as error:
+                on_unreadable(directory, error)
 
 
 def _is_empty(directory: int) -> bool:
@@ -178,81 +256,8 @@ def _is_empty(directory: int) -> bool:
         os.close(fd)
 
 
-def _parts(relpath: bytes) -> list[bytes]:
-    parts = [part for part in relpath.split(b"/") if part]
-    if not _DOTS.isdisjoint(parts):
-        raise OSError(errno.EINVAL, "a path with dots does not stay in its folder")
-    return parts
-
-
-class CachedFolder(DropFolder):
-    """For one thread; `close` lets go of the directories, never of the drop folder itself.
-
-    It closes nothing by itself: a directory may be in use while another is opened.
-    """
-
-    def __init__(self, folder: DropFolder) -> None:
-        self.path = folder.path
-        self._fd = folder.fileno()
-        self._held: dict[bytes, int] = {}
-
-    def __len__(self) -> int:
-        """Return how many directories are open."""
-        return len(self._held)
-
-    def close(self) -> None:
-        """Let go of all directories, none of which may be in use; they are opened anew when needed."""
-        while self._held:
-            os.close(self._held.popitem()[1])
-
-    @contextmanager
-    def directory(self, relpath: bytes, *, create: bool = False) -> Iterator[int]:
-        """See `DropFolder.directory`."""
-        if relpath not in self._held:
-            with super().directory(relpath, create=create) as fd:
-                self._held[relpath] = os.dup(fd)
-        yield self._held[relpath]
-
-
-OnUnreadable = Callable[[bytes, OSError], None]
-
-
-def walk(
-    folder: DropFolder,
-    below: bytes,
-    skip: frozenset[bytes],
-    complain: OnUnreadable,
-    *,
-    recursive: bool,
-    go_on: Callable[[], bool] = lambda: True,
-) -> Iterator[tuple[bytes, os.stat_result]]:
-    """Yield the relative path and status of all that is no directory, below a directory of the folder.
-
-    `skip` names directories that are not entered, relative to the folder. What can't be read goes to
-    `complain`, except what has vanished meanwhile; the rest of the walk goes on. `go_on` is asked before
-    each directory.
-    """
-    waiting = [below]
-    with closing(DirectoryCache(folder)) as descent:
-        while waiting and go_on():
-            directory = waiting.pop()
-            try:
-                with os.scandir(descent.directory(directory)) as entries:
-                    for entry in entries:
-                        name = os.fsencode(entry.name)
-                        relpath = directory + b"/" + name if directory else name
-                        if entry.is_dir(follow_symlinks=False):
-                            if recursive and relpath not in skip and not name.startswith(b"."):
-                                waiting.append(relpath)
-                            continue
-                        try:
-                            yield relpath, entry.stat(follow_symlinks=False)
-                        except FileNotFoundError:
-                            continue
-                        except OSError as error:
-                            complain(relpath, error)
-            except (FileNotFoundError, NotADirectoryError) as error:
-                if not directory:
-                    complain(directory, error)
-            except OSError as error:
-                complain(directory, error)
+def _components(relpath: bytes) -> list[bytes]:
+    names = [name for name in relpath.split(b"/") if name]
+    if not _DOTS.isdisjoint(names):
+        raise OSError(errno.EINVAL, "a path below a drop folder must not contain . or ..")
+    return names

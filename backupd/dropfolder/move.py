@@ -1,4 +1,4 @@
-"""Moving a file below its drop folder without overwriting another, nor taking another for it."""
+"""Moving and removing files below a drop folder, with their receipt files; nothing is overwritten."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from backupd.core.names import (
 from backupd.dropfolder.filesystem import is_being_written, read_lease
 from backupd.dropfolder.folder import DropFolder
 
-_NOREPLACE = 1
+_RENAME_NOREPLACE = 1
+_CREATE_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class FileChangedError(Exception):
-    """What lies under the name is not the file that was meant, or is no longer as it was."""
+    """The file under the name is another one, or its content has changed."""
 
 
 def move(
@@ -40,9 +41,10 @@ def move(
 ) -> bytes:
     """Move a file into the directory `to`, under the first of `names` that is free; return its new path.
 
-    It is there under the name `hidden` first, of its own, until we saw that it is the one that was meant.
-    Raises FileNotFoundError if it is gone, FileChangedError if it is not as expected, BeingWrittenError if
-    that may still come; it is in its old place then. The directories are not synced yet.
+    The file is first renamed to `hidden`, a name that no other file has, and checked again under that name.
+    Raises FileNotFoundError if it is gone, FileChangedError if its fingerprint is another one,
+    BeingWrittenError if another process has it open for writing, and FileExistsError if no name is free; in
+    these cases it is in its old place. The directories are not synced.
     """
     parent, _, name = relpath.rpartition(b"/")
     with folder.directory(parent) as source:
@@ -50,12 +52,12 @@ def move(
             raise FileChangedError
         with (
             folder.directory(to, create=True) as target,
-            _without_writers(folder, relpath, expected) as somebody_waits,
+            _leased(folder, relpath, expected) as is_writer_waiting,
         ):
             move_to_hidden_name(source, name, target, hidden)
-            # a producer may have renamed a new file over the name since we looked, or be about to write
-            is_ours = is_same_file(os.stat(hidden, dir_fd=target, follow_symlinks=False), expected)
-            if not is_ours or somebody_waits():
+            # since the check, a producer may have renamed a new file over the name, or be about to write
+            is_expected = is_same_file(os.stat(hidden, dir_fd=target, follow_symlinks=False), expected)
+            if not is_expected or is_writer_waiting():
                 move_back(target, hidden, source, name)
                 raise FileChangedError
             for new_name in names:
@@ -65,50 +67,7 @@ def move(
                     continue
                 return to + b"/" + new_name if to else new_name
             move_back(target, hidden, source, name)
-    raise FileExistsError(errno.EEXIST, "every name is taken")
-
-
-@contextmanager
-def _without_writers(
-    folder: DropFolder, relpath: bytes, expected: Fingerprint
-) -> Iterator[Callable[[], bool]]:
-    """Have whoever would write to a file wait while it is moved; yields what tells whether somebody does."""
-    fd = None
-    with suppress(PermissionError):  # whoever may not read it may move it, and just does not hear of writers
-        fd = folder.open(relpath)
-    if fd is None:
-        yield lambda: False
-        return
-    try:
-        with read_lease(fd) as somebody_waits:
-            if not is_unchanged(os.fstat(fd), expected):
-                raise FileChangedError
-            yield somebody_waits
-    finally:
-        os.close(fd)
-
-
-def move_to_hidden_name(source: int, name: bytes, target: int, hidden: bytes) -> None:
-    """Rename a file to a hidden name of ours; whatever has that name is another's, and has to leave it."""
-    try:
-        rename_no_replace(source, name, target, hidden)
-    except FileExistsError:
-        move_back(target, hidden, source, name)
-        rename_no_replace(source, name, target, hidden)
-
-
-def move_back(target: int, new_name: bytes, source: int, name: bytes) -> None:
-    """Undo a rename that took the wrong file: it was never delivered, and has to be found again.
-
-    Where its name is taken by yet another file, it gets a number in front, so that its ending stays.
-    """
-    for number in itertools.count(1):
-        try:
-            rename_no_replace(target, new_name, source, name)
-        except FileExistsError:
-            name = b"%d-%s" % (number, name[-240:])
-        else:
-            return
+    raise FileExistsError(errno.EEXIST, "all names are taken")
 
 
 def find_moved(
@@ -119,22 +78,23 @@ def find_moved(
     names: Iterator[bytes],
     hidden: bytes,
 ) -> bytes | None:
-    """Return where an earlier `move` with the same arguments put the file, or None.
+    """Return the path to which an earlier `move` with the same arguments moved the file, None if it did not.
 
-    What a crash left under the hidden name goes where it belongs: ours on, another one back.
+    A move that a crash interrupted after the first rename is finished. If another file has the name `hidden`,
+    it is moved back to the old place.
     """
     parent, _, old_name = relpath.rpartition(b"/")
     try:
         with folder.directory(to) as target:
-            is_ours = False
+            is_hidden = False
             with suppress(FileNotFoundError):
-                is_ours = is_same_file(os.stat(hidden, dir_fd=target, follow_symlinks=False), expected)
-                is_ours = is_ours and not _is_written_at(target, hidden)
-                if not is_ours:
+                is_hidden = is_same_file(os.stat(hidden, dir_fd=target, follow_symlinks=False), expected)
+                is_hidden = is_hidden and not _is_written_at(target, hidden)
+                if not is_hidden:
                     with folder.directory(parent, create=True) as source:
                         move_back(target, hidden, source, old_name)
             for name in names:
-                if is_ours:
+                if is_hidden:
                     with suppress(FileExistsError):
                         rename_no_replace(target, hidden, target, name)
                         return to + b"/" + name if to else name
@@ -145,22 +105,36 @@ def find_moved(
     return None
 
 
-def _is_written_at(directory: int, name: bytes) -> bool:
-    with suppress(PermissionError):
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+def move_to_hidden_name(source: int, name: bytes, target: int, hidden: bytes) -> None:
+    """Rename a file to `hidden`, between two open directories; another file with that name is moved back."""
+    try:
+        rename_no_replace(source, name, target, hidden)
+    except FileExistsError:
+        move_back(target, hidden, source, name)
+        rename_no_replace(source, name, target, hidden)
+
+
+def move_back(target: int, new_name: bytes, source: int, name: bytes) -> None:
+    """Undo the rename of a wrong file: it was never delivered, and the next scan has to find it.
+
+    If its old name is taken meanwhile, it gets a number in front, so that its suffix stays.
+    """
+    for number in itertools.count(1):
         try:
-            return is_being_written(fd)
-        finally:
-            os.close(fd)
-    return False
+            rename_no_replace(target, new_name, source, name)
+        except FileExistsError:
+            name = b"%d-%s" % (number, name[-240:])
+        else:
+            return
 
 
 def rename_no_replace(source: int, name: bytes, target: int, new_name: bytes) -> None:
-    """Rename between two directories; raises FileExistsError where the new name is taken.
+    """Rename a file between two open directories; raises FileExistsError if the new name is taken.
 
-    renameat2(2) with RENAME_NOREPLACE; on a filesystem that lacks it, a look and then a rename.
+    Uses renameat2(2) with RENAME_NOREPLACE. On a filesystem without it, the new name is checked before the
+    rename.
     """
-    if _libc.renameat2(source, name, target, new_name, _NOREPLACE) == 0:
+    if _libc.renameat2(source, name, target, new_name, _RENAME_NOREPLACE) == 0:
         return
     code = ctypes.get_errno()
     if code not in (errno.ENOSYS, errno.EINVAL):
@@ -173,16 +147,11 @@ def rename_no_replace(source: int, name: bytes, target: int, new_name: bytes) ->
     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(new_name))
 
 
-def is_expected_file(status: os.stat_result, expected: Fingerprint) -> bool:
-    """Tell whether a status is of the file that was put away."""
-    return stat.S_ISREG(status.st_mode) and is_same_file(status, expected)
-
-
 def remove_archive(folder: DropFolder, relpath: bytes, archive: Archive) -> int | None:
-    """Remove the file of an archive from where it was put; return the bytes that this freed.
+    """Remove the file of an archive from the path to which it was moved; return the bytes that became free.
 
-    None where another file has its name; 0 where it is gone already. It gets a hidden name first, so that
-    what another renamed over it meanwhile is seen and put back.
+    Returns None if another file has its name, and 0 if it is gone already. The file is first renamed to a
+    hidden name, so that a file which another process renames over it meanwhile is detected and moved back.
     """
     parent, _, name = relpath.rpartition(b"/")
     hidden, expected = b".backupd-%d.expired" % archive.id, archive.fingerprint
@@ -202,27 +171,58 @@ def remove_archive(folder: DropFolder, relpath: bytes, archive: Archive) -> int 
     return status.st_blocks * 512 if status.st_nlink == 1 else 0
 
 
+def is_expected_file(status: os.stat_result, expected: Fingerprint) -> bool:
+    """Return whether a status is that of the regular file with this fingerprint, moved or not."""
+    return stat.S_ISREG(status.st_mode) and is_same_file(status, expected)
+
+
+def write_receipt_file(folder: DropFolder, directory: bytes, names: Iterable[bytes], content: bytes) -> None:
+    """Write a receipt or reason file under the first of `names` that is free; the directory is not synced.
+
+    The file is written and synced under a temporary name and then renamed. A file with the same content is
+    from an earlier attempt and is kept instead. Raises FileExistsError if all names are taken.
+    """
+    with folder.directory(directory, create=True) as fd:
+        temporary = b""
+        for name in names:
+            if not temporary:
+                temporary = shortened(b"." + name, b".part")
+                _write_synced(fd, temporary, content)
+            try:
+                rename_no_replace(fd, temporary, fd, name)
+            except FileExistsError:
+                if not _has_content(folder, directory + b"/" + name if directory else name, content):
+                    continue
+                os.unlink(temporary, dir_fd=fd)
+            return
+        os.unlink(temporary, dir_fd=fd)
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+
 def remove_receipt_file(folder: DropFolder, relpath: bytes, archive: Archive, kind: bytes) -> None:
-    """Remove the record of a kind that was written beside an archive, under whichever number it stands."""
+    """Remove the receipt or reason file of the archive at `relpath`; `kind` is `receipt` or `reason`.
+
+    It may have any of the numbered names, see `receipt_file_name`.
+    """
     directory, _, name = relpath.rpartition(b"/")
     for number in range(1, RECEIPT_FILE_KINDS + 1):
-        record = receipt_file_name(name, kind, number)
-        record = directory + b"/" + record if directory else record
+        receipt = receipt_file_name(name, kind, number)
+        receipt = directory + b"/" + receipt if directory else receipt
         try:
-            content = folder.read(record, MAX_RECEIPT_FILE_BYTES)
+            content = folder.read(receipt, MAX_RECEIPT_FILE_BYTES)
         except FileNotFoundError:
             return
         except OSError as error:
-            if error.errno in (errno.ELOOP, errno.EINVAL):  # a link or a folder: somebody else's
+            if error.errno in (errno.ELOOP, errno.EINVAL):  # a link or a directory of another program
                 continue
             raise
         if is_receipt_file_of(archive, content):
-            folder.unlink(record)
+            folder.unlink(receipt)
             return
 
 
 def is_receipt_file_of(archive: Archive, content: bytes) -> bool:
-    """Tell whether a record is of an archive."""
+    """Return whether the content of a receipt or reason file names this archive."""
     try:
         fields = json.loads(content)
     except (ValueError, RecursionError):
@@ -234,46 +234,54 @@ def is_receipt_file_of(archive: Archive, content: bytes) -> bool:
     ) == (as_text(archive.relpath), archive.drop, archive.queued_at.isoformat())
 
 
-_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+@contextmanager
+def _leased(folder: DropFolder, relpath: bytes, expected: Fingerprint) -> Iterator[Callable[[], bool]]:
+    """Hold a read lease on a file while it is moved; yields a function that returns whether a writer waits.
 
-
-def write_receipt_file(folder: DropFolder, directory: bytes, names: Iterable[bytes], content: bytes) -> None:
-    """Write a file under the first name that is free; the directory is not synced yet.
-
-    It is synced under another name and then renamed. One with that very content is of an earlier attempt,
-    and stays. Raises FileExistsError where every name is taken by something else, of whatever kind.
+    Raises FileChangedError if the file is not as expected, and BeingWrittenError as `read_lease` does.
     """
-    with folder.directory(directory, create=True) as fd:
-        part = b""
-        for name in names:
-            if not part:
-                part = shortened(b"." + name, b".part")
-                _write(fd, part, content)
-            try:
-                rename_no_replace(fd, part, fd, name)
-            except FileExistsError:
-                if not _holds(folder, directory + b"/" + name if directory else name, content):
-                    continue
-                os.unlink(part, dir_fd=fd)
-            return
-        os.unlink(part, dir_fd=fd)
-    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    fd = None
+    with suppress(PermissionError):  # a file that the daemon may not read is moved without a lease
+        fd = folder.open(relpath)
+    if fd is None:
+        yield lambda: False
+        return
+    try:
+        with read_lease(fd) as is_writer_waiting:
+            if not is_unchanged(os.fstat(fd), expected):
+                raise FileChangedError
+            yield is_writer_waiting
+    finally:
+        os.close(fd)
 
 
-def _holds(folder: DropFolder, relpath: bytes, content: bytes) -> bool:
+def _is_written_at(directory: int, name: bytes) -> bool:
+    with suppress(PermissionError):
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            return is_being_written(fd)
+        finally:
+            os.close(fd)
+    return False
+
+
+def _has_content(folder: DropFolder, relpath: bytes, content: bytes) -> bool:
     try:
         return folder.read(relpath, len(content) + 1) == content
-    except OSError:  # a link, a pipe, a folder, or what we may not read: somebody else's
+    except OSError:  # a link, FIFO or directory, or a file that the daemon may not read
         return False
 
 
-def _write(directory: int, name: bytes, content: bytes) -> None:
-    """Write a file that is new: what has its name may be a pipe, or a link to something of worth."""
+def _write_synced(directory: int, name: bytes, content: bytes) -> None:
+    """Create a file, write its content and sync it; a file with the name is removed first, never opened.
+
+    It may be a FIFO, or a link to a file that must not be overwritten.
+    """
     try:
-        fd = os.open(name, _FLAGS, 0o660, dir_fd=directory)
+        fd = os.open(name, _CREATE_NEW, 0o660, dir_fd=directory)
     except FileExistsError:
         os.unlink(name, dir_fd=directory)
-        fd = os.open(name, _FLAGS, 0o660, dir_fd=directory)
+        fd = os.open(name, _CREATE_NEW, 0o660, dir_fd=directory)
     try:
         view = memoryview(content)
         while view:

@@ -1,4 +1,4 @@
-"""Walking through a zip by its central directory, entry by entry; APPNOTE.TXT, sections 4.3 and 4.4."""
+"""Checking the entries of a zip by its central directory; APPNOTE.TXT, sections 4.3 and 4.4."""
 
 from __future__ import annotations
 
@@ -9,20 +9,32 @@ from dataclasses import dataclass
 
 from backupd.core.archive_formats import UnsoundError
 from backupd.core.policy import Reason
-from backupd.dropfolder.decompress import CHUNK, BoundedFile, Inflate, LimitReachedError, push
+from backupd.dropfolder.decompress import (
+    CHUNK,
+    BoundedFile,
+    LimitReachedError,
+    ZlibDecoder,
+    decompress,
+    max_output_bytes,
+)
 
-_END, _ENTRY, _LOCAL = b"PK\x05\x06", b"PK\x01\x02", b"PK\x03\x04"
-_END64, _LOCATOR64 = b"PK\x06\x06", b"PK\x06\x07"
-_LONGEST_COMMENT = 0xFFFF
+_END_RECORD, _ENTRY, _LOCAL_HEADER = b"PK\x05\x06", b"PK\x01\x02", b"PK\x03\x04"
+_END_RECORD_64, _LOCATOR_64 = b"PK\x06\x06", b"PK\x06\x07"
+_END_RECORD_BYTES, _ENTRY_BYTES, _LOCAL_HEADER_BYTES = 22, 46, 30
+_END_RECORD_64_BYTES, _LOCATOR_64_BYTES = 56, 20
+_MAX_COMMENT_BYTES = 0xFFFF
 _STORED, _DEFLATED = 0, 8
 _ENCRYPTED = 1
-_FREE = 256 << 20
-_RATIO = 200
 
 
 @dataclass(frozen=True, slots=True)
 class _Directory:
-    at: int
+    """The central directory: its place in the file, and by how much the offsets in it are too small.
+
+    `shift` is not 0 for a zip behind other data, such as a self-extracting one.
+    """
+
+    start: int
     end: int
     entries: int
     shift: int
@@ -30,122 +42,140 @@ class _Directory:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
+    """An entry of the central directory; `offset` is the position of its local header in the file."""
+
     flags: int
     method: int
     crc: int
-    packed: int
+    compressed_size: int
     size: int
-    at: int
-
-
-def has_central_directory(source: BoundedFile) -> bool:
-    """Tell whether a zip ends with a central directory of one entry and more."""
-    try:
-        directory = _directory(source)
-    except UnsoundError:
-        return False
-    return directory.entries > 0 and source.read(directory.at, 4) == _ENTRY
+    offset: int
 
 
 def walk_zip(source: BoundedFile) -> Generator[None, None, None]:
-    """Read every entry to its end and check its CRC; encrypted ones and rare methods by their place alone."""
-    directory = _directory(source)
+    """Read every entry of a zip and compare its size and CRC with the central directory.
+
+    Of entries that are encrypted or compressed with another method than deflate, only the place in the file
+    is checked. Raises UnsoundError for a damaged or incomplete zip, LimitReachedError and OSError.
+    """
+    directory = _find_directory(source)
     if not directory.entries:
-        raise UnsoundError(Reason.TRUNCATED, "holds no files")
-    at, left = directory.at, _FREE + _RATIO * source.size
+        raise UnsoundError(Reason.TRUNCATED, "the zip contains no files")
+    offset, remaining = directory.start, max_output_bytes(source.size)
     for number in range(1, directory.entries + 1):
-        head = source.read(at, 46)
-        if len(head) < 46 or head[:4] != _ENTRY or at >= directory.end:
+        head = source.read(offset, _ENTRY_BYTES)
+        if len(head) < _ENTRY_BYTES or head[:4] != _ENTRY or offset >= directory.end:
             raise UnsoundError(
-                Reason.DAMAGED, f"entry {number} of {directory.entries} is not in its directory"
+                Reason.DAMAGED,
+                f"entry {number} of {directory.entries} is missing from the zip's central directory",
             )
         name, extra, comment = struct.unpack_from("<HHH", head, 28)
-        entry = _entry(head, source.read(at + 46 + name, extra), directory.shift)
-        left = yield from _check(source, entry, f"entry {number}", left)
-        at += 46 + name + extra + comment
+        entry = _parse_entry(head, source.read(offset + _ENTRY_BYTES + name, extra), directory.shift)
+        remaining = yield from _read_entry(source, entry, number, remaining)
+        offset += _ENTRY_BYTES + name + extra + comment
 
 
-def _directory(source: BoundedFile) -> _Directory:
-    start = max(source.size - 22 - _LONGEST_COMMENT, 0)
-    tail = source.read(start, 22 + _LONGEST_COMMENT)
-    found = tail.rfind(_END)
-    while found >= 0 and (
-        len(tail) < found + 22 or len(tail) < found + 22 + struct.unpack_from("<H", tail, found + 20)[0]
-    ):
-        found = tail.rfind(_END, 0, found)
+def has_central_directory(source: BoundedFile) -> bool:
+    """Return whether a zip ends with a central directory that has an entry."""
+    try:
+        directory = _find_directory(source)
+    except UnsoundError:
+        return False
+    return directory.entries > 0 and source.read(directory.start, 4) == _ENTRY
+
+
+def _find_directory(source: BoundedFile) -> _Directory:
+    tail_start = max(source.size - _END_RECORD_BYTES - _MAX_COMMENT_BYTES, 0)
+    tail = source.read(tail_start, _END_RECORD_BYTES + _MAX_COMMENT_BYTES)
+    found = tail.rfind(_END_RECORD)
+    while found >= 0 and not _is_complete_end_record(tail, found):
+        found = tail.rfind(_END_RECORD, 0, found)
     if found < 0:
-        raise UnsoundError(Reason.TRUNCATED, "ends without a zip's central directory")
+        raise UnsoundError(Reason.TRUNCATED, "the zip ends without a central directory")
     entries, size, offset = struct.unpack_from("<HII", tail, found + 10)
-    end = start + found
+    end = tail_start + found
     if entries == 0xFFFF or 0xFFFFFFFF in (size, offset):
-        locator = source.read(max(end - 20, 0), 20)
-        if locator[:4] == _LOCATOR64:
-            end -= 76
-            record = source.read(max(end, 0), 56)
-            if record[:4] != _END64:
+        locator = source.read(max(end - _LOCATOR_64_BYTES, 0), _LOCATOR_64_BYTES)
+        if locator[:4] == _LOCATOR_64:
+            end -= _LOCATOR_64_BYTES + _END_RECORD_64_BYTES
+            record = source.read(max(end, 0), _END_RECORD_64_BYTES)
+            if record[:4] != _END_RECORD_64:
                 end = struct.unpack_from("<Q", locator, 8)[0]
-                record = source.read(min(end, source.size), 56)
-            if len(record) < 56 or record[:4] != _END64:
-                raise UnsoundError(Reason.DAMAGED, "its zip64 directory is not where it should be")
+                record = source.read(min(end, source.size), _END_RECORD_64_BYTES)
+            if len(record) < _END_RECORD_64_BYTES or record[:4] != _END_RECORD_64:
+                raise UnsoundError(Reason.DAMAGED, "the zip64 directory is not at its stated position")
             entries, size, offset = struct.unpack_from("<QQQ", record, 32)
     shift = end - size - offset
     if shift < 0:
-        raise UnsoundError(Reason.DAMAGED, "its central directory is not where it should be")
+        raise UnsoundError(Reason.DAMAGED, "the zip's central directory is not at its stated position")
     return _Directory(end - size, end, entries, shift)
 
 
-def _entry(head: bytes, extra: bytes, shift: int) -> _Entry:
+def _is_complete_end_record(tail: bytes, start: int) -> bool:
+    """Return whether an end record with its comment fits into the file."""
+    end = start + _END_RECORD_BYTES
+    return len(tail) >= end and len(tail) >= end + int(struct.unpack_from("<H", tail, start + 20)[0])
+
+
+def _parse_entry(head: bytes, extra: bytes, shift: int) -> _Entry:
     flags, method = struct.unpack_from("<HH", head, 8)
-    crc, packed, size = struct.unpack_from("<III", head, 16)
-    at = struct.unpack_from("<I", head, 42)[0]
-    wide = _zip64(extra)
-    if size == 0xFFFFFFFF and wide:
-        size = wide.pop(0)
-    if packed == 0xFFFFFFFF and wide:
-        packed = wide.pop(0)
-    if at == 0xFFFFFFFF and wide:
-        at = wide.pop(0)
-    return _Entry(flags, method, crc, packed, size, at + shift)
+    crc, compressed_size, size = struct.unpack_from("<III", head, 16)
+    offset = struct.unpack_from("<I", head, 42)[0]
+    zip64 = _zip64_fields(extra)
+    if size == 0xFFFFFFFF and zip64:
+        size = zip64.pop(0)
+    if compressed_size == 0xFFFFFFFF and zip64:
+        compressed_size = zip64.pop(0)
+    if offset == 0xFFFFFFFF and zip64:
+        offset = zip64.pop(0)
+    return _Entry(flags, method, crc, compressed_size, size, offset + shift)
 
 
-def _zip64(extra: bytes) -> list[int]:
-    at = 0
-    while at + 4 <= len(extra):
-        kind, size = struct.unpack_from("<HH", extra, at)
+def _zip64_fields(extra: bytes) -> list[int]:
+    offset = 0
+    while offset + 4 <= len(extra):
+        kind, size = struct.unpack_from("<HH", extra, offset)
         if kind == 1:
-            field = extra[at + 4 : at + 4 + size]
+            field = extra[offset + 4 : offset + 4 + size]
             return [int.from_bytes(field[i : i + 8], "little") for i in range(0, len(field) - 7, 8)]
-        at += 4 + size
+        offset += 4 + size
     return []
 
 
-def _check(source: BoundedFile, entry: _Entry, what: str, left: int) -> Generator[None, None, int]:
-    """Read one entry; return how many bytes may still come out of the others."""
-    head = source.read(min(entry.at, source.size), 30)
-    if len(head) < 30 or head[:4] != _LOCAL:
-        raise UnsoundError(Reason.DAMAGED, f"{what} is not where its directory says")
+def _read_entry(
+    source: BoundedFile, entry: _Entry, number: int, remaining: int
+) -> Generator[None, None, int]:
+    """Check one entry; return how many bytes the entries after it may expand to, all together."""
+    head = source.read(min(entry.offset, source.size), _LOCAL_HEADER_BYTES)
+    if len(head) < _LOCAL_HEADER_BYTES or head[:4] != _LOCAL_HEADER:
+        raise UnsoundError(Reason.DAMAGED, f"entry {number} of the zip is not at its stated position")
     name, extra = struct.unpack_from("<HH", head, 26)
-    at = entry.at + 30 + name + extra
-    end = at + entry.packed
+    offset = entry.offset + _LOCAL_HEADER_BYTES + name + extra
+    end = offset + entry.compressed_size
     if end > source.size:
-        raise UnsoundError(Reason.DAMAGED, f"{what} ends behind the end of the file")
+        raise UnsoundError(Reason.DAMAGED, f"entry {number} of the zip extends beyond the end of the file")
     yield
     if entry.flags & _ENCRYPTED or entry.method not in (_STORED, _DEFLATED):
-        return left
+        return remaining
     crc = total = 0
-    inflate = Inflate(-15) if entry.method == _DEFLATED else None
-    while at < end or (inflate is not None and not inflate.hungry and not inflate.eof):
-        data = source.read(at, min(CHUNK, end - at)) if inflate is None or inflate.hungry else b""
-        at += len(data)
-        out = data if inflate is None else push(inflate, data, "zip")
+    decoder = ZlibDecoder(-15) if entry.method == _DEFLATED else None
+    while offset < end or (decoder is not None and not decoder.needs_input and not decoder.eof):
+        data = b""
+        if decoder is None or decoder.needs_input:
+            data = source.read(offset, min(CHUNK, end - offset))
+        offset += len(data)
+        out = data if decoder is None else decompress(decoder, data, "zip")
         crc, total = zlib.crc32(out, crc), total + len(out)
-        if total > left:
-            raise LimitReachedError(f"{total} bytes and more came out of {what}")
+        if total > remaining:
+            limit = max_output_bytes(source.size) >> 20
+            raise LimitReachedError(f"the archive expands to more than {limit} MiB, at entry {number}")
         yield
-        if inflate is not None and inflate.eof:
+        if decoder is not None and decoder.eof:
             break
-        if inflate is None and not data:
+        if decoder is None and not data:
             break
-    if crc != entry.crc or total != entry.size or (inflate is not None and not inflate.eof):
-        raise UnsoundError(Reason.DAMAGED, f"{what} does not have the content that its directory states")
-    return left - total
+    if crc != entry.crc or total != entry.size or (decoder is not None and not decoder.eof):
+        raise UnsoundError(
+            Reason.DAMAGED, f"entry {number} of the zip does not match the CRC and size in its directory"
+        )
+    return remaining - total

@@ -1,4 +1,4 @@
-"""The drop folder on a real filesystem, with others who write there at the same time."""
+"""The drop folder on a real filesystem, while other processes write there at the same time."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from backupd.dropfolder.filesystem import filesystem_of, is_being_written, is_re
 from backupd.dropfolder.folder import DirectoryCache, DropFolder, walk
 from backupd.dropfolder.move import FileChangedError, find_moved, move, write_receipt_file
 from tests.factories import NOW
-from tests.privileges import a_folder_of_nobody, needs_root, without_rights
+from tests.privileges import a_folder_of_nobody, without_rights
 from tests.stage import Stage
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """The drop folder's path; beside it lies `outside`, which is nobody's business."""
+    """The drop folder's path; beside it is `outside`, which must never be touched."""
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "secret.cfg").write_text("secret")
     (tmp_path / "drop").mkdir()
@@ -56,8 +56,8 @@ def names_of(name: bytes) -> Iterator[bytes]:
 
 @contextmanager
 def refused(*codes: int) -> Iterator[None]:
-    """Expect an OSError with one of these numbers."""
-    with pytest.raises(OSError) as caught:  # noqa: PT011 -- it is known by its number
+    """Expect an OSError with one of these error numbers."""
+    with pytest.raises(OSError) as caught:  # noqa: PT011 -- the error number is checked below
         yield
     assert caught.value.errno in codes
 
@@ -90,18 +90,20 @@ def test_nothing_is_opened_through_a_linked_directory(folder: DropFolder, root: 
     assert sorted(path.name for path in (root.parent / "outside").iterdir()) == ["secret.cfg"]
 
 
-def test_a_directory_swapped_for_a_link_after_the_look_leads_nowhere(folder: DropFolder, root: Path) -> None:
-    looks = put(root / "site" / "secret.cfg")
+def test_a_directory_replaced_by_a_link_after_the_scan_is_not_followed(
+    folder: DropFolder, root: Path
+) -> None:
+    fingerprint = put(root / "site" / "secret.cfg")
     (root / "site").rename(root / "away")
     (root / "site").symlink_to(root.parent / "outside")
     with pytest.raises(NotADirectoryError):
         folder.open(b"site/secret.cfg")
     with pytest.raises(NotADirectoryError):
-        move(folder, b"site/secret.cfg", looks, b"sent", names_of(b"secret.cfg"), b".taken")
+        move(folder, b"site/secret.cfg", fingerprint, b"sent", names_of(b"secret.cfg"), b".taken")
     assert (root.parent / "outside" / "secret.cfg").read_text() == "secret"
 
 
-def test_the_folder_itself_may_be_a_link_as_the_operator_wrote_it(root: Path) -> None:
+def test_the_path_of_the_drop_folder_itself_may_be_a_symbolic_link(root: Path) -> None:
     put(root / "r1.cfg")
     link = root.parent / "link"
     link.symlink_to(root)
@@ -125,7 +127,7 @@ def _directory(path: Path) -> None:
 
 def _socket(path: Path) -> None:
     here = os.getcwd()
-    os.chdir(path.parent)  # a socket's address is short
+    os.chdir(path.parent)  # the address of a socket is limited to 107 bytes
     try:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path.name)
@@ -134,7 +136,7 @@ def _socket(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [_fifo, _link, _directory, _socket])
-def test_what_is_no_regular_file_is_refused_without_waiting(
+def test_a_file_that_is_not_regular_is_refused_without_blocking(
     folder: DropFolder, root: Path, make: object
 ) -> None:
     assert callable(make)
@@ -161,14 +163,14 @@ def test_a_path_with_dots_is_refused(folder: DropFolder, root: Path, relpath: by
     assert (root.parent / "outside" / "secret.cfg").exists()
 
 
-def test_a_directory_below_a_missing_one_is_made_only_where_asked_for(folder: DropFolder, root: Path) -> None:
+def test_missing_directories_are_created_only_with_create(folder: DropFolder, root: Path) -> None:
     with pytest.raises(FileNotFoundError), folder.directory(b"a/b"):
         pass
     with folder.directory(b"a/b", create=True):
         assert (root / "a" / "b").is_dir()
 
 
-def test_a_file_is_written_once_and_whole(folder: DropFolder, root: Path) -> None:
+def test_a_receipt_file_is_written_completely_and_never_overwritten(folder: DropFolder, root: Path) -> None:
     write_receipt_file(folder, b"sent", [b"r1.cfg.receipt.json"], b"{}" * 100_000)
     assert (root / "sent/r1.cfg.receipt.json").read_bytes() == b"{}" * 100_000
     with pytest.raises(FileExistsError):
@@ -178,9 +180,8 @@ def test_a_file_is_written_once_and_whole(folder: DropFolder, root: Path) -> Non
     assert list((root / "sent").iterdir()) == []
 
 
-@needs_root
 @pytest.mark.root
-def test_a_file_that_could_not_be_written_whole_is_not_left_behind(tmp_path: Path) -> None:
+def test_a_receipt_file_that_does_not_fit_on_the_disk_leaves_no_partial_file(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=True)
@@ -194,7 +195,7 @@ def test_a_file_that_could_not_be_written_whole_is_not_left_behind(tmp_path: Pat
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_replaced_folder_is_noticed_and_held_anew(folder: DropFolder, root: Path) -> None:
+def test_a_replaced_drop_folder_is_detected_and_reopened(folder: DropFolder, root: Path) -> None:
     assert folder.is_in_place()
     put(root / "old.cfg")
     root.rename(root.parent / "away")
@@ -219,60 +220,60 @@ def test_a_replaced_folder_is_noticed_and_held_anew(folder: DropFolder, root: Pa
 def walked(
     folder: DropFolder, below: bytes = b"", skip: frozenset[bytes] = frozenset(), *, recursive: bool = True
 ) -> tuple[list[bytes], list[bytes]]:
-    """Return what was found, and what was complained of."""
-    complaints: list[bytes] = []
+    """Return the paths that were found, sorted, and those reported as unreadable."""
+    unreadable: list[bytes] = []
 
-    def complain(relpath: bytes, _error: OSError) -> None:
-        complaints.append(relpath)
+    def on_unreadable(relpath: bytes, _error: OSError) -> None:
+        unreadable.append(relpath)
 
-    found = [relpath for relpath, _ in walk(folder, below, skip, complain, recursive=recursive)]
-    return sorted(found), complaints
+    found = [relpath for relpath, _ in walk(folder, below, skip, on_unreadable, recursive=recursive)]
+    return sorted(found), unreadable
 
 
-def test_everything_is_found_but_what_is_skipped_hidden_or_behind_a_link(
+def test_a_walk_finds_all_files_except_in_skipped_hidden_or_linked_directories(
     folder: DropFolder, root: Path
 ) -> None:
     for name in ("r1", "a/r2", "a/b/r3", "sent/r4", "a/sent/r5", ".hidden/r6", "a/.r7"):
         put(root / name)
     (root / "link").symlink_to(root.parent / "outside")
     put(Path(os.fsdecode(os.fsencode(root) + b"/bad\xff\n")))
-    found, complaints = walked(folder, skip=frozenset([b"sent"]))
+    found, unreadable = walked(folder, skip=frozenset([b"sent"]))
     assert found == [b"a/.r7", b"a/b/r3", b"a/r2", b"a/sent/r5", b"bad\xff\n", b"link", b"r1"]
-    assert complaints == []
+    assert unreadable == []
 
 
-def test_only_what_is_below_a_directory_is_found_where_one_is_named(folder: DropFolder, root: Path) -> None:
+def test_a_walk_of_a_subdirectory_finds_only_the_files_in_it(folder: DropFolder, root: Path) -> None:
     for name in ("r1", "a/r2", "a/b/r3"):
         put(root / name)
     assert walked(folder, b"a") == ([b"a/b/r3", b"a/r2"], [])
     assert walked(folder, recursive=False) == ([b"r1"], [])
 
 
-def test_a_link_is_told_as_a_link(folder: DropFolder, root: Path) -> None:
+def test_a_walk_returns_the_status_of_a_link_and_not_of_its_target(folder: DropFolder, root: Path) -> None:
     (root / "link").symlink_to(root.parent / "outside" / "secret.cfg")
     ((_, status),) = walk(folder, b"", frozenset(), lambda *_: None, recursive=True)
     assert stat.S_ISLNK(status.st_mode)
 
 
-def test_a_walk_survives_what_vanishes_under_it(folder: DropFolder, root: Path) -> None:
+def test_a_walk_continues_when_directories_disappear_meanwhile(folder: DropFolder, root: Path) -> None:
     for number in range(50):
         put(root / "a" / f"r{number}")
         put(root / "b" / f"r{number}")
-    complaints: list[bytes] = []
-    steps = walk(folder, b"", frozenset(), lambda relpath, _: complaints.append(relpath), recursive=True)
+    unreadable: list[bytes] = []
+    steps = walk(folder, b"", frozenset(), lambda relpath, _: unreadable.append(relpath), recursive=True)
     found = [next(steps)[0]]
     for directory in ("a", "b"):
         for path in (root / directory).iterdir():
             path.unlink()
         (root / directory).rmdir()
     found += [relpath for relpath, _ in steps]
-    assert complaints == []
+    assert unreadable == []
     assert len(found) < 100
     assert walked(folder, b"a") == ([], [])
 
 
-def test_two_that_list_the_folder_at_once_see_all_of_it(folder: DropFolder, root: Path) -> None:
-    for number in range(3000):  # more than the kernel tells in one go
+def test_two_walks_at_the_same_time_each_find_all_files(folder: DropFolder, root: Path) -> None:
+    for number in range(3000):  # more than one getdents call returns
         put(root / f"r{number}")
     steps = walk(folder, b"", frozenset(), lambda *_: None, recursive=True)
     first = [next(steps)[0]]
@@ -280,18 +281,18 @@ def test_two_that_list_the_folder_at_once_see_all_of_it(folder: DropFolder, root
     assert len(first + [relpath for relpath, _ in steps]) == 3000
 
 
-def test_a_path_has_an_end(folder: DropFolder, root: Path) -> None:
-    with closing(DirectoryCache(folder)) as descent:
+def test_a_path_longer_than_path_max_is_reported_as_unreadable(folder: DropFolder, root: Path) -> None:
+    with closing(DirectoryCache(folder)) as directories:
         relpath = b""
         while len(relpath) < 4096:
-            os.mkdir(b"d" * 200, dir_fd=descent.directory(relpath))
+            os.mkdir(b"d" * 200, dir_fd=directories.directory(relpath))
             relpath = (relpath + b"/" if relpath else b"") + b"d" * 200
         with pytest.raises(OSError, match="too long"):
-            descent.directory(relpath)
+            directories.directory(relpath)
     assert walked(folder)[1] == [relpath]
 
 
-def test_depth_costs_a_walk_no_more_than_its_length(root: Path) -> None:
+def test_a_walk_opens_each_directory_from_its_parent(root: Path) -> None:
     class Counting(DropFolder):
         opened = 0
 
@@ -310,26 +311,28 @@ def test_depth_costs_a_walk_no_more_than_its_length(root: Path) -> None:
 
 
 @pytest.mark.parametrize("before", [b"", b"a", b"a/c"])
-def test_a_descent_leads_nowhere_else(folder: DropFolder, root: Path, before: bytes) -> None:
+def test_the_directory_cache_follows_neither_links_nor_dots(
+    folder: DropFolder, root: Path, before: bytes
+) -> None:
     put(root / "a/c/r1")
     put(root.parent / "outside" / "r2")
-    with closing(DirectoryCache(folder)) as descent:
-        descent.directory(before)
+    with closing(DirectoryCache(folder)) as directories:
+        directories.directory(before)
         (root / "a/b").symlink_to(root.parent / "outside")
         for relpath in (b"a/b", b"a/..", before + b"/..", before + b"/."):
-            with pytest.raises(OSError, match=r"Not a directory|Too many levels|dots"):
-                descent.directory(relpath)
-            assert os.listdir(descent.directory(before)) == os.listdir(root / os.fsdecode(before))
+            with pytest.raises(OSError, match=r"Not a directory|Too many levels|must not contain"):
+                directories.directory(relpath)
+            assert os.listdir(directories.directory(before)) == os.listdir(root / os.fsdecode(before))
 
 
-def test_a_directory_that_becomes_a_file_or_link_is_passed_over(folder: DropFolder, root: Path) -> None:
+def test_a_walk_ignores_a_directory_that_became_a_file_or_link(folder: DropFolder, root: Path) -> None:
     (root / "link").symlink_to(root)
     put(root / "file")
     assert walked(folder, b"link") == ([], [])
     assert walked(folder, b"file") == ([], [])
 
 
-def test_a_directory_that_cannot_be_read_is_complained_of_and_the_rest_is_found() -> None:
+def test_a_walk_reports_an_unreadable_directory_and_finds_the_other_files() -> None:
     with a_folder_of_nobody() as root:
         for name in ("closed/r1", "open/r2", "r3"):
             put(root / name)
@@ -341,7 +344,7 @@ def test_a_directory_that_cannot_be_read_is_complained_of_and_the_rest_is_found(
         folder.close()
 
 
-def test_no_descriptor_is_left_open_by_a_walk_that_is_given_up(folder: DropFolder, root: Path) -> None:
+def test_an_abandoned_walk_leaves_no_descriptor_open(folder: DropFolder, root: Path) -> None:
     put(root / "a/b/r1")
     before = open_descriptors()
     steps = walk(folder, b"", frozenset(), lambda *_: None, recursive=True)
@@ -354,9 +357,9 @@ def test_no_descriptor_is_left_open_by_a_walk_that_is_given_up(folder: DropFolde
 
 
 def test_a_file_is_moved_into_a_new_directory(folder: DropFolder, root: Path) -> None:
-    looks = put(root / "site" / "r1.cfg")
+    fingerprint = put(root / "site" / "r1.cfg")
     assert (
-        move(folder, b"site/r1.cfg", looks, b"sent/site", names_of(b"r1.cfg"), b".taken")
+        move(folder, b"site/r1.cfg", fingerprint, b"sent/site", names_of(b"r1.cfg"), b".taken")
         == b"sent/site/r1.cfg"
     )
     assert (root / "sent/site/r1.cfg").read_bytes() == b"abc"
@@ -377,73 +380,73 @@ def test_a_file_is_moved_into_a_new_directory(folder: DropFolder, root: Path) ->
 def test_a_move_never_overwrites(folder: DropFolder, root: Path) -> None:
     expected = [b"sent/r1.cfg", b"sent/r1.cfg.20260304T050607Z", b"sent/r1.cfg.20260304T050607Z-2"]
     for number, new_name in enumerate(expected):
-        looks = put(root / "r1.cfg", b"%d" % number)
-        assert move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken") == new_name
+        fingerprint = put(root / "r1.cfg", b"%d" % number)
+        assert move(folder, b"r1.cfg", fingerprint, b"sent", names_of(b"r1.cfg"), b".taken") == new_name
     assert [(root / os.fsdecode(name)).read_bytes() for name in expected] == [b"0", b"1", b"2"]
 
 
-def test_a_move_stops_at_a_directory_or_link_under_the_new_name(folder: DropFolder, root: Path) -> None:
+def test_a_move_replaces_neither_a_directory_nor_a_link(folder: DropFolder, root: Path) -> None:
     (root / "sent" / "r1.cfg").mkdir(parents=True)
     (root / "sent" / "r2.cfg").symlink_to("nowhere")
     for name in (b"r1.cfg", b"r2.cfg"):
-        looks = put(root / os.fsdecode(name))
+        fingerprint = put(root / os.fsdecode(name))
         assert (
-            move(folder, name, looks, b"sent", names_of(name), b".taken")
+            move(folder, name, fingerprint, b"sent", names_of(name), b".taken")
             == b"sent/" + name + b".20260304T050607Z"
         )
 
 
-def test_a_file_that_is_gone_or_changed_is_not_moved(folder: DropFolder, root: Path) -> None:
-    looks = put(root / "r1.cfg")
+def test_a_missing_or_changed_file_is_not_moved(folder: DropFolder, root: Path) -> None:
+    fingerprint = put(root / "r1.cfg")
     put(root / "r1.cfg", b"longer than before")
     with pytest.raises(FileChangedError):
-        move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken")
+        move(folder, b"r1.cfg", fingerprint, b"sent", names_of(b"r1.cfg"), b".taken")
     assert (root / "r1.cfg").exists()
     (root / "r1.cfg").unlink()
     with pytest.raises(FileNotFoundError):
-        move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken")
+        move(folder, b"r1.cfg", fingerprint, b"sent", names_of(b"r1.cfg"), b".taken")
 
 
 def test_without_a_free_name_a_file_stays_in_place(folder: DropFolder, root: Path) -> None:
-    looks = put(root / "r1.cfg")
+    fingerprint = put(root / "r1.cfg")
     put(root / "sent" / "r1.cfg")
     with pytest.raises(FileExistsError):
-        move(folder, b"r1.cfg", looks, b"sent", iter([b"r1.cfg"]), b".taken")
+        move(folder, b"r1.cfg", fingerprint, b"sent", iter([b"r1.cfg"]), b".taken")
     assert (root / "r1.cfg").exists()
 
 
-class CutShortError(BaseException):
-    """Stands for a kill."""
+class InterruptedMoveError(BaseException):
+    """Stands for a SIGKILL."""
 
 
-def cut_short_after_taking(
+def interrupt_after_first_rename(
     folder: DropFolder, root: Path, monkeypatch: pytest.MonkeyPatch, new: bytes | None
 ) -> Fingerprint:
-    """Have a move killed after its first rename, before which a producer may have put another file there."""
-    looks = put(root / "r1.cfg", b"old")
+    """Interrupt a move after its first rename; with `new`, a producer replaced the file just before it."""
+    fingerprint = put(root / "r1.cfg", b"old")
     rename = moving.rename_no_replace
 
-    def killed(source: int, name: bytes, target: int, new_name: bytes) -> None:
+    def rename_then_stop(source: int, name: bytes, target: int, new_name: bytes) -> None:
         if new is not None:
             put(root.parent / "new", new)
             (root.parent / "new").rename(root / "r1.cfg")
         rename(source, name, target, new_name)
-        raise CutShortError
+        raise InterruptedMoveError
 
     with monkeypatch.context() as patched:
-        patched.setattr(moving, "rename_no_replace", killed)
-        with pytest.raises(CutShortError):
-            move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken")
-    return looks
+        patched.setattr(moving, "rename_no_replace", rename_then_stop)
+        with pytest.raises(InterruptedMoveError):
+            move(folder, b"r1.cfg", fingerprint, b"sent", names_of(b"r1.cfg"), b".taken")
+    return fingerprint
 
 
-def test_a_move_that_was_cut_short_is_finished(
+def test_an_interrupted_move_is_finished(
     folder: DropFolder, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(root / "sent" / "r1.cfg", b"an older one")
-    looks = cut_short_after_taking(folder, root, monkeypatch, None)
+    fingerprint = interrupt_after_first_rename(folder, root, monkeypatch, None)
 
-    moved_to = find_moved(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken")
+    moved_to = find_moved(folder, b"r1.cfg", fingerprint, b"sent", names_of(b"r1.cfg"), b".taken")
 
     assert moved_to is not None
     assert (root / os.fsdecode(moved_to)).read_bytes() == b"old"
@@ -451,58 +454,58 @@ def test_a_move_that_was_cut_short_is_finished(
     assert len(list((root / "sent").iterdir())) == 2
 
 
-def test_a_wrong_file_whose_move_was_cut_short_is_put_back(
+def test_a_wrong_file_of_an_interrupted_move_is_moved_back(
     folder: DropFolder, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks = cut_short_after_taking(folder, root, monkeypatch, b"never delivered")
+    fingerprint = interrupt_after_first_rename(folder, root, monkeypatch, b"never delivered")
     put(root / "r1.cfg", b"the next one")
 
-    assert find_moved(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken") is None
+    assert find_moved(folder, b"r1.cfg", fingerprint, b"sent", names_of(b"r1.cfg"), b".taken") is None
 
     assert (root / "1-r1.cfg").read_bytes() == b"never delivered"
     assert (root / "r1.cfg").read_bytes() == b"the next one"
     assert list((root / "sent").iterdir()) == []
 
 
-def test_another_file_renamed_over_the_name_in_the_last_moment_is_put_back(
+def test_a_file_renamed_over_the_name_just_before_the_move_is_moved_back(
     folder: DropFolder, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks = put(root / "r1.cfg", b"old")
+    fingerprint = put(root / "r1.cfg", b"old")
     put(root.parent / "new", b"new")
     rename = moving.rename_no_replace
 
-    def beaten_to_it(source: int, name: bytes, target: int, new_name: bytes) -> None:
+    def rename_after_a_producer(source: int, name: bytes, target: int, new_name: bytes) -> None:
         if (root.parent / "new").exists():
             (root.parent / "new").rename(root / "r1.cfg")
         rename(source, name, target, new_name)
 
-    monkeypatch.setattr(moving, "rename_no_replace", beaten_to_it)
+    monkeypatch.setattr(moving, "rename_no_replace", rename_after_a_producer)
     with pytest.raises(FileChangedError):
-        move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken")
+        move(folder, b"r1.cfg", fingerprint, b"sent", names_of(b"r1.cfg"), b".taken")
     assert (root / "r1.cfg").read_bytes() == b"new"
     assert list((root / "sent").iterdir()) == []
 
 
 def test_a_moved_file_is_found_after_a_crash(folder: DropFolder, root: Path) -> None:
-    looks = put(root / "r1.cfg")
+    fingerprint = put(root / "r1.cfg")
     put(root / "sent" / "r1.cfg", b"an older one")
     put(root / "r1.cfg")  # rewritten in place: the inode is the same
-    looks = fingerprint_of((root / "r1.cfg").stat())
-    moved_to = move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken")
+    fingerprint = fingerprint_of((root / "r1.cfg").stat())
+    moved_to = move(folder, b"r1.cfg", fingerprint, b"sent", names_of(b"r1.cfg"), b".taken")
     put(root / "r1.cfg", b"a newer one")
-    assert find_moved(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken") == moved_to
+    assert find_moved(folder, b"r1.cfg", fingerprint, b"sent", names_of(b"r1.cfg"), b".taken") == moved_to
 
 
 def test_a_file_that_was_never_moved_is_not_found(folder: DropFolder, root: Path) -> None:
-    looks = put(root / "r1.cfg")
-    assert find_moved(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken") is None
+    fingerprint = put(root / "r1.cfg")
+    assert find_moved(folder, b"r1.cfg", fingerprint, b"sent", names_of(b"r1.cfg"), b".taken") is None
     put(root / "sent" / "r1.cfg", b"another")
-    assert find_moved(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken") is None
-    assert find_moved(folder, b"r1.cfg", looks, b"sent", iter([b"r1.cfg"]), b".taken") is None
+    assert find_moved(folder, b"r1.cfg", fingerprint, b"sent", names_of(b"r1.cfg"), b".taken") is None
+    assert find_moved(folder, b"r1.cfg", fingerprint, b"sent", iter([b"r1.cfg"]), b".taken") is None
 
 
 class OldFilesystem:
-    """A C library on a filesystem that knows no flags of renameat2(2)."""
+    """A C library whose renameat2(2) fails, as on a filesystem without RENAME_NOREPLACE."""
 
     def __init__(self, error: int) -> None:
         self._error = error
@@ -513,31 +516,33 @@ class OldFilesystem:
 
 
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOSYS])
-def test_a_filesystem_without_renameat2_is_looked_at_before_the_rename(
+def test_without_renameat2_the_new_name_is_checked_before_the_rename(
     folder: DropFolder, root: Path, monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
     monkeypatch.setattr(moving, "_libc", OldFilesystem(error))
     for expected in (b"sent/r1.cfg", b"sent/r1.cfg.20260304T050607Z"):
-        looks = put(root / "r1.cfg", expected)
-        assert move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken") == expected
+        fingerprint = put(root / "r1.cfg", expected)
+        assert move(folder, b"r1.cfg", fingerprint, b"sent", names_of(b"r1.cfg"), b".taken") == expected
         assert (root / os.fsdecode(expected)).read_bytes() == expected
 
 
-def test_another_failure_of_a_rename_is_passed_on(
+def test_another_error_of_a_rename_is_raised(
     folder: DropFolder, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(moving, "_libc", OldFilesystem(errno.EXDEV))
-    looks = put(root / "r1.cfg")
+    fingerprint = put(root / "r1.cfg")
     with pytest.raises(OSError, match="cross-device") as failed:
-        move(folder, b"r1.cfg", looks, b"sent", names_of(b"r1.cfg"), b".taken")
+        move(folder, b"r1.cfg", fingerprint, b"sent", names_of(b"r1.cfg"), b".taken")
     assert failed.value.errno == errno.EXDEV
     assert (root / "r1.cfg").exists()
 
 
-def test_threads_that_move_the_same_names_lose_nothing(folder: DropFolder, root: Path) -> None:
-    looks = {f"{place}/r1.cfg": put(root / f"{place}" / "r1.cfg", b"%d" % place) for place in range(40)}
+def test_threads_that_move_files_of_the_same_name_lose_none(folder: DropFolder, root: Path) -> None:
+    fingerprints = {
+        f"{place}/r1.cfg": put(root / f"{place}" / "r1.cfg", b"%d" % place) for place in range(40)
+    }
     moved: list[bytes] = []
-    todo = iter(list(looks.items()))
+    todo = iter(list(fingerprints.items()))
     lock = threading.Lock()
 
     def work() -> None:
@@ -598,7 +603,7 @@ def test_the_filesystem_is_that_of_the_innermost_and_last_mount(
     assert filesystem_of(path, str(mountinfo)) == filesystem
 
 
-def test_a_link_counts_as_what_it_leads_to(root: Path) -> None:
+def test_the_filesystem_of_a_link_is_that_of_its_target(root: Path) -> None:
     (root / "link").symlink_to("/proc")
     assert filesystem_of(str(root / "link")) == "proc"
 
@@ -611,12 +616,12 @@ def test_without_any_mount_the_filesystem_is_unknown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "filesystem", ["nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "fuse", "virtiofs", "ceph"]
 )
-def test_filesystems_that_others_write_to_are_remote(filesystem: str) -> None:
+def test_network_filesystems_are_remote(filesystem: str) -> None:
     assert is_remote(filesystem)
 
 
 @pytest.mark.parametrize("filesystem", ["ext4", "xfs", "btrfs", "tmpfs", "zfs", "overlay", "vfat", "unknown"])
-def test_filesystems_of_this_host_are_not_remote(filesystem: str) -> None:
+def test_local_filesystems_are_not_remote(filesystem: str) -> None:
     assert not is_remote(filesystem)
 
 
@@ -631,7 +636,7 @@ def _sigio_ignored() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_sigio_ignored")
-def test_a_file_that_somebody_writes_is_told_from_one_that_is_closed(folder: DropFolder, root: Path) -> None:
+def test_a_file_open_for_writing_is_detected_until_it_is_closed(folder: DropFolder, root: Path) -> None:
     put(root / "r1.cfg")
     fd = folder.open(b"r1.cfg")
     assert not is_being_written(fd)
@@ -643,10 +648,11 @@ def test_a_file_that_somebody_writes_is_told_from_one_that_is_closed(folder: Dro
     os.close(fd)
 
 
-@needs_root
 @pytest.mark.root
 @pytest.mark.usefixtures("_sigio_ignored")
-def test_who_may_not_ask_the_kernel_takes_nobody_for_a_writer(folder: DropFolder, root: Path) -> None:
+def test_without_permission_for_a_lease_no_file_counts_as_being_written(
+    folder: DropFolder, root: Path
+) -> None:
     put(root / "r1.cfg")
     fd = folder.open(b"r1.cfg")
     with (root / "r1.cfg").open("ab"):
@@ -656,41 +662,41 @@ def test_who_may_not_ask_the_kernel_takes_nobody_for_a_writer(folder: DropFolder
     os.close(fd)
 
 
-def test_what_can_have_no_lease_has_no_writer() -> None:
+def test_a_pipe_which_supports_no_lease_does_not_count_as_being_written() -> None:
     reader, writer = os.pipe()
     assert not is_being_written(reader)
     os.close(reader)
     os.close(writer)
 
 
-LOOK = """
+CHECK_UNTIL_GROWN = """
 import os, signal, sys
 from backupd.dropfolder.filesystem import is_being_written
 signal.signal(signal.SIGIO, signal.SIG_IGN)
 fd = os.open(sys.argv[1], os.O_RDONLY)
-print("looking", flush=True)
+print("checking", flush=True)
 while os.fstat(fd).st_size < 3000:
     is_being_written(fd)
-print("seen", flush=True)
+print("grown", flush=True)
 """
 
 
-def test_a_look_disturbs_neither_the_writer_nor_us(root: Path) -> None:
+def test_checking_a_file_disturbs_neither_its_writer_nor_the_daemon(root: Path) -> None:
     path = root / "r1.cfg"
     put(path, b"")
     with subprocess.Popen(
-        [sys.executable, "-c", LOOK, str(path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", CHECK_UNTIL_GROWN, str(path)], stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "looking\n"
+        assert process.stdout.readline() == "checking\n"
         for _ in range(3000):
             with path.open("ab", buffering=0) as file:
                 file.write(b"x")
-        assert process.stdout.readline() == "seen\n"
+        assert process.stdout.readline() == "grown\n"
     assert process.returncode == 0
 
 
-def test_the_daemon_ignores_the_signal_that_a_broken_lease_sends(stage: Stage) -> None:
+def test_the_daemon_ignores_the_signal_of_a_broken_lease(stage: Stage) -> None:
     stage.configure("https://127.0.0.1:1/upload")
     daemon = stage.daemon().ready()
     status = Path(f"/proc/{daemon.pid}/status").read_text()
@@ -700,7 +706,7 @@ def test_the_daemon_ignores_the_signal_that_a_broken_lease_sends(stage: Stage) -
     assert daemon.stop() == 0
 
 
-def test_a_wrong_file_is_put_back_even_where_a_third_one_took_its_name(
+def test_a_wrong_file_gets_a_new_name_if_a_third_file_has_its_old_one(
     folder: DropFolder, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = root / "r1.cfg"
@@ -709,16 +715,16 @@ def test_a_wrong_file_is_put_back_even_where_a_third_one_took_its_name(
     rename = moving.rename_no_replace
     calls: list[bytes] = []
 
-    def beaten_to_it(source: int, name: bytes, target: int, new_name: bytes) -> None:
+    def rename_after_a_producer(source: int, name: bytes, target: int, new_name: bytes) -> None:
         calls.append(new_name)
-        if len(calls) == 1:  # between our look and the rename
+        if len(calls) == 1:  # between the check and the rename
             (root / "new").write_bytes(b"second, not delivered")
             (root / "new").rename(path)
         rename(source, name, target, new_name)
-        if len(calls) == 1:  # before it is put back
+        if len(calls) == 1:  # before it is moved back
             path.write_bytes(b"third")
 
-    monkeypatch.setattr("backupd.dropfolder.move.rename_no_replace", beaten_to_it)
+    monkeypatch.setattr("backupd.dropfolder.move.rename_no_replace", rename_after_a_producer)
     with pytest.raises(FileChangedError):
         move(folder, b"r1.cfg", expected, b"sent", iter([b"r1.cfg"]), b".taken")
 

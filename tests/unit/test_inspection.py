@@ -1,4 +1,4 @@
-"""Looking into archives: each format whole, cut at every byte, and with every byte changed."""
+"""Inspecting archives: each format whole, cut at every byte, and with changed bytes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXT = b"".join(b"interface Gi1/0/%d\n description %d\n" % (n, n * n) for n in r
 
 
 def a_tar(tar_format: int = tarfile.PAX_FORMAT) -> bytes:
-    """Return a tar with all kinds of members."""
+    """Return a tar with members of all kinds."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tar_format) as tar:
         for name, data in (("running.cfg", TEXT), ("n" * 90 + "/" + "x" * 120, b"1"), ("empty", b"")):
@@ -56,7 +56,7 @@ def a_zip(method: int = zipfile.ZIP_DEFLATED) -> bytes:
 
 
 def a_zstd() -> bytes:
-    """Return a frame of raw and run-length blocks, behind a skippable one."""
+    """Return three frames: one of a raw block, a skippable one, and one of raw and run-length blocks."""
 
     def block(data: bytes, kind: int, size: int, *, last: bool) -> bytes:
         return (size << 3 | kind << 1 | last).to_bytes(3, "little") + data
@@ -96,7 +96,7 @@ WHOLE = {
 
 
 class File:
-    """A file in memory, to be inspected again and again."""
+    """A file in memory that can be inspected with several contents."""
 
     def __init__(self) -> None:
         self.fd = os.memfd_create("archive")
@@ -122,25 +122,28 @@ def file() -> Iterator[File]:
 
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("full", [False, True])
-def test_a_whole_archive_passes_under_its_name_and_under_any_other(file: File, name: str, full: bool) -> None:
+def test_a_whole_archive_has_no_damage_whatever_its_name(file: File, name: str, full: bool) -> None:
     for called in (name, name.upper(), "noname", "wrong.zip", "wrong.gz"):
         assert file.inspected(WHOLE[name], called, full=full) is None
 
 
-def _ends(name: str) -> set[int]:
-    """Return where a beginning of an archive is an archive itself."""
+def _valid_lengths(name: str) -> set[int]:
+    """Return the lengths at which an archive can be cut and is still valid."""
     if name.startswith("two"):
         first = {"two.gz": gzip.compress(TEXT), "two.bz2": bz2.compress(TEXT), "two.xz": lzma.compress(TEXT)}
         whole = len(first[name])
         return set(range(whole, whole + (14 if name == "two.xz" else 10)))
     if name == "r.zst":
-        return {*range(12, 16), *range(25, 29)}  # between two frames, or within the next one's mark
+        return {
+            *range(12, 16),
+            *range(25, 29),
+        }  # between two frames, or within the magic number of the next one
     return set()
 
 
 @pytest.mark.parametrize("name", [name for name in WHOLE if not name.endswith(".tar")])
-def test_an_archive_that_is_cut_at_any_byte_is_truncated(file: File, name: str) -> None:
-    content, ends = WHOLE[name], _ends(name)
+def test_an_archive_cut_at_any_byte_is_truncated(file: File, name: str) -> None:
+    content, ends = WHOLE[name], _valid_lengths(name)
     passed = {n for n in range(len(content)) if file.inspected(content[:n], name) is None}
     reasons = {f.reason for n in range(len(content)) if (f := file.inspected(content[:n], name))}
 
@@ -150,9 +153,7 @@ def test_an_archive_that_is_cut_at_any_byte_is_truncated(file: File, name: str) 
 
 
 @pytest.mark.parametrize("name", ["r.tar", "gnu.tar"])
-def test_a_tar_that_is_cut_anywhere_before_its_first_block_of_zeros_is_truncated(
-    file: File, name: str
-) -> None:
+def test_a_tar_cut_before_its_end_of_archive_block_is_truncated(file: File, name: str) -> None:
     content = WHOLE[name]
     end = len(content.rstrip(b"\0")) // 512 * 512
     for cut in [*range(0, end, 256), *range(1, 1100), end - 1, end]:
@@ -162,7 +163,7 @@ def test_a_tar_that_is_cut_anywhere_before_its_first_block_of_zeros_is_truncated
 
 
 @pytest.mark.parametrize("name", ["r.bz2", "r.xz", "r.zip", "r.tar", "r.zst"])
-def test_a_quick_look_sees_a_missing_end_too(file: File, name: str) -> None:
+def test_a_quick_inspection_detects_a_missing_end(file: File, name: str) -> None:
     found = file.inspected(WHOLE[name][: len(WHOLE[name]) * 2 // 3], name, full=False)
 
     assert found is not None
@@ -170,7 +171,7 @@ def test_a_quick_look_sees_a_missing_end_too(file: File, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["r.gz", "r.bz2", "r.xz", "r.zip", "stored.zip"])
-def test_a_changed_byte_in_the_middle_is_damage(file: File, name: str) -> None:
+def test_a_changed_byte_in_the_middle_is_detected(file: File, name: str) -> None:
     content = WHOLE[name]
     for at in range(60, len(content) - 200, 7):
         changed = content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :]
@@ -181,7 +182,7 @@ def test_a_changed_byte_in_the_middle_is_damage(file: File, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["r.gz", "r.bz2", "r.xz", "r.tar.gz", "r.zst"])
 @pytest.mark.parametrize("behind", [bytes(3), bytes(5000), b"\r\n", b"signature" * 100])
-def test_what_follows_the_end_is_left_alone(file: File, name: str, behind: bytes) -> None:
+def test_bytes_after_the_end_of_an_archive_are_ignored(file: File, name: str, behind: bytes) -> None:
     assert file.inspected(WHOLE[name] + behind, name) is None
     assert file.inspected(WHOLE[name] + behind, name, full=False) is None
 
@@ -203,15 +204,15 @@ UNSOUND = {
 }
 
 
-SEEN_IN_FULL_ONLY = {"nothing.gz", "nothing.xz", "nothing.tar.gz", "notar.tar.gz", "cut.tar.gz"}
+DETECTED_IN_FULL_ONLY = {"nothing.gz", "nothing.xz", "nothing.tar.gz", "notar.tar.gz", "cut.tar.gz"}
 
 
 @pytest.mark.parametrize("name", UNSOUND)
-def test_what_is_named_like_an_archive_and_is_none_is_told(file: File, name: str) -> None:
+def test_a_file_with_the_name_of_an_archive_that_is_none_is_damaged(file: File, name: str) -> None:
     content, reason = UNSOUND[name]
     found = file.inspected(content, name)
 
-    assert file.inspected(content, name, full=False) == (None if name in SEEN_IN_FULL_ONLY else found)
+    assert file.inspected(content, name, full=False) == (None if name in DETECTED_IN_FULL_ONLY else found)
     assert found is not None
     assert found.reason is reason
     assert found.error
@@ -221,12 +222,12 @@ def test_what_is_named_like_an_archive_and_is_none_is_told(file: File, name: str
 @pytest.mark.parametrize(
     "content", [b"", b"x", bytes(2000), TEXT, b"Salted__" + TEXT, b"BZhello", b"PK is short"]
 )
-def test_what_is_of_no_known_kind_always_passes(file: File, name: str, content: bytes) -> None:
+def test_a_file_of_an_unknown_format_has_no_damage(file: File, name: str, content: bytes) -> None:
     assert file.inspected(content, name) is None
 
 
 @given(st.sampled_from(sorted(WHOLE)), st.randoms(use_true_random=False), st.booleans())
-def test_garbage_behind_a_true_beginning_ends_with_a_finding_or_without(
+def test_an_archive_with_random_changes_never_fails_the_inspection(
     name: str, chance: random.Random, full: bool
 ) -> None:
     content = bytearray(WHOLE[name])
@@ -252,7 +253,7 @@ def _bombs() -> dict[str, bytes]:
     return {"b.gz": gz, "b.zip": out.getvalue()}
 
 
-def test_bombs_are_given_up_in_bounded_memory(file: File) -> None:
+def test_a_decompression_bomb_reaches_the_limit_in_bounded_memory(file: File) -> None:
     for name, content in _bombs().items():
         tracemalloc.start()
         with pytest.raises(LimitReachedError):
@@ -262,7 +263,7 @@ def test_bombs_are_given_up_in_bounded_memory(file: File) -> None:
         assert peak < 16 << 20, name
 
 
-def test_a_large_tar_size_in_a_pax_header_is_followed(file: File) -> None:
+def test_the_size_in_a_pax_header_is_used(file: File) -> None:
     plain = io.BytesIO()
     with tarfile.open(fileobj=plain, mode="w", format=tarfile.PAX_FORMAT) as tar:
         info = tarfile.TarInfo("large")
@@ -272,7 +273,7 @@ def test_a_large_tar_size_in_a_pax_header_is_followed(file: File) -> None:
     assert file.inspected(plain.getvalue(), "a.tar") is None
 
 
-def test_what_would_take_too_much_memory_is_given_up(file: File) -> None:
+def test_an_xz_file_with_a_large_dictionary_reaches_the_limit(file: File) -> None:
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 256 << 20}]
     content = lzma.compress(TEXT, filters=filters)
     with pytest.raises(LimitReachedError, match="dictionary"):
@@ -280,14 +281,14 @@ def test_what_would_take_too_much_memory_is_given_up(file: File) -> None:
 
 
 @pytest.mark.parametrize("end", [b"\0" * 22, b"PK\5\6" + bytes(17), b"PK\5\6" + bytes(16) + b"\xff\xff"])
-def test_a_zip_without_an_end_of_its_directory_is_truncated(file: File, end: bytes) -> None:
+def test_a_zip_without_an_end_record_is_truncated(file: File, end: bytes) -> None:
     found = file.inspected(b"PK\3\4" + bytes(100) + end, "a.zip")
     assert found is not None
     assert found.reason is Reason.TRUNCATED
 
 
 @pytest.mark.parametrize(("at", "value"), [(12, 0xFFFFFFF0), (16, 0xFFFFFFF0), (12, 1), (16, 0xFFFFFFFF)])
-def test_a_zip_whose_directory_is_elsewhere_is_damaged(file: File, at: int, value: int) -> None:
+def test_a_zip_with_a_wrong_position_of_its_directory_is_damaged(file: File, at: int, value: int) -> None:
     content = bytearray(a_zip())
     end = content.rindex(b"PK\5\6")
     content[end + at : end + at + 4] = value.to_bytes(4, "little")
@@ -296,7 +297,7 @@ def test_a_zip_whose_directory_is_elsewhere_is_damaged(file: File, at: int, valu
     assert found.reason is Reason.DAMAGED
 
 
-def test_an_encrypted_entry_is_known_by_its_place_alone(file: File) -> None:
+def test_the_content_of_an_encrypted_entry_is_not_checked(file: File) -> None:
     content = bytearray(a_zip())
     for at in (content.index(b"PK\3\4") + 6, content.index(b"PK\1\2") + 8):
         content[at] |= 1
@@ -304,7 +305,7 @@ def test_an_encrypted_entry_is_known_by_its_place_alone(file: File) -> None:
     assert file.inspected(bytes(content), "a.zip") is None
 
 
-def test_a_zip64_is_followed(file: File, tmp_path: Path) -> None:
+def test_a_zip64_is_inspected(file: File, tmp_path: Path) -> None:
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         with archive.open(zipfile.ZipInfo("large"), "w", force_zip64=True) as member:
@@ -317,7 +318,7 @@ def test_a_zip64_is_followed(file: File, tmp_path: Path) -> None:
     assert file.inspected(content[:-30], "a.zip") is not None
 
 
-def test_many_small_frames_give_others_their_turn(tmp_path: Path) -> None:
+def test_many_small_frames_are_followed_in_many_steps(tmp_path: Path) -> None:
     frame = b"\x50\x2a\x4d\x18" + bytes(4)
     path = tmp_path / "r.zst"
     path.write_bytes(a_zstd() + frame * 10_000)
