@@ -79,7 +79,7 @@ def magics(kind: ArchiveKind) -> tuple[bytes, ...]:
 
 
 def kind_from_name(name: bytes) -> ArchiveKind | None:
-    """Return the kind that a file name's suffix stands for, None if it is no suffix of an archive."""
+    """Return the kind that the suffix of a file name indicates, None if it indicates none."""
     name = name.lower()
     return next((kind for suffix, kind in _KIND_BY_SUFFIX.items() if name.endswith(suffix)), None)
 

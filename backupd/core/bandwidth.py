@@ -16,8 +16,8 @@ _BURST_SECONDS = 0.1
 class RateWindow:
     """A part of the day with its own rate.
 
-    `start` (inclusive) and `end` (exclusive) are minutes after local midnight; a window whose `end` is
-    smaller spans midnight. `rate` is in bytes per second, None for no limit.
+    `start` (inclusive) and `end` (exclusive) are minutes after local midnight; a window that ends before it
+    starts spans midnight. `rate` is in bytes per second, None for no limit.
     """
 
     start: int

@@ -1,4 +1,4 @@
-"""Checksum files: their names, and what they say, as coreutils, BSD's md5 and openssl write it."""
+"""Checksum files: their names, and their content in the formats of coreutils, BSD's md5 and openssl."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SUFFIXES = {
     )
     for end in ends
 }
-"""Behind an archive's name, for a checksum file of its own."""
+"""Suffixes that make an archive's name that of its own checksum file, and their algorithms."""
 
 LISTS = {
     name: algorithm
@@ -30,7 +30,7 @@ LISTS = {
     for stem in (algorithm.encode() + b"sum", algorithm.encode() + b"sums")
     for name in (stem, stem.upper(), stem + b".txt", stem.upper() + b".txt")
 }
-"""Names of checksum files for a whole directory, and their algorithms."""
+"""Names of checksum files for all archives of a directory, and their algorithms."""
 
 _HEX = re.compile(rb"[0-9a-fA-F]+")
 _TAGGED = re.compile(rb"(\\?)([A-Za-z0-9/-]+) ?\((.+)\) ?= ?([0-9a-fA-F]+)")
@@ -40,67 +40,75 @@ _ESCAPED = {b"n": b"\n", b"r": b"\r", b"\\": b"\\"}
 
 
 @dataclass(frozen=True, slots=True)
-class _Line:
+class _Entry:
+    """One line: its digest, and the algorithm and base name if the line has them."""
+
     algorithm: str | None
     hex: str
     name: bytes | None
 
 
 def is_checksum_name(name: bytes) -> bool:
-    """Tell whether a base name is that of a checksum file."""
+    """Return whether a base name is that of a checksum file."""
     return name in LISTS or archive_of(name) is not None
 
 
 def archive_of(name: bytes) -> bytes | None:
-    """Return the name of the archive that a checksum file's name belongs to; None for other names."""
-    stem, dot, ending = name.rpartition(b".")
-    return stem if stem and dot + ending in _SUFFIXES else None
+    """Return the name of the archive that a checksum file belongs to; None if it is not for one archive."""
+    stem, dot, suffix = name.rpartition(b".")
+    return stem if stem and dot + suffix in _SUFFIXES else None
 
 
 def own_files(name: bytes) -> dict[bytes, str]:
-    """Return the names that an archive's own checksum file may have, and their algorithms."""
-    return {name + s: algorithm for s, algorithm in _SUFFIXES.items() if len(name + s) <= NAME_MAX}
+    """Return the names that an archive's own checksum file can have, and the algorithm of each."""
+    return {
+        name + suffix: algorithm for suffix, algorithm in _SUFFIXES.items() if len(name + suffix) <= NAME_MAX
+    }
 
 
 def digest_in_single(text: bytes, name: bytes, algorithm: str) -> Digest | None:
-    """Return what an archive's own checksum file says; None if that is not to be understood.
+    """Return the digest in an archive's own checksum file, None if it holds none of this algorithm.
 
-    One line may have any name, or none; of several, the one with the archive's name counts.
+    A single line applies whatever name it has; of several lines, the last one with the archive's name does.
     """
-    lines = list(_lines(text))
-    if len(lines) > 1:
-        lines = [line for line in lines if line.name == name][-1:]
-    return _digest(lines[0], algorithm) if lines else None
+    entries = list(_entries(text))
+    if len(entries) > 1:
+        entries = [entry for entry in entries if entry.name == name][-1:]
+    return _digest(entries[0], algorithm) if entries else None
 
 
 def digest_in_list(text: bytes, name: bytes, algorithm: str) -> Digest | None:
-    """Return what a directory's checksum file says of an archive; the last line with its name counts."""
-    named = [line for line in _lines(text) if line.name == name]
+    """Return the digest of an archive in the checksum file of its directory, None if it holds none.
+
+    The last line with the archive's name applies.
+    """
+    named = [entry for entry in _entries(text) if entry.name == name]
     return _digest(named[-1], algorithm) if named else None
 
 
-def _digest(line: _Line, algorithm: str) -> Digest | None:
-    if line.algorithm not in (None, algorithm) or len(line.hex) != _HEX_DIGITS[algorithm]:
+def _digest(entry: _Entry, algorithm: str) -> Digest | None:
+    if entry.algorithm not in (None, algorithm) or len(entry.hex) != _HEX_DIGITS[algorithm]:
         return None
-    return Digest(algorithm, line.hex)
+    return Digest(algorithm, entry.hex)
 
 
-def _lines(text: bytes) -> Iterator[_Line]:
+def _entries(text: bytes) -> Iterator[_Entry]:
     for raw in text.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
         line = raw.rstrip(b"\r")
         if _HEX.fullmatch(line.strip()):
-            yield _Line(None, line.strip().decode().lower(), None)
+            yield _Entry(None, line.strip().decode().lower(), None)
         elif match := _TAGGED.fullmatch(line):
             escaped, tag, name, value = match.groups()
             algorithm = tag.decode().lower().replace("sha2-", "sha").replace("-", "")
-            yield _Line(algorithm, value.decode().lower(), _base(name, escaped))
+            yield _Entry(algorithm, value.decode().lower(), _base_name(name, escaped))
         elif match := _PLAIN.fullmatch(line):
             escaped, value, name = match.groups()
             if len(value) in _BY_DIGITS:
-                yield _Line(None, value.decode().lower(), _base(name, escaped))
+                yield _Entry(None, value.decode().lower(), _base_name(name, escaped))
 
 
-def _base(name: bytes, escaped: bytes) -> bytes:
+def _base_name(name: bytes, escaped: bytes) -> bytes:
+    """Return the base name in a line, which starts with a backslash if the name is escaped."""
     if escaped:
         name = _ESCAPE.sub(lambda match: _ESCAPED.get(match[1], match[0]), name)
     return name.rpartition(b"/")[2]

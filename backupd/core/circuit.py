@@ -13,8 +13,8 @@ from backupd.core.policy import Reason
 class CircuitState(StrEnum):
     """The state of a circuit; a circuit breaker calls these states closed, open and half-open.
 
-    `working` lets every delivery through, `paused` none, and `probing` has let through a single one whose
-    result decides.
+    `working` lets every delivery through and `paused` none. `probing` has let a single delivery through and
+    waits for its result.
     """
 
     WORKING = "working"

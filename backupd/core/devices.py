@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from backupd.core.names import TextTemplate
 
 WHOLE_DROP = ""
-"""The device name that stands for all senders of a drop without `expect.by`."""
+"""The name of the only device of a drop without `expect.by`."""
 
 KEPT_SIZES = 10
 """Number of latest archive sizes that are stored per device."""

@@ -1,4 +1,4 @@
-"""What the whole program talks about: archives, deliveries, receipts and outcomes."""
+"""The values that all packages share: archives, deliveries, receipts and outcomes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from backupd.core.policy import Reason
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """Cheap "is it the same file, unchanged?": what `fstat` tells without a read.
+    """The identity, size and times of a file, by which a change is detected without reading the content.
 
-    Times are nanoseconds since the epoch. The change time is part of it because a rewrite in place can
-    put size and modification time back, but not the change time.
+    Times are nanoseconds since the epoch. The change time is included because a program that rewrites a
+    file can restore its size and modification time, but not its change time.
     """
 
     device: int
@@ -25,65 +25,68 @@ class Fingerprint:
     ctime_ns: int
 
 
-class Status(Protocol):
-    """What `fstat` returns, as far as it is needed here."""
+class StatResult(Protocol):
+    """The fields of an `os.stat_result` that make a fingerprint."""
 
     @property
     def st_dev(self) -> int:
-        """Number of the device."""
+        """Return the number of the filesystem's device."""
         ...
 
     @property
     def st_ino(self) -> int:
-        """Number of the file on it."""
+        """Return the inode number."""
         ...
 
     @property
     def st_size(self) -> int:
-        """Bytes."""
+        """Return the size in bytes."""
         ...
 
     @property
     def st_mtime_ns(self) -> int:
-        """Time of the last change of the content."""
+        """Return the time of the last change of the content, in nanoseconds since the epoch."""
         ...
 
     @property
     def st_ctime_ns(self) -> int:
-        """Time of the last change of content or status."""
+        """Return the time of the last change of content or metadata, in nanoseconds since the epoch."""
         ...
 
 
-def fingerprint_of(status: Status) -> Fingerprint:
-    """Return what identifies a file and its content in a stat result."""
+def fingerprint_of(status: StatResult) -> Fingerprint:
+    """Return the fingerprint of the file with this stat result."""
     return Fingerprint(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def identity(fingerprint: Fingerprint) -> tuple[int, int, int, int]:
-    """Return what stays of a fingerprint for as long as the file is the same, unchanged.
+    """Return the part of a fingerprint that stays the same while the file is unchanged.
 
-    The device does not: its number may be another after a boot or a mount.
+    The device number is left out: it can change at a reboot or a mount.
     """
     return fingerprint.inode, fingerprint.size, fingerprint.mtime_ns, fingerprint.ctime_ns
 
 
-def is_unchanged(found: Status, expected: Fingerprint) -> bool:
-    """Tell whether a status is of the expected file, as it was."""
+def is_unchanged(found: StatResult, expected: Fingerprint) -> bool:
+    """Return whether a stat result shows the expected file, unchanged in content and metadata."""
     return identity(fingerprint_of(found)) == identity(expected)
 
 
-def is_same_file(found: Status, expected: Fingerprint) -> bool:
-    """Tell whether a status is of the expected content; a rename may have set the change time."""
+def is_same_file(found: StatResult, expected: Fingerprint) -> bool:
+    """Return whether a stat result shows the expected file and content.
+
+    The change time is not compared, because a rename sets it on some filesystems.
+    """
     return identity(fingerprint_of(found))[:3] == identity(expected)[:3]
 
 
 DIGEST_BYTES = {"sha256": 32, "sha512": 64, "sha384": 48, "sha224": 28, "sha1": 20, "md5": 16, "blake2b": 64}
-"""How long the value of each algorithm is that is known."""
+"""The known digest algorithms, and the length of their values in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """An algorithm's name and its value over a content, in lower-case hex."""
+    """The digest of a content: the name of the algorithm, and the value in lower-case hex."""
 
     algorithm: str
     hex: str
@@ -93,14 +96,14 @@ class Digest:
 
     @classmethod
     def parse(cls, text: str) -> Digest:
-        """Return the digest that `str` wrote."""
+        """Return the digest from the text that `str` makes of one."""
         algorithm, _, value = text.partition(":")
         return cls(algorithm, value)
 
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """One finished backup file, as the ledger knows it; `relpath` is relative to its drop folder."""
+    """A finished backup file in the ledger; `relpath` is relative to its drop folder."""
 
     id: int
     drop: str
@@ -110,7 +113,7 @@ class Archive:
 
 
 class DeliveryState(StrEnum):
-    """Where a delivery stands."""
+    """The state of a delivery, or of an archive with all its deliveries."""
 
     PENDING = "pending"
     CLAIMED = "claimed"
@@ -121,11 +124,11 @@ class DeliveryState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """The duty to bring one archive to one destination.
+    """The delivery of one archive to one destination.
 
-    `attempts` counts every request made for it; `charged` those whose failure was the archive's own
-    fault; `faults` those in a row that failed by the destination's. `unknown` is the digest of a content
-    that went out whole, but whose answer was lost.
+    `attempts` counts all upload attempts, `archive_failures` those that failed because of the archive, and
+    `destination_failures` the latest ones in a row that failed because of the destination.
+    `unconfirmed_digest` is the digest of a content that was sent completely, but without a response.
     """
 
     id: str
@@ -139,12 +142,13 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What the destination says it stored.
+    """The destination's statement about the content that it stored.
 
-    `digest` and `size` are None where it did not say; `body` is its answer, cut to a bound, for the record.
+    `digest` and `size` (in bytes) are None if the response does not state them. `body` is the start of the
+    response body, for the receipt file.
     """
 
-    http_status: int
+    http_status: int | None
     digest: str | None = None
     size: int | None = None
     body: str = ""
@@ -152,9 +156,9 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """The destination has it: digest sent = digest in the receipt, and every byte was sent.
+    """The destination stored the archive: all bytes were sent, and the receipt has their digest.
 
-    `verified` is False only where the configuration says that the destination gives no receipt.
+    `verified` is False only for a destination that is configured to send no receipt.
     """
 
     digest: Digest
@@ -164,9 +168,10 @@ class Delivered:
 
 @dataclass(frozen=True, slots=True)
 class Deferred:
-    """Not now: try again later.
+    """The attempt failed, and the delivery is retried later.
 
-    `unknown` is the digest of what went out whole while the answer was lost: the destination may have it.
+    `unconfirmed_digest` is the digest of a content that was sent completely, but without a response: the
+    destination may have stored it.
     """
 
     reason: Reason
@@ -178,7 +183,7 @@ class Deferred:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """Never: the archive itself is at fault."""
+    """The archive is rejected: it, and not the destination, caused the failure."""
 
     reason: Reason
     error: str
@@ -187,7 +192,7 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Superseded:
-    """The file changed, or is `gone`; its new content, if there is one, starts over."""
+    """The file changed during the delivery, or is `missing`; new content gets a new delivery."""
 
     error: str
     missing: bool = False
@@ -198,7 +203,7 @@ Outcome = Delivered | Deferred | Rejected | Superseded
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One request made for a delivery, and how it ended."""
+    """One upload attempt of a delivery, and its outcome."""
 
     started_at: datetime
     duration: timedelta

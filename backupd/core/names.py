@@ -1,4 +1,4 @@
-"""File names, which are bytes, as text that can do no harm, and new names for files that move."""
+"""Names: file names as printable text, new names for moved files, and templates with an archive's values."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from typing import Self
 from backupd.core.model import Archive
 
 NAME_MAX = 255
-"""Bytes in a name on Linux filesystems."""
+"""Longest file name on Linux filesystems, in bytes."""
 
-RECEIPT_FILE_KINDS = 99
-"""Names that are tried for the record beside an archive, where others have the first ones."""
+MAX_RECEIPT_FILE_NUMBER = 99
+"""Highest number in a receipt file's name; the number is increased while another file has the name."""
 
 MAX_RECEIPT_FILE_BYTES = 128 * 1024
-"""Bytes of a record that is believed: long receipts of many destinations."""
+"""Largest receipt file that is read, in bytes; it has room for long receipts of many destinations."""
 
 
 def as_text(name: bytes) -> str:
-    r"""Return a file name as valid Unicode; bytes that are no UTF-8 become `\xNN`."""
+    r"""Return a file name as valid Unicode; bytes that are not UTF-8 become `\xNN`."""
     return name.decode("utf-8", "backslashreplace")
 
 
 def printable(text: str) -> str:
-    """Return text for a terminal: control characters, line ends and direction marks are escaped."""
+    """Return a text safe for a terminal: control characters, line ends and direction marks are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def shortened(name: bytes, suffix: bytes) -> bytes:
-    """Return name + suffix, the name cut and marked by its digest where both would not fit."""
+    """Return name + suffix; if that is too long, the name is cut and a part of its digest appended to it."""
     if len(name) + len(suffix) <= NAME_MAX:
         return name + suffix
-    mark = b"~" + hashlib.sha256(name).hexdigest()[:8].encode("ascii")
-    return name[: NAME_MAX - len(suffix) - len(mark)] + mark + suffix
+    digest = b"~" + hashlib.sha256(name).hexdigest()[:8].encode("ascii")
+    return name[: NAME_MAX - len(suffix) - len(digest)] + digest + suffix
 
 
 def receipt_file_name(name: bytes, kind: bytes, number: int = 1) -> bytes:
-    """Return the name of the record beside an archive: a `receipt` or `reason`, the first or a further."""
+    """Return the name of an archive's receipt file; `kind` is `receipt` or `reason`, `number` starts at 1."""
     return shortened(name, b".%s.json" % kind if number == 1 else b".%s-%d.json" % (kind, number))
 
 
 def free_names(name: bytes, when: datetime) -> Iterator[bytes]:
-    """Yield a name, then ones with a time and a number behind it, for the first that is not taken."""
+    """Yield a name, then the name with a time and a rising number appended, until one is not in use."""
     yield name
     stamp = when.strftime(".%Y%m%dT%H%M%SZ").encode("ascii")
     yield shortened(name, stamp)
@@ -55,18 +55,8 @@ def free_names(name: bytes, when: datetime) -> Iterator[bytes]:
         number += 1
 
 
-_PIECE = re.compile(r"(?P<doubled>\{\{|\}\})|\{(?P<name>[^{}]*)\}|(?P<stray>[{}])|(?P<text>[^{}]+)")
-
-
 class TemplateError(ValueError):
-    """A text isn't a template; says where in lower case."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Placeholder:
-    """The place of the value called `name`."""
-
-    name: str
+    """A text is not a valid template; the message has the position of the error."""
 
 
 def _unchanged(value: str) -> str:
@@ -75,32 +65,67 @@ def _unchanged(value: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TextTemplate:
-    """A text whose `{name}` placeholders are filled in later; `{{` and `}}` stand for single braces.
+    """A text with `{name}` placeholders; `{{` and `}}` are single braces.
 
-    There are no formats, conversions or attributes: a value is put in as it is.
+    There are no formats, conversions or attributes: a value is inserted as it is.
     """
 
     parts: tuple[str | _Placeholder, ...]
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return the template that `text` spells, or raise `TemplateError`."""
-        return cls(tuple(_parts(text)))
+        """Return the template in `text`; raise TemplateError if it is not valid."""
+        return cls(tuple(_parse(text)))
 
     @property
     def names(self) -> frozenset[str]:
-        """The names of all placeholders."""
+        """Return the names of all placeholders."""
         return frozenset(part.name for part in self.parts if isinstance(part, _Placeholder))
 
     def render(self, values: Mapping[str, str], escape: Callable[[str], str] = _unchanged) -> str:
-        """Return the text with each placeholder's value, escaped, in its place.
+        """Return the text with each placeholder replaced by its value.
 
-        Only values are escaped, never the text around them. A name without a value is a `KeyError`.
+        `escape` is applied to the values, never to the text around them. A placeholder without a value
+        raises KeyError.
         """
         return "".join(part if isinstance(part, str) else escape(values[part.name]) for part in self.parts)
 
 
-def _parts(text: str) -> Iterator[str | _Placeholder]:
+def template_values(archive: Archive, host: str, pattern: re.Pattern[str] | None) -> dict[str, str]:
+    """Return the value of each placeholder: the built-in ones, and the named groups of a label pattern.
+
+    `mtime` is in UTC (RFC 3339). The value of a group that did not match is empty.
+    """
+    relpath = as_text(archive.relpath)
+    name = relpath.rpartition("/")[2]
+    stem = name.partition(".")[0] or name
+    labels: dict[str, str] = {}
+    if pattern is not None:
+        match = pattern.fullmatch(relpath)
+        labels = {group: (match[group] or "") if match else "" for group in pattern.groupindex}
+    return {
+        **labels,
+        "name": name,
+        "stem": stem,
+        "relpath": relpath,
+        "drop": archive.drop,
+        "host": host,
+        "size": str(archive.fingerprint.size),
+        "mtime": _rfc3339(archive.fingerprint.mtime_ns),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Placeholder:
+    """The position at which the value `name` is inserted."""
+
+    name: str
+
+
+_PIECE = re.compile(r"(?P<doubled>\{\{|\}\})|\{(?P<name>[^{}]*)\}|(?P<stray>[{}])|(?P<text>[^{}]+)")
+
+
+def _parse(text: str) -> Iterator[str | _Placeholder]:
     for piece in _PIECE.finditer(text):
         match piece.lastgroup:
             case "text":
@@ -128,32 +153,8 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _FIRST, _LAST = datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
 
 
-def template_values(archive: Archive, host: str, pattern: re.Pattern[str] | None) -> dict[str, str]:
-    """Return the values for `{name}` and friends, and for the named groups of a label pattern.
-
-    `mtime` is RFC 3339 in UTC. A group that takes no part in the match is empty.
-    """
-    relpath = as_text(archive.relpath)
-    name = relpath.rpartition("/")[2]
-    stem = name.partition(".")[0] or name
-    labels: dict[str, str] = {}
-    if pattern is not None:
-        match = pattern.fullmatch(relpath)
-        labels = {group: (match[group] or "") if match else "" for group in pattern.groupindex}
-    return {
-        **labels,
-        "name": name,
-        "stem": stem,
-        "relpath": relpath,
-        "drop": archive.drop,
-        "host": host,
-        "size": str(archive.fingerprint.size),
-        "mtime": _rfc3339(archive.fingerprint.mtime_ns),
-    }
-
-
 def _rfc3339(time_ns: int) -> str:
-    """Return a time of a file, the nearest that can be written for one that no calendar has."""
+    """Return a file time as text; one before year 1 or after 9999 becomes the nearest valid time."""
     try:
         time = _EPOCH + timedelta(seconds=time_ns // 1_000_000_000)
     except OverflowError:

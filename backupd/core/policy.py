@@ -1,4 +1,8 @@
-"""What each way to fail means, whom it is charged to, and what happens next."""
+"""The failure policy: for each reason, whether destination or archive is to blame, and the consequence.
+
+This one table decides when a destination is paused and when an archive is rejected. A failure that could be
+the fault of either one is blamed on the destination, so that no archive is rejected without certainty.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,20 @@ from enum import StrEnum
 
 
 class Blame(StrEnum):
-    """Whose fault a failure is."""
+    """The party that caused a failure, and against which it counts.
+
+    A failure of the destination never counts against an archive: the archive stays in the queue however
+    often the destination fails.
+    """
 
     ARCHIVE = "archive"
     DESTINATION = "destination"
 
 
 class Reason(StrEnum):
-    """Why a delivery was deferred or rejected; the `reason` key of events."""
+    """Why a delivery was deferred or rejected; the `reason` key of log events."""
 
-    # the destination could not be reached, or went away
+    # no complete response
     DNS = "dns_failed"
     CONNECT = "connect_failed"
     CONNECT_TIMEOUT = "connect_timeout"
@@ -31,7 +39,7 @@ class Reason(StrEnum):
     POOL_TIMEOUT = "pool_timeout"
     TOO_SLOW = "too_slow"
     DEADLINE = "deadline_exceeded"
-    # it answered
+    # a response
     EARLY_SUCCESS = "early_success"
     REDIRECT = "redirected"
     SIGN_IN = "sign_in_failed"
@@ -46,7 +54,7 @@ class Reason(StrEnum):
     UNEXPECTED_STATUS = "unexpected_status"
     UNVERIFIED = "unverified"
     MISMATCH = "digest_mismatch"
-    # on our side
+    # on this host
     LOCAL_FILES = "local_files_unusable"
     UNREADABLE = "archive_unreadable"
     TRUNCATED = "truncated"
@@ -58,16 +66,25 @@ class Reason(StrEnum):
 
 
 class Action(StrEnum):
-    """What happens to the delivery."""
+    """The consequence of a failure.
 
-    PAUSE = "pause the destination, then try again"
-    LATER = "try this archive again later"
-    REJECT = "reject this archive"
+    `PAUSE` pauses the destination with exponential backoff, and all its deliveries wait. `RETRY` repeats
+    this delivery with exponential backoff, while the others go on. `REJECT` ends the deliveries of this
+    archive and moves it to `rejected_dir`.
+    """
+
+    PAUSE = "pause"
+    RETRY = "retry"
+    REJECT = "reject"
 
 
 @dataclass(frozen=True, slots=True)
 class FailureRule:
-    """One row of the policy; `at_once` allows the few short attempts within a claim."""
+    """The policy for one reason.
+
+    `meaning` and `hint` are for the operator: the failure in words, and the fix. With `retry_immediately`
+    an attempt is repeated a few times at short intervals before `action` is taken.
+    """
 
     reason: Reason
     blame: Blame
@@ -77,242 +94,301 @@ class FailureRule:
     retry_immediately: bool = False
 
 
+def rule_of(reason: Reason) -> FailureRule:
+    """Return the policy for a reason."""
+    return _RULE_BY_REASON[reason]
+
+
+def reason_of_status(status: int) -> Reason:
+    """Return the reason for an HTTP status other than success (RFC 9110, section 15; RFC 6585)."""
+    if status in _REASON_BY_STATUS:
+        return _REASON_BY_STATUS[status]
+    if 300 <= status < 400:
+        return Reason.REDIRECT
+    if status >= 500:
+        return Reason.SERVER_ERROR
+    return Reason.UNEXPECTED_STATUS
+
+
+def policy_table() -> str:
+    """Return the policy as the table in `docs/destinations.md`."""
+    lines = [
+        "| cause | reason | meaning | counts against | consequence | fix |",
+        "|---|---|---|---|---|---|",
+    ]
+    for rule in RULES:
+        statuses = [str(status) for status, reason in _REASON_BY_STATUS.items() if reason is rule.reason]
+        cause = ", ".join([*statuses, *_OTHER_CAUSES.get(rule.reason, ())]) or "no response"
+        consequence = _ACTION_TEXT[rule.action]
+        cells = (cause, f"`{rule.reason}`", rule.meaning, rule.blame, consequence, rule.hint)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+_ACTION_TEXT = {
+    Action.PAUSE: "pause the destination with exponential backoff, then retry",
+    Action.RETRY: "retry this archive later",
+    Action.REJECT: "reject this archive",
+}
+
 _D, _A = Blame.DESTINATION, Blame.ARCHIVE
-_LOOK_AT_THE_DEVICE = "look at the device; to send it all the same, `inspect` off, then `backupd retry`"
+_INSPECTION_HINT = (
+    "check the backup on the device; to send this one anyway, set `inspect` to off, then `backupd retry`"
+)
 
 RULES: tuple[FailureRule, ...] = (
     FailureRule(
-        Reason.DNS, _D, Action.PAUSE, "the host name could not be resolved", "check the url and the resolver"
+        Reason.DNS,
+        _D,
+        Action.PAUSE,
+        "the host name could not be resolved",
+        "check `url`, and the DNS resolver of this host",
     ),
     FailureRule(
         Reason.CONNECT,
         _D,
         Action.PAUSE,
-        "no connection",
-        "check that the endpoint runs and the firewall",
+        "the connection could not be established",
+        "check that the destination is running, and that firewalls permit the connection",
         retry_immediately=True,
     ),
     FailureRule(
         Reason.CONNECT_TIMEOUT,
         _D,
         Action.PAUSE,
-        "nobody answered the connection in time",
-        "a firewall that drops packets looks like this",
+        "the destination did not answer the connection request in time",
+        "check that the destination is up, and that no firewall drops the packets",
     ),
     FailureRule(
         Reason.TLS,
         _D,
         Action.PAUSE,
         "the TLS handshake failed",
-        "check `ca`, the host name in the endpoint's certificate, and its dates",
+        "check `ca`, and the host name and dates in the destination's certificate",
     ),
     FailureRule(
         Reason.TLS_CLIENT,
         _D,
         Action.PAUSE,
-        "the endpoint refused our certificate",
-        "check that the endpoint trusts the CA of `cert`, and that it has not expired",
+        "the destination refused the client certificate",
+        "check that the destination trusts the CA of `cert`, and that `cert` has not expired",
     ),
     FailureRule(
         Reason.CONNECTION_LOST,
         _D,
         Action.PAUSE,
-        "the connection broke before the answer",
-        "look at the endpoint's log; one that hangs up at once may not accept our certificate",
+        "the connection was lost before the response",
+        "check the destination's log; it may not accept the client certificate",
         retry_immediately=True,
     ),
     FailureRule(
         Reason.PROTOCOL,
         _D,
         Action.PAUSE,
-        "the answer was no HTTP that we understand",
-        "check the url and its port",
+        "the response is not valid HTTP",
+        "check the scheme, host and port in `url`",
     ),
     FailureRule(
         Reason.PROXY,
         _D,
         Action.PAUSE,
-        "the proxy would not connect us",
-        "check `proxy`, its user and password, and what it allows",
+        "the proxy did not connect to the destination",
+        "check `proxy`, `proxy_user` and `proxy_password_file`, and which destinations the proxy permits",
     ),
     FailureRule(
         Reason.READ_TIMEOUT,
         _D,
         Action.PAUSE,
-        "the answer did not come in time",
-        "raise `timeout.read` if the endpoint takes long to check what it got",
+        "the response did not arrive in time",
+        "raise `timeout.read` if the destination takes long to check an archive",
     ),
     FailureRule(
         Reason.WRITE_TIMEOUT,
         _D,
         Action.PAUSE,
-        "the endpoint stopped reading",
-        "look at the endpoint's load; raise `timeout.write` for very slow lines",
+        "the destination stopped reading the request",
+        "check the load of the destination; raise `timeout.write` for a very slow connection",
     ),
     FailureRule(
-        Reason.POOL_TIMEOUT, _D, Action.PAUSE, "no connection was free in time", "raise `timeout.pool`"
+        Reason.POOL_TIMEOUT,
+        _D,
+        Action.PAUSE,
+        "no connection was free in time",
+        "raise `timeout.pool`",
     ),
     FailureRule(
         Reason.TOO_SLOW,
         _D,
         Action.PAUSE,
-        "slower than `min_rate` for a minute",
-        "lower `min_rate` for very slow lines",
+        "the upload was slower than `min_rate` for a minute",
+        "lower `min_rate` for a very slow connection",
     ),
     FailureRule(
         Reason.DEADLINE,
         _D,
         Action.PAUSE,
-        "the whole attempt took longer than `deadline`",
+        "the attempt took longer than `deadline`",
         "raise `deadline` for large archives",
     ),
     FailureRule(
         Reason.EARLY_SUCCESS,
         _D,
         Action.PAUSE,
-        "a success was answered before the whole archive was sent",
-        "what answers there does not read the body; check the url",
+        "the destination reported success before the whole archive was sent",
+        "check `url`: the server there does not read the request body",
     ),
     FailureRule(
         Reason.REDIRECT,
         _D,
         Action.PAUSE,
-        "the endpoint redirects; redirects are not followed",
-        "put the final address into `url`",
+        "the destination redirects, and redirects are not followed",
+        "set `url` to the final address",
     ),
     FailureRule(
         Reason.SIGN_IN,
         _D,
         Action.PAUSE,
-        "the token endpoint gave no token",
-        "check `auth`: `token_url`, `client_id`, the secret's file and `scope`",
+        "the token endpoint issued no token",
+        "check `auth`: `token_url`, `client_id`, `client_secret_file` and `scope`",
     ),
     FailureRule(
         Reason.UNAUTHORIZED,
         _D,
         Action.PAUSE,
-        "401: the endpoint does not accept our sign-in",
+        "the destination or the proxy does not accept the credentials",
         "check the credentials",
     ),
     FailureRule(
         Reason.FORBIDDEN,
         _D,
         Action.PAUSE,
-        "403: signed in, but not allowed",
-        "check our rights, and that the client certificate is trusted",
+        "the credentials are accepted, but have no permission",
+        "check the permissions of the account, and that the destination trusts the client certificate",
     ),
     FailureRule(
         Reason.NOT_FOUND,
         _D,
         Action.PAUSE,
-        "404, 405 or 410: nothing takes uploads at this url",
+        "the destination accepts no uploads at this URL",
         "check `url`",
     ),
     FailureRule(
         Reason.CONFLICT,
         _A,
         Action.REJECT,
-        "409: the endpoint has other content under this name or key",
-        "compare with what the endpoint stored, then `backupd retry`",
+        "the destination has other content under this name or key",
+        "compare the archive with the stored content, then `backupd retry`",
     ),
     FailureRule(
         Reason.TOO_LARGE,
         _A,
         Action.REJECT,
-        "413: too large for the endpoint",
-        "raise the endpoint's limit, then `backupd retry`",
+        "the archive is larger than the destination accepts",
+        "raise the destination's limit, then `backupd retry`",
     ),
     FailureRule(
         Reason.REFUSED,
         _A,
         Action.REJECT,
-        "400, 414, 415, 422, 431: the endpoint will not have this archive",
-        "read its answer with `backupd show`",
+        "the destination refused the archive",
+        "read the destination's response (`backupd show`), then `backupd retry`",
     ),
     FailureRule(
         Reason.RATE_LIMITED,
         _D,
         Action.PAUSE,
-        "429: too many requests; Retry-After is kept",
+        "too many requests; Retry-After is honoured",
         "lower `workers` if it happens often",
     ),
     FailureRule(
         Reason.SERVER_ERROR,
         _D,
         Action.PAUSE,
-        "408, 425 or 5xx: the endpoint is in trouble; Retry-After is kept",
-        "look at the endpoint's log",
+        "the destination is temporarily unable to store archives; Retry-After is honoured",
+        "check the destination's log",
     ),
     FailureRule(
         Reason.UNEXPECTED_STATUS,
         _D,
         Action.PAUSE,
-        "a status that `success` does not list",
+        "the status is not one of `success`",
         "check `url`, or add the status to `success`",
     ),
     FailureRule(
         Reason.UNVERIFIED,
         _D,
         Action.PAUSE,
-        "a success whose answer holds no receipt",
-        "check `receipt.digest` against the endpoint's answer (`backupd show`)",
+        "the response reports success, but has no receipt",
+        "check `receipt.digest` against the destination's response (`backupd show`)",
     ),
     FailureRule(
         Reason.MISMATCH,
         _D,
         Action.PAUSE,
-        "the receipt's digest or size is not what was sent",
-        "the endpoint stored something else; look at what it keeps",
+        "the digest or size in the receipt is not that of the archive",
+        "check the content that the destination stored",
     ),
     FailureRule(
         Reason.LOCAL_FILES,
         _D,
         Action.PAUSE,
-        "our own CA, certificate, key or secret can't be used",
+        "a CA, certificate, key or secret file on this host can't be used",
         "run `backupd check`",
     ),
     FailureRule(
         Reason.UNREADABLE,
         _A,
-        Action.LATER,
-        "the archive can't be read on this host",
-        "check its permissions and the disk",
+        Action.RETRY,
+        "the archive can't be read",
+        "check the permissions of the file, and the disk",
     ),
     FailureRule(
         Reason.TRUNCATED,
         _A,
         Action.REJECT,
-        "the archive ends too early or holds nothing",
-        _LOOK_AT_THE_DEVICE,
+        "the archive ends too early or is empty",
+        _INSPECTION_HINT,
     ),
     FailureRule(
-        Reason.DAMAGED, _A, Action.REJECT, "damaged, or not what the archive's name says", _LOOK_AT_THE_DEVICE
+        Reason.DAMAGED,
+        _A,
+        Action.REJECT,
+        "the archive is damaged, or not of the format that its name indicates",
+        _INSPECTION_HINT,
     ),
     FailureRule(
-        Reason.CHECKSUM_MISMATCH, _A, Action.REJECT, "not what its checksum file says", "see which is wrong"
+        Reason.CHECKSUM_MISMATCH,
+        _A,
+        Action.REJECT,
+        "the archive does not match its checksum file",
+        "replace the one that is wrong, then `backupd retry`",
     ),
     FailureRule(
-        Reason.STOPPED, _D, Action.LATER, "the daemon was stopped during the upload", "nothing to do"
+        Reason.STOPPED,
+        _D,
+        Action.RETRY,
+        "the daemon was stopped during the upload",
+        "no action needed",
     ),
     FailureRule(
         Reason.GAVE_UP,
         _A,
         Action.REJECT,
-        "not delivered within `retry.give_up_after`",
-        "see its attempts with `backupd show`, then `backupd retry`",
+        "the archive was not delivered within `retry.give_up_after`",
+        "see its attempts (`backupd show`), then `backupd retry`",
     ),
-    FailureRule(Reason.INTERNAL, _A, Action.LATER, "a bug in backupd", "report it with the log line"),
+    FailureRule(
+        Reason.INTERNAL,
+        _A,
+        Action.RETRY,
+        "a bug in backupd",
+        "report it with the log line",
+    ),
 )
 
-_BY_REASON = {rule.reason: rule for rule in RULES}
+_RULE_BY_REASON = {rule.reason: rule for rule in RULES}
 
-
-def rule_of(reason: Reason) -> FailureRule:
-    """Return the row of the policy for a reason."""
-    return _BY_REASON[reason]
-
-
-_BY_STATUS = {
+_REASON_BY_STATUS = {
     400: Reason.REFUSED,
     401: Reason.UNAUTHORIZED,
     403: Reason.FORBIDDEN,
@@ -331,23 +407,11 @@ _BY_STATUS = {
     431: Reason.REFUSED,
 }
 
-
-def reason_of_status(status: int) -> Reason:
-    """Return why an HTTP status that is no success is a failure (RFC 9110 section 15, RFC 6585)."""
-    if status in _BY_STATUS:
-        return _BY_STATUS[status]
-    if 300 <= status < 400:
-        return Reason.REDIRECT
-    if status >= 500:
-        return Reason.SERVER_ERROR
-    return Reason.UNEXPECTED_STATUS
-
-
-_ALSO_SEEN_AS = {
-    Reason.TLS_CLIENT: ("a TLS alert", "nginx's 400 about it"),
+_OTHER_CAUSES = {
+    Reason.TLS_CLIENT: ("TLS alert", "nginx's 400 for a client certificate"),
     Reason.EARLY_SUCCESS: ("2xx",),
     Reason.REDIRECT: ("3xx",),
-    Reason.SIGN_IN: ("the token endpoint's answer",),
+    Reason.SIGN_IN: ("response of the token endpoint",),
     Reason.SERVER_ERROR: ("5xx",),
     Reason.UNEXPECTED_STATUS: ("any other status",),
     Reason.UNVERIFIED: ("2xx",),
@@ -360,21 +424,6 @@ _ALSO_SEEN_AS = {
         ("on this host",),
     ),
 }
-
-
-def policy_table() -> str:
-    """Return the policy as the table in `docs/destinations.md`."""
-    lines = [
-        "| what happens | reason | meaning | charged to | what happens next | what to do |",
-        "|---|---|---|---|---|---|",
-    ]
-    for rule in RULES:
-        statuses = [str(status) for status, reason in _BY_STATUS.items() if reason is rule.reason]
-        seen = ", ".join([*statuses, *_ALSO_SEEN_AS.get(rule.reason, ())]) or "no answer"
-        meaning = rule.meaning.partition(": ")[2] if rule.meaning[0].isdigit() else rule.meaning
-        cells = (seen, f"`{rule.reason}`", meaning, rule.blame, rule.action, rule.hint)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

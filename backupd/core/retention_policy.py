@@ -1,4 +1,4 @@
-"""Which sent archives are kept, and for how long."""
+"""The retention policy of a drop: which sent archives are removed, and why."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class Expiry(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MinFree:
-    """How much of a filesystem has to be free: so many bytes, and so many percent of it."""
+    """The space to keep free on a filesystem: a number of bytes, or a percentage of its size."""
 
     size: int = 0
     percent: float = 0.0
 
     def of(self, total: int) -> int:
-        """Return the bytes that have to be free of a filesystem of `total` bytes."""
+        """Return the bytes to keep free on a filesystem of `total` bytes."""
         return max(self.size, int(total * self.percent / 100))
 
 
 @dataclass(frozen=True, slots=True)
 class RetentionPolicy:
-    """What a drop keeps of its sent archives; all of them where nothing is given."""
+    """The keys `keep_sent_for`, `keep_sent_last` and `min_free` of a drop; None if not set."""
 
     keep_for: timedelta | None = None
     keep_last: int | None = None
@@ -42,15 +42,15 @@ class RetentionPolicy:
 
     @property
     def expires(self) -> bool:
-        """Tell whether archives are removed for their age or number."""
+        """Return whether archives are removed because of their age or number."""
         return self.keep_for is not None or self.keep_last is not None
 
     def expiry_reason(self, age: timedelta, newer: int) -> Expiry | None:
-        """Return why an archive goes, or None where it stays.
+        """Return why an archive is removed, or None if it is kept.
 
-        It goes when it is older than `keep_for`, if that is given, and not among the `keep_last` newest
-        of its series, if that is given. `age` counts from when it was moved there; `newer` is how many
-        archives of its series came after it.
+        It is removed if it is older than `keep_for` and not among the newest `keep_last` of its series; a
+        condition that is not set is always met. `age` is the time since the archive was moved to `sent_dir`,
+        `newer` the number of archives of its series that were moved later.
         """
         if self.keep_for is not None and age <= self.keep_for:
             return None
@@ -62,7 +62,11 @@ class RetentionPolicy:
 
 
 def series_of(relpath: bytes, sent_to: bytes, pattern: re.Pattern[str] | None) -> bytes:
-    """Return what an archive is one of: its device's, where a label pattern tells it, else its folder's."""
+    """Return the series that `keep_last` counts an archive in.
+
+    It is that of the archive's device if the group `device` of the label pattern matches, otherwise that of
+    the folder that the archive was moved to.
+    """
     if pattern is not None and "device" in pattern.groupindex:
         match = pattern.fullmatch(as_text(relpath))
         if match and match["device"]:
@@ -71,7 +75,10 @@ def series_of(relpath: bytes, sent_to: bytes, pattern: re.Pattern[str] | None) -
 
 
 def smallest_prefix(shortage: int, sizes: Sequence[int]) -> int:
-    """Return how many files, from the first on, make up for a shortage of bytes; all if they don't."""
+    """Return how many files, from the first on, have to be removed to free `shortage` bytes.
+
+    `sizes` are the sizes of the files in bytes. All files are counted if they are not enough.
+    """
     if shortage <= 0:
         return 0
     too_few = sum(1 for _ in takewhile(lambda total: total < shortage, accumulate(sizes)))

@@ -1,4 +1,4 @@
-"""Which candidates have stayed unchanged for long enough."""
+"""Which candidates are stable: unchanged for long enough to be complete."""
 
 from __future__ import annotations
 
@@ -6,26 +6,20 @@ from dataclasses import dataclass, field
 
 from backupd.core.model import Fingerprint
 
-_SHORTEST_HOLD = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    fingerprint: Fingerprint
-    due: float
+_MIN_HOLD_SECONDS = 0.5
 
 
 @dataclass(slots=True)
 class StabilityTracker:
-    """Remembers from when on each candidate counts as stable, if it stays as it is now.
+    """Tracks the candidates of a drop until each has been unchanged for `stable_for` seconds.
 
-    Times are seconds of any monotonic clock; `stable_for` is in the same seconds.
+    Times are seconds of a monotonic clock.
     """
 
     stable_for: float
+    # Two tables, because each is in the order of `due`: all its entries wait for the same time.
     _waiting: dict[bytes, _Candidate] = field(default_factory=dict)
     _held: dict[bytes, _Candidate] = field(default_factory=dict)
-    # each of the two waits for a fixed time, and so is in the order of `due`
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._held)
@@ -34,7 +28,10 @@ class StabilityTracker:
         return relpath in self._waiting or relpath in self._held
 
     def observe(self, relpath: bytes, fingerprint: Fingerprint, now: float) -> bool:
-        """Note how a file looks; return True once it has not changed for `stable_for`, and forget it."""
+        """Record the current fingerprint of a file, and return whether the file is stable.
+
+        A stable file is no longer tracked.
+        """
         known = self._waiting.get(relpath) or self._held.get(relpath)
         if known is not None and known.fingerprint == fingerprint:
             if now < known.due:
@@ -48,17 +45,17 @@ class StabilityTracker:
         return False
 
     def forget(self, relpath: bytes) -> None:
-        """Drop a candidate that is gone or no longer eligible."""
+        """Stop tracking a candidate that is missing or no longer eligible."""
         self._waiting.pop(relpath, None)
         self._held.pop(relpath, None)
 
     def hold(self, relpath: bytes, fingerprint: Fingerprint, now: float) -> None:
-        """Let a candidate whose writer is still there wait again, half a second at least."""
+        """Make a candidate that is still open for writing wait again, for half a second at least."""
         self.forget(relpath)
-        self._held[relpath] = _Candidate(fingerprint, now + max(_SHORTEST_HOLD, self.stable_for))
+        self._held[relpath] = _Candidate(fingerprint, now + max(_MIN_HOLD_SECONDS, self.stable_for))
 
     def due(self, now: float) -> list[bytes]:
-        """Return the candidates that are worth another look."""
+        """Return the candidates to check now, because they may have become stable."""
         ready: list[bytes] = []
         for candidates in (self._waiting, self._held):
             for relpath, candidate in candidates.items():
@@ -68,6 +65,14 @@ class StabilityTracker:
         return ready
 
     def next_due(self) -> float | None:
-        """Return when the first candidate is worth a look, or None without candidates."""
+        """Return the time at which the next candidate is due, or None without candidates."""
         firsts = (next(iter(candidates.values()), None) for candidates in (self._waiting, self._held))
         return min((first.due for first in firsts if first is not None), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """The last fingerprint of a file, and the time at which the file is stable if it does not change."""
+
+    fingerprint: Fingerprint
+    due: float

@@ -1,4 +1,4 @@
-"""What a delivery becomes after an attempt, and an archive after its deliveries."""
+"""The state of a delivery after an attempt, and of an archive after its deliveries."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from enum import StrEnum
 from backupd.core.backoff import Backoff
 from backupd.core.model import Deferred, Delivered, Delivery, DeliveryState, Outcome, Rejected, Superseded
 from backupd.core.policy import Action, Blame, Reason, rule_of
+from backupd.core.units import human_duration
 
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """The next state of a delivery; `due_at` is set only while it is pending."""
+    """The next state of a delivery.
+
+    `due_at` is the time of the next attempt, set only if the delivery is pending. The failure counts are
+    those of `Delivery`.
+    """
 
     state: DeliveryState
     outcome: Outcome
@@ -24,7 +29,7 @@ class Transition:
 
 
 class Priority(StrEnum):
-    """Which of a destination's due deliveries goes first: due for longest, smallest, or newest."""
+    """The order of a destination's due deliveries: due for longest first, smallest first, or newest first."""
 
     OLDEST = "oldest"
     SMALLEST = "smallest"
@@ -33,16 +38,16 @@ class Priority(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How a destination's deliveries are retried; `give_up_after` None: for ever."""
+    """How a destination's deliveries are retried; indefinitely if `give_up_after` is None."""
 
     backoff: Backoff
     give_up_after: timedelta | None = None
 
 
 def next_step(
-    delivery: Delivery, outcome: Outcome, now: datetime, patience: RetryPolicy, chance: float
+    delivery: Delivery, outcome: Outcome, now: datetime, retry_policy: RetryPolicy, chance: float
 ) -> Transition:
-    """Return what a delivery becomes, `chance` being random in [0, 1)."""
+    """Return the state of a delivery after an attempt; `chance` is a random number in [0, 1)."""
     match outcome:
         case Delivered():
             return Transition(DeliveryState.DELIVERED, outcome)
@@ -51,34 +56,34 @@ def next_step(
         case Superseded():
             return Transition(DeliveryState.SUPERSEDED, outcome)
         case _:
-            return _deferred(delivery, outcome, now, patience, chance)
+            return _deferred(delivery, outcome, now, retry_policy, chance)
 
 
 def _deferred(
-    delivery: Delivery, outcome: Deferred, now: datetime, patience: RetryPolicy, chance: float
+    delivery: Delivery, outcome: Deferred, now: datetime, retry_policy: RetryPolicy, chance: float
 ) -> Transition:
     age = now - delivery.archive.queued_at
-    if patience.give_up_after is not None and age > patience.give_up_after:
-        error = f"gave up after {age}; last: {outcome.error}"
+    if retry_policy.give_up_after is not None and age > retry_policy.give_up_after:
+        error = f"gave up after {human_duration(age)}; last error: {outcome.error}"
         return Transition(DeliveryState.REJECTED, Rejected(Reason.GAVE_UP, error, outcome.http_status))
     if outcome.reason is Reason.STOPPED:
         return Transition(
             DeliveryState.PENDING, outcome, now, delivery.archive_failures, delivery.destination_failures
         )
     rule = rule_of(outcome.reason)
-    charged = delivery.archive_failures + (rule.blame is Blame.ARCHIVE)
-    faults = delivery.destination_failures + 1 if rule.action is Action.PAUSE else 0
-    wait = patience.backoff.before(max(charged, faults), chance)
+    archive_failures = delivery.archive_failures + (rule.blame is Blame.ARCHIVE)
+    destination_failures = delivery.destination_failures + 1 if rule.action is Action.PAUSE else 0
+    wait = retry_policy.backoff.before(max(archive_failures, destination_failures), chance)
     if outcome.retry_after is not None:
         wait = max(wait, outcome.retry_after)
-    return Transition(DeliveryState.PENDING, outcome, now + wait, charged, faults)
+    return Transition(DeliveryState.PENDING, outcome, now + wait, archive_failures, destination_failures)
 
 
 def archive_state(deliveries: Collection[DeliveryState]) -> DeliveryState:
-    """Return what an archive's deliveries make of it.
+    """Return the state of an archive from those of its deliveries.
 
-    Pending while any is, and without any; then superseded if any found the file changed, rejected if any
-    was refused, delivered only if all were.
+    It is pending while a delivery is pending or claimed, and without deliveries. Otherwise it is superseded
+    if any delivery is, rejected if any is, and delivered only if all are.
     """
     states = set(deliveries)
     if not states or states & {DeliveryState.PENDING, DeliveryState.CLAIMED}:

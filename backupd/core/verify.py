@@ -1,4 +1,4 @@
-"""Whether a receipt states what was sent."""
+"""Verification of a receipt: whether the destination stored the content that was sent."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from backupd.core.model import Deferred, Delivered, Digest, Outcome, Receipt
 from backupd.core.policy import Reason
 
 RFC_9530_NAMES = {"sha256": "sha-256", "sha512": "sha-512", "sha1": "sha", "md5": "md5"}
-"""Names of algorithms in Repr-Digest and Content-Digest (RFC 9530 section 5)."""
+"""Names of the algorithms in Repr-Digest and Content-Digest (RFC 9530, section 5)."""
 
 _FIELD_MEMBER = re.compile(r"(?:^|,)\s*([A-Za-z0-9-]+)=:([A-Za-z0-9+/]+=*):")
-"""A member of Repr-Digest and Content-Digest; RFC 9530 section 2."""
+"""A member of Repr-Digest and Content-Digest (RFC 9530, section 2)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReceiptExpectation:
-    """How a destination states its digest.
+    """How a destination states the digest of the content that it stored.
 
-    `encoding` is hex, base64 or base64url; `prefix` is the number of characters that it reports of the
-    value, 0 for all. `required` is False only for `receipt.digest = "none"`.
+    `required` is False only for `receipt.digest = "none"`. `encoding` is hex, base64 or base64url. `prefix`
+    is the number of leading characters of the value that the destination states, 0 for all.
     """
 
     required: bool = True
@@ -31,24 +31,27 @@ class ReceiptExpectation:
 
 
 def verify_receipt(sent: Digest, size: int, receipt: Receipt, expected: ReceiptExpectation) -> Outcome:
-    """Return `Delivered` if the receipt matches the digest and size sent, else why it does not."""
+    """Return `Delivered` if the receipt matches the content that was sent, else `Deferred` with the mismatch.
+
+    `sent` and `size` are the digest and the number of bytes that were sent.
+    """
     status = receipt.http_status
     if receipt.size is not None and receipt.size != size:
-        return Deferred(Reason.MISMATCH, f"sent {size} bytes, the receipt says {receipt.size}", status)
+        return Deferred(Reason.MISMATCH, f"sent {size} bytes, the receipt states {receipt.size}", status)
     if not expected.required:
         return Delivered(sent, receipt, verified=False)
     if receipt.digest is None:
-        return Deferred(Reason.UNVERIFIED, "the answer holds no digest", status)
+        return Deferred(Reason.UNVERIFIED, "the response has no digest", status)
     if not matches(sent, receipt.digest, expected):
-        return Deferred(Reason.MISMATCH, f"sent {sent}, the receipt says {receipt.digest[:200]!r}", status)
+        return Deferred(Reason.MISMATCH, f"sent {sent}, the receipt states {receipt.digest[:200]!r}", status)
     return Delivered(sent, receipt)
 
 
 def matches(sent: Digest, stated: str, expected: ReceiptExpectation) -> bool:
-    """Tell whether a stated value is the digest that was sent.
+    """Return whether the value in a receipt is the digest that was sent.
 
-    Takes hex in either case, base64 and base64url with or without padding, an `algorithm:` before the
-    value, a prefix of the stated length, and the digest fields of RFC 9530.
+    Accepts hex in either case, base64 and base64url with or without padding, an `algorithm:` before the
+    value, a prefix of the configured length, and the digest fields of RFC 9530.
     """
     value = stated.strip().strip('"')  # an ETag is quoted
     fields: dict[str, str] = {_plain(name): digest for name, digest in _FIELD_MEMBER.findall(value)}
@@ -68,7 +71,7 @@ def matches(sent: Digest, stated: str, expected: ReceiptExpectation) -> bool:
 
 
 def _plain(algorithm: str) -> str:
-    """Return one spelling for `SHA-256` and `sha256`."""
+    """Return the name in one spelling, `sha256` for `SHA-256`."""
     return algorithm.lower().replace("-", "")
 
 

@@ -75,7 +75,7 @@ def test_any_answer_is_judged_and_never_raises(
         return httpx.Response(status, headers=headers, stream=_Bytes(body), request=request)
 
     outcome = ResponseEvaluator(config).evaluate_success(an_httpx_response(), SENT, 5)
-    assert isinstance(outcome, Delivered) == (source == "none" and "receipt says" not in repr(outcome))
+    assert isinstance(outcome, Delivered) == (source == "none" and "receipt states" not in repr(outcome))
     assert isinstance(failure_from_response(an_httpx_response()), Deferred | Rejected)
     assert isinstance(
         ResponseEvaluator(config).evaluate_duplicate(_as_409(an_httpx_response()), SENT, 5), Rejected
