@@ -40,7 +40,7 @@ _ESCAPED = {b"n": b"\n", b"r": b"\r", b"\\": b"\\"}
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class _ChecksumLine:
     """One line: its digest, and the algorithm and base name if the line has them."""
 
     algorithm: str | None
@@ -71,10 +71,10 @@ def digest_in_single(text: bytes, name: bytes, algorithm: str) -> Digest | None:
 
     A single line applies whatever name it has; of several lines, the last one with the archive's name does.
     """
-    entries = list(_entries(text))
-    if len(entries) > 1:
-        entries = [entry for entry in entries if entry.name == name][-1:]
-    return _digest(entries[0], algorithm) if entries else None
+    lines = list(_parse_lines(text))
+    if len(lines) > 1:
+        lines = [line for line in lines if line.name == name][-1:]
+    return _digest(lines[0], algorithm) if lines else None
 
 
 def digest_in_list(text: bytes, name: bytes, algorithm: str) -> Digest | None:
@@ -82,29 +82,29 @@ def digest_in_list(text: bytes, name: bytes, algorithm: str) -> Digest | None:
 
     The last line with the archive's name applies.
     """
-    named = [entry for entry in _entries(text) if entry.name == name]
+    named = [line for line in _parse_lines(text) if line.name == name]
     return _digest(named[-1], algorithm) if named else None
 
 
-def _digest(entry: _Entry, algorithm: str) -> Digest | None:
-    if entry.algorithm not in (None, algorithm) or len(entry.hex) != _HEX_DIGITS[algorithm]:
+def _digest(line: _ChecksumLine, algorithm: str) -> Digest | None:
+    if line.algorithm not in (None, algorithm) or len(line.hex) != _HEX_DIGITS[algorithm]:
         return None
-    return Digest(algorithm, entry.hex)
+    return Digest(algorithm, line.hex)
 
 
-def _entries(text: bytes) -> Iterator[_Entry]:
+def _parse_lines(text: bytes) -> Iterator[_ChecksumLine]:
     for raw in text.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
         line = raw.rstrip(b"\r")
         if _HEX.fullmatch(line.strip()):
-            yield _Entry(None, line.strip().decode().lower(), None)
+            yield _ChecksumLine(None, line.strip().decode().lower(), None)
         elif match := _TAGGED.fullmatch(line):
             escaped, tag, name, value = match.groups()
             algorithm = tag.decode().lower().replace("sha2-", "sha").replace("-", "")
-            yield _Entry(algorithm, value.decode().lower(), _base_name(name, escaped))
+            yield _ChecksumLine(algorithm, value.decode().lower(), _base_name(name, escaped))
         elif match := _PLAIN.fullmatch(line):
             escaped, value, name = match.groups()
             if len(value) in _BY_DIGITS:
-                yield _Entry(None, value.decode().lower(), _base_name(name, escaped))
+                yield _ChecksumLine(None, value.decode().lower(), _base_name(name, escaped))
 
 
 def _base_name(name: bytes, escaped: bytes) -> bytes:

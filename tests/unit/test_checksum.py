@@ -1,4 +1,4 @@
-"""Checksum files: their names, and every form in which tools write them."""
+"""Checksum files: their names, and the formats in which tools write them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHA, OTHER = HEX["sha256"].encode(), hashlib.sha256(b"other").hexdigest().encode
         (b"r1.cfg", None),
     ],
 )
-def test_a_checksum_file_is_known_by_its_ending(name: bytes, archive: bytes | None) -> None:
+def test_a_checksum_file_is_recognized_by_its_suffix(name: bytes, archive: bytes | None) -> None:
     assert archive_of(name) == archive
     assert is_checksum_name(name) == (archive is not None)
     assert archive is None or name in own_files(archive)
@@ -38,12 +38,12 @@ def test_a_checksum_file_is_known_by_its_ending(name: bytes, archive: bytes | No
 @pytest.mark.parametrize(
     "name", [b"SHA256SUMS", b"sha256sums", b"MD5SUMS", b"sha256sum.txt", b"SHA512SUMS.txt"]
 )
-def test_a_list_for_a_directory_is_known_by_its_name(name: bytes) -> None:
+def test_a_checksum_file_for_a_directory_is_recognized_by_its_name(name: bytes) -> None:
     assert is_checksum_name(name)
     assert archive_of(name) is None
 
 
-FORMS = {
+FORMATS = {
     "coreutils": SHA + b"  r1.tar.gz\n",
     "coreutils, binary": SHA + b" *r1.tar.gz\n",
     "without a line end": SHA + b"  r1.tar.gz",
@@ -58,8 +58,8 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("text", FORMS.values(), ids=FORMS)
-def test_every_form_is_understood_alone_and_in_a_list(text: bytes) -> None:
+@pytest.mark.parametrize("text", FORMATS.values(), ids=FORMATS)
+def test_every_format_is_parsed_alone_and_in_a_list(text: bytes) -> None:
     expected = Digest("sha256", HEX["sha256"])
     before, after = OTHER + b"  r0.tar.gz\n# r1.tar.gz\n", b"\n" + OTHER + b"  r2.tar.gz\n"
     in_a_list = before + text.removeprefix(b"\xef\xbb\xbf") + after
@@ -69,16 +69,16 @@ def test_every_form_is_understood_alone_and_in_a_list(text: bytes) -> None:
     assert digest_in_list(in_a_list, b"r1.tar.gz", "sha256") == expected
 
 
-def test_a_bare_hash_is_understood_in_a_file_of_its_own_only() -> None:
+def test_a_bare_digest_is_parsed_only_in_an_own_checksum_file() -> None:
     assert digest_in_single(SHA + b"\n", b"r1", "sha256") == Digest("sha256", HEX["sha256"])
     assert digest_in_list(SHA + b"\n", b"r1", "sha256") is None
 
 
-def test_one_line_counts_whatever_its_name() -> None:
+def test_a_single_line_applies_whatever_its_name() -> None:
     assert digest_in_single(SHA + b"  upload-4711.part\n", b"r1", "sha256") == Digest("sha256", HEX["sha256"])
 
 
-def test_of_two_lines_in_a_list_the_last_one_counts() -> None:
+def test_the_last_line_with_a_name_applies() -> None:
     text = OTHER + b"  r1\n" + SHA + b"  r1\n"
     assert digest_in_list(text, b"r1", "sha256") == Digest("sha256", HEX["sha256"])
 
@@ -97,7 +97,7 @@ def test_of_two_lines_in_a_list_the_last_one_counts() -> None:
         (SHA + b"  \xff\xfe\n", b"\xff\xfe"),
     ],
 )
-def test_names_are_read_as_they_were_escaped(written: bytes, name: bytes) -> None:
+def test_escaped_names_are_unescaped(written: bytes, name: bytes) -> None:
     assert digest_in_list(written, name, "sha256") == Digest("sha256", HEX["sha256"])
 
 
@@ -118,11 +118,11 @@ def test_names_are_read_as_they_were_escaped(written: bytes, name: bytes) -> Non
         b"a" * 50 + b"  r1\n",
     ],
 )
-def test_what_states_no_such_digest_is_of_no_use(text: bytes) -> None:
+def test_a_file_without_a_digest_of_the_algorithm_yields_none(text: bytes) -> None:
     assert digest_in_single(text, b"r1", "sha256") is None
 
 
 @given(st.binary(max_size=300), st.binary(max_size=20))
-def test_garbage_is_no_digest_or_one_of_the_right_length(text: bytes, name: bytes) -> None:
+def test_random_bytes_yield_no_digest_or_one_of_the_right_length(text: bytes, name: bytes) -> None:
     for stated in (digest_in_single(text, name, "md5"), digest_in_list(text, name, "md5")):
         assert stated is None or len(stated.hex) == 32

@@ -1,3 +1,5 @@
+"""Which files are archives, by name, type and size."""
+
 import stat
 
 import pytest
@@ -9,7 +11,7 @@ from backupd.core.eligibility import Eligibility, Ineligible, Patterns, is_tempo
 REGULAR = stat.S_IFREG | 0o640
 
 
-def rules(
+def an_eligibility(
     include: tuple[str, ...] = ("*.tar.gz",),
     exclude: tuple[str, ...] = (),
     min_size: int = 1,
@@ -36,7 +38,7 @@ def rules(
         b"\xff.tmp",
     ],
 )
-def test_names_that_writers_use_before_they_are_done_are_temporary(name: bytes) -> None:
+def test_names_of_unfinished_files_are_temporary(name: bytes) -> None:
     assert is_temporary(name)
 
 
@@ -45,39 +47,39 @@ def test_other_names_are_not_temporary(name: bytes) -> None:
     assert not is_temporary(name)
 
 
-def test_a_pattern_without_a_slash_is_about_the_base_name() -> None:
+def test_a_pattern_without_a_slash_matches_the_base_name() -> None:
     patterns = Patterns(("*.cfg",))
     assert patterns.match(b"r1.cfg")
     assert patterns.match(b"site/r1.cfg")
     assert not patterns.match(b"r1.cfg/readme")
 
 
-def test_a_pattern_with_a_slash_is_about_the_relative_path() -> None:
+def test_a_pattern_with_a_slash_matches_the_relative_path() -> None:
     patterns = Patterns(("site-?/*.cfg",))
     assert patterns.match(b"site-1/r1.cfg")
     assert not patterns.match(b"r1.cfg")
     assert not patterns.match(b"old/site-1/r1.cfg")
 
 
-def test_case_does_not_matter() -> None:
+def test_patterns_are_case_insensitive() -> None:
     assert Patterns(("*.TAR.gz",)).match(b"R1.tar.GZ")
 
 
-def test_a_name_that_is_no_utf8_is_matched_all_the_same() -> None:
+def test_a_name_that_is_not_utf8_can_match() -> None:
     assert Patterns(("*.gz",)).match(b"\xff\xfe\n.gz")
 
 
-def test_no_patterns_match_nothing() -> None:
+def test_without_patterns_nothing_matches() -> None:
     assert not Patterns(()).match(b"r1.cfg")
 
 
 @given(st.binary(min_size=1).filter(lambda name: b"/" not in name and b"\0" not in name))
-def test_every_name_is_matched_by_an_asterisk(name: bytes) -> None:
+def test_an_asterisk_matches_every_name(name: bytes) -> None:
     assert Patterns(("*",)).match(name)
 
 
 @pytest.mark.parametrize(
-    ("relpath", "why"),
+    ("relpath", "reason"),
     [
         (b"r1.tar.gz", None),
         (b"site/r1.tar.gz", None),
@@ -86,16 +88,16 @@ def test_every_name_is_matched_by_an_asterisk(name: bytes) -> None:
         (b"readme.pdf", Ineligible.NOT_INCLUDED),
     ],
 )
-def test_a_name_qualifies_or_it_is_said_why_not(relpath: bytes, why: Ineligible | None) -> None:
-    assert rules(exclude=("*.old.*",)).of_name(relpath) is why
+def test_a_name_is_eligible_or_has_a_reason_why_not(relpath: bytes, reason: Ineligible | None) -> None:
+    assert an_eligibility(exclude=("*.old.*",)).of_name(relpath) is reason
 
 
 def test_exclude_wins_over_include() -> None:
-    assert rules(include=("*",), exclude=("*.tar.gz",)).of_name(b"r1.tar.gz") is Ineligible.EXCLUDED
+    assert an_eligibility(include=("*",), exclude=("*.tar.gz",)).of_name(b"r1.tar.gz") is Ineligible.EXCLUDED
 
 
 @pytest.mark.parametrize(
-    ("mode", "size", "why"),
+    ("mode", "size", "reason"),
     [
         (REGULAR, 10, None),
         (REGULAR, 20, None),
@@ -107,9 +109,11 @@ def test_exclude_wins_over_include() -> None:
         (stat.S_IFDIR | 0o750, 15, Ineligible.SPECIAL),
     ],
 )
-def test_kind_and_size_qualify_or_it_is_said_why_not(mode: int, size: int, why: Ineligible | None) -> None:
-    assert rules(min_size=10, max_size=20).of_file(mode, size) is why
+def test_type_and_size_are_eligible_or_have_a_reason_why_not(
+    mode: int, size: int, reason: Ineligible | None
+) -> None:
+    assert an_eligibility(min_size=10, max_size=20).of_file(mode, size) is reason
 
 
 def test_without_a_limit_no_file_is_too_large() -> None:
-    assert rules().of_file(REGULAR, 1 << 62) is None
+    assert an_eligibility().of_file(REGULAR, 1 << 62) is None

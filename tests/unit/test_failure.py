@@ -1,3 +1,5 @@
+"""Failures as outcomes, and errors with a hint and an exit code."""
+
 from datetime import timedelta
 
 import pytest
@@ -9,7 +11,7 @@ from backupd.core.policy import Action, Reason, rule_of
 
 
 @pytest.mark.parametrize("reason", Reason)
-def test_a_failure_is_what_the_policy_makes_of_its_reason(reason: Reason) -> None:
+def test_the_policy_decides_whether_a_failure_rejects_or_defers(reason: Reason) -> None:
     outcome = failure(reason, "why", 418, timedelta(seconds=5))
     rejects = rule_of(reason).action is Action.REJECT
     assert isinstance(outcome, Rejected) == rejects
@@ -18,15 +20,15 @@ def test_a_failure_is_what_the_policy_makes_of_its_reason(reason: Reason) -> Non
         assert outcome.retry_after == timedelta(seconds=5)
 
 
-def test_a_failure_before_any_answer_has_no_status() -> None:
+def test_a_failure_without_a_response_has_no_status() -> None:
     assert failure(Reason.DNS, "no such host") == Deferred(Reason.DNS, "no such host", None, None)
 
 
-def test_an_error_says_what_to_do_where_there_is_something() -> None:
-    assert str(BackupdError("what and where")) == "what and where"
-    assert str(BackupdError("what and where", "do this")) == "what and where\n  hint: do this"
+def test_an_error_shows_its_hint_if_it_has_one() -> None:
+    assert str(BackupdError("the problem")) == "the problem"
+    assert str(BackupdError("the problem", "the fix")) == "the problem\n  hint: the fix"
 
 
-def test_every_kind_of_error_has_its_exit_code() -> None:
+def test_each_class_of_error_has_its_exit_code() -> None:
     kinds = (BackupdError, UsageError, UnavailableError, ConfigError, LedgerError)
     assert [kind("x").exit_code for kind in kinds] == [1, 2, 69, 78, 78]

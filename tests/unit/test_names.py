@@ -1,3 +1,5 @@
+"""File names as printable text, and new names for moved files."""
+
 import itertools
 
 from hypothesis import example, given
@@ -10,31 +12,41 @@ NAMES = st.binary(min_size=1, max_size=NAME_MAX).filter(lambda name: b"/" not in
 SUFFIXES = st.binary(max_size=60).filter(lambda suffix: b"/" not in suffix)
 
 
+def is_utf8(name: bytes) -> bool:
+    try:
+        name.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 @given(st.binary())
 @example(b"bad\xff\n.tar.gz")
 def test_every_name_becomes_valid_unicode(name: bytes) -> None:
-    as_text(name).encode("utf-8")
+    text = as_text(name)
+    assert text.encode("utf-8").decode("utf-8") == text
+    assert (text.encode("utf-8") == name) == is_utf8(name)
 
 
-def test_good_names_are_kept_as_they_are() -> None:
+def test_printable_names_are_unchanged() -> None:
     assert as_text("Zürich-大.cfg".encode()) == "Zürich-大.cfg"
     assert printable("Zürich-大.cfg") == "Zürich-大.cfg"
 
 
-def test_bytes_that_are_no_utf8_are_shown() -> None:
+def test_bytes_that_are_not_utf8_are_escaped() -> None:
     assert as_text(b"bad\xff.cfg") == r"bad\xff.cfg"
 
 
 @given(st.text())
 @example("a\nb\x1b[31m\u202egpj.exe\u2028\x85\udcff")
-def test_what_is_printed_is_always_printable(text: str) -> None:
+def test_printable_text_has_no_control_characters(text: str) -> None:
     shown = printable(text)
     assert shown.isprintable()
-    shown.encode("utf-8")
+    assert shown.encode("utf-8").decode("utf-8") == shown
 
 
 @given(NAMES, SUFFIXES)
-def test_a_fitted_name_is_never_too_long_and_keeps_its_suffix(name: bytes, suffix: bytes) -> None:
+def test_a_shortened_name_is_never_too_long_and_keeps_its_suffix(name: bytes, suffix: bytes) -> None:
     new = shortened(name, suffix)
     assert len(new) <= NAME_MAX
     assert new.endswith(suffix)
@@ -42,20 +54,20 @@ def test_a_fitted_name_is_never_too_long_and_keeps_its_suffix(name: bytes, suffi
 
 
 @given(st.binary(min_size=200, max_size=240), NAMES, NAMES, SUFFIXES)
-def test_names_that_differ_stay_different(same: bytes, one: bytes, other: bytes, suffix: bytes) -> None:
+def test_different_names_stay_different(same: bytes, one: bytes, other: bytes, suffix: bytes) -> None:
     one, other = (same + one)[:NAME_MAX], (same + other)[:NAME_MAX]
     assert (shortened(one, suffix) == shortened(other, suffix)) == (one == other)
 
 
 @given(NAMES)
-def test_free_names_are_different_fit_and_begin_with_the_name_itself(name: bytes) -> None:
+def test_free_names_start_with_the_name_itself_and_are_distinct_and_short_enough(name: bytes) -> None:
     names = list(itertools.islice(free_names(name, NOW), 30))
     assert names[0] == name
     assert len(set(names)) == len(names)
     assert max(map(len, names)) <= NAME_MAX
 
 
-def test_free_names_tell_the_time_and_then_count() -> None:
+def test_free_names_append_the_time_and_then_a_number() -> None:
     assert list(itertools.islice(free_names(b"r1.cfg", NOW), 4)) == [
         b"r1.cfg",
         b"r1.cfg.20260304T050607Z",

@@ -1,3 +1,5 @@
+"""The failure policy."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ def test_every_reason_has_exactly_one_rule() -> None:
 
 
 @pytest.mark.parametrize("reason", Reason)
-def test_every_rule_says_what_it_means_and_what_to_do(reason: Reason) -> None:
+def test_every_rule_has_a_meaning_and_a_hint(reason: Reason) -> None:
     rule = rule_of(reason)
     assert rule.meaning
     assert rule.hint
@@ -28,7 +30,7 @@ def test_only_the_destination_is_paused_and_only_archives_are_rejected(reason: R
         assert rule.blame is Blame.ARCHIVE
 
 
-def test_only_what_a_moment_may_mend_is_tried_again_at_once() -> None:
+def test_only_a_failed_or_lost_connection_is_retried_immediately() -> None:
     assert {rule.reason for rule in RULES if rule.retry_immediately} == {
         Reason.CONNECT,
         Reason.CONNECTION_LOST,
@@ -36,7 +38,7 @@ def test_only_what_a_moment_may_mend_is_tried_again_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "then"),
+    ("status", "action"),
     [
         *((status, Action.REJECT) for status in (400, 409, 413, 415, 422)),
         *((status, Action.PAUSE) for status in (401, 403, 404, 405, 407, 408, 410, 418, 425, 429)),
@@ -44,8 +46,8 @@ def test_only_what_a_moment_may_mend_is_tried_again_at_once() -> None:
         *((status, Action.PAUSE) for status in (203, 206)),
     ],
 )
-def test_a_status_rejects_the_archive_only_where_the_archive_is_at_fault(status: int, then: Action) -> None:
-    assert rule_of(reason_of_status(status)).action is then
+def test_a_status_rejects_the_archive_only_if_the_archive_is_to_blame(status: int, action: Action) -> None:
+    assert rule_of(reason_of_status(status)).action is action
 
 
 @pytest.mark.parametrize(
@@ -64,10 +66,10 @@ def test_a_status_rejects_the_archive_only_where_the_archive_is_at_fault(status:
         (226, Reason.UNEXPECTED_STATUS),
     ],
 )
-def test_a_status_has_its_reason(status: int, reason: Reason) -> None:
+def test_a_status_maps_to_its_reason(status: int, reason: Reason) -> None:
     assert reason_of_status(status) is reason
 
 
 @given(st.integers(0, 9999))
-def test_no_status_is_without_a_rule(status: int) -> None:
+def test_every_status_has_a_rule(status: int) -> None:
     assert rule_of(reason_of_status(status)).hint

@@ -1,4 +1,4 @@
-"""The page about destinations says what the code does."""
+"""docs/destinations.md matches the failure policy, and its configurations can be loaded."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ CONFIGURATIONS = [(page, block) for page in PAGES for block in blocks(page) if b
 A_DROP = '[drop.switches]\npath = "/srv/backups/switches"\n'
 
 
-def test_the_table_on_the_page_is_that_of_the_policy() -> None:
+def test_the_table_in_the_docs_is_the_generated_one() -> None:
     assert between("destinations.md", "policy") == policy_table(), (
-        "put what `python -m backupd.core.policy` prints between the markers of docs/destinations.md"
+        "put the output of `python -m backupd.core.policy` between the markers of docs/destinations.md"
     )
 
 
@@ -28,11 +28,11 @@ def test_the_table_has_a_row_for_each_reason_and_a_cell_for_each_column() -> Non
     assert {row.count(" | ") for row in rows} == {head.count(" | ")}
 
 
-def test_a_status_that_the_table_names_stands_in_the_row_of_its_reason_alone() -> None:
+def test_each_status_is_only_in_the_row_of_its_reason() -> None:
     named: dict[int, str] = {}
     for row in policy_table().splitlines()[2:]:
-        seen, reason = (cell.strip() for cell in row.split("|")[1:3])
-        named |= {int(what): reason for what in seen.split(", ") if what.isdigit()}
+        causes, reason = (cell.strip() for cell in row.split("|")[1:3])
+        named |= {int(cause): reason for cause in causes.split(", ") if cause.isdigit()}
 
     assert named == {status: f"`{reason_of_status(status)}`" for status in named}
     assert {400, 401, 403, 404, 409, 413, 422, 429} <= set(named)
@@ -41,7 +41,7 @@ def test_a_status_that_the_table_names_stands_in_the_row_of_its_reason_alone() -
 @pytest.mark.parametrize(
     ("page", "block"), CONFIGURATIONS, ids=[f"{page}: {block.heading}" for page, block in CONFIGURATIONS]
 )
-def test_every_configuration_on_a_page_can_be_loaded(tmp_path: Path, page: str, block: Block) -> None:
+def test_every_configuration_in_the_docs_can_be_loaded(tmp_path: Path, page: str, block: Block) -> None:
     path = tmp_path / "backupd.toml"
     path.write_text(block.text if "[drop." in block.text else A_DROP + block.text, encoding="utf-8")
 
@@ -51,5 +51,5 @@ def test_every_configuration_on_a_page_can_be_loaded(tmp_path: Path, page: str, 
     assert config.destination
 
 
-def test_the_page_about_destinations_shows_configurations() -> None:
+def test_the_destinations_page_has_configurations() -> None:
     assert len([page for page, _ in CONFIGURATIONS if page == "destinations.md"]) >= 15

@@ -1,3 +1,5 @@
+"""When a candidate is stable."""
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -6,16 +8,16 @@ from backupd.core.stability import StabilityTracker
 from tests.factories import a_fingerprint
 
 
-def test_a_file_is_stable_once_it_stayed_unchanged_for_long_enough() -> None:
+def test_a_file_is_stable_once_it_is_unchanged_for_stable_for() -> None:
     tracker = StabilityTracker(2.0)
-    looks = a_fingerprint()
-    assert not tracker.observe(b"a", looks, 10.0)
-    assert not tracker.observe(b"a", looks, 11.9)
-    assert tracker.observe(b"a", looks, 12.0)
+    fingerprint = a_fingerprint()
+    assert not tracker.observe(b"a", fingerprint, 10.0)
+    assert not tracker.observe(b"a", fingerprint, 11.9)
+    assert tracker.observe(b"a", fingerprint, 12.0)
     assert b"a" not in tracker
 
 
-def test_a_change_begins_the_wait_anew() -> None:
+def test_a_change_restarts_the_wait() -> None:
     tracker = StabilityTracker(2.0)
     tracker.observe(b"a", a_fingerprint(inode=1, size=3), 10.0)
     grown = a_fingerprint(inode=1, size=4)
@@ -24,7 +26,7 @@ def test_a_change_begins_the_wait_anew() -> None:
     assert tracker.observe(b"a", grown, 14.0)
 
 
-def test_a_rewrite_that_puts_size_and_time_back_begins_the_wait_anew() -> None:
+def test_a_rewrite_that_restores_size_and_time_restarts_the_wait() -> None:
     tracker = StabilityTracker(2.0)
     tracker.observe(b"a", a_fingerprint(inode=1, ctime_ns=1), 10.0)
     assert not tracker.observe(b"a", a_fingerprint(inode=1, ctime_ns=2), 12.0)
@@ -38,27 +40,27 @@ def test_without_a_delay_a_file_is_stable_at_once() -> None:
 
 def test_a_held_file_waits_even_without_a_delay() -> None:
     tracker = StabilityTracker(0.0)
-    looks = a_fingerprint()
-    tracker.hold(b"a", looks, 10.0)
-    assert not tracker.observe(b"a", looks, 10.4)
+    fingerprint = a_fingerprint()
+    tracker.hold(b"a", fingerprint, 10.0)
+    assert not tracker.observe(b"a", fingerprint, 10.4)
     assert tracker.next_due() == 10.5
-    assert tracker.observe(b"a", looks, 10.5)
+    assert tracker.observe(b"a", fingerprint, 10.5)
 
 
-def test_a_held_file_waits_for_the_delay_where_that_is_longer() -> None:
+def test_a_held_file_waits_for_the_delay_if_that_is_longer() -> None:
     tracker = StabilityTracker(3.0)
     tracker.hold(b"a", a_fingerprint(), 10.0)
     assert tracker.next_due() == 13.0
 
 
-def test_a_held_file_that_changes_begins_the_wait_anew() -> None:
+def test_a_held_file_that_changes_restarts_the_wait() -> None:
     tracker = StabilityTracker(2.0)
     tracker.hold(b"a", a_fingerprint(), 10.0)
     assert not tracker.observe(b"a", a_fingerprint(), 12.0)
     assert tracker.next_due() == 14.0
 
 
-def test_a_held_file_does_not_keep_back_one_that_is_ready_before_it() -> None:
+def test_a_held_file_does_not_delay_one_that_is_due_earlier() -> None:
     tracker = StabilityTracker(0.1)
     tracker.hold(b"held", a_fingerprint(), 10.0)
     tracker.observe(b"other", a_fingerprint(), 10.0)
@@ -66,7 +68,7 @@ def test_a_held_file_does_not_keep_back_one_that_is_ready_before_it() -> None:
     assert tracker.next_due() == 10.1
 
 
-def test_what_is_forgotten_is_no_longer_due() -> None:
+def test_a_forgotten_file_is_no_longer_due() -> None:
     tracker = StabilityTracker(2.0)
     tracker.observe(b"a", a_fingerprint(), 10.0)
     tracker.hold(b"b", a_fingerprint(), 10.0)
@@ -78,38 +80,41 @@ def test_what_is_forgotten_is_no_longer_due() -> None:
 
 
 FILES = st.sampled_from([b"a", b"b", b"c", b"d"])
-LOOKS = st.sampled_from([a_fingerprint(inode=1, size=size) for size in (1, 2)])
+FINGERPRINTS = st.sampled_from([a_fingerprint(inode=1, size=size) for size in (1, 2)])
 STEPS = st.tuples(
-    st.sampled_from(["look", "hold", "forget"]), FILES, LOOKS, st.sampled_from([0.0, 0.05, 0.3, 1.0])
+    st.sampled_from(["observe", "hold", "forget"]),
+    FILES,
+    FINGERPRINTS,
+    st.sampled_from([0.0, 0.05, 0.3, 1.0]),
 )
 
 
 @given(st.sampled_from([0.0, 0.1, 0.5, 2.0]), st.lists(STEPS, max_size=40))
-def test_due_are_all_whose_time_has_come_and_no_others(
+def test_exactly_the_files_past_their_time_are_due(
     stable_for: float, steps: list[tuple[str, bytes, Fingerprint, float]]
 ) -> None:
     tracker = StabilityTracker(stable_for)
     expected: dict[bytes, tuple[Fingerprint, float]] = {}
     now = 100.0
-    for action, relpath, looks, pause in steps:
+    for action, relpath, fingerprint, pause in steps:
         now += pause
         if action == "hold":
-            tracker.hold(relpath, looks, now)
-            expected[relpath] = (looks, now + max(stable_for, 0.5))
+            tracker.hold(relpath, fingerprint, now)
+            expected[relpath] = (fingerprint, now + max(stable_for, 0.5))
         elif action == "forget":
             tracker.forget(relpath)
             expected.pop(relpath, None)
         else:
             known = expected.get(relpath)
-            unchanged = known is not None and known[0] == looks
+            unchanged = known is not None and known[0] == fingerprint
             ready = (known is not None and unchanged and now >= known[1]) or (
                 not unchanged and stable_for <= 0
             )
-            assert tracker.observe(relpath, looks, now) == ready
+            assert tracker.observe(relpath, fingerprint, now) == ready
             if ready:
                 expected.pop(relpath, None)
             elif not unchanged:
-                expected[relpath] = (looks, now + stable_for)
+                expected[relpath] = (fingerprint, now + stable_for)
         assert set(tracker.due(now)) == {name for name, (_, due) in expected.items() if due <= now}
         assert tracker.next_due() == min((due for _, due in expected.values()), default=None)
         assert len(tracker) == len(expected)

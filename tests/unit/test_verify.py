@@ -1,3 +1,5 @@
+"""Verification of a receipt."""
+
 import base64
 
 import pytest
@@ -16,7 +18,7 @@ OTHER = a_digest(b"abd")
 SPECIAL = Digest("sha256", ("fb" * 32))  # base64 of it has + and /
 
 
-def judged(receipt: Receipt, expected: ReceiptExpectation = ReceiptExpectation()) -> Outcome:  # noqa: B008 -- frozen
+def verified(receipt: Receipt, expected: ReceiptExpectation = ReceiptExpectation()) -> Outcome:  # noqa: B008 -- frozen
     return verify_receipt(SENT, 3, receipt, expected)
 
 
@@ -25,39 +27,39 @@ def reason(outcome: Outcome) -> Reason:
     return outcome.reason
 
 
-def test_a_receipt_with_the_digest_and_size_sent_is_a_delivery() -> None:
+def test_a_receipt_with_the_digest_and_size_that_were_sent_is_a_delivery() -> None:
     receipt = Receipt(201, SENT.hex, 3)
-    assert judged(receipt) == Delivered(SENT, receipt, verified=True)
+    assert verified(receipt) == Delivered(SENT, receipt, verified=True)
 
 
 def test_a_receipt_need_not_state_the_size() -> None:
-    assert isinstance(judged(Receipt(200, SENT.hex)), Delivered)
+    assert isinstance(verified(Receipt(200, SENT.hex)), Delivered)
 
 
 def test_another_digest_is_no_delivery() -> None:
-    outcome = judged(Receipt(200, OTHER.hex, 3))
+    outcome = verified(Receipt(200, OTHER.hex, 3))
     assert reason(outcome) is Reason.MISMATCH
     assert isinstance(outcome, Deferred)
     assert outcome.http_status == 200
     assert OTHER.hex in outcome.error
 
 
-def test_another_size_is_no_delivery_even_where_no_digest_is_asked_for() -> None:
+def test_another_size_is_no_delivery_even_if_no_digest_is_required() -> None:
     for expected in (ReceiptExpectation(), ReceiptExpectation(required=False)):
-        assert reason(judged(Receipt(201, SENT.hex, 4), expected)) is Reason.MISMATCH
+        assert reason(verified(Receipt(201, SENT.hex, 4), expected)) is Reason.MISMATCH
 
 
-def test_an_answer_without_a_digest_is_no_delivery() -> None:
-    assert reason(judged(Receipt(204))) is Reason.UNVERIFIED
+def test_a_response_without_a_digest_is_no_delivery() -> None:
+    assert reason(verified(Receipt(204))) is Reason.UNVERIFIED
 
 
-def test_where_the_configuration_asks_for_no_receipt_the_delivery_is_not_verified() -> None:
+def test_without_a_required_receipt_the_delivery_is_not_verified() -> None:
     receipt = Receipt(204)
-    assert judged(receipt, ReceiptExpectation(required=False)) == Delivered(SENT, receipt, verified=False)
+    assert verified(receipt, ReceiptExpectation(required=False)) == Delivered(SENT, receipt, verified=False)
 
 
-def test_a_long_lie_is_cut_in_the_error() -> None:
-    outcome = judged(Receipt(200, "\n" * 10_000))
+def test_a_long_wrong_digest_is_cut_in_the_error() -> None:
+    outcome = verified(Receipt(200, "\n" * 10_000))
     assert isinstance(outcome, Deferred)
     assert len(outcome.error) < 1000
     assert outcome.error.isprintable()
@@ -82,7 +84,7 @@ def test_a_long_lie_is_cut_in_the_error() -> None:
         (f"md5=:kAFQmDzST7DWlj99KOF/cg==:, sha-256=:{B64}:", ReceiptExpectation()),
     ],
 )
-def test_the_digest_is_known_in_each_of_its_spellings(stated: str, expected: ReceiptExpectation) -> None:
+def test_each_spelling_of_the_digest_matches(stated: str, expected: ReceiptExpectation) -> None:
     assert matches(SENT, stated, expected)
 
 
@@ -104,11 +106,11 @@ def test_the_digest_is_known_in_each_of_its_spellings(stated: str, expected: Rec
         (f"sha-256=:{base64.b64encode(bytes(32)).decode()}:", ReceiptExpectation()),
     ],
 )
-def test_anything_else_is_not_the_digest(stated: str, expected: ReceiptExpectation) -> None:
+def test_other_values_do_not_match(stated: str, expected: ReceiptExpectation) -> None:
     assert not matches(SENT, stated, expected)
 
 
-def test_the_two_alphabets_of_base64_are_told_apart() -> None:
+def test_the_two_alphabets_of_base64_are_distinguished() -> None:
     raw = bytes.fromhex(SPECIAL.hex)
     standard, url_safe = base64.b64encode(raw).decode(), base64.urlsafe_b64encode(raw).decode()
     assert matches(SPECIAL, standard, ReceiptExpectation(encoding="base64"))
@@ -117,7 +119,7 @@ def test_the_two_alphabets_of_base64_are_told_apart() -> None:
 
 
 @given(st.text(), st.sampled_from(["hex", "base64", "base64url"]), st.sampled_from([0, 8, 16]))
-def test_no_text_that_does_not_hold_the_digest_passes(stated: str, encoding: str, prefix: int) -> None:
+def test_no_text_without_the_digest_matches(stated: str, encoding: str, prefix: int) -> None:
     assert not matches(SENT, stated, ReceiptExpectation(encoding=encoding, prefix=prefix))
 
 
@@ -139,6 +141,6 @@ def test_every_digest_matches_itself_and_no_other(content: bytes, algorithm: str
     assert not matches(sent, stated(other), ReceiptExpectation(encoding=encoding))
 
 
-def test_a_quoted_digest_as_in_an_etag_is_read_without_its_quotes() -> None:
+def test_a_digest_in_quotes_as_in_an_etag_matches() -> None:
     digest = Digest("md5", "9e107d9d372bb6826bd81d3542a419d6")
     assert matches(digest, '"9e107d9d372bb6826bd81d3542a419d6"', ReceiptExpectation())

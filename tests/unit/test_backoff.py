@@ -1,3 +1,5 @@
+"""Backoff with jitter, and the Retry-After field."""
+
 from datetime import UTC, datetime, timedelta, timezone
 from email.utils import format_datetime
 
@@ -31,13 +33,13 @@ def test_the_step_doubles_until_it_is_the_longest() -> None:
     assert waits == pytest.approx([1, 1, 2, 4, 8, 9, 9])
 
 
-def test_chance_spreads_the_waits() -> None:
+def test_the_random_number_spreads_the_waits() -> None:
     backoff = Backoff(10 * SECOND, timedelta(hours=1))
     assert backoff.before(1, 0.0) == SECOND
     assert backoff.before(1, 0.5) == 5.5 * SECOND
 
 
-def test_hundred_years_and_ever_more_failures_overflow_nothing() -> None:
+def test_a_hundred_years_and_a_billion_failures_do_not_overflow() -> None:
     century = timedelta(days=36500)
     assert Backoff(century, century).before(10**9, 0.0) == century / 10
 
@@ -59,14 +61,14 @@ def test_hundred_years_and_ever_more_failures_overflow_nothing() -> None:
         ("Wed, 04 Mar 2026 06:06:37 +0100", 29.109877),
     ],
 )
-def test_seconds_and_dates_are_understood(text: str, seconds: float) -> None:
+def test_retry_after_is_a_number_of_seconds_or_a_date(text: str, seconds: float) -> None:
     assert parse_retry_after(text, NOW) == timedelta(seconds=seconds)
 
 
 @pytest.mark.parametrize(
     "text", ["", "soon", "-1", "1.5", "٣", "²", "Wed, 04 Mar", "1h", "Mon, 99 Foo 2026 1:1:1"]
 )
-def test_what_is_malformed_asks_for_nothing(text: str) -> None:
+def test_a_malformed_retry_after_is_ignored(text: str) -> None:
     assert parse_retry_after(text, NOW) is None
 
 
@@ -84,6 +86,6 @@ def test_what_is_malformed_asks_for_nothing(text: str) -> None:
     ),
     st.datetimes(timezones=st.sampled_from([UTC, timezone(timedelta(hours=14))])),
 )
-def test_no_text_makes_a_wait_that_is_negative_or_longer_than_an_hour(text: str, now: datetime) -> None:
+def test_no_retry_after_is_negative_or_longer_than_an_hour(text: str, now: datetime) -> None:
     wait = parse_retry_after(text, now)
     assert wait is None or timedelta(0) <= wait <= MAX_RETRY_AFTER == timedelta(hours=1)

@@ -1,3 +1,5 @@
+"""Texts with placeholders."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,11 +21,11 @@ def test_only_values_are_escaped() -> None:
     ) == ("a b/c%20d")
 
 
-def test_a_value_is_put_in_as_it_is() -> None:
+def test_a_value_is_inserted_as_it_is() -> None:
     assert TextTemplate.parse("{name}").render({"name": "{drop}"}) == "{drop}"
 
 
-def test_a_name_without_a_value_is_an_error() -> None:
+def test_a_placeholder_without_a_value_is_an_error() -> None:
     with pytest.raises(KeyError):
         TextTemplate.parse("{name}").render({})
 
@@ -45,7 +47,7 @@ def test_doubled_braces_are_single_ones(text: str, rendered: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("{", 'unmatched "{" at character 1; write "{{" and "}}" for braces'),
         ("a}", 'unmatched "}" at character 2'),
@@ -60,10 +62,10 @@ def test_doubled_braces_are_single_ones(text: str, rendered: str) -> None:
         ("{0}", "expected a plain name"),
     ],
 )
-def test_anything_but_a_plain_name_in_braces_is_refused(text: str, said: str) -> None:
+def test_anything_but_a_plain_name_in_braces_is_refused(text: str, message: str) -> None:
     with pytest.raises(TemplateError) as refusal:
         TextTemplate.parse(text)
-    assert str(refusal.value).startswith(said)
+    assert str(refusal.value).startswith(message)
 
 
 @given(st.text())
@@ -74,12 +76,12 @@ def test_any_text_can_be_written_with_doubled_braces(text: str) -> None:
 
 
 @given(NAMES, st.text(), st.text(alphabet="ab /"))
-def test_what_is_rendered_holds_the_value(name: str, value: str, around: str) -> None:
+def test_a_rendered_text_contains_the_value(name: str, value: str, around: str) -> None:
     assert TextTemplate.parse(f"{around}{{{name}}}{around}").render({name: value}) == around + value + around
 
 
 @given(st.text(alphabet="{}ab. "))
-def test_no_text_does_more_than_parse_or_be_refused(text: str) -> None:
+def test_every_text_is_parsed_or_refused(text: str) -> None:
     try:
         template = TextTemplate.parse(text)
     except TemplateError:

@@ -1,3 +1,5 @@
+"""The state of a delivery after an attempt, and of an archive after its deliveries."""
+
 from datetime import timedelta
 
 import pytest
@@ -33,13 +35,13 @@ LATER = [
         (superseded(), DeliveryState.SUPERSEDED),
     ],
 )
-def test_an_end_is_an_end(outcome: Outcome, state: DeliveryState) -> None:
+def test_a_final_outcome_sets_the_final_state(outcome: Outcome, state: DeliveryState) -> None:
     step = next_step(a_delivery(), outcome, NOW, patience(), 0.5)
     assert (step.state, step.outcome, step.due_at) == (state, outcome, None)
 
 
 @pytest.mark.parametrize("reason", LATER)
-def test_what_is_deferred_is_tried_again_later_and_charged_to_whose_fault_it_was(reason: Reason) -> None:
+def test_a_deferred_delivery_is_retried_and_counts_against_the_party_to_blame(reason: Reason) -> None:
     step = next_step(a_delivery(charged=2, faults=3), deferred(reason), NOW, patience(), 0.5)
     assert step.state is DeliveryState.PENDING
     assert step.due_at is not None
@@ -49,34 +51,34 @@ def test_what_is_deferred_is_tried_again_later_and_charged_to_whose_fault_it_was
     assert step.destination_failures == (4 if rule.action is Action.PAUSE else 0)
 
 
-def test_a_fault_of_the_destination_uses_up_nothing_of_the_archive() -> None:
+def test_a_failure_of_the_destination_does_not_count_against_the_archive() -> None:
     assert next_step(a_delivery(), deferred(Reason.CONNECT), NOW, patience(), 0.5).archive_failures == 0
 
 
-def test_each_failure_makes_the_wait_longer_up_to_a_bound() -> None:
+def test_each_failure_lengthens_the_wait_up_to_the_longest() -> None:
     waits = []
-    for faults in range(20):
-        step = next_step(a_delivery(faults=faults), deferred(), NOW, patience(longest=60 * SECOND), 0.5)
+    for failures in range(20):
+        step = next_step(a_delivery(faults=failures), deferred(), NOW, patience(longest=60 * SECOND), 0.5)
         assert step.due_at is not None
         waits.append(step.due_at - NOW)
     assert waits == sorted(waits)
     assert waits[-1] <= 60 * SECOND
 
 
-def test_a_longer_retry_after_is_kept() -> None:
-    asked = timedelta(minutes=40)
-    step = next_step(a_delivery(), deferred(Reason.RATE_LIMITED, retry_after=asked), NOW, patience(), 0.5)
-    assert step.due_at == NOW + asked
+def test_a_longer_retry_after_is_honoured() -> None:
+    wait = timedelta(minutes=40)
+    step = next_step(a_delivery(), deferred(Reason.RATE_LIMITED, retry_after=wait), NOW, patience(), 0.5)
+    assert step.due_at == NOW + wait
 
 
 def test_a_shorter_retry_after_does_not_shorten_the_wait() -> None:
-    asked = deferred(Reason.RATE_LIMITED, retry_after=timedelta(0))
-    with_it = next_step(a_delivery(), asked, NOW, patience(), 0.5)
+    outcome = deferred(Reason.RATE_LIMITED, retry_after=timedelta(0))
+    with_it = next_step(a_delivery(), outcome, NOW, patience(), 0.5)
     without = next_step(a_delivery(), deferred(Reason.RATE_LIMITED), NOW, patience(), 0.5)
     assert with_it.due_at == without.due_at
 
 
-def test_a_stop_costs_nothing() -> None:
+def test_a_stop_of_the_daemon_counts_as_no_failure() -> None:
     delivery = a_delivery(charged=2, faults=3)
     step = next_step(delivery, deferred(Reason.STOPPED), NOW, patience(), 0.5)
     assert (step.state, step.due_at, step.archive_failures, step.destination_failures) == (
@@ -87,7 +89,7 @@ def test_a_stop_costs_nothing() -> None:
     )
 
 
-def test_it_is_given_up_only_after_the_time_for_that() -> None:
+def test_a_delivery_is_given_up_only_after_give_up_after() -> None:
     delivery = a_delivery(an_archive(admitted_at=NOW - timedelta(hours=2)))
     held = next_step(delivery, deferred(), NOW, patience(give_up_after=timedelta(hours=2)), 0.5)
     assert held.state is DeliveryState.PENDING
@@ -98,7 +100,7 @@ def test_it_is_given_up_only_after_the_time_for_that() -> None:
     assert "did not work" in step.outcome.error
 
 
-def test_without_a_limit_it_is_never_given_up() -> None:
+def test_without_give_up_after_a_delivery_is_never_given_up() -> None:
     delivery = a_delivery(an_archive(admitted_at=NOW - timedelta(days=3650)))
     assert next_step(delivery, deferred(), NOW, patience(), 0.5).state is DeliveryState.PENDING
 
@@ -117,12 +119,12 @@ def test_without_a_limit_it_is_never_given_up() -> None:
         ("", "pending"),
     ],
 )
-def test_an_archive_is_what_its_deliveries_make_of_it(states: str, state: str) -> None:
+def test_the_state_of_an_archive_follows_from_its_deliveries(states: str, state: str) -> None:
     assert archive_state([DeliveryState(one) for one in states.split()]) is DeliveryState(state)
 
 
 @given(st.lists(st.sampled_from(DeliveryState)))
-def test_an_archive_is_delivered_only_where_every_delivery_was(states: list[DeliveryState]) -> None:
+def test_an_archive_is_delivered_only_if_every_delivery_is(states: list[DeliveryState]) -> None:
     state = archive_state(states)
     assert (state is DeliveryState.DELIVERED) == (set(states) == {DeliveryState.DELIVERED})
     assert (state in ENDED) == (bool(states) and set(states) <= set(ENDED))

@@ -1,4 +1,4 @@
-"""Which sent archives are kept."""
+"""The retention policy: which sent archives are removed, and how the keys for it are written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DAY = timedelta(days=1)
 
 
 @pytest.mark.parametrize(
-    ("order", "age", "newer", "verdict"),
+    ("policy", "age", "newer", "reason"),
     [
         (RetentionPolicy(), 1000 * DAY, 1000, None),
         (RetentionPolicy(keep_for=90 * DAY), 90 * DAY, 0, None),
@@ -29,11 +29,11 @@ DAY = timedelta(days=1)
         (RetentionPolicy(min_free=MinFree(1)), 1000 * DAY, 1000, None),
     ],
 )
-def test_an_archive_goes_when_it_is_old_and_not_among_the_last(
-    order: RetentionPolicy, age: timedelta, newer: int, verdict: Expiry | None
+def test_an_archive_is_removed_if_it_is_old_and_not_among_the_latest(
+    policy: RetentionPolicy, age: timedelta, newer: int, reason: Expiry | None
 ) -> None:
-    assert order.expiry_reason(age, newer) is verdict
-    assert order.expires is (order.keep_for is not None or order.keep_last is not None)
+    assert policy.expiry_reason(age, newer) is reason
+    assert policy.expires is (policy.keep_for is not None or policy.keep_last is not None)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,9 @@ def test_an_archive_goes_when_it_is_old_and_not_among_the_last(
         ("site/(?P<device>x*).*", b"folder sent/site"),
     ],
 )
-def test_a_series_is_a_device_s_or_else_a_folder_s(pattern: str | None, series: bytes) -> None:
+def test_an_archive_is_in_the_series_of_its_device_or_else_of_its_folder(
+    pattern: str | None, series: bytes
+) -> None:
     compiled = re.compile(pattern) if pattern else None
     assert series_of(b"site/r1-0304.cfg", b"sent/site/r1-0304.cfg", compiled) == series
 
@@ -64,11 +66,13 @@ def test_a_series_is_a_device_s_or_else_a_folder_s(pattern: str | None, series: 
         (3, [0, 0, 3, 1], 3),
     ],
 )
-def test_no_more_goes_than_makes_up_for_the_shortage(shortage: int, sizes: list[int], wanted: int) -> None:
+def test_only_as_many_files_are_removed_as_the_shortage_needs(
+    shortage: int, sizes: list[int], wanted: int
+) -> None:
     assert smallest_prefix(shortage, sizes) == wanted
 
 
-def test_a_share_is_of_the_whole_filesystem() -> None:
+def test_a_percentage_is_that_of_the_whole_filesystem() -> None:
     assert MinFree(percent=5).of(1000) == 50
     assert MinFree(size=70).of(1000) == 70
 
@@ -81,20 +85,20 @@ def test_a_share_is_of_the_whole_filesystem() -> None:
         ("2GiB", MinFree(2 * 1024**3), "2GiB"),
     ],
 )
-def test_room_is_a_size_or_a_percentage(text: str, space: MinFree, written: str) -> None:
+def test_min_free_is_a_size_or_a_percentage(text: str, space: MinFree, written: str) -> None:
     adapter = TypeAdapter[MinFree](FreeSpace)
     assert adapter.validate_python(text) == space
     assert adapter.dump_python(space, mode="json") == written
 
 
 @pytest.mark.parametrize("text", ["", "5", "100%", "-1%", "5 %", "0%", "0B", "much", 5, True])
-def test_other_texts_are_no_room(text: object) -> None:
+def test_min_free_refuses_other_values(text: object) -> None:
     with pytest.raises(ValidationError):
         TypeAdapter[MinFree](FreeSpace).validate_python(text)
 
 
 @pytest.mark.parametrize("key", ['keep_sent_for = "1d"', "keep_sent_last = 1"])
-def test_only_what_is_moved_can_be_kept_for_a_time(key: str) -> None:
+def test_retention_keys_need_on_delivered_move(key: str) -> None:
     assert read(a_file(f"{key}\nmin_free = '1%'")).drop["switches"]
     [finding] = told(a_file(f'on_delivered = "delete"\n{key}'))
     assert 'expected on_delivered "move"' in finding

@@ -1,4 +1,4 @@
-"""Following a tar: what its rarer headers say of the data behind them."""
+"""Following the structure of a tar, with its rarer headers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def a_header(kind: bytes = b"0", size: bytes = b"00000000000", *, sparse: bool =
 
 
 def walked(content: bytes, step: int = 100) -> TarWalk:
-    """Return a walk that was fed a content in pieces, to its end."""
+    """Return the walk of a tar that was fed in pieces of `step` bytes."""
     walk = TarWalk()
     for at in range(0, len(content), step):
         walk.feed(content[at : at + step])
@@ -33,18 +33,18 @@ DATA = bytes(range(1, 201)) + bytes(BLOCK - 200)
 
 
 @pytest.mark.parametrize("size", [b"-0000001130", b"+0000001130", b"0_000001130"])
-def test_a_size_with_a_sign_is_no_size(size: bytes) -> None:
-    with pytest.raises(TarError):  # and no walk backwards without an end
+def test_a_size_with_a_sign_is_not_valid(size: bytes) -> None:
+    with pytest.raises(TarError):  # a negative size would loop indefinitely
         walked(a_header(size=size) + END)
 
 
 @pytest.mark.parametrize("step", [1, 100, 511, 512, 513, 1 << 20])
-def test_members_are_counted_however_the_bytes_come(step: int) -> None:
+def test_members_are_counted_whatever_the_size_of_the_pieces(step: int) -> None:
     content = a_header(size=b"%011o" % 200) + DATA + a_header(b"5") + END
     assert walked(content, step).members == 2
 
 
-SOUND = {
+VALID = {
     "a size in base 256": a_header(size=b"\x80" + (200).to_bytes(11, "big")) + DATA,
     "a size without digits": a_header(size=b""),
     "a sparse file with two more blocks of its map": (
@@ -63,15 +63,15 @@ SOUND = {
 }
 
 
-@pytest.mark.parametrize("content", SOUND.values(), ids=SOUND)
-def test_what_stands_behind_a_header_is_no_other_header(content: bytes) -> None:
+@pytest.mark.parametrize("content", VALID.values(), ids=VALID)
+def test_data_after_a_header_is_not_read_as_a_header(content: bytes) -> None:
     assert walked(content + END).members in (1, 2)
     assert walked(content + END + b"whatever").ended
 
 
-UNSOUND = {
-    "a size that is no number": (a_header(size=b"no number  ") + END, False),
-    "a pax record of more than there is": (a_header(b"x", b"%011o" % (2 << 20)) + DATA, True),
+INVALID = {
+    "a size that is not a number": (a_header(size=b"no number  ") + END, False),
+    "a pax record that ends too early": (a_header(b"x", b"%011o" % (2 << 20)) + DATA, True),
     "no header where one should be": (a_header() + DATA + END, False),
     "a header that was changed": (b"x" + a_header()[1:] + END, False),
     "no end": (a_header(), True),
@@ -80,14 +80,14 @@ UNSOUND = {
 }
 
 
-@pytest.mark.parametrize(("content", "cut"), UNSOUND.values(), ids=UNSOUND)
-def test_what_is_no_sound_tar_is_told_from_what_was_cut(content: bytes, cut: bool) -> None:
-    with pytest.raises(TarError) as told:
+@pytest.mark.parametrize(("content", "truncated"), INVALID.values(), ids=INVALID)
+def test_an_invalid_tar_is_distinguished_from_a_truncated_one(content: bytes, truncated: bool) -> None:
+    with pytest.raises(TarError) as refusal:
         walked(content)
-    assert told.value.truncated == cut
+    assert refusal.value.truncated == truncated
 
 
-def test_a_checksum_with_signs_counts_too() -> None:
+def test_a_checksum_of_signed_bytes_is_valid() -> None:
     block = bytearray(a_header())
     block[0] = 200
     block[148:156] = b" " * 8
@@ -96,5 +96,5 @@ def test_a_checksum_with_signs_counts_too() -> None:
 
 
 @pytest.mark.parametrize("block", [b"", bytes(BLOCK), b"x" * BLOCK, a_header()[:-1], DATA])
-def test_other_blocks_are_no_headers(block: bytes) -> None:
+def test_other_blocks_are_not_headers(block: bytes) -> None:
     assert not is_tar_header(block)
