@@ -1,7 +1,11 @@
-"""The command line: which commands there are."""
+"""The `backupd` program: its commands, and the exit codes of errors."""
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -19,26 +23,63 @@ from backupd.cli import (
     receive,
     retry,
     run,
+    show,
     status,
 )
-from backupd.cli import (
-    list as listing,
-)
+from backupd.cli import list as listing
+from backupd.core.errors import BackupdError
+from backupd.core.names import printable
+
+_OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
+"""Errors of the disk that standard output is redirected to; they are no bugs of backupd."""
 
 app = typer.Typer(
     name="backupd",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Delivers configuration backups from drop folders to HTTPS endpoints, verified.\n\n"
-    "Start with `backupd demo`, which shows an archive going through; then `backupd init` for a "
-    "configuration, `backupd check` to try it, and `backupd run`.",
+    help="Deliver configuration backups from drop folders to HTTPS endpoints, and verify each delivery.\n\n"
+    "First steps: `backupd demo` delivers two sample archives, `backupd init` prints a configuration, "
+    "`backupd check` tests it, and `backupd run` starts the daemon.",
     epilog="Exit codes: 0 done, 1 bug, 2 usage, 3 something was rejected, 69 a destination is unavailable, "
     "75 still pending, 78 configuration.",
 )
 
 
-def _version(wanted: bool) -> None:
+def main() -> None:
+    """Run the command line; print an error as text and exit with its exit code."""
+    _open_closed_descriptors()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # a file name may have characters that the locale's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app()
+    except BackupdError as error:
+        sys.stderr.write(_format_error(error))
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in _OUTPUT_ERRORS:
+            raise
+        sys.stderr.write(_format_error(error))
+        sys.exit(1)
+
+
+def _open_closed_descriptors() -> None:
+    """Open /dev/null in place of closed descriptors 0 to 2, or the next file to be opened gets the output."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    sys.stdout = sys.stdout or io.TextIOWrapper(io.FileIO(1, "w", closefd=False))
+    sys.stderr = sys.stderr or io.TextIOWrapper(io.FileIO(2, "w", closefd=False))
+
+
+def _format_error(error: BaseException) -> str:
+    """Return the lines for an error, in which control characters of file names are escaped."""
+    return "".join(printable(line) + "\n" for line in f"backupd: {error}".split("\n"))
+
+
+def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"backupd {__version__}")
         raise typer.Exit
@@ -47,7 +88,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     _version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     return
@@ -58,7 +99,7 @@ app.command("check")(check.check)
 app.command("push")(push.push)
 app.command("status")(status.status)
 app.command("list")(listing.list_deliveries)
-app.command("show")(listing.show)
+app.command("show")(show.show)
 app.command("audit")(audit.audit)
 app.command("retry")(retry.retry)
 app.command("forget")(forget.forget)

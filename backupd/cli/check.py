@@ -1,4 +1,4 @@
-"""`backupd check`: the configuration, the files it names, and a handshake with every destination."""
+"""`backupd check`: the configuration, the files it names, and a TLS handshake with every destination."""
 
 from __future__ import annotations
 
@@ -17,24 +17,30 @@ from backupd.config.models import DestinationConfig
 from backupd.config.problems import FileProblem
 from backupd.core.names import printable
 from backupd.core.units import human_duration
-from backupd.upload.http.probe import ProbeResult, probe_all
+from backupd.upload.base import ProbeResult
+from backupd.upload.registry import probe_all
+
+_MAX_WIDTH = 100
+"""Characters in a line about a destination; a server certificate may have hundreds of names."""
+
+_NAME_WIDTH = 21
 
 
 def check(
     config: ConfigPath = DEFAULT_CONFIG,
-    offline: Annotated[bool, typer.Option("--offline", help="Don't connect to the destinations.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Do not connect to the destinations.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check the configuration, folders, keys and certificates, and shake hands with every destination.
+    """Check the configuration, folders, keys and certificates, and the connection to every destination.
 
-    Nothing is uploaded. Ends with 78 for a configuration that can't work, 69 for a destination that
-    would not take an archive now.
+    Connecting includes the TLS handshake and the sign-in. Nothing is uploaded. Exits with 78 if the daemon
+    can't run with the configuration, 69 if a destination would not accept an archive now.
     """
     loaded = load(config)
     problems = file_problems(loaded, datetime.now(UTC))
     probes = [] if offline else probe_all(loaded.destination)
     if as_json:
-        print_json({"problems": problems, "destinations": [_plain(probe) for probe in probes]})
+        print_json({"problems": problems, "destinations": [_as_dict(probe) for probe in probes]})
     else:
         _print_problems(problems)
         for probe in probes:
@@ -45,9 +51,9 @@ def check(
         raise typer.Exit(UNAVAILABLE)
 
 
-def _plain(probe: ProbeResult) -> dict[str, object]:
+def _as_dict(probe: ProbeResult) -> dict[str, object]:
     fields = dataclasses.asdict(probe)
-    del fields["advice"]
+    del fields["advice"], fields["sign_in_scheme"]
     return {**fields, "hint": probe.hint}
 
 
@@ -59,41 +65,38 @@ def _print_problems(problems: list[FileProblem]) -> None:
 
 
 def _print_probe(probe: ProbeResult, destination: DestinationConfig) -> None:
-    where = f"destination.{probe.destination}: {destination.url.partition('?')[0]}"
+    where = f"destination.{probe.destination}: {destination.address}"
     if probe.reason is None:
-        typer.echo(f"ok: {where}: {probe.tls or 'no TLS'}, {probe.detail}, in {probe.took_s:.2f} s")
+        tls = f"{probe.tls or 'no TLS'}, " if probe.http_version else ""
+        typer.echo(f"ok: {where}: {tls}{probe.detail}, in {probe.took_s:.2f} s")
     else:
         typer.echo(f"failed: {where}: {printable(probe.detail)} ({probe.reason})")
         typer.echo(f"  hint: {probe.hint}")
-    for name, said in _facts(probe, destination):
-        line = f"  {name:{_NAME_WIDTH}}{printable(said)}"
-        typer.echo(line if len(line) <= _WIDTH else f"{line[: _WIDTH - 1]}…")
+    for name, value in _facts(probe):
+        line = f"  {name:{_NAME_WIDTH}}{printable(value)}"
+        typer.echo(line if len(line) <= _MAX_WIDTH else f"{line[: _MAX_WIDTH - 1]}…")
     if probe.clock_is_off:
         typer.echo("  hint: set the clock that is wrong; certificates and tokens depend on it")
 
 
-_WIDTH = 100
-_NAME_WIDTH = 21
-
-
-def _facts(probe: ProbeResult, destination: DestinationConfig) -> Iterator[tuple[str, str]]:
+def _facts(probe: ProbeResult) -> Iterator[tuple[str, str]]:
+    """Yield the name and value of each fact that the probe found."""
     if probe.http_version:
         yield "connection", " ".join(part for part in (probe.tls, probe.http_version) if part)
     if probe.server_days_left is not None:
         days = probe.server_days_left
         left = f"{days} days left" if days >= 0 else f"expired {-days} days ago"
-        yield "its certificate", f"{left}, for {', '.join(probe.server_names) or 'no name'}"
-        yield "issued by", probe.server_issuer or "nobody"
+        yield "server certificate", f"{left}, for {', '.join(probe.server_names) or 'no host name'}"
+        yield "issued by", probe.server_issuer or "an issuer without a name"
     if probe.certificate_required is not None:
-        yield "our certificate", "required" if probe.certificate_required else "not required"
+        yield "client certificate", "required" if probe.certificate_required else "not required"
     if probe.signed_in is not None:
-        scheme = destination.auth.type if destination.auth.type != "none" else "headers"
-        yield "sign-in", f"{scheme}: {'not refused' if probe.signed_in else 'refused'}"
+        yield "sign-in", f"{probe.sign_in_scheme}: {'not refused' if probe.signed_in else 'refused'}"
     if probe.clock_ahead_s is not None:
-        yield "its clock", _clock(probe.clock_ahead_s)
+        yield "server clock", _clock_difference(probe.clock_ahead_s)
 
 
-def _clock(ahead: float) -> str:
-    if abs(ahead) < 2:  # the field has whole seconds
-        return "as ours"
-    return f"{human_duration(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'} ours"
+def _clock_difference(ahead_s: float) -> str:
+    if abs(ahead_s) < 2:  # the Date header field has whole seconds
+        return "same as this host's"
+    return f"{human_duration(abs(ahead_s))} {'ahead of' if ahead_s > 0 else 'behind'} this host's"

@@ -1,4 +1,4 @@
-"""`backupd config`: the schema, and what is in force."""
+"""`backupd config`: the JSON Schema, and the effective configuration."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from backupd.cli.output import print_json
 from backupd.config.load import load
 from backupd.config.render import effective_toml, json_schema
 
-app = typer.Typer(no_args_is_help=True, help="Show the configuration's schema, or what is in force.")
+app = typer.Typer(
+    no_args_is_help=True, help="Print the JSON Schema of the configuration, or the effective configuration."
+)
 
 
 @app.command()
 def schema() -> None:
-    """Print the JSON Schema of the configuration, for editors that complete from one."""
+    """Print the JSON Schema of the configuration, for editors that complete and check by it."""
     print_json(json_schema())
 
 
 @app.command()
 def show(config: ConfigPath = DEFAULT_CONFIG) -> None:
-    """Print the configuration in force as TOML: defaults filled in, secrets left out."""
+    """Print the effective configuration as TOML, with the defaults filled in and the secrets left out."""
     sys.stdout.write(effective_toml(load(config)))

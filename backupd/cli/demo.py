@@ -1,4 +1,4 @@
-"""`backupd demo`: receiver, throw-away CA, drop folder and daemon in one; two archives go through."""
+"""`backupd demo`: deliver two archives from a drop folder to a receiver, all in one temporary folder."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ import typer
 from backupd.cli.receive import require_receiver
 from backupd.core.errors import BackupdError
 
-_PATIENCE = 120.0
-"""Seconds that the archives get to go through."""
+_TIMEOUT = 120.0
+"""Seconds for the start of the daemon, and again for the delivery of the archives."""
 
 _CONFIG = """\
 state_dir = "{base}/state"
@@ -41,35 +41,38 @@ key = "{pki}/client.key"
 
 
 class DemoError(BackupdError):
-    """The archives did not go through."""
+    """The archives were not delivered."""
 
     exit_code = 69
 
 
 def demo(
     keep: Annotated[
-        bool, typer.Option("--keep", help="Stay up for files of your own, until Ctrl-C; nothing is removed.")
+        bool, typer.Option("--keep", help="Keep running for files of your own, until Ctrl-C.")
     ] = False,
 ) -> None:
-    """Show an archive going through: receiver, throw-away CA, drop folder and daemon, all in one folder."""
+    """Deliver two sample archives, with a throw-away CA, a receiver, a drop folder and a daemon.
+
+    All files are in one new temporary folder, which is kept.
+    """
     require_receiver()
     try:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the daemon is stopped, too
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # run the `finally` that stops the daemon
         base = Path(tempfile.mkdtemp(prefix="backupd-demo-"))
         typer.echo(f"everything below is in {base}\n")
-        _play(base, keep=keep)
+        _run(base, keep=keep)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise DemoError(
             f"the demo can't run here: {where}{error.strerror or error}",
-            "it needs room and write permission in the temporary folder; $TMPDIR names another one",
+            "it needs space and write permission in the temporary folder; $TMPDIR sets another one",
         ) from error
     if not keep:
-        typer.echo("\nThe folder is left for you to look at; remove it when you like.")
+        typer.echo("\nThe folder is kept for inspection; remove it at any time.")
 
 
-def _play(base: Path, *, keep: bool) -> None:
-    from backupd.receiver.serve import RunningReceiver, ServerTls  # noqa: PLC0415
+def _run(base: Path, *, keep: bool) -> None:
+    from backupd.receiver.serve import RunningReceiver, ServerTls  # noqa: PLC0415 -- extra `receiver`
 
     pki = base / "pki"
     _make_certificates(pki)
@@ -84,9 +87,9 @@ def _play(base: Path, *, keep: bool) -> None:
         try:
             _drop_samples(base / "drop")
             _wait_for_receipts(base / "drop" / "sent", daemon)
-            _tell(base)
+            _print_deliveries(base)
             if keep:
-                _stay(base, daemon)
+                _wait_for_interrupt(base, daemon)
         finally:
             _stop(daemon)
 
@@ -96,7 +99,7 @@ def _log_format() -> str:
 
 
 def _make_certificates(folder: Path) -> None:
-    import trustme  # noqa: PLC0415
+    import trustme  # noqa: PLC0415 -- extra `receiver`
 
     folder.mkdir(mode=0o700)
     ca = trustme.CA()
@@ -112,13 +115,13 @@ def _make_certificates(folder: Path) -> None:
 
 
 def _start_daemon(config: Path) -> subprocess.Popen[str]:
-    """Start the daemon and show its log lines as they come; return once it is ready."""
+    """Start the daemon and print its log lines; return once it is ready."""
     command = [sys.executable, "-m", "backupd", "run", "--config", str(config)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("BACKUPD_")}
-    daemon = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)  # noqa: S603 -- ourselves
+    daemon = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)  # noqa: S603 -- this program
     ready = threading.Event()
 
-    def show() -> None:
+    def copy_log() -> None:
         for line in daemon.stdout or ():
             sys.stdout.write(line)
             sys.stdout.flush()
@@ -126,15 +129,15 @@ def _start_daemon(config: Path) -> subprocess.Popen[str]:
                 ready.set()
         ready.set()
 
-    threading.Thread(target=show, name="show", daemon=True).start()
-    if not ready.wait(_PATIENCE) or daemon.poll() is not None:
+    threading.Thread(target=copy_log, name="log", daemon=True).start()
+    if not ready.wait(_TIMEOUT) or daemon.poll() is not None:
         _stop(daemon)
-        raise DemoError("the daemon did not start", "its words are above")
+        raise DemoError("the daemon did not start", "see its log lines above")
     return daemon
 
 
 def _drop_samples(drop: Path) -> None:
-    """Write one archive in pieces, as a device does, and rename the other one in, as scp tools do."""
+    """Write two archives under temporary names and rename them, as many copy tools do."""
     for name, content in (
         ("core-switch-1.tar.gz", "hostname core-switch-1\nvlan 10\n name servers\n"),
         ("firewall-edge.tar.gz", "hostname firewall-edge\naccess-list 100 deny ip any any\n"),
@@ -150,26 +153,26 @@ def _drop_samples(drop: Path) -> None:
 
 
 def _wait_for_receipts(sent: Path, daemon: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _TIMEOUT
     while len(list(sent.glob("*.receipt.json"))) < 2:
-        if daemon.poll() is not None or time.monotonic() > until:
-            raise DemoError("the archives did not go through", "the log lines above say why")
+        if daemon.poll() is not None or time.monotonic() > deadline:
+            raise DemoError("the archives were not delivered", "see the log lines above")
         time.sleep(0.05)
 
 
-def _tell(base: Path) -> None:
+def _print_deliveries(base: Path) -> None:
     stored = {_sha256(path): path for path in (base / "stored").rglob("*") if path.is_file()}
     for receipt in sorted((base / "drop" / "sent").glob("*.receipt.json")):
-        record = json.loads(receipt.read_text("utf-8"))
-        digest = record["digest"].partition(":")[2]
+        fields = json.loads(receipt.read_text("utf-8"))
+        digest = fields["digest"].partition(":")[2]
         if digest not in stored:
-            raise DemoError(f"{record['archive']}: the receiver holds no file with the digest {digest}")
-        typer.echo(f"\n{record['archive']}")
-        typer.echo(f"  moved to   {receipt.parent / record['archive']}")
+            raise DemoError(f"{fields['archive']}: the receiver holds no file with the digest {digest}")
+        typer.echo(f"\n{fields['archive']}")
+        typer.echo(f"  moved to   {receipt.parent / fields['archive']}")
         typer.echo(f"  receipt    {receipt}")
         typer.echo(f"  stored as  {stored[digest]}")
         typer.echo(f"  sha256     {digest}  (receipt)")
-        typer.echo(f"  sha256     {_sha256(stored[digest])}  (of what the receiver stored: the same)")
+        typer.echo(f"  sha256     {_sha256(stored[digest])}  (stored file, identical)")
 
 
 def _sha256(path: Path) -> str:
@@ -177,8 +180,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _stay(base: Path, daemon: subprocess.Popen[str]) -> None:
-    typer.echo(f"\nDrop files into {base / 'drop'} and watch; Ctrl-C ends it.")
+def _wait_for_interrupt(base: Path, daemon: subprocess.Popen[str]) -> None:
+    typer.echo(f"\nDrop files into {base / 'drop'} to deliver them; Ctrl-C stops the demo.")
     try:
         daemon.wait()
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""`backupd forget`: no longer expect archives of a device that is gone."""
+"""`backupd forget`: stop expecting archives from a device."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import Annotated
 
 import typer
 
+from backupd.cli.history import open_history
 from backupd.cli.options import DEFAULT_CONFIG, ConfigPath
-from backupd.config.load import load
 from backupd.core.errors import UsageError
 from backupd.core.names import as_text, printable
-from backupd.ledger.sqlite.connection import open_for_reading
-from backupd.ledger.sqlite.queries import LedgerQueries
 
 
 def forget(
-    device: Annotated[str, typer.Argument(metavar="DEVICE", help="Its name, as `drop.overdue` tells it.")],
+    device: Annotated[
+        str, typer.Argument(metavar="DEVICE", help="Its name, as in `drop.overdue` in the log.")
+    ],
     drop: Annotated[
-        str, typer.Option(metavar="NAME", help="Forget it in this drop alone, not in every one.")
+        str, typer.Option(metavar="NAME", help="Forget it in this drop only; all drops by default.")
     ] = "",
     config: ConfigPath = DEFAULT_CONFIG,
 ) -> None:
-    """Forget a device that sends nothing any more; a running daemon heeds it at its next heartbeat.
+    """Forget a device that no longer sends archives; a running daemon applies this at its next heartbeat.
 
-    It is known again as soon as an archive of it comes.
+    The device is expected again once an archive of it arrives.
     """
-    loaded = load(config)
-    history = LedgerQueries(open_for_reading(loaded.state_dir))
-    device = as_text(os.fsencode(device))  # as the ledger has names that are no UTF-8
-    forgotten = history.forget_device(device, as_text(os.fsencode(drop)) or None, datetime.now(UTC))
+    _, history = open_history(config)
+    name = as_text(os.fsencode(device))  # the form in which the ledger stores a name that is not UTF-8
+    forgotten = history.forget_device(name, as_text(os.fsencode(drop)) or None, datetime.now(UTC))
     if not forgotten:
         raise UsageError(
-            f"no device is called {device!r}" + (f" in the drop {drop!r}" if drop else ""),
-            "names are as `drop.overdue` in the log tells them",
+            f"no device is called {name!r}" + (f" in the drop {drop!r}" if drop else ""),
+            "give the name as in `drop.overdue` in the log",
         )
-    for name, listed in forgotten:
-        typer.echo(f"{printable(device)} of {name}: {'its wait begins anew' if listed else 'forgotten'}")
-        if listed:
-            key = f"drop.{name}.expect.devices" if device else f"drop.{name}.expect"
-            typer.echo(f"  hint: it is expected by {key}; take it out there and reload the daemon")
+    for drop_name, is_listed in forgotten:
+        result = "its interval starts again" if is_listed else "forgotten"
+        typer.echo(f"{printable(name)} of {drop_name}: {result}")
+        if is_listed:
+            key = f"drop.{drop_name}.expect.devices" if name else f"drop.{drop_name}.expect"
+            typer.echo(f"  hint: {key} expects it; remove it there and reload the daemon")

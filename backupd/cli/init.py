@@ -1,4 +1,4 @@
-"""`backupd init`: a commented configuration."""
+"""`backupd init`: an example configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from backupd.core.errors import UsageError
 
 def init(
     file: Annotated[
-        Path | None, typer.Argument(help="Where to write it; standard output if left out. Never overwrites.")
+        Path | None,
+        typer.Argument(help="The file to write; standard output by default. An existing file is kept."),
     ] = None,
 ) -> None:
     """Print a complete, commented configuration, or write it to a file."""
@@ -26,8 +27,10 @@ def init(
     try:
         fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
     except OSError as error:
-        hint = "name another file; this one is left as it is" if isinstance(error, FileExistsError) else ""
-        raise UsageError(f"{file}: can't be made ({error.strerror})", hint) from error
+        hint = "give another file; an existing one is never overwritten"
+        raise UsageError(
+            f"{file}: can't be created ({error.strerror})", hint if isinstance(error, FileExistsError) else ""
+        ) from error
     with os.fdopen(fd, "w", encoding="utf-8") as stream:
         stream.write(text)
-    typer.echo(f"wrote {file}; edit it, then try `backupd check --config {file}`")
+    typer.echo(f"wrote {file}; edit it, then run `backupd check --config {file}`")

@@ -1,18 +1,24 @@
-"""Options that several commands have, and the exit codes they share."""
+"""Options and exit codes that several commands share, and the parsing of option values."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from backupd.config.load import DEFAULT_PATH
+from backupd.config.types import parse_duration
+from backupd.core.errors import UsageError
 
 REJECTED = 3
 UNAVAILABLE = 69
 PENDING = 75
 BAD_CONFIG = 78
+
+DEFAULT_CONFIG = DEFAULT_PATH
 
 ConfigPath = Annotated[
     Path,
@@ -22,9 +28,42 @@ ConfigPath = Annotated[
         envvar="BACKUPD_CONFIG",
         help="The configuration file.",
         show_default=True,
-        readable=False,  # loading it says more
+        readable=False,  # loading reports an unreadable file with a hint
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+DropName = Annotated[str, typer.Option("--drop", metavar="NAME", help="Only archives of this drop.")]
+Since = Annotated[
+    str,
+    typer.Option("--since", metavar="TIME", help='Only archives since then: "7d" ago, or a date and time.'),
+]
 
-DEFAULT_CONFIG = DEFAULT_PATH
+
+def parse_time(option: str, text: str, now: datetime) -> datetime | None:
+    """Return the UTC time that an option gives, as a duration before `now` or in ISO 8601; None if empty.
+
+    A date or time without a zone is local. Raises UsageError for other text.
+    """
+    if not text:
+        return None
+    try:
+        return now - parse_duration(text)
+    except ValueError:
+        pass
+    try:
+        return datetime.fromisoformat(text).astimezone(UTC)
+    except (ValueError, OverflowError) as error:
+        raise UsageError(
+            f"{option}: expected a time, got {text!r}",
+            'write "7d" for seven days ago, or "2026-03-01T06:00"',
+        ) from error
+
+
+def configured_name(option: str, name: str, names: Sequence[str]) -> str | None:
+    """Return the drop or destination that an option names; None if empty.
+
+    Raises UsageError if the configuration has none of that name.
+    """
+    if name and name not in names:
+        raise UsageError(f"{option}: there is no {name!r}", f"there are: {', '.join(names)}")
+    return name or None

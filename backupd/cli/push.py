@@ -1,4 +1,4 @@
-"""`backupd push`: deliver files now, with a progress bar."""
+"""`backupd push`: deliver files now, beside the daemon, and show the progress."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ import socket
 import stat
 import threading
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -26,24 +24,23 @@ from rich.progress import (
 )
 
 from backupd.cli.options import DEFAULT_CONFIG, PENDING, REJECTED, UNAVAILABLE, AsJson, ConfigPath
-from backupd.cli.output import print_json
+from backupd.cli.output import print_json, progress_bar
 from backupd.config.load import load
 from backupd.config.models import Config
 from backupd.core.errors import UsageError
 from backupd.core.model import Archive, Deferred, Delivered, Outcome, Rejected, Superseded, fingerprint_of
 from backupd.core.names import as_text, printable, template_values
 from backupd.core.policy import Reason, rule_of
-from backupd.daemon.assembly import make_uploader
 from backupd.delivery.worker import short_attempts
 from backupd.dropfolder.folder import DropFolder
-from backupd.upload.base import UploadJob
-from backupd.upload.http.limits import Abort
-
-PushProgress = Callable[[int], None]
+from backupd.upload.base import OnProgress, UploadJob
+from backupd.upload.registry import make_uploader
 
 
 @dataclass(frozen=True, slots=True)
-class _Pushed:
+class PushResult:
+    """The result of pushing a file to a destination; `outcome` is an outcome's class name in lower case."""
+
     file: str
     destination: str
     outcome: str
@@ -57,30 +54,32 @@ class _Pushed:
 def push(
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE…", help="Files to deliver; they stay where they are.", readable=False),
+        typer.Argument(
+            metavar="FILE…", help="The files to deliver; they are not moved or removed.", readable=False
+        ),
     ],
     to: Annotated[
-        list[str] | None, typer.Option("--to", help="A destination; every one if left out.")
+        list[str] | None, typer.Option("--to", metavar="NAME", help="Only to this destination.")
     ] = None,
     config: ConfigPath = DEFAULT_CONFIG,
     as_json: AsJson = False,
 ) -> None:
     """Deliver files now, beside the daemon, and verify the receipts.
 
-    Ends with 0 if every destination has every file, 3 if one was rejected, 69 if a destination is
-    unavailable, 75 if a file changed or could not be read meanwhile. Nothing is recorded in the ledger.
+    Exits with 0 if every destination has every file, 3 if one was rejected, 69 if a destination is
+    unavailable, 75 if a file changed or could not be read meanwhile. The ledger has no record of it.
     """
     loaded = load(config)
     unknown = [name for name in to or () if name not in loaded.destination]
     if unknown:
         raise UsageError(f"no destination named {unknown[0]}", f"there are: {', '.join(loaded.destination)}")
-    for file in files:  # before anything is sent
+    for file in files:  # all of them before the first upload
         _require_file(file)
     results = []
-    with _bars(quiet=as_json) as bar:
+    with _progress_bar(hidden=as_json) as progress:
         for name in to or loaded.destination:
             for file in files:
-                results.append(_push(file, name, loaded, bar(file, name)))
+                results.append(_push(file, name, loaded, _add_task(progress, file, name)))
                 if not as_json:
                     _print(results[-1])
     if as_json:
@@ -99,15 +98,14 @@ def _require_file(file: Path) -> None:
     except OSError as error:
         raise UsageError(f"{printable(str(file))}: {error.strerror}") from error
     if not stat.S_ISREG(status.st_mode):
-        raise UsageError(f"{printable(str(file))}: not a regular file", "name the archives themselves")
+        raise UsageError(f"{printable(str(file))}: not a regular file", "give the paths of the archives")
     if status.st_size == 0:
-        raise UsageError(f"{printable(str(file))}: is empty", "an empty backup is no backup; see the device")
+        raise UsageError(f"{printable(str(file))}: is empty", "check the device that wrote the backup")
     if not os.access(file, os.R_OK):
         raise UsageError(f"{printable(str(file))}: Permission denied", "let your user read it")
 
 
-def _push(file: Path, destination: str, config: Config, progress: PushProgress) -> _Pushed:
-
+def _push(file: Path, destination: str, config: Config, on_progress: OnProgress) -> PushResult:
     name = os.fsencode(file.name)
     try:
         folder = DropFolder(str(file.absolute().parent))
@@ -115,92 +113,79 @@ def _push(file: Path, destination: str, config: Config, progress: PushProgress) 
     except OSError as error:
         raise UsageError(f"{printable(str(file))}: {error.strerror}") from error
     archive = Archive(0, "push", name, fingerprint_of(os.fstat(fd)), datetime.now(UTC))
-    values = dict.fromkeys(_labels(config), "") | template_values(archive, socket.gethostname(), None)
-    uploader = make_uploader(config.destination[destination], Abort())
+    variables = dict.fromkeys(_label_names(config), "") | template_values(archive, socket.gethostname(), None)
+    job = UploadJob(str(uuid.uuid4()), name, fd, archive.fingerprint, variables, on_progress)
+    uploader = make_uploader(config.destination[destination])
     outcomes: list[Outcome] = []
 
-    def once() -> Outcome:
-        outcome = uploader.upload(cargo)
-        if isinstance(outcome, Deferred):  # what may be there is asked about before the next attempt
-            cargo.unconfirmed_digest = outcome.unconfirmed_digest
+    def attempt() -> Outcome:
+        outcome = uploader.upload(job)
+        if isinstance(outcome, Deferred):  # the next attempt asks first whether the content arrived
+            job.unconfirmed_digest = outcome.unconfirmed_digest
         outcomes.append(outcome)
         return outcome
 
-    cargo = UploadJob(str(uuid.uuid4()), name, fd, archive.fingerprint, values, progress)
     try:
-        short_attempts(once, threading.Event())
+        short_attempts(attempt, threading.Event())
     finally:
         uploader.close()
         os.close(fd)
         folder.close()
-    return _described(as_text(name), destination, outcomes[-1])
+    return _result(as_text(name), destination, outcomes[-1])
 
 
-def _labels(config: Config) -> set[str]:
-    """Return the names of all labels: a pushed file has no path to take their values from."""
+def _label_names(config: Config) -> set[str]:
+    """Return the names of all labels; they are empty for a pushed file, which has no path in a drop."""
     patterns = [drop.label_pattern for drop in config.drop.values() if drop.label_pattern]
     return {group for pattern in patterns for group in re.compile(pattern).groupindex}
 
 
-def _described(file: str, destination: str, outcome: Outcome) -> _Pushed:
+def _result(file: str, destination: str, outcome: Outcome) -> PushResult:
     kind = type(outcome).__name__.lower()
     match outcome:
         case Delivered(digest=digest, receipt=receipt):
-            return _Pushed(file, destination, kind, str(digest), None, None, None, receipt.http_status)
+            return PushResult(file, destination, kind, str(digest), None, None, None, receipt.http_status)
         case Superseded(error=error):
-            return _Pushed(
-                file, destination, kind, None, None, error, "push it again once it is finished", None
-            )
+            hint = "push it again once it is finished"
+            return PushResult(file, destination, kind, None, None, error, hint, None)
         case (
             Deferred(reason=reason, error=error, http_status=status)
             | Rejected(reason=reason, error=error, http_status=status)
         ):
-            return _Pushed(file, destination, kind, None, reason, error, _hint(reason), status)
+            return PushResult(file, destination, kind, None, reason, error, _hint(reason), status)
 
 
 def _hint(reason: Reason) -> str:
-    """Return what to do about it; the ledger's commands know nothing of what is pushed."""
+    """Return the hint of the failure rule, without the commands that need a delivery in the ledger."""
     if reason is Reason.REFUSED:
-        return "see what it says of the archive"
+        return "the error has the endpoint's response"
     return rule_of(reason).hint.replace("`backupd retry`", "push it again").replace(" (`backupd show`)", "")
 
 
-def _print(r: _Pushed) -> None:
-    if r.outcome == "delivered":
-        typer.echo(f"{printable(r.file)} → {r.destination}: delivered, {r.digest}")
+def _print(result: PushResult) -> None:
+    if result.outcome == "delivered":
+        typer.echo(f"{printable(result.file)} → {result.destination}: delivered, {result.digest}")
         return
-    verdict = "rejected" if r.outcome == "rejected" else "NOT delivered"
-    why = f"({r.reason or r.outcome}): {printable(r.error or '')}"
-    typer.echo(f"{printable(r.file)} → {r.destination}: {verdict} {why}")
-    if r.hint:
-        typer.echo(f"  hint: {r.hint}")
+    verdict = "rejected" if result.outcome == "rejected" else "NOT delivered"
+    why = f"({result.reason or result.outcome}): {printable(result.error or '')}"
+    typer.echo(f"{printable(result.file)} → {result.destination}: {verdict} {why}")
+    if result.hint:
+        typer.echo(f"  hint: {result.hint}")
 
 
-class _bars:  # noqa: N801 -- reads as the function that it is
-    """Progress bars while in a `with` block; none where the output is no terminal."""
+def _progress_bar(*, hidden: bool) -> Progress:
+    return progress_bar(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        hidden=hidden,
+    )
 
-    def __init__(self, *, quiet: bool) -> None:
 
-        console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=quiet or not console.is_terminal,
-        )
-
-    def __enter__(self) -> Callable[[Path, str], PushProgress]:
-        self._progress.start()
-        return self._bar
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def _bar(self, file: Path, destination: str) -> PushProgress:
-        total = file.stat().st_size if file.is_file() else None
-        task = self._progress.add_task(f"{printable(file.name)} → {destination}", total=total)
-        return lambda sent: self._progress.update(task, completed=sent)
+def _add_task(progress: Progress, file: Path, destination: str) -> OnProgress:
+    """Add a bar for a file, and return the function that updates it."""
+    total = file.stat().st_size if file.is_file() else None
+    task = progress.add_task(f"{printable(file.name)} → {destination}", total=total)
+    return lambda sent_bytes: progress.update(task, completed=sent_bytes)

@@ -23,7 +23,7 @@ from backupd.telemetry.log import EventLog, take_over_library_loggers
 def run(
     config: ConfigPath = DEFAULT_CONFIG,
     log_level: Annotated[
-        str, typer.Option(help="Overrides `log.level`: debug, info, warning or error.")
+        str, typer.Option(metavar="LEVEL", help="Overrides `log.level`: debug, info, warning or error.")
     ] = "",
 ) -> None:
     """Run the daemon in the foreground; it logs to standard output and ends on SIGTERM or SIGINT."""
@@ -31,22 +31,23 @@ def run(
     if log_level and log_level not in levels:
         raise UsageError(f"--log-level: expected one of {', '.join(levels)}, got {log_level!r}")
     loaded = load(config)
-    found = examine_files(loaded, datetime.now(UTC))
-    if found.fatal:
+    report = examine_files(loaded, datetime.now(UTC))
+    if report.fatal:
         raise ConfigError(
-            "\n".join((f"{config} can't be run:", *map(str, found.fatal))), "`backupd check` says more"
+            "\n".join((f"{config} can't be run:", *map(str, report.fatal))),
+            "fix these; `backupd check` tests the destinations, too",
         )
-    log = EventLog(writer_for(1), level=log_level or loaded.log.level, console=_wants_console(loaded))
+    log = EventLog(writer_for(1), level=log_level or loaded.log.level, console=_is_console_format(loaded))
     take_over_library_loggers(log)
-    for problem in found.problems:
+    for problem in report.problems:
         log.emit(events.CONFIG_WARNING, path=problem.where, error=problem.message, hint=problem.hint)
     path = Path(config).absolute()
     raise typer.Exit(
-        run_daemon(loaded, log, path, found, lambda: examine_files(load(path), datetime.now(UTC)))
+        run_daemon(loaded, log, path, report, lambda: examine_files(load(path), datetime.now(UTC)))
     )
 
 
-def _wants_console(config: Config) -> bool:
+def _is_console_format(config: Config) -> bool:
     if config.log.format == "auto":
         return sys.stdout.isatty()
     return config.log.format == "console"

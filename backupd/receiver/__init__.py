@@ -1,1 +1,1 @@
-"""The reference endpoint (extra `receiver`): what `demo` and the tests upload to."""
+"""The reference receiver (extra `receiver`): an HTTPS endpoint for `backupd demo` and the tests."""

@@ -1,4 +1,4 @@
-"""The HTTP side of the reference receiver: one upload endpoint, its look-up, and a health check."""
+"""The HTTP interface of the reference receiver: uploads, queries by digest, and a health check."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -22,22 +22,22 @@ from backupd.receiver.store import Arrival, DigestMismatchError, KeyReusedError,
 
 DEFAULT_PATH = "/v1/upload"
 BATCH_BYTES = 1024 * 1024
-"""File data handed to a thread at a time; smaller archives need one hand-over in all."""
+"""Bytes of file data that are passed to a writing thread at once; smaller archives are passed as a whole."""
 BATCH_PIECES = 64
 MAX_KEY_LENGTH = 255
 
 
 class UnsupportedTypeError(Exception):
-    """The body isn't multipart/form-data."""
+    """The body is not multipart/form-data."""
 
 
 class TooLargeError(Exception):
-    """The archive is larger than this receiver takes."""
+    """The archive is larger than this receiver accepts."""
 
 
 _STATUS_OF = {
     MalformedFormError: 400,
-    ClientDisconnect: 400,  # nobody is there to read it
+    ClientDisconnect: 400,  # the client does not receive this response
     KeyReusedError: 409,
     TooLargeError: 413,
     UnsupportedTypeError: 415,
@@ -54,7 +54,7 @@ def create_app(
     digest_field: str = "sha256",
     max_size: int | None = None,
 ) -> FastAPI:
-    """Return the receiver as an ASGI application; raise ConfigError when the store can't be opened.
+    """Return the receiver as an ASGI application; raise ConfigError if the store can't be opened.
 
     `max_size` is in bytes. The store stays open until the application's shutdown.
     """
@@ -72,9 +72,9 @@ def create_app(
     app.add_api_route(path + "/{sha256}", endpoint.receipt, methods=["GET"], response_model=None)
     app.add_api_route("/healthz", _healthy, methods=["GET"], response_model=None)
     for error, status in _STATUS_OF.items():
-        app.add_exception_handler(error, partial(_refused, status))
-    app.add_exception_handler(HTTPException, _http_refused)
-    app.add_exception_handler(Exception, _broken)
+        app.add_exception_handler(error, partial(_problem_of_error, status))
+    app.add_exception_handler(HTTPException, _problem_of_http_error)
+    app.add_exception_handler(Exception, _problem_of_bug)
     return app
 
 
@@ -86,7 +86,7 @@ class _Endpoint:
     max_size: int | None
 
     async def upload(self, request: Request) -> Response:
-        """Take one archive; answer when it is safe on the disk."""
+        """Store one archive; respond once it is synced to disk."""
         form = FormReader(_boundary(request), self.file_field)
         key = _idempotency_key(request)
         self._refuse_large_body(request)
@@ -95,21 +95,21 @@ class _Endpoint:
             await self._receive(request, form, incoming)
             stored = await run_sync(self._finish, form, incoming, key)
         except BaseException:
-            # Shielded: a client that has gone, or a receiver that stops, may leave nothing behind.
+            # Shielded, so that a disconnect or a stop of the receiver leaves no temporary file.
             with anyio.CancelScope(shield=True):
                 await run_sync(incoming.discard)
             raise
         return JSONResponse(asdict(stored.receipt), 201 if stored.new else 200)
 
     async def receipt(self, sha256: str) -> Response:
-        """Tell whether an archive with this digest is stored."""
+        """Return the receipt of a stored archive with this digest, or 404."""
         found = await run_sync(self.store.find, sha256.lower())
         if found is None:
             return _problem(404, "no archive with this digest is stored")
         return JSONResponse(asdict(found))
 
     async def _receive(self, request: Request, form: FormReader, incoming: Incoming) -> None:
-        """Read the whole body; write full batches in a thread while the next one comes in."""
+        """Read the whole body; write each full batch in a thread while the next one is received."""
         writing: asyncio.Task[None] | None = None
         try:
             async for chunk in request.stream():
@@ -118,19 +118,19 @@ class _Endpoint:
                 if form.pending_size >= BATCH_BYTES or form.pending_pieces >= BATCH_PIECES:
                     if writing:
                         await writing
-                    writing = asyncio.create_task(run_sync(incoming.write, form.take_file_data()))
+                    writing = asyncio.create_task(run_sync(incoming.write, form.pop_file_data()))
         finally:
             if writing:
                 await writing
 
     def _finish(self, form: FormReader, incoming: Incoming, key: str | None) -> Stored:
         name = form.finish()
-        incoming.write(form.take_file_data())
+        incoming.write(form.pop_file_data())
         stated = form.fields.get(self.digest_field) if self.digest_field else None
         if stated is not None and stated.strip().lower() != incoming.sha256:
             raise DigestMismatchError(
-                f"{self.digest_field} says {stated[:64]!r}, "
-                f"but the {incoming.size} bytes that arrived have {incoming.sha256}"
+                f"{self.digest_field} is {stated[:64]!r}, "
+                f"but the {incoming.size} received bytes have the digest {incoming.sha256}"
             )
         stored = self.store.keep(Arrival(incoming, name, key, form.fields))
         incoming.discard()
@@ -138,10 +138,10 @@ class _Endpoint:
 
     def _refuse_large(self, size: int) -> None:
         if self.max_size is not None and size > self.max_size:
-            raise TooLargeError(f"archives may have {self.max_size} bytes")
+            raise TooLargeError(f"archives may have at most {self.max_size} bytes")
 
     def _refuse_large_body(self, request: Request) -> None:
-        """Refuse by Content-Length what can't be taken, before any of it is read."""
+        """Refuse a body that is too large by its Content-Length, before it is read."""
         length = request.headers.get("content-length", "")
         if length.isdecimal():
             self._refuse_large(int(length) - 2 * MAX_FIELD_BYTES)
@@ -152,7 +152,7 @@ def _boundary(request: Request) -> bytes:
     if kind != b"multipart/form-data":
         raise UnsupportedTypeError("the body must be multipart/form-data")
     if not options.get(b"boundary"):
-        raise MalformedFormError("the Content-Type states no boundary")
+        raise MalformedFormError("the Content-Type has no boundary")
     return options[b"boundary"]
 
 
@@ -168,19 +168,19 @@ async def _healthy() -> Response:
 
 
 def _problem(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
-    """Return an error as RFC 9457 has it."""
+    """Return an error as `application/problem+json` (RFC 9457)."""
     problem = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
     return JSONResponse(problem, status, headers, media_type="application/problem+json")
 
 
-async def _refused(status: int, _: Request, error: Exception) -> Response:
+async def _problem_of_error(status: int, _: Request, error: Exception) -> Response:
     return _problem(status, str(error) or (type(error).__doc__ or ""))
 
 
-async def _http_refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)  # noqa: S101 - for mypy: it is registered for nothing else
+async def _problem_of_http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101 -- for mypy; registered for this class only
     return _problem(error.status_code, error.detail, error.headers)
 
 
-async def _broken(_: Request, _error: Exception) -> Response:
-    return _problem(500, "the receiver has failed; its log says why")
+async def _problem_of_bug(_: Request, _error: Exception) -> Response:
+    return _problem(500, "internal error; see the receiver's log")

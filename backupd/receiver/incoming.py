@@ -1,4 +1,4 @@
-"""An archive on its way in: hashed as it comes, under a temporary name."""
+"""An upload while it is received: a temporary file, hashed as it is written."""
 
 import errno
 import hashlib
@@ -12,13 +12,13 @@ from threading import Lock
 
 
 class StoreFullError(Exception):
-    """There is no space left for the archive."""
+    """The disk or a quota has no space left for the archive."""
 
 
 class Incoming:
-    """A temporary file in `folder`, made at the first write.
+    """A temporary file in `folder`, created at the first write.
 
-    Its methods block, so they are called in threads; `discard` may come while another one is at work.
+    The methods block, so they are called in threads. `discard` may be called while another method runs.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,27 +31,27 @@ class Incoming:
 
     @property
     def sha256(self) -> str:
-        """The digest of what has come so far, in hex."""
+        """The SHA-256 of the bytes received so far, in hex."""
         return self._hash.hexdigest()
 
     def write(self, pieces: Iterable[bytes | memoryview]) -> None:
-        """Append the pieces; raise StoreFullError."""
+        """Append the pieces; raise StoreFullError if the disk is full."""
         with self._lock, full_disk_reported():
-            fd = self._opened()
+            fd = self._open()
             for piece in pieces:
                 self._hash.update(piece)
                 self.size += len(piece)
-                rest = memoryview(piece)
-                while rest:
-                    rest = rest[os.write(fd, rest) :]
+                unwritten = memoryview(piece)
+                while unwritten:
+                    unwritten = unwritten[os.write(fd, unwritten) :]
 
     def sync(self) -> None:
-        """Bring everything to the disk; raise StoreFullError."""
+        """Sync the file to disk; raise StoreFullError if the disk is full."""
         with self._lock, full_disk_reported():
-            os.fsync(self._opened())
+            os.fsync(self._open())
 
     def discard(self) -> None:
-        """Close the file, and remove it unless it was stored meanwhile."""
+        """Close the file, and remove it unless the store renamed it; later writes raise FileNotFoundError."""
         with self._lock:
             self._discarded = True
             if self._fd >= 0:
@@ -59,9 +59,9 @@ class Incoming:
                 self._fd = -1
                 self.path.unlink(missing_ok=True)
 
-    def _opened(self) -> int:
+    def _open(self) -> int:
         if self._discarded:
-            raise FileNotFoundError(errno.ENOENT, "the upload was given up", str(self.path))
+            raise FileNotFoundError(errno.ENOENT, "the upload was discarded", str(self.path))
         if self._fd < 0:
             self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         return self._fd
@@ -69,7 +69,7 @@ class Incoming:
 
 @contextmanager
 def full_disk_reported() -> Iterator[None]:
-    """Raise StoreFullError for what the system and SQLite say when there is no space."""
+    """Raise StoreFullError in place of the errors of the system and of SQLite for a full disk."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Reads a multipart form as it arrives; the archive in it is handed on in pieces, never held whole.
+"""Parse a multipart form (RFC 7578) while it is received, without holding the archive in memory.
 
-RFC 7578 (multipart/form-data). Starlette's own form reader spools to files of its own and needs
-the whole body before it returns, so this drives the parser underneath it.
+Starlette's form parser writes temporary files of its own and returns only once the whole body was received,
+so this uses the parser below it, python-multipart.
 """
 
 import re
@@ -11,24 +11,25 @@ from python_multipart.multipart import MultipartParser
 
 MAX_HEADER_BYTES = 16 * 1024
 MAX_FIELD_BYTES = 1024 * 1024
-"""All form fields of one request together."""
+"""Bytes of all form fields of one request together."""
 
 _DISPOSITION_PARAMETER = re.compile(
     rb';\s*(name|filename)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))', re.IGNORECASE | re.DOTALL
 )
-# What browsers, curl and httpx write for the three characters that would end the line or the quotes.
+# The escapes that browsers, curl and httpx use for quotes, backslashes and line ends in parameters.
 _ESCAPES = {rb"\"": b'"', rb"\\": b"\\", b"%22": b'"', b"%0a": b"\n", b"%0d": b"\r"}
 _ESCAPED = re.compile(rb'\\["\\]|%22|%0A|%0D', re.IGNORECASE)
 
 
 class MalformedFormError(Exception):
-    """The body isn't the form that the contract asks for; the message is meant for the client."""
+    """The body is not a form with one file; the message is sent to the client."""
 
 
 class FormReader:
-    """Takes the body chunk by chunk; gives the form fields, the file's name and its data.
+    """An incremental parser: it is fed the chunks of the body, and returns the fields and the file.
 
-    `feed` every chunk, `take_file_data` as often as is good for memory, `finish` at the end.
+    Call `feed` with each chunk, `pop_file_data` often enough to bound the memory, and `finish` at the end.
+    `file_size` and `pending_size` are bytes: of the file so far, and of its data not yet popped.
     """
 
     def __init__(self, boundary: bytes, file_field: str) -> None:
@@ -50,7 +51,7 @@ class FormReader:
         self._parser = self._new_parser(boundary)
 
     def feed(self, chunk: bytes) -> None:
-        """Parse the next chunk of the body; raise MalformedFormError."""
+        """Parse the next chunk of the body; raise MalformedFormError if it is invalid."""
         try:
             self._parser.write(chunk)
         except FormParserError as error:
@@ -58,17 +59,17 @@ class FormReader:
 
     @property
     def pending_pieces(self) -> int:
-        """How many pieces of file data wait to be taken."""
+        """The number of pieces of file data not yet popped."""
         return len(self._pieces)
 
-    def take_file_data(self) -> list[bytes | memoryview]:
-        """Return the file data that came since the last call."""
+    def pop_file_data(self) -> list[bytes | memoryview]:
+        """Return the file data that was parsed since the last call, in order."""
         pieces, self._pieces = self._pieces, []
         self.pending_size = 0
         return pieces
 
     def finish(self) -> str:
-        """Return the file's name, or raise MalformedFormError when the form isn't complete."""
+        """Return the file's name; raise MalformedFormError if the form is incomplete or has no file."""
         if not self._ended:
             raise MalformedFormError("the body ended before its closing boundary")
         if self.file_name is None:
@@ -146,7 +147,7 @@ class FormReader:
 
     def _end_part(self) -> None:
         if not self._in_file:
-            # Names count as well, or a form of empty fields would grow without end.
+            # Names count as well, or a form of many empty fields could use any amount of memory.
             self._field_bytes += len(self._field_name)
             self.fields[self._field_name] = self._field.decode("utf-8", "backslashreplace")
         self._field.clear()
@@ -157,11 +158,11 @@ class FormReader:
 
 
 def _names(disposition: bytes | None) -> tuple[str, str | None]:
-    """Return the field name and the file name that a Content-Disposition states (RFC 7578, 4.2)."""
+    """Return the field name and the file name in a Content-Disposition (RFC 7578 section 4.2)."""
     if disposition is None or not disposition.lower().startswith(b"form-data"):
         raise MalformedFormError("a part has no Content-Disposition: form-data")
     found = {
-        name.lower(): _decoded(quoted or bare)
+        name.lower(): _decode(quoted or bare)
         for name, quoted, bare in _DISPOSITION_PARAMETER.findall(disposition)
     }
     if b"name" not in found:
@@ -169,6 +170,6 @@ def _names(disposition: bytes | None) -> tuple[str, str | None]:
     return found[b"name"], found.get(b"filename")
 
 
-def _decoded(value: bytes) -> str:
+def _decode(value: bytes) -> str:
     plain = _ESCAPED.sub(lambda match: _ESCAPES[match.group().lower()], value)
     return plain.decode("utf-8", "backslashreplace")

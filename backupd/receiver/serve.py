@@ -1,4 +1,4 @@
-"""Runs the receiver under uvicorn with mutual TLS, in the foreground or in a thread."""
+"""Run the receiver in uvicorn with mutual TLS, in the foreground or in a thread."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ from backupd.receiver.app import DEFAULT_PATH, create_app
 
 @dataclass(frozen=True, slots=True)
 class ServerTls:
-    """The receiver's certificate (PEM, with its chain) and key, and the CA whose clients it lets in."""
+    """PEM files: the receiver's certificate and chain, the key, and the CA of the client certificates."""
 
     cert: Path
     key: Path
@@ -28,7 +28,7 @@ class ServerTls:
 
 
 class AppOptions(TypedDict, total=False):
-    """What `create_app` takes besides the store, with the same defaults."""
+    """The optional arguments of `create_app`."""
 
     path: str
     file_field: str
@@ -48,13 +48,13 @@ def serve(
 ) -> None:
     """Serve in the foreground until SIGTERM or SIGINT; `ready` is called with the URL for uploads.
 
-    Port 0 takes a free one. Raise ConfigError for a store or certificate that can't be used,
-    UnavailableError for a port that can't be had. `log_level` is that of uvicorn's loggers ("info" has a
-    line per request); where they write is for the caller's `logging` configuration to say.
+    Port 0 chooses a free one. Raises ConfigError if the store or a certificate file can't be used,
+    UnavailableError if the port can't be bound. `log_level` is that of uvicorn's loggers ("info" logs each
+    request); the caller configures `logging`.
     """
-    plan = _Plan(store_dir, tls, host, port, log_level, stop_within=10, options=options)
+    setup = _ServerSetup(store_dir, tls, host, port, log_level, stop_within=10, options=options)
     with contextlib.ExitStack() as cleanup:
-        server = plan.prepare(cleanup)
+        server = setup.prepare(cleanup)
         if ready:
             server.when_listening = lambda: ready(server.url)
         with contextlib.suppress(KeyboardInterrupt):
@@ -62,10 +62,10 @@ def serve(
 
 
 class RunningReceiver:
-    """A receiver on the loopback interface, for as long as the `with` block; `url` takes uploads.
+    """A receiver on the loopback interface that runs during a `with` block; upload to `url`.
 
-    Leaving the block gives uploads that are under way `stop_within` seconds to complete. Entering it
-    again, or another one with the same `port` and `store_dir`, carries on where it left off.
+    Running uploads have `stop_within` seconds to complete when the block ends. Entering it again, or another
+    receiver with the same `port` and `store_dir`, serves the same store at the same URL.
     """
 
     url: str
@@ -83,14 +83,14 @@ class RunningReceiver:
     ) -> None:
         self.store_dir = store_dir
         self.port = port
-        self._plan = _Plan(store_dir, tls, "127.0.0.1", port, log_level, stop_within, options)
+        self._setup = _ServerSetup(store_dir, tls, "127.0.0.1", port, log_level, stop_within, options)
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as cleanup:
-            self._server = server = self._plan.prepare(cleanup)
+            self._server = server = self._setup.prepare(cleanup)
             self._cleanup = cleanup.pop_all()
         self.url, self.port = server.url, server.listener.getsockname()[1]
-        self._plan = replace(self._plan, port=self.port)
+        self._setup = replace(self._setup, port=self.port)
         listening = threading.Event()
         server.when_listening = listening.set
         self._thread = threading.Thread(target=self._run, args=(listening,), name="receiver", daemon=True)
@@ -112,11 +112,11 @@ class RunningReceiver:
             with self._cleanup:
                 self._server.run(sockets=[self._server.listener])
         finally:
-            listening.set()  # whoever waits must not wait for ever when it fails
+            listening.set()  # if the server fails, `__enter__` must not wait indefinitely
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that says when it listens."""
+    """A uvicorn server that calls `when_listening` once it accepts connections."""
 
     when_listening: Callable[[], object] | None = None
 
@@ -131,7 +131,7 @@ class _Server(uvicorn.Server):
             self.when_listening()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop without the TLS good-byes of the clients: idle ones never send any, and it would wait."""
+        """Stop without waiting for the TLS close_notify of clients, which idle ones never send."""
         for connection in list(self.server_state.connections):
             cycle = getattr(connection, "cycle", None)
             if cycle is None or cycle.response_complete:
@@ -140,13 +140,13 @@ class _Server(uvicorn.Server):
         for connection in list(self.server_state.connections):
             connection.transport.abort()
         await asyncio.sleep(0)  # the transports close in the loop's next round
-        if self.server_state.tasks:  # cancelled by now; they still remove their temporary files
+        if self.server_state.tasks:  # they are cancelled, and remove their temporary files now
             await asyncio.wait(self.server_state.tasks, timeout=5)
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    """All that a server is made of."""
+class _ServerSetup:
+    """The arguments that a server is made from, each time that it starts."""
 
     store_dir: Path
     tls: ServerTls
@@ -157,15 +157,15 @@ class _Plan:
     options: AppOptions
 
     def prepare(self, cleanup: contextlib.ExitStack) -> _Server:
-        """Open store, certificates and port, so that what is wrong is raised before anything runs."""
+        """Return a server with its store, certificates and port open; errors are raised before it runs."""
         app = create_app(self.store_dir, **self.options)
         cleanup.callback(app.state.store.close)
         config = self._config(app)
         try:
             config.load()
-        except OSError as error:  # ssl.SSLError is one, too
+        except OSError as error:  # includes ssl.SSLError
             raise ConfigError(f"the receiver's certificate, key or CA can't be used: {error}") from error
-        listener = cleanup.enter_context(_bound(self.host, self.port))
+        listener = cleanup.enter_context(_listen(self.host, self.port))
         host = f"[{self.host}]" if ":" in self.host else self.host
         path = self.options.get("path", DEFAULT_PATH)
         return _Server(config, listener, f"https://{host}:{listener.getsockname()[1]}{path}")
@@ -190,13 +190,13 @@ class _Plan:
         )
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
         raise UnavailableError(f"the receiver can't listen on {host}:{port}: {error.strerror}") from error
-    # asyncio sets this only on sockets made with IPPROTO_TCP written out; without it each answer,
-    # which uvicorn sends in two writes, waits 40 ms for the client's acknowledgement.
+    # asyncio sets TCP_NODELAY only on sockets created with an explicit IPPROTO_TCP. Without it each
+    # response, which uvicorn sends in two writes, waits 40 ms for the client's delayed acknowledgement.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener

@@ -1,15 +1,16 @@
-"""The folder of stored archives, and the index that knows their receipts and idempotency keys.
+"""The folder of stored archives, and the index of their receipts and idempotency keys.
 
-    <store>/archives/sw1-2026-05-01.9f86d081884c7d65.tar.gz   the name, and the digest's beginning
-    <store>/incoming/                                         uploads that aren't complete yet
+    <store>/archives/sw1-2026-05-01.9f86d081884c7d65.tar.gz   the name, with the first digits of the digest
+    <store>/incoming/                                         uploads that are not complete yet
     <store>/index.sqlite                                      receipts, fields, idempotency keys
 
-The archive comes first and the index second: data synced, renamed, folder synced, then one SQLite
-commit, then the answer. A crash in between leaves an archive that the index doesn't know; its name
-follows from its content, so the client's next attempt lands on the same name and not beside it.
-SQLite rather than a receipt file beside each archive, because key and receipt must appear together
-and one commit costs one sync where files would cost four. What the index says is believed only
-while the archive is there, with its size: who removes an archive may send it again.
+An archive is stored before it is indexed: sync the data, rename the file, sync the folder, commit in SQLite,
+respond. A crash in between leaves an archive that is not in the index. Its name is derived from its content,
+so the client's next attempt replaces it and creates no second copy.
+
+The index is an SQLite database because a key and its receipt must be stored atomically: a commit needs one
+sync, files beside the archives would need four. An entry is valid only while the archive exists with the
+recorded size, so an archive that an operator removed can be uploaded again.
 """
 
 import fcntl
@@ -40,9 +41,9 @@ CREATE TABLE IF NOT EXISTS idempotency_key (
 ) STRICT;
 """
 _SUFFIX = re.compile(r"(\.tar)?\.[A-Za-z0-9]{1,8}$")
-_UNPLEASANT = re.compile(r"[^\w.+@=-]+")
+_UNSAFE = re.compile(r"[^\w.+@=-]+")
 _NAME_MAX = 255
-"""Bytes; what Linux filesystems allow for one name."""
+"""Bytes in a file name on Linux filesystems."""
 
 
 class KeyReusedError(Exception):
@@ -50,12 +51,12 @@ class KeyReusedError(Exception):
 
 
 class DigestMismatchError(Exception):
-    """What arrived isn't what the client says it sent."""
+    """The digest of the received bytes differs from the one in the form."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredReceipt:
-    """What is stored: `id` is the name in the `archives` folder, `name` the one the client gave."""
+    """A stored archive: `id` is its name in the `archives` folder, `name` the client's, `size` its bytes."""
 
     id: str
     name: str
@@ -65,7 +66,7 @@ class StoredReceipt:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A receipt, and whether this upload is the one that stored it."""
+    """A receipt; `new` is False if an earlier upload stored the archive."""
 
     receipt: StoredReceipt
     new: bool
@@ -73,7 +74,7 @@ class Stored:
 
 @dataclass(slots=True)
 class Arrival:
-    """A complete upload, waiting to be settled; `outcome` is what became of it."""
+    """A complete upload that is to be stored; `outcome` is the result, None until then."""
 
     incoming: Incoming
     name: str
@@ -84,7 +85,7 @@ class Arrival:
 
 
 class Store:
-    """Keeps archives, each once, and answers for them; one process at a time has it open."""
+    """Stores archives, each one once, and finds them by digest; one process at a time has it open."""
 
     def __init__(self, folder: Path) -> None:
         self.archives = folder / "archives"
@@ -101,32 +102,32 @@ class Store:
             raise ConfigError(f"{folder}: the store can't be used: {error}") from error
 
     def incoming(self) -> Incoming:
-        """Begin a new upload."""
+        """Start a new upload."""
         return Incoming(self._incoming)
 
     def keep(self, arrival: Arrival) -> Stored:
-        """Store the arrival durably, or find that it was; raise KeyReusedError, StoreFullError.
+        """Store an arrival durably, unless it was stored before; raise KeyReusedError or StoreFullError.
 
-        Arrivals that come at the same time are settled together, by the thread that gets there first:
-        they share one sync of the folder and one commit.
+        The first of the threads that call this at the same time stores the arrivals of all of them, with one
+        sync of the folder and one commit.
         """
         arrival.incoming.sync()
         arrival.sha256 = arrival.incoming.sha256
         self._waiting.append(arrival)
         with self._lock:
             if arrival.outcome is None:
-                self._settle([self._waiting.popleft() for _ in range(len(self._waiting))])
+                self._store_all([self._waiting.popleft() for _ in range(len(self._waiting))])
         if isinstance(arrival.outcome, Stored):
             return arrival.outcome
-        raise arrival.outcome or AssertionError("settled without an outcome")
+        raise arrival.outcome or AssertionError("an arrival without an outcome")
 
     def find(self, sha256: str) -> StoredReceipt | None:
-        """Return the receipt of a stored archive with this digest."""
+        """Return the receipt of a stored archive with this SHA-256, in lower-case hex."""
         with self._lock:
             return self._find("sha256 = ?", sha256)
 
     def close(self) -> None:
-        """Close the index and let the next process in; closing twice does no harm."""
+        """Close the index and unlock the folder; a second call has no effect."""
         with self._lock:
             self._index.close()
             if self._folder_fd >= 0:
@@ -134,24 +135,24 @@ class Store:
                 self._folder_fd = -1
 
     def _prepare(self) -> None:
-        """Make the folders, and remove what a crash has left half received."""
+        """Create the folders, and remove the incomplete uploads that a crash left."""
         self.archives.mkdir(exist_ok=True)
         self._incoming.mkdir(exist_ok=True)
         for leftover in self._incoming.iterdir():
             leftover.unlink(missing_ok=True)
 
-    def _settle(self, arrivals: list[Arrival]) -> None:
+    def _store_all(self, arrivals: list[Arrival]) -> None:
         try:
             with full_disk_reported(), _transaction(self._index):
                 for arrival in arrivals:
-                    arrival.outcome = self._settled(arrival)
+                    arrival.outcome = self._store(arrival)
                 if any(isinstance(arrival.outcome, Stored) and arrival.outcome.new for arrival in arrivals):
                     _sync_folder(self.archives)
-        except Exception as error:  # noqa: BLE001 - each of the waiting threads raises it
+        except Exception as error:  # noqa: BLE001 -- raised in each of the waiting threads
             for arrival in arrivals:
                 arrival.outcome = error
 
-    def _settled(self, arrival: Arrival) -> Stored | Exception:
+    def _store(self, arrival: Arrival) -> Stored | Exception:
         key, sha256 = arrival.key, arrival.sha256
         used = self._index.execute(
             "SELECT archive, sha256 FROM idempotency_key WHERE key = ?", (key,)
@@ -160,21 +161,21 @@ class Store:
             return KeyReusedError(f"the idempotency key was used for content with sha256 {used[1]}")
         receipt = self._find("sha256 = ? AND (id = ? OR name = ?)", sha256, used and used[0], arrival.name)
         try:
-            stored = Stored(receipt, new=False) if receipt else Stored(self._place(arrival), new=True)
+            stored = Stored(receipt, new=False) if receipt else Stored(self._add(arrival), new=True)
         except OSError as error:
-            return error  # of this archive alone; those that came with it are stored
+            return error  # concerns this archive only; the others of the batch are stored
         if key is not None:
             self._index.execute(
                 "INSERT OR REPLACE INTO idempotency_key VALUES (?, ?, ?)", (key, stored.receipt.id, sha256)
             )
         return stored
 
-    def _place(self, arrival: Arrival) -> StoredReceipt:
-        """Give the archive its final name, and record it."""
+    def _add(self, arrival: Arrival) -> StoredReceipt:
+        """Rename the archive to its final name and add it to the index."""
         sha256 = arrival.sha256
         target = self.archives / stored_name(arrival.name, sha256[:16])
         if target.exists() and _digest_of(target) != sha256:
-            # Two digests with one beginning, or somebody has changed the archive: never overwrite it.
+            # The stored archive was changed, or its digest has the same first digits: do not overwrite it.
             target = self.archives / stored_name(arrival.name, sha256)
         os.rename(arrival.incoming.path, target)
         receipt = StoredReceipt(target.name, arrival.name, arrival.incoming.size, sha256)
@@ -185,14 +186,14 @@ class Store:
         return receipt
 
     def _find(self, condition: str, *parameters: str | None) -> StoredReceipt | None:
-        """Return the first receipt that meets the condition and whose archive is there."""
+        """Return the first receipt that meets an SQL condition and has an existing archive."""
         rows = self._index.execute(
-            f"SELECT id, name, size, sha256 FROM archive WHERE {condition}",  # noqa: S608 - ours, no input
+            f"SELECT id, name, size, sha256 FROM archive WHERE {condition}",  # noqa: S608 -- literal clauses
             parameters,
         )
-        return next((receipt for row in rows.fetchall() if self._holds(receipt := StoredReceipt(*row))), None)
+        return next((receipt for row in rows.fetchall() if self._has(receipt := StoredReceipt(*row))), None)
 
-    def _holds(self, receipt: StoredReceipt) -> bool:
+    def _has(self, receipt: StoredReceipt) -> bool:
         try:
             return (self.archives / receipt.id).stat().st_size == receipt.size
         except FileNotFoundError:
@@ -200,12 +201,12 @@ class Store:
 
 
 def stored_name(name: str, digest: str) -> str:
-    """Return a file name that a person recognises and that can do no harm, whatever the client sent.
+    """Return a safe file name that resembles the client's, with `digest` before the suffix.
 
-    Folders become `_`, and so do blanks, control characters and what a shell would act on; it doesn't
-    begin with a dot or a dash and fits in 255 bytes. The digest goes before the suffix.
+    Slashes, white space, control characters and characters that are special in a shell become `_`. The result
+    does not begin with a dot or a dash and fits in 255 bytes.
     """
-    plain = _UNPLEASANT.sub("_", unicodedata.normalize("NFC", name)).lstrip("._-") or "archive"
+    plain = _UNSAFE.sub("_", unicodedata.normalize("NFC", name)).lstrip("._-") or "archive"
     suffix = match.group() if (match := _SUFFIX.search(plain, 1)) else ""
     stem = plain.removesuffix(suffix).encode()
     room = _NAME_MAX - len(f".{digest}{suffix}")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from backupd.cli.install import PLACES
+from backupd.cli.install import INSTALLED_FILES
 
 
 def backupd(*arguments: str) -> str:
@@ -29,7 +29,7 @@ def test_a_dry_run_says_what_is_then_done_once(tmp_path: Path) -> None:
     dry = backupd("install", "--root", root, "--dry-run")
     assert there(tmp_path) == set()
     assert backupd("install", "--root", root) == dry
-    assert there(tmp_path) == set(PLACES)
+    assert there(tmp_path) == set(INSTALLED_FILES)
     assert "nothing to do" in backupd("install", "--root", root)
 
 
@@ -45,4 +45,4 @@ def test_uninstalling_takes_away_what_installing_brought(tmp_path: Path) -> None
     mine.write_text("[Service]\n")
     said = backupd("uninstall", "--root", str(tmp_path))
     assert there(tmp_path) == {"etc/systemd/system/backupd.service.d/mine.conf"}
-    assert "left alone" in said
+    assert "kept: /etc/backupd, " in said

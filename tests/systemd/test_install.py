@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from backupd.cli.install import PLACES
+from backupd.cli.install import INSTALLED_FILES
 from backupd.receiver.serve import RunningReceiver
 from tests.systemd.conftest import BACKUPD, UNIT, Site
 from tests.systemd.machine import Machine
@@ -23,7 +23,7 @@ def installed(machine: Machine) -> Iterator[Machine]:
 
 def files(machine: Machine) -> dict[str, tuple[int, int, int]]:
     """Return the identity, mode and time of what is installed."""
-    stats = {place: machine.path(place).stat() for place in PLACES}
+    stats = {place: machine.path(place).stat() for place in INSTALLED_FILES}
     return {place: (told.st_ino, told.st_mode, told.st_mtime_ns) for place, told in stats.items()}
 
 
@@ -76,11 +76,11 @@ def test_uninstalling_stops_it_and_leaves_data_and_configuration(
     told = installed.run(BACKUPD, "uninstall").stdout
 
     assert told == dry
-    assert "left alone" in told
+    assert "kept: /etc/backupd, " in told
     assert site.pid() == 0
     assert site.pid("backupd@second.service") == 0
     assert not list(installed.path("/etc/systemd/system/multi-user.target.wants").glob("backupd*"))
-    assert not any(installed.path(place).exists() for place in PLACES)
+    assert not any(installed.path(place).exists() for place in INSTALLED_FILES)
     assert installed.show(UNIT, "LoadState") == {"LoadState": "not-found"}
     assert sent.read_bytes() == b"content"
     assert installed.path("/var/lib/backupd/ledger.sqlite3").exists()

@@ -1,0 +1,123 @@
+"""`backupd show`: one archive with its deliveries, attempts and receipts."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated
+
+import typer
+
+from backupd.cli.history import open_history
+from backupd.cli.options import DEFAULT_CONFIG, AsJson, ConfigPath
+from backupd.cli.output import print_json, print_table, relative_time
+from backupd.core.errors import UsageError
+from backupd.core.names import as_text, printable
+from backupd.core.policy import Reason, rule_of
+from backupd.core.units import human_size
+from backupd.ledger.sqlite.queries import ArchiveRecord, AttemptRecord, DeliveryRecord
+
+
+def show(
+    ident: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID", help="A delivery's id or the first characters of it, or @ and an archive's number."
+        ),
+    ],
+    config: ConfigPath = DEFAULT_CONFIG,
+    as_json: AsJson = False,
+) -> None:
+    """Show the history of an archive: its state, and each delivery with its attempts and its receipt."""
+    _, history = open_history(config)
+    selected = None if ident.startswith("@") else history.delivery(ident)
+    archive = history.archive(selected.archive.id if selected else _archive_number(ident))
+    deliveries = [selected] if selected else []
+    deliveries += [
+        d for d in history.deliveries_of(archive.archive.id) if selected is None or d.id != selected.id
+    ]
+    attempts = {d.id: history.attempts(d.id) for d in deliveries}
+    if as_json:
+        all_deliveries = [{"delivery": d, "attempts": attempts[d.id]} for d in deliveries]
+        first = {"delivery": selected, "attempts": attempts[selected.id]} if selected else {}
+        print_json({**first, "archive": archive, "deliveries": all_deliveries})
+        return
+    _print_archive(archive)
+    for delivery in deliveries:
+        typer.echo()
+        _print_delivery(delivery)
+        _print_attempts(attempts[delivery.id])
+        if delivery.receipt:
+            typer.echo(f"receipt\n  {printable(delivery.receipt)}")
+
+
+def _archive_number(ident: str) -> int:
+    if not ident[1:].removeprefix("-").isdecimal() or len(ident) > 18:
+        raise UsageError(f"expected @ and the number of an archive, got {ident!r}", "such as `show @17`")
+    return int(ident[1:])
+
+
+def _print_archive(record: ArchiveRecord) -> None:
+    removals = {
+        "expired": "removed",
+        "expiring": "being removed",
+        "gone": "found missing",
+        "changed": "found changed",
+    }
+    removal = removals.get(record.removal or "", "removal")
+    _print_facts(
+        {
+            "archive": f"@{record.archive.id} {record.archive.drop}: {as_text(record.archive.relpath)}",
+            "size": human_size(record.archive.fingerprint.size),
+            "queued": _format_time(record.archive.queued_at),
+            "state": record.state,
+            "moved to": as_text(record.disposed_to) if record.disposed_to else None,
+            "disposed": _format_time(record.disposed_at),
+            removal: (_format_time(record.removed_at) or "now") if record.removal else None,
+        }
+    )
+
+
+def _print_delivery(record: DeliveryRecord) -> None:
+    verified = {True: "yes", False: "no, the configuration requires no receipt"}
+    _print_facts(
+        {
+            "delivery": record.id,
+            "state": record.state,
+            "destination": record.destination,
+            "ended": _format_time(record.ended_at),
+            "due": relative_time(record.due_at) if record.due_at else None,
+            "digest": record.digest,
+            "verified": None if record.verified is None else verified[record.verified],
+            "reason": record.reason,
+            "error": record.error,
+            "hint": _hint(record.reason),
+        }
+    )
+
+
+def _print_attempts(attempts: list[AttemptRecord]) -> None:
+    if not attempts:
+        return
+    rows = [
+        (a.number, f"{a.started_at:%Y-%m-%d %H:%M:%S}", f"{a.duration_s:.2f} s", human_size(a.sent_bytes),
+         a.outcome, a.http_status, a.reason, a.error)
+        for a in attempts
+    ]  # fmt: skip
+    print_table(("attempt", "started (UTC)", "took", "sent", "outcome", "status", "reason", "error"), rows)
+
+
+def _print_facts(facts: dict[str, str | None]) -> None:
+    for name, value in facts.items():
+        if value is not None:
+            typer.echo(f"{name:12} {printable(value)}")
+
+
+def _format_time(time: datetime | None) -> str | None:
+    return f"{time:%Y-%m-%d %H:%M:%S} UTC ({relative_time(time)})" if time else None
+
+
+def _hint(reason: str | None) -> str | None:
+    try:
+        return rule_of(Reason(reason or "")).hint
+    except ValueError:
+        return None  # the delivery has no reason, or another version of backupd wrote it
