@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from backupd.core.model import Archive, Fingerprint, is_same_file, is_unchanged
 from backupd.core.names import (
     MAX_RECEIPT_FILE_BYTES,
-    RECEIPT_FILE_KINDS,
+    MAX_RECEIPT_FILE_NUMBER,
     as_text,
     receipt_file_name,
     shortened,
@@ -205,7 +205,7 @@ def remove_receipt_file(folder: DropFolder, relpath: bytes, archive: Archive, ki
     It may have any of the numbered names, see `receipt_file_name`.
     """
     directory, _, name = relpath.rpartition(b"/")
-    for number in range(1, RECEIPT_FILE_KINDS + 1):
+    for number in range(1, MAX_RECEIPT_FILE_NUMBER + 1):
         receipt = receipt_file_name(name, kind, number)
         receipt = directory + b"/" + receipt if directory else receipt
         try:

@@ -1,1 +1,1 @@
-"""The durable record of deliveries, attempts and receipts."""
+"""The durable record of archives, deliveries, attempts and receipts."""

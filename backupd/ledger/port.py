@@ -1,4 +1,10 @@
-"""What the rest of the program asks of a ledger."""
+"""The ledger as the daemon uses it: the durable state of archives, deliveries, devices and circuits.
+
+An adapter implements `Ledger`. Each method is one transaction: it takes effect as a whole, or raises an error
+and changes nothing. The effect of a durable method is on disk once it has returned. If a power loss undoes
+one of the others, the daemon repeats it at the next start, from the files in the drop folders. Times are UTC
+datetimes with microseconds, sizes are bytes, paths are bytes relative to the drop folder.
+"""
 
 from __future__ import annotations
 
@@ -16,89 +22,22 @@ from backupd.core.transition import Priority, Transition
 
 @dataclass(frozen=True, slots=True)
 class TrackedDevice:
-    """The device that an archive comes from, and by what fraction its size may differ from the usual."""
+    """The device that an archive comes from.
+
+    `size_alarm` is the fraction of the median by which the archive's size may differ, such as 0.5; None if
+    sizes are not checked.
+    """
 
     device: str
     size_alarm: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class ClockReading:
-    """What the clock said, and what was doubted of that, the latest doubt last."""
-
-    seen_at: datetime
-    skews: Sequence[ClockSkew] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class UnusualArchive:
-    """An archive whose size differs from the median of its device's last ones."""
-
-    archive_id: int
-    drop: str
-    relpath: bytes
-    device: str
-    size_bytes: int
-    median_size_bytes: int
-
-
-class DeviceLedger(Protocol):
-    """The part of a ledger that remembers devices; safe to use from several threads.
-
-    Every method raises `LedgerError` where the record can't be read or written; nothing is half done then.
-    """
-
-    def set_expectations(self, expectations: Mapping[str, DeviceExpectation], now: datetime) -> None:
-        """Take over what the configuration expects of each drop, before anything is admitted.
-
-        Listed devices are known from now on. Those that were told apart in another way are forgotten, and so
-        are those that were listed, are not any more, and never came.
-        """
-        ...
-
-    def possibly_overdue(self, now: datetime) -> list[Device]:
-        """Return the devices that are overdue, or that were said to be."""
-        ...
-
-    def record_alarms(self, overdue: Sequence[Device], recovered: Sequence[Device]) -> None:
-        """Note which devices were said to be overdue, and which to have recovered."""
-        ...
-
-    def unusual_archives(self) -> list[UnusualArchive]:
-        """Return the archives of unusual size of which that is still to be said, the oldest first."""
-        ...
-
-    def mark_reported(self, unusual: Sequence[UnusualArchive]) -> None:
-        """Note that the unusual size of these archives was said."""
-        ...
-
-    def last_clock_reading(self) -> ClockReading | None:
-        """Return what was noted of the clock last; None where nothing was."""
-        ...
-
-    def save_clock_reading(self, reading: ClockReading, *, lock_timeout: float = 0.0) -> None:
-        """Note what the clock says, and what is doubted of it.
-
-        Raises LedgerHeldError where another process holds the ledger for longer than `patience`, in seconds.
-        """
-        ...
-
-    def prune(self, before: Callable[[], datetime], limit: int) -> int:
-        """Forget at most so many archives that ended before a time; return how many there were.
-
-        The time is asked for once nobody else can write: a clock is doubted before old history comes back.
-
-        Deliveries and attempts go with them. What is pending, still to be disposed of, in its drop folder or
-        in quarantine stays, however old.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
 class FileCandidate:
-    """A stable, eligible file in a drop folder.
+    """A stable, eligible file in a drop folder that is to be queued.
 
-    `tracked` where its device is of interest, `rejected` if it is not worth to be sent.
+    `tracked` is its device, if the drop's devices are tracked. `rejected` is set if an inspection found the
+    file damaged, so that it is not to be uploaded.
     """
 
     drop: str
@@ -110,7 +49,10 @@ class FileCandidate:
 
 @dataclass(frozen=True, slots=True)
 class KnownFiles:
-    """The files of a drop that are accounted for: the `mark` of each, and the `hash` of each path."""
+    """The files in a drop folder for which the ledger has an entry.
+
+    `content_keys` has the `content_key` of each file, `paths` the `hash` of each relative path.
+    """
 
     content_keys: frozenset[int]
     paths: frozenset[int]
@@ -118,11 +60,13 @@ class KnownFiles:
 
 @dataclass(frozen=True, slots=True)
 class EnqueueResult:
-    """What became of some sightings: new archives, and ones whose content they replace.
+    """The effect of `Ledger.enqueue`; each group is in the order of the candidates.
 
-    `unusual` tells whether `Ledger.unusual` has something to say of a new one.
-    The `rejected` are not among the admitted; `Ledger.undisposed` returns them. With `found_again` it returns
-    some that were delivered, gone when they should have been disposed of, and are there again.
+    `queued` are the new archives, except those that were `rejected` at once; `Ledger.pending_dispositions`
+    returns these. `superseded` are the archives with pending deliveries that ended, because a newer content
+    has their path. `has_unusual_size` is whether `Ledger.unusual_archives` has a new entry. `reappeared` is
+    whether a delivered archive that had been missing is in its drop folder again, so that
+    `Ledger.pending_dispositions` returns it once more.
     """
 
     queued: tuple[Archive, ...] = ()
@@ -134,7 +78,10 @@ class EnqueueResult:
 
 @dataclass(frozen=True, slots=True)
 class ClaimResult:
-    """A claim that has ended: the attempts made, and what the delivery becomes."""
+    """The end of a claim: the attempts that were made since `Ledger.claim`, and the delivery's next state.
+
+    `delivery` is as `Ledger.claim` returned it.
+    """
 
     delivery: Delivery
     attempts: tuple[Attempt, ...]
@@ -143,7 +90,14 @@ class ClaimResult:
 
 @dataclass(frozen=True, slots=True)
 class DeliveryResult:
-    """How one delivery of a settled archive ended."""
+    """The end of one delivery: delivered, rejected or superseded.
+
+    `digest` is the digest of the bytes that were sent, as `algorithm:hex`, None if they were not sent
+    completely. `verified` is whether the destination's receipt has the same digest; None unless delivered.
+    `http_status` is the status of the last response, None without a response. `reason` (a `Reason`) and
+    `error` describe a failure. `receipt` is the text of the destination's response, cut to a limit; None
+    unless delivered.
+    """
 
     delivery_id: str
     destination: str
@@ -159,9 +113,11 @@ class DeliveryResult:
 
 @dataclass(frozen=True, slots=True)
 class CompletedArchive:
-    """An archive all of whose deliveries have ended, so that its file is to be disposed of.
+    """An archive that has no open delivery, so that its file is to be moved, deleted or kept.
 
-    `announced` tells whether its end was logged before.
+    `state` is delivered or rejected. `digest` is the digest of the content that was sent, as `algorithm:hex`,
+    None if no delivery sent it completely. `results` are ordered by destination. `already_logged` is whether
+    the end of the archive was logged in an earlier attempt to dispose of its file.
     """
 
     archive: Archive
@@ -173,9 +129,10 @@ class CompletedArchive:
 
 @dataclass(frozen=True, slots=True)
 class DispositionResult:
-    """Where an archive's file went, relative to its drop folder; `left` for one that stays in place.
+    """The disposition of a completed archive's file.
 
-    `gone` for one that was not there any more.
+    `moved_to` is its new path, None if it was deleted. Or the file stays in the drop folder
+    (`kept_in_place`), or was `missing` when it was to be disposed of; then `moved_to` is None, too.
     """
 
     archive_id: int
@@ -186,103 +143,207 @@ class DispositionResult:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """A destination's pending deliveries."""
+    """The open deliveries of a destination, pending and claimed.
+
+    `pending` is their number, `pending_bytes` the total size of their archives, and `oldest` the time at
+    which the first of these archives was queued.
+    """
 
     pending: int
     pending_bytes: int
     oldest: datetime | None
 
 
-class Ledger(DeviceLedger, Protocol):
-    """The durable record; safe to use from several threads.
+@dataclass(frozen=True, slots=True)
+class UnusualArchive:
+    """An archive with a size that differs from the median of its device's archives before it."""
 
-    Every method raises `LedgerError` where the record can't be read or written; nothing is half done then.
+    archive_id: int
+    drop: str
+    relpath: bytes
+    device: str
+    size_bytes: int
+    median_size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClockReading:
+    """The time of the host's clock, and the steps of it that are distrusted, the latest one last."""
+
+    seen_at: datetime
+    skews: Sequence[ClockSkew] = ()
+
+
+class DeviceLedger(Protocol):
+    """The part of a ledger about devices, history and the clock; see `Ledger` for the common rules."""
+
+    def set_expectations(self, expectations: Mapping[str, DeviceExpectation], now: datetime) -> None:
+        """Replace the expectations of all drops by those of the configuration, by the names of the drops.
+
+        To be called before the first `enqueue`. Listed devices that are new are known since `now`. Forgotten
+        are the devices of drops with another `DeviceExpectation.by` than before, and those that are no longer
+        listed and never sent an archive. Times later than `now` become `now`: the clock was ahead.
+        """
+        ...
+
+    def possibly_overdue(self, now: datetime) -> list[Device]:
+        """Return the devices that are overdue or have an alarm, by drop and name."""
+        ...
+
+    def record_alarms(self, overdue: Sequence[Device], recovered: Sequence[Device]) -> None:
+        """Set `Device.alarmed` for the overdue devices, and clear it for the recovered ones."""
+        ...
+
+    def unusual_archives(self) -> list[UnusualArchive]:
+        """Return the archives of unusual size that are not reported yet, in the order of their ids."""
+        ...
+
+    def mark_reported(self, unusual: Sequence[UnusualArchive]) -> None:
+        """Record that the unusual size of these archives was logged."""
+        ...
+
+    def last_clock_reading(self) -> ClockReading | None:
+        """Return the reading that was saved last, None without one."""
+        ...
+
+    def save_clock_reading(self, reading: ClockReading, *, lock_timeout: float = 0.0) -> None:
+        """Replace the saved reading of the clock; durable if it has skews.
+
+        Raises LedgerHeldError if another process holds the ledger for longer than `lock_timeout` seconds.
+        """
+        ...
+
+    def prune(self, before: Callable[[], datetime], limit: int) -> int:
+        """Delete up to `limit` archives that ended before a time, with their deliveries and attempts.
+
+        Returns their number. `before` is called once no other connection can write, so that it takes into
+        account a clock reading that was saved before old history was added. Kept, however old, are archives
+        that have an open delivery or disposition, are in their drop folder or in quarantine, and the newest
+        archive, so that its id is never used again.
+        """
+        ...
+
+
+class Ledger(DeviceLedger, Protocol):
+    """The durable state of archives and deliveries; safe to use from several threads.
+
+    Every method raises LedgerError if the ledger can't be read or written; LedgerHeldError, a LedgerError, if
+    another process holds it for too long; and LedgerDamagedError if its content is damaged, after which the
+    daemon has to be restarted.
     """
 
     def register_folder(self, drop: str, device: int, inode: int) -> None:
-        """Note which directory a drop folder is, by the numbers that stat(2) gives.
+        """Record the directory of a drop by its device and inode number, as stat(2) returns them.
 
-        One that has another device number than before, as after a boot, has it for what lies in it, too.
+        If the same inode had another device number before, as after a boot or a mount, the archives in that
+        drop folder get the new device number.
         """
         ...
 
     def known_files(self, drop: str, below: bytes = b"") -> KnownFiles:
-        """Return which files of a drop are accounted for: all, or those below a directory of it."""
+        """Return the files in a drop folder that have an entry, all or those below a directory.
+
+        These are the files of archives with an open delivery or disposition, and of those kept in place.
+        """
         ...
 
     def enqueue(
-        self, sightings: Sequence[FileCandidate], destinations: Sequence[str], now: datetime
+        self, candidates: Sequence[FileCandidate], destinations: Sequence[str], now: datetime
     ) -> EnqueueResult:
-        """Make a pending delivery to each destination for each file not accounted for yet.
+        """Add an archive with a pending delivery to each destination for each file without an entry.
 
-        What was delivered, but gone when it was to be disposed of, is due for that once it is back.
-        Those of a rejected sighting have ended at once, durably, and are never to be claimed.
+        A candidate has an entry if `known_files` has its content key. One with a new content supersedes the
+        pending deliveries of older contents under its path; a claimed delivery is left to its worker, which
+        detects the change. A delivered file that was missing at its disposition and has come back unchanged
+        gets a pending disposition instead of a new delivery. The deliveries of a rejected candidate are
+        rejected at once. The deliveries are due at `now`. Durable if a candidate is rejected.
         """
         ...
 
     def claim(
         self, destination: str, now: datetime, priority: Priority = Priority.OLDEST, limit: int = 1
     ) -> list[Delivery]:
-        """Return the due deliveries that go first, now claimed: at most so many, more than one if small."""
+        """Change due deliveries of a destination from pending to claimed and return them, in their order.
+
+        No delivery is returned to two callers. The order is by the time when they are due, by size, or by the
+        newest archive, as `priority` requires. Several, up to `limit`, are returned only if their archives
+        have no more than 4 MiB together: a caller works on them one after the other, and a large one must not
+        delay a delivery that other workers could take.
+        """
         ...
 
     def next_due(self, destination: str) -> datetime | None:
-        """Return when the next pending delivery of a destination is due."""
+        """Return when the next pending delivery of a destination is due, None without one."""
         ...
 
     def bring_forward(self, destination: str, latest: datetime) -> None:
-        """Make no pending delivery of a destination due after a time."""
+        """Change the pending deliveries of a destination that are due after `latest` to be due then."""
         ...
 
-    def record(self, finished: Sequence[ClaimResult], now: datetime) -> list[CompletedArchive]:
-        """Commit, durably, how claims ended; return the archives that are settled by it."""
+    def record(self, results: Sequence[ClaimResult], now: datetime) -> list[CompletedArchive]:
+        """Commit the ends of claims; return the archives that are completed by them. Durable.
+
+        A delivery gets the state of its transition: it is pending again with a new due time, or it ended at
+        `now`. Its attempts are added, numbered on from `Delivery.attempts`. An archive is completed once none
+        of its deliveries is pending or claimed. It is superseded, and not returned, if one delivery is;
+        otherwise rejected if one is; otherwise delivered. The order is that of `results`. A result that was
+        recorded before has no further effect and completes nothing.
+        """
         ...
 
     def pending_dispositions(self, after_id: int = 0, limit: int = 256) -> list[CompletedArchive]:
-        """Return settled archives whose files are still to be disposed of: the first, by id, after one."""
+        """Return up to `limit` completed archives with a file to dispose of, by id, from after `after_id`."""
         ...
 
     def count_pending_dispositions(self) -> int:
-        """Return how many settled archives there are whose files are still to be disposed of."""
+        """Return the number of completed archives with a file to dispose of."""
         ...
 
     def record_dispositions(
         self, done: Sequence[DispositionResult], still_due: Sequence[int], now: datetime
     ) -> None:
-        """Note what became of the files of settled archives, all of which are announced.
+        """Record which files were disposed of at `now`, and the ids of the archives for which it failed.
 
-        `still_due` are the archives' ids whose file could not be disposed of.
+        The ends of all these archives were logged, so that `CompletedArchive.already_logged` is True for the
+        `still_due` ones from now on. Not durable: a disposition that is lost is repeated and finds the file
+        at its new path.
         """
         ...
 
     def release_claims(self, delivery_ids: Sequence[str] | None = None) -> int:
-        """Make claimed deliveries pending again, which nobody holds; return how many there were.
+        """Change claimed deliveries back to pending; return their number.
 
-        All that are claimed, unless some are named.
+        All of them, as at the start of the daemon, or only those with the given ids.
         """
         ...
 
     def backlog(self) -> Mapping[str, Backlog]:
-        """Return what is pending (and claimed), by destination."""
+        """Return the open deliveries by destination; destinations without any are left out."""
         ...
 
     def count_quarantined(self) -> int:
-        """Return how many rejected archives are in quarantine."""
+        """Return the number of rejected archives with a file in `rejected_dir`."""
         ...
 
-    def save_circuit(self, destination: str, gate: Circuit, error: str | None) -> None:
-        """Note how a destination's gate stands, for whoever asks beside the daemon."""
+    def save_circuit(self, destination: str, circuit: Circuit, error: str | None) -> None:
+        """Replace the saved circuit of a destination, for `backupd status`.
+
+        `error` is the last error of the destination, None for a working one.
+        """
         ...
 
     def check_storage(self) -> None:
-        """Raise LedgerError if what is recorded goes where nobody will find it."""
+        """Raise LedgerError if the storage was removed or replaced, so that new records would be lost."""
         ...
 
     def close(self) -> None:
-        """Close the ledger; further calls are errors."""
+        """Close the ledger; every later call raises LedgerError."""
         ...
 
 
 def content_key(relpath: bytes, fingerprint: Fingerprint) -> int:
-    """Return a number that stands for one content under one name, within this process."""
+    """Return a number that identifies the content of a file by its path and fingerprint.
+
+    It is valid within this process only. The device number does not count, as it may change with a mount.
+    """
     return hash((relpath, *identity(fingerprint)))

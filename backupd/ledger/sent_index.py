@@ -1,4 +1,4 @@
-"""What is asked of a ledger by those who see to the archives that were put away."""
+"""The index of archives in `sent_dir`, for retention and for restoring the history of a new ledger."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backupd.ledger.port import CompletedArchive
 
 @dataclass(frozen=True, slots=True)
 class SentArchive:
-    """A delivered archive whose file was moved to `to`, relative to its drop folder, at `since`."""
+    """A delivered archive with a file in `sent_dir`; `moved_to` is relative to its drop folder."""
 
     archive: Archive
     moved_to: bytes
@@ -23,9 +23,9 @@ class SentArchive:
 
 @dataclass(frozen=True, slots=True)
 class RestoredArchive:
-    """An archive as the record beside it tells of it: its file was moved to `to` at `since`.
+    """An archive that is restored from its receipt or reason file, under the id `archive_id`.
 
-    It is to have the number `ident`; `device` is whom it comes from, where that is of interest.
+    `moved_to` is relative to its drop folder. `device` is its device, if the drop's devices are tracked.
     """
 
     archive_id: int
@@ -36,7 +36,10 @@ class RestoredArchive:
 
 
 class RemovalReason(StrEnum):
-    """What became of a file in sent_dir: removed by us, or no longer there, or no longer ours before that."""
+    """Why an archive is no longer in `sent_dir`.
+
+    It was removed by retention, its file was gone before that, or another file had its name.
+    """
 
     EXPIRED = "expired"
     GONE = "gone"
@@ -44,75 +47,79 @@ class RemovalReason(StrEnum):
 
 
 class SentIndex(Protocol):
-    """The archives that were put away; for one thread.
+    """The archives in `sent_dir`; for one thread.
 
-    Every method raises `LedgerError` where the record can't be read or written; nothing is half done then.
+    Every method is one transaction, and raises `LedgerError` if the ledger can't be read or written. A series
+    is the archives of one device or folder, of which the newest are kept; its name is bytes.
     """
 
-    def without_series(self, drop: str, most: int) -> list[SentArchive]:
-        """Return archives of a drop whose series is not noted yet, the first ones first."""
+    def without_series(self, drop: str, limit: int) -> list[SentArchive]:
+        """Return up to `limit` archives of a drop that have no series yet, by id."""
         ...
 
     def set_series(self, series: Mapping[int, bytes]) -> None:
-        """Note the series of archives, by their ids."""
+        """Record the series of archives, by their ids."""
         ...
 
     def oldest(
-        self, drop: str, after: SentArchive | None, until: datetime | None, most: int
+        self, drop: str, after: SentArchive | None, until: datetime | None, limit: int
     ) -> list[SentArchive]:
-        """Return archives of a drop that were moved until a time, if one is given, the oldest first.
+        """Return up to `limit` archives of a drop in the order in which they were moved.
 
-        `after` is the last one that is not wanted again.
+        Only those after the archive `after`, and those that were moved until a time, where these are given.
         """
         ...
 
-    def count_newer(self, kept: SentArchive, most: int) -> int:
-        """Return how many archives of the same series came after one; `most` for more than that.
+    def count_newer(self, sent: SentArchive, limit: int) -> int:
+        """Return how many archives of the same series are newer, at most `limit`.
 
-        The fewer count, of those that were moved after it and those that were admitted after it: a clock that
-        was wrong makes none seem old. How those of a restored history were numbered tells nothing.
+        It is the smaller of two counts, the archives that were moved later and those that were queued later,
+        so that a wrong clock makes no archive look old. For an archive that was restored, it is the first
+        count.
         """
         ...
 
-    def beyond_newest(self, drop: str, series: bytes, last: int, until: datetime, most: int) -> list[SentArchive]:
-        """Return what is not among the last of a series, as `newer` counts, and was moved until a time.
+    def beyond_newest(
+        self, drop: str, series: bytes, keep: int, until: datetime, limit: int
+    ) -> list[SentArchive]:
+        """Return up to `limit` archives of a series that were moved until a time, except the newest `keep`.
 
-        The newest come first.
+        The order is by the time of the move, newest first; newer is meant as in `count_newer`.
         """
         ...
 
     def mark_expiring(self, archive_ids: Sequence[int]) -> None:
-        """Note, durably, that archives are about to be removed; they are kept no longer."""
+        """Record that the files of archives are about to be removed. Durable."""
         ...
 
-    def list_expiring(self, drop: str, most: int) -> list[SentArchive]:
-        """Return archives of a drop whose removal is noted as begun."""
+    def list_expiring(self, drop: str, limit: int) -> list[SentArchive]:
+        """Return up to `limit` archives of a drop that are marked as expiring."""
         ...
 
     def record_removals(self, removals: Mapping[int, RemovalReason], now: datetime) -> None:
-        """Note what became of files, by the ids of their archives."""
+        """Record why archives are no longer in `sent_dir`, by their ids."""
         ...
 
     def is_restored(self, drop: str, folder: bytes) -> bool:
-        """Tell whether what lies in a folder of a drop is known as far as its records tell of it."""
+        """Return whether the receipt files in a folder of a drop have been read into the ledger."""
         ...
 
     def lowest_id(self) -> int:
-        """Return a number that is below those of all archives, and of all that are to come."""
+        """Return an id that is lower than those of all archives, for the first restored one."""
         ...
 
-    def unknown(self, found: Sequence[RestoredArchive]) -> list[RestoredArchive]:
-        """Return those archives that are not known."""
+    def unknown(self, archives: Sequence[RestoredArchive]) -> list[RestoredArchive]:
+        """Return the archives of which no delivery is in the ledger."""
         ...
 
-    def restore(self, found: Sequence[RestoredArchive]) -> int:
-        """Note archives that are not known; return how many those were."""
+    def restore(self, archives: Sequence[RestoredArchive]) -> int:
+        """Add the archives of which no delivery is in the ledger; return their number."""
         ...
 
     def mark_restored(self, drop: str, folder: bytes) -> None:
-        """Note that all records in a folder of a drop were read; `b""` for all of its folders."""
+        """Record that all receipt files in a folder of a drop were read; `b""` is all of its folders."""
         ...
 
     def close(self) -> None:
-        """Close it; further calls are errors."""
+        """Close the index; every later call is an error."""
         ...

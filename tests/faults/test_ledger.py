@@ -17,9 +17,8 @@ import pytest
 
 from backupd.ledger.sqlite.connection import FILE_NAME
 from backupd.receiver.serve import RunningReceiver
-from tests.privileges import needs_root
 from tests.scripted import Peer, ScriptedServer, answer, receipt_for, server_context
-from tests.stage import PATIENCE, Daemon, Stage, until
+from tests.stage import TIMEOUT, Daemon, Stage, until
 
 QUICK = '[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.5s"'
 PAGE = 4096
@@ -92,7 +91,7 @@ def test_a_ledger_that_is_lost_is_begun_anew_from_the_folders(
     stage: Stage, waiting: Daemon, damage: Callable[[Path], None]
 ) -> None:
     ledger = stage.state / FILE_NAME
-    with contextlib.closing(sqlite3.connect(ledger, timeout=PATIENCE)) as db:
+    with contextlib.closing(sqlite3.connect(ledger, timeout=TIMEOUT)) as db:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     before = stamps(stage.sent)
     kept = ledger.read_bytes()
@@ -174,7 +173,7 @@ def test_pages_that_are_damaged_under_the_daemon_end_it_and_the_next_start_mends
     daemon = stage.daemon().ready()
     stage.put("sent.tar.gz", b"sent")
     daemon.wait_for("archive.disposed", archive="sent.tar.gz")
-    with contextlib.closing(sqlite3.connect(stage.state / FILE_NAME, timeout=PATIENCE)) as db:
+    with contextlib.closing(sqlite3.connect(stage.state / FILE_NAME, timeout=TIMEOUT)) as db:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     inner_pages(stage.state / FILE_NAME)
     stage.put("after.tar.gz", b"after")
@@ -198,7 +197,7 @@ def test_pages_that_are_damaged_under_the_daemon_end_it_and_the_next_start_mends
 
 def bring_in_log(ledger: Path) -> None:
     """Have the pages in the file itself, and none in its log."""
-    with contextlib.closing(sqlite3.connect(ledger, timeout=PATIENCE)) as db:
+    with contextlib.closing(sqlite3.connect(ledger, timeout=TIMEOUT)) as db:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
@@ -347,7 +346,7 @@ def test_a_ledger_that_is_removed_under_the_daemon_is_said_at_each_heartbeat(
     assert not daemon.events("ledger.failed")
     remove(stage.state / FILE_NAME)
     for line in daemon.wait_for("ledger.failed", count=2):
-        assert "was removed or replaced under the daemon" in line["error"]
+        assert "was removed or replaced while the daemon is running" in line["error"]
     stage.put("after.tar.gz", b"after")
     daemon.wait_for("archive.disposed", archive="after.tar.gz")
     assert daemon.stop() == 0
@@ -372,7 +371,7 @@ def test_a_ledger_of_a_newer_program_is_refused_and_nothing_is_touched(stage: St
 @contextlib.contextmanager
 def held(ledger: Path) -> Iterator[None]:
     """Have somebody else hold the ledger."""
-    with contextlib.closing(sqlite3.connect(ledger, timeout=PATIENCE, isolation_level=None)) as db:
+    with contextlib.closing(sqlite3.connect(ledger, timeout=TIMEOUT, isolation_level=None)) as db:
         db.execute("BEGIN EXCLUSIVE")
         yield
         db.execute("ROLLBACK")
@@ -387,7 +386,7 @@ def test_a_ledger_that_another_process_holds_is_waited_for(stage: Stage, receive
     with held(stage.state / FILE_NAME):
         before = len(daemon.events("daemon.heartbeat"))
         stage.put("after.tar.gz", b"after")
-        failed = daemon.wait_for("ledger.failed")  # after our patience
+        failed = daemon.wait_for("ledger.failed")  # after our timeout
         assert len(daemon.events("daemon.heartbeat")) > before + 3
         assert "locked" in failed[0]["error"]
         assert "another process holds it" in failed[0]["hint"]
@@ -420,7 +419,7 @@ def own_disk(stage: Stage) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", stage.state], check=True)
 
 
-@needs_root
+@pytest.mark.root
 def test_a_full_disk_of_the_ledger_is_said_and_archives_wait(
     stage: Stage, receiver: RunningReceiver, own_disk: Path
 ) -> None:
@@ -446,7 +445,7 @@ def fill(disk: Path) -> None:
             stream.write(bytes(PAGE))
 
 
-@needs_root
+@pytest.mark.root
 def test_a_read_only_state_folder_keeps_it_from_starting_and_nothing_is_touched(
     stage: Stage, waiting: Daemon
 ) -> None:

@@ -416,7 +416,7 @@ def test_without_a_free_name_a_file_stays_in_place(folder: DropFolder, root: Pat
 
 
 class InterruptedMoveError(BaseException):
-    """Stands for a SIGKILL."""
+    """A SIGKILL in the middle of a move."""
 
 
 def interrupt_after_first_rename(
@@ -505,7 +505,7 @@ def test_a_file_that_was_never_moved_is_not_found(folder: DropFolder, root: Path
 
 
 class OldFilesystem:
-    """A C library whose renameat2(2) fails, as on a filesystem without RENAME_NOREPLACE."""
+    """A C library with a renameat2(2) that fails, as on a filesystem without RENAME_NOREPLACE."""
 
     def __init__(self, error: int) -> None:
         self._error = error

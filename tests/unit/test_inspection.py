@@ -137,7 +137,7 @@ def _valid_lengths(name: str) -> set[int]:
         return {
             *range(12, 16),
             *range(25, 29),
-        }  # between two frames, or within the magic number of the next one
+        }  # between two frames, or within the next magic number
     return set()
 
 

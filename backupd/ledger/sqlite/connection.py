@@ -1,4 +1,4 @@
-"""Opening the SQLite file: one daemon at a time, migrated, checked after an unclean end."""
+"""The SQLite file of the ledger: its lock, schema, transactions, errors and row formats."""
 
 from __future__ import annotations
 
@@ -32,14 +32,426 @@ from backupd.core.model import (
 )
 from backupd.ledger.port import ClaimResult, DeliveryResult
 
+FILE_NAME = "ledger.sqlite3"
+LOCK_NAME = "backupd.lock"
+
+ARCHIVE_COLUMNS = "id, drop_name, relpath, device, inode, size, mtime_ns, ctime_ns, admitted_at"
+
+LOCK_TIMEOUT = 5.0
+"""Seconds for which a transaction waits for another process that holds the ledger."""
+
 Row = tuple[Any, ...]
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_LOCK_RETRY_PAUSE = 0.02
+"""Seconds between two attempts to begin a transaction, in which other threads may read."""
+
+_DAMAGED = b"damaged\n"
+_UNREADABLE = b"unreadable\n"
+"""Contents of the lock file after a daemon that found the ledger damaged."""
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
-ARCHIVE_COLUMNS = "id, drop_name, relpath, device, inode, size, mtime_ns, ctime_ns, admitted_at"
+
+class StateLock:
+    """The exclusive lock of one daemon on its state directory, for the length of a `with` block.
+
+    The lock file contains the process id of the daemon. After a clean end it is empty, so that it also shows
+    how the last daemon ended.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        """Create the directory and take the lock; raises LedgerError if another daemon has it."""
+        self._path = state_dir / LOCK_NAME
+        try:
+            state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
+            self.is_first_start = not self._path.exists()
+            """Whether no daemon used this state directory before."""
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        except OSError as error:
+            raise LedgerError(
+                f"{state_dir}: can't be written ({error.strerror})", "check `state_dir` and its owner"
+            ) from error
+        try:
+            self._lock()
+        except OSError as error:
+            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(self._fd)
+            raise LedgerError(
+                f"{state_dir}: another backupd (process {holder}) uses it",
+                "give each instance its own `state_dir`, or stop the other one",
+            ) from error
+        content = os.pread(self._fd, 32, 0)
+        self.check = "integrity_check" if content == _DAMAGED else "quick_check" if content else ""
+        """The PRAGMA by which the ledger has to be checked after the end of the last daemon; may be empty."""
+        self.must_replace = content == _UNREADABLE
+        """Whether the last daemon read invalid values from the ledger, which a check may not detect."""
+        self.ended_cleanly = True
+        """Set by the owner to False if the daemon did not end as it should."""
+        self.damage: LedgerDamagedError | None = None
+        """Set by the owner if the ledger was found damaged."""
+        own_pid = f"{os.getpid()}\n".encode("ascii")
+        try:
+            os.pwrite(self._fd, own_pid, 0)  # overwritten first, as an empty file would mean a clean end
+            os.ftruncate(self._fd, len(own_pid))
+        except OSError as error:
+            os.close(self._fd)
+            raise LedgerError(
+                f"{state_dir}: can't be written ({error.strerror})", "check the disk of `state_dir`"
+            ) from error
+
+    def release(self, *, clean: bool) -> None:
+        """Release the lock; after a clean end, the next start skips the check of the ledger."""
+        if clean:
+            os.ftruncate(self._fd, 0)
+        elif self.damage is not None:
+            content = _UNREADABLE if isinstance(self.damage, LedgerUnreadableError) else _DAMAGED
+            with contextlib.suppress(OSError):  # the process id that remains requires a check, too
+                os.pwrite(self._fd, content, 0)
+                os.ftruncate(self._fd, len(content))
+        os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, LedgerDamagedError):
+            self.damage = error
+        self.release(clean=kind is None and self.ended_cleanly)
+
+    def _lock(self) -> None:
+        for _ in range(10):  # `daemon_pid` of another process holds a shared lock for a moment
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(0.1)
+        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def daemon_pid(state_dir: Path) -> int | None:
+    """Return the process id of the daemon that holds a state directory, None if no daemon does."""
+    try:
+        fd = os.open(state_dir / LOCK_NAME, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        content = os.pread(fd, 32, 0).strip()
+        return int(content) if content.isdigit() else None
+    finally:
+        os.close(fd)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedLedger:
+    """A connection to the ledger.
+
+    `quarantined_path` is the new name of a damaged ledger that was replaced. `is_new` is whether there was no
+    ledger before.
+    """
+
+    connection: sqlite3.Connection
+    quarantined_path: Path | None = None
+    is_new: bool = False
+
+
+def open_ledger(state_dir: Path, *, check: str = "", must_replace: bool = False) -> OpenedLedger:
+    """Open or create the ledger and bring its schema up to date.
+
+    A ledger that SQLite can't read, that has no bytes, or for which `must_replace` is set, is renamed, never
+    deleted, and replaced by a new one; its pending archives are found again in the drop folders. `check` is
+    the name of the PRAGMA by which SQLite checks the ledger, empty for none. Raises LedgerError for a schema
+    of a newer version, and if a person has to act: missing permissions, a full disk.
+    """
+    path = state_dir / FILE_NAME
+    try:
+        is_new = not path.exists()
+        is_lost = _is_empty(path) or (is_new and _wal_of(path).exists()) or (must_replace and not is_new)
+        quarantined_path = _quarantine(path) if is_lost else None
+        try:
+            return OpenedLedger(_connect(path, check=check), quarantined_path, is_new)
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            if not is_damage(error):
+                raise
+        quarantined_path = _quarantine(path)
+        return OpenedLedger(_connect(path, check=""), quarantined_path)
+    except (sqlite3.DatabaseError, OSError) as error:
+        raise LedgerError(f"{path}: {error}", "check the disk and the owner of `state_dir`") from error
+
+
+def open_for_reading(state_dir: Path) -> sqlite3.Connection:
+    """Open the ledger for queries while a daemon may be running; raises LedgerError if that fails."""
+    path = state_dir / FILE_NAME
+    try:
+        path.stat()
+    except FileNotFoundError as error:
+        raise LedgerError(
+            f"{path}: no ledger here yet",
+            "start the daemon with this `state_dir`, or give this command the configuration of the daemon",
+        ) from error
+    except OSError as error:
+        raise LedgerError(f"{path}: {error.strerror}", "run this command as the daemon's user") from error
+    try:
+        connection = sqlite3.connect(path, timeout=10, isolation_level=None)
+        try:
+            connection.execute("PRAGMA query_only = ON")
+            _check_version(connection, path)
+        except BaseException:
+            connection.close()
+            raise
+    except sqlite3.DatabaseError as error:
+        raise LedgerError(f"{path}: {error}", "run this command as the daemon's user") from error
+    return connection
+
+
+def _is_empty(path: Path) -> bool:
+    """Return whether a ledger has no bytes; SQLite would take it for a new one and delete its WAL."""
+    try:
+        return path.stat().st_size == 0
+    except FileNotFoundError:
+        return False
+
+
+def _wal_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}-wal")
+
+
+def _quarantine(path: Path) -> Path:
+    """Rename a ledger and its WAL; return the new path."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
+    new_path = path.with_name(f"{path.name}.damaged-{stamp}")
+    for suffix in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(f"{path}{suffix}", f"{new_path}{suffix}")
+    return new_path
+
+
+def _connect(path: Path, *, check: str) -> sqlite3.Connection:
+    is_created = _create(path)
+    try:
+        return _prepare(path, check=check)
+    except BaseException:
+        if is_created and _is_empty(path):
+            path.unlink()
+        raise
+
+
+def _create(path: Path) -> bool:
+    """Create the file with the mode that SQLite also gives to the WAL; return False if it exists."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+    except FileExistsError:
+        return False
+    try:
+        os.fchmod(fd, 0o640)
+    finally:
+        os.close(fd)
+    return True
+
+
+def _prepare(path: Path, *, check: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA cache_size = -512")  # in KiB; the default of 2 MiB is never used up
+        connection.execute("PRAGMA synchronous = FULL")
+        if check and connection.execute(f"PRAGMA {check}(1)").fetchone()[0] != "ok":
+            raise sqlite3.DatabaseError("database disk image is malformed")
+        _migrate(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _load_migrations() -> tuple[tuple[int, str], ...]:
+    folder = resources.files("backupd.ledger.sqlite") / "migrations"
+    entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
+    return tuple(
+        (int(e.name.split("_")[0]), e.read_text("utf-8")) for e in entries if e.name.endswith(".sql")
+    )
+
+
+_MIGRATIONS = _load_migrations()
+"""Number and script of each migration; loaded early, as an upgrade may replace the files meanwhile."""
+
+
+def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+    version = _check_version(connection, path)
+    for number, script in _MIGRATIONS:
+        if number > version:
+            connection.executescript(f"BEGIN IMMEDIATE;\n{script}\nPRAGMA user_version = {number};\nCOMMIT;")
+
+
+def _check_version(connection: sqlite3.Connection, path: Path) -> int:
+    """Return the version of the schema; raises LedgerError if it is a newer one."""
+    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    newest = _MIGRATIONS[-1][0]
+    if version > newest:
+        raise LedgerError(
+            f"{path}: it has schema version {version}, but this backupd supports only up to {newest}",
+            "install the version of backupd that wrote it, or a newer one",
+        )
+    return version
+
+
+class Transactions:
+    """Transactions for several threads on one connection from `open_ledger`."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        connection.execute("PRAGMA busy_timeout = 0")  # SQLite would wait while this object's lock is held
+        self._db = connection
+        self._lock = threading.Lock()
+        path = connection.execute("PRAGMA database_list").fetchone()[2]
+        files = (path, f"{path}-wal") if path else ()  # a ledger in memory has no files
+        self._files = {file: os.stat(file) for file in files if os.path.exists(file)}
+
+    def check_storage(self) -> None:
+        """See `Ledger.check_storage`."""
+        for path, status in self._files.items():
+            try:
+                if os.path.samestat(os.stat(path), status):
+                    continue
+            except OSError:
+                pass  # a file without access counts as removed
+            raise LedgerError(
+                f"{path} was removed or replaced while the daemon is running",
+                "restart the daemon: its new records go to the removed file, which commands can't read,"
+                " and are lost at its end",
+            )
+
+    @contextmanager
+    def _transaction(
+        self, *, durable: bool, lock_timeout: float = LOCK_TIMEOUT
+    ) -> Iterator[sqlite3.Connection]:
+        with translate_errors("written"):
+            self._begin(durable=durable, lock_timeout=lock_timeout)
+            try:
+                with _commit_or_roll_back(self._db):
+                    yield self._db
+            finally:
+                self._lock.release()
+
+    def _begin(self, *, durable: bool, lock_timeout: float) -> None:
+        """Take the lock and begin a transaction.
+
+        While it waits for another process, the lock is free, so that other threads can read.
+        """
+        deadline = time.monotonic() + lock_timeout
+        while True:
+            self._lock.acquire()
+            try:
+                _roll_back(self._db)
+                self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                self._db.execute("BEGIN IMMEDIATE")
+            except BaseException as error:
+                self._lock.release()
+                if not is_locked(error) or time.monotonic() > deadline:
+                    raise
+            else:
+                return
+            time.sleep(_LOCK_RETRY_PAUSE)
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, translate_errors("read"):
+            yield self._db
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """Commit the statements in the block as a whole; raises the errors of `translate_errors`."""
+    with translate_errors("written"):
+        _roll_back(db)
+        db.execute("BEGIN IMMEDIATE")
+        with _commit_or_roll_back(db):
+            yield
+
+
+@contextmanager
+def _commit_or_roll_back(db: sqlite3.Connection) -> Iterator[None]:
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        _roll_back(db)
+        raise
+
+
+def _roll_back(db: sqlite3.Connection) -> None:
+    """Roll back an open transaction.
+
+    There is none if SQLite did so itself, as for a full disk. If a rollback fails, the transaction is still
+    open when the next one begins.
+    """
+    if db.in_transaction:
+        db.execute("ROLLBACK")
+
+
+class UnreadableRowError(sqlite3.DatabaseError):
+    """A row contains a value that backupd never writes."""
+
+
+@contextmanager
+def translate_errors(operation: str) -> Iterator[None]:
+    """Raise errors of SQLite in the block as LedgerError, LedgerHeldError or LedgerDamagedError.
+
+    `operation` is the participle in the message: `read` or `written`.
+    """
+    try:
+        yield
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        if is_damage(error):
+            error_class = LedgerUnreadableError if _is_unreadable(error) else LedgerDamagedError
+            raise error_class(
+                f"the ledger is damaged: {error}",
+                "check the disk of `state_dir`; the daemon stops, and its next start renames a damaged ledger"
+                " and recreates it from the drop folders",
+            ) from error
+        message = f"the ledger can't be {operation}: {error}"
+        if is_locked(error):
+            hint = "another process holds it: find it with `fuser` and end it; the daemon tries again"
+            raise LedgerHeldError(message, hint) from error
+        raise LedgerError(message, "check the disk of `state_dir`") from error
+
+
+def is_damage(error: sqlite3.Error | UnicodeDecodeError) -> bool:
+    """Return whether the cause of an error is the content of the file."""
+    return type(error) is sqlite3.DatabaseError or _is_unreadable(error)
+
+
+def is_locked(error: BaseException) -> bool:
+    """Return whether the cause of an error is that another process holds the ledger."""
+    code: int = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF == sqlite3.SQLITE_BUSY
+
+
+def _is_unreadable(error: sqlite3.Error | UnicodeDecodeError) -> bool:
+    """Return whether a table is missing, a value is invalid or a constraint of the schema is broken."""
+    if type(error) is sqlite3.OperationalError:  # other codes of this class: locked, full, read-only
+        return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) == sqlite3.SQLITE_ERROR
+    # UnicodeDecodeError: SQLite's messages quote names from a damaged schema
+    return isinstance(error, (sqlite3.IntegrityError, UnreadableRowError, UnicodeDecodeError))
+
+
+def row_converter(convert: Callable[P, T]) -> Callable[P, T]:
+    """Make a conversion of stored values raise UnreadableRowError for invalid ones."""
+
+    @wraps(convert)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return convert(*args, **kwargs)
+        except (ValueError, TypeError, OverflowError, AttributeError) as error:
+            raise UnreadableRowError(str(error)) from error
+
+    return checked
 
 
 def to_micros(time: datetime) -> int:
@@ -47,69 +459,57 @@ def to_micros(time: datetime) -> int:
     return (time - _EPOCH) // _MICROSECOND
 
 
-class UnreadableRowError(sqlite3.DatabaseError):
-    """A row holds a value that none of ours can be."""
-
-
-def convert_row(convert: Callable[P, T]) -> Callable[P, T]:
-    """Have a conversion of what was read raise UnreadableRowError for what can't be converted."""
-
-    @wraps(convert)
-    def converted(*arguments: P.args, **named: P.kwargs) -> T:
-        try:
-            return convert(*arguments, **named)
-        except (ValueError, TypeError, OverflowError, AttributeError) as error:
-            raise UnreadableRowError(str(error)) from error
-
-    return converted
-
-
-@convert_row
+@row_converter
 def as_time(micros: int) -> datetime:
     """Return the UTC time of microseconds since the epoch."""
     return _EPOCH + micros * _MICROSECOND
 
 
-def time_if_any(micros: int | None) -> datetime | None:
-    """Return the UTC time of microseconds since the epoch, if any."""
+def optional_time(micros: int | None) -> datetime | None:
+    """Return the UTC time of microseconds since the epoch, None for NULL."""
     return None if micros is None else as_time(micros)
 
 
-@convert_row
-def path_if_any(path: object) -> bytes | None:
-    """Return a path, if any."""
+@row_converter
+def optional_path(path: object) -> bytes | None:
+    """Return a path, None for NULL."""
     if not isinstance(path, bytes | None):
-        raise TypeError("a path of another type")
+        raise TypeError("a path is not a BLOB")
     return path
 
 
-@convert_row
+@row_converter
 def as_archive(row: Row) -> Archive:
     """Return the archive of a row of `ARCHIVE_COLUMNS`."""
     if not (isinstance(row[1], str) and isinstance(row[2], bytes)):
-        raise TypeError("a drop's name or a path of another type")
+        raise TypeError("a drop name is not a TEXT, or a path is not a BLOB")
     return Archive(row[0], row[1], row[2], Fingerprint(*map(int, row[3:8])), as_time(row[8]))
 
 
-def as_stored(number: int) -> int | bytes:
-    """Return a number as it is; one that SQLite's 64 bits don't hold as its digits, in bytes.
+def storable_int(number: int) -> int | bytes:
+    """Return an integer if SQLite's signed 64 bits can hold it, otherwise its digits.
 
-    Network filesystems have inodes of 64 bits without a sign, and a time after 2262 more nanoseconds.
+    Network filesystems have unsigned 64-bit inodes, and times after 2262 have more nanoseconds.
     """
     return number if -(1 << 63) <= number < 1 << 63 else b"%d" % number
 
 
+def storable_text(text: str) -> str:
+    """Return a text as valid Unicode, so that an outcome with any text can be recorded."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def fingerprint_columns(f: Fingerprint) -> Row:
-    """Return device, inode, size and times, as they are stored."""
-    return tuple(map(as_stored, (f.device, f.inode, f.size, f.mtime_ns, f.ctime_ns)))
+    """Return the stored values of device, inode, size, mtime_ns and ctime_ns."""
+    return tuple(map(storable_int, (f.device, f.inode, f.size, f.mtime_ns, f.ctime_ns)))
 
 
-@convert_row
-def as_ending(row: Row) -> DeliveryResult:
-    """Return how a delivery ended."""
-    ident, destination, state, ended_at, digest, verified, http_status, reason, error, receipt = row
+@row_converter
+def as_delivery_result(row: Row) -> DeliveryResult:
+    """Return the result of a delivery from a row with the fields of `DeliveryResult`."""
+    delivery_id, destination, state, ended_at, digest, verified, http_status, reason, error, receipt = row
     return DeliveryResult(
-        ident,
+        delivery_id,
         destination,
         DeliveryState(state),
         as_time(ended_at),
@@ -122,24 +522,24 @@ def as_ending(row: Row) -> DeliveryResult:
     )
 
 
-def delivery_row(finished: ClaimResult, now: datetime) -> Row:
-    """Return the values of a delivery's update, its id last."""
-    delivery, step = finished.delivery, finished.transition
-    pending = step.state is DeliveryState.PENDING
-    reason, error, http_status = _why(step.outcome)
+def delivery_update(result: ClaimResult, now: datetime) -> Row:
+    """Return the values for the update of a delivery at the end of a claim, its id last."""
+    delivery, transition = result.delivery, result.transition
+    is_pending = transition.state is DeliveryState.PENDING
+    reason, error, http_status = _error_columns(transition.outcome)
     digest = verified = receipt = None
-    if isinstance(step.outcome, Delivered):
-        digest, verified = str(step.outcome.digest), step.outcome.verified
-        receipt = storable_text(step.outcome.receipt.body)
-    elif isinstance(step.outcome, Deferred) and step.outcome.unconfirmed_digest is not None:
-        digest = str(step.outcome.unconfirmed_digest)
+    if isinstance(transition.outcome, Delivered):
+        digest, verified = str(transition.outcome.digest), transition.outcome.verified
+        receipt = storable_text(transition.outcome.receipt.body)
+    elif isinstance(transition.outcome, Deferred) and transition.outcome.unconfirmed_digest is not None:
+        digest = str(transition.outcome.unconfirmed_digest)
     return (
-        step.state,
-        to_micros(step.due_at or now) if pending else None,
-        step.archive_failures,
-        step.destination_failures,
-        delivery.attempts + len(finished.attempts),
-        None if pending else to_micros(now),
+        transition.state,
+        to_micros(transition.due_at or now) if is_pending else None,
+        transition.archive_failures,
+        transition.destination_failures,
+        delivery.attempts + len(result.attempts),
+        None if is_pending else to_micros(now),
         reason,
         error,
         digest,
@@ -152,7 +552,7 @@ def delivery_row(finished: ClaimResult, now: datetime) -> Row:
 
 def attempt_row(delivery_id: str, number: int, attempt: Attempt) -> Row:
     """Return the row of an attempt."""
-    reason, error, http_status = _why(attempt.outcome)
+    reason, error, http_status = _error_columns(attempt.outcome)
     return (
         delivery_id,
         number,
@@ -166,7 +566,8 @@ def attempt_row(delivery_id: str, number: int, attempt: Attempt) -> Row:
     )
 
 
-def _why(outcome: Outcome) -> tuple[str | None, str | None, int | None]:
+def _error_columns(outcome: Outcome) -> tuple[str | None, str | None, int | None]:
+    """Return the reason, error and HTTP status of an outcome."""
     match outcome:
         case Delivered(receipt=receipt):
             return None, None, receipt.http_status
@@ -176,380 +577,3 @@ def _why(outcome: Outcome) -> tuple[str | None, str | None, int | None]:
             return reason, storable_text(error), status
         case Rejected(reason=reason, error=error, http_status=status):
             return reason, storable_text(error), status
-
-
-def storable_text(text: str) -> str:
-    """Return a text as valid Unicode: one that is none must not keep an outcome from being recorded."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-LOCK_TIMEOUT = 5.0
-"""Seconds for which another process may hold the ledger before that is said."""
-
-_PAUSE = 0.02
-"""Seconds between two attempts to begin, in which other threads may read."""
-
-
-class Transactions:
-    """Transactions on a connection from `open_ledger`, for several threads."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        connection.execute("PRAGMA busy_timeout = 0")  # SQLite would wait with our lock held
-        self._db = connection
-        self._lock = threading.Lock()
-        path = connection.execute("PRAGMA database_list").fetchone()[2]
-        files = (path, f"{path}-wal") if path else ()  # one in memory has none
-        self._files = {file: os.stat(file) for file in files if os.path.exists(file)}
-
-    @contextmanager
-    def _transaction(self, *, durable: bool, lock_timeout: float = LOCK_TIMEOUT) -> Iterator[sqlite3.Connection]:
-        with failures("written"):
-            self._begin(durable=durable, lock_timeout=lock_timeout)
-            try:
-                with _committed(self._db):
-                    yield self._db
-            finally:
-                self._lock.release()
-
-    def _begin(self, *, durable: bool, lock_timeout: float) -> None:
-        """Take the lock and begin; while another process is waited for, the lock is free for readers."""
-        until = time.monotonic() + lock_timeout
-        while True:
-            self._lock.acquire()
-            try:
-                _undo(self._db)
-                self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-                self._db.execute("BEGIN IMMEDIATE")
-            except BaseException as error:
-                self._lock.release()
-                if not is_locked(error) or time.monotonic() > until:
-                    raise
-            else:
-                return
-            time.sleep(_PAUSE)
-
-    def check_storage(self) -> None:
-        """See `Ledger.check_storage`."""
-        for path, status in self._files.items():
-            try:
-                if os.path.samestat(os.stat(path), status):
-                    continue
-            except OSError:
-                pass  # it is not there, as far as we may see
-            raise LedgerError(
-                f"{path} was removed or replaced under the daemon",
-                "restart it: it goes on, but what it records now is lost then, and commands see nothing",
-            )
-
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, failures("read"):
-            yield self._db
-
-
-@contextmanager
-def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """Commit what is done within, all of it or nothing; raises as `failures`."""
-    with failures("written"):
-        _undo(db)
-        db.execute("BEGIN IMMEDIATE")
-        with _committed(db):
-            yield
-
-
-@contextmanager
-def _committed(db: sqlite3.Connection) -> Iterator[None]:
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        _undo(db)
-        raise
-
-
-def _undo(db: sqlite3.Connection) -> None:
-    """Roll back what is open: nothing where SQLite did, the disk being full; again where that failed."""
-    if db.in_transaction:
-        db.execute("ROLLBACK")
-
-
-@contextmanager
-def failures(what: str) -> Iterator[None]:
-    """Raise what goes wrong with a ledger that was open; `what` is what can't be done: read, written."""
-    try:
-        yield
-    except (sqlite3.Error, UnicodeDecodeError) as error:
-        if is_damage(error):
-            kind = LedgerUnreadableError if _is_unreadable(error) else LedgerDamagedError
-            raise kind(
-                f"the ledger is damaged: {error}",
-                "the daemon ends; the next start checks the ledger, puts a damaged one aside and begins"
-                " anew from the folders; look at the disk of `state_dir`",
-            ) from error
-        says = f"the ledger can't be {what}: {error}"
-        if is_locked(error):
-            hint = "another process holds it: `fuser` tells which; it goes on once that lets go"
-            raise LedgerHeldError(says, hint) from error
-        raise LedgerError(says, "check the disk of `state_dir`") from error
-
-
-def is_damage(error: sqlite3.Error | UnicodeDecodeError) -> bool:
-    """Tell whether it is the file that is at fault, or what it holds."""
-    return type(error) is sqlite3.DatabaseError or _is_unreadable(error)
-
-
-def _is_unreadable(error: sqlite3.Error | UnicodeDecodeError) -> bool:
-    """Tell whether a table is lost, a text is no UTF-8, a time none, a rule of the schema broken."""
-    if type(error) is sqlite3.OperationalError:  # others of its kind: locked, full, read-only
-        return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) == sqlite3.SQLITE_ERROR
-    # UnicodeDecodeError: SQLite's own words name what is damaged
-    return isinstance(error, (sqlite3.IntegrityError, UnreadableRowError, UnicodeDecodeError))
-
-
-def is_locked(error: BaseException) -> bool:
-    """Tell whether another process holds the ledger."""
-    code: int = getattr(error, "sqlite_errorcode", 0)
-    return code & 0xFF == sqlite3.SQLITE_BUSY
-
-
-FILE_NAME = "ledger.sqlite3"
-LOCK_NAME = "backupd.lock"
-
-_DAMAGED = b"damaged\n"
-_UNREADABLE = b"unreadable\n"
-"""What the lock holds after a daemon that found the ledger damaged."""
-
-
-class StateLock:
-    """The hold of one daemon on its state directory, which also tells how the last one ended."""
-
-    def __init__(self, state_dir: Path) -> None:
-        self._path = state_dir / LOCK_NAME
-        try:
-            state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
-            self.is_first_start = not self._path.exists()
-            """Whether no daemon had a ledger here before."""
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        except OSError as error:
-            raise LedgerError(
-                f"{state_dir}: can't be written ({error.strerror})", "check `state_dir` and its owner"
-            ) from error
-        try:
-            self._lock()
-        except OSError as error:
-            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(self._fd)
-            raise LedgerError(
-                f"{state_dir}: another backupd (process {holder}) uses it",
-                "give each instance a `state_dir` of its own, or stop the other one",
-            ) from error
-        left = os.pread(self._fd, 32, 0)
-        self.check = "integrity_check" if left == _DAMAGED else "quick_check" if left else ""
-        """The check of SQLite that the ledger needs, by how the last daemon ended."""
-        self.must_replace = left == _UNREADABLE
-        """Whether the last daemon found in the ledger what can't be read, whatever a check says."""
-        self.ended_cleanly = True
-        """To be set: whether what it was held for ended as it should."""
-        self.damage: LedgerDamagedError | None = None
-        """To be set: the damage that the ledger was found to have."""
-        holder_now = f"{os.getpid()}\n".encode("ascii")
-        try:
-            os.pwrite(self._fd, holder_now, 0)  # never empty in between: that would be a clean end
-            os.ftruncate(self._fd, len(holder_now))
-        except OSError as error:
-            os.close(self._fd)
-            raise LedgerError(
-                f"{state_dir}: can't be written ({error.strerror})", "check the disk of `state_dir`"
-            ) from error
-
-    def _lock(self) -> None:
-        for _ in range(10):  # `daemon_pid` holds it for a moment
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            time.sleep(0.1)
-        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def release(self, *, clean: bool) -> None:
-        """Let go; a clean end spares the next start the check of the ledger."""
-        if clean:
-            os.ftruncate(self._fd, 0)
-        elif self.damage is not None:
-            what = _UNREADABLE if isinstance(self.damage, LedgerUnreadableError) else _DAMAGED
-            with contextlib.suppress(OSError):  # the next start checks all the same
-                os.pwrite(self._fd, what, 0)
-                os.ftruncate(self._fd, len(what))
-        os.close(self._fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, LedgerDamagedError):
-            self.damage = error
-        self.release(clean=kind is None and self.ended_cleanly)
-
-
-def daemon_pid(state_dir: Path) -> int | None:
-    """Return the process id of the daemon that holds a state directory, or None."""
-    try:
-        fd = os.open(state_dir / LOCK_NAME, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        held_by = os.pread(fd, 32, 0).strip()
-        return int(held_by) if held_by.isdigit() else None
-    finally:
-        os.close(fd)
-    return None
-
-
-@dataclass(frozen=True, slots=True)
-class OpenedLedger:
-    """A connection to the ledger, where a damaged predecessor was put aside, and whether there was none."""
-
-    connection: sqlite3.Connection
-    quarantined_path: Path | None = None
-    is_new: bool = False
-
-
-def open_ledger(state_dir: Path, *, check: str = "", must_replace: bool = False) -> OpenedLedger:
-    """Open or create the ledger and bring its schema up to date.
-
-    A file that SQLite can't read, or that has lost its content, is renamed, never deleted, and an empty
-    ledger begun: what it knew of pending archives is found again in the drop folders. So is one that is
-    `must_replace`; `check` is the PRAGMA that SQLite is to check it by, if any. Raises LedgerError for a schema
-    of a newer version, and for what the operator must mend (permissions, disk).
-    """
-    path = state_dir / FILE_NAME
-    try:
-        is_new = not path.exists()
-        is_lost = _is_emptied(path) or (is_new and _wal_of(path).exists()) or (must_replace and not is_new)
-        aside = _quarantine(path) if is_lost else None
-        try:
-            return OpenedLedger(_connect(path, check=check), aside, is_new)
-        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-            if not is_damage(error):
-                raise
-        aside = _quarantine(path)
-        return OpenedLedger(_connect(path, check=""), aside)
-    except (sqlite3.DatabaseError, OSError) as error:
-        raise LedgerError(f"{path}: {error}", "check the disk and the owner of `state_dir`") from error
-
-
-def open_for_reading(state_dir: Path) -> sqlite3.Connection:
-    """Open the ledger beside a running daemon, for queries; raises LedgerError where there is none."""
-    path = state_dir / FILE_NAME
-    try:
-        path.stat()
-    except FileNotFoundError as error:
-        raise LedgerError(
-            f"{path}: no ledger here yet", "has the daemon run with this `state_dir`?"
-        ) from error
-    except OSError as error:
-        raise LedgerError(f"{path}: {error.strerror}", "run this command as the daemon's user") from error
-    try:
-        connection = sqlite3.connect(path, timeout=10, isolation_level=None)
-        try:
-            connection.execute("PRAGMA query_only = ON")
-            _refuse_newer(connection, path)
-        except BaseException:
-            connection.close()
-            raise
-    except sqlite3.DatabaseError as error:
-        raise LedgerError(f"{path}: {error}", "run this command as the daemon's user") from error
-    return connection
-
-
-def _is_emptied(path: Path) -> bool:
-    """Tell whether a ledger is of no length; SQLite would take it for a new one and delete its WAL."""
-    try:
-        return path.stat().st_size == 0
-    except FileNotFoundError:
-        return False
-
-
-def _wal_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}-wal")
-
-
-def _connect(path: Path, *, check: str) -> sqlite3.Connection:
-    created = _create(path)
-    try:
-        return _opened(path, check=check)
-    except BaseException:
-        if created and _is_emptied(path):
-            path.unlink()
-        raise
-
-
-def _create(path: Path) -> bool:
-    """Make the file with the mode that SQLite then gives the WAL too; return False where there is one."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
-    except FileExistsError:
-        return False
-    try:
-        os.fchmod(fd, 0o640)
-    finally:
-        os.close(fd)
-    return True
-
-
-def _opened(path: Path, *, check: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
-    try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA cache_size = -512")  # KiB; it was 2 MiB, of which little was ever used
-        connection.execute("PRAGMA synchronous = FULL")
-        if check and connection.execute(f"PRAGMA {check}(1)").fetchone()[0] != "ok":
-            raise sqlite3.DatabaseError("database disk image is malformed")
-        _migrate(connection, path)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def _quarantine(path: Path) -> Path:
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
-    aside = path.with_name(f"{path.name}.damaged-{stamp}")
-    for suffix in ("", "-wal", "-shm"):
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(f"{path}{suffix}", f"{aside}{suffix}")
-    return aside
-
-
-def _load_scripts() -> tuple[tuple[int, str], ...]:
-    folder = resources.files("backupd.ledger.sqlite") / "migrations"
-    entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
-    return tuple(
-        (int(e.name.split("_")[0]), e.read_text("utf-8")) for e in entries if e.name.endswith(".sql")
-    )
-
-
-_SCRIPTS = _load_scripts()
-"""Number and text of each migration; read at once, as an upgrade may replace the files under a daemon."""
-
-
-def _refuse_newer(connection: sqlite3.Connection, path: Path) -> int:
-    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
-    newest = _SCRIPTS[-1][0]
-    if version > newest:
-        raise LedgerError(
-            f"{path}: schema version {version}, this backupd knows up to {newest}",
-            "install the version of backupd that wrote it, or a newer one",
-        )
-    return version
-
-
-def _migrate(connection: sqlite3.Connection, path: Path) -> None:
-    version = _refuse_newer(connection, path)
-    for number, script in _SCRIPTS:
-        if number > version:
-            connection.executescript(f"BEGIN IMMEDIATE;\n{script}\nPRAGMA user_version = {number};\nCOMMIT;")

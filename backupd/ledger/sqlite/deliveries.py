@@ -1,4 +1,4 @@
-"""The ledger in SQLite: one connection, one lock, one transaction a call."""
+"""The ledger in SQLite: one connection, one lock, and one transaction for each call."""
 
 from __future__ import annotations
 
@@ -25,141 +25,103 @@ from backupd.ledger.port import (
 from backupd.ledger.sqlite.connection import (
     ARCHIVE_COLUMNS,
     as_archive,
-    as_ending,
-    as_stored,
+    as_delivery_result,
     as_time,
     attempt_row,
-    convert_row,
-    delivery_row,
+    delivery_update,
     fingerprint_columns,
+    row_converter,
+    storable_int,
     storable_text,
     to_micros,
 )
 from backupd.ledger.sqlite.device_queries import SqliteDeviceLedger, record_arrival
 
-
-def archive_of(db: sqlite3.Connection, archive_id: int) -> Archive:
-    """Return an archive."""
-    query = f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE id = ?"  # noqa: S608 -- own columns
-    return as_archive(db.execute(query, (archive_id,)).fetchone())
-
-
-def settle(db: sqlite3.Connection, archive_id: int) -> list[CompletedArchive]:
-    """Write down what an archive's deliveries make of it; return it if its file is to be disposed of."""
-    states = [
-        DeliveryState(row[0])
-        for row in db.execute("SELECT state FROM delivery WHERE archive_id = ?", (archive_id,))
-    ]
-    state = archive_state(states)
-    if state is DeliveryState.PENDING:
-        return []
-    gone = state is DeliveryState.SUPERSEDED
-    changed = db.execute(
-        "UPDATE archive SET state = ?, disposition = ?, live = ?,"
-        " digest = (SELECT max(digest) FROM delivery WHERE archive_id = archive.id)"
-        " WHERE id = ? AND state = 'pending'",
-        (state, "done" if gone else "due", not gone, archive_id),
-    ).rowcount
-    return [] if gone or not changed else [settled(db, archive_id)]
-
-
-def settled(db: sqlite3.Connection, archive_id: int) -> CompletedArchive:
-    """Return a settled archive."""
-    row = db.execute("SELECT state, digest, announced FROM archive WHERE id = ?", (archive_id,)).fetchone()
-    endings = db.execute(
-        "SELECT id, destination, state, ended_at, digest, verified, http_status, reason, error, receipt"
-        " FROM delivery WHERE archive_id = ? ORDER BY destination",
-        (archive_id,),
-    )
-    ends = tuple(map(as_ending, endings))
-    return CompletedArchive(archive_of(db, archive_id), DeliveryState(row[0]), row[1], ends, bool(row[2]))
-
-
 _DUE = "WHERE destination = ? AND state = 'pending' AND due_at <= ?"
-_FIRST = {
+_CLAIM_ORDER = {
     Priority.OLDEST: f"INDEXED BY delivery_due {_DUE} ORDER BY due_at",
     Priority.SMALLEST: f"INDEXED BY delivery_smallest {_DUE} ORDER BY size",
     Priority.NEWEST: f"INDEXED BY delivery_newest {_DUE} ORDER BY archive_id DESC",
 }
 
-_SMALL = 4 * 1024 * 1024
-"""Bytes that are claimed in one go: what is larger must not keep others of higher priority back."""
+_MAX_BATCH_BYTES = 4 * 1024 * 1024
+"""Bytes of archives that are claimed together; see `Ledger.claim`."""
 
 
 class SqliteLedger(SqliteDeviceLedger, Ledger):
     """A `Ledger` on a connection from `open_ledger`.
 
-    What a disposition hangs on is committed with `synchronous=FULL`. Admissions and claims are not worth
-    a sync: what a power cut takes of them, the scan and `release_claims` bring back.
+    Durable methods commit with `synchronous=FULL`. The others don't sync: new archives that a power loss
+    undoes are found again by the scan, and claims end at the next start by `release_claims`.
     """
 
     def register_folder(self, drop: str, device: int, inode: int) -> None:
-        """See `Ledger.note_folder`."""
-        now_on, key = as_stored(device), (drop, as_stored(inode))
+        """See `Ledger.register_folder`."""
+        current, key = storable_int(device), (drop, storable_int(inode))
         with self._reading() as db:
             before = db.execute("SELECT device FROM folder WHERE (drop_name, inode) = (?, ?)", key).fetchone()
-        if before == (now_on,):
+        if before == (current,):
             return
         with self._transaction(durable=False) as db:
             if before is not None:
                 update = "UPDATE archive SET device = ? WHERE drop_name = ? AND device = ? AND live"
-                db.execute(update, (now_on, drop, *before))
-            db.execute("INSERT OR REPLACE INTO folder VALUES (?, ?, ?)", (*key, now_on))
+                db.execute(update, (current, drop, *before))
+            db.execute("INSERT OR REPLACE INTO folder VALUES (?, ?, ?)", (*key, current))
 
     def known_files(self, drop: str, below: bytes = b"") -> KnownFiles:
-        """See `Ledger.known`."""
+        """See `Ledger.known_files`."""
         query = f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE drop_name = ? AND live"  # noqa: S608 -- own columns
         values: tuple[str | bytes, ...] = (drop,)
-        if below:  # a million new directories must not each cost a look at all that waits
+        if below:  # a range of the index, so that many new directories don't each read all entries
             query += " AND relpath > ? AND relpath < ?"
-            values = (drop, below + b"/", below + b"0")  # which comes after the slash
+            values = (drop, below + b"/", below + b"0")  # "0" is the byte after "/"
         with self._reading() as db:
             pairs = [
                 (content_key(a.relpath, a.fingerprint), hash(a.relpath))
                 for a in map(as_archive, db.execute(query, values))
             ]
-        return KnownFiles(frozenset(m for m, _ in pairs), frozenset(p for _, p in pairs))
+        return KnownFiles(frozenset(key for key, _ in pairs), frozenset(path for _, path in pairs))
 
     def enqueue(
-        self, sightings: Sequence[FileCandidate], destinations: Sequence[str], now: datetime
+        self, candidates: Sequence[FileCandidate], destinations: Sequence[str], now: datetime
     ) -> EnqueueResult:
-        """See `Ledger.admit`."""
-        admitted: list[Archive] = []
+        """See `Ledger.enqueue`."""
+        queued: list[Archive] = []
         superseded: list[Archive] = []
         rejected: list[Archive] = []
-        unusual = found_again = False
-        with self._transaction(durable=any(s.rejected is not None for s in sightings)) as db:
-            for sighting in sightings:
-                live = _live(db, sighting)
-                wanted = content_key(sighting.relpath, sighting.fingerprint)
-                if any(content_key(a.relpath, a.fingerprint) == wanted for a in live):
+        has_unusual_size = reappeared = False
+        with self._transaction(durable=any(c.rejected is not None for c in candidates)) as db:
+            for candidate in candidates:
+                live = _live_archives(db, candidate)
+                key = content_key(candidate.relpath, candidate.fingerprint)
+                if any(content_key(a.relpath, a.fingerprint) == key for a in live):
                     continue
                 superseded += [a for a in live if _supersede(db, a, now)]
-                if _is_back(db, sighting):
-                    found_again = True
+                if _resume_disposition(db, candidate):
+                    reappeared = True
                     continue
-                archive = _insert(db, sighting, destinations, now)
-                if sighting.rejected is not None:
-                    _reject(db, archive, sighting.rejected, now)
+                archive = _insert(db, candidate, destinations, now)
+                if candidate.rejected is not None:
+                    _reject(db, archive, candidate.rejected, now)
                     rejected.append(archive)
                     continue
-                admitted.append(archive)
-                if sighting.tracked is not None:
-                    unusual |= record_arrival(db, archive, sighting.tracked)
-        return EnqueueResult(tuple(admitted), tuple(superseded), unusual, tuple(rejected), found_again)
+                queued.append(archive)
+                if candidate.tracked is not None:
+                    has_unusual_size |= record_arrival(db, archive, candidate.tracked)
+        return EnqueueResult(tuple(queued), tuple(superseded), has_unusual_size, tuple(rejected), reappeared)
 
     def claim(
         self, destination: str, now: datetime, priority: Priority = Priority.OLDEST, limit: int = 1
     ) -> list[Delivery]:
         """See `Ledger.claim`."""
         with self._transaction(durable=False) as db:
-            first = db.execute(
-                f"SELECT id, size FROM delivery {_FIRST[priority]} LIMIT ?",  # noqa: S608 -- own clauses
+            due = db.execute(
+                f"SELECT id, size FROM delivery {_CLAIM_ORDER[priority]} LIMIT ?",  # noqa: S608 -- own clauses
                 (destination, to_micros(now), limit),
             ).fetchall()
-            totals = accumulate(size for _, size in first)
-            small = sum(1 for _ in takewhile(lambda total: total <= _SMALL, totals))
-            return [_claim(db, ident) for ident, _ in first[: max(small, 1)]]
+            totals = accumulate(size for _, size in due)
+            count = sum(1 for _ in takewhile(lambda total: total <= _MAX_BATCH_BYTES, totals))
+            return [_claim(db, delivery_id) for delivery_id, _ in due[: max(count, 1)]]
 
     def next_due(self, destination: str) -> datetime | None:
         """See `Ledger.next_due`."""
@@ -178,52 +140,54 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                 (destination, to_micros(latest)),
             )
 
-    def record(self, finished: Sequence[ClaimResult], now: datetime) -> list[CompletedArchive]:
+    def record(self, results: Sequence[ClaimResult], now: datetime) -> list[CompletedArchive]:
         """See `Ledger.record`."""
-        ended: list[CompletedArchive] = []
+        completed: list[CompletedArchive] = []
         with self._transaction(durable=True) as db:
-            for one in finished:
+            for result in results:
                 db.execute(
                     "UPDATE delivery SET state = ?, due_at = ?, charged = ?, faults = ?, attempts = ?,"
                     " ended_at = ?, reason = ?, error = ?, digest = ?, verified = ?, http_status = ?,"
                     " receipt = ? WHERE id = ?",
-                    delivery_row(one, now),
+                    delivery_update(result, now),
                 )
-                first = one.delivery.attempts + 1
+                first = result.delivery.attempts + 1
                 db.executemany(
                     "INSERT OR REPLACE INTO attempt VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    [attempt_row(one.delivery.id, n, a) for n, a in enumerate(one.attempts, first)],
+                    [attempt_row(result.delivery.id, n, a) for n, a in enumerate(result.attempts, first)],
                 )
-            for archive_id in dict.fromkeys(one.delivery.archive.id for one in finished):
-                ended += settle(db, archive_id)
-        return ended
+            for archive_id in dict.fromkeys(result.delivery.archive.id for result in results):
+                completed += _complete(db, archive_id)
+        return completed
 
     def pending_dispositions(self, after_id: int = 0, limit: int = 256) -> list[CompletedArchive]:
-        """See `Ledger.undisposed`."""
+        """See `Ledger.pending_dispositions`."""
         query = "SELECT id FROM archive WHERE disposition = 'due' AND id > ? ORDER BY id LIMIT ?"
         with self._reading() as db:
             ids = [row[0] for row in db.execute(query, (after_id, limit))]
-            return [settled(db, archive_id) for archive_id in ids]
+            return [_load_completed(db, archive_id) for archive_id in ids]
 
     def count_pending_dispositions(self) -> int:
-        """See `Ledger.count_undisposed`."""
+        """See `Ledger.count_pending_dispositions`."""
         with self._reading() as db:
             return int(db.execute("SELECT count(*) FROM archive WHERE disposition = 'due'").fetchone()[0])
 
     def record_dispositions(
         self, done: Sequence[DispositionResult], still_due: Sequence[int], now: datetime
     ) -> None:
-        """See `Ledger.disposed`."""
+        """See `Ledger.record_dispositions`."""
         with self._transaction(durable=False) as db:
             db.executemany(
                 "UPDATE archive SET disposition = 'done', disposed_to = ?, disposed_at = ?, live = ?,"
                 " removal = ? WHERE id = ?",
                 [
-                    (o.moved_to, to_micros(now), o.kept_in_place, "gone" if o.missing else None, o.archive_id)
-                    for o in done
+                    (r.moved_to, to_micros(now), r.kept_in_place, "gone" if r.missing else None, r.archive_id)
+                    for r in done
                 ],
             )
-            db.executemany("UPDATE archive SET announced = 1 WHERE id = ?", [(i,) for i in still_due])
+            db.executemany(
+                "UPDATE archive SET announced = 1 WHERE id = ?", [(archive_id,) for archive_id in still_due]
+            )
 
     def release_claims(self, delivery_ids: Sequence[str] | None = None) -> int:
         """See `Ledger.release_claims`."""
@@ -231,14 +195,16 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         with self._transaction(durable=False) as db:
             if delivery_ids is None:
                 return db.execute(release).rowcount
-            return db.executemany(f"{release} AND id = ?", [(ident,) for ident in delivery_ids]).rowcount
+            return db.executemany(
+                f"{release} AND id = ?", [(delivery_id,) for delivery_id in delivery_ids]
+            ).rowcount
 
     def backlog(self) -> Mapping[str, Backlog]:
         """See `Ledger.backlog`."""
         with self._reading() as db:
             rows = db.execute(
                 "SELECT destination, count(*), sum(archive.size), min(admitted_at)"
-                # apart, as each has an index of its own: what ended long ago must cost nothing
+                # one query for each state, as each has its own index without the ended deliveries
                 " FROM (SELECT destination, archive_id FROM delivery WHERE state = 'pending'"
                 " UNION ALL SELECT destination, archive_id FROM delivery WHERE state = 'claimed')"
                 " JOIN archive ON archive.id = archive_id GROUP BY destination"
@@ -246,7 +212,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
             return {name: Backlog(count, size, as_time(oldest)) for name, count, size, oldest in rows}
 
     def count_quarantined(self) -> int:
-        """See `Ledger.quarantined`."""
+        """See `Ledger.count_quarantined`."""
         with self._reading() as db:
             row = db.execute(
                 "SELECT count(DISTINCT archive_id) FROM delivery INDEXED BY delivery_rejected"
@@ -255,14 +221,14 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
             ).fetchone()
         return int(row[0])
 
-    def save_circuit(self, destination: str, gate: Circuit, error: str | None) -> None:
-        """See `Ledger.note_gate`."""
-        times = [None if time is None else to_micros(time) for time in (gate.since, gate.until)]
-        words = None if error is None else storable_text(error)
+    def save_circuit(self, destination: str, circuit: Circuit, error: str | None) -> None:
+        """See `Ledger.save_circuit`."""
+        times = [None if time is None else to_micros(time) for time in (circuit.since, circuit.until)]
+        text = None if error is None else storable_text(error)
         with self._transaction(durable=False) as db:
             db.execute(
                 "INSERT OR REPLACE INTO circuit VALUES (?, ?, ?, ?, ?, ?)",
-                (destination, gate.state, gate.reason, words, *times),
+                (destination, circuit.state, circuit.reason, text, *times),
             )
 
     def close(self) -> None:
@@ -271,66 +237,115 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
             self._db.close()
 
 
-@convert_row
-def _claim(db: sqlite3.Connection, ident: str) -> Delivery:
+@row_converter
+def _claim(db: sqlite3.Connection, delivery_id: str) -> Delivery:
     row = db.execute(
         "UPDATE delivery SET state = 'claimed' WHERE id = ?"
         " RETURNING id, archive_id, destination, attempts, charged, faults, digest",
-        (ident,),
+        (delivery_id,),
     ).fetchone()
-    unknown = Digest.parse(row[6]) if row[6] else None
-    return Delivery(row[0], archive_of(db, row[1]), row[2], row[3], row[4], row[5], unknown)
+    unconfirmed_digest = Digest.parse(row[6]) if row[6] else None
+    return Delivery(row[0], _load_archive(db, row[1]), row[2], row[3], row[4], row[5], unconfirmed_digest)
 
 
-def _live(db: sqlite3.Connection, sighting: FileCandidate) -> list[Archive]:
+def _live_archives(db: sqlite3.Connection, candidate: FileCandidate) -> list[Archive]:
+    """Return the archives under a candidate's path for which `Ledger.known_files` has an entry."""
     query = f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE drop_name = ? AND relpath = ? AND live"  # noqa: S608
-    return [as_archive(row) for row in db.execute(query, (sighting.drop, sighting.relpath))]
+    return [as_archive(row) for row in db.execute(query, (candidate.drop, candidate.relpath))]
 
 
-def _is_back(db: sqlite3.Connection, sighting: FileCandidate) -> bool:
-    """Have a file disposed of that was gone when it should have been, and is there again as it was."""
+def _supersede(db: sqlite3.Connection, archive: Archive, now: datetime) -> bool:
+    """End the pending deliveries of an older content; return whether there were any.
+
+    A claimed delivery is left to its worker, which detects the change.
+    """
+    ended = db.execute(
+        "UPDATE delivery SET state = 'superseded', ended_at = ? WHERE archive_id = ? AND state = 'pending'",
+        (to_micros(now), archive.id),
+    ).rowcount
+    _complete(db, archive.id)
+    db.execute("UPDATE archive SET live = 0 WHERE id = ? AND disposition = 'done'", (archive.id,))
+    return bool(ended)
+
+
+def _resume_disposition(db: sqlite3.Connection, candidate: FileCandidate) -> bool:
+    """Make the disposition of a delivered file due again that was missing and has come back unchanged.
+
+    Returns whether the candidate is such a file.
+    """
     query = (
         f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE drop_name = ? AND relpath = ?"  # noqa: S608 -- own columns
         " AND removal = 'gone' AND disposed_to IS NULL AND state = 'delivered'"
     )
-    for archive in map(as_archive, db.execute(query, (sighting.drop, sighting.relpath)).fetchall()):
-        if identity(archive.fingerprint) == identity(sighting.fingerprint):
+    for archive in map(as_archive, db.execute(query, (candidate.drop, candidate.relpath)).fetchall()):
+        if identity(archive.fingerprint) == identity(candidate.fingerprint):
             due = "disposition = 'due', announced = 1, live = 1, removal = NULL"
             db.execute(f"UPDATE archive SET {due} WHERE id = ?", (archive.id,))  # noqa: S608 -- own columns
             return True
     return False
 
 
-def _supersede(db: sqlite3.Connection, archive: Archive, now: datetime) -> bool:
-    """End what is still pending for an old content; a claimed delivery finds the change by itself."""
-    ended = db.execute(
-        "UPDATE delivery SET state = 'superseded', ended_at = ? WHERE archive_id = ? AND state = 'pending'",
-        (to_micros(now), archive.id),
-    ).rowcount
-    settle(db, archive.id)
-    db.execute("UPDATE archive SET live = 0 WHERE id = ? AND disposition = 'done'", (archive.id,))
-    return bool(ended)
-
-
-def _insert(db: sqlite3.Connection, s: FileCandidate, destinations: Sequence[str], now: datetime) -> Archive:
-    at = to_micros(now)
+def _insert(
+    db: sqlite3.Connection, candidate: FileCandidate, destinations: Sequence[str], now: datetime
+) -> Archive:
+    at, fingerprint = to_micros(now), candidate.fingerprint
     archive_id = db.execute(
         "INSERT INTO archive (drop_name, relpath, device, inode, size, mtime_ns, ctime_ns, admitted_at)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (s.drop, s.relpath, *fingerprint_columns(s.fingerprint), at),
+        (candidate.drop, candidate.relpath, *fingerprint_columns(fingerprint), at),
     ).lastrowid
     db.executemany(
         "INSERT INTO delivery (id, archive_id, destination, size, due_at) VALUES (?, ?, ?, ?, ?)",
-        [(str(uuid.uuid4()), archive_id, name, s.fingerprint.size, at) for name in destinations],
+        [(str(uuid.uuid4()), archive_id, name, fingerprint.size, at) for name in destinations],
     )
-    return Archive(archive_id or 0, s.drop, s.relpath, s.fingerprint, as_time(at))
+    return Archive(archive_id or 0, candidate.drop, candidate.relpath, fingerprint, as_time(at))
 
 
-def _reject(db: sqlite3.Connection, archive: Archive, why: Rejected, now: datetime) -> None:
+def _reject(db: sqlite3.Connection, archive: Archive, outcome: Rejected, now: datetime) -> None:
     """End all deliveries of an archive before the first attempt."""
     db.execute(
         "UPDATE delivery SET state = 'rejected', due_at = NULL, ended_at = ?, reason = ?, error = ?"
         " WHERE archive_id = ?",
-        (to_micros(now), why.reason, storable_text(why.error), archive.id),
+        (to_micros(now), outcome.reason, storable_text(outcome.error), archive.id),
     )
-    settle(db, archive.id)
+    _complete(db, archive.id)
+
+
+def _complete(db: sqlite3.Connection, archive_id: int) -> list[CompletedArchive]:
+    """Set the state of an archive that has no open delivery; return it if its disposition is due now."""
+    states = [
+        DeliveryState(row[0])
+        for row in db.execute("SELECT state FROM delivery WHERE archive_id = ?", (archive_id,))
+    ]
+    state = archive_state(states)
+    if state is DeliveryState.PENDING:
+        return []
+    is_superseded = state is DeliveryState.SUPERSEDED
+    changed = db.execute(
+        "UPDATE archive SET state = ?, disposition = ?, live = ?,"
+        " digest = (SELECT max(digest) FROM delivery WHERE archive_id = archive.id)"
+        " WHERE id = ? AND state = 'pending'",
+        (state, "done" if is_superseded else "due", not is_superseded, archive_id),
+    ).rowcount
+    return [] if is_superseded or not changed else [_load_completed(db, archive_id)]
+
+
+def _load_completed(db: sqlite3.Connection, archive_id: int) -> CompletedArchive:
+    row = db.execute("SELECT state, digest, announced FROM archive WHERE id = ?", (archive_id,)).fetchone()
+    results = db.execute(
+        "SELECT id, destination, state, ended_at, digest, verified, http_status, reason, error, receipt"
+        " FROM delivery WHERE archive_id = ? ORDER BY destination",
+        (archive_id,),
+    )
+    return CompletedArchive(
+        _load_archive(db, archive_id),
+        DeliveryState(row[0]),
+        row[1],
+        tuple(map(as_delivery_result, results)),
+        bool(row[2]),
+    )
+
+
+def _load_archive(db: sqlite3.Connection, archive_id: int) -> Archive:
+    query = f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE id = ?"  # noqa: S608 -- own columns
+    return as_archive(db.execute(query, (archive_id,)).fetchone())

@@ -1,4 +1,4 @@
-"""Devices, their habits, the end of old history, and the clock, in SQLite."""
+"""The part of the SQLite ledger about devices, the deletion of old history, and the clock."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ _DEVICE = """
         CASE WHEN d.listed OR d.archives THEN e.every END, d.alarmed
     FROM device d LEFT JOIN expectation e ON e.drop_name = d.drop_name
 """
-_LET_GO = "UPDATE device SET known_at = ?, last_at = NULL, archives = 0, sizes = ''"
-_CLEAR = "DELETE FROM device WHERE NOT (listed OR archives OR alarmed)"
-"""A device that is let go has a row for as long as its alarm is not called off."""
+_RESET = "UPDATE device SET known_at = ?, last_at = NULL, archives = 0, sizes = ''"
+_DELETE_FORGOTTEN = "DELETE FROM device WHERE NOT (listed OR archives OR alarmed)"
+"""A forgotten device keeps its row until its alarm is cleared, so that its recovery is logged."""
 
-_OVER = "disposition = 'done' AND NOT live AND (state <> 'rejected' OR disposed_to IS NULL)"
+_PRUNABLE = "disposition = 'done' AND NOT live AND (state <> 'rejected' OR disposed_to IS NULL)"
 
 
 class SqliteDeviceLedger(Transactions, DeviceLedger):
-    """The methods of `Habits`."""
+    """The methods of `DeviceLedger`."""
 
     def set_expectations(self, expectations: Mapping[str, DeviceExpectation], now: datetime) -> None:
-        """See `Habits.expect`."""
+        """See `DeviceLedger.set_expectations`."""
         at = to_micros(now)
         with self._transaction(durable=False) as db:
             before = dict(db.execute("SELECT drop_name, device_by FROM expectation"))
             db.execute("UPDATE expectation SET every = NULL")
             db.execute("UPDATE device SET listed = 0")
-            # a clock that was ahead and is put right must not hide anybody
+            # a time from when the clock was ahead must not keep a device from becoming overdue
             db.execute("UPDATE device SET known_at = min(known_at, ?), last_at = min(last_at, ?)", (at, at))
             for drop, expectation in expectations.items():
                 if drop in before and before[drop] != expectation.by:
-                    db.execute(f"{_LET_GO} WHERE drop_name = ?", (at, drop))
+                    db.execute(f"{_RESET} WHERE drop_name = ?", (at, drop))
                 _expect(db, drop, expectation, at)
-            db.execute(_CLEAR)
+            db.execute(_DELETE_FORGOTTEN)
 
     def possibly_overdue(self, now: datetime) -> list[Device]:
-        """See `Habits.doubtful`."""
+        """See `DeviceLedger.possibly_overdue`."""
         with self._reading() as db:
             rows = db.execute(
                 f"{_DEVICE} WHERE d.alarmed OR coalesce(d.last_at, d.known_at) + e.every < ?"
@@ -55,17 +55,17 @@ class SqliteDeviceLedger(Transactions, DeviceLedger):
             return [_as_device(row) for row in rows]
 
     def record_alarms(self, overdue: Sequence[Device], recovered: Sequence[Device]) -> None:
-        """See `Habits.alarmed`."""
+        """See `DeviceLedger.record_alarms`."""
         changed = [(1, d.drop, d.name) for d in overdue if not d.alarmed]
         changed += [(0, d.drop, d.name) for d in recovered]
         if not changed:
             return
         with self._transaction(durable=False) as db:
             db.executemany("UPDATE device SET alarmed = ? WHERE drop_name = ? AND name = ?", changed)
-            db.execute(_CLEAR)
+            db.execute(_DELETE_FORGOTTEN)
 
     def unusual_archives(self) -> list[UnusualArchive]:
-        """See `Habits.unusual`."""
+        """See `DeviceLedger.unusual_archives`."""
         with self._reading() as db:
             rows = db.execute(
                 "SELECT a.id, a.drop_name, a.relpath, u.device, a.size, u.median_size"
@@ -74,41 +74,41 @@ class SqliteDeviceLedger(Transactions, DeviceLedger):
         return [UnusualArchive(*row) for row in rows]
 
     def mark_reported(self, unusual: Sequence[UnusualArchive]) -> None:
-        """See `Habits.told`."""
+        """See `DeviceLedger.mark_reported`."""
         with self._transaction(durable=False) as db:
             db.executemany(
                 "DELETE FROM unusual_size WHERE archive_id = ?", [(one.archive_id,) for one in unusual]
             )
 
     def last_clock_reading(self) -> ClockReading | None:
-        """See `Habits.clock`."""
+        """See `DeviceLedger.last_clock_reading`."""
         with self._reading() as db:
             seen = db.execute("SELECT seen_at FROM clock").fetchone()
-            doubts = db.execute("SELECT ahead, remaining FROM doubt ORDER BY id").fetchall()
+            skews = db.execute("SELECT ahead, remaining FROM doubt ORDER BY id").fetchall()
             if seen is None:
                 return None
             return ClockReading(
-                as_time(seen[0]), [ClockSkew(a * _MICROSECOND, r * _MICROSECOND) for a, r in doubts]
+                as_time(seen[0]), [ClockSkew(a * _MICROSECOND, r * _MICROSECOND) for a, r in skews]
             )
 
     def save_clock_reading(self, reading: ClockReading, *, lock_timeout: float = 0.0) -> None:
-        """See `Habits.note_clock`."""
-        doubts = [(doubt.ahead // _MICROSECOND, doubt.remaining // _MICROSECOND) for doubt in reading.skews]
-        with self._transaction(durable=bool(doubts), lock_timeout=lock_timeout) as db:
+        """See `DeviceLedger.save_clock_reading`."""
+        skews = [(skew.ahead // _MICROSECOND, skew.remaining // _MICROSECOND) for skew in reading.skews]
+        with self._transaction(durable=bool(skews), lock_timeout=lock_timeout) as db:
             db.execute("DELETE FROM clock")
             db.execute("INSERT INTO clock VALUES (?)", (to_micros(reading.seen_at),))
             db.execute("DELETE FROM doubt")
-            db.executemany("INSERT INTO doubt (ahead, remaining) VALUES (?, ?)", doubts)
+            db.executemany("INSERT INTO doubt (ahead, remaining) VALUES (?, ?)", skews)
 
     def prune(self, before: Callable[[], datetime], limit: int) -> int:
-        """See `Habits.prune`."""
+        """See `DeviceLedger.prune`."""
         old = (
-            f"SELECT id FROM archive INDEXED BY archive_over WHERE {_OVER}"  # noqa: S608 -- own clause
+            f"SELECT id FROM archive INDEXED BY archive_over WHERE {_PRUNABLE}"  # noqa: S608 -- own clause
             " AND coalesce(disposed_at, admitted_at) < ?"
-            " AND id < (SELECT max(id) FROM archive)"  # the last number is never given again
+            " AND id < (SELECT max(id) FROM archive)"  # the id of the newest archive must never be used again
             " LIMIT ?"
         )
-        with self._reading() as db:  # mostly there is nothing, and a write would be for nothing
+        with self._reading() as db:  # often nothing is old enough, and no write is needed
             if db.execute(old, (to_micros(before()), 1)).fetchone() is None:
                 return 0
         with self._transaction(durable=False) as db:
@@ -117,7 +117,10 @@ class SqliteDeviceLedger(Transactions, DeviceLedger):
 
 
 def record_arrival(db: sqlite3.Connection, archive: Archive, tracked: TrackedDevice) -> bool:
-    """Note that a device sent an archive, which this transaction admits; tell if its size is unusual."""
+    """Record the arrival of an archive within the transaction of `enqueue`.
+
+    Returns whether its size is unusual.
+    """
     device, size = (archive.drop, tracked.device), archive.fingerprint.size
     at = to_micros(archive.queued_at)
     row = db.execute("SELECT sizes FROM device WHERE drop_name = ? AND name = ?", device).fetchone()
@@ -129,16 +132,16 @@ def record_arrival(db: sqlite3.Connection, archive: Archive, tracked: TrackedDev
         " sizes = excluded.sizes",
         (*device, at, at, sizes),
     )
-    odd = None if tracked.size_alarm is None else size_anomaly(size, before, tracked.size_alarm)
-    if odd is None:
+    anomaly = None if tracked.size_alarm is None else size_anomaly(size, before, tracked.size_alarm)
+    if anomaly is None:
         return False
-    db.execute("INSERT INTO unusual_size VALUES (?, ?, ?)", (archive.id, tracked.device, odd.median))
+    db.execute("INSERT INTO unusual_size VALUES (?, ?, ?)", (archive.id, tracked.device, anomaly.median))
     return True
 
 
 def device_records(db: sqlite3.Connection) -> list[Device]:
-    """Return every device that a ledger knows; none where no daemon has brought its schema up to date."""
-    if not _is_up_to_date(db):
+    """Return all devices in a ledger; none if its schema is older than the table of devices."""
+    if not _has_device_table(db):
         return []
     query = f"{_DEVICE} WHERE d.listed OR d.archives ORDER BY d.drop_name, d.name"
     return [_as_device(row) for row in db.execute(query)]
@@ -147,11 +150,12 @@ def device_records(db: sqlite3.Connection) -> list[Device]:
 def forget_device(
     db: sqlite3.Connection, name: str, drop: str | None, now: datetime
 ) -> list[tuple[str, bool]]:
-    """Forget a device, in one drop or all; return the drops that knew it, and whether they list it.
+    """Forget a device in one drop, or in all if `drop` is None.
 
-    One that the configuration lists stays known, but as if it had been listed only now.
+    Returns the drops that had it, each with whether the configuration lists it there. A listed device stays
+    known, as if it had been listed only at `now`.
     """
-    if not _is_up_to_date(db):
+    if not _has_device_table(db):
         return []
     where = "name = ? AND (? IS NULL OR drop_name = ?) AND (listed OR archives)"
     values = (name, drop, drop)
@@ -159,8 +163,8 @@ def forget_device(
     try:
         query = f"SELECT drop_name, listed FROM device WHERE {where} ORDER BY drop_name"  # noqa: S608 -- own clause
         found = [(row[0], bool(row[1])) for row in db.execute(query, values)]
-        db.execute(f"{_LET_GO} WHERE {where}", (to_micros(now), *values))
-        db.execute(_CLEAR)
+        db.execute(f"{_RESET} WHERE {where}", (to_micros(now), *values))
+        db.execute(_DELETE_FORGOTTEN)
         db.execute("COMMIT")
     except BaseException:
         if db.in_transaction:
@@ -169,7 +173,7 @@ def forget_device(
     return found
 
 
-def _is_up_to_date(db: sqlite3.Connection) -> bool:
+def _has_device_table(db: sqlite3.Connection) -> bool:
     return bool(db.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'device'").fetchone()[0])
 
 

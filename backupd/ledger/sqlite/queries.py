@@ -1,4 +1,4 @@
-"""Questions to the ledger from beside the daemon, for the commands that show it."""
+"""Queries of the ledger file for the commands, which run while the daemon may be running."""
 
 from __future__ import annotations
 
@@ -18,19 +18,25 @@ from backupd.ledger.sqlite.connection import (
     Row,
     as_archive,
     as_time,
-    convert_row,
     is_damage,
     is_locked,
-    path_if_any,
+    optional_path,
+    optional_time,
+    row_converter,
     storable_text,
-    time_if_any,
     to_micros,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class ArchiveRecord:
-    """An archive and what became of its file: `removal` tells how it left `disposed_to`, if it did."""
+    """An archive and the disposition of its file; times are UTC.
+
+    `state` is a `DeliveryState` other than claimed. `digest` is that of the content that was sent, as
+    `algorithm:hex`. `disposition` is `due` or `done`, None while a delivery is open. `disposed_to` is the new
+    path of the file, relative to its drop folder, None if it was not moved. `removal` is None while the file
+    is there, then `expiring`, `expired`, `gone` or `changed`, see `RemovalReason`.
+    """
 
     archive: Archive
     state: str
@@ -44,7 +50,11 @@ class ArchiveRecord:
 
 @dataclass(frozen=True, slots=True)
 class DeliveryRecord:
-    """A delivery with all that the ledger knows of it; times are UTC."""
+    """A delivery; times are UTC.
+
+    `due_at` is set while it is pending, `ended_at` after that. The fields from `reason` to `receipt` are as
+    in `DeliveryResult`, for a pending delivery of the last attempt. `disposed_to` is as in `ArchiveRecord`.
+    """
 
     id: str
     archive: Archive
@@ -64,7 +74,7 @@ class DeliveryRecord:
 
 @dataclass(frozen=True, slots=True)
 class AttemptRecord:
-    """A request that was made for a delivery."""
+    """One request that was made for a delivery; `outcome` is the lower-case name of its outcome's class."""
 
     number: int
     started_at: datetime
@@ -78,7 +88,13 @@ class AttemptRecord:
 
 @dataclass(frozen=True, slots=True)
 class DestinationRecord:
-    """How things stand with a destination; `gate` None if the daemon has never noted one."""
+    """The queue and circuit of a destination.
+
+    `pending` counts its open deliveries, and `oldest` is when the first of their archives was queued.
+    `rejected` counts its rejected deliveries with a file in quarantine. `circuit` is the state of its
+    circuit, None if the daemon has never saved one; `reason` and `error` are those of its last failure,
+    `since` is the time of the first one in a row, and `until` is the end of the pause.
+    """
 
     name: str
     pending: int
@@ -97,7 +113,8 @@ class DestinationRecord:
 class DeviceRecord:
     """A device that archives come from; `device` is empty for a drop as a whole.
 
-    `last_at` is None if nothing ever came of it, `every` where nothing is expected.
+    `last_at` is when its last archive was queued, None without one. `every` is how often an archive is
+    expected, None if none is.
     """
 
     drop: str
@@ -110,7 +127,11 @@ class DeviceRecord:
 
 @dataclass(frozen=True, slots=True)
 class DropRecord:
-    """How things stand with a drop; `last` is the archive that was admitted last."""
+    """The queue of a drop.
+
+    `pending` counts the archives with an open delivery, and `oldest` is when the first of them was queued.
+    `last` is the path of the newest archive, which was queued at `last_at`.
+    """
 
     pending: int
     pending_bytes: int
@@ -121,7 +142,7 @@ class DropRecord:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """Which deliveries are wanted; times are those of the archive's admission."""
+    """The deliveries to find; None is any. `since` and `until` limit when their archives were queued."""
 
     state: DeliveryState | None = None
     drop: str | None = None
@@ -130,8 +151,8 @@ class Search:
     until: datetime | None = None
 
 
-Wanted = Callable[[str, bytes], bool]
-"""Called with a drop and a path in it."""
+PathFilter = Callable[[str, bytes], bool]
+"""Called with the name of a drop and the relative path of an archive in it."""
 
 _CLAUSES = {
     "drop": "a.drop_name = ?",
@@ -141,13 +162,11 @@ _CLAUSES = {
 }
 
 _COLUMNS = ", ".join(f"a.{column}" for column in ARCHIVE_COLUMNS.split(", "))
-_WHAT = f"""
+_SELECT_DELIVERY = f"""
     SELECT d.id, d.destination, d.state, d.due_at, d.ended_at, d.attempts, d.reason, d.error, d.digest,
         d.verified, d.http_status, d.receipt, a.disposed_to, {_COLUMNS}
 """
-_DELIVERY = f"{_WHAT} FROM delivery d JOIN archive a ON a.id = d.archive_id"
-_FEW = (DeliveryState.PENDING, DeliveryState.CLAIMED, DeliveryState.REJECTED)
-"""States that few deliveries are in, and that have an index."""
+_DELIVERY = f"{_SELECT_DELIVERY} FROM delivery d JOIN archive a ON a.id = d.archive_id"
 _ARCHIVE = f"""
     SELECT a.state, a.digest, a.disposition, a.disposed_to, a.disposed_at, a.removal, a.removed_at, {_COLUMNS}
     FROM archive a
@@ -155,86 +174,120 @@ _ARCHIVE = f"""
 _PENDING = """
     (SELECT archive_id, destination FROM delivery WHERE state = 'pending'
     UNION ALL SELECT archive_id, destination FROM delivery WHERE state = 'claimed')
-"""  # apart, as each has an index of its own
+"""  # one query for each state, as each has its own index
 
-_LOWEST = -(1 << 63)
+_INDEXED_STATES = (DeliveryState.PENDING, DeliveryState.CLAIMED, DeliveryState.REJECTED)
+"""States of few deliveries, which have an index."""
+
+_MIN_ID = -(1 << 63)
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def _query_errors(operation: str) -> Iterator[None]:
+    """Raise errors of SQLite in a method as LedgerError; `operation` is `read` or `written`."""
     try:
         yield
     except (sqlite3.Error, UnicodeDecodeError) as error:
-        raise LedgerError(f"the ledger can't be {what}: {error}", _hint(error)) from error
+        raise LedgerError(f"the ledger can't be {operation}: {error}", _hint(error)) from error
 
 
 def _hint(error: sqlite3.Error | UnicodeDecodeError) -> str:
     if is_locked(error):
-        return "another process holds it: try again once that lets go; `fuser` tells which"
+        return "another process holds it: find it with `fuser`, and run this command again once it has ended"
     if is_damage(error):
-        return "restart the daemon: it checks the ledger, and puts a damaged one aside"
-    return "run this as the daemon's user"
+        return "restart the daemon: it checks the ledger, and renames and recreates a damaged one"
+    return "run this command as the daemon's user"
 
 
 class LedgerQueries:
-    """Reads a ledger; raises LedgerError where it can't be read."""
+    """Queries on a connection from `open_for_reading`; every method raises LedgerError if one fails."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._db = connection
 
-    def deliveries(self, state: DeliveryState | None, most: int) -> list[DeliveryRecord]:
-        """Return the latest deliveries, newest first, of one state or of all."""
-        return self.find(Search(state), lambda _drop, _path: True, most)
+    def deliveries(self, state: DeliveryState | None, limit: int) -> list[DeliveryRecord]:
+        """Return up to `limit` deliveries of a state, or of all states, the newest archives first."""
+        return self.find(Search(state), lambda _drop, _path: True, limit)
 
-    @_told("read")
-    def find(self, search: Search, wanted: Wanted, most: int) -> list[DeliveryRecord]:
-        """Return the latest deliveries that are searched for and wanted, newest first."""
-        asked = {name: value for name in _CLAUSES if (value := getattr(search, name)) is not None}
-        clauses = [_CLAUSES[name] for name in asked]
-        # which table goes first is ours to say: SQLite knows neither that few are rejected nor the limit
+    @_query_errors("read")
+    def find(self, search: Search, matches: PathFilter, limit: int) -> list[DeliveryRecord]:
+        """Return up to `limit` deliveries of a search that `matches` accepts, the newest archives first."""
+        criteria = {name: value for name in _CLAUSES if (value := getattr(search, name)) is not None}
+        clauses = [_CLAUSES[name] for name in criteria]
+        # CROSS JOIN fixes the order of the tables: SQLite knows neither that few are rejected nor the limit
         tables = "archive a CROSS JOIN delivery d"
         if search.state is not None:
-            clauses.append(f"d.state = '{search.state.value}'")  # not as a value: it has to choose an index
-            if search.state in _FEW:
+            # no parameter, so that SQLite can choose a partial index
+            clauses.append(f"d.state = '{search.state.value}'")
+            if search.state in _INDEXED_STATES:
                 tables = "delivery d CROSS JOIN archive a"
         where = " AND ".join(["a.id = d.archive_id", *clauses])
-        values = tuple(to_micros(v) if isinstance(v, datetime) else v for v in asked.values())
-        query = f"{_WHAT} FROM {tables} WHERE {where} ORDER BY a.id DESC, d.destination"
-        rows = (row for row in self._db.execute(query, values) if convert_row(wanted)(row[14], row[15]))
-        return [_delivery(row) for row in islice(rows, most)]
+        values = tuple(to_micros(v) if isinstance(v, datetime) else v for v in criteria.values())
+        query = f"{_SELECT_DELIVERY} FROM {tables} WHERE {where} ORDER BY a.id DESC, d.destination"
+        rows = (row for row in self._db.execute(query, values) if row_converter(matches)(row[14], row[15]))
+        return [_delivery(row) for row in islice(rows, limit)]
 
-    @_told("read")
-    def archive(self, ident: int) -> ArchiveRecord:
-        """Return an archive; raises UsageError where there is none with that number."""
-        rows = self._query(f"{_ARCHIVE} WHERE a.id = ?", (ident,))
+    @_query_errors("read")
+    def delivery(self, id_prefix: str) -> DeliveryRecord:
+        """Return the delivery with an id that begins with this prefix; raises UsageError unless it is one."""
+        prefix = storable_text(id_prefix)
+        rows = self._query(
+            f"{_DELIVERY} WHERE d.id >= ? AND d.id < ? LIMIT 2", (prefix, prefix + "\U0010ffff")
+        )
         if not rows:
+            raise UsageError(f"no delivery has the id {id_prefix!r}", "find the ids with `backupd list`")
+        if len(rows) > 1:
             raise UsageError(
-                f"no archive has the number {ident}", "`backupd list` shows the ids of deliveries"
+                f"several deliveries have an id that begins with {id_prefix!r}",
+                "give more characters of the id",
             )
-        return _archive(rows[0])
+        return _delivery(rows[0])
 
-    @_told("read")
+    @_query_errors("read")
     def deliveries_of(self, archive_id: int) -> list[DeliveryRecord]:
-        """Return the deliveries of an archive."""
+        """Return the deliveries of an archive, by destination."""
         rows = self._query(f"{_DELIVERY} WHERE d.archive_id = ? ORDER BY d.destination", (archive_id,))
         return [_delivery(row) for row in rows]
 
-    @_told("read")
+    @_query_errors("read")
+    def attempts(self, delivery_id: str) -> list[AttemptRecord]:
+        """Return the attempts of a delivery, in their order."""
+        rows = self._query(
+            "SELECT number, started_at, duration_us, sent, outcome, reason, error, http_status"
+            " FROM attempt WHERE delivery_id = ? ORDER BY number",
+            (delivery_id,),
+        )
+        return [_attempt(row) for row in rows]
+
+    @_query_errors("read")
+    def archive(self, archive_id: int) -> ArchiveRecord:
+        """Return an archive; raises UsageError if there is none with this id."""
+        rows = self._query(f"{_ARCHIVE} WHERE a.id = ?", (archive_id,))
+        if not rows:
+            raise UsageError(
+                f"no archive has the id {archive_id}", "find the ids of deliveries with `backupd list`"
+            )
+        return _archive(rows[0])
+
+    @_query_errors("read")
     def sent_archives(
-        self, drop: str, since: datetime | None, after: int | None, most: int
+        self, drop: str, since: datetime | None, after: int | None, limit: int
     ) -> list[ArchiveRecord]:
-        """Return what has to lie in sent_dir: archives of a drop moved there since a time, by their ids."""
+        """Return up to `limit` archives of a drop that were moved to `sent_dir` and not expired, by id.
+
+        Only those that were moved since a time and have an id greater than `after`, if these are given.
+        """
         rows = self._query(
             f"{_ARCHIVE} WHERE a.id > ? AND a.drop_name = ? AND a.state = 'delivered'"
             " AND a.disposed_to IS NOT NULL AND a.disposed_at >= ?"
             " AND (a.removal IS NULL OR a.removal IN ('gone', 'changed')) ORDER BY a.id LIMIT ?",
-            (_LOWEST if after is None else after, drop, to_micros(since) if since else 0, most),
+            (_MIN_ID if after is None else after, drop, to_micros(since) if since else 0, limit),
         )
         return [_archive(row) for row in rows]
 
-    @_told("read")
+    @_query_errors("read")
     def drop(self, name: str) -> DropRecord:
-        """Return how things stand with a drop."""
+        """Return the queue and the last archive of a drop."""
         pending = self._query(
             "SELECT count(*), coalesce(sum(size), 0), min(admitted_at) FROM archive"  # noqa: S608 -- own clause
             f" WHERE drop_name = ? AND id IN (SELECT archive_id FROM {_PENDING})",
@@ -244,59 +297,13 @@ class LedgerQueries:
             "SELECT relpath, admitted_at FROM archive WHERE drop_name = ? ORDER BY id DESC LIMIT 1", (name,)
         )
         path, at = last[0] if last else (None, None)
-        return DropRecord(pending[0], pending[1], time_if_any(pending[2]), path_if_any(path), time_if_any(at))
-
-    @_told("read")
-    def destinations_pending(self) -> list[str]:
-        """Return the names of the destinations that something is pending for."""
-        rows = self._query(
-            "SELECT DISTINCT destination FROM delivery INDEXED BY delivery_due WHERE state = 'pending'"
-            " UNION SELECT DISTINCT destination FROM delivery WHERE state = 'claimed' ORDER BY 1",
-            (),
-        )
-        return [row[0] for row in rows]
-
-    @_told("read")
-    def count_quarantined(self) -> int:
-        """Return how many archives lie in rejected_dir."""
-        return int(
-            self._query(
-                "SELECT count(DISTINCT archive_id) FROM delivery JOIN archive ON archive.id = archive_id"
-                " WHERE delivery.state = 'rejected' AND disposed_to IS NOT NULL",
-                (),
-            )[0][0]
+        return DropRecord(
+            pending[0], pending[1], optional_time(pending[2]), optional_path(path), optional_time(at)
         )
 
-    def close(self) -> None:
-        """Close the connection."""
-        self._db.close()
-
-    @_told("read")
-    def delivery(self, id_prefix: str) -> DeliveryRecord:
-        """Return the delivery whose id begins so; raises UsageError if there is none, or several."""
-        begin = storable_text(id_prefix)
-        rows = self._query(f"{_DELIVERY} WHERE d.id >= ? AND d.id < ? LIMIT 2", (begin, begin + "\U0010ffff"))
-        if not rows:
-            raise UsageError(f"no delivery has the id {id_prefix!r}", "`backupd list` shows the ids")
-        if len(rows) > 1:
-            raise UsageError(
-                f"several deliveries have an id that begins with {id_prefix!r}", "give more of it"
-            )
-        return _delivery(rows[0])
-
-    @_told("read")
-    def attempts(self, delivery_id: str) -> list[AttemptRecord]:
-        """Return the attempts of a delivery, first one first."""
-        rows = self._query(
-            "SELECT number, started_at, duration_us, sent, outcome, reason, error, http_status"
-            " FROM attempt WHERE delivery_id = ? ORDER BY number",
-            (delivery_id,),
-        )
-        return [_attempt(row) for row in rows]
-
-    @_told("read")
+    @_query_errors("read")
     def destination(self, name: str) -> DestinationRecord:
-        """Return how things stand with a destination."""
+        """Return the queue and the circuit of a destination."""
         pending = self._query(
             "SELECT count(*), coalesce(sum(archive.size), 0), min(admitted_at)"  # noqa: S608 -- own clause
             f" FROM {_PENDING} JOIN archive ON archive.id = archive_id WHERE destination = ?",
@@ -310,50 +317,68 @@ class LedgerQueries:
         last = self._query(
             "SELECT max(ended_at) FROM delivery WHERE state = 'delivered' AND destination = ?", (name,)
         )[0][0]
-        gates = self._query(
+        circuits = self._query(
             "SELECT state, reason, error, since, until FROM circuit WHERE destination = ?", (name,)
         )
-        state, reason, error, since, until = gates[0] if gates else (None,) * 5
+        state, reason, error, since, until = circuits[0] if circuits else (None,) * 5
         return DestinationRecord(
             name,
             pending[0],
             pending[1],
-            time_if_any(pending[2]),
+            optional_time(pending[2]),
             rejected,
-            time_if_any(last),
+            optional_time(last),
             state,
             reason,
             error,
-            time_if_any(since),
-            time_if_any(until),
+            optional_time(since),
+            optional_time(until),
         )
 
-    @_told("read")
+    @_query_errors("read")
+    def destinations_pending(self) -> list[str]:
+        """Return the names of the destinations with open deliveries, in alphabetical order."""
+        rows = self._query(
+            "SELECT DISTINCT destination FROM delivery INDEXED BY delivery_due WHERE state = 'pending'"
+            " UNION SELECT DISTINCT destination FROM delivery WHERE state = 'claimed' ORDER BY 1",
+            (),
+        )
+        return [row[0] for row in rows]
+
+    @_query_errors("read")
+    def count_quarantined(self) -> int:
+        """Return the number of rejected archives with a file in `rejected_dir`."""
+        return int(
+            self._query(
+                "SELECT count(DISTINCT archive_id) FROM delivery JOIN archive ON archive.id = archive_id"
+                " WHERE delivery.state = 'rejected' AND disposed_to IS NOT NULL",
+                (),
+            )[0][0]
+        )
+
+    @_query_errors("read")
     def devices(self, now: datetime) -> list[DeviceRecord]:
-        """Return every device, by drop and name, and whether it is overdue."""
+        """Return all devices by drop and name, each with whether it is overdue at `now`."""
         found = device_queries.device_records(self._db)
         return [
             DeviceRecord(d.drop, d.name, d.last_at, d.archives, overdue_by(d, now) is not None, d.every)
             for d in found
         ]
 
-    def forget_device(self, device: str, drop: str | None, now: datetime) -> list[tuple[str, bool]]:
-        """Forget a device in one drop or all; return the drops that knew it, and whether they list it."""
-        with _told("written"):
-            self._db.execute("PRAGMA query_only = OFF")
-            return device_queries.forget_device(self._db, device, drop, now)
-
     def retry_now(self, delivery_id: str, now: datetime) -> bool:
-        """Make a pending delivery due at once; return False if it is not pending."""
+        """Make a pending delivery due at `now`; return False if it is not pending."""
         query = "UPDATE delivery SET due_at = ? WHERE id = ? AND state = 'pending'"
-        with _told("written"):
+        with _query_errors("written"):
             self._db.execute("PRAGMA query_only = OFF")
             return self._db.execute(query, (to_micros(now), delivery_id)).rowcount > 0
 
     @contextmanager
     def mark_retried(self, archive_id: int) -> Iterator[None]:
-        """Note that a rejected archive is no longer in quarantine, if what is enclosed succeeds."""
-        with _told("written"):
+        """Record that a rejected archive is no longer in quarantine, if the block succeeds.
+
+        An error in the block undoes it. Until its end, the daemon can't write to the ledger.
+        """
+        with _query_errors("written"):
             self._db.execute("PRAGMA query_only = OFF")
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -364,20 +389,33 @@ class LedgerQueries:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
 
+    def forget_device(self, device: str, drop: str | None, now: datetime) -> list[tuple[str, bool]]:
+        """Forget a device in one drop, or in all if `drop` is None.
+
+        Returns the drops that had it, each with whether the configuration lists it there.
+        """
+        with _query_errors("written"):
+            self._db.execute("PRAGMA query_only = OFF")
+            return device_queries.forget_device(self._db, device, drop, now)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._db.close()
+
     def _query(self, query: str, values: tuple[object, ...]) -> list[Row]:
         return self._db.execute(query, values).fetchall()
 
 
-@convert_row
+@row_converter
 def _delivery(row: Row) -> DeliveryRecord:
-    ident, destination, state, due_at, ended_at, attempts, reason, error, digest, verified = row[:10]
+    delivery_id, destination, state, due_at, ended_at, attempts, reason, error, digest, verified = row[:10]
     return DeliveryRecord(
-        ident,
+        delivery_id,
         as_archive(row[13:]),
         destination,
         DeliveryState(state),
-        time_if_any(due_at),
-        time_if_any(ended_at),
+        optional_time(due_at),
+        optional_time(ended_at),
         attempts,
         reason,
         error,
@@ -387,14 +425,21 @@ def _delivery(row: Row) -> DeliveryRecord:
     )
 
 
-@convert_row
+@row_converter
 def _archive(row: Row) -> ArchiveRecord:
     state, digest, disposition, to, at, removal, removed_at = row[:7]
     return ArchiveRecord(
-        as_archive(row[7:]), state, digest, disposition, to, time_if_any(at), removal, time_if_any(removed_at)
+        as_archive(row[7:]),
+        state,
+        digest,
+        disposition,
+        to,
+        optional_time(at),
+        removal,
+        optional_time(removed_at),
     )
 
 
-@convert_row
+@row_converter
 def _attempt(row: Row) -> AttemptRecord:
     return AttemptRecord(row[0], as_time(row[1]), row[2] / 1e6, *row[3:])

@@ -1,4 +1,7 @@
-"""The archives that were put away, in SQLite: over a connection of its own no worker waits for long."""
+"""The index of archives in `sent_dir`, in SQLite.
+
+It has a connection of its own, so that no worker waits for its queries.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from backupd.ledger.sqlite.connection import (
     Row,
     as_archive,
     as_time,
-    failures,
     fingerprint_columns,
     to_micros,
     transaction,
+    translate_errors,
 )
 
 _COLUMNS = f"{ARCHIVE_COLUMNS}, disposed_to, disposed_at"
@@ -28,7 +31,7 @@ _IN_SERIES = "series IS NOT NULL AND removal IS NULL"
 
 
 def open_sent_index(state_dir: Path) -> SentIndex:
-    """Open the ledger that the daemon has opened already, once more."""
+    """Open a second connection to the ledger that the daemon has opened."""
     path = state_dir / FILE_NAME
     try:
         connection = sqlite3.connect(
@@ -41,59 +44,62 @@ def open_sent_index(state_dir: Path) -> SentIndex:
 
 
 class SqliteSentIndex(SentIndex):
-    """A `Shelf` on a connection to a ledger whose schema is up to date."""
+    """A `SentIndex` on a connection to a ledger with the current schema."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._db = connection
 
-    def without_series(self, drop: str, most: int) -> list[SentArchive]:
-        """See `Shelf.without_series`."""
-        return self._kept(
+    def without_series(self, drop: str, limit: int) -> list[SentArchive]:
+        """See `SentIndex.without_series`."""
+        return self._archives(
             f"INDEXED BY archive_unsorted WHERE drop_name = ? AND {_KEPT} AND series IS NULL"
             " ORDER BY id LIMIT ?",
-            (drop, most),
+            (drop, limit),
         )
 
     def set_series(self, series: Mapping[int, bytes]) -> None:
-        """See `Shelf.sort`."""
+        """See `SentIndex.set_series`."""
         with transaction(self._db):
             self._db.executemany(
-                "UPDATE archive SET series = ? WHERE id = ?", [(s, ident) for ident, s in series.items()]
+                "UPDATE archive SET series = ? WHERE id = ?",
+                [(name, archive_id) for archive_id, name in series.items()],
             )
 
     def oldest(
-        self, drop: str, after: SentArchive | None, until: datetime | None, most: int
+        self, drop: str, after: SentArchive | None, until: datetime | None, limit: int
     ) -> list[SentArchive]:
-        """See `Shelf.oldest`."""
-        behind = (to_micros(after.moved_at), after.archive.id) if after else (-(1 << 62), 0)
-        return self._kept(
+        """See `SentIndex.oldest`."""
+        position = (to_micros(after.moved_at), after.archive.id) if after else (-(1 << 62), 0)
+        return self._archives(
             f"INDEXED BY archive_kept WHERE drop_name = ? AND {_KEPT}"
             " AND (disposed_at, id) > (?, ?) AND disposed_at <= ? ORDER BY disposed_at, id LIMIT ?",
-            (drop, *behind, to_micros(until) if until else 1 << 62, most),
+            (drop, *position, to_micros(until) if until else 1 << 62, limit),
         )
 
-    def count_newer(self, kept: SentArchive, most: int) -> int:
-        """See `Shelf.newer`."""
+    def count_newer(self, sent: SentArchive, limit: int) -> int:
+        """See `SentIndex.count_newer`."""
         series = "(SELECT series FROM archive WHERE id = ?2)"
         moved_after = (
             "SELECT count(*) FROM (SELECT 1 FROM archive INDEXED BY archive_series"  # noqa: S608 -- own clauses
             f" WHERE drop_name = ?1 AND {_IN_SERIES} AND series = {series} AND (disposed_at, id) > (?3, ?2)"
             " LIMIT ?4)"
         )
-        admitted_after = (
+        queued_after = (
             "SELECT count(*) FROM (SELECT 1 FROM archive INDEXED BY archive_last"  # noqa: S608 -- own clauses
             f" WHERE drop_name = ?1 AND {_IN_SERIES} AND series = {series} AND id > ?2 LIMIT ?4)"
         )
         rows = self._query(
-            f"SELECT min(({moved_after}), CASE WHEN ?2 > 0 THEN ({admitted_after}) ELSE ?4 END)",
-            (kept.archive.drop, kept.archive.id, to_micros(kept.moved_at), most),
+            f"SELECT min(({moved_after}), CASE WHEN ?2 > 0 THEN ({queued_after}) ELSE ?4 END)",
+            (sent.archive.drop, sent.archive.id, to_micros(sent.moved_at), limit),
         )
         return int(rows[0][0])
 
-    def beyond_newest(self, drop: str, series: bytes, last: int, until: datetime, most: int) -> list[SentArchive]:
-        """See `Shelf.beyond`."""
+    def beyond_newest(
+        self, drop: str, series: bytes, keep: int, until: datetime, limit: int
+    ) -> list[SentArchive]:
+        """See `SentIndex.beyond_newest`."""
         members = f"WHERE drop_name = ?1 AND series = ?2 AND {_IN_SERIES}"
-        return self._kept(
+        return self._archives(
             f"INDEXED BY archive_series {members} AND disposed_at <= ?3 AND (disposed_at, id) < ("  # noqa: S608
             f"  SELECT disposed_at, id FROM archive INDEXED BY archive_series {members}"
             "  ORDER BY disposed_at DESC, id DESC LIMIT 1 OFFSET ?4 - 1"
@@ -101,78 +107,78 @@ class SqliteSentIndex(SentIndex):
             f"  SELECT id FROM archive INDEXED BY archive_last {members}"
             "  ORDER BY id DESC LIMIT 1 OFFSET ?4 - 1"
             " )) ORDER BY disposed_at DESC, id DESC LIMIT ?5",
-            (drop, series, to_micros(until), last, most),
+            (drop, series, to_micros(until), keep, limit),
         )
 
     def mark_expiring(self, archive_ids: Sequence[int]) -> None:
-        """See `Shelf.mark_expiring`."""
+        """See `SentIndex.mark_expiring`."""
         with transaction(self._db):
             self._db.executemany(
                 "UPDATE archive SET removal = 'expiring' WHERE id = ?", [(i,) for i in archive_ids]
             )
 
-    def list_expiring(self, drop: str, most: int) -> list[SentArchive]:
-        """See `Shelf.list_expiring`."""
-        return self._kept(
+    def list_expiring(self, drop: str, limit: int) -> list[SentArchive]:
+        """See `SentIndex.list_expiring`."""
+        return self._archives(
             "INDEXED BY archive_expiring WHERE removal = 'expiring' AND drop_name = ? ORDER BY id LIMIT ?",
-            (drop, most),
+            (drop, limit),
         )
 
     def record_removals(self, removals: Mapping[int, RemovalReason], now: datetime) -> None:
-        """See `Shelf.ended`."""
+        """See `SentIndex.record_removals`."""
         at = to_micros(now)
         with transaction(self._db):
             self._db.executemany(
                 "UPDATE archive SET removal = ?, removed_at = ? WHERE id = ?",
-                [(removal, at, ident) for ident, removal in removals.items()],
+                [(removal, at, archive_id) for archive_id, removal in removals.items()],
             )
 
     def is_restored(self, drop: str, folder: bytes) -> bool:
-        """See `Shelf.is_restored`."""
-        noted = "SELECT 1 FROM restored WHERE drop_name = ? AND folder IN (?, x'')"
-        return bool(self._query(noted, (drop, folder)))
+        """See `SentIndex.is_restored`."""
+        query = "SELECT 1 FROM restored WHERE drop_name = ? AND folder IN (?, x'')"
+        return bool(self._query(query, (drop, folder)))
 
     def lowest_id(self) -> int:
-        """See `Shelf.lowest`."""
+        """See `SentIndex.lowest_id`."""
         return int(self._query("SELECT min(coalesce(min(id), 1), 1) - 1 FROM archive", ())[0][0])
 
-    def unknown(self, found: Sequence[RestoredArchive]) -> list[RestoredArchive]:
-        """See `Shelf.lacking`."""
-        with failures("read"):
-            return [one for one in found if not _is_known(self._db, one)]
+    def unknown(self, archives: Sequence[RestoredArchive]) -> list[RestoredArchive]:
+        """See `SentIndex.unknown`."""
+        with translate_errors("read"):
+            return [one for one in archives if not _is_known(self._db, one)]
 
-    def restore(self, found: Sequence[RestoredArchive]) -> int:
-        """See `Shelf.restore`."""
+    def restore(self, archives: Sequence[RestoredArchive]) -> int:
+        """See `SentIndex.restore`."""
         with transaction(self._db):
-            return sum(_restore(self._db, one) for one in found)
+            return sum(_restore(self._db, one) for one in archives)
 
     def mark_restored(self, drop: str, folder: bytes) -> None:
-        """See `Shelf.mark_restored`."""
+        """See `SentIndex.mark_restored`."""
         with transaction(self._db):
             self._db.execute("INSERT OR IGNORE INTO restored VALUES (?, ?)", (drop, folder))
 
     def close(self) -> None:
-        """See `Shelf.close`."""
+        """See `SentIndex.close`."""
         self._db.close()
 
-    def _kept(self, clauses: str, values: tuple[object, ...]) -> list[SentArchive]:
-        with failures("read"):
+    def _archives(self, clauses: str, values: tuple[object, ...]) -> list[SentArchive]:
+        with translate_errors("read"):
             rows = self._db.execute(f"SELECT {_COLUMNS} FROM archive {clauses}", values)  # noqa: S608 -- own clauses
             return [SentArchive(as_archive(row), row[9], as_time(row[10])) for row in rows]
 
     def _query(self, query: str, values: tuple[object, ...]) -> list[Row]:
-        with failures("read"):
+        with translate_errors("read"):
             return self._db.execute(query, values).fetchall()
 
 
 def _is_known(db: sqlite3.Connection, one: RestoredArchive) -> bool:
-    known = "SELECT 1 FROM delivery WHERE id = ?"
-    return any(db.execute(known, (ending.delivery_id,)).fetchone() for ending in one.completed.results)
+    query = "SELECT 1 FROM delivery WHERE id = ?"
+    return any(db.execute(query, (result.delivery_id,)).fetchone() for result in one.completed.results)
 
 
 def _restore(db: sqlite3.Connection, one: RestoredArchive) -> bool:
-    """Insert what is not known yet."""
-    settled, archive = one.completed, one.completed.archive
+    """Insert an archive of which no delivery is known; return whether it was inserted."""
+    completed, archive = one.completed, one.completed.archive
     if _is_known(db, one):
         return False
     db.execute(
@@ -185,8 +191,8 @@ def _restore(db: sqlite3.Connection, one: RestoredArchive) -> bool:
             archive.relpath,
             *fingerprint_columns(archive.fingerprint),
             to_micros(archive.queued_at),
-            settled.state,
-            settled.digest,
+            completed.state,
+            completed.digest,
             one.moved_to,
             to_micros(one.moved_at),
         ),
@@ -196,20 +202,20 @@ def _restore(db: sqlite3.Connection, one: RestoredArchive) -> bool:
         " digest, verified, http_status, receipt) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         [
             (
-                e.delivery_id,
+                result.delivery_id,
                 one.archive_id,
-                e.destination,
+                result.destination,
                 archive.fingerprint.size,
-                e.state,
-                to_micros(e.ended_at),
-                e.reason,
-                e.error,
-                e.digest,
-                e.verified,
-                e.http_status,
-                e.receipt,
+                result.state,
+                to_micros(result.ended_at),
+                result.reason,
+                result.error,
+                result.digest,
+                result.verified,
+                result.http_status,
+                result.receipt,
             )
-            for e in settled.results
+            for result in completed.results
         ],
     )
     if one.device is not None:

@@ -13,13 +13,13 @@ CREATE TABLE archive (
     state       TEXT    NOT NULL DEFAULT 'pending'
                 CHECK (state IN ('pending', 'delivered', 'rejected', 'superseded')),
     digest      TEXT,
-    -- 'due' once every delivery has ended, 'done' once the file is moved, deleted or left alone
+    -- 'due' once every delivery has ended, 'done' once the file was moved, deleted or kept in place
     disposition TEXT    CHECK (disposition IN ('due', 'done')),
     disposed_to BLOB,
-    -- 1 once its end was logged while the file could not be disposed of
+    -- 1 once the end of the archive was logged, but the disposition of its file failed
     announced   INTEGER NOT NULL DEFAULT 0,
     disposed_at INTEGER,
-    -- 1 while the file in the drop folder is accounted for by this row
+    -- 1 while this row is the entry of a file in the drop folder, which is not queued again
     live        INTEGER NOT NULL DEFAULT 1
 );
 
@@ -67,7 +67,7 @@ CREATE TABLE attempt (
     PRIMARY KEY (delivery_id, number)
 ) WITHOUT ROWID;
 
--- How each destination's gate stood when it last changed, for `backupd status`.
+-- The circuit of each destination after its last change, for `backupd status`.
 CREATE TABLE gate (
     destination TEXT PRIMARY KEY,
     state       TEXT    NOT NULL,

@@ -1,4 +1,5 @@
--- What each drop is expected to bring; `every` is in microseconds, and null where nothing is expected.
+-- How often each drop expects an archive of a device; `every` is in microseconds, NULL for no expectation.
+-- `device_by` is the template of the device's name, NULL for the drop as a whole.
 CREATE TABLE expectation (
     drop_name TEXT PRIMARY KEY,
     every     INTEGER,
@@ -12,22 +13,23 @@ CREATE TABLE device (
     known_at  INTEGER NOT NULL,
     last_at   INTEGER,
     archives  INTEGER NOT NULL DEFAULT 0,
-    -- of its last archives, the latest one last, with blanks between
+    -- sizes in bytes of its last archives, separated by spaces, the latest one last
     sizes     TEXT    NOT NULL DEFAULT '',
-    -- 1 if the configuration names it
+    -- 1 if the configuration lists it
     listed    INTEGER NOT NULL DEFAULT 0,
-    -- 1 from when it was said to be overdue until it was said to have recovered
+    -- 1 after it was logged as overdue, until it is logged as recovered
     alarmed   INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (drop_name, name)
 ) WITHOUT ROWID;
 
--- Archives of an unusual size, until that was said.
+-- Archives of an unusual size that is not logged yet.
 CREATE TABLE unusual_size (
     archive_id  INTEGER PRIMARY KEY REFERENCES archive (id) ON DELETE CASCADE,
     device      TEXT    NOT NULL,
     median_size INTEGER NOT NULL
 );
 
--- What may be forgotten once it is old: nothing that is pending, in its drop folder, or in quarantine.
+-- The archives that may be deleted once they are old: not those that are pending, in their drop folder or in
+-- quarantine.
 CREATE INDEX archive_over ON archive (coalesce(disposed_at, admitted_at))
     WHERE disposition = 'done' AND NOT live AND (state <> 'rejected' OR disposed_to IS NULL);

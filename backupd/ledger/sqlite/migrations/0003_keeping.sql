@@ -1,9 +1,9 @@
--- What is removed from sent_dir in time, and what became of it there.
+-- Retention in sent_dir.
 
--- Of which device or folder it is one, the last of which are kept; NULL until that was looked at.
+-- The device or folder of which the last archives are kept; NULL until it is determined.
 ALTER TABLE archive ADD COLUMN series BLOB;
--- 'expiring' once its removal is decided, 'expired' once it is done; 'gone' and 'changed' if the file in
--- sent_dir was no longer there, or no longer ours, when its time had come
+-- 'expiring' once the removal of the file is decided, 'expired' once it is removed; 'gone' and 'changed' if the
+-- file in sent_dir was missing, or another one, when it was to be removed
 ALTER TABLE archive ADD COLUMN removal TEXT CHECK (removal IN ('expiring', 'expired', 'gone', 'changed'));
 ALTER TABLE archive ADD COLUMN removed_at INTEGER;
 

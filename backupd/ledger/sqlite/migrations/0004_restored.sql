@@ -1,5 +1,5 @@
--- The folders of drops whose records beside archives were read; a ledger that is begun anew has none.
--- '' stands for all folders of a drop.
+-- The folders of drops from which receipt files were read into the ledger; none in a new ledger.
+-- '' is all folders of a drop.
 CREATE TABLE restored (
     drop_name TEXT NOT NULL,
     folder    BLOB NOT NULL,

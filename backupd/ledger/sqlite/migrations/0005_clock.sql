@@ -1,12 +1,13 @@
--- What the host's clock said when that was last noted.
+-- The last reading of the host's clock.
 CREATE TABLE clock (seen_at INTEGER NOT NULL);
 INSERT INTO clock SELECT admitted_at FROM archive ORDER BY id DESC LIMIT 1;
--- By how many microseconds it may have been ahead, and for how many more that is not believed; in their order.
+-- The steps forward of the clock that are distrusted, in their order: by how much the clock may be ahead, and
+-- for how much longer it is distrusted, in microseconds.
 CREATE TABLE doubt (
     id        INTEGER PRIMARY KEY,
     ahead     INTEGER NOT NULL,
     remaining INTEGER NOT NULL
 );
--- The last of a series by their numbers; those of a restored history have none that means anything.
+-- The newest archives of a series by id; the ids of restored archives don't show their order.
 CREATE INDEX archive_last ON archive (drop_name, series)
     WHERE series IS NOT NULL AND removal IS NULL;

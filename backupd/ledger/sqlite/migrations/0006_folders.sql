@@ -1,4 +1,4 @@
--- Each directory that a drop folder was, by its number on its disk, and the number that the disk had then.
+-- The directories that a drop folder has been, by inode, and the device number of each when it was last opened.
 CREATE TABLE folder (
     drop_name TEXT    NOT NULL,
     inode     INTEGER NOT NULL,

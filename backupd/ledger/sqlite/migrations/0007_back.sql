@@ -1,2 +1,2 @@
--- Since here `removal` is 'gone', too, where a delivered file was not there any more to be disposed of.
+-- From this version on, `removal` is also 'gone' if a delivered file was missing at its disposition.
 CREATE INDEX archive_gone ON archive (drop_name, relpath) WHERE removal = 'gone' AND disposed_to IS NULL;

@@ -1,3 +1,3 @@
--- A destination that takes deliveries is "working"; the table has the name of the thing.
+-- The table and its states get the names of the code: a circuit is 'working', not 'open'.
 ALTER TABLE gate RENAME TO circuit;
 UPDATE circuit SET state = 'working' WHERE state = 'open';
