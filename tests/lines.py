@@ -1,4 +1,4 @@
-"""Holds every line that a daemon logs against the catalogue's JSON Schema."""
+"""Compares every line that a daemon logs with the catalogue of events."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 
-from backupd.telemetry.docs import of_event
+from backupd.telemetry.docs import event_schema
 from backupd.telemetry.events import CATALOGUE
+from backupd.telemetry.message import required_keys
 
 
 def check_log(text: str) -> int:
-    """Check the lines of a log and return how many there were; raises AssertionError at the first wrong one.
+    """Check the lines of a log and return their number; raise AssertionError at the first wrong one.
 
-    What begins with no brace is what Python or a command printed beside the log; a last line that is not
-    whole was cut off by the daemon's end.
+    Lines that do not start with a brace were printed by Python or by a command. A last line without a line
+    end was cut off when the daemon was killed.
     """
     count = 0
     for line in text.splitlines(keepends=True):
@@ -31,8 +32,11 @@ def check_line(line: dict[str, Any]) -> None:
     assert line.get("event") in CATALOGUE, f"no event of the catalogue: {line}"
     faults = [f"{list(fault.path)}: {fault.message}" for fault in _validator(line["event"]).iter_errors(line)]
     assert not faults, f"{line['event']}: {'; '.join(faults)}"
+    missing = required_keys(CATALOGUE[line["event"]].message) - set(line)
+    assert not missing, f"{line['event']}: its message needs {missing}: {line}"
+    assert line["message"].isprintable(), f"{line['event']}: more than one line: {line}"
 
 
 @cache
 def _validator(name: str) -> Draft202012Validator:
-    return Draft202012Validator(of_event(CATALOGUE[name]))
+    return Draft202012Validator(event_schema(CATALOGUE[name]))

@@ -1,1 +1,1 @@
-"""What the daemon tells the outside: events, and its state to systemd."""
+"""The log, its catalogue of events, and the state that systemd is notified of."""

@@ -1,14 +1,13 @@
-"""The catalogue of events: every line that the daemon can log, with its keys and their types."""
+"""The catalogue of events: every line that the daemon can log, with its keys, their types and meanings."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 JsonType = Mapping[str, Any]
-"""A type in the words of JSON Schema."""
+"""A type as a JSON Schema."""
 
 TEXT: JsonType = {"type": "string"}
 COUNT: JsonType = {"type": "integer", "minimum": 0}
@@ -20,8 +19,8 @@ NAMES: JsonType = {"type": "array", "items": TEXT}
 CIRCUIT: JsonType = {"enum": ["working", "paused", "probing"]}
 
 
-def by_name(value: JsonType) -> JsonType:
-    """Return the type of an object whose keys are names of destinations."""
+def per_destination(value: JsonType) -> JsonType:
+    """Return the type of an object that has a value for each destination, with their names as keys."""
     return {"type": "object", "additionalProperties": value}
 
 
@@ -36,10 +35,10 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One kind of line.
+    """One kind of log line.
 
-    `keys` are those that it may have beside `ALWAYS`. `message` is a sentence with keys in braces; a part
-    in brackets is left out where one of its keys is missing.
+    `keys` are the keys that a line may have in addition to `COMMON_KEYS`. `message` is the template of its
+    sentence, see `telemetry.message`.
     """
 
     name: str
@@ -48,16 +47,8 @@ class Event:
     message: str
     meaning: str
 
-    def sentence(self, values: Mapping[str, object]) -> str:
-        """Return `message` with the values of its keys; a missing key outside of brackets shows as "?"."""
-        plain = [_filled(part, values) for part in _OPTIONAL.split(self.message)]
-        for index, part in enumerate(_OPTIONAL.findall(self.message)):
-            if any(key not in values for key in _KEY.findall(part)):
-                plain[2 * index + 1] = ""
-        return "".join(plain)
 
-
-ALWAYS = ("timestamp", "level", "event", "message", "host")
+COMMON_KEYS = ("timestamp", "level", "event", "message", "host")
 """The keys of every line, in their order."""
 
 KEYS: dict[str, Key] = {
@@ -103,11 +94,15 @@ KEYS: dict[str, Key] = {
         Key("failures", COUNT, "consecutive failures of the destination"),
         Key("pending", COUNT, "deliveries that have not ended"),
         Key("pending_bytes", COUNT, "size of the archives of pending deliveries in bytes"),
-        Key("pending_by_destination", by_name(COUNT), "deliveries that have not ended, per destination"),
+        Key(
+            "pending_by_destination",
+            per_destination(COUNT),
+            "deliveries that have not ended, per destination",
+        ),
         Key("oldest_s", NUMBER, "age of the oldest pending archive in seconds"),
         Key(
             "oldest_s_by_destination",
-            by_name(NUMBER),
+            per_destination(NUMBER),
             "age of the oldest pending archive in seconds, per destination; 0 if none is pending",
         ),
         Key("found_files", COUNT, "files found by the scan"),
@@ -126,7 +121,7 @@ KEYS: dict[str, Key] = {
         Key("signal", TEXT, "name of the signal"),
         Key("clean", FLAG, "whether all uploads ended within `shutdown_grace`"),
         Key("circuit", CIRCUIT, "state of the destination: working, paused or probing"),
-        Key("circuit_by_destination", by_name(CIRCUIT), "state of each destination"),
+        Key("circuit_by_destination", per_destination(CIRCUIT), "state of each destination"),
         Key("delivered", COUNT, "archives delivered since the last heartbeat"),
         Key("delivered_bytes", COUNT, "bytes delivered since the last heartbeat"),
         Key("rejected", COUNT, "archives rejected since the last heartbeat"),
@@ -144,7 +139,7 @@ KEYS: dict[str, Key] = {
         Key("days_left", INTEGER, "whole days until the client certificate expires"),
         Key(
             "days_left_by_destination",
-            by_name(INTEGER),
+            per_destination(INTEGER),
             "whole days until the client certificate expires, per destination",
         ),
         Key("device", TEXT, "sender of the archive, by `expect.by`; missing for a drop as a whole"),
@@ -162,21 +157,10 @@ KEYS: dict[str, Key] = {
         Key("min_free_bytes", COUNT, "bytes that `min_free` keeps free"),
     )
 }
-"""Every key; adding one here is all that schema, pages and log viewers need."""
+"""Every key by its name; schema, pages and the format of lnav are generated from it."""
 
 CATALOGUE: dict[str, Event] = {}
 """Every event by its name."""
-
-_OPTIONAL = re.compile(r"\[([^\]]*)\]")
-_KEY = re.compile(r"\{(\w+)\}")
-
-
-def _filled(text: str, values: Mapping[str, object]) -> str:
-    return _KEY.sub(lambda key: _shown(values.get(key[1], "?")), text)
-
-
-def _shown(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _event(name: str, level: str, keys: str, message: str, meaning: str) -> Event:
@@ -189,14 +173,14 @@ DAEMON_STARTED = _event(
     "daemon.started",
     "info",
     "version pid config path",
-    "backupd {version} starts with {config}",
+    "backupd {version} started with {config}",
     "the daemon starts; `path` is its `state_dir`",
 )
 DAEMON_READY = _event(
     "daemon.ready",
     "info",
     "duration_s pending released_claims pending_dispositions",
-    "ready after {duration_s} s with {pending} pending deliveries",
+    "ready after {duration_s}, {pending} pending",
     "ledger, watchers and workers are running",
 )
 DAEMON_HEARTBEAT = _event(
@@ -205,99 +189,116 @@ DAEMON_HEARTBEAT = _event(
     "uptime_s pending pending_by_destination pending_bytes oldest_s oldest_s_by_destination in_flight"
     " circuit_by_destination delivered delivered_bytes rejected bytes_per_s archives_per_s quarantined"
     " days_left_by_destination overdue_devices degraded_drops memory_bytes open_files open_files_limit",
-    "{pending} pending, {in_flight} uploading, {delivered} delivered since the last heartbeat",
-    "the state of the daemon, first at the start; alert on its absence",
+    "{pending} pending[ (oldest {oldest_s})], {in_flight} uploading[, {quarantined} in quarantine];"
+    " {delivered} delivered and {rejected} rejected since the last heartbeat",
+    "the state of the daemon, first right after `daemon.ready`; alert on its absence",
 )
 DAEMON_STOPPING = _event(
     "daemon.stopping",
     "info",
     "signal in_flight",
-    "stopping on {signal} with {in_flight} uploads in progress",
+    "stopping on {signal}, {in_flight} uploading",
     "a stop signal arrived; uploads get `shutdown_grace` to end",
 )
 DAEMON_STOPPED = _event(
     "daemon.stopped",
     "info",
     "duration_s clean pending",
-    "stopped after {duration_s} s[ with {pending} pending deliveries]",
-    "the daemon ends",
+    "stopped after {duration_s}[, {pending} pending]",
+    "the daemon ends; `pending` is missing if the ledger could not be read",
 )
 DAEMON_FAILED = _event(
     "daemon.failed",
     "error",
     "error hint exception",
-    "a part of the daemon failed: {error}",
-    "a part of the daemon failed; the daemon ends, so that systemd restarts it",
+    "internal failure: {error}",
+    "an error that backupd has no rule for; if it ended a thread, the daemon stops and systemd restarts it",
+)
+DAEMON_HUNG = _event(
+    "daemon.hung",
+    "error",
+    "thread stalled_s hint",
+    "the thread {thread} has been stalled for {stalled_s}",
+    "a thread shows no sign of life; the watchdog of systemd restarts the daemon",
 )
 CONFIG_WARNING = _event(
     "config.warning",
     "warning",
     "path error hint",
     "{path}: {error}",
-    "the configuration works, but needs attention",
+    "the configuration works, but needs attention; `path` is the key of the configuration",
 )
 CONFIG_RELOADED = _event(
     "config.reloaded",
     "info",
     "config drops_changed destinations_changed",
-    "{config} is active",
+    "{config} was reloaded[, drops changed: {drops_changed}][, destinations changed: {destinations_changed}]",
     "a new configuration is active",
 )
 CONFIG_REFUSED = _event(
     "config.refused",
     "error",
     "config error hint",
-    "the new configuration is refused: {error}",
-    "a new configuration cannot be used; the old one stays active",
-)
-DAEMON_HUNG = _event(
-    "daemon.hung",
-    "error",
-    "thread stalled_s hint",
-    "thread {thread} has been stalled for {stalled_s} s",
-    "a thread shows no sign of life; the watchdog of systemd restarts the daemon",
+    "the new configuration was refused, the previous one stays active: {error}",
+    "a new configuration cannot be used; the previous one stays active",
 )
 CLOCK_STEPPED = _event(
     "clock.stepped",
     "warning",
     "step_s hint",
-    "the clock was stepped by {step_s} s",
-    "the host's clock jumped by more than a second; the sleep of a host does not count",
+    "the clock of the host was stepped by {step_s}",
+    "the host's clock was set by more than a second; time that the host was suspended does not count",
 )
+LIBRARY_WARNING = _event(
+    "library.warning",
+    "warning",
+    "logger error",
+    "{logger}: {error}",
+    "a library logged a warning or an error",
+)
+LOG_LOST = _event(
+    "log.lost",
+    "error",
+    "lost_lines",
+    "log lines that could not be written: {lost_lines}",
+    "log lines could not be written; this is the first line that could",
+)
+
 CERTIFICATE_RENEWED = _event(
     "certificate.renewed",
     "info",
     "destination days_left",
-    "new certificate for {destination}[, valid for {days_left} days]",
-    "new certificate files are used from the next archive on",
+    "the client certificate of {destination} was renewed[, {days_left} left]",
+    "new certificate files are used from the next upload on",
 )
 CERTIFICATE_REFUSED = _event(
     "certificate.refused",
     "error",
     "destination error hint",
-    "new certificate files for {destination} are refused: {error}",
+    "the new certificate files of {destination} were refused, the previous ones stay in use: {error}",
     "new certificate files cannot be used; the last good ones stay in use",
 )
 CERTIFICATE_EXPIRING = _event(
     "certificate.expiring",
     "warning",
     "destination certificate_role days_left expires_at hint",
-    "the {certificate_role} certificate of {destination} expires in {days_left} days",
+    "the {certificate_role} certificate of {destination} expires at {expires_at} ({days_left} left)",
     "a certificate expires in fewer than 30, 14, 7, 3 or 1 days; logged at each step and at every start",
 )
+
 LEDGER_RECREATED = _event(
     "ledger.recreated",
     "error",
     "path error hint",
-    "the ledger is recreated: {error}",
+    "a new ledger was created: {error}",
     "the ledger was damaged and has been renamed, or it was missing; a new one is filled from the folders",
 )
 LEDGER_RESTORED = _event(
     "ledger.restored",
     "info",
     "drop path restored_archives unknown_files",
-    "{restored_archives} archives in {path} are known again",
-    "a recreated ledger knows the archives in `sent_dir` or `rejected_dir` again, by their receipt files",
+    "archives restored to the ledger from {path}: {restored_archives}[, unknown files: {unknown_files}]",
+    "a new ledger has read the receipt files in `sent_dir` or `rejected_dir`",
 )
 LEDGER_INCOMPLETE = _event(
     "ledger.incomplete",
@@ -318,53 +319,64 @@ DROP_WATCHED = _event(
     "drop.watched",
     "info",
     "drop path observer filesystem reason",
-    "watching {path} with {observer}",
+    "watching {path} with {observer}[ on {filesystem}]",
     "a drop folder is watched",
 )
 DROP_SCANNED = _event(
     "drop.scanned",
     "debug",
     "drop found_files unfinished_files duration_s",
-    "scanned {drop}: {found_files} files",
+    "the scan of the drop {drop} found {found_files} files; {unfinished_files} unfinished",
     "the scan of a drop folder ended",
 )
 DROP_FAILED = _event(
     "drop.failed",
     "error",
     "drop path error hint",
-    "{path} cannot be read: {error}",
-    "a drop folder cannot be read; retried at each rescan",
+    "the drop folder {path} cannot be used: {error}",
+    "a drop folder cannot be read or written; retried at each rescan",
 )
 WATCH_DEGRADED = _event(
     "watch.degraded",
     "warning",
     "drop path reason error hint",
-    "events of {path} are lost: {error}",
+    "new files in {path} may be noticed only by the rescan: {error}",
     "events were lost or may have been lost; the rescan finds the files",
 )
 WATCH_RECOVERED = _event(
-    "watch.recovered", "info", "drop path observer", "events of {path} arrive again", "events arrive again"
+    "watch.recovered",
+    "info",
+    "drop path observer",
+    "new files in {path} are noticed by {observer} again",
+    "events arrive again",
 )
 DROP_OVERDUE = _event(
     "drop.overdue",
     "warning",
     "drop device last_at overdue_s",
-    "no archive in {drop}[ from {device}] for too long[, last at {last_at}]",
+    "the next archive[ of {device}] in the drop {drop} is overdue by {overdue_s}[, last one at {last_at}]",
     "no archive arrived within `expect.every`; repeated at each heartbeat until one does",
 )
 DROP_RECOVERED = _event(
     "drop.recovered",
     "info",
     "drop device last_at",
-    "{drop}[, device {device}] is no longer overdue",
+    "no archive[ of {device}] in the drop {drop} is overdue any more",
     "an overdue archive arrived, or the device is no longer expected",
+)
+DISK_LOW = _event(
+    "disk.low",
+    "error",
+    "drop path free_bytes min_free_bytes error hint",
+    "{path} has {free_bytes} free, less than `min_free` ({min_free_bytes})",
+    "less than `min_free` is free and no sent archive is left to remove; repeated while it lasts",
 )
 
 ARCHIVE_QUEUED = _event(
     "archive.queued",
     "info",
     "drop archive size_bytes destinations",
-    "{archive} is queued for {destinations}",
+    "{archive} was queued for {destinations}",
     "a finished archive was noticed and recorded in the ledger",
 )
 ARCHIVE_IGNORED = _event(
@@ -374,39 +386,61 @@ ARCHIVE_IGNORED = _event(
     "{archive} is ignored: {error}",
     "a file in a drop folder is not an archive; logged once",
 )
-ARCHIVE_SUPERSEDED = _event(
-    "archive.superseded",
-    "info",
-    "drop archive size_bytes destination delivery_id error",
-    "{archive} changed before it was delivered",
-    "the file changed before it was delivered; the new content is delivered instead",
-)
-ARCHIVE_MISSING = _event(
-    "archive.missing",
+ARCHIVE_WAITING = _event(
+    "archive.waiting",
     "warning",
-    "drop archive size_bytes destination delivery_id error",
-    "{archive} was removed before it was delivered to {destination}",
-    "the file was removed before every destination had it; it cannot be delivered any more",
+    "drop archive size_bytes reason error hint",
+    "{archive} is held back: {error}",
+    "a file is not sent because it looks truncated or damaged, its checksum file is missing or does not match"
+    ", or it has been open for writing for an hour; logged once per content and reason",
+)
+INSPECTION_ENDED = _event(
+    "inspection.ended",
+    "debug",
+    "drop archive size_bytes error",
+    "{archive} is sent without a complete inspection: {error}",
+    "an archive is sent although its inspection could not be completed",
+)
+ARCHIVE_UNUSUAL_SIZE = _event(
+    "archive.unusual_size",
+    "warning",
+    "drop archive device size_bytes median_size_bytes change_ratio",
+    "{archive} has an unusual size of {size_bytes}, the median[ of {device}] is {median_size_bytes}",
+    "the size differs from the device's median by `size_alarm` or more; the archive is delivered",
 )
 ARCHIVE_DELIVERED = _event(
     "archive.delivered",
     "info",
     "drop archive size_bytes digest destinations verified duration_s",
-    "{archive} is delivered to {destinations}",
+    "{archive} was delivered to {destinations}",
     "every destination has the archive, verified and committed; logged once per content",
 )
 ARCHIVE_REJECTED = _event(
     "archive.rejected",
     "error",
     "drop archive size_bytes digest destination reason error hint http_status delivery_id",
-    "{archive} is rejected[ by {destination}]: {error}",
+    "{archive} was rejected[ ({destination})]: {error}",
     "the archive cannot be delivered and goes to quarantine; logged once per content",
+)
+ARCHIVE_SUPERSEDED = _event(
+    "archive.superseded",
+    "info",
+    "drop archive size_bytes destination delivery_id error",
+    "{archive} changed before it was delivered[ to {destination}]",
+    "the file changed before it was delivered; the new content is delivered instead",
+)
+ARCHIVE_MISSING = _event(
+    "archive.missing",
+    "warning",
+    "drop archive size_bytes destination delivery_id error",
+    "{archive} was removed before it was delivered[ to {destination}]",
+    "the file was removed before every destination had it; it cannot be delivered any more",
 )
 ARCHIVE_DISPOSED = _event(
     "archive.disposed",
     "info",
     "drop archive disposition moved_to",
-    "{archive} is {disposition}[ to {moved_to}]",
+    "{archive} was {disposition}[ to {moved_to}]",
     "the file was moved, deleted or kept after its last delivery",
 )
 DISPOSITION_FAILED = _event(
@@ -416,48 +450,19 @@ DISPOSITION_FAILED = _event(
     "{archive} cannot be moved or deleted: {error}",
     "the file cannot be moved or deleted; retried",
 )
-ARCHIVE_UNUSUAL_SIZE = _event(
-    "archive.unusual_size",
-    "warning",
-    "drop archive device size_bytes median_size_bytes change_ratio",
-    "{archive} has {size_bytes} bytes, the median is {median_size_bytes}",
-    "the size differs from the device's median by `size_alarm` or more; the archive is delivered",
-)
 ARCHIVE_EXPIRED = _event(
     "archive.expired",
     "info",
     "drop archive path size_bytes reason",
-    "{path} is removed[: {reason}]",
+    "{path} was removed by the retention rules[ ({reason})]",
     "a delivered archive was removed from `sent_dir`: too_old, too_many or disk_low; no reason after a crash",
-)
-DISK_LOW = _event(
-    "disk.low",
-    "error",
-    "drop path free_bytes min_free_bytes error hint",
-    "{path} has {free_bytes} free bytes, `min_free` is {min_free_bytes}",
-    "less than `min_free` is free and no sent archive is left to remove; repeated while it lasts",
-)
-ARCHIVE_WAITING = _event(
-    "archive.waiting",
-    "warning",
-    "drop archive size_bytes reason error hint",
-    "{archive} is held back: {error}",
-    "a file is not sent because it looks truncated or damaged, its checksum file is missing or does not match, or"
-    " it has been open for writing for an hour; logged once per content and reason",
-)
-INSPECTION_ENDED = _event(
-    "inspection.ended",
-    "debug",
-    "drop archive size_bytes error",
-    "the inspection of {archive} ended early: {error}",
-    "an archive is sent although its inspection could not be completed",
 )
 
 ATTEMPT_FAILED = _event(
     "attempt.failed",
     "warning",
     "drop archive destination delivery_id attempt reason error hint http_status sent_bytes duration_s",
-    "attempt {attempt} of {archive} to {destination} failed: {error}",
+    "attempt {attempt} to upload {archive} to {destination} failed: {error}",
     "an attempt to upload an archive failed",
 )
 DELIVERY_VERIFIED = _event(
@@ -465,44 +470,35 @@ DELIVERY_VERIFIED = _event(
     "info",
     "drop archive size_bytes digest destination delivery_id attempt http_status verified duration_s"
     " bytes_per_s",
-    "{destination} has {archive}",
+    "{destination} confirmed {archive}[ after {duration_s}]",
     "the destination's receipt matches the bytes that were sent",
 )
 DELIVERY_DEFERRED = _event(
     "delivery.deferred",
     "warning",
     "drop archive destination delivery_id reason retry_at",
-    "{archive} to {destination} is retried at {retry_at}",
+    "the upload of {archive} to {destination} will be retried[ at {retry_at}][ ({reason})]",
     "the delivery is retried later",
 )
 DESTINATION_PAUSED = _event(
     "destination.paused",
     "error",
     "destination reason error hint failures paused_for_s down_for_s",
-    "{destination} is paused for {paused_for_s} s: {error}",
+    "{destination} is paused for {paused_for_s}: {error}",
     "the destination is down or misconfigured and is paused; no archive is rejected for it",
 )
 DESTINATION_RESUMED = _event(
     "destination.resumed",
     "info",
     "destination down_for_s",
-    "{destination} works again[ after {down_for_s} s]",
+    "{destination} works again[ after {down_for_s}]",
     "the destination works again",
 )
 DESTINATION_STATUS = _event(
     "destination.status",
     "info",
     "destination circuit pending pending_bytes oldest_s days_left",
-    "{destination}[ is {circuit}]: {pending} pending",
+    "{destination}[ is {circuit}]: {pending} pending ({pending_bytes}[, oldest {oldest_s}])"
+    "[, certificate: {days_left} left]",
     "the state of a destination, after each heartbeat",
-)
-LIBRARY_WARNING = _event(
-    "library.warning", "warning", "logger error", "{logger}: {error}", "a warning of a library"
-)
-LOG_LOST = _event(
-    "log.lost",
-    "error",
-    "lost_lines",
-    "{lost_lines} log lines could not be written",
-    "log lines could not be written; this is the first line that could",
 )

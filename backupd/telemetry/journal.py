@@ -1,6 +1,6 @@
-"""Logging to systemd's journal in its own protocol, so that it can be asked by the keys of an event.
+"""Where log lines go: to systemd's journal as entries with a field for each key, or to a file descriptor.
 
-The protocol: https://systemd.io/JOURNAL_NATIVE_PROTOCOL
+The journal's protocol: https://systemd.io/JOURNAL_NATIVE_PROTOCOL
 """
 
 from __future__ import annotations
@@ -17,143 +17,144 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 LogRecord = Mapping[str, object]
-"""An event with its keys, all of them plain, as it is written."""
+"""The keys of a log line and their values, which are values of JSON."""
 
-PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3}
-"""Of syslog(3), by level."""
+JOURNAL_SOCKET = "/run/systemd/journal/socket"
 
-_NONE: LogRecord = MappingProxyType({"level": "info"})
+SYSLOG_PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3}
+"""Priorities of syslog(3) by level."""
+
+_JOURNAL_TIMEOUT = 1.0
+"""Seconds to wait for a journal that reads nothing."""
+
+_READER_TIMEOUT = 5.0
+"""Seconds to wait for the reader of standard output; a reader that hangs must not stop deliveries."""
+
+_INFO: LogRecord = MappingProxyType({"level": "info"})
+_WITHOUT_FIELD = frozenset(("timestamp", "level", "event", "host"))
+"""Keys that the journal has in fields of its own."""
+
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 class LineWriter:
-    """Writes whole lines to a descriptor and never raises; what could not be written is counted.
+    """Writes whole lines to a descriptor and never raises; `lost` counts the lines that could not be written.
 
-    `prefixed` puts `<N>` with the priority before each line, for the journal (sd-daemon(3)). `patience` are
-    the seconds for which a reader that takes nothing is waited for; once that is over, it is waited for
-    by no other line until it takes one. None: forever.
+    With `prefixed`, each line starts with its priority as `<N>`, for the journal (sd-daemon(3)). `timeout`
+    is the number of seconds to wait for a reader that reads nothing; once it has passed, lines are lost
+    without a wait until the reader reads again. None waits indefinitely.
     """
 
-    def __init__(self, fd: int, *, prefixed: bool = False, patience: float | None = None) -> None:
+    def __init__(self, fd: int, *, prefixed: bool = False, timeout: float | None = None) -> None:
         self._fd = fd
         self._prefixed = prefixed
-        self._patience = self._left = patience
+        self._timeout = timeout
+        self._next_timeout = timeout
         self._lock = threading.Lock()
-        self._torn = False
+        self._has_partial_line = False
         self.lost = 0
 
-    def line(self, text: str, record: LogRecord = _NONE) -> bool:
-        """Write a line; return whether it went out whole."""
+    def write_line(self, text: str, record: LogRecord = _INFO) -> bool:
+        """Write a line and return whether all of it was written; `record` has the level."""
         if self._prefixed:
-            prefix = f"<{PRIORITIES[str(record['level'])]}>"
+            prefix = f"<{SYSLOG_PRIORITIES[str(record['level'])]}>"
             text = prefix + text.replace("\n", "\n" + prefix)
         data = (text + "\n").encode("utf-8", "backslashreplace")
         with self._lock:
-            if self._torn:
+            if self._has_partial_line:
                 data = b"\n" + data
-            left = data
+            rest = data
             try:
-                while left:
-                    left = left[self._write(left) :]
+                while rest:
+                    rest = rest[self._write(rest) :]
             except OSError:
-                self._torn = self._torn or len(left) < len(data)
+                self._has_partial_line = self._has_partial_line or len(rest) < len(data)
                 self.lost += 1
                 return False
-            self._torn = False
+            self._has_partial_line = False
             return True
 
-    debug = info = warning = error = line
+    debug = info = warning = error = write_line  # structlog calls the method of the level
 
-    def forget(self, lost: int) -> None:
-        """Count so many lines as told of."""
+    def subtract_lost(self, count: int) -> None:
+        """Subtract lost lines that have been logged, or that were counted twice."""
         with self._lock:
-            self.lost -= lost
+            self.lost -= count
 
     def _write(self, data: bytes) -> int:
-        if self._left is None:
+        if self._next_timeout is None:
             return os.write(self._fd, data)
         poll = select.poll()
         poll.register(self._fd, select.POLLOUT)
-        if not poll.poll(self._left * 1000):
-            self._left = 0.0
+        if not poll.poll(self._next_timeout * 1000):
+            self._next_timeout = 0.0
             raise TimeoutError
-        self._left = self._patience
-        return os.write(self._fd, data[: select.PIPE_BUF])  # so much goes out at once if anything does
-
-
-SOCKET = "/run/systemd/journal/socket"
-
-_PATIENCE = 1.0
-"""Seconds for which a journal that takes nothing is waited for, once; then not at all until it does."""
-
-_PATIENCE_WITH_A_READER = 5.0
-"""Likewise for whoever reads our output: what hangs there must keep no archive from its destination."""
-
-_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-_PLAIN = ("timestamp", "level", "event")
+        self._next_timeout = self._timeout
+        return os.write(self._fd, data[: select.PIPE_BUF])  # a pipe that is ready accepts PIPE_BUF at once
 
 
 class JournalWriter:
-    """Writes events to the journal, or as lines where it takes none; never raises.
+    """Writes entries to the journal, or lines to its stream if the journal accepts no entries; never raises.
 
-    `MESSAGE` is the line itself, `BACKUPD_EVENT` the event, and each of its keys has a field of its own.
+    An entry has the line in `MESSAGE`, the event in `BACKUPD_EVENT`, and a field for each key of the event.
     """
 
-    def __init__(self, lines: LineWriter, path: str = SOCKET) -> None:
+    def __init__(self, lines: LineWriter, path: str = JOURNAL_SOCKET) -> None:
         self._lines = lines
         self._path = path
         self._lock = threading.Lock()
-        self._patience = _PATIENCE
+        self._next_timeout = _JOURNAL_TIMEOUT
         self._socket: socket.socket | None = None
 
     @property
     def lost(self) -> int:
-        """Return how many lines went neither way."""
+        """Return the number of lines that could be written neither as entries nor as lines."""
         return self._lines.lost
 
-    def forget(self, lost: int) -> None:
-        """Count so many lines as told of."""
-        self._lines.forget(lost)
+    def subtract_lost(self, count: int) -> None:
+        """See `LineWriter.subtract_lost`."""
+        self._lines.subtract_lost(count)
 
-    def line(self, text: str, record: LogRecord) -> bool:
-        """Write a line and the event that it shows; return whether it went out whole."""
+    def write_line(self, text: str, record: LogRecord) -> bool:
+        """Write a line and its record; return whether all of it was written."""
         with self._lock:
-            sent = self._send(as_datagram(text, record))
-        return sent or self._lines.line(text, record)
+            sent = self._send(encode_entry(text, record))
+        return sent or self._lines.write_line(text, record)
 
-    debug = info = warning = error = line
+    debug = info = warning = error = write_line  # structlog calls the method of the level
 
     def close(self) -> None:
-        """Close the connection; the next line makes another."""
+        """Close the connection; the next line opens a new one."""
         if self._socket is not None:
             self._socket.close()
         self._socket = None
 
-    def _send(self, datagram: bytes) -> bool:
-        for _ in range(2):  # once more over a new connection: the journal may have been restarted
+    def _send(self, entry: bytes) -> bool:
+        for _ in range(2):  # the second time over a new connection: the journal may have been restarted
             try:
-                self._put(self._connected(), datagram)
+                self._send_once(self._connect(), entry)
             except TimeoutError:
-                self._patience = 0.0
+                self._next_timeout = 0.0
                 return False
             except BlockingIOError:
                 return False
             except OSError:
                 self.close()
             else:
-                self._patience = _PATIENCE
+                self._next_timeout = _JOURNAL_TIMEOUT
                 return True
         return False
 
-    def _put(self, connection: socket.socket, datagram: bytes) -> None:
-        connection.settimeout(self._patience)
+    def _send_once(self, connection: socket.socket, entry: bytes) -> None:
+        connection.settimeout(self._next_timeout)
         try:
-            connection.send(datagram)
+            connection.send(entry)
         except OSError as error:
             if error.errno not in (errno.EMSGSIZE, errno.ENOBUFS):
                 raise
-            _send_in_memory(connection, datagram)
+            _send_in_memory_file(connection, entry)
 
-    def _connected(self) -> socket.socket:
+    def _connect(self) -> socket.socket:
         if self._socket is None:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
             try:
@@ -165,8 +166,17 @@ class JournalWriter:
         return self._socket
 
 
-def reads(fd: int, environ: Mapping[str, str] = os.environ) -> bool:
-    """Tell whether the journal reads a descriptor, by what systemd says in $JOURNAL_STREAM."""
+def writer_for(
+    fd: int, environ: Mapping[str, str] = os.environ, path: str = JOURNAL_SOCKET
+) -> LineWriter | JournalWriter:
+    """Return the writer for a descriptor: entries if it is connected to the journal, else lines."""
+    if not is_connected_to_journal(fd, environ):
+        return LineWriter(fd, timeout=_READER_TIMEOUT)
+    return JournalWriter(LineWriter(fd, prefixed=True, timeout=_JOURNAL_TIMEOUT), path)
+
+
+def is_connected_to_journal(fd: int, environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether a descriptor is the one that $JOURNAL_STREAM names; systemd.exec(5)."""
     try:
         status = os.fstat(fd)
     except OSError:
@@ -174,19 +184,10 @@ def reads(fd: int, environ: Mapping[str, str] = os.environ) -> bool:
     return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-def writer_for(
-    fd: int, environ: Mapping[str, str] = os.environ, path: str = SOCKET
-) -> LineWriter | JournalWriter:
-    """Return what writes the log: to the journal where it reads that descriptor, else lines to it."""
-    if not reads(fd, environ):
-        return LineWriter(fd, patience=_PATIENCE_WITH_A_READER)
-    return JournalWriter(LineWriter(fd, prefixed=True, patience=_PATIENCE), path)
+def encode_entry(text: str, record: LogRecord) -> bytes:
+    """Return an entry in the journal's format.
 
-
-def as_datagram(text: str, record: LogRecord) -> bytes:
-    """Return an entry of the journal.
-
-    Every value goes with its length before it, so that none can begin another field.
+    Every value is preceded by its length, so that no value can start another field.
     """
     return b"".join(
         b"%b\n%b%b\n" % (name.encode(), len(data).to_bytes(8, "little"), data)
@@ -197,21 +198,21 @@ def as_datagram(text: str, record: LogRecord) -> bytes:
 
 def _fields(text: str, record: LogRecord) -> Iterator[tuple[str, str]]:
     yield "MESSAGE", text
-    yield "PRIORITY", str(PRIORITIES[str(record["level"])])
+    yield "PRIORITY", str(SYSLOG_PRIORITIES[str(record["level"])])
     yield "SYSLOG_IDENTIFIER", "backupd"
     yield "BACKUPD_EVENT", str(record["event"])
     for key, value in record.items():
-        if key not in _PLAIN:
-            for one in value if isinstance(value, list) else [value]:
-                yield f"BACKUPD_{key.upper()}", one if isinstance(one, str) else json.dumps(one)
+        if key not in _WITHOUT_FIELD:
+            for item in value if isinstance(value, list) else [value]:
+                yield f"BACKUPD_{key.upper()}", item if isinstance(item, str) else json.dumps(item)
 
 
-def _send_in_memory(connection: socket.socket, datagram: bytes) -> None:
-    """Send what is too large for a datagram as a sealed file in memory."""
+def _send_in_memory_file(connection: socket.socket, entry: bytes) -> None:
+    """Send an entry that is too large for a datagram as a sealed file in memory."""
     fd = os.memfd_create("backupd-journal", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with open(fd, "wb", buffering=0) as file:
-        left = memoryview(datagram)
-        while left:
-            left = left[file.write(left) :]
+        rest = memoryview(entry)
+        while rest:
+            rest = rest[file.write(rest) :]
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         connection.sendmsg([], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])

@@ -1,4 +1,4 @@
-"""Structured logging: one event a line, to a descriptor or the journal."""
+"""The log: each event becomes one line, JSON or for the console, which a writer passes on."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 from backupd.core.names import as_text, printable
 from backupd.telemetry.events import CATALOGUE, LIBRARY_WARNING, LOG_LOST, Event
 from backupd.telemetry.journal import JournalWriter, LineWriter
+from backupd.telemetry.message import render
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
 class EventLog:
-    """Logs events of the catalogue.
+    """Logs events of the catalogue; safe for use by several threads.
 
-    Keys hold values of the model and are made plain here: bytes are file names, durations become
-    seconds, None is left out. A name can't forge a line: JSON and the console renderer escape it.
+    Values of the model become values of JSON: a file name in bytes becomes text, a duration becomes seconds,
+    a key with None is left out. A file name cannot forge a line or a key, because both formats escape it.
     """
 
     def __init__(
@@ -35,28 +36,28 @@ class EventLog:
             writer,
             wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
             processors=[
-                _Header(socket.gethostname()),
+                _CommonKeys(socket.gethostname()),
                 structlog.processors.ExceptionRenderer(),
-                _with_its_record(_console if console else _as_json),
+                _arguments_of_writer(_to_console if console else _to_json),
             ],
-        ).bind()  # once, and not for each line
+        ).bind()  # binds once instead of for every line
 
     def emit(self, event: Event, *, exc_info: BaseException | None = None, **keys: object) -> None:
-        """Log an event with some of its keys."""
+        """Log an event with some of its keys; never raises."""
         lost = self._writer.lost
         if lost:
-            told = self._logger.error(LOG_LOST.name, lost_lines=lost)
-            self._writer.forget(lost if told else 1)
-        plain = {key: _plain(value) for key, value in keys.items() if value is not None}
+            is_written = self._logger.error(LOG_LOST.name, lost_lines=lost)
+            self._writer.subtract_lost(lost if is_written else 1)  # the writer counted this line as well
+        values = {key: _json_value(value) for key, value in keys.items() if value is not None}
         if exc_info is not None:
-            plain["exc_info"] = exc_info  # rendered without the values of local variables
-        getattr(self._logger, event.level)(event.name, **plain)
+            values["exc_info"] = exc_info  # rendered without the values of local variables
+        getattr(self._logger, event.level)(event.name, **values)
 
 
 def take_over_library_loggers(log: EventLog) -> None:
-    """Send what libraries log at WARNING and above through the event log.
+    """Log warnings and errors of libraries as events.
 
-    Below that httpx writes whole URLs, and watchdog a line for each file.
+    Lower levels are dropped: httpx logs whole URLs at INFO, and watchdog logs a line for each file at DEBUG.
     """
     root = logging.getLogger()
     root.handlers = [_LibraryHandler(log)]
@@ -65,6 +66,8 @@ def take_over_library_loggers(log: EventLog) -> None:
 
 
 class _LibraryHandler(logging.Handler):
+    """Logs records of Python's `logging` as events."""
+
     def __init__(self, log: EventLog) -> None:
         super().__init__(logging.WARNING)
         self._log = log
@@ -72,48 +75,40 @@ class _LibraryHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             message = record.getMessage()
-        except (TypeError, ValueError):  # its arguments don't fit
+        except (TypeError, ValueError):  # the arguments do not fit the format
             message = str(record.msg)
         self._log.emit(LIBRARY_WARNING, logger=record.name, error=message)
 
 
-_JSON = json.JSONEncoder(separators=(",", ":"))
-
-
-def _as_json(record: EventDict) -> str:
-    return _JSON.encode(record)  # made once: `json.dumps` makes one for each line
-
-
-def _with_its_record(render: Callable[[EventDict], str]) -> Processor:
-    """Return the processor that hands a writer the line and what it shows."""
-
-    def processor(_logger: WrappedLogger, _level: str, record: EventDict) -> tuple[Any, Any]:
-        return (render(record), record), {}
-
-    return processor
-
-
-class _Header:
-    """The processor that puts the keys of every line in front of those of the event."""
+class _CommonKeys:
+    """The processor that puts the keys of every line before those of the event."""
 
     def __init__(self, host: str) -> None:
         self._host = host
 
     def __call__(self, _logger: WrappedLogger, level: str, record: EventDict) -> EventDict:
-        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
         event = CATALOGUE[record.pop("event")]
-        message = event.sentence(record)
         return {
-            "timestamp": now,
+            "timestamp": now.replace("+00:00", "Z"),
             "level": level,
             "event": event.name,
-            "message": message,
+            "message": render(event.message, record),
             "host": self._host,
             **record,
         }
 
 
-def _plain(value: Any) -> Any:
+def _arguments_of_writer(render_line: Callable[[EventDict], str]) -> Processor:
+    """Return the processor that calls a writer with the rendered line and its record."""
+
+    def processor(_logger: WrappedLogger, _level: str, record: EventDict) -> tuple[Any, Any]:
+        return (render_line(record), record), {}
+
+    return processor
+
+
+def _json_value(value: Any) -> Any:
     match value:
         case enum.Enum():
             return value.value
@@ -128,24 +123,34 @@ def _plain(value: Any) -> Any:
         case str() | int() | None:
             return value
         case dict():
-            return {key: _plain(item) for key, item in value.items()}
+            return {key: _json_value(item) for key, item in value.items()}
         case list() | tuple() | set() | frozenset():
-            return [_plain(item) for item in value]
+            return [_json_value(item) for item in value]
         case _:
             return str(value)
 
 
+_JSON = json.JSONEncoder(separators=(",", ":"))  # `json.dumps` would make an encoder for each line
+
+
+def _to_json(record: EventDict) -> str:
+    return _JSON.encode(record)
+
+
 _COLOURS = {"debug": "\x1b[2m", "info": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[31m"}
-_NOT_SHOWN = {"timestamp", "level", "event", "message", "host", "exception"}
+_BOLD, _DIM, _RESET = "\x1b[1m", "\x1b[2m", "\x1b[0m"
+_NOT_AMONG_KEYS = frozenset(("timestamp", "level", "event", "message", "host", "exception"))
+"""Keys that a console line shows in another place, or not at all."""
 
 
-def _console(record: EventDict) -> str:
-    keys = {key: value for key, value in record.items() if key not in _NOT_SHOWN}
-    clock, event, level = record["timestamp"][11:23], record["event"], record["level"]
-    shown = " ".join(f"{key}={_quoted(value)}" for key, value in keys.items())
+def _to_console(record: EventDict) -> str:
+    """Return a line for people: time, level, event, message and keys, then the lines of the stack trace."""
+    time, level, event = record["timestamp"][11:23], record["level"], record["event"]
+    keys = " ".join(f"{key}={_quoted(value)}" for key, value in record.items() if key not in _NOT_AMONG_KEYS)
     message = printable(record["message"])
-    line = f"{clock} {_COLOURS[level]}{level:7}\x1b[0m \x1b[1m{event}\x1b[0m {message} {shown}"
-    return "\n    | ".join((line, *map(printable, str(record.get("exception", "")).splitlines())))
+    line = f"{time} {_COLOURS[level]}{level:7}{_RESET} {_BOLD}{event}{_RESET} {message} {_DIM}{keys}{_RESET}"
+    trace = str(record.get("exception", "")).splitlines()
+    return "\n    | ".join((line, *map(printable, trace)))
 
 
 def _quoted(value: object) -> str:

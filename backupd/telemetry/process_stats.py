@@ -1,4 +1,4 @@
-"""What the process itself uses."""
+"""The memory and file descriptors that this process uses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ProcessStats:
-    """The process's resident memory in bytes and its open descriptors; None where /proc does not tell."""
+    """The resident memory in bytes and the open descriptors of this process; None if /proc cannot be read."""
 
     memory_bytes: int | None
     open_files: int | None
@@ -17,11 +17,12 @@ class ProcessStats:
 
 
 def process_stats() -> ProcessStats:
-    """Return how it is now."""
-    return ProcessStats(_memory(), _open_files(), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    """Return the memory and descriptors that this process uses now."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return ProcessStats(_memory_bytes(), _open_files(), limit)
 
 
-def _memory() -> int | None:
+def _memory_bytes() -> int | None:
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
@@ -31,6 +32,6 @@ def _memory() -> int | None:
 
 def _open_files() -> int | None:
     try:
-        return len(os.listdir("/proc/self/fd")) - 1  # but the one that lists them
+        return len(os.listdir("/proc/self/fd")) - 1  # without the descriptor of this listing
     except OSError:
         return None

@@ -1,4 +1,4 @@
-"""Telling systemd how we are; sd_notify(3)."""
+"""Notifications to systemd; sd_notify(3)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import suppress
 
 
 class SystemdNotifier:
-    """Sends states to the socket that systemd names; does nothing where there is none."""
+    """Sends states to the socket in $NOTIFY_SOCKET; does nothing if systemd has set none."""
 
     def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
         address = environ.get("NOTIFY_SOCKET", "")
@@ -18,12 +18,12 @@ class SystemdNotifier:
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) if address else None
         )
         micros = environ.get("WATCHDOG_USEC", "")
-        for_us = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self.watchdog_every = int(micros) / 2e6 if micros.isdigit() and for_us else None
-        """Half the seconds within which systemd wants a sign of life; None if it wants none."""
+        is_for_this_process = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self.watchdog_every = int(micros) / 2e6 if micros.isdigit() and is_for_this_process else None
+        """Seconds between two `WATCHDOG=1`, half of systemd's time-out; None if the unit has no watchdog."""
 
     def send(self, *states: str) -> None:
-        """Send states such as `READY=1`; never raises, as nothing hangs on it but systemd's view."""
+        """Send states such as `READY=1`; never raises, because deliveries do not depend on systemd."""
         if self._socket is not None:
             with suppress(OSError):
                 self._socket.sendto("\n".join(states).encode(), self._address)

@@ -1,4 +1,4 @@
-"""Signs of life of a thread."""
+"""Detection of threads that hang."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import time
 
 
 class ThreadWatchdog:
-    """When a thread last showed life; one that rests waits for work, in which nothing can hang."""
+    """Measures the time since a thread's last sign of life; an idle thread waits for work and cannot hang."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._last = math.inf
 
     def alive(self) -> None:
-        """Show life: from here on the next sign is awaited."""
+        """Give a sign of life; the thread is busy until it calls `idle`."""
         self._last = time.monotonic()
 
     def idle(self) -> None:
-        """Show no life until the next `beat`, and be awaited by nobody."""
+        """Stop the measurement until the next call of `alive`."""
         self._last = math.inf
 
     def age(self) -> float:
-        """Return the seconds since the last sign; 0 at rest."""
+        """Return the seconds since the last sign of life; 0 while idle."""
         return max(time.monotonic() - self._last, 0.0)

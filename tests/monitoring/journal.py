@@ -1,4 +1,4 @@
-"""A journal: systemd's own in a mount namespace, and a socket that reads its protocol."""
+"""Journals for tests: systemd-journald in a mount namespace, and a socket that reads the protocol."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Entry = list[tuple[str, str]]
 
 
 class JournalSocket:
-    """Takes entries as journald does, and reads them as its protocol says."""
+    """Receives entries as journald does."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,7 +31,7 @@ class JournalSocket:
         self.in_memory = 0
 
     def entries(self) -> list[Entry]:
-        """Return what came since last asked."""
+        """Return the entries that arrived since the last call."""
         found: list[Entry] = []
         while True:
             try:
@@ -68,7 +68,7 @@ def parsed(data: bytes) -> Entry:
 
 
 class Journald:
-    """A running systemd-journald that sees a `/run` of its own."""
+    """A running systemd-journald with its own `/run`."""
 
     def __init__(self, base: Path, process: subprocess.Popen[bytes]) -> None:
         self._base = base
@@ -76,18 +76,18 @@ class Journald:
         self.socket = base / "systemd/journal/socket"
 
     def inside(self) -> list[str]:
-        """Return the words that run a command where this journal is the system's."""
+        """Return the prefix of a command that runs in the mount namespace of this journal."""
         return [require("nsenter"), "--mount", f"--target={self._process.pid}"]
 
     def stream(self) -> socket.socket:
-        """Return a standard output as systemd gives it to a service."""
+        """Return a stream like the standard output that systemd gives to a service."""
         stream = socket.socket(socket.AF_UNIX)
         stream.connect(str(self._base / "systemd/journal/stdout"))
         stream.sendall(b"backupd\nbackupd.service\n6\n1\n0\n0\n0\n")
         return stream
 
-    def ask(self, *words: str) -> list[dict[str, Any]]:
-        """Return the entries that journalctl finds."""
+    def query(self, *words: str) -> list[dict[str, Any]]:
+        """Return the entries that journalctl prints."""
         folder = str(self._base / "log/journal")
         done = subprocess.run(
             [require("journalctl"), f"--directory={folder}", "--output=json", "--all", "--quiet", *words],
@@ -99,10 +99,10 @@ class Journald:
 
 @contextmanager
 def a_journald() -> Iterator[Journald]:
-    """Run a journald for a while; needs root."""
+    """Run a journald during a test; needs root."""
     program = Path("/lib/systemd/systemd-journald")
     if os.geteuid() != 0 or not program.exists():
-        do_without("a journald of one's own needs systemd and root")
+        do_without("a separate journald needs systemd and root")
     base = Path(tempfile.mkdtemp(prefix="run-"))  # short: paths of sockets are
     (base / "systemd/journal").mkdir(parents=True)
     (base / "log/journal").mkdir(parents=True)
@@ -112,7 +112,7 @@ def a_journald() -> Iterator[Journald]:
         journald = Journald(base, process)
         until(lambda: journald.socket.exists() or process.poll() is not None, "the journal's socket")
         if process.poll() is not None:
-            do_without("no journald can be run in a mount namespace here")
+            do_without("journald does not start in a mount namespace here")
         yield journald
     finally:
         process.terminate()

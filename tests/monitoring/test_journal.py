@@ -1,4 +1,4 @@
-"""The journal gets each event with a field for each of its keys, and lines where it takes none."""
+"""The journal gets an entry with a field for each key, or a line if it accepts no entries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from backupd.receiver.serve import RunningReceiver
 from backupd.telemetry import events
-from backupd.telemetry.journal import JournalWriter, LineWriter, reads, writer_for
+from backupd.telemetry.journal import JournalWriter, LineWriter, is_connected_to_journal, writer_for
 from backupd.telemetry.log import EventLog
 from tests.monitoring.journal import JournalSocket, a_journald
 from tests.stage import Stage, until
@@ -45,9 +45,13 @@ def log(journal: JournalSocket, lines: Path) -> Iterator[EventLog]:
 
 def test_an_event_has_a_field_for_each_key(log: EventLog, journal: JournalSocket, lines: Path) -> None:
     log.emit(
-        events.ARCHIVE_DELIVERED, archive=b"r1.cfg", size=3, destinations=("annex", "vault"), verified=True
+        events.ARCHIVE_DELIVERED,
+        archive=b"r1.cfg",
+        size_bytes=3,
+        destinations=("annex", "vault"),
+        verified=True,
     )
-    log.emit(events.DAEMON_HEARTBEAT, gates={"vault": "paused"}, oldest_s=1.5)
+    log.emit(events.DAEMON_HEARTBEAT, circuit_by_destination={"vault": "paused"}, oldest_s=1.5)
     (message, *fields), (_, *beat) = journal.entries()
     assert message[0] == "MESSAGE"
     assert json.loads(message[1])["archive"] == "r1.cfg"
@@ -55,18 +59,19 @@ def test_an_event_has_a_field_for_each_key(log: EventLog, journal: JournalSocket
         ("PRIORITY", "6"),
         ("SYSLOG_IDENTIFIER", "backupd"),
         ("BACKUPD_EVENT", "archive.delivered"),
+        ("BACKUPD_MESSAGE", "r1.cfg was delivered to annex, vault"),
         ("BACKUPD_ARCHIVE", "r1.cfg"),
-        ("BACKUPD_SIZE", "3"),
+        ("BACKUPD_SIZE_BYTES", "3"),
         ("BACKUPD_DESTINATIONS", "annex"),
         ("BACKUPD_DESTINATIONS", "vault"),
         ("BACKUPD_VERIFIED", "true"),
     ]
-    assert dict(beat)["BACKUPD_GATES"] == '{"vault": "paused"}'
+    assert dict(beat)["BACKUPD_CIRCUIT_BY_DESTINATION"] == '{"vault": "paused"}'
     assert dict(beat)["BACKUPD_OLDEST_S"] == "1.5"
     assert lines.read_bytes() == b""
 
 
-def test_the_priority_is_the_levels(log: EventLog, journal: JournalSocket) -> None:
+def test_the_priority_follows_from_the_level(log: EventLog, journal: JournalSocket) -> None:
     log.emit(events.DESTINATION_PAUSED, destination="vault")
     log.emit(events.ARCHIVE_IGNORED, reason="symlink")
     assert [dict(entry)["PRIORITY"] for entry in journal.entries()] == ["3", "4"]
@@ -81,20 +86,24 @@ def test_no_name_forges_a_field(log: EventLog, journal: JournalSocket) -> None:
         "PRIORITY",
         "SYSLOG_IDENTIFIER",
         "BACKUPD_EVENT",
+        "BACKUPD_MESSAGE",
         "BACKUPD_ARCHIVE",
     ]
     assert dict(entry)["BACKUPD_EVENT"] == "archive.rejected"
     assert dict(entry)["BACKUPD_ARCHIVE"] == name.decode()
+    assert dict(entry)["BACKUPD_MESSAGE"].isprintable()
 
 
-def test_what_is_too_large_for_a_datagram_comes_whole(log: EventLog, journal: JournalSocket) -> None:
+def test_an_entry_that_is_too_large_for_a_datagram_arrives_whole(
+    log: EventLog, journal: JournalSocket
+) -> None:
     log.emit(events.ARCHIVE_REJECTED, error="x" * 3_000_000)
     (entry,) = journal.entries()
     assert dict(entry)["BACKUPD_ERROR"] == "x" * 3_000_000
     assert journal.in_memory == 1
 
 
-def test_a_journal_that_takes_nothing_gets_lines_and_then_entries_again(
+def test_a_journal_that_reads_nothing_gets_lines_and_then_entries_again(
     log: EventLog, journal: JournalSocket, lines: Path
 ) -> None:
     for number in range(1000):  # far more than its queue holds
@@ -108,7 +117,7 @@ def test_a_journal_that_takes_nothing_gets_lines_and_then_entries_again(
     assert [dict(entry)["BACKUPD_PID"] for entry in journal.entries()] == ["-1"]
 
 
-def test_a_journal_that_is_restarted_is_found_again(log: EventLog, journal: JournalSocket) -> None:
+def test_entries_go_to_a_restarted_journal(log: EventLog, journal: JournalSocket) -> None:
     log.emit(events.DAEMON_STARTED, pid=1)
     journal.close()
     again = JournalSocket(journal.path)
@@ -130,7 +139,7 @@ def test_without_its_socket_the_journal_gets_lines_with_priorities(tmp_path: Pat
     assert json.loads(text[3:])["destination"] == "vault"
 
 
-def test_what_goes_neither_way_is_counted_and_told() -> None:
+def test_lines_that_can_be_written_in_neither_way_are_counted_and_logged() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     log = EventLog(JournalWriter(LineWriter(writer, prefixed=True), "/nonexistent/socket"))
@@ -142,39 +151,40 @@ def test_what_goes_neither_way_is_counted_and_told() -> None:
     log.emit(events.DAEMON_STARTED, pid=2)
     os.close(writer)
     with os.fdopen(reader, "rb") as file:
-        told = [json.loads(line[3:]) for line in file]
-    assert [(line["event"], line.get("lost")) for line in told] == [("log.lost", 3), ("daemon.started", None)]
+        logged = [json.loads(line[3:]) for line in file]
+    assert [(line["event"], line.get("lost_lines")) for line in logged] == [
+        ("log.lost", 3),
+        ("daemon.started", None),
+    ]
 
 
-def test_a_reader_of_lines_that_takes_nothing_holds_nobody_up_for_good() -> None:
+def test_a_reader_that_reads_nothing_is_waited_for_only_once() -> None:
     reader, writer = os.pipe()
-    lines = LineWriter(writer, patience=0.05)
-    while lines.line("x" * 5000):  # until the pipe is full
+    lines = LineWriter(writer, timeout=0.05)
+    while lines.write_line("x" * 5000):  # until the pipe is full
         pass
     assert lines.lost == 1
-    assert not lines.line("y")
+    assert not lines.write_line("y")
     while len(os.read(reader, 1 << 20)) == 1 << 20:
         pass
-    assert lines.line("z")
+    assert lines.write_line("z")
     os.close(writer)
     with os.fdopen(reader, "rb") as file:
         assert file.read().splitlines()[-1] == b"z"
 
 
-def test_the_journal_is_asked_for_only_where_it_reads_that_descriptor() -> None:
+def test_entries_are_written_only_if_the_descriptor_is_connected_to_the_journal() -> None:
     status = os.fstat(1)
-    assert reads(1, {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"})
-    for said in ("", "1:2", "nonsense", f"{status.st_dev}:{status.st_ino + 1}"):
-        assert not reads(1, {"JOURNAL_STREAM": said})
-    assert not reads(1, {})
-    assert not reads(987, {"JOURNAL_STREAM": "1:2"})
+    assert is_connected_to_journal(1, {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"})
+    for stream in ("", "1:2", "nonsense", f"{status.st_dev}:{status.st_ino + 1}"):
+        assert not is_connected_to_journal(1, {"JOURNAL_STREAM": stream})
+    assert not is_connected_to_journal(1, {})
+    assert not is_connected_to_journal(987, {"JOURNAL_STREAM": "1:2"})
     assert isinstance(writer_for(1, {}), LineWriter)
 
 
 @pytest.mark.root
-def test_systemds_journal_finds_what_a_daemon_did_by_its_keys(
-    stage: Stage, receiver: RunningReceiver
-) -> None:
+def test_the_journal_of_systemd_finds_events_by_their_keys(stage: Stage, receiver: RunningReceiver) -> None:
     stage.configure(receiver.url)
     name = "r1\nBACKUPD_EVENT=archive.rejected.cfg"
     with a_journald() as journald, journald.stream() as stream:
@@ -185,9 +195,9 @@ def test_systemds_journal_finds_what_a_daemon_did_by_its_keys(
             env={**os.environ, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"},
         )
         try:
-            until(lambda: journald.ask("BACKUPD_EVENT=daemon.ready"), "daemon.ready")
+            until(lambda: journald.query("BACKUPD_EVENT=daemon.ready"), "daemon.ready")
             stage.put(name, b"abc")
-            (found,) = until(lambda: journald.ask("BACKUPD_EVENT=archive.delivered"), "archive.delivered")
+            (found,) = until(lambda: journald.query("BACKUPD_EVENT=archive.delivered"), "archive.delivered")
         finally:
             daemon.send_signal(signal.SIGTERM)
             daemon.wait()
@@ -196,5 +206,6 @@ def test_systemds_journal_finds_what_a_daemon_did_by_its_keys(
         assert found["PRIORITY"] == "6"
         assert found["_TRANSPORT"] == "journal"
         assert json.loads(found["MESSAGE"])["archive"] == name
-        assert not journald.ask("BACKUPD_EVENT=archive.rejected")
-        assert not journald.ask("_TRANSPORT=stdout")
+        assert found["BACKUPD_MESSAGE"] == rf'"{name}" was delivered to vault'.replace("\n", "\\n")
+        assert not journald.query("BACKUPD_EVENT=archive.rejected")
+        assert not journald.query("_TRANSPORT=stdout")

@@ -1,4 +1,4 @@
-"""The catalogue of events against every place that logs one, read from the source."""
+"""The catalogue of events, compared with the source of every call that logs one."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import pytest
 
 import backupd
 from backupd.telemetry import events
-from backupd.telemetry.docs import events_page
-from backupd.telemetry.events import CATALOGUE, KEYS, Event
+from backupd.telemetry.docs import SECTIONS, events_page
+from backupd.telemetry.events import CATALOGUE, COMMON_KEYS, KEYS, Event
+from backupd.telemetry.message import keys_of, required_keys
 
 PACKAGE = Path(backupd.__file__).parent
 BY_NAME = {name: value for name, value in vars(events).items() if isinstance(value, Event)}
-ALWAYS = {"timestamp", "level", "event"}
 
 
 @dataclass(frozen=True)
 class Emission:
-    """A call of `emit` in the source; `keys` None where they can't be told from the source."""
+    """A call of `emit` in the source; `keys` is None if the source does not determine them."""
 
     where: str
     events: frozenset[str]
@@ -30,7 +30,7 @@ class Emission:
 
 
 class Module:
-    """A module's source, and what is needed to tell what its calls pass on."""
+    """The source of a module, in which the arguments of calls are looked up."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,7 +47,7 @@ class Module:
                     yield Emission(where, named, keys)
 
     def _events(self, node: ast.expr, function: ast.FunctionDef) -> frozenset[str]:
-        """Return the catalogue's constants that an expression may be."""
+        """Return the constants of the catalogue that an expression may evaluate to."""
         match node:
             case ast.Attribute(value=ast.Name(id="events"), attr=name) | ast.Name(id=name) if name in BY_NAME:
                 return frozenset([name])
@@ -66,7 +66,7 @@ class Module:
         )
 
     def _dict(self, node: ast.expr, function: ast.FunctionDef) -> frozenset[str] | None:
-        """Return the keys of a dict that is passed on with `**`, or None where the source does not tell."""
+        """Return the keys of a dict that is passed with `**`, or None if the source does not fix them."""
         if isinstance(node, ast.Dict):
             return self._union(
                 self._dict(value, function) if key is None else _literal(key)
@@ -80,7 +80,7 @@ class Module:
         return self._passed(node.id, function)
 
     def _passed(self, parameter: str, function: ast.FunctionDef) -> frozenset[str] | None:
-        """Return the keys that the module's own calls of a function give a parameter of it."""
+        """Return the keys that the calls of a function within the module pass to one of its parameters."""
         arguments = function.args
         names = [argument.arg for argument in arguments.args if argument.arg != "self"]
         found: list[frozenset[str] | None] = []
@@ -139,13 +139,13 @@ EMISSIONS = list(
 
 
 @pytest.mark.parametrize("emission", EMISSIONS, ids=lambda emission: emission.where)
-def test_what_is_logged_has_only_the_keys_that_the_catalogue_lists(emission: Emission) -> None:
-    assert emission.keys is not None, "the keys can't be told from the source"
+def test_each_call_passes_only_keys_that_the_catalogue_lists(emission: Emission) -> None:
+    assert emission.keys is not None, "the source does not determine the keys"
     for name in emission.events:
         assert emission.keys <= set(BY_NAME[name].keys)
 
 
-def test_every_call_is_about_an_event_of_the_catalogue() -> None:
+def test_every_call_logs_an_event_of_the_catalogue() -> None:
     calls = 0
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text("utf-8"))
@@ -166,14 +166,14 @@ def test_every_event_is_logged_somewhere() -> None:
 
 
 @pytest.mark.parametrize("event", CATALOGUE.values(), ids=CATALOGUE.keys())
-def test_every_key_of_an_event_is_given_somewhere(event: Event) -> None:
+def test_every_key_of_an_event_is_passed_by_some_call(event: Event) -> None:
     if event is events.LOG_LOST:
         return
-    given: set[str] = set()
+    passed: set[str] = set()
     for emission in EMISSIONS:
         if any(BY_NAME[name] is event for name in emission.events):
-            given |= emission.keys or set()
-    assert given == set(event.keys)
+            passed |= emission.keys or set()
+    assert passed == set(event.keys)
 
 
 def test_every_constant_is_in_the_catalogue_under_its_own_name() -> None:
@@ -184,10 +184,10 @@ def test_every_constant_is_in_the_catalogue_under_its_own_name() -> None:
 
 
 @pytest.mark.parametrize("event", CATALOGUE.values(), ids=CATALOGUE.keys())
-def test_an_event_is_a_noun_and_a_verb_with_known_keys(event: Event) -> None:
+def test_the_name_of_an_event_has_two_words_and_its_keys_are_declared(event: Event) -> None:
     assert re.fullmatch(r"[a-z]+\.[a-z_]+", event.name)
     assert event.level in {"debug", "info", "warning", "error"}
-    assert set(event.keys) <= set(KEYS) - ALWAYS
+    assert set(event.keys) <= set(KEYS) - set(COMMON_KEYS)
     assert len(set(event.keys)) == len(event.keys)
     assert event.meaning
     assert not event.meaning.endswith(".")
@@ -195,16 +195,35 @@ def test_an_event_is_a_noun_and_a_verb_with_known_keys(event: Event) -> None:
 
 def test_every_key_is_used() -> None:
     used = {key for event in CATALOGUE.values() for key in event.keys}
-    assert set(KEYS) == used | ALWAYS
+    assert set(KEYS) == used | set(COMMON_KEYS)
 
 
-def test_the_page_is_made_from_the_catalogue() -> None:
+@pytest.mark.parametrize("event", CATALOGUE.values(), ids=CATALOGUE.keys())
+def test_the_message_of_an_event_has_only_keys_of_the_event(event: Event) -> None:
+    assert keys_of(event.message) <= set(event.keys)
+    assert required_keys(event.message)
+    assert not event.message.endswith(".")
+
+
+@pytest.mark.parametrize("emission", EMISSIONS, ids=lambda emission: emission.where)
+def test_each_call_passes_the_keys_that_the_message_requires(emission: Emission) -> None:
+    for name in emission.events:
+        assert required_keys(BY_NAME[name].message) <= (emission.keys or set())
+
+
+def test_the_page_is_generated_from_the_catalogue() -> None:
     page = (PACKAGE.parent / "docs" / "events.md").read_text("utf-8")
     assert page == events_page(), "run: python -m backupd.telemetry.docs > docs/events.md"
-    assert all(f"| `{name}` |" in page for name in CATALOGUE)
+    assert all(page.count(f"\n| `{name}` |") == 1 for name in (*CATALOGUE, *KEYS))
+
+
+def test_every_event_is_in_one_section_of_the_page() -> None:
+    prefixes = [prefix for words in SECTIONS.values() for prefix in words]
+    assert len(set(prefixes)) == len(prefixes)
+    assert {name.partition(".")[0] for name in CATALOGUE} == set(prefixes)
 
 
 def test_no_cell_of_the_page_breaks_its_table() -> None:
-    for line in events_page().splitlines():
-        if line.startswith("|"):
-            assert line.count("|") in (3, 5)
+    rows = [line for line in events_page().splitlines() if line.startswith("|")]
+    assert len(rows) > len(CATALOGUE) + len(KEYS)
+    assert {row.count("|") for row in rows} == {4}

@@ -10,17 +10,17 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import backupd
-from backupd.telemetry.docs import events_schema, schema
+from backupd.telemetry.docs import events_schema, log_schema
 from backupd.telemetry.events import CATALOGUE, KEYS
 from tests.lines import check_line, check_log
 
-PAGE = Path(backupd.__file__).parent.parent / "docs" / "events.schema.json"
+SCHEMA = Path(backupd.__file__).parent.parent / "docs" / "events.schema.json"
 
-ADMITTED: dict[str, Any] = {
+QUEUED: dict[str, Any] = {
     "timestamp": "2026-03-04T05:06:07.123Z",
     "level": "info",
     "event": "archive.queued",
-    "message": "r1.cfg is queued for vault",
+    "message": "r1.cfg was queued for vault",
     "host": "backup1",
     "drop": "switches",
     "archive": "r1.cfg",
@@ -29,20 +29,20 @@ ADMITTED: dict[str, Any] = {
 }
 
 
-def test_the_file_is_made_from_the_catalogue() -> None:
-    text = PAGE.read_text("utf-8")
+def test_the_schema_is_generated_from_the_catalogue() -> None:
+    text = SCHEMA.read_text("utf-8")
     assert text == events_schema(), "run: python -m backupd.telemetry.docs --schema > docs/events.schema.json"
     assert set(json.loads(text)["$defs"]) == set(CATALOGUE)
 
 
-def test_it_is_a_schema_and_each_key_has_a_type() -> None:
-    Draft202012Validator.check_schema(schema())
+def test_the_schema_is_valid_and_each_key_has_a_type() -> None:
+    Draft202012Validator.check_schema(log_schema())
     assert all(set(key.type) & {"type", "enum"} for key in KEYS.values())
 
 
-def test_a_line_is_valid_as_a_whole_and_as_its_event() -> None:
-    Draft202012Validator(schema()).validate(ADMITTED)
-    assert check_log(json.dumps(ADMITTED) + "\nTraceback\n") == 1
+def test_a_line_conforms_to_the_schema_and_to_that_of_its_event() -> None:
+    Draft202012Validator(log_schema()).validate(QUEUED)
+    assert check_log(json.dumps(QUEUED) + "\nTraceback\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -56,10 +56,26 @@ def test_a_line_is_valid_as_a_whole_and_as_its_event() -> None:
         {"timestamp": "yesterday"},
         {"colour": "red"},
         {"hint": "a key of other events"},
+        {"host": None},
     ],
     ids=str,
 )
-def test_a_line_that_is_not_as_the_catalogue_says_is_found(wrong: dict[str, Any]) -> None:
+def test_a_line_that_differs_from_the_catalogue_is_found(wrong: dict[str, Any]) -> None:
     with pytest.raises(AssertionError):
-        check_line(ADMITTED | wrong)
-    assert not Draft202012Validator(schema()).is_valid(ADMITTED | wrong)
+        check_line(QUEUED | wrong)
+    assert not Draft202012Validator(log_schema()).is_valid(QUEUED | wrong)
+
+
+@pytest.mark.parametrize("key", QUEUED)
+def test_a_line_without_a_key_that_it_needs_is_found(key: str) -> None:
+    line = {name: value for name, value in QUEUED.items() if name != key}
+    if key in {"drop", "size_bytes"}:  # neither in every line nor in the message
+        check_line(line)
+    else:
+        with pytest.raises(AssertionError):
+            check_line(line)
+
+
+def test_a_message_with_a_line_end_is_found() -> None:
+    with pytest.raises(AssertionError):
+        check_line(QUEUED | {"message": "r1.cfg\nwas queued"})

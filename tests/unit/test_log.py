@@ -1,4 +1,4 @@
-"""The log: one line an event, whatever is in it."""
+"""The log: each event is one line, whatever its values are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import socket
 import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -18,12 +19,13 @@ from hypothesis import strategies as st
 
 from backupd.core.policy import Reason
 from backupd.telemetry import events
+from backupd.telemetry.events import COMMON_KEYS
 from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog, take_over_library_loggers
 
 
 class Pipe:
-    """A log into a pipe that nobody reads until asked."""
+    """A log that is written to a pipe."""
 
     def __init__(self, *, level: str = "debug", console: bool = False) -> None:
         self.reader, self.fd = os.pipe()
@@ -31,7 +33,7 @@ class Pipe:
         self.log = EventLog(LineWriter(self.fd), level=level, console=console)
 
     def text(self) -> str:
-        """Return what was written since last asked."""
+        """Return the text that was written since the last call."""
         data = b""
         while True:
             try:
@@ -43,7 +45,7 @@ class Pipe:
             data += chunk
 
     def lines(self) -> list[dict[str, Any]]:
-        """Return what was written since last asked, every line of it JSON."""
+        """Return the lines of JSON that were written since the last call."""
         text = self.text()
         assert text.endswith("\n") or not text
         return [json.loads(line) for line in text.split("\n")[:-1]]
@@ -74,44 +76,51 @@ def console() -> Iterator[Pipe]:
 # JSON
 
 
-def test_an_event_is_a_line_of_json_with_its_time_and_level_first(pipe: Pipe) -> None:
-    pipe.log.emit(events.ARCHIVE_QUEUED, drop="switches", archive=b"r1.cfg", size=3, destinations=("vault",))
+COMMON = list(COMMON_KEYS)
+
+
+def test_an_event_is_a_line_of_json_that_starts_with_the_common_keys(pipe: Pipe) -> None:
+    pipe.log.emit(
+        events.ARCHIVE_QUEUED, drop="switches", archive=b"r1.cfg", size_bytes=3, destinations=("vault",)
+    )
     line = pipe.line()
-    assert list(line)[:3] == ["timestamp", "level", "event"]
+    assert list(line)[:5] == COMMON == ["timestamp", "level", "event", "message", "host"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("timestamp"))
     assert line == {
         "level": "info",
         "event": "archive.queued",
+        "message": "r1.cfg was queued for vault",
+        "host": socket.gethostname(),
         "drop": "switches",
         "archive": "r1.cfg",
-        "size": 3,
+        "size_bytes": 3,
         "destinations": ["vault"],
     }
 
 
-def test_values_of_the_model_are_made_plain(pipe: Pipe) -> None:
+def test_values_of_the_model_become_values_of_json(pipe: Pipe) -> None:
     pipe.log.emit(
         events.ATTEMPT_FAILED,
         reason=Reason.CONNECT,
         duration_s=timedelta(seconds=1, microseconds=234_567),
         http_status=None,
         retry_at=datetime(2026, 3, 4, 5, 6, 7, 890, tzinfo=UTC),
-        rate=1.23456,
+        archives_per_s=1.23456,
         path=Path("/srv"),
         verified=True,
-        gates={"vault": Reason.DNS},
-        found=frozenset([b"\xff"]),
+        circuit_by_destination={"vault": Reason.DNS},
+        found_files=frozenset([b"\xff"]),
     )
     line = pipe.line()
-    assert {key: line[key] for key in list(line)[3:]} == {
+    assert {key: line[key] for key in list(line)[5:]} == {
         "reason": "connect_failed",
         "duration_s": 1.235,
         "retry_at": "2026-03-04T05:06:07Z",
-        "rate": 1.235,
+        "archives_per_s": 1.235,
         "path": "/srv",
         "verified": True,
-        "gates": {"vault": "dns_failed"},
-        "found": ["\\xff"],
+        "circuit_by_destination": {"vault": "dns_failed"},
+        "found_files": ["\\xff"],
     }
 
 
@@ -120,19 +129,24 @@ NASTY = [
     b"a\r\nb\x00\x1b[2J\x07",
     b'x", "level": "error',
     "\u2028\u202e\x85".encode(),
+    b'{error} [{archive}] [ "{host}"',
+    b"r1.cfg was rejected\\",
 ]
 
 
 @pytest.mark.parametrize("name", NASTY)
-def test_no_name_makes_a_second_line_or_another_key(pipe: Pipe, name: bytes) -> None:
-    pipe.log.emit(events.ARCHIVE_QUEUED, archive=name)
+def test_no_name_forges_a_line_a_key_or_a_message(pipe: Pipe, name: bytes) -> None:
+    pipe.log.emit(events.ARCHIVE_REJECTED, archive=name, error="the checksum differs")
     line = pipe.line()
-    assert list(line) == ["timestamp", "level", "event", "archive"]
+    assert list(line) == [*COMMON, "archive", "error"]
     assert line["archive"] == name.decode("utf-8", "backslashreplace")
+    assert line["message"].isprintable()
+    assert line["message"].endswith(" was rejected: the checksum differs")
+    assert line["message"].count("the checksum differs") == 1
 
 
 @given(st.one_of(st.text(), st.binary(), st.text(st.characters(categories=["Cs", "Cc", "Zl", "Zp"]))))
-def test_whatever_is_logged_is_one_line_of_ascii_json(value: object) -> None:
+def test_any_value_is_logged_as_one_line_of_ascii_json(value: object) -> None:
     pipe = Pipe()
     try:
         pipe.log.emit(events.ARCHIVE_IGNORED, archive=value, error=value)
@@ -142,12 +156,14 @@ def test_whatever_is_logged_is_one_line_of_ascii_json(value: object) -> None:
     assert text.isascii()
     assert text.count("\n") == 1
     assert len(text.splitlines()) == 1
-    assert set(json.loads(text)) == {"timestamp", "level", "event", "archive", "error"}
+    line = json.loads(text)
+    assert set(line) == {*COMMON, "archive", "error"}
+    assert line["message"].isprintable()
 
 
-def test_less_than_the_level_is_not_written() -> None:
+def test_events_below_the_level_are_not_logged() -> None:
     pipe = Pipe(level="warning")
-    pipe.log.emit(events.DROP_SCANNED, found=1)
+    pipe.log.emit(events.DROP_SCANNED, found_files=1)
     pipe.log.emit(events.DAEMON_STARTED, pid=1)
     pipe.log.emit(events.ARCHIVE_IGNORED, reason="symlink")
     assert [line["event"] for line in pipe.lines()] == ["archive.ignored"]
@@ -169,7 +185,7 @@ def an_error_with_a_secret() -> Exception:
 
 
 @pytest.mark.parametrize("on_console", [False, True])
-def test_a_trace_tells_where_but_never_the_values_of_variables(on_console: bool) -> None:
+def test_a_stack_trace_has_functions_but_no_values_of_variables(on_console: bool) -> None:
     pipe = Pipe(console=on_console)
     error = an_error_with_a_secret()
     pipe.log.emit(events.DAEMON_FAILED, error=repr(error), exc_info=error)
@@ -180,10 +196,10 @@ def test_a_trace_tells_where_but_never_the_values_of_variables(on_console: bool)
     pipe.close()
 
 
-def test_a_trace_is_a_key_of_the_catalogue(pipe: Pipe) -> None:
+def test_a_stack_trace_is_a_key_of_the_catalogue(pipe: Pipe) -> None:
     error = an_error_with_a_secret()
     pipe.log.emit(events.DAEMON_FAILED, error=repr(error), exc_info=error)
-    assert set(pipe.line()) <= {"timestamp", "level", "event", *events.DAEMON_FAILED.keys}
+    assert set(pipe.line()) <= {*COMMON, *events.DAEMON_FAILED.keys}
 
 
 # lines that can't be written
@@ -199,7 +215,7 @@ def test_a_log_that_cannot_be_written_never_raises() -> None:
     log.emit(events.DAEMON_STARTED, pid=1)
 
 
-def test_lost_lines_are_counted_and_said_once_it_can_be_written_again() -> None:
+def test_lost_lines_are_logged_once_lines_can_be_written_again() -> None:
     reader, fd = os.pipe()
     os.close(reader)
     log = EventLog(LineWriter(fd))
@@ -214,11 +230,11 @@ def test_lost_lines_are_counted_and_said_once_it_can_be_written_again() -> None:
     with os.fdopen(reader, "rb") as file:
         lines = [json.loads(line) for line in file]
     assert [line["event"] for line in lines] == ["log.lost", "daemon.started", "daemon.started"]
-    assert lines[0]["lost"] == 5
+    assert lines[0]["lost_lines"] == 5
 
 
-def test_half_a_line_spoils_no_other_line(pipe: Pipe) -> None:
-    """As when the disk under the log is full for a while."""
+def test_a_partial_line_damages_no_other_line(pipe: Pipe) -> None:
+    """Simulate a disk that is full for a while."""
     os.set_blocking(pipe.fd, False)
     for number in range(2000):
         pipe.log.emit(events.DAEMON_STARTED, pid=number, path="x" * 5000)
@@ -230,12 +246,12 @@ def test_half_a_line_spoils_no_other_line(pipe: Pipe) -> None:
     assert len(first) >= 5000
 
 
-def test_many_threads_write_whole_lines(pipe: Pipe) -> None:
+def test_threads_write_whole_lines(pipe: Pipe) -> None:
     import threading  # noqa: PLC0415 -- for this test alone
 
     def work(number: int) -> None:
         for turn in range(50):
-            pipe.log.emit(events.DAEMON_STARTED, pid=number, size=turn)
+            pipe.log.emit(events.DAEMON_STARTED, pid=number, path=str(turn))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -249,15 +265,19 @@ def test_many_threads_write_whole_lines(pipe: Pipe) -> None:
 
 
 def shown(text: str) -> str:
-    """Return a line without its colours."""
+    """Return a text without its colours."""
     return re.sub(r"\x1b\[\d+m", "", text)
 
 
 def test_a_console_line_is_for_people(console: Pipe) -> None:
-    console.log.emit(events.ARCHIVE_QUEUED, drop="switches", archive=b"r 1.cfg", size=3, error="")
-    assert re.fullmatch(
-        r'\d\d:\d\d:\d\d\.\d{3} info    archive\.admitted drop=switches archive="r 1\.cfg" size=3 error=""\n',
-        shown(console.text()),
+    console.log.emit(
+        events.ARCHIVE_QUEUED, drop="", archive=b"r 1.cfg", size_bytes=3, destinations=("vault", "annex")
+    )
+    time, text = shown(console.text()).split(" ", 1)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d\.\d{3}", time)
+    assert text == (
+        'info    archive.queued "r 1.cfg" was queued for vault, annex'
+        """ drop="" archive="r 1.cfg" size_bytes=3 destinations="['vault', 'annex']"\n"""
     )
 
 
@@ -274,7 +294,7 @@ def test_no_name_forges_a_key_on_the_console(console: Pipe) -> None:
     assert '" level="error"' not in shown(console.text())
 
 
-def test_no_message_of_an_exception_forges_a_console_line(console: Pipe) -> None:
+def test_no_exception_forges_a_console_line(console: Pipe) -> None:
     forged = "12:00:00.000 info    daemon.stopped clean=True"
     error = RuntimeError(f"x\n{forged}\n\x1b[2J")
     console.log.emit(events.DAEMON_FAILED, exc_info=error)
@@ -289,7 +309,7 @@ def test_no_message_of_an_exception_forges_a_console_line(console: Pipe) -> None
 
 @pytest.fixture
 def _own_root_logger() -> Iterator[None]:
-    """Give the root logger back as it was."""
+    """Restore the root logger after the test."""
     root = logging.getLogger()
     handlers, level = root.handlers, root.level
     with warnings.catch_warnings():
@@ -299,7 +319,7 @@ def _own_root_logger() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_own_root_logger")
-def test_what_libraries_warn_of_is_logged_and_their_chatter_is_not(pipe: Pipe) -> None:
+def test_warnings_of_libraries_are_logged_and_lower_levels_are_not(pipe: Pipe) -> None:
     take_over_library_loggers(pipe.log)
     logging.getLogger("httpx").info("HTTP Request: POST https://vault/?key=secret")
     logging.getLogger("watchdog.observers.inotify_c").debug("in-event")
@@ -307,10 +327,11 @@ def test_what_libraries_warn_of_is_logged_and_their_chatter_is_not(pipe: Pipe) -
     line = pipe.line()
     assert (line["event"], line["level"]) == ("library.warning", "warning")
     assert (line["logger"], line["error"]) == ("watchdog.observers.inotify_c", "queue x\noverflow")
+    assert line["message"] == "watchdog.observers.inotify_c: queue x; overflow"
 
 
 @pytest.mark.usefixtures("_own_root_logger")
-def test_a_library_with_a_level_of_its_own_is_not_listened_to_below_warning(pipe: Pipe) -> None:
+def test_lower_levels_are_not_logged_if_a_library_sets_its_own_level(pipe: Pipe) -> None:
     take_over_library_loggers(pipe.log)
     chatty = logging.getLogger("httpx.chatty")
     chatty.setLevel(logging.DEBUG)
@@ -327,7 +348,7 @@ def test_warnings_of_python_are_logged(pipe: Pipe) -> None:
 
 
 @pytest.mark.usefixtures("_own_root_logger")
-def test_a_library_that_logs_wrongly_does_not_fail_for_it(pipe: Pipe) -> None:
+def test_a_library_that_passes_wrong_arguments_does_not_fail(pipe: Pipe) -> None:
     take_over_library_loggers(pipe.log)
     logging.getLogger("sloppy").warning("%d files", "three")
     assert pipe.line()["error"] == "%d files"
