@@ -1,4 +1,4 @@
-"""Archives, deliveries and outcomes for tests, each with only that said which the test is about."""
+"""Archives, deliveries and outcomes for tests; a test names only the values that it is about."""
 
 from __future__ import annotations
 
@@ -30,11 +30,17 @@ from backupd.dropfolder.folder import DropFolder
 from backupd.ledger.port import ClaimResult, FileCandidate
 
 NOW = datetime(2026, 3, 4, 5, 6, 7, 890123, tzinfo=UTC)
-"""The time in tests that have one."""
+"""The current time in tests with a fixed time."""
 
 SECOND = timedelta(seconds=1)
 
 _inodes = itertools.count(1000)
+
+
+def a_drop(folder: DropFolder, *, name: str = "switches", **settings: Any) -> Drop:
+    """Return the drop of an open folder; `settings` are keys of its table in the configuration."""
+    config = DropConfig.model_validate({"path": folder.path, **settings})
+    return Drop.of(name, config, folder, ("vault",))
 
 
 def a_fingerprint(
@@ -45,7 +51,7 @@ def a_fingerprint(
     ctime_ns: int = 10**18,
     device: int = 2049,
 ) -> Fingerprint:
-    """Return the fingerprint of another file than ever before, unless `inode` is given."""
+    """Return a fingerprint; its inode is a new one unless `inode` is given."""
     return Fingerprint(device, next(_inodes) if inode is None else inode, size, mtime_ns, ctime_ns)
 
 
@@ -54,11 +60,11 @@ def an_archive(
     *,
     drop: str = "switches",
     size: int = 3,
-    admitted_at: datetime = NOW,
+    queued_at: datetime = NOW,
     fingerprint: Fingerprint | None = None,
 ) -> Archive:
     """Return an archive."""
-    return Archive(1, drop, relpath, fingerprint or a_fingerprint(size=size), admitted_at)
+    return Archive(1, drop, relpath, fingerprint or a_fingerprint(size=size), queued_at)
 
 
 def a_delivery(
@@ -66,17 +72,19 @@ def a_delivery(
     *,
     destination: str = "vault",
     attempts: int = 0,
-    charged: int = 0,
-    faults: int = 0,
+    archive_failures: int = 0,
+    destination_failures: int = 0,
 ) -> Delivery:
     """Return a delivery."""
-    return Delivery("d-1", archive or an_archive(), destination, attempts, charged, faults)
+    return Delivery(
+        "d-1", archive or an_archive(), destination, attempts, archive_failures, destination_failures
+    )
 
 
 def a_candidate(
     relpath: bytes = b"router-1.tar.gz", *, drop: str = "switches", fingerprint: Fingerprint | None = None
 ) -> FileCandidate:
-    """Return the sighting of a new file."""
+    """Return a candidate for a new file."""
     return FileCandidate(drop, relpath, fingerprint or a_fingerprint())
 
 
@@ -86,43 +94,37 @@ def a_digest(content: bytes = b"abc", algorithm: str = "sha256") -> Digest:
 
 
 def delivered(content: bytes = b"abc", *, body: str = '{"id": "1"}') -> Delivered:
-    """Return the outcome of an upload that worked."""
+    """Return the outcome of a successful upload."""
     digest = a_digest(content)
     return Delivered(digest, Receipt(201, digest.hex, len(content), body))
 
 
 def deferred(reason: Reason = Reason.CONNECT, *, retry_after: timedelta | None = None) -> Deferred:
-    """Return the outcome of an upload that is to be tried again."""
+    """Return the outcome of an upload that is to be retried."""
     return Deferred(reason, "did not work", None, retry_after)
 
 
 def rejected(reason: Reason = Reason.REFUSED) -> Rejected:
-    """Return the outcome of an upload that is not to be tried again."""
+    """Return the outcome of an upload that is not to be retried."""
     return Rejected(reason, "not wanted", 422)
 
 
 def superseded() -> Superseded:
-    """Return the outcome of an upload of a file that changed."""
+    """Return the outcome of an upload of a file that changed meanwhile."""
     return Superseded("the file changed")
 
 
-def patience(
-    *, initial: timedelta = SECOND, longest: timedelta = 300 * SECOND, give_up_after: timedelta | None = None
+def a_retry_policy(
+    *, initial: timedelta = SECOND, maximum: timedelta = 300 * SECOND, give_up_after: timedelta | None = None
 ) -> RetryPolicy:
-    """Return how a destination's deliveries are retried."""
-    return RetryPolicy(Backoff(initial, longest), give_up_after)
+    """Return the retry policy of a destination."""
+    return RetryPolicy(Backoff(initial, maximum), give_up_after)
 
 
-def finished(delivery: Delivery, *outcomes: Outcome, now: datetime = NOW) -> ClaimResult:
-    """Return a claim that ended after attempts with these outcomes, the last of which counts."""
+def a_claim_result(delivery: Delivery, *outcomes: Outcome, now: datetime = NOW) -> ClaimResult:
+    """Return the result of a claim with an attempt for each of these outcomes, the last of which counts."""
     attempts = tuple(Attempt(now, SECOND / 4, 3, outcome) for outcome in outcomes)
-    return ClaimResult(delivery, attempts, next_step(delivery, outcomes[-1], now, patience(), 0.5))
+    return ClaimResult(delivery, attempts, next_step(delivery, outcomes[-1], now, a_retry_policy(), 0.5))
 
 
-ENDED = (DeliveryState.DELIVERED, DeliveryState.REJECTED, DeliveryState.SUPERSEDED)
-
-
-def a_drop(folder: DropFolder, *, name: str = "switches", **settings: Any) -> Drop:
-    """Return the drop of an open folder; `settings` are keys of its table in the configuration."""
-    config = DropConfig.model_validate({"path": folder.path, **settings})
-    return Drop.of(name, config, folder, ("vault",))
+END_STATES = (DeliveryState.DELIVERED, DeliveryState.REJECTED, DeliveryState.SUPERSEDED)

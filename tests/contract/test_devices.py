@@ -1,4 +1,4 @@
-"""What every ledger has to do of devices, sizes and old history; runs on each adapter."""
+"""The contract of `DeviceLedger`: devices, sizes, old history and the clock; every adapter has to pass it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from backupd.core.devices import Device, DeviceExpectation, overdue_and_recovere
 from backupd.core.model import Archive, Outcome
 from backupd.ledger.port import ClockReading, DispositionResult, FileCandidate, Ledger, TrackedDevice
 from tests.contract.test_ledger import ADAPTERS, Bench
-from tests.factories import NOW, SECOND, a_fingerprint, a_candidate, deferred, delivered, finished, rejected
+from tests.factories import (
+    NOW,
+    SECOND,
+    a_candidate,
+    a_claim_result,
+    a_fingerprint,
+    deferred,
+    delivered,
+    rejected,
+)
 
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
@@ -40,13 +49,13 @@ def arrive(
     drop: str = "switches",
     to: tuple[str, ...] = ("vault",),
 ) -> tuple[Archive, bool]:
-    """Admit an archive of a device; return it, and whether its size is unusual."""
-    looks = a_fingerprint(size=size)
-    sighting = FileCandidate(
-        drop, b"%s-%d.cfg" % (device.encode(), looks.inode), looks, TrackedDevice(device, alarm)
+    """Queue an archive of a device; return it, and whether its size is unusual."""
+    fingerprint = a_fingerprint(size=size)
+    candidate = FileCandidate(
+        drop, b"%s-%d.cfg" % (device.encode(), fingerprint.inode), fingerprint, TrackedDevice(device, alarm)
     )
-    admission = ledger.enqueue([sighting], to, at)
-    return admission.queued[0], admission.has_unusual_size
+    result = ledger.enqueue([candidate], to, at)
+    return result.queued[0], result.has_unusual_size
 
 
 def overdue(ledger: Ledger, now: datetime) -> list[str]:
@@ -54,7 +63,7 @@ def overdue(ledger: Ledger, now: datetime) -> list[str]:
 
 
 def alarm(ledger: Ledger, now: datetime) -> tuple[list[str], list[str]]:
-    """Do as a heartbeat does; return who is overdue, and who has recovered."""
+    """Record the alarms as a heartbeat does; return the overdue and the recovered devices."""
     late, recovered = overdue_and_recovered(ledger.possibly_overdue(now), now)
     ledger.record_alarms(late, recovered)
     return [device.name for device in late], [device.name for device in recovered]
@@ -63,7 +72,7 @@ def alarm(ledger: Ledger, now: datetime) -> tuple[list[str], list[str]]:
 # devices
 
 
-def test_a_device_is_learnt_from_its_first_archive(bench: Bench) -> None:
+def test_a_device_is_known_from_its_first_archive(bench: Bench) -> None:
     bench.ledger.set_expectations({"switches": DAILY}, NOW)
     arrive(bench.ledger, "sw1")
     arrive(bench.ledger, "sw1", at=NOW + HOUR)
@@ -78,10 +87,10 @@ def test_a_device_is_learnt_from_its_first_archive(bench: Bench) -> None:
         ]
 
 
-def test_a_listed_device_is_overdue_though_it_never_came(bench: Bench) -> None:
+def test_a_listed_device_is_overdue_if_it_never_sent_an_archive(bench: Bench) -> None:
     listed = {"switches": DeviceExpectation(DAY, "{device}", ("sw1", "sw2"))}
     bench.ledger.set_expectations(listed, NOW)
-    bench.crash().set_expectations(listed, NOW + HOUR)  # a restart makes it no younger
+    bench.crash().set_expectations(listed, NOW + HOUR)  # it is known since the first time
     arrive(bench.ledger, "sw2", at=NOW + HOUR)
     assert bench.ledger.possibly_overdue(NOW + DAY + SECOND) == [Device("switches", "sw1", NOW, None, 0, DAY)]
 
@@ -100,7 +109,7 @@ def test_the_same_name_in_two_drops_is_two_devices(ledger: Ledger) -> None:
     assert [d.drop for d in ledger.possibly_overdue(NOW + 2 * HOUR)] == ["firewalls"]
 
 
-def test_an_alarm_outlasts_a_crash_and_is_called_off_once(bench: Bench) -> None:
+def test_an_alarm_survives_a_crash_and_its_end_is_reported_once(bench: Bench) -> None:
     bench.ledger.set_expectations({"switches": DAILY}, NOW)
     arrive(bench.ledger)
     late = NOW + 2 * DAY
@@ -110,12 +119,13 @@ def test_an_alarm_outlasts_a_crash_and_is_called_off_once(bench: Bench) -> None:
     assert alarm(ledger, late) == (["sw1"], [])
     arrive(ledger, at=late)
     ledger = bench.crash()
-    assert overdue_and_recovered(ledger.possibly_overdue(late), late)[1]  # not said yet, and so not over
+    # without `record_alarms`, the recovery is returned again
+    assert overdue_and_recovered(ledger.possibly_overdue(late), late)[1]
     assert alarm(ledger, late) == ([], ["sw1"])
     assert alarm(ledger, late) == ([], [])
 
 
-def test_a_device_that_is_listed_no_more_and_never_came_is_forgotten(ledger: Ledger) -> None:
+def test_a_device_that_is_no_longer_listed_and_never_sent_an_archive_is_forgotten(ledger: Ledger) -> None:
     ledger.set_expectations({"switches": DeviceExpectation(DAY, "{device}", ("sw1", "sw2", "sw3"))}, NOW)
     arrive(ledger, "sw1")
     ledger.record_alarms([d for d in ledger.possibly_overdue(NOW + 2 * DAY) if d.name == "sw3"], [])
@@ -123,7 +133,7 @@ def test_a_device_that_is_listed_no_more_and_never_came_is_forgotten(ledger: Led
     assert alarm(ledger, NOW + 2 * DAY) == (["sw1"], ["sw3"])
 
 
-def test_devices_that_were_told_apart_in_another_way_are_forgotten(ledger: Ledger) -> None:
+def test_devices_are_forgotten_when_the_template_of_their_names_changes(ledger: Ledger) -> None:
     ledger.set_expectations({"switches": DAILY}, NOW)
     arrive(ledger, "sw1")
     alarm(ledger, NOW + 2 * DAY)
@@ -133,17 +143,17 @@ def test_devices_that_were_told_apart_in_another_way_are_forgotten(ledger: Ledge
     assert ledger.possibly_overdue(NOW + 9 * DAY) == []
 
 
-def test_what_is_no_longer_expected_is_no_longer_overdue(ledger: Ledger) -> None:
+def test_a_device_without_an_expectation_is_no_longer_overdue(ledger: Ledger) -> None:
     ledger.set_expectations({"switches": DAILY}, NOW)
     arrive(ledger)
     alarm(ledger, NOW + 2 * DAY)
     ledger.set_expectations({}, NOW + 2 * DAY)
     assert alarm(ledger, NOW + 2 * DAY) == ([], ["sw1"])
-    ledger.set_expectations({"switches": DAILY}, NOW + 3 * DAY)  # and what was learnt is not lost
+    ledger.set_expectations({"switches": DAILY}, NOW + 3 * DAY)  # the device is still known
     assert alarm(ledger, NOW + 3 * DAY) == (["sw1"], [])
 
 
-def test_a_clock_that_was_ahead_hides_no_device(ledger: Ledger) -> None:
+def test_a_clock_that_was_ahead_does_not_keep_a_device_from_becoming_overdue(ledger: Ledger) -> None:
     ledger.set_expectations({"switches": DAILY}, NOW)
     arrive(ledger, at=NOW + 9000 * DAY)
     ledger.set_expectations({"switches": DAILY}, NOW)
@@ -153,7 +163,7 @@ def test_a_clock_that_was_ahead_hides_no_device(ledger: Ledger) -> None:
 # sizes
 
 
-def test_an_unusual_size_is_kept_until_it_was_said(bench: Bench) -> None:
+def test_an_unusual_size_is_returned_until_it_is_marked_as_reported(bench: Bench) -> None:
     for _ in range(3):
         assert not arrive(bench.ledger, size=100, alarm=0.5)[1]
     archive, unusual = arrive(bench.ledger, size=20, alarm=0.5)
@@ -166,7 +176,7 @@ def test_an_unusual_size_is_kept_until_it_was_said(bench: Bench) -> None:
     assert bench.crash().unusual_archives() == []
 
 
-def test_a_device_is_judged_by_its_own_sizes(ledger: Ledger) -> None:
+def test_a_size_is_compared_with_those_of_the_same_device(ledger: Ledger) -> None:
     for _ in range(3):
         arrive(ledger, "sw1", size=100, alarm=0.5)
         arrive(ledger, "sw2", size=9000, alarm=0.5)
@@ -182,10 +192,10 @@ def test_only_the_last_ten_sizes_count(ledger: Ledger) -> None:
     assert ledger.unusual_archives() == []
 
 
-def test_without_an_alarm_no_size_is_unusual(ledger: Ledger) -> None:
+def test_without_a_size_alarm_sizes_are_only_recorded(ledger: Ledger) -> None:
     for size in (1, 1, 1, 1, 10**9):
         assert not arrive(ledger, size=size)[1]
-    assert arrive(ledger, size=10**9, alarm=0.5)[1]  # but they were remembered
+    assert arrive(ledger, size=10**9, alarm=0.5)[1]  # the sizes were recorded
 
 
 # old history
@@ -194,81 +204,84 @@ OLD = NOW - 500 * DAY
 LIMIT = NOW - 400 * DAY
 
 
-def done(
+def dispose(
     ledger: Ledger,
     *,
     at: datetime = OLD,
     outcome: Outcome | None = None,
     to: bytes | None = b"sent/x",
-    left: bool = False,
+    kept_in_place: bool = False,
 ) -> Archive:
-    """Admit an archive, end its delivery, and dispose of its file."""
+    """Queue an archive, end its delivery, and dispose of its file."""
     archive, _ = arrive(ledger, at=at)
     (delivery,) = ledger.claim("vault", at)
-    ledger.record([finished(delivery, outcome or delivered(), now=at)], at)
-    ledger.record_dispositions([DispositionResult(archive.id, to, left)], [], at)
+    ledger.record([a_claim_result(delivery, outcome or delivered(), now=at)], at)
+    ledger.record_dispositions([DispositionResult(archive.id, to, kept_in_place)], [], at)
     return archive
 
 
-def test_what_was_done_with_long_ago_is_forgotten_a_few_at_a_time(bench: Bench) -> None:
+def test_old_archives_are_pruned_up_to_the_limit(bench: Bench) -> None:
     for _ in range(5):
-        done(bench.ledger)
-    done(bench.ledger, at=LIMIT)
+        dispose(bench.ledger)
+    dispose(bench.ledger, at=LIMIT)
     assert [bench.ledger.prune(lambda: LIMIT, 2) for _ in range(4)] == [2, 2, 1, 0]
     assert bench.crash().prune(lambda: LIMIT, 2) == 0
 
 
-def test_what_was_replaced_long_ago_is_forgotten(ledger: Ledger) -> None:
+def test_an_old_superseded_archive_is_pruned(ledger: Ledger) -> None:
     for _ in range(2):
         ledger.enqueue([a_candidate(b"r1")], ["vault"], OLD)
     assert ledger.prune(lambda: LIMIT, 9) == 1
 
 
-def test_nothing_is_forgotten_that_is_still_of_use(ledger: Ledger) -> None:
-    rejected_one = done(ledger, outcome=rejected(), to=b"rejected/x")
-    done(ledger, to=None, left=True)  # on_delivered = "keep"
-    undisposed, _ = arrive(ledger, at=OLD)
+def test_open_quarantined_and_kept_archives_are_never_pruned(ledger: Ledger) -> None:
+    rejected_one = dispose(ledger, outcome=rejected(), to=b"rejected/x")
+    dispose(ledger, to=None, kept_in_place=True)  # on_delivered = "keep"
+    due, _ = arrive(ledger, at=OLD)
     (delivery,) = ledger.claim("vault", OLD)
-    ledger.record([finished(delivery, delivered())], OLD)
-    waiting, _ = arrive(ledger, at=OLD)
+    ledger.record([a_claim_result(delivery, delivered())], OLD)
+    deferred_one, _ = arrive(ledger, at=OLD)
     (delivery,) = ledger.claim("vault", OLD)
-    ledger.record([finished(delivery, deferred())], OLD)
+    ledger.record([a_claim_result(delivery, deferred())], OLD)
     arrive(ledger, at=OLD)
     assert ledger.claim("vault", OLD)
     arrive(ledger, at=OLD)
     assert ledger.prune(lambda: NOW + 9999 * DAY, 99) == 0
-    assert [one.archive for one in ledger.pending_dispositions()] == [undisposed]
+    assert [one.archive for one in ledger.pending_dispositions()] == [due]
     assert ledger.backlog()["vault"].pending == 3
     assert len(ledger.known_files("switches").content_keys) == 5
-    assert waiting in [d.archive for d in ledger.claim("vault", NOW + DAY, limit=9)]
+    assert deferred_one in [d.archive for d in ledger.claim("vault", NOW + DAY, limit=9)]
     assert rejected_one not in [one.archive for one in ledger.pending_dispositions()]
 
 
-def test_a_rejected_archive_whose_file_is_gone_is_forgotten(ledger: Ledger) -> None:
-    done(ledger, outcome=rejected(), to=None)
-    done(ledger)
+def test_a_rejected_archive_without_a_file_is_pruned(ledger: Ledger) -> None:
+    dispose(ledger, outcome=rejected(), to=None)
+    dispose(ledger)
     assert ledger.prune(lambda: LIMIT, 99) == 1
 
 
-def test_no_number_of_an_archive_is_given_twice(ledger: Ledger) -> None:
-    last = [done(ledger) for _ in range(3)][-1]
+def test_the_id_of_a_pruned_archive_is_not_used_again(ledger: Ledger) -> None:
+    last = [dispose(ledger) for _ in range(3)][-1]
     ledger.prune(lambda: LIMIT, 99)
     assert arrive(ledger)[0].id > last.id
 
 
-def test_devices_outlast_their_history(ledger: Ledger) -> None:
+def test_devices_are_kept_when_their_archives_are_pruned(ledger: Ledger) -> None:
     ledger.set_expectations({"switches": DAILY}, OLD)
-    done(ledger)
-    done(ledger)
+    dispose(ledger)
+    dispose(ledger)
     assert ledger.prune(lambda: LIMIT, 99) == 1
     assert [d.archives for d in ledger.possibly_overdue(NOW)] == [2]
 
 
-def test_what_is_noted_of_the_clock_outlasts_the_process(bench: Bench) -> None:
+def test_a_saved_clock_reading_replaces_the_one_before_and_survives_a_crash(bench: Bench) -> None:
     assert bench.ledger.last_clock_reading() is None
-    for note in (ClockReading(NOW, (ClockSkew(400 * DAY, HOUR), ClockSkew(SECOND, DAY))), ClockReading(OLD)):
-        bench.ledger.save_clock_reading(note)
+    for reading in (
+        ClockReading(NOW, (ClockSkew(400 * DAY, HOUR), ClockSkew(SECOND, DAY))),
+        ClockReading(OLD),
+    ):
+        bench.ledger.save_clock_reading(reading)
         for ledger in (bench.ledger, bench.crash()):
-            noted = ledger.last_clock_reading()
-            assert noted is not None
-            assert ClockReading(noted.seen_at, tuple(noted.skews)) == note
+            saved = ledger.last_clock_reading()
+            assert saved is not None
+            assert ClockReading(saved.seen_at, tuple(saved.skews)) == reading
