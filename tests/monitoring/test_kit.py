@@ -1,23 +1,23 @@
-"""The rules, the dashboard and the page name nothing that is not there."""
+"""The monitoring files: rules, dashboard and page use only metrics, events and keys that exist."""
 
 from __future__ import annotations
 
 import json
 import re
 
+from backupd.telemetry.docs import lnav_format
 from backupd.telemetry.events import CATALOGUE, KEYS
 from tests.monitoring.tools import KIT, defined, run, used
 from tests.programs import require
 
 
-def test_the_rules_are_valid_and_do_as_their_tests_say() -> None:
+def test_the_alert_rules_are_valid_and_pass_their_tests() -> None:
     promtool = require("promtool")
-    said = run(promtool, "check", "rules", str(KIT / "backupd.rules.yaml"))
-    assert "SUCCESS" in said
+    assert "SUCCESS" in run(promtool, "check", "rules", str(KIT / "backupd.rules.yaml"))
     assert "SUCCESS" in run(promtool, "test", "rules", str(KIT / "backupd.rules.test.yaml"))
 
 
-def test_rules_and_dashboard_use_only_metrics_that_are_made() -> None:
+def test_rules_and_dashboard_use_only_metrics_of_the_mtail_program() -> None:
     rules = (KIT / "backupd.rules.yaml").read_text("utf-8")
     panels = json.loads((KIT / "backupd.dashboard.json").read_text("utf-8"))["panels"]
     queries = " ".join(target["expr"] for panel in panels for target in panel["targets"])
@@ -26,8 +26,8 @@ def test_rules_and_dashboard_use_only_metrics_that_are_made() -> None:
     assert used(rules) - defined() == set()
     assert used(queries) - defined() == set()
     assert defined() - used(rules + queries) <= {
-        "backupd_lines_total",
-        "backupd_archives_admitted_total",
+        "backupd_log_lines_total",
+        "backupd_archives_queued_total",
         "backupd_archives_delivered_bytes_total",
         "backupd_deliveries_total",
         "backupd_destination_pauses_total",
@@ -35,7 +35,7 @@ def test_rules_and_dashboard_use_only_metrics_that_are_made() -> None:
     }
 
 
-def test_each_alert_is_tested_and_on_the_page() -> None:
+def test_each_alert_has_a_test_and_is_on_the_page() -> None:
     rules = set(re.findall(r"alert: (\w+)", (KIT / "backupd.rules.yaml").read_text("utf-8")))
     tests = (KIT / "backupd.rules.test.yaml").read_text("utf-8")
     page = (KIT / "README.md").read_text("utf-8")
@@ -43,7 +43,7 @@ def test_each_alert_is_tested_and_on_the_page() -> None:
     assert {rule for rule in rules if rule not in tests or f"`{rule}`" not in page} == set()
 
 
-def test_program_and_page_name_only_events_and_keys_of_the_catalogue() -> None:
+def test_mtail_program_and_page_use_only_events_and_keys_of_the_catalogue() -> None:
     program = (KIT / "backupd.mtail").read_text("utf-8")
     page = (KIT / "README.md").read_text("utf-8")
     named = set(re.findall(r'\$event == "([^"]+)"', program))
@@ -55,7 +55,21 @@ def test_program_and_page_name_only_events_and_keys_of_the_catalogue() -> None:
     assert keys - set(KEYS) == set()
 
 
-def test_lnav_knows_each_key() -> None:
-    values = json.loads((KIT / "backupd.lnav.json").read_text("utf-8"))["backupd_log"]["value"]
-    without_a_column = {"timestamp", "level", "drop"}  # the last is a word of SQL's
-    assert set(KEYS) - set(values) <= without_a_column
+def test_the_format_for_lnav_is_generated_and_has_each_key() -> None:
+    text = (KIT / "backupd.lnav.json").read_text("utf-8")
+    assert text == lnav_format(), (
+        "python -m backupd.telemetry.docs --lnav > docs/monitoring/backupd.lnav.json"
+    )
+    columns = json.loads(text)["backupd_log"]["value"]
+    assert set(KEYS) - set(columns) == {
+        "timestamp",
+        "level",
+        "message",
+        "drop",
+    }  # the last is a keyword of SQL
+    assert set(columns) <= set(KEYS)
+
+
+def test_each_metric_is_on_the_page_and_the_page_names_no_other() -> None:
+    page = (KIT / "README.md").read_text("utf-8")
+    assert used(page) - {"backupd_log"} == defined()

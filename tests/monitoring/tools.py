@@ -1,4 +1,4 @@
-"""The programs that read what backupd says: mtail, promtool, lnav."""
+"""Runs mtail, promtool and lnav on logs of backupd."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KIT = Path(backupd.__file__).parent.parent / "docs" / "monitoring"
 
 
 def metrics_of(log: Path, base: Path) -> dict[str, float]:
-    """Return what mtail makes of a log: values by what Prometheus calls them."""
+    """Return the values that mtail computes from a log, by names of metrics with their labels."""
     programs = base / "mtail"
     programs.mkdir(exist_ok=True)
     shutil.copy(KIT / "backupd.mtail", programs)
@@ -27,8 +27,8 @@ def metrics_of(log: Path, base: Path) -> dict[str, float]:
         f"--progs={programs}",
         f"--logs={log}",
     )
-    said = run(require("mtail"), *read)
-    found = re.findall(r"^(backupd_\w+)\{(.*)\} (\S+)$", said, re.MULTILINE)
+    output = run(require("mtail"), *read)
+    found = re.findall(r"^(backupd_\w+)\{(.*)\} (\S+)$", output, re.MULTILINE)
     return {f"{name}{{{_without_program(labels)}}}": float(value) for name, labels, value in found}
 
 
@@ -37,17 +37,16 @@ def _without_program(labels: str) -> str:
 
 
 def lnav(log: Path, base: Path, *commands: str) -> Any:
-    """Return the JSON that lnav prints after commands on a log."""
+    """Run commands of lnav on a log and return the JSON that it prints."""
     formats = base / "lnav" / "formats" / "backupd"
     formats.mkdir(parents=True, exist_ok=True)
     shutil.copy(KIT / "backupd.lnav.json", formats)
     words = [word for command in (*commands, ":write-json-to -") for word in ("-c", command)]
-    said = run(require("lnav"), "-n", "-I", str(base / "lnav"), *words, str(log), home=base)
-    return json.loads(said)
+    return json.loads(run(require("lnav"), "-n", "-I", str(base / "lnav"), *words, str(log), home=base))
 
 
 def run(*words: str, home: Path | None = None) -> str:
-    """Run a program, which has to end well, and return what it printed."""
+    """Run a program, assert that its exit code is 0, and return its output."""
     environ = {"PATH": "/usr/bin:/bin", "HOME": str(home or "/nonexistent"), "TERM": "dumb", "TZ": "UTC"}
     done = subprocess.run(
         words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=environ, timeout=120
