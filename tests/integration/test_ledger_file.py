@@ -1,4 +1,4 @@
-"""The ledger's file: one daemon at a time, damage, a full disk, and a process that is killed."""
+"""The file of the SQLite ledger: its lock and schema, damage, a full disk, and a killed process."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from backupd.ledger.sqlite.connection import (
 )
 from backupd.ledger.sqlite.deliveries import SqliteLedger
 from backupd.ledger.sqlite.sent_rows import SqliteSentIndex, open_sent_index
-from tests.factories import NOW, a_candidate, deferred, delivered, finished
-from tests.privileges import a_folder_of_nobody, needs_root, without_rights
+from tests.factories import NOW, a_candidate, a_claim_result, deferred, delivered
+from tests.privileges import a_folder_of_nobody, without_rights
 
 
 def a_ledger_with(state: Path, *names: bytes) -> None:
-    """Make a ledger that knows of some archives, all pending."""
+    """Create a ledger with a pending archive for each name."""
     ledger = SqliteLedger(open_ledger(state).connection)
     ledger.enqueue([a_candidate(name) for name in names], ["vault"], NOW)
     ledger.close()
@@ -52,7 +52,7 @@ def quarantined_ledgers(state: Path) -> list[Path]:
 
 # one daemon at a time
 
-HOLD = """
+HOLD_LOCK = """
 import sys
 from pathlib import Path
 from backupd.ledger.sqlite.connection import StateLock
@@ -64,9 +64,12 @@ sys.stdin.read()
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the state directory."""
+    """Another process with the lock on the state directory."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD_LOCK, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     with process:
         assert process.stdout is not None
@@ -75,7 +78,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_a_second_daemon_is_refused_and_told_of_the_first(
+def test_a_second_daemon_is_refused_with_the_process_id_of_the_first(
     holder: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     with pytest.raises(LedgerError) as refused:
@@ -84,7 +87,7 @@ def test_a_second_daemon_is_refused_and_told_of_the_first(
     assert daemon_pid(tmp_path) == holder.pid
 
 
-def test_a_killed_daemon_leaves_no_lock_but_an_unclean_end(
+def test_a_killed_daemon_leaves_no_lock_and_requires_a_check(
     holder: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     holder.kill()
@@ -95,14 +98,14 @@ def test_a_killed_daemon_leaves_no_lock_but_an_unclean_end(
         assert (tmp_path / LOCK_NAME).read_text() == f"{os.getpid()}\n"
 
 
-def test_an_end_in_good_order_is_a_clean_one(tmp_path: Path) -> None:
+def test_after_a_clean_end_no_check_is_required(tmp_path: Path) -> None:
     with StateLock(tmp_path) as first:
         assert not first.check
     with StateLock(tmp_path) as second:
         assert not second.check
 
 
-def test_an_end_by_an_error_is_an_unclean_one(tmp_path: Path) -> None:
+def test_after_an_error_a_check_is_required(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), StateLock(tmp_path):
         _ = 1 / 0
     with StateLock(tmp_path) as lock:
@@ -116,12 +119,12 @@ def test_without_a_daemon_there_is_no_process_id(tmp_path: Path) -> None:
     assert daemon_pid(tmp_path) is None
 
 
-def test_looking_for_the_daemon_does_not_keep_it_from_starting(tmp_path: Path) -> None:
+def test_a_running_daemon_is_found_by_its_process_id(tmp_path: Path) -> None:
     with StateLock(tmp_path):
         assert daemon_pid(tmp_path) == os.getpid()
 
 
-def test_a_state_directory_that_cannot_be_made_is_said() -> None:
+def test_a_state_directory_that_cannot_be_created_is_an_error() -> None:
     with a_folder_of_nobody() as folder:
         folder.chmod(0o555)
         with without_rights(), pytest.raises(LedgerError) as refused:
@@ -132,7 +135,7 @@ def test_a_state_directory_that_cannot_be_made_is_said() -> None:
 # the file and its schema
 
 
-def test_a_ledger_is_readable_by_its_owner_and_group_alone(tmp_path: Path) -> None:
+def test_a_ledger_is_readable_by_its_owner_and_group_only(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         with StateLock(tmp_path / "state"):
@@ -147,7 +150,7 @@ def test_a_ledger_is_readable_by_its_owner_and_group_alone(tmp_path: Path) -> No
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o750
 
 
-def test_what_was_written_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
+def test_a_reopened_ledger_has_its_content_after_every_check(tmp_path: Path) -> None:
     a_ledger_with(tmp_path, b"r1", b"r2")
     for check in ("", "quick_check", "integrity_check"):
         opened = open_ledger(tmp_path, check=check)
@@ -156,7 +159,7 @@ def test_what_was_written_is_there_when_it_is_opened_again(tmp_path: Path) -> No
         opened.connection.close()
 
 
-def test_a_ledger_of_a_newer_version_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_ledger_with_a_newer_schema_is_refused_and_not_changed(tmp_path: Path) -> None:
     a_ledger_with(tmp_path, b"r1")
     with sqlite3.connect(tmp_path / FILE_NAME) as raw:
         raw.execute("PRAGMA user_version = 999")
@@ -167,7 +170,7 @@ def test_a_ledger_of_a_newer_version_is_refused_and_left_alone(tmp_path: Path) -
     assert quarantined_ledgers(tmp_path) == []
 
 
-def test_a_ledger_without_permission_is_refused_and_left_alone() -> None:
+def test_a_ledger_without_permission_is_refused_and_not_changed() -> None:
     with a_folder_of_nobody() as folder:
         a_ledger_with(folder, b"r1")
         (folder / FILE_NAME).chmod(0)
@@ -177,8 +180,8 @@ def test_a_ledger_without_permission_is_refused_and_left_alone() -> None:
         assert sorted(path.name for path in folder.iterdir()) == before
 
 
-def test_a_ledger_that_only_its_group_may_write_is_usable() -> None:
-    """As after a `backupd retry` by root."""
+def test_a_ledger_of_another_owner_with_write_permission_is_usable() -> None:
+    """The owner is another user, as after a `backupd retry` by root."""
     with a_folder_of_nobody() as folder:
         a_ledger_with(folder, b"r1")
         (folder / FILE_NAME).chmod(0o666)
@@ -188,7 +191,7 @@ def test_a_ledger_that_only_its_group_may_write_is_usable() -> None:
             opened.connection.close()
 
 
-def test_commands_read_beside_the_daemon_and_write_nothing(tmp_path: Path) -> None:
+def test_commands_open_the_ledger_read_only(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="no ledger here yet"):
         open_for_reading(tmp_path)
     a_ledger_with(tmp_path, b"r1")
@@ -200,7 +203,7 @@ def test_commands_read_beside_the_daemon_and_write_nothing(tmp_path: Path) -> No
 
 
 class WatchedConnection(sqlite3.Connection):
-    """Notes at each commit how durable it is."""
+    """Records the `synchronous` level of each commit."""
 
     levels: list[int]
 
@@ -213,7 +216,7 @@ class WatchedConnection(sqlite3.Connection):
 NORMAL, FULL = 1, 2
 
 
-def test_what_a_disposition_hangs_on_is_synced_at_its_commit(tmp_path: Path) -> None:
+def test_results_are_synced_and_claims_are_not(tmp_path: Path) -> None:
     a_ledger_with(tmp_path)
     connection = sqlite3.connect(tmp_path / FILE_NAME, factory=WatchedConnection, isolation_level=None)
     connection.levels = []
@@ -221,13 +224,13 @@ def test_what_a_disposition_hangs_on_is_synced_at_its_commit(tmp_path: Path) -> 
     ledger.enqueue([a_candidate()], ["vault"], NOW)
     (delivery,) = ledger.claim("vault", NOW)
     assert connection.levels == [NORMAL, NORMAL]
-    ledger.record([finished(delivery, delivered())], NOW)
+    ledger.record([a_claim_result(delivery, delivered())], NOW)
     assert connection.levels == [NORMAL, NORMAL, FULL]
     assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     ledger.close()
 
 
-def test_what_is_known_below_a_directory_costs_no_look_at_the_others(tmp_path: Path) -> None:
+def test_known_files_below_a_directory_are_found_by_a_range_of_the_index(tmp_path: Path) -> None:
     ledger = SqliteLedger(open_ledger(tmp_path).connection)
     statements: list[str] = []
     ledger._db.set_trace_callback(statements.append)
@@ -238,17 +241,17 @@ def test_what_is_known_below_a_directory_costs_no_look_at_the_others(tmp_path: P
     ledger.close()
 
 
-def costs_of_a_day(ledger: SqliteLedger) -> dict[str, int]:
-    """Ask a ledger for all that a daemon asks again and again; return how many steps SQLite took for each."""
+def steps_of_all_calls(ledger: SqliteLedger) -> dict[str, int]:
+    """Call every method that a daemon calls repeatedly; return the number of SQLite steps of each."""
     costs: dict[str, int] = {}
 
-    def cost(ask: Callable[..., Any], *arguments: Any) -> Any:
+    def cost(method: Callable[..., Any], *arguments: Any) -> Any:
         steps = [0]
         ledger._db.set_progress_handler(lambda: steps.__setitem__(0, steps[0] + 1), 1)
-        answer = ask(*arguments)
+        result = method(*arguments)
         ledger._db.set_progress_handler(None, 1)
-        costs[ask.__name__] = steps[0]
-        return answer
+        costs[method.__name__] = steps[0]
+        return result
 
     cost(ledger.enqueue, [a_candidate(b"new.cfg")], ["vault"], NOW)
     (delivery,) = cost(ledger.claim, "vault", NOW)
@@ -257,10 +260,10 @@ def costs_of_a_day(ledger: SqliteLedger) -> dict[str, int]:
     cost(ledger.backlog)
     cost(ledger.release_claims)
     (delivery,) = ledger.claim("vault", NOW)
-    (settled,) = cost(ledger.record, [finished(delivery, delivered())], NOW)
+    (completed,) = cost(ledger.record, [a_claim_result(delivery, delivered())], NOW)
     cost(ledger.pending_dispositions)
     cost(ledger.count_pending_dispositions)
-    cost(ledger.record_dispositions, [DispositionResult(settled.archive.id, b"sent/new.cfg")], [], NOW)
+    cost(ledger.record_dispositions, [DispositionResult(completed.archive.id, b"sent/new.cfg")], [], NOW)
     cost(ledger.known_files, "switches")
     cost(ledger.count_quarantined)
     cost(ledger.save_circuit, "vault", Circuit(), None)
@@ -273,19 +276,21 @@ def costs_of_a_day(ledger: SqliteLedger) -> dict[str, int]:
     return costs
 
 
-def test_no_cost_grows_with_the_history(tmp_path: Path) -> None:
+def test_no_call_gets_more_expensive_with_the_history(tmp_path: Path) -> None:
     ledger = SqliteLedger(open_ledger(tmp_path).connection)
     costs = []
     for count in (10, 2000):
         archives = ledger.enqueue([a_candidate(b"%d" % n) for n in range(count)], ["vault"], NOW).queued
-        ledger.record([finished(d, delivered()) for _ in archives for d in ledger.claim("vault", NOW)], NOW)
+        ledger.record(
+            [a_claim_result(d, delivered()) for _ in archives for d in ledger.claim("vault", NOW)], NOW
+        )
         ledger.record_dispositions(
             [DispositionResult(archive.id, b"sent/x") for archive in archives], [], NOW
         )
-        costs.append(costs_of_a_day(ledger))
+        costs.append(steps_of_all_calls(ledger))
     ledger.close()
     few, many = costs
-    assert {ask: (few[ask], many[ask]) for ask in few if many[ask] > few[ask] + 200} == {}
+    assert {name: (few[name], many[name]) for name in few if many[name] > few[name] + 200} == {}
 
 
 # damage
@@ -310,7 +315,7 @@ def torn_pages(ledger: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [garbage, emptied, cut, torn_pages])
-def test_a_damaged_ledger_is_put_aside_and_never_deleted(
+def test_a_damaged_ledger_is_renamed_and_never_deleted(
     tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     a_ledger_with(tmp_path, *(b"r%d" % number for number in range(300)))
@@ -331,15 +336,15 @@ def test_a_damaged_ledger_is_put_aside_and_never_deleted(
 
 
 @pytest.mark.parametrize("damage", [garbage, emptied])
-def test_what_was_not_in_the_file_yet_is_put_aside_with_it(
+def test_the_write_ahead_log_of_a_damaged_ledger_is_kept(
     tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
-    """The write-ahead log may be all that is left."""
+    """The last transactions may be in the write-ahead log only."""
     live, state = tmp_path / "live", tmp_path / "state"
     live.mkdir()
     opened = open_ledger(live)
     SqliteLedger(opened.connection).enqueue([a_candidate(b"in-the-log")], ["vault"], NOW)
-    shutil.copytree(live, state)  # as a power cut would leave it
+    shutil.copytree(live, state)  # the state after a power loss
     opened.connection.close()
     log = (state / f"{FILE_NAME}-wal").read_bytes()
     assert b"in-the-log" in log
@@ -356,7 +361,7 @@ def test_what_was_not_in_the_file_yet_is_put_aside_with_it(
     again.connection.close()
 
 
-def test_damage_that_an_opening_does_not_meet_is_found_after_an_unclean_end(tmp_path: Path) -> None:
+def test_damage_in_a_page_that_opening_does_not_read_is_detected_by_the_check(tmp_path: Path) -> None:
     ledger = SqliteLedger(open_ledger(tmp_path).connection)
     ledger.enqueue([a_candidate(b"r%d" % number) for number in range(2000)], ["vault"], NOW)
     ledger.close()
@@ -387,7 +392,7 @@ def test_damage_that_an_opening_does_not_meet_is_found_after_an_unclean_end(tmp_
         "CREATE UNIQUE INDEX another ON delivery (digest)",
     ],
 )
-def test_what_can_not_be_read_is_damage_whatever_a_check_says(tmp_path: Path, damage: str) -> None:
+def test_an_invalid_value_or_schema_is_damage_although_a_check_passes(tmp_path: Path, damage: str) -> None:
     a_ledger_with(tmp_path, b"r1", b"r2")
     with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as db:
         db.execute(damage)
@@ -399,53 +404,53 @@ def test_what_can_not_be_read_is_damage_whatever_a_check_says(tmp_path: Path, da
     ledger.close()
 
 
-def test_what_was_put_away_at_no_time_is_damage_too(tmp_path: Path) -> None:
+def test_a_moved_archive_without_a_time_is_damage(tmp_path: Path) -> None:
     ledger = SqliteLedger(open_ledger(tmp_path).connection)
     ledger.enqueue([a_candidate(b"r1")], ["vault"], NOW)
-    [settled] = ledger.record([finished(ledger.claim("vault", NOW)[0], delivered())], NOW)
-    ledger.record_dispositions([DispositionResult(settled.archive.id, b"sent/r1")], [], NOW)
+    [completed] = ledger.record([a_claim_result(ledger.claim("vault", NOW)[0], delivered())], NOW)
+    ledger.record_dispositions([DispositionResult(completed.archive.id, b"sent/r1")], [], NOW)
     ledger.close()
     with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as db:
         db.execute("UPDATE archive SET disposed_at = NULL")
-    shelf = open_sent_index(tmp_path)
+    sent_index = open_sent_index(tmp_path)
     with pytest.raises(LedgerUnreadableError):
-        shelf.without_series("switches", 9)
-    shelf.close()
+        sent_index.without_series("switches", 9)
+    sent_index.close()
 
 
-def test_what_can_not_be_written_is_no_damage(tmp_path: Path) -> None:
-    """It came from without: a destination must not have us put the ledger aside."""
+def test_a_value_that_cannot_be_written_is_no_damage(tmp_path: Path) -> None:
+    """The value came from a destination, which must not cause the ledger to be replaced."""
     a_ledger_with(tmp_path, b"r1")
     ledger = SqliteLedger(open_ledger(tmp_path).connection)
     [delivery] = ledger.claim("vault", NOW)
     with pytest.raises(OverflowError):
-        ledger.record([finished(delivery, replace(deferred(), http_status=10**30))], NOW)
-    ledger.record([finished(delivery, delivered())], NOW)
+        ledger.record([a_claim_result(delivery, replace(deferred(), http_status=10**30))], NOW)
+    ledger.record([a_claim_result(delivery, delivered())], NOW)
     ledger.close()
 
 
-def test_a_transaction_that_could_not_be_undone_keeps_no_other_from_its_work(tmp_path: Path) -> None:
+def test_a_transaction_that_was_left_open_is_rolled_back_by_the_next_one(tmp_path: Path) -> None:
     a_ledger_with(tmp_path, b"r1")
     opened = open_ledger(tmp_path)
-    ledger, shelf = SqliteLedger(opened.connection), open_sent_index(tmp_path)
+    ledger, sent_index = SqliteLedger(opened.connection), open_sent_index(tmp_path)
     opened.connection.execute("BEGIN IMMEDIATE")
     opened.connection.execute("DELETE FROM archive")
     assert len(ledger.claim("vault", NOW)) == 1
-    assert isinstance(shelf, SqliteSentIndex)
-    shelf._db.execute("BEGIN IMMEDIATE")
-    shelf.mark_restored("switches", b"")
-    assert shelf.is_restored("switches", b"")
-    shelf.close()
+    assert isinstance(sent_index, SqliteSentIndex)
+    sent_index._db.execute("BEGIN IMMEDIATE")
+    sent_index.mark_restored("switches", b"")
+    assert sent_index.is_restored("switches", b"")
+    sent_index.close()
     ledger.close()
 
 
 def _deliver_all(ledger: SqliteLedger) -> None:
     ledger.backlog()
     ledger.next_due("vault")
-    ledger.record([finished(one, delivered()) for one in ledger.claim("vault", NOW, limit=9)], NOW)
+    ledger.record([a_claim_result(one, delivered()) for one in ledger.claim("vault", NOW, limit=9)], NOW)
 
 
-def test_how_a_daemon_ended_tells_the_next_one_how_far_to_trust_the_ledger(tmp_path: Path) -> None:
+def test_the_end_of_a_daemon_determines_the_check_at_the_next_start(tmp_path: Path) -> None:
     damaged, unreadable = LedgerDamagedError("damaged"), LedgerUnreadableError("a text is none")
     seen = []
     for error in (None, OSError("another one"), damaged, unreadable, damaged, None, None):
@@ -454,16 +459,16 @@ def test_how_a_daemon_ended_tells_the_next_one_how_far_to_trust_the_ledger(tmp_p
             assert daemon_pid(tmp_path) == os.getpid()
             if error is not None:
                 raise error
-    quick, whole, none = ("quick_check", False), ("integrity_check", False), ("", False)
-    assert seen == [none, none, quick, whole, ("quick_check", True), whole, none]
+    quick, full, none = ("quick_check", False), ("integrity_check", False), ("", False)
+    assert seen == [none, none, quick, full, ("quick_check", True), full, none]
 
     a_ledger_with(tmp_path, b"r1")
     opened = open_ledger(tmp_path, must_replace=True)
     assert pending(opened.connection) == 0
     opened.connection.close()
     assert opened.quarantined_path is not None
-    with contextlib.closing(sqlite3.connect(opened.quarantined_path)) as aside:
-        assert pending(aside) == 1
+    with contextlib.closing(sqlite3.connect(opened.quarantined_path)) as quarantined:
+        assert pending(quarantined) == 1
 
 
 def test_two_damaged_ledgers_are_both_kept(tmp_path: Path) -> None:
@@ -478,7 +483,7 @@ def test_two_damaged_ledgers_are_both_kept(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem that is soon full."""
+    """A filesystem of 8 MiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=True)
@@ -495,15 +500,14 @@ def fill(disk: Path) -> Path:
 
 
 @pytest.mark.root
-@needs_root
-def test_a_full_disk_leaves_nothing_half_done_and_is_survived(small_disk: Path) -> None:
+def test_a_full_disk_undoes_whole_transactions_and_the_ledger_stays_usable(small_disk: Path) -> None:
     connection = open_ledger(small_disk).connection
     ledger = SqliteLedger(connection)
     names = [b"r%d" % number for number in range(100)]
     ledger.enqueue([a_candidate(name) for name in names], ["vault"], NOW)
     claims = ledger.claim("vault", NOW, limit=len(names))
-    ended = [finished(one, deferred(), delivered(body="x" * 4000)) for one in claims]
-    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # no room left in the log
+    ended = [a_claim_result(one, deferred(), delivered(body="x" * 4000)) for one in claims]
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # so that the log has no free pages
     filler = fill(small_disk)
 
     with pytest.raises(LedgerError, match="full") as failed:
@@ -528,8 +532,7 @@ def test_a_full_disk_leaves_nothing_half_done_and_is_survived(small_disk: Path) 
 
 
 @pytest.mark.root
-@needs_root
-def test_a_full_disk_at_the_start_is_said_and_leaves_no_empty_ledger(small_disk: Path) -> None:
+def test_a_full_disk_at_the_start_is_an_error_and_leaves_no_empty_ledger(small_disk: Path) -> None:
     state = small_disk / "state"
     with StateLock(state):
         pass
@@ -549,29 +552,31 @@ def test_a_full_disk_at_the_start_is_said_and_leaves_no_empty_ledger(small_disk:
 
 # a process that is killed
 
-WRITE = """
+RECORD_UNTIL_KILLED = """
 import itertools, sys
 from pathlib import Path
 from backupd.ledger.sqlite.connection import open_ledger
 from backupd.ledger.port import DispositionResult
 from backupd.ledger.sqlite.deliveries import SqliteLedger
-from tests.factories import NOW, a_candidate, delivered, finished
+from tests.factories import NOW, a_candidate, delivered, a_claim_result
 ledger = SqliteLedger(open_ledger(Path(sys.argv[1])).connection)
 for number in itertools.count():
     names = [b"%s-%d-%d" % (sys.argv[2].encode(), number, n) for n in range(3)]
     ledger.enqueue([a_candidate(name) for name in names], ["vault"], NOW)
-    ended = [finished(one, delivered()) for one in ledger.claim("vault", NOW, limit=2)]
-    settled = ledger.record(ended, NOW)
+    ended = [a_claim_result(one, delivered()) for one in ledger.claim("vault", NOW, limit=2)]
+    completed = ledger.record(ended, NOW)
     print(*(one.delivery.id for one in ended), flush=True)
-    ledger.record_dispositions([DispositionResult(settled[0].archive.id, b"sent/x")], [], NOW)
+    ledger.record_dispositions([DispositionResult(completed[0].archive.id, b"sent/x")], [], NOW)
 """
 
 
-def test_a_killed_process_loses_nothing_that_it_had_recorded(tmp_path: Path) -> None:
+def test_a_killed_process_loses_no_recorded_result(tmp_path: Path) -> None:
     recorded: set[str] = set()
     for turn in range(4):
         process = subprocess.Popen(
-            [sys.executable, "-c", WRITE, str(tmp_path), str(turn)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", RECORD_UNTIL_KILLED, str(tmp_path), str(turn)],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         with process:
             assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""Devices, sizes and old history in a real ledger file, beside a daemon and across versions."""
+"""Devices, sizes and old history in a ledger file: tracking, commands, migration and pruning."""
 
 from __future__ import annotations
 
@@ -25,7 +25,16 @@ from backupd.ledger.sqlite.queries import DeviceRecord, LedgerQueries
 from backupd.telemetry.events import Event
 from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog
-from tests.factories import NOW, SECOND, a_candidate, a_drop, a_fingerprint, deferred, delivered, finished
+from tests.factories import (
+    NOW,
+    SECOND,
+    a_candidate,
+    a_claim_result,
+    a_drop,
+    a_fingerprint,
+    deferred,
+    delivered,
+)
 
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
@@ -38,13 +47,13 @@ class Closable(Protocol):
 
 
 class Close(Protocol):
-    """Has something closed when the test ends."""
+    """Closes a ledger or connection when the test ends; returns it."""
 
     def __call__(self, it: T) -> T: ...
 
 
 @pytest.fixture
-def closed_after() -> Iterator[Close]:
+def close_after() -> Iterator[Close]:
     with contextlib.ExitStack() as stack:
 
         def close(it: Any) -> Any:
@@ -54,8 +63,8 @@ def closed_after() -> Iterator[Close]:
         yield close
 
 
-class Said(EventLog):
-    """Keeps what is logged."""
+class RecordingLog(EventLog):
+    """Keeps the events that are logged."""
 
     def __init__(self) -> None:
         super().__init__(LineWriter(2))
@@ -64,13 +73,13 @@ class Said(EventLog):
     def emit(self, event: Event, *, exc_info: BaseException | None = None, **keys: object) -> None:
         self.lines.append((event.name, {key: value for key, value in keys.items() if value is not None}))
 
-    def take(self) -> list[tuple[str, dict[str, Any]]]:
+    def drain(self) -> list[tuple[str, dict[str, Any]]]:
         lines, self.lines = self.lines, []
         return lines
 
 
 class FailingLedger(SqliteLedger):
-    """A ledger whose disk is full for a while."""
+    """A ledger with a disk that is full while `full` is set."""
 
     full = False
 
@@ -81,87 +90,93 @@ class FailingLedger(SqliteLedger):
 
 
 class Scene:
-    """A ledger's file, and what a daemon does with it, at times that the test names."""
+    """A ledger file and the device tracker of a daemon, at times that the test chooses."""
 
     def __init__(self, state: Path, close: Close, **drop: Any) -> None:
         self.state = state
         self._close = close
-        self.said = Said()
+        self.log = RecordingLog()
         folder = state.parent / "drop"
         folder.mkdir(exist_ok=True)
         self.drops = {"switches": a_drop(close(DropFolder(str(folder))), **drop)}
         self.start()
 
     def start(self, now: Any = NOW) -> None:
-        """Begin as a new daemon does."""
+        """Open the ledger as a new daemon does."""
         self.ledger = self._close(FailingLedger(open_ledger(self.state).connection))
-        self.freshness = DeviceTracker(self.ledger, self.said)
-        self.freshness.configure(self.drops, now)
+        self.tracker = DeviceTracker(self.ledger, self.log)
+        self.tracker.configure(self.drops, now)
 
     def kill(self, now: Any = NOW) -> None:
         self.ledger.close()
         self.start(now)
 
     def arrive(self, name: bytes, *, at: Any = NOW, size: int = 100) -> bool:
-        sighting = FileCandidate("switches", name, a_fingerprint(size=size))
-        return self.ledger.enqueue(
-            self.freshness.with_devices([sighting], at), ["vault"], at
-        ).has_unusual_size
+        candidate = FileCandidate("switches", name, a_fingerprint(size=size))
+        return self.ledger.enqueue(self.tracker.with_devices([candidate], at), ["vault"], at).has_unusual_size
 
     def tick(self, now: Any) -> list[tuple[str, dict[str, Any]]]:
-        self.freshness.tick(now)
-        return self.said.take()
+        self.tracker.tick(now)
+        return self.log.drain()
 
-    def history(self) -> LedgerQueries:
+    def queries(self) -> LedgerQueries:
         return LedgerQueries(self._close(open_for_reading(self.state)))
 
 
 BY_DEVICE = {"label_pattern": "(?P<device>[^/]+)/.*", "expect": {"every": "1h", "by": "{device}"}}
 
 
-def test_what_is_overdue_is_said_at_each_tick_until_it_comes(tmp_path: Path, closed_after: Close) -> None:
-    scene = Scene(tmp_path, closed_after, **BY_DEVICE)
+def test_an_overdue_device_is_logged_at_each_tick_until_it_recovers(
+    tmp_path: Path, close_after: Close
+) -> None:
+    scene = Scene(tmp_path, close_after, **BY_DEVICE)
     scene.arrive(b"sw1/a.cfg")
     assert scene.tick(NOW + HOUR) == []
     late = NOW + HOUR + 5 * SECOND
-    said = ("drop.overdue", {"drop": "switches", "device": "sw1", "last_at": NOW, "overdue_s": 5 * SECOND})
-    assert scene.tick(late) == [said]
+    event = ("drop.overdue", {"drop": "switches", "device": "sw1", "last_at": NOW, "overdue_s": 5 * SECOND})
+    assert scene.tick(late) == [event]
     scene.kill(late)
-    assert scene.tick(late) == [said]
+    assert scene.tick(late) == [event]
     scene.arrive(b"sw1/b.cfg", at=late)
     scene.kill(late)
     assert scene.tick(late) == [("drop.recovered", {"drop": "switches", "device": "sw1", "last_at": late})]
     assert scene.tick(late) == []
 
 
-def test_a_drop_without_devices_is_told_without_one(tmp_path: Path, closed_after: Close) -> None:
-    scene = Scene(tmp_path, closed_after, expect={"every": "1h"})
+def test_an_overdue_drop_without_devices_is_logged_without_a_device(
+    tmp_path: Path, close_after: Close
+) -> None:
+    scene = Scene(tmp_path, close_after, expect={"every": "1h"})
     assert scene.tick(NOW + 2 * HOUR) == [("drop.overdue", {"drop": "switches", "overdue_s": HOUR})]
     scene.arrive(b"a.cfg", at=NOW + 2 * HOUR)
     assert [name for name, _ in scene.tick(NOW + 2 * HOUR)] == ["drop.recovered"]
 
 
-def test_what_the_pattern_does_not_match_is_nobodys(tmp_path: Path, closed_after: Close) -> None:
-    scene = Scene(tmp_path, closed_after, size_alarm="50%", **BY_DEVICE)
+def test_an_archive_that_the_label_pattern_does_not_match_has_no_device(
+    tmp_path: Path, close_after: Close
+) -> None:
+    scene = Scene(tmp_path, close_after, size_alarm="50%", **BY_DEVICE)
     for size in (1, 1, 1, 99):
         assert not scene.arrive(b"stray.cfg", size=size)
-    assert scene.history().devices(NOW) == []
+    assert scene.queries().devices(NOW) == []
 
 
-def test_an_alarm_is_said_though_it_cannot_be_noted(tmp_path: Path, closed_after: Close) -> None:
-    scene = Scene(tmp_path, closed_after, **BY_DEVICE)
+def test_an_overdue_device_is_logged_even_if_the_alarm_cannot_be_recorded(
+    tmp_path: Path, close_after: Close
+) -> None:
+    scene = Scene(tmp_path, close_after, **BY_DEVICE)
     scene.arrive(b"sw1/a.cfg")
     scene.ledger.full = True
     for _ in range(2):
         with pytest.raises(LedgerError):
-            scene.freshness.tick(NOW + 2 * HOUR)
-        assert [name for name, _ in scene.said.take()] == ["drop.overdue"]
+            scene.tracker.tick(NOW + 2 * HOUR)
+        assert [name for name, _ in scene.log.drain()] == ["drop.overdue"]
 
 
-def test_an_unusual_size_is_said_once_also_by_the_next_daemon(tmp_path: Path, closed_after: Close) -> None:
+def test_an_unusual_size_is_logged_once_even_after_a_restart(tmp_path: Path, close_after: Close) -> None:
     scene = Scene(
         tmp_path,
-        closed_after,
+        close_after,
         label_pattern="(?P<device>[^/]+)/.*",
         size_alarm="50%",
         expect={"by": "{device}"},
@@ -169,8 +184,8 @@ def test_an_unusual_size_is_said_once_also_by_the_next_daemon(tmp_path: Path, cl
     assert [scene.arrive(b"sw1/%d.cfg" % n) for n in range(3)] == [False] * 3
     assert scene.arrive(b"sw1/small.cfg", size=40)
     scene.kill()
-    said = scene.tick(NOW)
-    assert said == [
+    event = scene.tick(NOW)
+    assert event == [
         (
             "archive.unusual_size",
             {
@@ -184,13 +199,13 @@ def test_an_unusual_size_is_said_once_also_by_the_next_daemon(tmp_path: Path, cl
         )
     ]
     scene.kill()
-    assert scene.tick(NOW + 999 * DAY) == []  # without `every` nobody is overdue
+    assert scene.tick(NOW + 999 * DAY) == []  # without `every` no device is overdue
 
 
-def test_an_admission_that_is_undone_leaves_no_trace_of_its_device(
-    tmp_path: Path, closed_after: Close, monkeypatch: pytest.MonkeyPatch
+def test_a_rolled_back_enqueue_does_not_change_the_device(
+    tmp_path: Path, close_after: Close, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scene = Scene(tmp_path, closed_after, size_alarm="50%", **BY_DEVICE)
+    scene = Scene(tmp_path, close_after, size_alarm="50%", **BY_DEVICE)
     for number in range(3):
         scene.arrive(b"sw1/%d.cfg" % number)
 
@@ -204,81 +219,81 @@ def test_an_admission_that_is_undone_leaves_no_trace_of_its_device(
         with pytest.raises(LedgerError):
             scene.arrive(b"sw1/odd.cfg", size=9000, at=NOW + HOUR)
     assert scene.ledger.unusual_archives() == []
-    assert [(d.last_at, d.archives) for d in scene.history().devices(NOW)] == [(NOW, 3)]
+    assert [(d.last_at, d.archives) for d in scene.queries().devices(NOW)] == [(NOW, 3)]
     assert scene.ledger.backlog()["vault"].pending == 3
     assert scene.arrive(b"sw1/odd.cfg", size=9000, at=NOW + HOUR)
     assert [one.size_bytes for one in scene.ledger.unusual_archives()] == [9000]
 
 
-# beside the daemon
+# commands
 
 
-def test_devices_are_shown_and_forgotten_from_beside_the_daemon(tmp_path: Path, closed_after: Close) -> None:
-    scene = Scene(tmp_path, closed_after, **BY_DEVICE)
+def test_commands_list_and_forget_devices_while_the_daemon_runs(tmp_path: Path, close_after: Close) -> None:
+    scene = Scene(tmp_path, close_after, **BY_DEVICE)
     for name in (b"sw1/a.cfg", b"sw2/a.cfg"):
         scene.arrive(name)
     late = NOW + 2 * HOUR
     scene.arrive(b"sw2/b.cfg", at=late)
-    history = scene.history()
-    assert history.devices(late) == [
+    queries = scene.queries()
+    assert queries.devices(late) == [
         DeviceRecord("switches", "sw1", NOW, 1, True, HOUR),
         DeviceRecord("switches", "sw2", late, 2, False, HOUR),
     ]
     assert [keys["device"] for _, keys in scene.tick(late)] == ["sw1"]
-    assert history.forget_device("sw1", "elsewhere", late) == []
-    assert history.forget_device("sw1", None, late) == [("switches", False)]
-    assert [d.device for d in history.devices(late)] == ["sw2"]
-    assert history.forget_device("sw1", None, late) == []
+    assert queries.forget_device("sw1", "elsewhere", late) == []
+    assert queries.forget_device("sw1", None, late) == [("switches", False)]
+    assert [d.device for d in queries.devices(late)] == ["sw2"]
+    assert queries.forget_device("sw1", None, late) == []
     assert scene.tick(late) == [("drop.recovered", {"drop": "switches", "device": "sw1"})]
     assert scene.tick(late + HOUR) == []
-    scene.arrive(b"sw1/b.cfg", at=late)  # it comes back: it is expected again
+    scene.arrive(b"sw1/b.cfg", at=late)  # it sends an archive and is expected again
     assert [keys["device"] for _, keys in scene.tick(late + 2 * HOUR)] == ["sw1", "sw2"]
 
 
-def test_a_listed_device_that_is_forgotten_waits_anew(tmp_path: Path, closed_after: Close) -> None:
+def test_a_forgotten_device_that_is_listed_is_expected_from_then_on(
+    tmp_path: Path, close_after: Close
+) -> None:
     expect = {"every": "1h", "by": "{stem}", "devices": ["sw1"]}
-    scene = Scene(tmp_path, closed_after, expect=expect)
+    scene = Scene(tmp_path, close_after, expect=expect)
     assert [name for name, _ in scene.tick(NOW + 2 * HOUR)] == ["drop.overdue"]
-    assert scene.history().forget_device("sw1", "switches", NOW + 2 * HOUR) == [("switches", True)]
+    assert scene.queries().forget_device("sw1", "switches", NOW + 2 * HOUR) == [("switches", True)]
     assert [name for name, _ in scene.tick(NOW + 3 * HOUR)] == ["drop.recovered"]
     assert [keys["overdue_s"] for _, keys in scene.tick(NOW + 4 * HOUR)] == [HOUR]
 
 
-# the schema, and its cost
+# schema and pruning
 
 
 @pytest.fixture
 def version_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Archive]:
-    """A ledger as the version before devices left it, with one archive delivered and one pending."""
+    """A ledger with the first schema, before devices, with one archive delivered and one pending."""
     today = tmp_path / "today"
     today.mkdir()
     ledger = SqliteLedger(open_ledger(today).connection)
     (old,) = ledger.enqueue([a_candidate(b"old.cfg")], ["vault"], NOW).queued
     (delivery,) = ledger.claim("vault", NOW)
-    ledger.record([finished(delivery, deferred(), delivered())], NOW)
+    ledger.record([a_claim_result(delivery, deferred(), delivered())], NOW)
     ledger.record_dispositions([DispositionResult(old.id, b"sent/old.cfg")], [], NOW)
     ledger.enqueue([a_candidate(b"new.cfg")], ["vault"], NOW)
     ledger.close()
     with monkeypatch.context() as earlier:
-        earlier.setattr(connection, "_SCRIPTS", connection._SCRIPTS[:1])
+        earlier.setattr(connection, "_MIGRATIONS", connection._MIGRATIONS[:1])
         db = open_ledger(tmp_path).connection
     db.execute("ATTACH ? AS today", (str(today / connection.FILE_NAME),))
-    for table in ("archive", "delivery", "attempt"):  # in what columns it had then
+    for table in ("archive", "delivery", "attempt"):  # the columns of that schema
         names = ", ".join(row[1] for row in db.execute(f"PRAGMA main.table_info({table})"))
         db.execute(f"INSERT INTO main.{table} ({names}) SELECT {names} FROM today.{table}")
     db.close()
     return tmp_path, old
 
 
-def test_a_ledger_of_the_version_before_is_taken_over(
-    version_1: tuple[Path, Archive], closed_after: Close
+def test_a_ledger_with_the_first_schema_is_migrated(
+    version_1: tuple[Path, Archive], close_after: Close
 ) -> None:
     state, _ = version_1
-    history = LedgerQueries(
-        closed_after(open_for_reading(state))
-    )  # of a command that is newer than the daemon
-    assert (history.devices(NOW), history.forget_device("sw1", None, NOW)) == ([], [])
-    ledger = closed_after(SqliteLedger(open_ledger(state).connection))
+    queries = LedgerQueries(close_after(open_for_reading(state)))  # the command is newer than the daemon
+    assert (queries.devices(NOW), queries.forget_device("sw1", None, NOW)) == ([], [])
+    ledger = close_after(SqliteLedger(open_ledger(state).connection))
     assert ledger.last_clock_reading() == ClockReading(NOW, [])
     assert ledger.backlog()["vault"].pending == 1
     ledger.set_expectations({"switches": DeviceExpectation(HOUR)}, NOW)
@@ -287,12 +302,12 @@ def test_a_ledger_of_the_version_before_is_taken_over(
     assert ledger.backlog()["vault"].pending == 1
 
 
-def test_deliveries_and_attempts_go_with_their_archive(
-    version_1: tuple[Path, Archive], closed_after: Close
+def test_deliveries_and_attempts_are_pruned_with_their_archive(
+    version_1: tuple[Path, Archive], close_after: Close
 ) -> None:
     state, _ = version_1
-    ledger = closed_after(SqliteLedger(open_ledger(state).connection))
-    raw = closed_after(sqlite3.connect(state / FILE_NAME))
+    ledger = close_after(SqliteLedger(open_ledger(state).connection))
+    raw = close_after(sqlite3.connect(state / FILE_NAME))
 
     def counts() -> list[int]:
         return [
@@ -306,32 +321,32 @@ def test_deliveries_and_attempts_go_with_their_archive(
     assert counts() == [1, 1, 0]
 
 
-def test_a_long_history_goes_in_many_small_transactions(tmp_path: Path, closed_after: Close) -> None:
+def test_a_long_history_is_pruned_in_many_small_transactions(tmp_path: Path, close_after: Close) -> None:
     class Counting(SqliteLedger):
         def prune(self, before: Any, most: int) -> int:
             sizes.append(super().prune(before, most))
             return sizes[-1]
 
     sizes: list[int] = []
-    ledger = closed_after(Counting(open_ledger(tmp_path).connection))
-    admitted = ledger.enqueue([a_candidate(b"%d" % n) for n in range(1000)], ["vault"], NOW).queued
-    ledger.record([finished(d, delivered()) for _ in admitted for d in ledger.claim("vault", NOW)], NOW)
-    ledger.record_dispositions([DispositionResult(archive.id, b"sent/x") for archive in admitted], [], NOW)
+    ledger = close_after(Counting(open_ledger(tmp_path).connection))
+    queued = ledger.enqueue([a_candidate(b"%d" % n) for n in range(1000)], ["vault"], NOW).queued
+    ledger.record([a_claim_result(d, delivered()) for _ in queued for d in ledger.claim("vault", NOW)], NOW)
+    ledger.record_dispositions([DispositionResult(archive.id, b"sent/x") for archive in queued], [], NOW)
     pruning = HistoryPruning(ledger)
-    for _ in range(1000):  # how many of them a tick gets done depends on the machine
+    for _ in range(1000):  # the number of transactions in a tick depends on the machine
         pruning.tick(lambda: NOW + DAY)
         if sizes[-1] < 200:
             break
     assert sizes == [200, 200, 200, 200, 199]
 
 
-def test_the_time_for_pruning_is_asked_for_while_nobody_can_bring_history_back(
-    version_1: tuple[Path, Archive], closed_after: Close
+def test_the_time_for_pruning_is_determined_while_no_other_connection_can_write(
+    version_1: tuple[Path, Archive], close_after: Close
 ) -> None:
-    """The clock is doubted before history comes back: what is in the ledger is judged by that."""
+    """A clock is distrusted before old history is added, so that this history is not pruned too early."""
     state, _ = version_1
-    ledger = closed_after(SqliteLedger(open_ledger(state).connection))
-    other = closed_after(sqlite3.connect(state / FILE_NAME, timeout=0, isolation_level=None))
+    ledger = close_after(SqliteLedger(open_ledger(state).connection))
+    other = close_after(sqlite3.connect(state / FILE_NAME, timeout=0, isolation_level=None))
     free: list[bool] = []
 
     def before() -> datetime:
@@ -345,23 +360,25 @@ def test_the_time_for_pruning_is_asked_for_while_nobody_can_bring_history_back(
         return NOW + SECOND
 
     assert ledger.prune(before, 9) == 1
-    assert not free[-1], "what comes back after this time was asked for is pruned by it"
+    assert not free[-1], "history that is added after the time was determined would be pruned by it"
 
 
-def test_what_is_not_old_costs_no_look_at_it(tmp_path: Path, closed_after: Close) -> None:
-    ledger = closed_after(SqliteLedger(open_ledger(tmp_path).connection))
+def test_pruning_reads_only_old_archives_and_writes_nothing_without_them(
+    tmp_path: Path, close_after: Close
+) -> None:
+    ledger = close_after(SqliteLedger(open_ledger(tmp_path).connection))
     statements: list[str] = []
     ledger._db.set_trace_callback(statements.append)
     ledger.prune(lambda: NOW, 9)
     ledger._db.set_trace_callback(None)
-    assert len(statements) == 1  # no transaction where there is nothing to do
+    assert len(statements) == 1  # no transaction if there is nothing to prune
     plan = [row[3] for row in ledger._db.execute(f"EXPLAIN QUERY PLAN {statements[0]}")]
     assert any("SEARCH archive USING INDEX archive_over (<expr><?)" in step for step in plan), plan
     assert not any("SCAN" in step for step in plan), plan
 
 
-def test_a_size_is_told_with_what_the_ledger_holds(tmp_path: Path, closed_after: Close) -> None:
-    scene = Scene(tmp_path, closed_after, size_alarm="50%")
+def test_an_unusual_archive_has_its_size_and_the_median(tmp_path: Path, close_after: Close) -> None:
+    scene = Scene(tmp_path, close_after, size_alarm="50%")
     for size in (10, 20, 30):
         scene.arrive(b"%d.cfg" % size, size=size)
     assert scene.arrive(b"odd.cfg", size=99)
