@@ -1,1 +1,1 @@
-"""From a path in a drop folder to a pending delivery."""
+"""From a file in a drop folder to a queued delivery: events, scans, selection and examination."""

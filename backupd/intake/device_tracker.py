@@ -1,4 +1,4 @@
-"""Who sends what: the devices behind the archives, when one falls silent, and sizes that are not as usual."""
+"""The devices that send archives: which ones are overdue, and which archives have an unusual size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from backupd.config.models import DropConfig
 from backupd.core.devices import (
     DeviceExpectation,
     device_of,
-    newly_overdue_and_recovered,
+    overdue_and_recovered,
     overdue_by,
     relative_change,
 )
@@ -25,54 +25,49 @@ from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    by: TextTemplate | None
-    pattern: re.Pattern[str] | None
-    size_alarm: float | None
-
-
 class DeviceTracker:
-    """Knows the devices of all drops; `tick` is called at each heartbeat.
+    """Tracks the devices of all drops; `tick` is called at each heartbeat.
 
-    What is to be said stands in the ledger until it was said: an end in between says it again, never not.
+    A report stays in the ledger until it is logged: a crash in between logs it twice, never not at all.
     """
 
     def __init__(self, ledger: DeviceLedger, log: EventLog) -> None:
-        self._rules: Mapping[str, _Rule] = {}
+        self._tracked_drops: Mapping[str, _TrackedDrop] = {}
         self._ledger = ledger
         self._log = log
         self._host = socket.gethostname()
-        self._saying = threading.Lock()
+        self._reporting = threading.Lock()
         self.overdue = 0
-        """How many devices were overdue at the last tick."""
+        """The number of devices that were overdue at the last tick."""
 
     def configure(self, drops: Mapping[str, Drop], now: datetime) -> None:
-        """Take over what a configuration expects; to be called before anything is admitted by it.
+        """Apply the `expect` tables of all drops; call it before any archive of these is queued.
 
-        Raises LedgerError, and changes nothing, where the ledger can't be written.
+        Raises LedgerError, and changes nothing, if the ledger cannot be written.
         """
         tracked = {name: drop for name, drop in drops.items() if _is_tracked(drop.config)}
-        rules = {name: _rule(drop) for name, drop in tracked.items()}
+        tracked_drops = {name: _TrackedDrop.of(drop) for name, drop in tracked.items()}
         self._ledger.set_expectations(
             {name: _expectation(drop.config) for name, drop in tracked.items()}, now
         )
-        self._rules = rules
+        self._tracked_drops = tracked_drops
 
-    def with_devices(self, sightings: Sequence[FileCandidate], now: datetime) -> list[FileCandidate]:
-        """Return sightings with the devices that they come from."""
-        return [replace(s, tracked=self._tracked(s, now)) for s in sightings] if self._rules else [*sightings]
+    def with_devices(self, candidates: Sequence[FileCandidate], now: datetime) -> list[FileCandidate]:
+        """Return the candidates together with the devices that sent them."""
+        if not self._tracked_drops:
+            return [*candidates]
+        return [replace(each, tracked=self._tracked_device(each, now)) for each in candidates]
 
     def device_of(self, archive: Archive) -> str | None:
-        """Return the device that an archive comes from, where its drop's devices are of interest."""
-        rule = self._rules.get(archive.drop)
-        return (
-            None if rule is None else device_of(rule.by, template_values(archive, self._host, rule.pattern))
-        )
+        """Return the device that sent an archive; None if the devices of its drop are not tracked."""
+        tracked = self._tracked_drops.get(archive.drop)
+        if tracked is None:
+            return None
+        return device_of(tracked.device_template, template_values(archive, self._host, tracked.label_pattern))
 
     def tick(self, now: datetime) -> None:
-        """Say what is overdue, what has recovered, and what a killed daemon left unsaid of sizes."""
-        overdue, recovered = newly_overdue_and_recovered(self._ledger.possibly_overdue(now), now)
+        """Log the overdue and recovered devices, and unusual sizes that an earlier run has not logged."""
+        overdue, recovered = overdue_and_recovered(self._ledger.possibly_overdue(now), now)
         for device in overdue:
             self._log.emit(
                 events.DROP_OVERDUE,
@@ -90,37 +85,46 @@ class DeviceTracker:
         self.log_unusual_sizes()
 
     def log_unusual_sizes(self) -> None:
-        """Say of each archive of unusual size that it is, once."""
-        with self._saying:
-            found = self._ledger.unusual_archives()
-            for one in found:
+        """Log each archive of unusual size, once."""
+        with self._reporting:
+            unusual = self._ledger.unusual_archives()
+            for archive in unusual:
                 self._log.emit(
                     events.ARCHIVE_UNUSUAL_SIZE,
-                    drop=one.drop,
-                    archive=one.relpath,
-                    device=one.device or None,
-                    size_bytes=one.size_bytes,
-                    median_size_bytes=one.median_size_bytes,
-                    change_ratio=relative_change(one.size_bytes, one.median_size_bytes),
+                    drop=archive.drop,
+                    archive=archive.relpath,
+                    device=archive.device or None,
+                    size_bytes=archive.size_bytes,
+                    median_size_bytes=archive.median_size_bytes,
+                    change_ratio=relative_change(archive.size_bytes, archive.median_size_bytes),
                 )
-            if found:
-                self._ledger.mark_reported(found)
+            if unusual:
+                self._ledger.mark_reported(unusual)
 
-    def _tracked(self, s: FileCandidate, now: datetime) -> TrackedDevice | None:
-        rule = self._rules.get(s.drop)
-        if rule is None:
+    def _tracked_device(self, candidate: FileCandidate, now: datetime) -> TrackedDevice | None:
+        tracked = self._tracked_drops.get(candidate.drop)
+        if tracked is None:
             return None
-        device = self.device_of(Archive(0, s.drop, s.relpath, s.fingerprint, now))
-        return None if device is None else TrackedDevice(device, rule.size_alarm)
+        device = self.device_of(Archive(0, candidate.drop, candidate.relpath, candidate.fingerprint, now))
+        return None if device is None else TrackedDevice(device, tracked.size_alarm)
+
+
+@dataclass(frozen=True, slots=True)
+class _TrackedDrop:
+    """The settings of a drop that decide which device sent an archive, and which sizes are unusual."""
+
+    device_template: TextTemplate | None
+    label_pattern: re.Pattern[str] | None
+    size_alarm: float | None
+
+    @classmethod
+    def of(cls, drop: Drop) -> _TrackedDrop:
+        by = drop.config.expect.by
+        return cls(TextTemplate.parse(by) if by else None, drop.label_pattern, drop.config.size_alarm)
 
 
 def _is_tracked(config: DropConfig) -> bool:
     return config.expect.every is not None or config.size_alarm is not None
-
-
-def _rule(drop: Drop) -> _Rule:
-    by = drop.config.expect.by
-    return _Rule(TextTemplate.parse(by) if by else None, drop.label_pattern, drop.config.size_alarm)
 
 
 def _expectation(config: DropConfig) -> DeviceExpectation:

@@ -1,7 +1,7 @@
-"""Archives under examination, between finished and admitted: are they whole, are they what was meant.
+"""Examination of finished files before they are queued: damage and checksums.
 
-Here and not before each upload: an archive is read once more for all of its destinations and attempts, what
-was examined is what is sent (the fingerprint holds that), and whatever is found is told before any request.
+It takes place here, not before each upload, because the result holds for all destinations and attempts: the
+fingerprint guarantees that the uploaded content is the examined one. Damage is logged before any request.
 """
 
 from __future__ import annotations
@@ -28,76 +28,87 @@ from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
 
 MISSING, UNUSABLE = "checksum_missing", "checksum_unusable"
-"""Reasons to wait that are none to reject an archive."""
+"""Reasons for which a file is held, but never rejected."""
 
 _HINTS = {
-    Reason.CHECKSUM_MISMATCH: "it is rejected if neither of the two changes within `inspect_grace`",
-    MISSING: 'put its checksum file beside it, or set `checksum_file` to "auto"',
-    UNUSABLE: 'expected a small file of "HASH  NAME"; "auto" does without after `inspect_grace`',
+    Reason.CHECKSUM_MISMATCH: "copy the archive and its checksum file again; it is rejected unless one of"
+    " them changes within `inspect_grace`",
+    MISSING: 'write its checksum file beside it, or set `checksum_file` to "auto"',
+    UNUSABLE: 'expected a small file of "HASH  NAME"; with "auto" it is sent unchecked after `inspect_grace`',
 }
+
+_DAMAGE_HINT = "check the backup job of the device; it is rejected unless it changes within `inspect_grace`"
 
 
 @dataclass(frozen=True, slots=True)
 class HoldReason:
-    """Why a file is not to be admitted: one of the policy's reasons, or a reason to wait."""
+    """Why a file is not queued: `reason` is `MISSING`, `UNUSABLE` or a `Reason` of the failure policy."""
 
     reason: str
     error: str
 
     @property
     def hint(self) -> str:
-        """What to do about it while it waits."""
-        other = "look at the device; it is rejected if it does not change within `inspect_grace`"
-        return _HINTS.get(self.reason, other)
+        """Return how to fix it while the file is held."""
+        return _HINTS.get(self.reason, _DAMAGE_HINT)
 
 
 def compare_digests(
     stated: StatedDigests, digests: Mapping[str, Digest], *, required: bool
 ) -> HoldReason | None:
-    """Compare what checksum files state with an archive's digests by algorithm."""
+    """Compare the digests in checksum files with those of the archive, keyed by algorithm.
+
+    Returns None if they match, or if there is no checksum file and none is `required`.
+    """
     for file, digest in stated.digests.items():
-        found = digests[digest.algorithm]
-        if found != digest:
-            return HoldReason(Reason.CHECKSUM_MISMATCH, f"{as_text(file)} states {digest}, but it is {found}")
+        actual = digests[digest.algorithm]
+        if actual != digest:
+            error = f"{as_text(file)} states {digest}, but the archive has {actual}"
+            return HoldReason(Reason.CHECKSUM_MISMATCH, error)
     if stated.digests:
         return None
     for file, why in stated.unusable.items():
-        return HoldReason(UNUSABLE, f"{as_text(file)} is of no use: {why}")
-    return HoldReason(MISSING, "there is no checksum file for it") if required else None
+        return HoldReason(UNUSABLE, f"{as_text(file)} cannot be used: {why}")
+    return HoldReason(MISSING, "it has no checksum file") if required else None
 
 
-_AT_ONCE = 4
-"""Archives that take turns, so that a large one does not keep the others waiting."""
+ExaminationSteps = Generator[None, None, HoldReason | None]
+"""An examination in small steps; returns why the file is not queued, None if it is."""
 
-_LARGE = 64 * 1024 * 1024
-"""Bytes of an archive that takes its time; one turn is kept for those that do not."""
+_MAX_ACTIVE_JOBS = 4
+"""Jobs that are worked on in turns, so that a large archive does not delay the others."""
 
-Steps = Generator[None, None, HoldReason | None]
+_LARGE_BYTES = 64 * 1024 * 1024
+"""Size above which an archive counts as large; one active job is always kept free for smaller ones."""
 
 
 @dataclass(slots=True, eq=False)
 class ExaminerJob:
-    """One content under examination; what was found out about it need not be found out again."""
+    """The examination of one content; finished parts of it are kept for later rounds.
 
-    sighting: FileCandidate
-    since: float
+    `added_at` and `due` are monotonic times, `work_time` the seconds spent on the current part.
+    """
+
+    candidate: FileCandidate
+    added_at: float
     inspected: bool = False
     damage: Damage | None = None
     digests: dict[str, Digest] = field(default_factory=dict)
-    steps: Steps | None = None
-    worked: float = 0.0
+    steps: ExaminationSteps | None = None
+    work_time: float = 0.0
     due: float = 0.0
-    said: set[str] = field(default_factory=set)
-    again: bool = False
+    logged_reasons: set[str] = field(default_factory=set)
+    must_repeat: bool = False
+    """Whether a checksum file may have changed after it was read."""
 
     @property
     def is_large(self) -> bool:
-        """Whether it takes its time."""
-        return self.sighting.fingerprint.size > _LARGE
+        """Whether its examination takes long."""
+        return self.candidate.fingerprint.size > _LARGE_BYTES
 
 
 class ExaminerQueue:
-    """The cases that have a turn, in `active`, and those that wait for one, each kind in its order."""
+    """The jobs that are worked on, in `active`, and two queues of waiting ones: small and large."""
 
     def __init__(self) -> None:
         self.active: deque[ExaminerJob] = deque()
@@ -107,211 +118,194 @@ class ExaminerQueue:
     def __bool__(self) -> bool:
         return bool(self.active or self._small or self._large)
 
-    def add(self, case: ExaminerJob) -> None:
-        """Have a case wait for its turn."""
-        self._queue_of(case)[case.sighting.relpath] = case
+    def add(self, job: ExaminerJob) -> None:
+        """Append a job to the waiting ones."""
+        self._queue_of(job)[job.candidate.relpath] = job
 
-    def drop(self, case: ExaminerJob) -> None:
-        """Forget a case, wherever it is."""
+    def remove(self, job: ExaminerJob) -> None:
+        """Remove a job, whether it is active or waiting."""
         with suppress(ValueError):
-            self.active.remove(case)
-        self._queue_of(case).pop(case.sighting.relpath, None)
+            self.active.remove(job)
+        self._queue_of(job).pop(job.candidate.relpath, None)
 
-    def begin(self) -> list[ExaminerJob]:
-        """Give the free turns away, one at least to a large case and never all; return whose they are."""
-        begun = []
-        while len(self.active) < _AT_ONCE and (queue := self._next()):
-            case = queue.pop(next(iter(queue)))
-            self.active.append(case)
-            begun.append(case)
-        return begun
+    def activate(self) -> list[ExaminerJob]:
+        """Activate and return waiting jobs up to the limit; large ones get at least one place, never all."""
+        activated = []
+        while len(self.active) < _MAX_ACTIVE_JOBS and (queue := self._next_queue()):
+            job = queue.pop(next(iter(queue)))
+            self.active.append(job)
+            activated.append(job)
+        return activated
 
-    def _next(self) -> dict[bytes, ExaminerJob]:
-        large = sum(case.is_large for case in self.active)
-        if self._large and (not large or (not self._small and large < _AT_ONCE - 1)):
+    def _next_queue(self) -> dict[bytes, ExaminerJob]:
+        large = sum(job.is_large for job in self.active)
+        if self._large and (not large or (not self._small and large < _MAX_ACTIVE_JOBS - 1)):
             return self._large
         return self._small
 
-    def _queue_of(self, case: ExaminerJob) -> dict[bytes, ExaminerJob]:
-        return self._large if case.is_large else self._small
+    def _queue_of(self, job: ExaminerJob) -> dict[bytes, ExaminerJob]:
+        return self._large if job.is_large else self._small
 
 
-_SLICE = 0.05
-"""Seconds that the intake's thread is kept from other files."""
+_SLICE_TIME = 0.05
+"""Seconds of one slice, during which the intake's thread handles no other file."""
 
-_LONGEST = 600.0
-"""Seconds of work after which an archive is not inspected further, and after which its digest is given up."""
+_MAX_WORK_TIME = 600.0
+"""Seconds of work after which the inspection, or the digest, of an archive is abandoned."""
 
 
-class _GoneError(Exception):
-    """The file is not there any more, or has changed: it will be looked at anew."""
+class _FileChangedError(Exception):
+    """The file is gone or has changed; an event or the next scan brings the new content."""
 
 
 class Examiner:
-    """Takes sightings, works on them a slice at a time, and returns those to be admitted or rejected.
+    """Examines candidates in short slices and returns those that can be queued.
 
-    `complain` is told of files that can't be read; the rescan tries those again.
+    `on_unreadable` receives the files that can't be read; they are retried at the next rescan.
     """
 
-    def __init__(self, drop: Drop, log: EventLog, complain: OnUnreadable) -> None:
+    def __init__(self, drop: Drop, log: EventLog, on_unreadable: OnUnreadable) -> None:
         config = drop.config
         self._drop = drop.name
         self._config = config
         self._folder = drop.folder
         self._log = log
-        self._complain = complain
+        self._on_unreadable = on_unreadable
         self._required = config.checksum_file == "required"
         self._grace = config.inspect_grace.total_seconds()
-        self._patience = min(self._grace, config.rescan_every.total_seconds())
-        self._cases: dict[bytes, ExaminerJob] = {}
-        self._turns = ExaminerQueue()
-        self._held: dict[bytes, ExaminerJob] = {}
+        self._log_after = min(self._grace, config.rescan_every.total_seconds())
+        """Seconds after which a held file is logged."""
+        self._jobs: dict[bytes, ExaminerJob] = {}
+        """Every job by its path: those in the queue and those on hold."""
+        self._queue = ExaminerQueue()
+        self._on_hold: dict[bytes, ExaminerJob] = {}
+        """The jobs that wait for a change of the file or of its checksum file."""
 
     def __len__(self) -> int:
-        return len(self._cases)
+        return len(self._jobs)
 
     def __contains__(self, relpath: object) -> bool:
-        return relpath in self._cases
+        return relpath in self._jobs
 
-    def close(self) -> None:
-        """Give up what is under way."""
-        for case in self._turns.active:
-            if case.steps is not None:
-                case.steps.close()
-
-    def add(self, sighting: FileCandidate) -> bool:
-        """Take a finished file; False if this drop's files are not examined."""
+    def add(self, candidate: FileCandidate) -> bool:
+        """Accept a finished file; return False if this drop's files are not examined."""
         if self._config.inspect == "off" and self._config.checksum_file == "off":
             return False
-        case = self._cases.get(sighting.relpath)
-        if case is not None and case.sighting == sighting:
-            self._hasten(case)
+        job = self._jobs.get(candidate.relpath)
+        if job is not None and job.candidate == candidate:
+            self._examine_again(job)
             return True
-        if case is not None:
-            self._drop_case(case)
-        self._cases[sighting.relpath] = ExaminerJob(sighting, time.monotonic())
-        self._turns.add(self._cases[sighting.relpath])
+        if job is not None:
+            self._remove(job)
+        self._jobs[candidate.relpath] = ExaminerJob(candidate, time.monotonic())
+        self._queue.add(self._jobs[candidate.relpath])
         return True
 
     def recheck(self, relpath: bytes) -> None:
-        """Look again at whatever waits for a checksum file, if that is what a path is."""
-        if not self._held:
+        """Examine the held archives again to which a path belongs as a checksum file, if it does."""
+        if not self._on_hold:
             return
         parent, slash, name = relpath.rpartition(b"/")
         if name in LISTS:
-            for case in [c for r, c in self._held.items() if r.rpartition(b"/")[0] == parent]:
-                self._hasten(case)
+            for job in [job for path, job in self._on_hold.items() if path.rpartition(b"/")[0] == parent]:
+                self._examine_again(job)
         elif (archive := archive_of(name)) is not None:
-            held = self._held.get(parent + slash + archive)
+            held = self._on_hold.get(parent + slash + archive)
             if held is not None:
-                self._hasten(held)
+                self._examine_again(held)
 
     def next_due(self) -> float | None:
         """Return the monotonic time at which there is work, or None."""
-        if self._turns:
+        if self._queue:
             return 0.0
-        return min((case.due for case in self._held.values()), default=None)
+        return min((job.due for job in self._on_hold.values()), default=None)
 
     def run_slice(self) -> list[FileCandidate]:
-        """Go on for a moment; return what can be told now, the rejected ones marked as such."""
+        """Work for one slice of time; return the files that are done, `rejected` set on the damaged ones."""
         done: list[FileCandidate] = []
         now = time.monotonic()
-        for case in [case for case in self._held.values() if case.due <= now]:
-            self._hasten(case)
-        until = now + _SLICE
-        while now < until and self._turns:
-            for case in self._turns.begin():
-                case.steps, case.again = self._examine(case), False
-            sighting = self._step(self._turns.active.popleft())
-            if sighting is not None:
-                done.append(sighting)
+        for job in [job for job in self._on_hold.values() if job.due <= now]:
+            self._examine_again(job)
+        until = now + _SLICE_TIME
+        while now < until and self._queue:
+            for job in self._queue.activate():
+                job.steps, job.must_repeat = self._examine(job), False
+            candidate = self._run_step(self._queue.active.popleft())
+            if candidate is not None:
+                done.append(candidate)
             now = time.monotonic()
         return done
 
-    def _hasten(self, case: ExaminerJob) -> None:
-        relpath = case.sighting.relpath
-        if self._held.pop(relpath, None) is not None:
-            self._turns.add(case)
+    def close(self) -> None:
+        """Abandon all active jobs and close their files."""
+        for job in self._queue.active:
+            if job.steps is not None:
+                job.steps.close()
+
+    def _examine_again(self, job: ExaminerJob) -> None:
+        if self._on_hold.pop(job.candidate.relpath, None) is not None:
+            self._queue.add(job)
         else:
-            case.again = True  # its checksum file may have changed since it was read
+            job.must_repeat = True  # its checksum file may have changed after it was read
 
-    def _drop_case(self, case: ExaminerJob) -> None:
-        relpath = case.sighting.relpath
-        if case.steps is not None:
-            case.steps.close()
-        self._turns.drop(case)
-        self._held.pop(relpath, None)
-        self._cases.pop(relpath, None)
+    def _remove(self, job: ExaminerJob) -> None:
+        relpath = job.candidate.relpath
+        if job.steps is not None:
+            job.steps.close()
+        self._queue.remove(job)
+        self._on_hold.pop(relpath, None)
+        self._jobs.pop(relpath, None)
 
-    def _step(self, case: ExaminerJob) -> FileCandidate | None:
-        began = time.monotonic()
+    def _run_step(self, job: ExaminerJob) -> FileCandidate | None:
+        started = time.monotonic()
         try:
-            if case.steps is not None:
-                next(case.steps)
+            if job.steps is not None:
+                next(job.steps)
         except StopIteration as stop:
-            case.steps = None
-            return self._judge(case, stop.value)
-        except _GoneError:
-            case.steps = None
-            self._drop_case(case)
+            job.steps = None
+            return self._decide(job, stop.value)
+        except _FileChangedError:
+            job.steps = None
+            self._remove(job)
             return None
-        case.worked += time.monotonic() - began
-        self._turns.active.append(case)
+        job.work_time += time.monotonic() - started
+        self._queue.active.append(job)
         return None
 
-    def _examine(self, case: ExaminerJob) -> Steps:
-        """Return why a file is not to be admitted, None if it is."""
-        sighting = case.sighting
+    def _examine(self, job: ExaminerJob) -> ExaminationSteps:
+        candidate = job.candidate
         try:
-            fd = self._folder.open(sighting.relpath)
+            fd = self._folder.open(candidate.relpath)
         except OSError as error:
             if not isinstance(error, FileNotFoundError):
-                self._complain(sighting.relpath, error)
-            raise _GoneError from error
+                self._on_unreadable(candidate.relpath, error)
+            raise _FileChangedError from error
         try:
-            if fingerprint_of(os.fstat(fd)) != sighting.fingerprint:
-                raise _GoneError
-            if self._config.inspect != "off" and not case.inspected:
-                case.damage = yield from self._inspect(case, fd)
-                case.inspected = True
-            found = None if case.damage is None else HoldReason(case.damage.reason, case.damage.error)
+            if fingerprint_of(os.fstat(fd)) != candidate.fingerprint:
+                raise _FileChangedError
+            if self._config.inspect != "off" and not job.inspected:
+                job.damage = yield from self._inspect(job, fd)
+                job.inspected = True
+            found = None if job.damage is None else HoldReason(job.damage.reason, job.damage.error)
             if found is None and self._config.checksum_file != "off":
-                found = yield from self._compare(case, fd)
-            if fingerprint_of(os.fstat(fd)) != sighting.fingerprint:
-                raise _GoneError
+                found = yield from self._compare(job, fd)
+            if fingerprint_of(os.fstat(fd)) != candidate.fingerprint:
+                raise _FileChangedError
         except OSError as error:
-            self._complain(sighting.relpath, error)
-            raise _GoneError from error
+            self._on_unreadable(candidate.relpath, error)
+            raise _FileChangedError from error
         finally:
             os.close(fd)
         return found
 
-    def _compare(self, case: ExaminerJob, fd: int) -> Generator[None, None, HoldReason | None]:
-        sighting = case.sighting
-        stated = read_checksum_files(self._folder, sighting.relpath)
-        for algorithm in {digest.algorithm for digest in stated.digests.values()} - set(case.digests):
-            steps = digest_of(fd, sighting.fingerprint.size, algorithm)
-            case.worked = 0.0
-            while case.worked < _LONGEST:
-                try:
-                    next(steps)
-                except StopIteration as stop:
-                    case.digests[algorithm] = stop.value
-                    break
-                yield
-            else:
-                return HoldReason(UNUSABLE, f"its {algorithm} took longer than {_LONGEST:g} s of work")
-        return compare_digests(stated, case.digests, required=self._required)
-
-    def _inspect(self, case: ExaminerJob, fd: int) -> Generator[None, None, Damage | None]:
-
-        sighting = case.sighting
-        name = sighting.relpath.rpartition(b"/")[2]
-        steps = inspect(fd, sighting.fingerprint.size, name, full=self._config.inspect == "full")
-        case.worked = 0.0
-        why = f"it took longer than {_LONGEST:g} s of work"
+    def _inspect(self, job: ExaminerJob, fd: int) -> Generator[None, None, Damage | None]:
+        candidate = job.candidate
+        name = candidate.relpath.rpartition(b"/")[2]
+        steps = inspect(fd, candidate.fingerprint.size, name, full=self._config.inspect == "full")
+        job.work_time = 0.0
+        why = f"the inspection took longer than {_MAX_WORK_TIME:g} s"
         try:
-            while case.worked < _LONGEST:
+            while job.work_time < _MAX_WORK_TIME:
                 try:
                     next(steps)
                 except StopIteration as stop:
@@ -328,41 +322,60 @@ class Examiner:
         self._log.emit(
             events.INSPECTION_ENDED,
             drop=self._drop,
-            archive=sighting.relpath,
-            size_bytes=sighting.fingerprint.size,
+            archive=candidate.relpath,
+            size_bytes=candidate.fingerprint.size,
             error=why,
         )
         return None
 
-    def _judge(self, case: ExaminerJob, found: HoldReason | None) -> FileCandidate | None:
-        sighting, now = case.sighting, time.monotonic()
-        patient = now < case.since + self._grace
-        if case.again:
-            self._turns.add(case)
-            return None
-        if found is None or (found.reason == UNUSABLE and not self._required and not patient):
-            self._drop_case(case)
-            return sighting
-        if found.reason in (MISSING, UNUSABLE) or patient:
-            self._hold(case, found, now)
-            return None
-        self._drop_case(case)
-        return replace(sighting, rejected=Rejected(Reason(found.reason), found.error))
+    def _compare(self, job: ExaminerJob, fd: int) -> ExaminationSteps:
+        candidate = job.candidate
+        stated = read_checksum_files(self._folder, candidate.relpath)
+        for algorithm in {digest.algorithm for digest in stated.digests.values()} - set(job.digests):
+            steps = digest_of(fd, candidate.fingerprint.size, algorithm)
+            job.work_time = 0.0
+            while job.work_time < _MAX_WORK_TIME:
+                try:
+                    next(steps)
+                except StopIteration as stop:
+                    job.digests[algorithm] = stop.value
+                    break
+                yield
+            else:
+                return HoldReason(UNUSABLE, f"its {algorithm} took longer than {_MAX_WORK_TIME:g} s")
+        return compare_digests(stated, job.digests, required=self._required)
 
-    def _hold(self, case: ExaminerJob, found: HoldReason, now: float) -> None:
-        sighting, end = case.sighting, case.since + self._grace
-        case.due = now + self._config.rescan_every.total_seconds()
-        if now < end:
-            case.due = min(case.due, end)
-        self._held[sighting.relpath] = case
-        if now < case.since + self._patience or found.reason in case.said:
+    def _decide(self, job: ExaminerJob, found: HoldReason | None) -> FileCandidate | None:
+        """Return the file if it is to be queued or rejected; None if it is held or examined again."""
+        candidate, now = job.candidate, time.monotonic()
+        in_grace = now < job.added_at + self._grace
+        if job.must_repeat:
+            self._queue.add(job)
+            return None
+        if found is None or (found.reason == UNUSABLE and not self._required and not in_grace):
+            self._remove(job)
+            return candidate
+        if found.reason in (MISSING, UNUSABLE) or in_grace:
+            self._hold(job, found, now)
+            return None
+        self._remove(job)
+        return replace(candidate, rejected=Rejected(Reason(found.reason), found.error))
+
+    def _hold(self, job: ExaminerJob, found: HoldReason, now: float) -> None:
+        """Keep a file back until the next rescan or the end of its grace, and log why, once."""
+        candidate, grace_end = job.candidate, job.added_at + self._grace
+        job.due = now + self._config.rescan_every.total_seconds()
+        if now < grace_end:
+            job.due = min(job.due, grace_end)
+        self._on_hold[candidate.relpath] = job
+        if now < job.added_at + self._log_after or found.reason in job.logged_reasons:
             return
-        case.said.add(found.reason)
+        job.logged_reasons.add(found.reason)
         self._log.emit(
             events.ARCHIVE_WAITING,
             drop=self._drop,
-            archive=sighting.relpath,
-            size_bytes=sighting.fingerprint.size,
+            archive=candidate.relpath,
+            size_bytes=candidate.fingerprint.size,
             reason=found.reason,
             error=found.error,
             hint=found.hint,

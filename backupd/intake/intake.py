@@ -1,4 +1,4 @@
-"""One drop folder's intake: events and scans in, pending deliveries out."""
+"""The intake of one drop folder: reads events, scans, and queues each finished file in the ledger."""
 
 from __future__ import annotations
 
@@ -24,28 +24,23 @@ from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
 from backupd.telemetry.thread_watchdog import ThreadWatchdog
 
-_BATCH = 500
-"""Archives admitted in one transaction."""
+_BATCH_SIZE = 500
+"""Archives that are queued in one transaction, and events that are handled before the next check."""
 
-_SURELY_MISSED = 5.0
-"""Seconds after which an event that has not come will not come."""
+_EVENT_TIMEOUT = 5.0
+"""Seconds after which an event that has not arrived is lost."""
 
 NotifyWorkers = Callable[[Sequence[str]], None]
+"""Called with the names of the destinations that have new deliveries."""
 
 OnRejected = Callable[[], None]
-"""Called when archives were rejected at once, so that the ledger has files to dispose of."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Notice:
-    path: bytes
-    is_directory: bool
+"""Called when archives were rejected before any upload, so that the recorder moves their files."""
 
 
 class Intake:
     """Watches one drop folder; `run` is the body of its thread.
 
-    Everything it remembers can be found again by a scan; nothing is lost with it.
+    All of its state in memory is rebuilt by a scan.
     """
 
     def __init__(
@@ -53,9 +48,9 @@ class Intake:
         drop: Drop,
         ledger: Ledger,
         log: EventLog,
-        wake: NotifyWorkers,
-        settled: OnRejected,
-        freshness: DeviceTracker | None = None,
+        notify_workers: NotifyWorkers,
+        on_rejected: OnRejected,
+        device_tracker: DeviceTracker | None = None,
     ) -> None:
         self.name = drop.name
         self._config = drop.config
@@ -63,199 +58,209 @@ class Intake:
         self._folder = drop.folder
         self._ledger = ledger
         self._log = log
-        self._wake = wake
-        self._freshness = freshness or DeviceTracker(ledger, log)
-        self._settled = settled
+        self._notify_workers = notify_workers
+        self._on_rejected = on_rejected
+        self._device_tracker = device_tracker or DeviceTracker(ledger, log)
         self._prefix = os.fsencode(drop.config.path).rstrip(b"/") + b"/"
-        self._notices: queue.SimpleQueue[_Notice | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[_PathEvent | None] = queue.SimpleQueue()
+        """Events that have not been handled; None ends a wait."""
         self._candidates = Candidates(drop, log)
-        self._examination = Examiner(drop, log, self._candidates.log_unreadable)
+        self._examiner = Examiner(drop, log, self._candidates.log_unreadable)
         self._skip = frozenset((drop.sent_dir, drop.rejected_dir))
-        self._sight = WatchHealth(drop, log, self._notice, self._ignores)
+        self._watch_health = WatchHealth(drop, log, self._on_event, self._is_ignored)
         self._batch: list[FileCandidate] = []
-        self._failing = False
-        self._unadmitted: set[int] = set()
-        self._noted: tuple[int, int] | None = None
-        """Which directory the ledger was told that the folder is: its device and inode."""
+        """Finished files that are queued by the next transaction."""
+        self._ledger_failing = False
+        self._not_enqueued: set[int] = set()
+        """Hashes of the paths of finished files that the ledger could not queue."""
+        self._registered_folder: tuple[int, int] | None = None
+        """Device and inode of the directory that the ledger knows as this drop folder."""
         self.ready = threading.Event()
         self.watchdog = ThreadWatchdog(f"intake of {drop.name}")
 
+    @property
+    def is_degraded(self) -> bool:
+        """Whether the folder can't be read, or brings no events."""
+        return self._watch_health.is_degraded
+
     def run(self, stop: threading.Event) -> None:
-        """Take in archives until told to stop; `poke` ends a wait."""
-        self._sight.open()
+        """Queue finished files until `stop` is set; call `wake` after setting it."""
+        self._watch_health.open()
         next_scan = time.monotonic()
         try:
             while not stop.is_set():
                 self.watchdog.alive()
                 now = time.monotonic()
-                if self._sight.has_missed_events() or now >= next_scan:
-                    proven = self._sight.check()
+                if self._watch_health.has_missed_events() or now >= next_scan:
+                    watched = self._watch_health.check()
                     self.register_folder()
-                    self._scan(b"", stop, prove=proven and self.ready.is_set())
-                    next_scan = time.monotonic() + self._sight.scan_every()
+                    self._scan(b"", stop, detect_lost_events=watched and self.ready.is_set())
+                    next_scan = time.monotonic() + self._watch_health.scan_every()
                     self.ready.set()
-                self._look_again()
-                self._batch += self._examination.run_slice()
-                self._admit()
+                self._check_due()
+                self._batch += self._examiner.run_slice()
+                self._enqueue()
                 self._wait(next_scan)
         finally:
-            self._examination.close()
+            self._examiner.close()
             self.watchdog.idle()
-            self._sight.close()
+            self._watch_health.close()
 
     def register_folder(self) -> None:
-        """Have the ledger know which directory this is, before anything in it is looked for."""
+        """Record in the ledger which directory the drop folder is; call it before each scan."""
         status = os.fstat(self._folder.fileno())
-        here = status.st_dev, status.st_ino
-        if here == self._noted:
+        current = status.st_dev, status.st_ino
+        if current == self._registered_folder:
             return
         try:
-            self._ledger.register_folder(self.name, *here)
+            self._ledger.register_folder(self.name, *current)
         except LedgerError as error:
-            self._ledger_failed(error)
+            self._log_ledger_failure(error)
         else:
-            self._noted = here
+            self._registered_folder = current
 
     def wake(self) -> None:
-        """End a wait, to look at the stop event."""
-        self._notices.put(None)
+        """End a wait, so that the thread checks its stop event."""
+        self._events.put(None)
 
     def recheck(self, relpath: bytes) -> None:
-        """Ask for a look at a path, as an event would."""
-        self._notices.put(_Notice(os.fsencode(self._config.path) + b"/" + relpath, is_directory=False))
+        """Have a path checked, as an event would."""
+        self._events.put(_PathEvent(os.fsencode(self._config.path) + b"/" + relpath, is_directory=False))
 
-    @property
-    def is_degraded(self) -> bool:
-        """Whether no events come from the folder, or it can't be read."""
-        return self._sight.is_degraded
-
-    def _notice(self, path: bytes, is_directory: bool) -> None:
-        self._sight.event_received()
+    def _on_event(self, path: bytes, is_directory: bool) -> None:
+        self._watch_health.event_received()
         if path != self._prefix:
-            self._notices.put(_Notice(path, is_directory))
+            self._events.put(_PathEvent(path, is_directory))
 
     def _wait(self, next_scan: float) -> None:
-        dues = (self._candidates.next_due(), self._examination.next_due())
-        until = min([next_scan, *(due for due in dues if due is not None)])
+        """Wait for an event until something is due, and handle the events that have arrived."""
+        due_times = (self._candidates.next_due(), self._examiner.next_due())
+        until = min([next_scan, *(due for due in due_times if due is not None)])
         timeout = max(until - time.monotonic(), 0.0)
         try:
             self.watchdog.idle()
-            notice = self._notices.get(timeout=min(timeout, self._sight.patience()))
+            event = self._events.get(timeout=min(timeout, self._watch_health.max_wait()))
             self.watchdog.alive()
-            self._take(notice)
-            for _ in range(_BATCH):
-                self._take(self._notices.get_nowait())
+            self._handle(event)
+            for _ in range(_BATCH_SIZE):
+                self._handle(self._events.get_nowait())
         except queue.Empty:
             pass
 
-    def _take(self, notice: _Notice | None) -> None:
-        if notice is None or not notice.path.startswith(self._prefix):
+    def _handle(self, event: _PathEvent | None) -> None:
+        if event is None or not event.path.startswith(self._prefix):
             return
-        relpath = notice.path[len(self._prefix) :]
-        if self._is_skipped(relpath + b"/" if notice.is_directory else relpath):
+        relpath = event.path[len(self._prefix) :]
+        if self._is_skipped(relpath + b"/" if event.is_directory else relpath):
             return
-        if notice.is_directory:
+        if event.is_directory:
             if self._config.recursive:
-                self._scan(relpath, None, prove=False)
+                self._scan(relpath, None, detect_lost_events=False)
             return
-        self._examination.recheck(relpath)
-        self._look(relpath)
+        self._examiner.recheck(relpath)
+        self._check(relpath)
 
-    def _ignores(self, directory: bytes) -> bool:
-        """Tell whether nothing in a directory, given by its absolute path, is looked at."""
+    def _is_ignored(self, directory: bytes) -> bool:
+        """Return whether a directory, given by its absolute path, is neither watched nor scanned."""
         return self._is_skipped(directory[len(self._prefix) :] + b"/")
 
     def _is_skipped(self, relpath: bytes) -> bool:
         directories = relpath.split(b"/")[:-1]
-        if any(part.startswith(b".") for part in directories):
+        if any(name.startswith(b".") for name in directories):
             return True
         return any(relpath == skip or relpath.startswith(skip + b"/") for skip in self._skip)
 
-    def _look(self, relpath: bytes, status: os.stat_result | None = None) -> None:
-        sighting = self._candidates.check(relpath, time.monotonic(), status)
-        if sighting is not None and not self._examination.add(sighting):
-            self._batch.append(sighting)
-            if len(self._batch) >= _BATCH:
-                self._admit()
+    def _check(self, relpath: bytes, status: os.stat_result | None = None) -> None:
+        candidate = self._candidates.check(relpath, time.monotonic(), status)
+        if candidate is not None and not self._examiner.add(candidate):
+            self._batch.append(candidate)
+            if len(self._batch) >= _BATCH_SIZE:
+                self._enqueue()
 
-    def _look_again(self) -> None:
+    def _check_due(self) -> None:
         for relpath in self._candidates.due(time.monotonic()):
-            self._look(relpath)
+            self._check(relpath)
 
-    def _scan(self, below: bytes, stop: threading.Event | None, *, prove: bool) -> None:
+    def _scan(self, below: bytes, stop: threading.Event | None, *, detect_lost_events: bool) -> None:
+        """Check every file below a directory that the ledger does not know."""
         started, found, missed = time.monotonic(), 0, None
         try:
             known = self._ledger.known_files(self.name, below)
         except LedgerError as error:
-            self._ledger_failed(error)
+            self._log_ledger_failure(error)
             return
 
-        def go_on() -> bool:
+        def should_continue() -> bool:
             self.watchdog.alive()
             return stop is None or not stop.is_set()
 
         for relpath, status in walk(
-            self._folder, below, self._skip, self._complain, recursive=self._config.recursive, go_on=go_on
+            self._folder,
+            below,
+            self._skip,
+            self._on_unreadable,
+            recursive=self._config.recursive,
+            should_continue=should_continue,
         ):
             found += 1
-            if not go_on():
+            if not should_continue():
                 break
             if content_key(relpath, fingerprint_of(status)) in known.content_keys:
                 continue
-            if prove and missed is None and self._was_missed(relpath, status, known):
+            if detect_lost_events and missed is None and self._was_missed(relpath, status, known):
                 missed = relpath
-            self._look(relpath, status)
-        if not go_on():
+            self._check(relpath, status)
+        if not should_continue():
             return
-        if missed is not None and self._notices.empty():
-            self._sight.missed_event(missed)
+        if missed is not None and self._events.empty():
+            self._watch_health.missed_event(missed)
         self._log.emit(
             events.DROP_SCANNED,
             drop=self.name,
             found_files=found,
-            unfinished_files=len(self._candidates) + len(self._examination),
+            unfinished_files=len(self._candidates) + len(self._examiner),
             duration_s=time.monotonic() - started,
         )
 
     def _was_missed(self, relpath: bytes, status: os.stat_result, known: KnownFiles) -> bool:
-        """Tell whether an event should long have told of this file: the proof that the watcher sees."""
-        if time.time() - status.st_ctime <= _SURELY_MISSED:
+        """Return whether the event of a file is lost: the file is new, and older than the time-out."""
+        if time.time() - status.st_ctime <= _EVENT_TIMEOUT:
             return False
         path = hash(relpath)
-        if path in known.paths or path in self._unadmitted or relpath in self._examination:
+        if path in known.paths or path in self._not_enqueued or relpath in self._examiner:
             return False
         return self._candidates.is_new(relpath)
 
-    def _complain(self, relpath: bytes, error: OSError) -> None:
+    def _on_unreadable(self, relpath: bytes, error: OSError) -> None:
         if not relpath:
-            self._sight.root_failed(error)
+            self._watch_health.root_failed(error)
         else:
             self._candidates.log_unreadable(relpath, error)
 
-    def _admit(self) -> None:
+    def _enqueue(self) -> None:
         batch, self._batch = self._batch, []
         if not batch:
             return
         try:
             now = datetime.now(UTC)
-            admission = self._ledger.enqueue(
-                self._freshness.with_devices(batch, now), self._destinations, now
+            result = self._ledger.enqueue(
+                self._device_tracker.with_devices(batch, now), self._destinations, now
             )
         except LedgerError as error:
-            self._unadmitted |= {hash(sighting.relpath) for sighting in batch}
-            self._ledger_failed(error)
+            self._not_enqueued |= {hash(candidate.relpath) for candidate in batch}
+            self._log_ledger_failure(error)
             return
-        self._failing = False
-        self._unadmitted -= {hash(sighting.relpath) for sighting in batch}
-        for archive in admission.superseded:
+        self._ledger_failing = False
+        self._not_enqueued -= {hash(candidate.relpath) for candidate in batch}
+        for archive in result.superseded:
             self._log.emit(
                 events.ARCHIVE_SUPERSEDED,
                 drop=self.name,
                 archive=archive.relpath,
                 size_bytes=archive.fingerprint.size,
-                error="replaced before it was sent",
+                error="replaced before it was uploaded",
             )
-        for archive in admission.queued:
+        for archive in result.queued:
             self._log.emit(
                 events.ARCHIVE_QUEUED,
                 drop=self.name,
@@ -263,16 +268,24 @@ class Intake:
                 size_bytes=archive.fingerprint.size,
                 destinations=self._destinations,
             )
-        if admission.queued:
-            self._wake(self._destinations)
-        if admission.rejected or admission.reappeared:
-            self._settled()
-        if admission.has_unusual_size:
-            with suppress(LedgerError):  # the next tick says it
-                self._freshness.log_unusual_sizes()
+        if result.queued:
+            self._notify_workers(self._destinations)
+        if result.rejected or result.reappeared:
+            self._on_rejected()
+        if result.has_unusual_size:
+            with suppress(LedgerError):  # logged at the next heartbeat instead
+                self._device_tracker.log_unusual_sizes()
 
-    def _ledger_failed(self, error: LedgerError) -> None:
-        """Say so, once: the files stay where they are, and the next rescan tries again."""
-        if not self._failing:
+    def _log_ledger_failure(self, error: LedgerError) -> None:
+        """Log, once, that the ledger failed; the files stay in place and the next rescan retries them."""
+        if not self._ledger_failing:
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
-        self._failing = True
+        self._ledger_failing = True
+
+
+@dataclass(frozen=True, slots=True)
+class _PathEvent:
+    """An event of an absolute path."""
+
+    path: bytes
+    is_directory: bool

@@ -1,77 +1,74 @@
-"""Whether we see what happens in a drop folder: which way, and what is done when not."""
+"""The health of a drop folder's watcher: detects lost events and restarts the watcher."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
+from backupd.core.names import as_text
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.filesystem import filesystem_of, is_remote
-from backupd.intake.watcher import LIMITS_HINT, Ignores, OnEvent, Watcher, WatchError
+from backupd.intake.watcher import LIMITS_HINT, IsIgnored, OnEvent, Watcher, WatchError
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
 
 _POLL_EVERY = 5.0
-"""Seconds between scans where there are no events, unless `rescan_every` is less."""
+"""Seconds between scans of a folder without events, unless `rescan_every` is shorter."""
 
-_SILENT = 5.0
-"""Seconds after which an event that was provoked will not come."""
+_SIGN_OF_LIFE_TIMEOUT = 5.0
+"""Seconds after which a requested event that has not arrived is lost."""
+
+_NO_ACTION_HINT = "no action needed: the rescan finds the missed files, and the watcher is restarted"
 
 
 class WatchHealth:
-    """The eyes on one drop folder: inotify where it works, else frequent scans."""
+    """Watches one drop folder: by inotify where it works, else by frequent scans."""
 
-    def __init__(
-        self,
-        drop: Drop,
-        log: EventLog,
-        notice: OnEvent,
-        ignores: Ignores,
-    ) -> None:
+    def __init__(self, drop: Drop, log: EventLog, on_event: OnEvent, is_ignored: IsIgnored) -> None:
         self._drop = drop.name
         self._config = drop.config
         self._folder = drop.folder
         self._log = log
         self._path = str(drop.config.path)
-        self._notice = notice
-        self._ignores = ignores
+        self._on_event = on_event
+        self._is_ignored = is_ignored
         self._watcher: Watcher | None = None
-        self._polling = False
-        self._blind = ""
-        """Why we see nothing, as it was last said; empty while we see."""
+        self._is_polling = False
+        self._degraded_reason = ""
+        """The reason of the last `watch.degraded`; empty while events arrive."""
         self._root_failing = False
-        self._asked: float | None = None
-        """When the watcher was last asked for a sign of life that has not come yet, monotonic."""
+        self._requested_at: float | None = None
+        """When a sign of life was requested that has not arrived yet (monotonic)."""
 
     @property
     def is_degraded(self) -> bool:
-        """Whether only the scan brings archives, if anything does."""
-        return bool(self._blind) or self._root_failing
+        """Whether files are found by scans only, if at all."""
+        return bool(self._degraded_reason) or self._root_failing
 
     def open(self) -> None:
-        """Choose how to look, say so, and begin."""
+        """Choose between inotify and polling, log the choice and start."""
         filesystem = filesystem_of(self._path)
-        chosen = self._config.observer
+        observer = self._config.observer
         reason = "configured"
-        if chosen == "auto":
+        if observer == "auto":
             remote = is_remote(filesystem)
-            chosen = "polling" if remote else "inotify"
-            reason = "remote writers make no events" if remote else "local filesystem"
-        self._polling = chosen == "polling"
+            observer = "polling" if remote else "inotify"
+            reason = "remote_filesystem" if remote else "local_filesystem"
+        self._is_polling = observer == "polling"
         self._log.emit(
             events.DROP_WATCHED,
             drop=self._drop,
             path=self._path,
-            observer=chosen,
+            observer=observer,
             filesystem=filesystem,
             reason=reason,
         )
-        if not self._polling:
+        if not self._is_polling:
             self._start()
 
     def close(self) -> None:
-        """Stop looking."""
-        self._asked = None
+        """Stop the watcher."""
+        self._requested_at = None
         if self._watcher is not None:
             self._watcher.stop()
             self._watcher = None
@@ -79,90 +76,92 @@ class WatchHealth:
     def scan_every(self) -> float:
         """Return the seconds until the next scan."""
         every = self._config.rescan_every.total_seconds()
-        return min(every, _POLL_EVERY) if self._polling or self.is_degraded else every
+        return min(every, _POLL_EVERY) if self._is_polling or self.is_degraded else every
 
-    def patience(self) -> float:
-        """Return for how many seconds an overflow may go unnoticed."""
-        return 1.0 if not self._polling else self.scan_every()
+    def max_wait(self) -> float:
+        """Return the seconds after which `has_missed_events` must be called again."""
+        return 1.0 if not self._is_polling else self.scan_every()
 
     def event_received(self) -> None:
-        """Note that an event came, which only a watcher that sees can tell of."""
-        self._asked = None
+        """Record that an event arrived, which proves that the watcher works."""
+        self._requested_at = None
 
     def has_missed_events(self) -> bool:
-        """Tell whether events were lost since last asked, so that a scan is due; it is said."""
-        if self._asked is not None and time.monotonic() - self._asked > _SILENT:
-            self._say_blind("silent", "the folder was opened, and no event told of it", "")
+        """Return whether events were lost since the last call, so that a scan is due; log it."""
+        if self._requested_at is not None and time.monotonic() - self._requested_at > _SIGN_OF_LIFE_TIMEOUT:
+            self._log_degraded("silent", "the watcher reported no event when the folder was opened")
             self._restart()
             return True
         if self._watcher is None or not self._watcher.pop_overflow():
             return False
-        self._say_blind(
-            "overflow", "the kernel's queue was full", "raise fs.inotify.max_queued_events (sysctl)"
+        self._log_degraded(
+            "overflow",
+            "the event queue of the kernel overflowed",
+            "raise fs.inotify.max_queued_events (sysctl)",
         )
-        self._say_what_is_seen(self._watcher)
+        self._log_watch_state(self._watcher)
         return True
 
     def check(self) -> bool:
-        """Look after the eyes; return whether they were open since the last check."""
+        """Restart a watcher that does not work; return whether it has worked since the last check."""
         if not self._folder.is_in_place():
-            self._say_blind("replaced", "the folder was moved, deleted, unmounted or mounted over", "")
-            if self._works(self._folder.reopen):
+            self._log_degraded("replaced", "the folder was moved, deleted, unmounted or mounted over")
+            if self._is_accessible(self._folder.reopen):
                 self._restart()
             return False
         was_failing = self._root_failing
-        if not self._works(self._folder.check_readable):
+        if not self._is_accessible(self._folder.check_readable):
             return False
         if was_failing:
             self._restart()
             return False
-        if self._polling:
+        if self._is_polling:
             return False
         if self._watcher is None or not self._watcher.is_alive():
             if self._watcher is not None:
-                self._say_blind("dead", "a thread of the watcher has ended", "")
+                self._log_degraded("dead", "a thread of the watcher has ended")
             self._restart()
             return False
         if self._watcher.is_partial():
             self._restart()
             return False
-        return self._ask(self._watcher)
-
-    def _ask(self, watcher: Watcher) -> bool:
-        """Ask for a sign of life, where none is awaited: a quiet folder and a blind watcher look the same."""
-        if self._asked is not None:
-            return True
-        self._asked = time.monotonic()  # before: the answer comes in another thread
-        try:
-            watched = watcher.request_sign_of_life()
-        except OSError:
-            self._asked = None  # the scan tells of a folder that can't be read
-            return True
-        if not watched:
-            self._say_blind("removed", "the kernel watches the folder no more", "")
-            self._restart()
-        return watched
+        return self._request_sign_of_life(self._watcher)
 
     def missed_event(self, relpath: bytes) -> None:
-        """Say that the scan found a file that no event had told of, and begin to watch anew."""
-        self._say_blind("missed", f"no event came for {relpath!r}", "")
+        """Log that a scan found a file for which no event arrived, and restart the watcher."""
+        self._log_degraded("missed", f"no event arrived for {as_text(relpath)}")
         self._restart()
 
     def root_failed(self, error: OSError) -> None:
-        """Say, once, that the folder can't be read; `check` mends it as soon as it can be."""
+        """Log, once, that the folder can't be read; `check` recovers once it can be."""
         if not self._root_failing:
             self._log.emit(
                 events.DROP_FAILED,
                 drop=self._drop,
                 path=self._path,
                 error=error.strerror,
-                hint="make the folder readable and writable for the daemon's user; it is tried again",
+                hint="make the folder readable and writable for the daemon's user; retried at each rescan",
             )
         self._root_failing = True
-        self._blind = self._blind or "unreadable"
+        self._degraded_reason = self._degraded_reason or "unreadable"
 
-    def _works(self, access: Callable[[], None]) -> bool:
-        """Return whether the folder can be had; that it can't is said."""
+    def _request_sign_of_life(self, watcher: Watcher) -> bool:
+        """Request an event unless one is pending: only that tells a quiet folder from a broken watcher."""
+        if self._requested_at is not None:
+            return True
+        self._requested_at = time.monotonic()  # before the request: the event arrives in another thread
+        try:
+            is_watched = watcher.request_sign_of_life()
+        except OSError:
+            self._requested_at = None  # the scan logs a folder that can't be read
+            return True
+        if not is_watched:
+            self._log_degraded("removed", "the kernel no longer watches the folder")
+            self._restart()
+        return is_watched
+
+    def _is_accessible(self, access: Callable[[], None]) -> bool:
+        """Return whether an access to the folder succeeds; log it if not."""
         try:
             access()
         except OSError as error:
@@ -173,41 +172,41 @@ class WatchHealth:
 
     def _restart(self) -> None:
         self.close()
-        if self._polling:
-            self._say_restored()
+        if self._is_polling:
+            self._log_recovered()
         else:
             self._start()
 
     def _start(self) -> None:
-        watcher = Watcher(self._folder, self._notice, self._ignores, recursive=self._config.recursive)
+        watcher = Watcher(self._folder, self._on_event, self._is_ignored, recursive=self._config.recursive)
         try:
             watcher.start()
         except WatchError as error:
-            self._say_blind("refused", error.message, error.hint)
+            self._log_degraded("refused", error.message, error.hint)
             return
         self._watcher = watcher
-        self._say_what_is_seen(watcher)
+        self._log_watch_state(watcher)
 
-    def _say_what_is_seen(self, watcher: Watcher) -> None:
+    def _log_watch_state(self, watcher: Watcher) -> None:
         if watcher.is_partial():
-            self._say_blind("refused", f"{self._path}: some directories are not watched", LIMITS_HINT)
+            self._log_degraded("refused", "some directories are not watched", LIMITS_HINT)
         else:
-            self._say_restored()
+            self._log_recovered()
 
-    def _say_blind(self, reason: str, error: str, hint: str) -> None:
-        if reason != self._blind:
+    def _log_degraded(self, reason: str, error: str, hint: str = _NO_ACTION_HINT) -> None:
+        if reason != self._degraded_reason:
             self._log.emit(
                 events.WATCH_DEGRADED,
                 drop=self._drop,
                 path=self._path,
                 reason=reason,
                 error=error,
-                hint=hint or "nothing: the scan finds what was missed, and the watcher is made anew",
+                hint=hint or _NO_ACTION_HINT,
             )
-        self._blind = reason
+        self._degraded_reason = reason
 
-    def _say_restored(self) -> None:
-        if self._blind:
-            observer = "polling" if self._polling else "inotify"
+    def _log_recovered(self) -> None:
+        if self._degraded_reason:
+            observer = "polling" if self._is_polling else "inotify"
             self._log.emit(events.WATCH_RECOVERED, drop=self._drop, path=self._path, observer=observer)
-        self._blind = ""
+        self._degraded_reason = ""

@@ -1,4 +1,4 @@
-"""Events of a drop folder, by watchdog; they only make it quick, the scan makes it correct."""
+"""Events of a drop folder, by inotify through watchdog. They make it fast, the scan makes it complete."""
 
 from __future__ import annotations
 
@@ -36,77 +36,192 @@ from watchdog.observers.inotify_move_event_grouper import (
 from backupd.core.errors import BackupdError
 from backupd.dropfolder.folder import DirectoryCache, DropFolder
 
+IsIgnored = Callable[[bytes], bool]
+"""Returns whether a directory, given by its absolute path, is not watched."""
+
+OnEvent = Callable[[bytes, bool], None]
+"""Called with the absolute path of an event and whether it is a directory."""
+
+LIMITS_HINT = "raise fs.inotify.max_user_watches and max_user_instances (sysctl) if a limit is reached"
+
+_THREADS_HINT = "raise the limit of threads (`TasksMax=` of the service, `ulimit -u`)"
+
+_EVENT_TYPES: list[type[FileSystemEvent]] = [FileClosedEvent, FileCreatedEvent, DirCreatedEvent]
+
 _MASK = Mask(
     InotifyConstants.IN_CLOSE_WRITE
     | InotifyConstants.IN_CREATE
     | InotifyConstants.IN_MOVED_TO
     | InotifyConstants.IN_DELETE_SELF
 )
-"""What comes, and nothing of what goes: our own opens, closes and moves must not wake us.
+"""Events of files that arrive; the daemon must not be woken by its own reads and moves.
 
-Without the other half of a move watchdog takes it for a creation; with it, it would hold back for half a
-second whatever comes after a file that was moved away.
+Without IN_MOVED_FROM, watchdog reports a move into the folder as a creation. With it, watchdog would delay
+every event that follows a file's move out of the folder by half a second.
 """
 
-Ignores = Callable[[bytes], bool]
-"""Called with the absolute path of a directory."""
+_OVERFLOW_LOGGERS = ("watchdog.observers.inotify_c", "watchdog.observers.inotify")
+"""The loggers to which watchdog reports an overflow of the kernel's event queue."""
 
 
-class _Ungrouped(InotifyMoveEventGrouper):
-    """Looks for no other half of a move, of which none comes: it would look through all that waits."""
+class WatchError(BackupdError):
+    """A folder cannot be watched; only scans find its files."""
 
-    def put_event(self, event: PathedInotifyEvent) -> None:
-        self._queue.put(event)
 
-    def get_queued_moved_from_event(self, cookie: int) -> PathedInotifyEvent | None:  # noqa: ARG002
-        return None
+class Watcher:
+    """Watches one drop folder by inotify; each drop has its own, so that a failure affects no other drop."""
+
+    def __init__(
+        self, folder: DropFolder, on_event: OnEvent, is_ignored: IsIgnored, *, recursive: bool
+    ) -> None:
+        self._folder = folder
+        self._path = folder.path
+        self._is_ignored = is_ignored
+        self._handler = _Handler(on_event)
+        self._recursive = recursive
+        self._observer: BaseObserver | None = None
+        self._overflow = _OverflowFlag()
+
+    def start(self) -> None:
+        """Start watching; raise WatchError if inotify or a thread is not available."""
+        try:
+            self._observer = DropObserver(self._folder, self._is_ignored)
+            self._observer.schedule(
+                self._handler, self._path, recursive=self._recursive, event_filter=_EVENT_TYPES
+            )
+            self._observer.start()
+        except OSError as error:
+            self.stop()
+            message = f"inotify cannot watch {self._path} ({error.strerror or error})"
+            raise WatchError(message, LIMITS_HINT) from error
+        except RuntimeError as error:  # the limit of threads is reached
+            self.stop()
+            raise WatchError(f"no thread for the watcher of {self._path} ({error})", _THREADS_HINT) from error
+        self._overflow.attach()
+
+    def stop(self) -> None:
+        """Stop watching and wait for the threads."""
+        observer, self._observer = self._observer, None
+        self._overflow.detach()
+        logging.getLogger("watchdog.observers.inotify").addFilter(_is_no_stop_warning)
+        if observer is None:
+            return
+        if observer.is_alive():
+            observer.stop()
+            observer.join(5)
+        else:
+            observer.on_thread_stop()
+
+    def is_alive(self) -> bool:
+        """Return whether every thread that delivers events is running."""
+        observer = self._observer
+        if observer is None or not observer.is_alive() or not observer.emitters:
+            return False
+        reader = getattr(observer, "_inotify_fd", None)
+        return all(e.is_alive() for e in observer.emitters) and (reader is None or reader.is_alive())
+
+    def request_sign_of_life(self) -> bool:
+        """Provoke an event of `path/`; return False if the folder is no longer watched.
+
+        Raises OSError if the folder can't be opened.
+        """
+        return all(watches is not None and watches.provoke_event() for watches in self._all_watches())
+
+    def is_partial(self) -> bool:
+        """Return whether some directories are not watched because a limit is reached."""
+        return any(watches is not None and watches.is_partial for watches in self._all_watches())
+
+    def pop_overflow(self) -> bool:
+        """Return whether the kernel's event queue has overflowed since the last call."""
+        return self._overflow.pop()
+
+    def _all_watches(self) -> list[DropWatches | None]:
+        emitters = self._observer.emitters if self._observer is not None else ()
+        return [emitter._inotify for emitter in emitters if isinstance(emitter, DropEmitter)]  # noqa: SLF001
+
+
+class _Handler(FileSystemEventHandler):
+    """Passes paths on, nothing else: it runs under the observer's lock."""
+
+    def __init__(self, on_event: OnEvent) -> None:
+        self._on_event = on_event
+
+    def on_any_event(self, event: FileSystemEvent) -> None:
+        self._on_event(os.fsencode(event.src_path), event.is_directory)
+
+
+class DropObserver(InotifyObserver):
+    """watchdog's observer, with a `DropEmitter` for the folder."""
+
+    def __init__(self, folder: DropFolder, is_ignored: IsIgnored) -> None:
+        super().__init__()
+        attributes = {"folder": folder, "is_ignored": staticmethod(is_ignored)}
+        self._emitter_class = type("_EmitterOfFolder", (DropEmitter,), attributes)
+
+
+class DropEmitter(InotifyEmitter):
+    """watchdog's emitter, with `DropWatches` on the folder."""
+
+    folder: DropFolder
+    is_ignored: IsIgnored
+    _inotify: DropWatches | None
+
+    def on_thread_start(self) -> None:
+        """Add the watches; raise OSError if the kernel refuses."""
+        self._inotify = DropWatches(
+            self._inotify_fd,
+            os.fsencode(self.watch.path),
+            event_mask=self.get_event_mask_from_filter(),
+            is_recursive=self.watch.is_recursive,
+            folder=self.folder,
+            is_ignored=self.is_ignored,
+        )
+
+    def get_event_mask_from_filter(self) -> Mask:
+        """Return the mask of the events that the kernel reports."""
+        return _MASK
+
+    def build_and_queue_event(self, event: GroupedInotifyEvent, *, full_events: bool = False) -> None:
+        """Queue an event as `InotifyEmitter` does, but one event only for a directory that was moved in.
+
+        The intake scans that directory. watchdog would queue an event for each entry, by a recursive call for
+        each level.
+        """
+        if isinstance(event, PathedInotifyEvent) and event.ev.is_moved_to and event.ev.is_directory:
+            self.queue_event(DirCreatedEvent(self._decode_path(event.path)))
+        else:
+            super().build_and_queue_event(event, full_events=full_events)
 
 
 @dataclass
-class Watches(InotifyWatchGroup):
-    """The watches on a tree but for what is ignored in it: nothing that lies in `sent` costs anything.
+class DropWatches(InotifyWatchGroup):
+    """The inotify watches on a tree without its ignored directories: the size of `sent/` costs nothing.
 
-    Directories are opened below the drop folder's descriptor, and watched by that: nobody who swaps one for
-    a link can have us look at what is outside.
+    Directories are opened below the drop folder's descriptor and watched through that descriptor, so that a
+    directory that is replaced by a link cannot make the daemon watch a directory outside.
     """
 
     folder: DropFolder = field(kw_only=True)
-    ignores: Ignores = lambda _: False
+    is_ignored: IsIgnored = lambda _: False
     is_partial: bool = False
-    """Whether the kernel had no watch left for some directory."""
+    """Whether some directory is not watched because a limit of the kernel is reached."""
 
-    # A directory that was moved keeps its watch. watchdog counts on hearing of that; we need not, as long
-    # as there is one path for a watch and one watch for a path.
+    # A moved directory keeps its watch. watchdog learns of the move by IN_MOVED_FROM, which the mask leaves
+    # out; the methods below keep one path for each watch and one watch for each path instead.
 
-    def _watch(self, path: bytes, directory: int) -> None:
-        try:
-            watch = self._watch_of(directory)
-        except OSError as error:
-            self._refused(path, error)
-            return
-        before = self._active_callbacks_by_watch.get(watch)
-        if before is not None and self._active_callbacks_by_path.get(before) == watch:
-            del self._active_callbacks_by_path[before]
-        self._active_callbacks_by_path[path] = watch
-        self._active_callbacks_by_watch[watch] = path
+    def __post_init__(self) -> None:
+        self._move_event_grouper = _NoMoveGrouping()
+        super().__post_init__()
 
-    def _watch_of(self, directory: int) -> WatchDescriptor:
-        """Do as `add_callback`, which warns, at length, of a directory that moved and kept its watch."""
-        queue = self._inotify_fd
-        with queue._lock:  # noqa: SLF001
-            watch = queue._get_or_create_watch(_by_number(directory), self._mask)  # noqa: SLF001
-            watch.callbacks[self._id] = self._callback
-            return watch.wd
+    def provoke_event(self) -> bool:
+        """Open the folder so that an IN_OPEN event arrives; return False if its watch is gone.
 
-    def ask(self) -> bool:
-        """Open the folder under the eyes of its watch; return False where the watch is gone.
-
-        The kernel gives the same number for a directory that is watched already, and with it what else is to
-        be told of it: for a moment, that somebody opens it. Under the lock: after an overflow watchdog makes
-        all watches anew.
+        For a directory that is already watched the kernel returns the same watch and changes its mask, so
+        openings are reported for a moment. The lock is needed because watchdog renews all watches after an
+        overflow.
         """
-        queue = self._inotify_fd._inotify_fd  # noqa: SLF001 -- watchdog knows no changed mask
-        folder = _by_number(self.folder.fileno())
+        queue = self._inotify_fd._inotify_fd  # noqa: SLF001 -- watchdog cannot change a mask
+        folder = _proc_path(self.folder.fileno())
         with self._lock:
             watch = inotify_add_watch(queue, folder, self._mask | InotifyConstants.IN_OPEN)
             if watch == -1:
@@ -121,208 +236,88 @@ class Watches(InotifyWatchGroup):
         return True
 
     def on_event(self, event: InotifyEvent) -> None:
-        """See `WatchCallback.on_event`; an opening of the folder is passed on as an event of `path/`."""
+        """Handle an event as `WatchCallback` does; an opening of the folder becomes an event of `path/`."""
         if not event.is_open:
             super().on_event(event)
         elif not event.name:
             closed = InotifyEvent(event.wd, InotifyConstants.IN_CLOSE_WRITE, 0, b"")
             self._move_event_grouper.put_event(PathedInotifyEvent(closed, self.path + b"/"))
 
+    @property
+    def _mask(self) -> Mask:
+        """The event mask for a directory that is named by its descriptor, which is a link in /proc."""
+        return Mask(self.event_mask & ~InotifyConstants.IN_DONT_FOLLOW)
+
+    def _add_all_callbacks(self, path: bytes) -> None:
+        if path != self.path and self.is_ignored(path):
+            return
+        pending = [path]
+        with closing(DirectoryCache(self.folder)) as directories:
+            while pending:  # os.walk is recursive before Python 3.12
+                path = pending.pop()
+                try:
+                    directory = directories.directory(path[len(self.path) :])
+                except OSError as error:
+                    self._on_refused(path, error)
+                    continue
+                self._watch(path, directory)
+                if self.is_recursive:
+                    pending += self._subdirectories(path, directory)
+
+    def _watch(self, path: bytes, directory: int) -> None:
+        try:
+            watch = self._add_watch(directory)
+        except OSError as error:
+            self._on_refused(path, error)
+            return
+        former_path = self._active_callbacks_by_watch.get(watch)
+        if former_path is not None and self._active_callbacks_by_path.get(former_path) == watch:
+            del self._active_callbacks_by_path[former_path]
+        self._active_callbacks_by_path[path] = watch
+        self._active_callbacks_by_watch[watch] = path
+
+    def _add_watch(self, directory: int) -> WatchDescriptor:
+        """Add a watch as `add_callback` does, without its warning about a moved directory."""
+        queue = self._inotify_fd
+        with queue._lock:  # noqa: SLF001
+            watch = queue._get_or_create_watch(_proc_path(directory), self._mask)  # noqa: SLF001
+            watch.callbacks[self._id] = self._callback
+            return watch.wd
+
     def _remove_watch_internally(self, wd: WatchDescriptor) -> None:
         path = self._active_callbacks_by_watch.pop(wd, None)
         if path is not None and self._active_callbacks_by_path.get(path) == wd:
             del self._active_callbacks_by_path[path]
 
-    def __post_init__(self) -> None:
-        self._move_event_grouper = _Ungrouped()
-        super().__post_init__()
-
-    def _add_all_callbacks(self, path: bytes) -> None:
-        if path != self.path and self.ignores(path):
-            return
-        waiting = [path]
-        with closing(DirectoryCache(self.folder)) as descent:
-            while waiting:  # os.walk calls itself for each level, before Python 3.12
-                here = waiting.pop()
-                try:
-                    directory = descent.directory(here[len(self.path) :])
-                except OSError as error:
-                    self._refused(here, error)
-                    continue
-                self._watch(here, directory)
-                if self.is_recursive:
-                    waiting += self._directories(here, directory)
-
-    def _refused(self, path: bytes, error: OSError) -> None:
+    def _on_refused(self, path: bytes, error: OSError) -> None:
         if path == self.path:
             raise error
         self.is_partial |= error.errno in (errno.ENOSPC, errno.ENOMEM)
 
-    def _directories(self, path: bytes, directory: int) -> Iterator[bytes]:
+    def _subdirectories(self, path: bytes, directory: int) -> Iterator[bytes]:
         with suppress(OSError), os.scandir(directory) as entries:
             for entry in entries:
                 below = path + b"/" + os.fsencode(entry.name)
-                if entry.is_dir(follow_symlinks=False) and not self.ignores(below):
+                if entry.is_dir(follow_symlinks=False) and not self.is_ignored(below):
                     yield below
 
-    @property
-    def _mask(self) -> Mask:
-        """What is asked of a directory that is named by its descriptor, which is a link in /proc."""
-        return Mask(self.event_mask & ~InotifyConstants.IN_DONT_FOLLOW)
-
     def _recursive_simulate(self, src_path: bytes) -> list[InotifyEvent]:  # noqa: ARG002
-        """Make up no events: of a new directory all is looked through, and that is watched by then."""
+        """Simulate no events: the intake scans a new directory, which is watched by then."""
         return []
 
 
-def _by_number(fd: int) -> bytes:
-    return b"/proc/self/fd/%d" % fd
+class _NoMoveGrouping(InotifyMoveEventGrouper):
+    """Queues events without a search for the other half of a move, which the mask leaves out."""
 
+    def put_event(self, event: PathedInotifyEvent) -> None:
+        self._queue.put(event)
 
-class Emitter(InotifyEmitter):
-    """Tells of a drop folder's events."""
-
-    folder: DropFolder
-    ignores: Ignores
-    _inotify: Watches | None
-
-    def on_thread_start(self) -> None:
-        """Begin to watch; raises OSError where the kernel will not."""
-        self._inotify = Watches(
-            self._inotify_fd,
-            os.fsencode(self.watch.path),
-            event_mask=self.get_event_mask_from_filter(),
-            is_recursive=self.watch.is_recursive,
-            folder=self.folder,
-            ignores=self.ignores,
-        )
-
-    def get_event_mask_from_filter(self) -> Mask:
-        """Return what the kernel is asked for."""
-        return _MASK
-
-    def build_and_queue_event(self, event: GroupedInotifyEvent, *, full_events: bool = False) -> None:
-        """See `InotifyEmitter`; of a directory that was moved in, we look through all ourselves.
-
-        watchdog would tell of each entry in it, by calling itself for each level.
-        """
-        if isinstance(event, PathedInotifyEvent) and event.ev.is_moved_to and event.ev.is_directory:
-            self.queue_event(DirCreatedEvent(self._decode_path(event.path)))
-        else:
-            super().build_and_queue_event(event, full_events=full_events)
-
-
-class Observer(InotifyObserver):
-    """Hands the events on, with emitters of ours."""
-
-    def __init__(self, folder: DropFolder, ignores: Ignores) -> None:
-        super().__init__()
-        here = {"folder": folder, "ignores": staticmethod(ignores)}
-        self._emitter_class = type("_EmitterHere", (Emitter,), here)
-
-
-_EVENTS: list[type[FileSystemEvent]] = [FileClosedEvent, FileCreatedEvent, DirCreatedEvent]
-
-_OVERFLOW_LOGGERS = ("watchdog.observers.inotify_c", "watchdog.observers.inotify")
-
-LIMITS_HINT = "raise fs.inotify.max_user_watches and max_user_instances (sysctl) if a limit is reached"
-
-_THREADS_HINT = "raise the limit of threads (`TasksMax=` of the service, `ulimit -u`)"
-
-OnEvent = Callable[[bytes, bool], None]
-"""Called with an absolute path and whether it is a directory."""
-
-
-class WatchError(BackupdError):
-    """The kernel gives us no events for a folder; the scan has to do alone."""
-
-
-class _Handler(FileSystemEventHandler):
-    """Passes paths on, nothing else: it runs under the observer's lock."""
-
-    def __init__(self, notice: OnEvent) -> None:
-        self._notice = notice
-
-    def on_any_event(self, event: FileSystemEvent) -> None:
-        self._notice(os.fsencode(event.src_path), event.is_directory)
-
-
-class Watcher:
-    """Watches one drop folder by inotify; an observer of its own, so that no drop can blind another."""
-
-    def __init__(self, folder: DropFolder, notice: OnEvent, ignores: Ignores, *, recursive: bool) -> None:
-        self._folder = folder
-        self._path = folder.path
-        self._ignores = ignores
-        self._handler = _Handler(notice)
-        self._recursive = recursive
-        self._observer: BaseObserver | None = None
-        self._overflow = _OverflowFlag()
-
-    def start(self) -> None:
-        """Begin to watch; raises WatchError where the kernel will not."""
-        try:
-            self._observer = Observer(self._folder, self._ignores)
-            self._observer.schedule(
-                self._handler, self._path, recursive=self._recursive, event_filter=_EVENTS
-            )
-            self._observer.start()
-        except OSError as error:
-            self.stop()
-            raise WatchError(f"{self._path}: no events ({error.strerror or error})", LIMITS_HINT) from error
-        except RuntimeError as error:  # a limit of threads
-            self.stop()
-            raise WatchError(f"{self._path}: no events ({error})", _THREADS_HINT) from error
-        self._overflow.attach()
-
-    def stop(self) -> None:
-        """Stop watching; the threads are waited for."""
-        observer, self._observer = self._observer, None
-        self._overflow.detach()
-        logging.getLogger("watchdog.observers.inotify").addFilter(_is_no_farewell)
-        if observer is None:
-            return
-        if observer.is_alive():
-            observer.stop()
-            observer.join(5)
-        else:
-            observer.on_thread_stop()
-
-    def is_alive(self) -> bool:
-        """Tell whether every thread that brings events still runs."""
-        observer = self._observer
-        if observer is None or not observer.is_alive() or not observer.emitters:
-            return False
-        reader = getattr(observer, "_inotify_fd", None)
-        return all(e.is_alive() for e in observer.emitters) and (reader is None or reader.is_alive())
-
-    def request_sign_of_life(self) -> bool:
-        """Have an event come, of `path/`, that proves life; return False where none can come any more.
-
-        Raises OSError where the folder can't be opened.
-        """
-        return all(watches is not None and watches.ask() for watches in self._all_watches())
-
-    def is_partial(self) -> bool:
-        """Tell whether some directories are not watched, because a limit is reached."""
-        return any(watches is not None and watches.is_partial for watches in self._all_watches())
-
-    def pop_overflow(self) -> bool:
-        """Tell whether the kernel's queue has overflowed since last asked."""
-        return self._overflow.take()
-
-    def _all_watches(self) -> list[Watches | None]:
-        emitters = self._observer.emitters if self._observer is not None else ()
-        return [emitter._inotify for emitter in emitters if isinstance(emitter, Emitter)]  # noqa: SLF001
-
-
-def _is_no_farewell(record: logging.LogRecord) -> bool:
-    """Let pass all but what an emitter that is being stopped complains of."""
-    return "when the thread is inactive" not in record.getMessage()
+    def get_queued_moved_from_event(self, cookie: int) -> PathedInotifyEvent | None:  # noqa: ARG002
+        return None
 
 
 class _OverflowFlag(logging.Handler):
-    """Hears of queue overflows, which watchdog tells to its loggers alone."""
+    """Set when watchdog logs an overflow of the kernel's queue, which it reports in no other way."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -340,7 +335,16 @@ class _OverflowFlag(logging.Handler):
         if "overflow" in record.getMessage().lower():
             self._flag.set()
 
-    def take(self) -> bool:
+    def pop(self) -> bool:
         was_set = self._flag.is_set()
         self._flag.clear()
         return was_set
+
+
+def _proc_path(fd: int) -> bytes:
+    return b"/proc/self/fd/%d" % fd
+
+
+def _is_no_stop_warning(record: logging.LogRecord) -> bool:
+    """Filter the warning that watchdog logs for an emitter that is being stopped."""
+    return "when the thread is inactive" not in record.getMessage()

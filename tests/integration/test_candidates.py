@@ -1,4 +1,4 @@
-"""Files on their way to be archives, look by look."""
+"""Candidates: which files are finished, and which are logged as ignored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.factories import a_drop
 
 
 class Locked(DropFolder):
-    """A folder whose rights are lost once `is_locked`."""
+    """A folder that cannot be read while `is_locked` is set."""
 
     is_locked = False
 
@@ -54,8 +54,8 @@ def a_file(folder: Locked) -> Path:
     return path
 
 
-def test_what_becomes_a_folder_is_waited_for_no_longer(folder: Locked, candidates: Candidates) -> None:
-    """Else it would be due for ever, and looked at as quickly as can be."""
+def test_a_file_that_becomes_a_folder_is_forgotten(folder: Locked, candidates: Candidates) -> None:
+    """Otherwise it would always be due and be checked in a busy loop."""
     path = a_file(folder)
     assert candidates.check(b"r1.cfg", now=0.0) is None
     assert candidates.next_due() == 5.0
@@ -65,7 +65,9 @@ def test_what_becomes_a_folder_is_waited_for_no_longer(folder: Locked, candidate
     assert candidates.next_due() is None
 
 
-def test_what_cannot_be_looked_at_any_more_waits_for_the_scan(folder: Locked, candidates: Candidates) -> None:
+def test_a_file_that_becomes_unreadable_is_retried_at_the_next_scan(
+    folder: Locked, candidates: Candidates
+) -> None:
     a_file(folder)
     assert candidates.check(b"r1.cfg", now=0.0) is None
     folder.is_locked = True
@@ -76,14 +78,18 @@ def test_what_cannot_be_looked_at_any_more_waits_for_the_scan(folder: Locked, ca
     assert candidates.check(b"r1.cfg", now=11.0) is not None
 
 
-def test_what_is_written_to_for_an_hour_is_said_once(folder: Locked, candidates: Candidates) -> None:
+def test_a_file_that_is_written_to_for_an_hour_is_logged_once(folder: Locked, candidates: Candidates) -> None:
     path = a_file(folder)
     for now in range(0, 9000, 4):
         with path.open("ab") as stream:
             stream.write(b"more")
         assert candidates.check(b"r1.cfg", float(now)) is None
-    (said,) = [json.loads(line) for line in log_of(folder).read_text().splitlines()]
-    assert (said["event"], said["archive"], said["reason"]) == ("archive.waiting", "r1.cfg", "unfinished")
+    (record,) = [json.loads(line) for line in log_of(folder).read_text().splitlines()]
+    assert (record["event"], record["archive"], record["reason"]) == (
+        "archive.waiting",
+        "r1.cfg",
+        "unfinished",
+    )
     assert candidates.check(b"r1.cfg", 9100.0) is not None
 
     with path.open("ab") as stream:
@@ -92,15 +98,15 @@ def test_what_is_written_to_for_an_hour_is_said_once(folder: Locked, candidates:
     assert len(log_of(folder).read_text().splitlines()) == 1
 
 
-def test_what_its_owner_keeps_to_himself_is_said_as_such(folder: Locked, candidates: Candidates) -> None:
+def test_a_write_lease_of_the_owner_is_named_in_the_hint(folder: Locked, candidates: Candidates) -> None:
     before = signal.signal(signal.SIGIO, signal.SIG_IGN)
     try:
         with a_file(folder).open("r+b") as stream:
             fcntl.fcntl(stream.fileno(), fcntl.F_SETLEASE, fcntl.F_WRLCK)
             for now in (0.0, 6.0):
                 assert candidates.check(b"r1.cfg", now) is None
-        (said,) = [json.loads(line) for line in log_of(folder).read_text().splitlines()]
-        assert (said["archive"], said["reason"]) == ("r1.cfg", "unreadable")
-        assert "write lease" in said["hint"]
+        (record,) = [json.loads(line) for line in log_of(folder).read_text().splitlines()]
+        assert (record["archive"], record["reason"]) == ("r1.cfg", "unreadable")
+        assert "write lease" in record["hint"]
     finally:
         signal.signal(signal.SIGIO, before)

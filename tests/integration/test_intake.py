@@ -1,4 +1,4 @@
-"""Intake on a real folder with real inotify: whatever blinds it, nothing is missed, and it is said."""
+"""The intake on a real folder with real inotify: no file is missed, and each loss of events is logged."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from backupd.ledger.sqlite.connection import open_ledger
 from backupd.ledger.sqlite.deliveries import SqliteLedger
 from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog
-from tests.factories import NOW, delivered, finished
+from tests.factories import NOW, a_claim_result, delivered
 from tests.privileges import a_folder_of_nobody, without_rights
-from tests.stage import PATIENCE, until
+from tests.stage import TIMEOUT, until
 
-SOON = timedelta(milliseconds=250)
-NEVER = timedelta(hours=1)
+SHORT = timedelta(milliseconds=250)
+LONG = timedelta(hours=1)
 HOUR = 3600.0
 
 
-class Watching:
-    """One drop folder with its intake at work, a real ledger, and a log in a file."""
+class RunningIntake:
+    """One drop folder with a running intake, a real ledger, and a log in a file."""
 
     def __init__(self, base: Path, kind: type[SqliteLedger] = SqliteLedger, **config: Any) -> None:
         self.base = base
@@ -52,19 +52,19 @@ class Watching:
             path=self.root,
             **{
                 "stable_for": timedelta(milliseconds=50),
-                "rescan_every": SOON,
+                "rescan_every": SHORT,
                 "observer": "inotify",
                 **config,
             },
         )
         self.folder = DropFolder(str(self.root))
         self._log = os.open(base / "log", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        self.woken: list[Sequence[str]] = []
+        self.notified: list[Sequence[str]] = []
         self.intake = Intake(
             Drop.of("switches", self.config, self.folder, ("vault",)),
             self.ledger,
             EventLog(LineWriter(self._log), level="debug"),
-            self.woken.append,
+            self.notified.append,
             lambda: None,
         )
         self._stop = threading.Event()
@@ -74,18 +74,18 @@ class Watching:
     def _run(self) -> None:
         try:
             self.intake.run(self._stop)
-        except BaseException as error:  # noqa: BLE001 -- told by `end`
+        except BaseException as error:  # noqa: BLE001 -- raised again by `stop`
             self._failure = error
 
     def start(self) -> None:
         self._thread.start()
-        assert self.intake.ready.wait(PATIENCE)
+        assert self.intake.ready.wait(TIMEOUT)
 
-    def end(self) -> None:
+    def stop(self) -> None:
         self._stop.set()
         self.intake.wake()
-        self._thread.join(PATIENCE)
-        assert not self._thread.is_alive(), "the intake did not end"
+        self._thread.join(TIMEOUT)
+        assert not self._thread.is_alive(), "the intake did not stop"
         self.ledger.close()
         self.folder.close()
         os.close(self._log)
@@ -94,7 +94,7 @@ class Watching:
 
     @property
     def observer(self) -> InotifyObserver:
-        watcher = self.intake._sight._watcher
+        watcher = self.intake._watch_health._watcher
         assert watcher is not None
         assert isinstance(watcher._observer, InotifyObserver)
         return watcher._observer
@@ -104,8 +104,8 @@ class Watching:
         lines = os.pread(self._log, size, 0).split(b"\n")[:-1]
         return [event for event in map(json.loads, lines) if event["event"] == name]
 
-    def admitted(self) -> list[str]:
-        """Return what was admitted, in order."""
+    def queued(self) -> list[str]:
+        """Return the names of the queued archives, in order."""
         return [event["archive"] for event in self.events("archive.queued")]
 
     def _until(self, condition: Callable[[], bool], what: str) -> None:
@@ -118,21 +118,21 @@ class Watching:
         backlog = self.ledger.backlog()
         return backlog["vault"].pending if backlog else 0
 
-    def wait_admitted(self, *names: str) -> None:
-        self._until(lambda: set(names) <= set(self.admitted()), f"{names} to be admitted")
+    def wait_queued(self, *names: str) -> None:
+        self._until(lambda: set(names) <= set(self.queued()), f"{names} to be queued")
 
     def wait_event(self, name: str, count: int = 1) -> list[dict[str, Any]]:
         self._until(lambda: len(self.events(name)) >= count, f"{count} x {name}")
         return self.events(name)
 
     def wait_scan(self) -> None:
-        """Wait until a scan has begun and ended from now on."""
+        """Wait until a scan that starts from now on has ended."""
         before = len(self.events("drop.scanned"))
         self.wait_event("drop.scanned", before + 2)
 
-    def scan_no_more(self) -> None:
-        """Have no more scans, so that what is admitted from now on came by events."""
-        self.intake._sight._config = self.config.model_copy(update={"rescan_every": NEVER})
+    def stop_scanning(self) -> None:
+        """Stop the scans, so that files are found only by events from now on."""
+        self.intake._watch_health._config = self.config.model_copy(update={"rescan_every": LONG})
         self.wait_event("drop.scanned", len(self.events("drop.scanned")) + 1)
 
     def put(self, name: str, content: bytes = b"abc") -> Path:
@@ -150,136 +150,140 @@ def _sigio_ignored() -> Iterator[None]:
 
 
 @contextmanager
-def watching(base: Path, kind: type[SqliteLedger] = SqliteLedger, **config: Any) -> Iterator[Watching]:
-    scene = Watching(base, kind, **config)
+def running_intake(
+    base: Path, kind: type[SqliteLedger] = SqliteLedger, **config: Any
+) -> Iterator[RunningIntake]:
+    scene = RunningIntake(base, kind, **config)
     try:
         scene.start()
         yield scene
     finally:
-        scene.end()
+        scene.stop()
 
 
 @pytest.fixture
-def scene(tmp_path: Path) -> Iterator[Watching]:
-    """A drop folder that is looked through every quarter of a second."""
-    with watching(tmp_path) as scene:
+def scene(tmp_path: Path) -> Iterator[RunningIntake]:
+    """A drop folder that is scanned every quarter of a second."""
+    with running_intake(tmp_path) as scene:
         yield scene
 
 
 @pytest.fixture
-def ahead(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """By how many seconds the clock of the intake is ahead, for a test to change."""
+def clock_ahead(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds by which the clock of the intake is ahead; a test may change them."""
     seconds = [0.0]
     clock = SimpleNamespace(
         monotonic=lambda: time.monotonic() + seconds[0], time=lambda: time.time() + seconds[0]
     )
     monkeypatch.setattr("backupd.intake.intake.time", clock)
-    monkeypatch.setattr("backupd.intake.intake._SURELY_MISSED", HOUR)
+    monkeypatch.setattr("backupd.intake.intake._EVENT_TIMEOUT", HOUR)
     return seconds
 
 
 @pytest.fixture
-def by_events(tmp_path: Path) -> Iterator[Watching]:
-    """A drop folder that is looked through once, at the start: the rest has to come by events."""
-    with watching(tmp_path, rescan_every=NEVER) as scene:
+def events_only(tmp_path: Path) -> Iterator[RunningIntake]:
+    """A drop folder that is scanned once, at the start; later files are found only by events."""
+    with running_intake(tmp_path, rescan_every=LONG) as scene:
         yield scene
 
 
-# seeing
+# which files are found
 
 
-def test_events_alone_bring_files_however_they_came(by_events: Watching) -> None:
-    root = by_events.root
+def test_files_that_arrive_in_any_way_are_found_by_events(events_only: RunningIntake) -> None:
+    root = events_only.root
     (root / "written.cfg").write_bytes(b"abc")
-    by_events.put("moved-in.cfg")
+    events_only.put("moved-in.cfg")
     (root / "renamed.cfg.part").write_bytes(b"abc")
     (root / "renamed.cfg.part").rename(root / "renamed.cfg")
-    (by_events.base / "source").write_bytes(b"abc")
-    os.link(by_events.base / "source", root / "linked.cfg")
+    (events_only.base / "source").write_bytes(b"abc")
+    os.link(events_only.base / "source", root / "linked.cfg")
     fd = os.open(root, os.O_TMPFILE | os.O_RDWR)
     os.write(fd, b"abc")
-    # with a descriptor it is linkat(2), which follows this link
+    # with a directory's descriptor Python calls linkat(2), which follows this link
     os.link(f"/proc/self/fd/{fd}", root / "unnamed.cfg", src_dir_fd=fd, follow_symlinks=True)
     os.close(fd)
-    by_events.wait_admitted("written.cfg", "moved-in.cfg", "renamed.cfg", "linked.cfg", "unnamed.cfg")
-    assert len(by_events.admitted()) == 5
+    events_only.wait_queued("written.cfg", "moved-in.cfg", "renamed.cfg", "linked.cfg", "unnamed.cfg")
+    assert len(events_only.queued()) == 5
 
 
-def test_events_alone_bring_whole_trees(by_events: Watching) -> None:
-    tree = by_events.base / "tree"
+def test_whole_trees_are_found_by_events(events_only: RunningIntake) -> None:
+    tree = events_only.base / "tree"
     for name in ("a/r1.cfg", "a/b/r2.cfg"):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_bytes(b"abc")
-    shutil.copytree(tree, by_events.root / "copied")
-    tree.rename(by_events.root / "moved")
+    shutil.copytree(tree, events_only.root / "copied")
+    tree.rename(events_only.root / "moved")
     names = [f"{top}/{name}" for top in ("copied", "moved") for name in ("a/r1.cfg", "a/b/r2.cfg")]
-    by_events.wait_admitted(*names)
-    (by_events.root / "moved/a/b/later.cfg").write_bytes(b"abc")
-    by_events.wait_admitted("moved/a/b/later.cfg")
-    (by_events.root / "moved").rename(by_events.root / "again")
-    by_events.wait_admitted("again/a/b/later.cfg")
+    events_only.wait_queued(*names)
+    (events_only.root / "moved/a/b/later.cfg").write_bytes(b"abc")
+    events_only.wait_queued("moved/a/b/later.cfg")
+    (events_only.root / "moved").rename(events_only.root / "again")
+    events_only.wait_queued("again/a/b/later.cfg")
 
 
-def test_a_directory_that_is_renamed_in_place_is_watched_under_its_new_name(by_events: Watching) -> None:
-    (by_events.root / "site").mkdir()
-    by_events.put("site/r1.cfg")
-    by_events.wait_admitted("site/r1.cfg")
-    (by_events.root / "site").rename(by_events.root / "berlin")
-    by_events.wait_admitted("berlin/r1.cfg")
-    by_events.put("berlin/r2.cfg")
-    (by_events.root / "berlin" / "rack").mkdir()
-    by_events.put("berlin/rack/r3.cfg")
-    by_events.wait_admitted("berlin/r2.cfg", "berlin/rack/r3.cfg")
-    assert not by_events.events("library.warning")
+def test_a_directory_that_is_renamed_in_place_is_watched_under_its_new_name(
+    events_only: RunningIntake,
+) -> None:
+    (events_only.root / "site").mkdir()
+    events_only.put("site/r1.cfg")
+    events_only.wait_queued("site/r1.cfg")
+    (events_only.root / "site").rename(events_only.root / "berlin")
+    events_only.wait_queued("berlin/r1.cfg")
+    events_only.put("berlin/r2.cfg")
+    (events_only.root / "berlin" / "rack").mkdir()
+    events_only.put("berlin/rack/r3.cfg")
+    events_only.wait_queued("berlin/r2.cfg", "berlin/rack/r3.cfg")
+    assert not events_only.events("library.warning")
 
 
-def test_directories_that_take_each_others_places_confuse_nothing(tmp_path: Path) -> None:
-    with watching(tmp_path, rescan_every=NEVER) as scene:
+def test_directories_that_swap_places_are_watched_under_their_new_names(tmp_path: Path) -> None:
+    with running_intake(tmp_path, rescan_every=LONG) as scene:
         for name in ("sent", "x", "y"):
             (scene.root / name).mkdir()
         (scene.root / "y").rename(scene.root / "sent" / "y")
         (scene.root / "x").rename(scene.root / "y")
         scene.put("y/r1.cfg")
-        scene.wait_admitted("y/r1.cfg")
+        scene.wait_queued("y/r1.cfg")
         (scene.root / "z").mkdir()
         (scene.root / "z").rename(scene.root / "sent" / "z")
         (scene.root / "z").mkdir()
         (scene.root / "z").rmdir()
         (scene.root / "sent" / "z").rmdir()
         scene.put("r2.cfg")
-        scene.wait_admitted("r2.cfg")
+        scene.wait_queued("r2.cfg")
         assert all(emitter.is_alive() for emitter in scene.observer.emitters)
-    # and the intake has ended without a fault
+    # and the intake has ended without an exception
 
 
-def test_a_root_that_is_a_link_is_watched(tmp_path: Path) -> None:
+def test_a_drop_folder_that_is_a_link_is_watched(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "drop").symlink_to(tmp_path / "elsewhere")
-    with watching(tmp_path, rescan_every=NEVER) as scene:
+    with running_intake(tmp_path, rescan_every=LONG) as scene:
         scene.put("r1.cfg")
-        scene.wait_admitted("r1.cfg")
+        scene.wait_queued("r1.cfg")
         (scene.root / "site").mkdir()
         scene.put("site/r2.cfg")
-        scene.wait_admitted("site/r2.cfg")
+        scene.wait_queued("site/r2.cfg")
 
 
-def test_our_own_folders_are_not_watched_nor_what_leaves(tmp_path: Path) -> None:
+def test_neither_own_folders_nor_moves_out_of_the_folder_are_watched(tmp_path: Path) -> None:
     for name in ("sent/site", "rejected", ".hidden/deep", "site/sent"):
         (tmp_path / "drop" / name).mkdir(parents=True)
-    with watching(tmp_path, rescan_every=NEVER) as scene:
+    with running_intake(tmp_path, rescan_every=LONG) as scene:
         (scene.root / "sent" / "later").mkdir()
         (scene.root / "site" / "later").mkdir()
         scene.put("site/later/r1.cfg")
-        scene.wait_admitted("site/later/r1.cfg")
-        masks = watched()
+        scene.wait_queued("site/later/r1.cfg")
+        masks = watched_inodes()
     wanted = [scene.root, *(scene.root / name for name in ("site", "site/sent", "site/later"))]
     assert set(masks) == {directory.stat().st_ino for directory in wanted}
     assert not any(mask & InotifyConstants.IN_MOVED_FROM for mask in masks.values())
 
 
 def test_directories_beyond_the_length_of_a_path_are_not_watched(tmp_path: Path) -> None:
-    """Their paths would take memory by the square of the depth."""
-    scene = Watching(tmp_path, rescan_every=NEVER)
+    """The memory for their paths would grow with the square of the depth."""
+    scene = RunningIntake(tmp_path, rescan_every=LONG)
     name = "d" * 250
     here = os.open(scene.root, os.O_RDONLY)
     for _ in range(100):
@@ -290,13 +294,13 @@ def test_directories_beyond_the_length_of_a_path_are_not_watched(tmp_path: Path)
     os.close(here)
     scene.start()
     scene.put("r1.cfg")
-    scene.wait_admitted("r1.cfg")
-    assert len(watched()) == 1 + 4095 // 251
-    scene.end()
+    scene.wait_queued("r1.cfg")
+    assert len(watched_inodes()) == 1 + 4095 // 251
+    scene.stop()
 
 
-def watched() -> dict[int, int]:
-    """Return the inode of each directory that this process watches by inotify, and the events it asks for."""
+def watched_inodes() -> dict[int, int]:
+    """Return the inodes of the directories that this process watches by inotify, with their event masks."""
     masks = {}
     for info in Path("/proc/self/fdinfo").iterdir():
         with suppress(FileNotFoundError):
@@ -307,22 +311,22 @@ def watched() -> dict[int, int]:
     return masks
 
 
-def test_what_was_there_before_the_start_is_found(tmp_path: Path) -> None:
-    scene = Watching(tmp_path, rescan_every=NEVER)
+def test_a_file_from_before_the_start_is_found(tmp_path: Path) -> None:
+    scene = RunningIntake(tmp_path, rescan_every=LONG)
     scene.put("r1.cfg")
     scene.start()
-    scene.wait_admitted("r1.cfg")
-    scene.end()
+    scene.wait_queued("r1.cfg")
+    scene.stop()
 
 
-def test_a_name_that_is_no_text_is_seen(by_events: Watching) -> None:
-    name = os.fsencode(by_events.root) + b"/bad\xff\n.cfg"
+def test_a_name_that_is_not_valid_utf_8_is_queued(events_only: RunningIntake) -> None:
+    name = os.fsencode(events_only.root) + b"/bad\xff\n.cfg"
     with open(name, "wb") as file:
         file.write(b"abc")
-    by_events.wait_admitted("bad\\xff\n.cfg")
+    events_only.wait_queued("bad\\xff\n.cfg")
 
 
-def test_what_goes_to_our_own_folders_and_hidden_ones_is_not_seen(scene: Watching) -> None:
+def test_files_in_own_and_hidden_folders_are_not_queued(scene: RunningIntake) -> None:
     for name in ("sent", "rejected", "sent/deep", ".hidden", ".hidden/deep"):
         (scene.root / name).mkdir()
         scene.put(f"{name}/r1.cfg")
@@ -331,94 +335,94 @@ def test_what_goes_to_our_own_folders_and_hidden_ones_is_not_seen(scene: Watchin
     shutil.copytree(scene.base / "tree", scene.root / "sent" / "tree")
     (scene.base / "tree").rename(scene.root / ".tree")
     scene.put("seen.cfg")
-    scene.wait_admitted("seen.cfg")
+    scene.wait_queued("seen.cfg")
     scene.wait_scan()
-    assert scene.admitted() == ["seen.cfg"]
+    assert scene.queued() == ["seen.cfg"]
 
 
-def test_a_hidden_folder_is_seen_from_when_it_is_shown(by_events: Watching) -> None:
-    hidden = by_events.root / ".part"
+def test_a_hidden_folder_is_scanned_once_it_is_renamed_to_a_visible_name(events_only: RunningIntake) -> None:
+    hidden = events_only.root / ".part"
     hidden.mkdir()
     (hidden / "r1.cfg").write_bytes(b"abc")
-    hidden.rename(by_events.root / "shown")
-    by_events.wait_admitted("shown/r1.cfg")
-    (by_events.root / "shown" / "r2.cfg").write_bytes(b"abc")
-    by_events.wait_admitted("shown/r2.cfg")
+    hidden.rename(events_only.root / "shown")
+    events_only.wait_queued("shown/r1.cfg")
+    (events_only.root / "shown" / "r2.cfg").write_bytes(b"abc")
+    events_only.wait_queued("shown/r2.cfg")
 
 
-def test_without_recursion_nothing_below_is_seen(tmp_path: Path) -> None:
-    with watching(tmp_path, recursive=False) as scene:
+def test_without_recursion_no_file_in_a_subfolder_is_queued(tmp_path: Path) -> None:
+    with running_intake(tmp_path, recursive=False) as scene:
         (scene.root / "below").mkdir()
         scene.put("below/r1.cfg")
         scene.put("seen.cfg")
-        scene.wait_admitted("seen.cfg")
+        scene.wait_queued("seen.cfg")
         scene.wait_scan()
-        assert scene.admitted() == ["seen.cfg"]
+        assert scene.queued() == ["seen.cfg"]
 
 
 def test_polling_finds_files_without_inotify(tmp_path: Path) -> None:
-    with watching(tmp_path, observer="polling") as scene:
-        assert scene.intake._sight._watcher is None
+    with running_intake(tmp_path, observer="polling") as scene:
+        assert scene.intake._watch_health._watcher is None
         scene.put("r1.cfg")
         (scene.root / "below").mkdir()
         scene.put("below/r2.cfg")
-        scene.wait_admitted("r1.cfg", "below/r2.cfg")
-        (seen,) = scene.events("drop.watched")
-        assert (seen["observer"], seen["reason"]) == ("polling", "configured")
+        scene.wait_queued("r1.cfg", "below/r2.cfg")
+        (event,) = scene.events("drop.watched")
+        assert (event["observer"], event["reason"]) == ("polling", "configured")
         assert not scene.events("watch.degraded")
 
 
-def test_the_destinations_workers_are_woken(scene: Watching) -> None:
+def test_the_workers_of_the_destinations_are_notified(scene: RunningIntake) -> None:
     scene.put("r1.cfg")
-    scene.wait_admitted("r1.cfg")
-    until(lambda: scene.woken, "the workers to be woken")
-    assert scene.woken == [("vault",)]
+    scene.wait_queued("r1.cfg")
+    until(lambda: scene.notified, "the workers to be notified")
+    assert scene.notified == [("vault",)]
 
 
-# finished or not
+# which files are finished
 
 
-def test_a_file_that_is_held_open_waits_until_it_is_closed(scene: Watching) -> None:
+def test_a_file_that_is_open_for_writing_waits_until_it_is_closed(scene: RunningIntake) -> None:
     with (scene.root / "r1.cfg").open("wb", buffering=0) as file:
         file.write(b"half")
         scene.put("other.cfg")
-        scene.wait_admitted("other.cfg")
+        scene.wait_queued("other.cfg")
         scene.wait_scan()
         scene.wait_scan()
-        assert scene.admitted() == ["other.cfg"]
+        assert scene.queued() == ["other.cfg"]
         file.write(b" and half")
-    scene.wait_admitted("r1.cfg")
+    scene.wait_queued("r1.cfg")
     (event,) = (event for event in scene.events("archive.queued") if event["archive"] == "r1.cfg")
     assert event["size_bytes"] == len(b"half and half")
-    assert scene.admitted() == ["other.cfg", "r1.cfg"]
+    assert scene.queued() == ["other.cfg", "r1.cfg"]
 
 
-def test_a_file_that_grows_is_admitted_once_and_whole(tmp_path: Path, ahead: list[float]) -> None:
-    with watching(tmp_path, stable_for=timedelta(hours=1)) as scene:
+def test_a_growing_file_is_queued_once_and_whole(tmp_path: Path, clock_ahead: list[float]) -> None:
+    with running_intake(tmp_path, stable_for=timedelta(hours=1)) as scene:
         path = scene.root / "r1.cfg"
         for _ in range(4):
             with path.open("ab") as file:
                 file.write(b"x" * 100)
             scene.wait_scan()
-            ahead[0] += 0.7 * HOUR
+            clock_ahead[0] += 0.7 * HOUR
             scene.wait_scan()
-            assert scene.admitted() == []
-        ahead[0] += 0.7 * HOUR
-        scene.wait_admitted("r1.cfg")
+            assert scene.queued() == []
+        clock_ahead[0] += 0.7 * HOUR
+        scene.wait_queued("r1.cfg")
         scene.wait_scan()
         assert [event["size_bytes"] for event in scene.events("archive.queued")] == [400]
 
 
-def test_a_new_content_under_the_same_name_starts_over(scene: Watching) -> None:
+def test_new_content_under_the_same_name_supersedes_the_old_one(scene: RunningIntake) -> None:
     scene.put("r1.cfg", b"old")
-    scene.wait_admitted("r1.cfg")
+    scene.wait_queued("r1.cfg")
     scene.put("r1.cfg", b"newer")
     scene.wait_event("archive.queued", 2)
     (event,) = scene.events("archive.superseded")
     assert (event["archive"], event["size_bytes"]) == ("r1.cfg", 3)
 
 
-def test_what_is_no_archive_is_said_once_and_with_the_reason(scene: Watching) -> None:
+def test_an_ineligible_file_is_logged_once_with_its_reason(scene: RunningIntake) -> None:
     (scene.root / "empty.cfg").write_bytes(b"")
     (scene.root / "readme.pdf").write_bytes(b"abc")
     (scene.root / "link.cfg").symlink_to("/etc/hostname")
@@ -435,111 +439,111 @@ def test_what_is_no_archive_is_said_once_and_with_the_reason(scene: Watching) ->
     }
     assert len(scene.events("archive.ignored")) == 4
     (scene.root / "empty.cfg").write_bytes(b"no longer")
-    scene.wait_admitted("empty.cfg")
+    scene.wait_queued("empty.cfg")
 
 
-# going blind
+# lost events
 
 
-def blindness(scene: Watching) -> list[str]:
+def degraded_reasons(scene: RunningIntake) -> list[str]:
     return [event["reason"] for event in scene.events("watch.degraded")]
 
 
-def test_of_rubbish_without_end_no_more_is_said_than_that(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: list[float]
+def test_ignored_files_are_logged_up_to_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock_ahead: list[float]
 ) -> None:
-    monkeypatch.setattr("backupd.intake.candidates._MOST_SAID", 10)
-    with watching(tmp_path) as scene:
+    monkeypatch.setattr("backupd.intake.candidates._MAX_LOGGED_FILES", 10)
+    with running_intake(tmp_path) as scene:
         for number in range(30):
-            (scene.root / f"rubbish-{number}.pdf").write_bytes(b"no archive")
+            (scene.root / f"other-{number}.pdf").write_bytes(b"no archive")
             (scene.root / f"empty-{number}.cfg").touch()
         scene.wait_event("archive.ignored", 11)
         scene.wait_scan()
-        ahead[0] += 2 * HOUR
+        clock_ahead[0] += 2 * HOUR
         for _ in range(3):
             scene.wait_scan()
         scene.put("r1.cfg")
-        scene.wait_admitted("r1.cfg")
+        scene.wait_queued("r1.cfg")
         reasons = [event["reason"] for event in scene.events("archive.ignored")]
         assert len(reasons) == 11
         assert reasons.count("too_many") == 1
-        assert blindness(scene) == []
+        assert degraded_reasons(scene) == []
 
 
-def test_a_root_that_is_renamed_away_and_made_anew_is_watched_again(scene: Watching) -> None:
+def test_a_folder_that_is_renamed_and_recreated_is_watched_again(scene: RunningIntake) -> None:
     scene.root.rename(scene.base / "away")
     scene.wait_event("watch.degraded")
     scene.wait_event("drop.failed")
     scene.root.mkdir()
     scene.put("r1.cfg")
-    scene.wait_admitted("r1.cfg")
+    scene.wait_queued("r1.cfg")
     scene.wait_event("watch.recovered")
     scene.wait_scan()
-    assert blindness(scene) == ["replaced"]
+    assert degraded_reasons(scene) == ["replaced"]
     assert len(scene.events("watch.recovered")) == len(scene.events("drop.failed")) == 1
 
 
-def test_a_root_that_is_deleted_and_made_anew_at_once_is_watched_again(scene: Watching) -> None:
+def test_a_folder_that_is_deleted_and_recreated_at_once_is_watched_again(scene: RunningIntake) -> None:
     scene.root.rmdir()
     scene.root.mkdir()
     scene.put("r1.cfg")
-    scene.wait_admitted("r1.cfg")
+    scene.wait_queued("r1.cfg")
     scene.wait_event("watch.recovered")
     (scene.root / "below").mkdir()
     scene.put("below/r2.cfg")
-    scene.wait_admitted("below/r2.cfg")
+    scene.wait_queued("below/r2.cfg")
     scene.wait_scan()
-    assert blindness(scene) == ["replaced"]
+    assert degraded_reasons(scene) == ["replaced"]
 
 
-def test_a_root_that_is_deleted_and_made_anew_later_is_watched_again(scene: Watching) -> None:
+def test_a_folder_that_is_deleted_and_recreated_later_is_watched_again(scene: RunningIntake) -> None:
     shutil.rmtree(scene.root)
     scene.wait_event("drop.failed")
     scene.wait_scan()
     scene.root.mkdir()
     scene.put("r1.cfg")
-    scene.wait_admitted("r1.cfg")
+    scene.wait_queued("r1.cfg")
     scene.wait_event("watch.recovered")
     assert len(scene.events("watch.degraded")) == len(scene.events("drop.failed")) == 1
 
 
-def test_a_root_that_is_polled_may_be_replaced_again_and_again(tmp_path: Path) -> None:
-    with watching(tmp_path, observer="polling") as scene:
+def test_a_polled_folder_recovers_from_each_replacement(tmp_path: Path) -> None:
+    with running_intake(tmp_path, observer="polling") as scene:
         for number in range(1, 3):
             scene.root.rename(scene.base / f"away-{number}")
             scene.root.mkdir()
             restored = scene.wait_event("watch.recovered", number)
             assert {event["observer"] for event in restored} == {"polling"}
             scene.put(f"r{number}.cfg")
-            scene.wait_admitted(f"r{number}.cfg")
-            assert blindness(scene) == ["replaced"] * number
+            scene.wait_queued(f"r{number}.cfg")
+            assert degraded_reasons(scene) == ["replaced"] * number
             assert not scene.intake.is_degraded
 
 
-def test_after_a_replacement_events_alone_bring_files_again(scene: Watching) -> None:
+def test_after_a_replacement_files_are_found_by_events_again(scene: RunningIntake) -> None:
     scene.root.rename(scene.base / "away")
     scene.root.mkdir()
     scene.wait_event("watch.recovered")
-    scene.scan_no_more()
+    scene.stop_scanning()
     scene.put("r1.cfg")
     (scene.root / "below").mkdir()
     scene.put("below/r2.cfg")
-    scene.wait_admitted("r1.cfg", "below/r2.cfg")
+    scene.wait_queued("r1.cfg", "below/r2.cfg")
 
 
-def test_a_root_that_cannot_be_read_is_said_once_and_read_as_soon_as_it_can_be() -> None:
-    with a_folder_of_nobody() as base, without_rights(), watching(base) as scene:
+def test_a_folder_that_was_unreadable_is_read_once_it_can_be() -> None:
+    with a_folder_of_nobody() as base, without_rights(), running_intake(base) as scene:
         scene.put("r1.cfg")
-        scene.wait_admitted("r1.cfg")
+        scene.wait_queued("r1.cfg")
         scene.root.chmod(0)
         scene.wait_scan()
         scene.root.chmod(0o755)
         scene.put("r2.cfg")
-        scene.wait_admitted("r2.cfg")
+        scene.wait_queued("r2.cfg")
 
 
-def test_a_root_that_is_replaced_by_one_that_cannot_be_read_is_said_once() -> None:
-    with a_folder_of_nobody() as base, without_rights(), watching(base) as scene:
+def test_an_unreadable_replacement_of_the_folder_is_logged_once() -> None:
+    with a_folder_of_nobody() as base, without_rights(), running_intake(base) as scene:
         scene.root.rename(base / "away")
         scene.root.mkdir()
         scene.root.chmod(0)
@@ -548,26 +552,26 @@ def test_a_root_that_is_replaced_by_one_that_cannot_be_read_is_said_once() -> No
         scene.wait_scan()
         scene.wait_scan()
         assert len(scene.events("drop.failed")) == 1
-        assert blindness(scene) == ["replaced"]
+        assert degraded_reasons(scene) == ["replaced"]
         scene.root.chmod(0o755)
         scene.put("r1.cfg")
-        scene.wait_admitted("r1.cfg")
+        scene.wait_queued("r1.cfg")
         scene.wait_event("watch.recovered")
 
 
-def test_a_directory_that_cannot_be_read_is_said_once_and_hides_no_other() -> None:
-    with a_folder_of_nobody() as base, without_rights(), watching(base) as scene:
+def test_an_unreadable_directory_is_logged_once_and_hides_no_other_file() -> None:
+    with a_folder_of_nobody() as base, without_rights(), running_intake(base) as scene:
         (scene.root / "closed").mkdir()
         scene.put("closed/r1.cfg")
         (scene.root / "closed").chmod(0)
         scene.wait_event("archive.ignored")
         scene.put("r2.cfg")
-        scene.wait_admitted("r2.cfg")
+        scene.wait_queued("r2.cfg")
         scene.wait_scan()
-        said = [event for event in scene.events("archive.ignored") if event["archive"] == "closed"]
-        assert [event["reason"] for event in said] == ["unreadable"]
+        logged = [event for event in scene.events("archive.ignored") if event["archive"] == "closed"]
+        assert [event["reason"] for event in logged] == ["unreadable"]
         (scene.root / "closed").chmod(0o755)
-        scene.wait_admitted("closed/r1.cfg")
+        scene.wait_queued("closed/r1.cfg")
 
 
 def _emitter(observer: InotifyObserver) -> None:
@@ -586,22 +590,22 @@ def _dispatcher(observer: InotifyObserver) -> None:
     observer.join()
 
 
-@pytest.mark.parametrize("end", [_emitter, _reader, _dispatcher])
-def test_a_dead_thread_of_the_watcher_is_noticed_and_it_is_made_anew(scene: Watching, end: Any) -> None:
-    end(scene.observer)
+@pytest.mark.parametrize("end_thread", [_emitter, _reader, _dispatcher])
+def test_a_watcher_with_a_dead_thread_is_restarted(scene: RunningIntake, end_thread: Any) -> None:
+    end_thread(scene.observer)
     scene.put("r1.cfg")
-    scene.wait_admitted("r1.cfg")
+    scene.wait_queued("r1.cfg")
     scene.wait_event("watch.recovered")
     scene.put("r2.cfg")
-    scene.wait_admitted("r2.cfg")
+    scene.wait_queued("r2.cfg")
     scene.wait_scan()
-    assert blindness(scene) == ["dead"]
+    assert degraded_reasons(scene) == ["dead"]
     assert len(scene.events("watch.recovered")) == 1
 
 
-def make_deaf(scene: Watching) -> InotifyObserver:
-    """Have no event reach the intake, though every thread of the watcher lives."""
-    watcher = scene.intake._sight._watcher
+def disconnect_handler(scene: RunningIntake) -> InotifyObserver:
+    """Keep all events from the intake although every thread of the watcher runs."""
+    watcher = scene.intake._watch_health._watcher
     assert watcher is not None
     observer = scene.observer
     for watch in set(observer._watches):
@@ -609,105 +613,105 @@ def make_deaf(scene: Watching) -> InotifyObserver:
     return observer
 
 
-def test_without_threads_for_a_watcher_it_is_said_and_files_come_by_scan(
-    scene: Watching, monkeypatch: pytest.MonkeyPatch
+def test_without_threads_for_a_watcher_files_are_found_by_scans(
+    scene: RunningIntake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_thread(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")  # the words of Python where a limit is reached
+        raise RuntimeError("can't start new thread")  # Python's message if a limit is reached
 
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", no_thread)
         scene.root.rename(scene.base / "away")
         scene.root.mkdir()
-        until(lambda: "refused" in blindness(scene), "that no watcher can be had")
+        until(lambda: "refused" in degraded_reasons(scene), "the watcher to be refused")
         scene.put("by-scan.cfg")
-        scene.wait_admitted("by-scan.cfg")
+        scene.wait_queued("by-scan.cfg")
     scene.wait_event("watch.recovered")
     assert "limit of threads" in scene.events("watch.degraded")[-1]["hint"]
-    scene.scan_no_more()
+    scene.stop_scanning()
     scene.put("by-event.cfg")
-    scene.wait_admitted("by-event.cfg")
+    scene.wait_queued("by-event.cfg")
 
 
-def test_files_that_no_event_told_of_are_found_and_that_is_said_once(
+def test_files_without_an_event_are_found_and_logged_as_one_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backupd.intake.intake._SURELY_MISSED", -1.0)
-    monkeypatch.setattr("backupd.intake.watch_health._SILENT", HOUR)
-    with watching(tmp_path) as scene:
-        deaf = make_deaf(scene)
+    monkeypatch.setattr("backupd.intake.intake._EVENT_TIMEOUT", -1.0)
+    monkeypatch.setattr("backupd.intake.watch_health._SIGN_OF_LIFE_TIMEOUT", HOUR)
+    with running_intake(tmp_path) as scene:
+        disconnected = disconnect_handler(scene)
         tree = scene.base / "tree"
         tree.mkdir()
         names = [f"tree/r{number}.cfg" for number in range(3)]
         for name in names:
             (scene.base / name).write_bytes(b"abc")
         tree.rename(scene.root / "tree")  # the same scan finds all of them
-        scene.wait_admitted(*names)
+        scene.wait_queued(*names)
         scene.wait_event("watch.recovered")
-        assert scene.observer is not deaf
-        scene.scan_no_more()
+        assert scene.observer is not disconnected
+        scene.stop_scanning()
         scene.put("later.cfg")
-        scene.wait_admitted("later.cfg")
-        assert blindness(scene) == ["missed"]
+        scene.wait_queued("later.cfg")
+        assert degraded_reasons(scene) == ["missed"]
         assert len(scene.events("watch.recovered")) == 1
 
 
-def test_a_quiet_folder_whose_watcher_is_deaf_is_told_from_one_that_is_only_quiet(
+def test_a_broken_watcher_on_a_quiet_folder_is_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
     monkeypatch.setattr("backupd.intake.watch_health.time", SimpleNamespace(monotonic=lambda: now[0]))
-    with watching(tmp_path) as scene:
+    with running_intake(tmp_path) as scene:
         for _ in range(10):
             scene.wait_scan()
-            until(lambda: scene.intake._sight._asked is None, "a sign of life")
-        assert blindness(scene) == []
+            until(lambda: scene.intake._watch_health._requested_at is None, "a sign of life")
+        assert degraded_reasons(scene) == []
         assert not scene.intake.is_degraded
 
-        deaf = make_deaf(scene)
+        disconnected = disconnect_handler(scene)
         scene.wait_scan()
-        until(lambda: scene.intake._sight._asked is not None, "it to be asked for")
+        until(lambda: scene.intake._watch_health._requested_at is not None, "a sign of life to be requested")
         now[0] += HOUR
         scene.wait_event("watch.recovered")
-        assert scene.observer is not deaf
-        assert blindness(scene) == ["silent"]
-        scene.scan_no_more()
+        assert scene.observer is not disconnected
+        assert degraded_reasons(scene) == ["silent"]
+        scene.stop_scanning()
         scene.put("later.cfg")
-        scene.wait_admitted("later.cfg")
+        scene.wait_queued("later.cfg")
 
 
-def test_a_folder_with_much_to_tell_is_not_taken_for_a_blind_watcher(
+def test_late_signs_of_life_among_many_events_are_no_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sign of life may wait behind thousands of events, or be lost in an overflow: they are signs too."""
+    """It may wait behind thousands of events, or be lost in an overflow; any event counts as one."""
     now = [100.0]
     monkeypatch.setattr("backupd.intake.watch_health.time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr("backupd.intake.watcher.Watcher.request_sign_of_life", lambda _watcher: True)
-    with watching(tmp_path, rescan_every=NEVER) as scene:
+    with running_intake(tmp_path, rescan_every=LONG) as scene:
         scene.put("r1.cfg")
-        scene.wait_admitted("r1.cfg")
+        scene.wait_queued("r1.cfg")
         now[0] += 3600
-        scene.put("r2.cfg")  # by its admission the watcher was judged by the new time
-        scene.wait_admitted("r2.cfg")
-        assert blindness(scene) == []
+        scene.put("r2.cfg")  # once it is queued, the watcher was checked at the new time
+        scene.wait_queued("r2.cfg")
+        assert degraded_reasons(scene) == []
 
 
-def test_a_watch_that_the_kernel_gave_up_is_noticed_by_the_next_scan(scene: Watching) -> None:
+def test_a_watch_that_the_kernel_removed_is_detected_by_the_next_scan(scene: RunningIntake) -> None:
     reader = scene.observer._inotify_fd
     assert reader is not None
     for watch in [*reader._watch_for_wd]:
         inotify_rm_watch(reader._inotify_fd, watch)
     scene.wait_event("watch.recovered")
-    assert blindness(scene) == ["removed"]
-    scene.scan_no_more()
+    assert degraded_reasons(scene) == ["removed"]
+    scene.stop_scanning()
     scene.put("later.cfg")
-    scene.wait_admitted("later.cfg")
+    scene.wait_queued("later.cfg")
 
 
-def test_looking_for_a_sign_of_life_opens_nobodys_files(scene: Watching) -> None:
-    """Whoever opens a file meanwhile is not taken for a sign, nor for an archive that was written."""
+def test_a_sign_of_life_opens_no_file_and_ignores_readers_of_files(scene: RunningIntake) -> None:
+    """A file that is read meanwhile is neither a sign of life nor a new archive."""
     path = scene.put("r1.cfg")
-    scene.wait_admitted("r1.cfg")
+    scene.wait_queued("r1.cfg")
     before = path.stat(), scene.root.stat()
     for _ in range(200):
         path.read_bytes()
@@ -717,115 +721,120 @@ def test_looking_for_a_sign_of_life_opens_nobodys_files(scene: Watching) -> None
         before[0].st_ctime_ns,
         before[1].st_mtime_ns,
     )
-    assert scene.admitted() == ["r1.cfg"]
-    assert blindness(scene) == []
+    assert scene.queued() == ["r1.cfg"]
+    assert degraded_reasons(scene) == []
 
 
-def test_files_that_an_event_told_of_prove_no_blindness(tmp_path: Path, ahead: list[float]) -> None:
-    with watching(tmp_path) as scene:
+def test_files_with_an_event_are_not_taken_for_missed(tmp_path: Path, clock_ahead: list[float]) -> None:
+    with running_intake(tmp_path) as scene:
         for number in range(300):
             scene.put(f"r{number}.cfg")
         (scene.root / "empty.cfg").touch()
         (scene.root / "other.pdf").touch()
         with (scene.root / "open.cfg").open("wb", buffering=0) as file:
             file.write(b"abc")
-            scene.wait_admitted("r299.cfg")
+            scene.wait_queued("r299.cfg")
             scene.wait_event("archive.ignored", 2)
             scene.wait_scan()
-            ahead[0] += 2 * HOUR
+            clock_ahead[0] += 2 * HOUR
             scene.wait_scan()
-        scene.wait_admitted("open.cfg")
-        assert blindness(scene) == []
+        scene.wait_queued("open.cfg")
+        assert degraded_reasons(scene) == []
 
 
-class UnwillingLedger(SqliteLedger):
-    """A ledger that can't be written for a while."""
+class RefusingLedger(SqliteLedger):
+    """A ledger that refuses writes while `failing` is set."""
 
     failing = True
 
     def enqueue(
-        self, sightings: Sequence[FileCandidate], destinations: Sequence[str], now: datetime
+        self, candidates: Sequence[FileCandidate], destinations: Sequence[str], now: datetime
     ) -> EnqueueResult:
         if self.failing:
             raise LedgerError("the ledger can't be written: database or disk is full", "check the disk")
-        return super().enqueue(sightings, destinations, now)
+        return super().enqueue(candidates, destinations, now)
 
 
-def test_what_the_ledger_did_not_take_is_admitted_later_and_is_no_blindness(
-    tmp_path: Path, ahead: list[float]
+def test_files_that_the_ledger_refused_are_queued_later_and_not_taken_for_missed(
+    tmp_path: Path, clock_ahead: list[float]
 ) -> None:
-    with watching(tmp_path, UnwillingLedger) as scene:
-        assert isinstance(scene.ledger, UnwillingLedger)
+    with running_intake(tmp_path, RefusingLedger) as scene:
+        assert isinstance(scene.ledger, RefusingLedger)
         scene.put("r1.cfg")
         scene.wait_event("ledger.failed")
-        ahead[0] += 2 * HOUR
+        clock_ahead[0] += 2 * HOUR
         scene.wait_scan()
         assert len(scene.events("ledger.failed")) == 1
         scene.ledger.failing = False
-        scene.wait_admitted("r1.cfg")
-        assert blindness(scene) == []
+        scene.wait_queued("r1.cfg")
+        assert degraded_reasons(scene) == []
 
 
-def test_after_an_overflow_of_the_kernels_queue_every_file_is_admitted(by_events: Watching) -> None:
-    scene = by_events
+def test_after_an_overflow_of_the_event_queue_every_file_is_queued(events_only: RunningIntake) -> None:
+    scene = events_only
     (scene.root / "below").mkdir()
-    room = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
-    if room > 50_000:
-        pytest.skip("the kernel's queue is too long to be filled in a test")
-    count = max(20_000, room + 1000)
+    limit = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
+    if limit > 50_000:
+        pytest.skip("the event queue of the kernel is too long to be filled in a test")
+    count = max(20_000, limit + 1000)
     with scene.observer._inotify_fd._lock:  # the reader stops reading
         for number in range(count):
             with open(scene.root / f"r{number}.cfg", "wb", buffering=0) as file:
                 file.write(b"x")
-    until(lambda: scene.pending() == count, f"{count} files to be admitted")
-    until(lambda: blindness(scene) and len(blindness(scene)) == len(scene.events("watch.recovered")), "sight")
-    assert set(blindness(scene)) == {"overflow"}
-    assert len(set(scene.admitted())) == len(scene.admitted()) == count
+    until(lambda: scene.pending() == count, f"{count} files to be queued")
+    until(
+        lambda: (
+            degraded_reasons(scene) and len(degraded_reasons(scene)) == len(scene.events("watch.recovered"))
+        ),
+        "recovery",
+    )
+    assert set(degraded_reasons(scene)) == {"overflow"}
+    assert len(set(scene.queued())) == len(scene.queued()) == count
     scene.put("below/later.cfg")
-    scene.wait_admitted("below/later.cfg")
+    scene.wait_queued("below/later.cfg")
 
 
-def test_watches_that_are_being_made_anew_are_not_taken_for_gone(
-    by_events: Watching, monkeypatch: pytest.MonkeyPatch
+def test_watches_that_are_being_renewed_are_not_taken_for_removed(
+    events_only: RunningIntake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A scan that comes while watchdog mends what an overflow may have cost waits for that."""
-    watcher = by_events.intake._sight._watcher
+    """A check waits while watchdog renews all watches after an overflow."""
+    watcher = events_only.intake._watch_health._watcher
     assert watcher is not None
     (watches,) = watcher._all_watches()
     assert watches is not None
     add_all = watches._add_all_callbacks
-    answers: list[bool] = []
-    asking = threading.Thread(target=lambda: answers.append(watches.ask()))
+    results: list[bool] = []
+    probing = threading.Thread(target=lambda: results.append(watches.provoke_event()))
 
     def add_all_later(path: bytes) -> None:
-        asking.start()
-        asking.join(0.5)  # it has to wait for us
+        probing.start()
+        probing.join(0.5)  # it has to wait for the lock
         add_all(path)
 
     monkeypatch.setattr(watches, "_add_all_callbacks", add_all_later)
     watches.on_queue_overflow()
-    asking.join(PATIENCE)
-    assert answers == [True]
+    probing.join(TIMEOUT)
+    assert results == [True]
 
 
-def test_a_hundred_files_a_second_never_look_like_blindness(scene: Watching) -> None:
-    """As they come, are delivered and moved away."""
+def test_a_hundred_files_per_second_are_not_taken_for_missed(scene: RunningIntake) -> None:
+    """While they arrive, are delivered and are moved out of the folder."""
     for number in range(200):
         path = scene.put(f"r{number}.cfg")
         if number % 10 == 0:
-            scene.wait_admitted(path.name)
+            scene.wait_queued(path.name)
             for delivery in scene.ledger.claim("vault", datetime.now(UTC), limit=100):
-                (settled,) = scene.ledger.record([finished(delivery, delivered())], NOW)
+                (completed,) = scene.ledger.record([a_claim_result(delivery, delivered())], NOW)
                 os.unlink(scene.root / os.fsdecode(delivery.archive.relpath))
-                scene.ledger.record_dispositions([DispositionResult(settled.archive.id, None)], [], NOW)
-    scene.wait_admitted("r199.cfg")
+                scene.ledger.record_dispositions([DispositionResult(completed.archive.id, None)], [], NOW)
+    scene.wait_queued("r199.cfg")
     scene.wait_scan()
-    assert blindness(scene) == []
-    assert len(scene.admitted()) == len(set(scene.admitted())) == 200
+    assert degraded_reasons(scene) == []
+    assert len(scene.queued()) == len(set(scene.queued())) == 200
 
 
-def test_a_stop_ends_every_wait_at_once(by_events: Watching) -> None:
-    by_events._stop.set()
-    by_events.intake.wake()
-    by_events._thread.join(PATIENCE)  # the next scan is an hour away
-    assert not by_events._thread.is_alive()
+def test_a_stop_ends_a_wait_at_once(events_only: RunningIntake) -> None:
+    events_only._stop.set()
+    events_only.intake.wake()
+    events_only._thread.join(TIMEOUT)  # the next scan is an hour away
+    assert not events_only._thread.is_alive()
