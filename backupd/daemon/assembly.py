@@ -1,4 +1,4 @@
-"""Plugs the concrete parts together; the only module that knows which they are."""
+"""Builds the daemon from its configuration; the only module that names the concrete ledger."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from backupd.daemon.runtime import ReloadDiff, RunningDestination, RunningDrop, 
 from backupd.delivery.circuit_breaker import CircuitBreaker, Notifier
 from backupd.delivery.destination import Destination, DestinationQueue
 from backupd.delivery.disposition import Disposition
+from backupd.delivery.history_restorer import HistoryRestorer
 from backupd.delivery.recorder import Recorder
-from backupd.delivery.restoring import HistoryRestorer
 from backupd.delivery.retention import Retention, RetentionScope
 from backupd.delivery.worker import Worker
 from backupd.dropfolder.drop import Drop, open_folder
@@ -28,15 +28,14 @@ from backupd.ledger.sqlite.deliveries import SqliteLedger
 from backupd.ledger.sqlite.sent_rows import open_sent_index
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
-from backupd.upload.base import Uploader
-from backupd.upload.http.limits import Abort
-from backupd.upload.http.uploader import HttpUploader, open_endpoint
+from backupd.upload.base import Abort
+from backupd.upload.registry import open_endpoint
 
 
 def run_daemon(
-    config: Config, log: EventLog, config_path: Path, found: FilesReport, examine: ExamineFiles
+    config: Config, log: EventLog, config_path: Path, report: FilesReport, examine_files: ExamineFiles
 ) -> int:
-    """Run the daemon on a configuration, and what its examination found; return its exit code."""
+    """Run the daemon on a configuration and the report of its files; return the exit code."""
     with StateLock(config.state_dir) as lock:
         opened = open_ledger(config.state_dir, check=lock.check, must_replace=lock.must_replace)
         if opened.quarantined_path is not None:
@@ -55,16 +54,24 @@ def run_daemon(
                 hint="find out who removed it; pending archives are found again in the drop folders",
             )
         assembly = Assembly(config, SqliteLedger(opened.connection), log)
-        certificates = Certificates(assembly.runtime, log, examine, found)
-        upkeep = Housekeeping(assembly.runtime, log, assembly.device_tracker, assembly.clock)
-        daemon = Daemon(assembly.runtime, log, config_path, examine, assembly.change_to, certificates, upkeep)
+        certificates = Certificates(assembly.runtime, log, examine_files, report)
+        housekeeping = Housekeeping(assembly.runtime, log, assembly.device_tracker, assembly.clock)
+        daemon = Daemon(
+            assembly.runtime,
+            log,
+            config_path,
+            examine_files,
+            assembly.change_to,
+            certificates,
+            housekeeping,
+        )
         code = daemon.run()
         lock.ended_cleanly, lock.damage = code == 0, daemon.damage
         return code
 
 
 class Assembly:
-    """Builds the running parts of a daemon for a configuration, and exchanges them for another one."""
+    """Builds the runtime of a daemon from a configuration, and changes it to another configuration."""
 
     def __init__(self, config: Config, ledger: Ledger, log: EventLog) -> None:
         self._log = log
@@ -74,7 +81,7 @@ class Assembly:
             name: Drop.of(name, drop, open_folder(name, drop), destinations_of(config, drop))
             for name, drop in config.drop.items()
         }
-        """Every drop since the start: archives of a removed one may still be under way."""
+        """Every drop since the start: archives of a removed one may still be uploading."""
         self.clock = HostClock(ledger.last_clock_reading())
         self.device_tracker = DeviceTracker(ledger, log)
         self.device_tracker.configure(self._drops, datetime.now(UTC))
@@ -100,7 +107,7 @@ class Assembly:
         self.runtime.drops |= {n: self._intake_of(n) for n in config.drop}
 
     def change_to(self, config: Config) -> ReloadDiff:
-        """Exchange the parts that differ in another configuration; the caller stops and starts threads.
+        """Change the runtime where another configuration differs; the caller stops and starts the threads.
 
         Raises ConfigError or LedgerError, and changes nothing, if a folder cannot be opened or the ledger
         cannot be written.
@@ -141,8 +148,8 @@ class Assembly:
         circuit = CircuitBreaker(name, backoff, self._log, notifier, self._ledger)
         queue = DestinationQueue(destination, self._ledger, circuit, notifier, self._drops, self._log)
         endpoint, submit = open_endpoint(config, self._abort), self.runtime.recorder.submit
-        workers = tuple(Worker(queue, HttpUploader(endpoint), submit) for _ in range(config.workers))
-        return RunningDestination(queue, workers, circuit, notifier, endpoint.tls_context)
+        workers = tuple(Worker(queue, endpoint.make_uploader(), submit) for _ in range(config.workers))
+        return RunningDestination(queue, workers, circuit, notifier, endpoint)
 
     def _retention_scope(self) -> RetentionScope:
         config = self.runtime.config
@@ -171,11 +178,6 @@ class Assembly:
 def _is_same_drop(name: str, before: Config, after: Config) -> bool:
     old, new = before.drop.get(name), after.drop[name]
     return old == new and destinations_of(before, new) == destinations_of(after, new)
-
-
-def make_uploader(destination: DestinationConfig, abort: Abort) -> Uploader:
-    """Return a new uploader for a destination."""
-    return HttpUploader.standalone(destination, abort)
 
 
 def destinations_of(config: Config, drop: DropConfig) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The certificates of all destinations: new files are taken up, and what expires is told in time."""
+"""The TLS certificates of all destinations: loads renewed files and warns before one expires."""
 
 from __future__ import annotations
 
@@ -11,89 +11,97 @@ from backupd.daemon.runtime import Runtime
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
 
-_TOLD_AT = (1, 3, 7, 14, 30)
-"""Days before the end at which it is told."""
+_WARNING_DAYS = (1, 3, 7, 14, 30)
+"""Numbers of days before the expiry at which a warning is logged."""
+
+_RENEW_HINTS = {
+    "client": "renew the files that `cert` and `key` name; the daemon loads them without a restart",
+    "server": "ask the operator of the destination to renew it",
+}
 
 
 class Certificates:
-    """Looks after the certificates; `tick` is called every few seconds, `tell` at each heartbeat."""
+    """Tracks the certificates; `tick` is called every few seconds, `log_expiring` at each heartbeat."""
 
-    def __init__(self, parts: Runtime, log: EventLog, examine: ExamineFiles, found: FilesReport) -> None:
-        self._parts = parts
+    def __init__(
+        self, runtime: Runtime, log: EventLog, examine_files: ExamineFiles, report: FilesReport
+    ) -> None:
+        self._runtime = runtime
         self._log = log
-        self._examine = examine
-        self._expires = dict(found.expires)
+        self._examine_files = examine_files
+        self._expires = dict(report.expires)
         self._changing: set[str] = set()
-        self._told: dict[tuple[str, str], int] = {}
+        """Names of the destinations with files that changed since the last tick."""
+        self._logged_steps: dict[tuple[str, str], int] = {}
+        """The number of days of the last warning, by destination and role of the certificate."""
         self._refused: set[str] = set()
+        """Names of the destinations with new files that could not be loaded."""
 
     def tick(self) -> None:
-        """Take up what was renewed: once its files rest, as a key comes a moment after its certificate."""
-        parts = self._parts.destinations
-        changing = {name for name, part in parts.items() if part.tls_context.files_changed()}
-        rested = (self._changing - changing) & set(parts)
+        """Load renewed files once they no longer change: the key may be written after the certificate."""
+        destinations = self._runtime.destinations
+        changing = {name for name, running in destinations.items() if running.endpoint.files_changed()}
+        renewed = (self._changing - changing) & set(destinations)
         self._changing = changing
-        if rested:
-            self._take_up(rested)
+        if renewed:
+            self._apply_renewal(renewed)
 
-    def update(self, found: FilesReport) -> None:
-        """Note what an examination found."""
-        self._expires = dict(found.expires)
+    def update(self, report: FilesReport) -> None:
+        """Replace the expiry dates by those of a new report."""
+        self._expires = dict(report.expires)
 
     def days_left(self) -> Mapping[str, int]:
-        """Return the whole days left of each destination's client certificate."""
+        """Return the whole days until the client certificate of each destination expires."""
         now = datetime.now(UTC)
-        return {
-            name: days_left(end, now)
-            for name, end in self._expires.items()
-            if name in self._parts.destinations
-        }
+        destinations = self._runtime.destinations
+        return {name: days_left(end, now) for name, end in self._expires.items() if name in destinations}
 
     def log_expiring(self) -> None:
-        """Tell of each certificate that has come to fewer days than was told of it before.
+        """Log each certificate that has reached the next number of days in `_WARNING_DAYS`.
 
-        What was refused is tried again: the fault may have been mended beside the files.
+        Refused files are retried first: the fault may be fixed without a change of these files.
         """
-        if refused := self._refused & set(self._parts.destinations):
-            self._take_up(refused)
+        if refused := self._refused & set(self._runtime.destinations):
+            self._apply_renewal(refused)
         now = datetime.now(UTC)
-        for name, whose, end in self._all():
+        for name, role, end in self._all():
             days = days_left(end, now)
-            step = next((step for step in _TOLD_AT if days < step), None)
-            if step is not None and self._told.get((name, whose)) != step:
+            step = next((step for step in _WARNING_DAYS if days < step), None)
+            if step is not None and self._logged_steps.get((name, role)) != step:
                 self._log.emit(
                     events.CERTIFICATE_EXPIRING,
                     destination=name,
-                    certificate_role=whose,
+                    certificate_role=role,
                     days_left=days,
                     expires_at=end,
-                    hint="renew the files that `cert` and `key` name; they are taken up by themselves"
-                    if whose == "client"
-                    else "tell whoever runs the destination",
+                    hint=_RENEW_HINTS[role],
                 )
             if step is None:
-                self._told.pop((name, whose), None)
+                self._logged_steps.pop((name, role), None)
             else:
-                self._told[name, whose] = step
+                self._logged_steps[name, role] = step
 
     def _all(self) -> Iterator[tuple[str, str, datetime]]:
-        for name, part in self._parts.destinations.items():
+        """Yield destination, role and expiry of each certificate."""
+        for name, running in self._runtime.destinations.items():
             if name in self._expires:
                 yield name, "client", self._expires[name]
-            if part.tls_context.server_expires is not None:
-                yield name, "server", datetime.fromtimestamp(part.tls_context.server_expires, UTC)
+            if running.endpoint.server_certificate_expires is not None:
+                yield name, "server", datetime.fromtimestamp(running.endpoint.server_certificate_expires, UTC)
 
-    def _take_up(self, names: set[str]) -> None:
+    def _apply_renewal(self, names: set[str]) -> None:
+        """Load the files of some destinations; those that cannot be used leave the earlier ones in use."""
         try:
-            found = self._examine()
+            report = self._examine_files()
         except ConfigError:
-            found = None  # the configuration is being edited; the certificates may be good all the same
+            report = None  # the configuration is being edited; the certificates may be valid nevertheless
         for name in sorted(names):
-            fatal = [p for p in found.fatal if p.where.startswith(f"destination.{name}.")] if found else []
+            prefix = f"destination.{name}."
+            fatal = [p for p in report.fatal if p.where.startswith(prefix)] if report else []
             try:
                 if fatal:
                     raise ConfigError("; ".join(p.message for p in fatal), fatal[0].hint)
-                self._parts.destinations[name].tls_context.reload()
+                self._runtime.destinations[name].endpoint.reload_files()
             except BackupdError as error:
                 self._log.emit(
                     events.CERTIFICATE_REFUSED, destination=name, error=error.message, hint=error.hint
@@ -101,6 +109,6 @@ class Certificates:
                 self._refused.add(name)
                 continue
             self._refused.discard(name)
-            if found and name in found.expires:
-                self._expires[name] = found.expires[name]
+            if report and name in report.expires:
+                self._expires[name] = report.expires[name]
             self._log.emit(events.CERTIFICATE_RENEWED, destination=name, days_left=self.days_left().get(name))

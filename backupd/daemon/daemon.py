@@ -1,4 +1,4 @@
-"""The order in which the daemon starts, goes on, takes a new configuration, and stops."""
+"""The main thread of the daemon: start, main loop, reload and stop."""
 
 from __future__ import annotations
 
@@ -27,271 +27,280 @@ from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
 from backupd.telemetry.systemd import SystemdNotifier
 
-_STOPS = {signal.SIGTERM, signal.SIGINT}
-_SIGNALS = {*_STOPS, signal.SIGHUP}
-_AFTER_ABORT = 1.5
-"""Seconds that aborted uploads get to end in good order."""
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+_SIGNALS = {*_STOP_SIGNALS, signal.SIGHUP}
 
-_HEAD_START = 10.0
-"""Seconds that the first look has before deliveries begin: each is twice as quick without the other.
+_ABORT_GRACE = 1.5
+"""Seconds in which aborted uploads are expected to end."""
 
-No longer, or a drop folder on a server that hangs would keep all the others waiting.
+_FIRST_SCAN_HEAD_START = 10.0
+"""Seconds of the first scan before deliveries start: both are twice as fast one after the other.
+
+It is limited because a drop folder on a file server that hangs must not delay all other deliveries.
 """
 
-_FIRST_LOOK = 60.0
-"""Seconds after which it is ready though some drop was not looked through yet: its disk may hang."""
+_FIRST_SCAN_TIMEOUT = 60.0
+"""Seconds after which the daemon is ready although a first scan has not ended: its disk may hang."""
 
-_HUNG = 120.0
-"""Seconds without life of a thread that has work, after which that is said where systemd does not watch."""
+_STALLED_AFTER = 120.0
+"""Seconds without a sign of life after which a thread is logged, if systemd sets no watchdog time-out."""
 
 _TICK = 5.0
-"""Seconds between looks at the files of certificates."""
+"""Seconds between two checks of the certificate files and of the clock."""
 
 
 class Daemon:
-    """Runs the parts until a signal, or until one of them breaks.
+    """Runs the daemon's threads until a signal arrives or one of them fails.
 
-    `examine` looks at the configuration file and what it names; `change_to` changes the parts.
+    `examine_files` checks the configuration file and the files that it names; `change_to` applies a new
+    configuration to `runtime`.
     """
 
     def __init__(
         self,
-        parts: Runtime,
+        runtime: Runtime,
         log: EventLog,
         config_path: Path,
-        examine: ExamineFiles,
+        examine_files: ExamineFiles,
         change_to: Callable[[Config], ReloadDiff],
         certificates: Certificates,
-        upkeep: Housekeeping,
+        housekeeping: Housekeeping,
     ) -> None:
-        self._parts = parts
+        self._runtime = runtime
         self._log = log
         self._config_path = config_path
-        self._examine = examine
+        self._examine_files = examine_files
         self._change_to = change_to
         self._certificates = certificates
-        self._upkeep = upkeep
-        self._notifier = SystemdNotifier()
+        self._housekeeping = housekeeping
+        self._systemd = SystemdNotifier()
         self._threads = Threads(log)
         self._retired: list[RunningDestination] = []
+        """Destinations of an earlier configuration with an upload that has not ended."""
         self._abandon = threading.Event()
-        self._began = time.monotonic()
-        self._beats = Heartbeat(parts.ledger, parts.recorder, log, self._began)
+        self._started = time.monotonic()
+        self._heartbeat = Heartbeat(runtime.ledger, runtime.recorder, log, self._started)
+
+    @property
+    def damage(self) -> LedgerDamagedError | None:
+        """Return the damage of the ledger for which the daemon ended."""
+        return self._threads.damage
 
     def run(self) -> int:
-        """Run until SIGTERM or SIGINT; return the exit code. To be called in the main thread."""
-        # Blocked everywhere and waited for here: no handler ever runs in the middle of something.
+        """Run until SIGTERM or SIGINT and return the exit code; call it in the main thread."""
+        # Blocked in all threads and received by `sigtimedwait`, so that no handler interrupts any code.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        signal.signal(signal.SIGIO, signal.SIG_IGN)  # see drop.writer
+        signal.signal(signal.SIGIO, signal.SIG_IGN)  # sent when a lease is broken, see dropfolder.filesystem
         self._log.emit(
             events.DAEMON_STARTED,
             version=__version__,
             pid=os.getpid(),
             config=str(self._config_path),
-            path=str(self._parts.config.state_dir),
+            path=str(self._runtime.config.state_dir),
         )
         try:
             self._start()
-            received = self._go_on()
-        except LedgerDamagedError as error:  # found by this thread, and not by one of the others
+            received = self._main_loop()
+        except LedgerDamagedError as error:  # detected by this thread
             self._log.emit(events.DAEMON_FAILED, error=error.message, hint=error.hint)
             self._threads.failed, self._threads.damage = True, error
             received = signal.SIGTERM
         return self._shut_down(received)
 
     def _start(self) -> None:
-        """Go on where the last daemon ended, and begin to watch and to deliver."""
-        parts = self._parts
-        released = parts.ledger.release_claims()
-        self._upkeep.bring_forward()
-        self._upkeep.check_clock()
-        undisposed = parts.ledger.count_pending_dispositions()
-        for drop in parts.drops.values():
+        """Take over the state of the last run, and start all threads."""
+        runtime = self._runtime
+        released_claims = runtime.ledger.release_claims()
+        self._housekeeping.bring_forward()
+        self._housekeeping.check_clock()
+        pending_dispositions = runtime.ledger.count_pending_dispositions()
+        for drop in runtime.drops.values():
             drop.intake.register_folder()
-        self._threads.start(parts.recorder.run, self._abandon, parts.recorder.watchdog)
-        self._begin(parts.drops, parts.destinations)
-        self._wait_for_intakes(parts.drops, self._began + _FIRST_LOOK)
-        self._threads.start(parts.retention.run, parts.retention.stop, parts.retention.watchdog)
-        self._threads.start(parts.restorer.run, parts.retention.stop, parts.restorer.watchdog)
+        self._threads.start(runtime.recorder.run, self._abandon, runtime.recorder.watchdog)
+        self._start_threads(runtime.drops, runtime.destinations)
+        self._wait_for_first_scans(runtime.drops, self._started + _FIRST_SCAN_TIMEOUT)
+        self._threads.start(runtime.retention.run, runtime.retention.stop, runtime.retention.watchdog)
+        self._threads.start(runtime.restorer.run, runtime.retention.stop, runtime.restorer.watchdog)
         self._log.emit(
             events.DAEMON_READY,
-            duration_s=time.monotonic() - self._began,
-            pending=sum(b.pending for b in parts.ledger.backlog().values()),
-            released_claims=released,
-            pending_dispositions=undisposed,
+            duration_s=time.monotonic() - self._started,
+            pending=sum(b.pending for b in runtime.ledger.backlog().values()),
+            released_claims=released_claims,
+            pending_dispositions=pending_dispositions,
         )
-        self._beat()
-        self._notifier.send("READY=1", self._status())
+        self._log_heartbeat()
+        self._systemd.send("READY=1", self._status())
 
-    @property
-    def damage(self) -> LedgerDamagedError | None:
-        """Return the damage of the ledger by which it ended."""
-        return self._threads.damage
-
-    def _begin(
+    def _start_threads(
         self, drops: Mapping[str, RunningDrop], destinations: Mapping[str, RunningDestination]
     ) -> None:
         for drop in drops.values():
             self._threads.start(drop.intake.run, drop.stop, drop.intake.watchdog)
-        self._wait_for_intakes(drops, time.monotonic() + _HEAD_START)
+        self._wait_for_first_scans(drops, time.monotonic() + _FIRST_SCAN_HEAD_START)
         for destination in destinations.values():
             destination.circuit.save()
             for worker in destination.workers:
                 self._threads.start(worker.run, destination.stop, worker.watchdog)
 
-    def _wait_for_intakes(self, drops: Mapping[str, RunningDrop], until: float) -> None:
-        """Wait until every drop has been looked through once, or a monotonic time."""
+    def _wait_for_first_scans(self, drops: Mapping[str, RunningDrop], until: float) -> None:
+        """Wait until every drop has been scanned once, or a monotonic time."""
         for drop in drops.values():
             while not drop.intake.ready.wait(0.1) and not self._threads.failed and time.monotonic() < until:
-                self._notifier.send("EXTEND_TIMEOUT_USEC=30000000")
-                self._show_life()
-                if signal.sigpending() & _STOPS:
+                self._systemd.send("EXTEND_TIMEOUT_USEC=30000000")
+                self._notify_watchdog()
+                if signal.sigpending() & _STOP_SIGNALS:
                     return
 
-    def _go_on(self) -> signal.Signals:
-        """Wait for a signal that ends it, and see to what has its time meanwhile."""
-        next_beat = time.monotonic() + self._heartbeat_every
+    def _main_loop(self) -> signal.Signals:
+        """Do the periodic work until a stop signal arrives; return the signal."""
+        next_heartbeat = time.monotonic() + self._heartbeat_every
         while True:
-            received = signal.sigtimedwait(_SIGNALS, max(min(next_beat - time.monotonic(), self._tick), 0))
-            if received is not None and received.si_signo in _STOPS:
+            timeout = max(min(next_heartbeat - time.monotonic(), self._tick), 0)
+            received = signal.sigtimedwait(_SIGNALS, timeout)
+            if received is not None and received.si_signo in _STOP_SIGNALS:
                 return signal.Signals(received.si_signo)
             if received is not None:
                 self._reload()
-            self._show_life()
+            self._notify_watchdog()
             self._certificates.tick()
-            self._upkeep.check_clock()
-            self._let_go()
-            if time.monotonic() >= next_beat:
-                self._beat()
-                next_beat = time.monotonic() + self._heartbeat_every
+            self._housekeeping.check_clock()
+            self._reap_retired()
+            if time.monotonic() >= next_heartbeat:
+                self._log_heartbeat()
+                next_heartbeat = time.monotonic() + self._heartbeat_every
 
     @property
     def _heartbeat_every(self) -> float:
-        return self._parts.config.heartbeat_every.total_seconds()
+        return self._runtime.config.heartbeat_every.total_seconds()
 
     @property
     def _tick(self) -> float:
-        return min(_TICK, self._notifier.watchdog_every or math.inf)
+        return min(_TICK, self._systemd.watchdog_every or math.inf)
 
-    def _show_life(self) -> None:
-        every = self._notifier.watchdog_every
-        if self._threads.all_alive(_HUNG if every is None else 2 * every):
-            self._notifier.send("WATCHDOG=1", self._status())
+    def _notify_watchdog(self) -> None:
+        """Notify systemd that the daemon is alive, if every thread is."""
+        every = self._systemd.watchdog_every
+        if self._threads.all_alive(_STALLED_AFTER if every is None else 2 * every):
+            self._systemd.send("WATCHDOG=1", self._status())
 
     def _reload(self) -> None:
-        """Take the configuration as it is now; one that can't be used changes nothing."""
-        self._notifier.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        """Apply the configuration file as it is now; one that cannot be used changes nothing."""
+        self._systemd.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
-            found = self._examine()
+            report = self._examine_files()
             config = load(self._config_path)
-            if found.fatal:
-                raise ConfigError("\n".join(map(str, found.fatal)), "`backupd check` says more")
-            if config.state_dir != self._parts.config.state_dir:
-                raise ConfigError("state_dir: can't be changed while it runs", "restart the daemon for that")
-            change = self._change_to(config)
+            if report.fatal:
+                raise ConfigError("\n".join(map(str, report.fatal)), "`backupd check` shows the details")
+            if config.state_dir != self._runtime.config.state_dir:
+                raise ConfigError(
+                    "state_dir: can't be changed by a reload", "restart the daemon: systemctl restart backupd"
+                )
+            diff = self._change_to(config)
         except BackupdError as error:
             self._log.emit(
                 events.CONFIG_REFUSED,
                 config=str(self._config_path),
                 error=error.message,
-                hint=error.hint or "mend the file and reload again",
+                hint=error.hint or "fix the file and reload again",
             )
         else:
-            self._certificates.update(found)
-            self._exchange(change)
-        self._notifier.send("READY=1", self._status())
+            self._certificates.update(report)
+            self._apply(diff)
+        self._systemd.send("READY=1", self._status())
 
-    def _exchange(self, change: ReloadDiff) -> None:
-        """Stop what ended and start what is new; an upload under way goes on to its end."""
-        for drop in change.drops_stopped.values():
+    def _apply(self, diff: ReloadDiff) -> None:
+        """Stop the removed threads and start the new ones; uploads in progress are finished."""
+        for drop in diff.drops_stopped.values():
             drop.request_stop()
-        self._threads.join(
-            [d.intake.watchdog for d in change.drops_stopped.values()], time.monotonic() + _TICK
-        )
-        for destination in change.destinations_stopped.values():
+        self._threads.join([d.intake.watchdog for d in diff.drops_stopped.values()], time.monotonic() + _TICK)
+        for destination in diff.destinations_stopped.values():
             destination.circuit.retire()
             destination.request_stop()
-        self._retired += change.destinations_stopped.values()
-        if change.drops_started:
-            with suppress(LedgerError):  # what waited for a drop is tried within a day all the same
-                self._upkeep.bring_forward()
-        self._begin(change.drops_started, change.destinations_started)
+        self._retired += diff.destinations_stopped.values()
+        if diff.drops_started:
+            with suppress(LedgerError):  # deliveries that wait for a new drop are retried within a day anyway
+                self._housekeeping.bring_forward()
+        self._start_threads(diff.drops_started, diff.destinations_started)
         self._log.emit(
             events.CONFIG_RELOADED,
             config=str(self._config_path),
-            drops_changed=sorted({*change.drops_stopped, *change.drops_started}),
-            destinations_changed=sorted({*change.destinations_stopped, *change.destinations_started}),
+            drops_changed=sorted({*diff.drops_stopped, *diff.drops_started}),
+            destinations_changed=sorted({*diff.destinations_stopped, *diff.destinations_started}),
         )
 
-    def _let_go(self) -> None:
-        """Let go of what was retired, once its workers ended and their claims are given back."""
+    def _reap_retired(self) -> None:
+        """Forget the retired destinations of which all workers have ended and all claims are released."""
         running = self._threads.running()
-        ended = [p for p in self._retired if not any(w.watchdog in running for w in p.workers)]
-        free = [p for p in ended if p.queue.release_claims()]
-        self._retired = [p for p in self._retired if p not in free]
+        ended = [d for d in self._retired if not any(w.watchdog in running for w in d.workers)]
+        released = [d for d in ended if d.queue.release_claims()]
+        self._retired = [d for d in self._retired if d not in released]
 
-    def _beat(self) -> None:
-        """See to what has its time, then tell how things stand."""
-        self._upkeep.tick()
+    def _log_heartbeat(self) -> None:
+        """Do the work of a heartbeat, then log the state of the daemon."""
+        self._housekeeping.tick()
         self._certificates.log_expiring()
-        self._beats.log(
-            self._parts.circuits,
+        self._heartbeat.log(
+            self._runtime.circuits,
             self._in_flight(),
             self._certificates.days_left(),
-            self._upkeep.overdue,
-            sum(drop.intake.is_degraded for drop in self._parts.drops.values()),
+            self._housekeeping.overdue_devices,
+            sum(drop.intake.is_degraded for drop in self._runtime.drops.values()),
         )
 
     def _destinations(self) -> list[RunningDestination]:
-        return [*self._parts.destinations.values(), *self._retired]
+        return [*self._runtime.destinations.values(), *self._retired]
 
     def _in_flight(self) -> int:
-        return sum(worker.current is not None for part in self._destinations() for worker in part.workers)
+        workers = [worker for destination in self._destinations() for worker in destination.workers]
+        return sum(worker.current is not None for worker in workers)
 
     def _status(self) -> str:
-        """Return the line for `systemctl status`."""
-        parts = [f"uploading {self._in_flight()}"]
+        """Return the status line for `systemctl status`."""
+        fields = [f"uploading {self._in_flight()}"]
         with suppress(LedgerError):
-            backlog = self._parts.ledger.backlog()
-            parts.insert(0, f"pending {sum(b.pending for b in backlog.values())}")
+            backlog = self._runtime.ledger.backlog()
+            fields.insert(0, f"pending {sum(b.pending for b in backlog.values())}")
             oldest = min((b.oldest for b in backlog.values() if b.oldest), default=None)
             if oldest is not None:
-                parts.insert(1, f"oldest {human_duration(datetime.now(UTC) - oldest)}")
-        if self._parts.recorder.last_delivered is not None:
-            parts.append(f"last delivered {self._parts.recorder.last_delivered:%Y-%m-%d %H:%M:%S} UTC")
-        shut = [name for name, gate in self._parts.circuits.items() if gate.state != "working"]
-        if shut:
-            parts.append(f"PAUSED: {', '.join(shut)}")
-        return "STATUS=" + "; ".join(parts)
+                fields.insert(1, f"oldest {human_duration(datetime.now(UTC) - oldest)}")
+        if self._runtime.recorder.last_delivered is not None:
+            fields.append(f"last delivered {self._runtime.recorder.last_delivered:%Y-%m-%d %H:%M:%S} UTC")
+        paused = [name for name, circuit in self._runtime.circuits.items() if circuit.state != "working"]
+        if paused:
+            fields.append(f"PAUSED: {', '.join(paused)}")
+        return "STATUS=" + "; ".join(fields)
 
     def _shut_down(self, received: signal.Signals) -> int:
-        """Stop taking in, let uploads end within the grace, then abort them; what is left stays pending."""
-        began = time.monotonic()
-        grace = self._parts.config.shutdown_grace.total_seconds()
+        """Stop the intakes, wait for uploads for `shutdown_grace`, abort the rest; return the exit code.
+
+        Aborted deliveries stay pending.
+        """
+        started = time.monotonic()
+        grace = self._runtime.config.shutdown_grace.total_seconds()
         self._log.emit(events.DAEMON_STOPPING, signal=received.name, in_flight=self._in_flight())
-        self._notifier.send("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int((grace + 10) * 1_000_000)}")
-        self._parts.retention.stop.set()
-        for drop in self._parts.drops.values():
+        self._systemd.send("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int((grace + 10) * 1_000_000)}")
+        self._runtime.retention.stop.set()
+        for drop in self._runtime.drops.values():
             drop.request_stop()
         for destination in self._destinations():
             destination.request_stop()
-        workers = [worker.watchdog for part in self._destinations() for worker in part.workers]
-        clean = self._threads.join(workers, began + grace)
+        workers = [worker.watchdog for destination in self._destinations() for worker in destination.workers]
+        clean = self._threads.join(workers, started + grace)
         if not clean:
-            self._parts.abort()
-            self._threads.join(workers, time.monotonic() + _AFTER_ABORT)
-        self._parts.recorder.finish()
-        others = [pulse for pulse in self._threads.running() if pulse not in workers]
-        settled = self._threads.join(others, time.monotonic() + _AFTER_ABORT)
+            self._runtime.abort()
+            self._threads.join(workers, time.monotonic() + _ABORT_GRACE)
+        self._runtime.recorder.finish()
+        others = [watchdog for watchdog in self._threads.running() if watchdog not in workers]
+        all_ended = self._threads.join(others, time.monotonic() + _ABORT_GRACE)
         self._abandon.set()
         pending = None
-        if settled:
-            with suppress(LedgerError, LedgerDamagedError):  # the next start does it too
-                self._parts.ledger.release_claims()
-                self._upkeep.save_clock()
-                pending = sum(b.pending for b in self._parts.ledger.backlog().values())
-            self._parts.ledger.close()
+        if all_ended:
+            with suppress(LedgerError, LedgerDamagedError):  # the next start does the same
+                self._runtime.ledger.release_claims()
+                self._housekeeping.save_clock()
+                pending = sum(b.pending for b in self._runtime.ledger.backlog().values())
+            self._runtime.ledger.close()
         self._log.emit(
-            events.DAEMON_STOPPED, duration_s=time.monotonic() - began, clean=clean, pending=pending
+            events.DAEMON_STOPPED, duration_s=time.monotonic() - started, clean=clean, pending=pending
         )
         return 1 if self._threads.failed else 0

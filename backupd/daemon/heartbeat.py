@@ -1,4 +1,4 @@
-"""How things stand, told at the start and ever after: an alarm must not end because the daemon began anew."""
+"""The heartbeat: logs the state of the daemon and of each destination, at the start and periodically."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
 from backupd.telemetry.process_stats import process_stats
 
-_NOTHING = Backlog(0, 0, None)
+_EMPTY = Backlog(0, 0, None)
 
 
 class Heartbeat:
-    """Gathers how things stand and logs it; `began` is the monotonic time of the daemon's start."""
+    """Collects and logs the state; `started` is the monotonic time of the daemon's start."""
 
-    def __init__(self, ledger: Ledger, recorder: Recorder, log: EventLog, began: float) -> None:
+    def __init__(self, ledger: Ledger, recorder: Recorder, log: EventLog, started: float) -> None:
         self._ledger = ledger
         self._recorder = recorder
         self._log = log
-        self._began = self._last = began
-        self._removed: set[str] = set()
+        self._started = self._last = started
+        self._logged_removed: set[str] = set()
+        """Names of the removed destinations that were logged to have pending archives."""
 
     def log(
         self,
-        gates: Mapping[str, CircuitBreaker],
+        circuits: Mapping[str, CircuitBreaker],
         in_flight: int,
         days_left: Mapping[str, int] | None = None,
-        overdue: int | None = None,
-        blind: int | None = None,
+        overdue_devices: int | None = None,
+        degraded_drops: int | None = None,
     ) -> None:
         """Log a heartbeat, and a line for each destination.
 
-        `days_left` are those of the destinations' client certificates, `overdue` counts the drops from which
-        nothing came for too long, `blind` those that only a scan looks at; what is not known is left out.
+        `days_left` are those of the destinations' client certificates. Values that are None are left out.
         """
         try:
             backlog = self._ledger.backlog()
@@ -48,19 +48,19 @@ class Heartbeat:
             return
         now = datetime.now(UTC)
         days_left = days_left or {}
-        mine = {name: backlog.get(name, _NOTHING) for name in [*gates, *backlog]}
-        ages = {name: _age(one, now) for name, one in mine.items()}
+        by_destination = {name: backlog.get(name, _EMPTY) for name in [*circuits, *backlog]}
+        ages = {name: _age(each, now) for name, each in by_destination.items()}
         tally, process, seconds = self._recorder.pop_tally(), process_stats(), self._since_last()
         self._log.emit(
             events.DAEMON_HEARTBEAT,
-            uptime_s=self._last - self._began,
-            pending=sum(one.pending for one in backlog.values()),
-            pending_by_destination={name: one.pending for name, one in mine.items()},
-            pending_bytes=sum(one.pending_bytes for one in backlog.values()),
-            oldest_s=max(_age(one, now) for one in [*backlog.values(), _NOTHING]),
+            uptime_s=self._last - self._started,
+            pending=sum(each.pending for each in backlog.values()),
+            pending_by_destination={name: each.pending for name, each in by_destination.items()},
+            pending_bytes=sum(each.pending_bytes for each in backlog.values()),
+            oldest_s=max(_age(each, now) for each in [*backlog.values(), _EMPTY]),
             oldest_s_by_destination=ages,
             in_flight=in_flight,
-            circuit_by_destination={name: gate.state for name, gate in gates.items()},
+            circuit_by_destination={name: circuit.state for name, circuit in circuits.items()},
             delivered=tally.delivered,
             delivered_bytes=tally.delivered_bytes,
             rejected=tally.rejected,
@@ -68,35 +68,35 @@ class Heartbeat:
             archives_per_s=tally.delivered / seconds,
             quarantined=quarantined,
             days_left_by_destination=days_left or None,
-            overdue_devices=overdue,
-            degraded_drops=blind,
+            overdue_devices=overdue_devices,
+            degraded_drops=degraded_drops,
             memory_bytes=process.memory_bytes,
             open_files=process.open_files,
             open_files_limit=process.open_files_limit,
         )
-        for name, one in mine.items():
-            if name not in gates:
-                self._tell_of_removed(name, one)
+        for name, each in by_destination.items():
+            if name not in circuits:
+                self._log_removed(name, each)
             self._log.emit(
                 events.DESTINATION_STATUS,
                 destination=name,
-                circuit=gates[name].state if name in gates else None,
-                pending=one.pending,
-                pending_bytes=one.pending_bytes,
+                circuit=circuits[name].state if name in circuits else None,
+                pending=each.pending,
+                pending_bytes=each.pending_bytes,
                 oldest_s=ages[name],
                 days_left=days_left.get(name),
             )
 
-    def _tell_of_removed(self, name: str, backlog: Backlog) -> None:
-        """Say, once, that archives wait for a destination that is configured no more."""
-        if name not in self._removed:
+    def _log_removed(self, name: str, backlog: Backlog) -> None:
+        """Log, once, that archives are pending for a destination that is no longer configured."""
+        if name not in self._logged_removed:
             self._log.emit(
                 events.CONFIG_WARNING,
                 path=f"destination.{name}",
-                error=f"{backlog.pending} archives are pending for it, and it is configured no more",
-                hint="configure it again, until they are delivered; they stay in their drop folders",
+                error=f"{backlog.pending} archives are pending for it, but it is no longer configured",
+                hint="add the destination back until its queue is empty; the files stay in the drop folders",
             )
-        self._removed.add(name)
+        self._logged_removed.add(name)
 
     def _since_last(self) -> float:
         now = time.monotonic()
@@ -105,5 +105,5 @@ class Heartbeat:
 
 
 def _age(backlog: Backlog, now: datetime) -> float:
-    """Return the age in seconds of the oldest pending archive; 0 where none is."""
+    """Return the age in seconds of the oldest pending archive; 0 if there is none."""
     return max((now - backlog.oldest).total_seconds(), 0.0) if backlog.oldest else 0.0

@@ -1,4 +1,4 @@
-"""What is seen to at each heartbeat, apart from deliveries."""
+"""Periodic work apart from deliveries: the host's clock, overdue devices, and old history."""
 
 from __future__ import annotations
 
@@ -16,55 +16,55 @@ from backupd.ledger.port import ClockReading, DeviceLedger
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
 
-_NOTICED = timedelta(seconds=1)
-"""What is less between two looks is the clock being kept right."""
+_MIN_STEP = timedelta(seconds=1)
+"""Steps of the clock below this size are ignored: NTP adjusts the clock all the time."""
 
 
 class HostClock:
-    """Notices when the clock is set; a host that slept is no such thing. Of several threads.
+    """Detects when the host's clock is set; safe to use from several threads.
 
-    `before` is what was noted before the start. Whether the host was off since then or the clock is wrong,
-    nobody can tell, so the time between is doubted like a step.
+    A host that slept has not set its clock. `last` is the reading that was saved before the start: whether
+    the host was off since then or its clock is wrong cannot be known, so that time is distrusted like a step.
     """
 
-    def __init__(self, before: ClockReading | None = None) -> None:
+    def __init__(self, last: ClockReading | None = None) -> None:
         self._lock = threading.Lock()
         self._offset = _offset()
-        self._doubts = ClockSkews(before.skews if before else (), _since_boot())
-        if before is not None:
-            self._doubts.add(datetime.now(UTC) - before.seen_at, _since_boot())
-
-    def distrust_since(self, last: datetime) -> bool:
-        """Doubt all of the time since a known one for a day; return False where that is done already."""
-        with self._lock:
-            boot = _since_boot()
-            more = datetime.now(UTC) - last - self._doubts.recent(boot)
-            self._doubts.add(max(more, ZERO), boot)
-            return more > ZERO
+        self._skews = ClockSkews(last.skews if last else (), _since_boot())
+        if last is not None:
+            self._skews.add(datetime.now(UTC) - last.seen_at, _since_boot())
 
     def step(self) -> timedelta:
-        """Return by how much the clock was set since last asked, negative where it was set back."""
+        """Return by how much the clock was set since the last call; negative if it was set back."""
         with self._lock:
             before, self._offset = self._offset, _offset()
             step = self._offset - before
-            if abs(step) < _NOTICED:
+            if abs(step) < _MIN_STEP:
                 return ZERO
-            self._doubts.add(step, _since_boot())
+            self._skews.add(step, _since_boot())
             return step
 
+    def distrust_since(self, last: datetime) -> bool:
+        """Distrust the time since `last` for a day; return False if it is distrusted already."""
+        with self._lock:
+            boot = _since_boot()
+            more = datetime.now(UTC) - last - self._skews.recent(boot)
+            self._skews.add(max(more, ZERO), boot)
+            return more > ZERO
+
     def trusted_now(self) -> datetime:
-        """Return the time by which archives may be removed: without what the clock went forward by lately."""
+        """Return the time without the steps that are distrusted; archives are removed by this time."""
         with self._lock:
             now = datetime.now(UTC)
-            unnoticed = _offset() - self._offset  # of a step in this very moment as well
-            return now - self._doubts.total(_since_boot()) - max(unnoticed, ZERO)
+            undetected = _offset() - self._offset  # of a step since the last call of `step`
+            return now - self._skews.total(_since_boot()) - max(undetected, ZERO)
 
     def reading(self) -> ClockReading:
-        """Return what is to be known of it at the next start."""
+        """Return the reading to be saved for the next start."""
         with self._lock:
             now = datetime.now(UTC)
-            unnoticed = _offset() - self._offset  # the next start will notice it
-            return ClockReading(now - max(unnoticed, ZERO), self._doubts.active(_since_boot()))
+            undetected = _offset() - self._offset  # left out, so that the next start detects it
+            return ClockReading(now - max(undetected, ZERO), self._skews.active(_since_boot()))
 
 
 def _since_boot() -> timedelta:
@@ -72,103 +72,107 @@ def _since_boot() -> timedelta:
 
 
 def _offset() -> timedelta:
+    """Return the difference between the host's clock and the time since boot, which is never set."""
     return timedelta(seconds=time.time()) - _since_boot()
 
 
-_BATCH = 200
-"""Archives that go in one transaction: others wait some milliseconds for the ledger, no longer."""
+_PRUNE_BATCH_SIZE = 200
+"""Archives that are deleted in one transaction; the other threads wait a few milliseconds for it."""
 
-_AT_MOST = 0.2
-"""Seconds that a tick takes, as long as there is more; the next one goes on."""
+_MAX_PRUNE_TIME = 0.2
+"""Seconds of one tick; what is left is deleted at the next one."""
 
 
 class HistoryPruning:
-    """Forgets what ended long ago; `tick` is called at each heartbeat."""
+    """Deletes old history from the ledger; `tick` is called at each heartbeat."""
 
     def __init__(self, ledger: DeviceLedger) -> None:
         self._ledger = ledger
 
     def tick(self, before: Callable[[], datetime]) -> None:
-        """Delete some of what ended before a time, if anything did."""
-        until = time.monotonic() + _AT_MOST
-        while self._ledger.prune(before, _BATCH) == _BATCH and time.monotonic() < until:
-            pass
+        """Delete archives that ended before a time, for as long as a tick may take."""
+        until = time.monotonic() + _MAX_PRUNE_TIME
+        while self._ledger.prune(before, _PRUNE_BATCH_SIZE) == _PRUNE_BATCH_SIZE:
+            if time.monotonic() >= until:
+                return
 
 
-_NOTE_EVERY = 60.0
-"""Seconds, by which a doubt of the clock may last longer where the end of the daemon is not noted."""
+_SAVE_CLOCK_EVERY = 60.0
+"""Seconds between two saved readings; after a crash the clock is distrusted for this much longer."""
 
 
 class Housekeeping:
-    """Says which devices fell silent, and ends old history; `tick` is called at each heartbeat.
+    """Logs overdue devices and prunes the history; `tick` is called at each heartbeat.
 
-    `mind_clock` is called more often.
+    `check_clock` is called every few seconds.
     """
 
-    def __init__(self, parts: Runtime, log: EventLog, freshness: DeviceTracker, clock: HostClock) -> None:
+    def __init__(
+        self, runtime: Runtime, log: EventLog, device_tracker: DeviceTracker, clock: HostClock
+    ) -> None:
         self._clock = clock
-        self._parts = parts
+        self._runtime = runtime
         self._log = log
-        self._freshness = freshness
-        self._pruning = HistoryPruning(parts.ledger)
-        self._noted = -math.inf
-        """When the clock was noted last (monotonic)."""
+        self._device_tracker = device_tracker
+        self._pruning = HistoryPruning(runtime.ledger)
+        self._clock_saved_at = -math.inf
+        """When the reading of the clock was saved last (monotonic)."""
 
     @property
-    def overdue(self) -> int:
-        """Return how many devices are overdue."""
-        return self._freshness.overdue
+    def overdue_devices(self) -> int:
+        """Return the number of overdue devices."""
+        return self._device_tracker.overdue
 
     def tick(self) -> None:
-        """Do it; what the ledger does not allow now is done at the next one."""
+        """Do the work of one heartbeat; a ledger that fails is logged and retried at the next one."""
         now = datetime.now(UTC)
         try:
-            self._freshness.tick(now)
-            self._pruning.tick(lambda: self._clock.trusted_now() - self._parts.config.keep_history_for)
-            self._parts.ledger.check_storage()
+            self._device_tracker.tick(now)
+            self._pruning.tick(lambda: self._clock.trusted_now() - self._runtime.config.keep_history_for)
+            self._runtime.ledger.check_storage()
         except LedgerError as error:
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
 
     def bring_forward(self) -> None:
-        """Have no delivery wait for a time that only a wrong clock can have meant.
+        """Limit the wait of each pending delivery to `retry.max`, which only a wrong clock can exceed.
 
-        Raises LedgerError where the ledger can't be written.
+        Raises LedgerError if the ledger cannot be written.
         """
         now = datetime.now(UTC)
-        for name, destination in self._parts.config.destination.items():
-            self._parts.ledger.bring_forward(name, now + destination.retry.max)
+        for name, destination in self._runtime.config.destination.items():
+            self._runtime.ledger.bring_forward(name, now + destination.retry.max)
 
     def save_clock(self) -> None:
-        """Have the next start know of the clock; to be called at the end, too."""
-        self._noted = time.monotonic()
+        """Save the reading of the clock for the next start; called periodically and at the end."""
+        self._clock_saved_at = time.monotonic()
         try:
-            self._parts.ledger.save_clock_reading(self._clock.reading())
+            self._runtime.ledger.save_clock_reading(self._clock.reading())
         except LedgerHeldError:
-            pass  # nobody is waited for here: the next time will do
+            pass  # another process holds the ledger; the next reading is saved instead
         except LedgerError as error:
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
 
     def check_clock(self) -> None:
-        """Look whether the clock was set, say so, and see to what waits for a time."""
+        """Check whether the clock was set; if so, log it and correct the times that depend on it."""
         step = self._clock.step()
-        if step != ZERO or time.monotonic() - self._noted > _NOTE_EVERY:
+        if step != ZERO or time.monotonic() - self._clock_saved_at > _SAVE_CLOCK_EVERY:
             self.save_clock()
         if step == ZERO:
             return
         self._log.emit(
             events.CLOCK_STEPPED,
             step_s=step,
-            hint="see to the host's clock; for a day, what is removed in time goes by the clock as it was"
+            hint="check the host's clock with `timedatectl`; for a day, retention ignores this step"
             if step > ZERO
-            else "see to the host's clock; what waits is tried no later than it would have been",
+            else "check the host's clock with `timedatectl`; deliveries are retried no later than planned",
         )
         if step > ZERO:
             return
-        for gate in self._parts.circuits.values():
-            gate.shift_earlier(-step)
+        for circuit in self._runtime.circuits.values():
+            circuit.shift_earlier(-step)
         try:
             self.bring_forward()
-            drops = {name: running.drop for name, running in self._parts.drops.items()}
-            self._freshness.configure(drops, datetime.now(UTC))
+            drops = {name: running.drop for name, running in self._runtime.drops.items()}
+            self._device_tracker.configure(drops, datetime.now(UTC))
         except LedgerError as error:
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)

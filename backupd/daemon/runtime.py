@@ -1,4 +1,4 @@
-"""What a daemon runs, by the configuration that asked for it."""
+"""The running parts of the daemon, by drop and destination, and how a reload changes them."""
 
 from __future__ import annotations
 
@@ -8,51 +8,54 @@ from dataclasses import dataclass, field
 
 from backupd.config.models import Config
 from backupd.delivery.circuit_breaker import CircuitBreaker, Notifier
-from backupd.delivery.recorder import Recorder
-from backupd.delivery.restoring import HistoryRestorer
-from backupd.delivery.retention import Retention
 from backupd.delivery.destination import DestinationQueue
+from backupd.delivery.history_restorer import HistoryRestorer
+from backupd.delivery.recorder import Recorder
+from backupd.delivery.retention import Retention
 from backupd.delivery.worker import Worker
 from backupd.dropfolder.drop import Drop
 from backupd.intake.intake import Intake
 from backupd.ledger.port import Ledger
-from backupd.upload.http.tls import ReloadingTlsContext
+from backupd.upload.base import Endpoint
 
 
 @dataclass(slots=True)
 class RunningDrop:
-    """A drop and its intake; `stop` ends it alone."""
+    """A drop and its intake; `stop` stops this intake only."""
 
     drop: Drop
     intake: Intake
     stop: threading.Event = field(default_factory=threading.Event)
 
     def request_stop(self) -> None:
-        """Have it end, without waiting for it."""
+        """Request the intake to stop; do not wait for it."""
         self.stop.set()
         self.intake.wake()
 
 
 @dataclass(slots=True)
 class RunningDestination:
-    """The workers of a destination and what they share; `stop` ends them once their upload is done."""
+    """The workers of a destination and the objects that they share.
+
+    `stop` stops the workers once their current uploads have ended.
+    """
 
     queue: DestinationQueue
     workers: tuple[Worker, ...]
     circuit: CircuitBreaker
     notifier: Notifier
-    tls_context: ReloadingTlsContext
+    endpoint: Endpoint
     stop: threading.Event = field(default_factory=threading.Event)
 
     def request_stop(self) -> None:
-        """Have the workers end, without waiting for them."""
+        """Request the workers to stop; do not wait for them."""
         self.stop.set()
         self.notifier.notify()
 
 
 @dataclass(slots=True)
 class Runtime:
-    """Everything a daemon runs."""
+    """Everything that the daemon runs; `abort` ends all uploads at once."""
 
     config: Config
     ledger: Ledger
@@ -65,13 +68,16 @@ class Runtime:
 
     @property
     def circuits(self) -> Mapping[str, CircuitBreaker]:
-        """Return the gate of each destination."""
-        return {name: part.circuit for name, part in self.destinations.items()}
+        """Return the circuit breaker of each destination."""
+        return {name: running.circuit for name, running in self.destinations.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class ReloadDiff:
-    """What a new configuration made of the parts, which hold what is new already."""
+    """The drops and destinations that a reload removed from and added to the runtime.
+
+    A changed one is in both; the caller stops and starts the threads.
+    """
 
     drops_stopped: Mapping[str, RunningDrop]
     drops_started: Mapping[str, RunningDrop]

@@ -1,4 +1,4 @@
-"""The daemon's threads: started, guarded and joined."""
+"""The daemon's threads: start, supervision and join."""
 
 from __future__ import annotations
 
@@ -15,63 +15,66 @@ from backupd.telemetry.thread_watchdog import ThreadWatchdog
 
 
 class Threads:
-    """Starts threads; one that breaks has the process told to end, for a restart."""
+    """Starts threads; an exception in one of them stops the daemon, and systemd restarts it."""
 
     def __init__(self, log: EventLog) -> None:
         self._log = log
         self._running: list[tuple[threading.Thread, ThreadWatchdog]] = []
-        self._said: set[str] = set()
+        self._logged_stalled: set[str] = set()
+        """Names of the stalled threads that were logged."""
         self.failed = False
         self.damage: LedgerDamagedError | None = None
-        """The damage of the ledger that one broke by."""
+        """The damage of the ledger that a thread has found."""
 
     def start(
-        self, body: Callable[[threading.Event], None], stop: threading.Event, pulse: ThreadWatchdog
+        self, body: Callable[[threading.Event], None], stop: threading.Event, watchdog: ThreadWatchdog
     ) -> None:
-        """Run a body until it returns; `stop` asks it to."""
+        """Run `body(stop)` in a thread until it returns; it returns soon after `stop` is set."""
 
-        def guarded() -> None:
+        def supervised() -> None:
             try:
                 body(stop)
-            except Exception as error:  # noqa: BLE001 -- whatever it is: say it and end for a restart
-                hint = (
-                    error.hint if isinstance(error, BackupdError) else "systemd restarts it; report the trace"
-                )
-                self._log.emit(
-                    events.DAEMON_FAILED, error=f"thread {pulse.name}: {error!r}", hint=hint, exc_info=error
-                )
-                self.failed = True
-                if isinstance(error, LedgerDamagedError):
-                    self.damage = error
-                os.kill(os.getpid(), signal.SIGTERM)
+            except Exception as error:  # noqa: BLE001 -- every exception is logged and stops the daemon
+                self._fail(watchdog.name, error)
 
-        # daemonic: a thread that hangs in a system call must not keep the process from its end
-        thread = threading.Thread(target=guarded, name=pulse.name, daemon=True)
+        # a daemon thread: one that hangs in a system call must not keep the process from exiting
+        thread = threading.Thread(target=supervised, name=watchdog.name, daemon=True)
         self._running = [each for each in self._running if each[0].is_alive()]
-        self._running.append((thread, pulse))
+        self._running.append((thread, watchdog))
         thread.start()
 
-    def join(self, pulses: Sequence[ThreadWatchdog], until: float) -> bool:
-        """Wait for the threads of some pulses until a monotonic time; return whether all have ended."""
-        threads = [thread for thread, pulse in self._running if pulse in pulses]
+    def join(self, watchdogs: Sequence[ThreadWatchdog], until: float) -> bool:
+        """Wait for the threads of these watchdogs until a monotonic time; return whether all have ended."""
+        threads = [thread for thread, watchdog in self._running if watchdog in watchdogs]
         for thread in threads:
             thread.join(max(until - time.monotonic(), 0))
         return not any(thread.is_alive() for thread in threads)
 
     def running(self) -> list[ThreadWatchdog]:
-        """Return the pulses of all threads that run."""
-        return [pulse for thread, pulse in self._running if thread.is_alive()]
+        """Return the watchdogs of all running threads."""
+        return [watchdog for thread, watchdog in self._running if thread.is_alive()]
 
     def all_alive(self, within: float) -> bool:
-        """Tell whether every thread that is not at rest showed life within seconds; say which did not."""
-        hung = [pulse for pulse in self.running() if pulse.age() > within]
-        for pulse in hung:
-            if pulse.name not in self._said:
+        """Return whether every busy thread showed life within so many seconds; log those that did not."""
+        stalled = [watchdog for watchdog in self.running() if watchdog.age() > within]
+        for watchdog in stalled:
+            if watchdog.name not in self._logged_stalled:
                 self._log.emit(
                     events.DAEMON_HUNG,
-                    thread=pulse.name,
-                    stalled_s=pulse.age(),
-                    hint="a disk or network filesystem that hangs does this; systemd restarts the daemon",
+                    thread=watchdog.name,
+                    stalled_s=watchdog.age(),
+                    hint="a disk or network filesystem that hangs is a usual cause, see `dmesg -T`; systemd"
+                    " restarts the daemon",
                 )
-        self._said = {pulse.name for pulse in hung}
-        return not hung
+        self._logged_stalled = {watchdog.name for watchdog in stalled}
+        return not stalled
+
+    def _fail(self, name: str, error: Exception) -> None:
+        hint = "systemd restarts the daemon; report this exception"
+        if isinstance(error, BackupdError):
+            hint = error.hint
+        self._log.emit(events.DAEMON_FAILED, error=f"thread {name}: {error!r}", hint=hint, exc_info=error)
+        self.failed = True
+        if isinstance(error, LedgerDamagedError):
+            self.damage = error
+        os.kill(os.getpid(), signal.SIGTERM)

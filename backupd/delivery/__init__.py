@@ -1,1 +1,1 @@
-"""One claimed delivery from end to end, and what becomes of the file."""
+"""From a claimed delivery to a committed result, and the disposition and retention of the files."""

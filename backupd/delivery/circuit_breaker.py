@@ -1,4 +1,4 @@
-"""A destination's gate, shared by its workers."""
+"""The circuit breaker of a destination, which all of its workers share."""
 
 from __future__ import annotations
 
@@ -11,91 +11,80 @@ from backupd.core.backoff import Backoff
 from backupd.core.circuit import Circuit, CircuitState
 from backupd.core.errors import LedgerError
 from backupd.core.model import Deferred, Outcome, Superseded
-from backupd.core.policy import Action, Reason, rule_of
+from backupd.core.policy import Action, rule_of
 from backupd.ledger.port import Ledger
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
 
 
 class Notifier:
-    """Like an event that is never cleared: who waits hears of every ring after the one last heard."""
+    """Wakes waiting threads; a notification between `generation` and `wait` is not lost."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._rings = 0
+        self._condition = threading.Condition()
+        self._generation = 0
 
     def notify(self) -> None:
-        """Wake all who wait."""
-        with self._changed:
-            self._rings += 1
-            self._changed.notify_all()
+        """Wake all waiting threads."""
+        with self._condition:
+            self._generation += 1
+            self._condition.notify_all()
 
     def generation(self) -> int:
-        """Return the number of the last ring, to be passed to `wait`."""
-        with self._changed:
-            return self._rings
+        """Return the number of the last notification, to be passed to `wait`."""
+        with self._condition:
+            return self._generation
 
-    def wait(self, heard: int, timeout: float | None) -> None:
-        """Wait for a ring after `heard`, at most `timeout` seconds."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._rings != heard, timeout)
+    def wait(self, generation: int, timeout: float | None) -> None:
+        """Wait for a notification after the one numbered `generation`, for at most `timeout` seconds."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._generation != generation, timeout)
 
 
 class CircuitBreaker:
-    """Keeps a destination's `Gate`, tells of its changes, and keeps its workers back while it is shut.
+    """Holds the circuit of a destination and logs its changes; workers ask it before each delivery.
 
-    `wakeup` is rung at each change, and the ledger told for whoever asks beside the daemon.
+    Each change wakes the workers through `notifier` and is saved in the ledger for the other commands.
     """
 
     def __init__(
-        self, destination: str, backoff: Backoff, log: EventLog, wakeup: Notifier, ledger: Ledger
+        self, destination: str, backoff: Backoff, log: EventLog, notifier: Notifier, ledger: Ledger
     ) -> None:
         self._destination = destination
         self._backoff = backoff
         self._log = log
-        self._wakeup = wakeup
+        self._notifier = notifier
         self._ledger = ledger
         self._lock = threading.Lock()
-        self._gate = Circuit()
+        self._circuit = Circuit()
         self._retired = False
-
-    def retire(self) -> None:
-        """Say nothing any more: the destination has another gate, and this one's last word is old."""
-        self._retired = True
 
     @property
     def state(self) -> CircuitState:
-        """Return whether it is open."""
-        return self._gate.state
+        """Return the state of the circuit."""
+        return self._circuit.state
 
     def try_acquire(self) -> bool:
-        """Tell whether one more delivery may go to the destination."""
+        """Return whether one more delivery may start; each True needs a `release` or `record_outcome`."""
         with self._lock:
-            entered = self._gate.try_acquire(datetime.now(UTC))
-            self._gate = entered or self._gate
-        return entered is not None
+            acquired = self._circuit.try_acquire(datetime.now(UTC))
+            self._circuit = acquired or self._circuit
+        return acquired is not None
 
     def wait_time(self) -> float | None:
-        """Return the seconds until `enter` may succeed again; None: until a report."""
-        left = self._gate.wait_time(datetime.now(UTC))
+        """Return the seconds until `try_acquire` may succeed; None if that depends on another upload."""
+        left = self._circuit.wait_time(datetime.now(UTC))
         return None if left is None else left.total_seconds()
 
-    def shift_earlier(self, by: timedelta) -> None:
-        """Note that the clock was set back."""
-        with self._lock:
-            self._gate = self._gate.shift_earlier(by)
-        self._wakeup.notify()
-        self.save()
-
     def release(self) -> None:
-        """Note that what had entered told nothing about the destination."""
+        """Give back an acquired place without a result for the destination."""
         with self._lock:
-            before, self._gate = self._gate, self._gate.released(datetime.now(UTC))
-        if self._gate is not before:
-            self._wakeup.notify()
+            before, self._circuit = self._circuit, self._circuit.released(datetime.now(UTC))
+        if self._circuit is not before:
+            self._notifier.notify()
 
     def record_outcome(self, outcome: Outcome) -> None:
-        """Note how an upload ended."""
+        """Update the circuit by the outcome of an upload; log and save the change, if there is one."""
         now = datetime.now(UTC)
         if isinstance(outcome, Superseded) or (
             isinstance(outcome, Deferred) and rule_of(outcome.reason).action is not Action.PAUSE
@@ -103,7 +92,7 @@ class CircuitBreaker:
             self.release()
             return
         with self._lock:
-            before = self._gate
+            before = self._circuit
             if isinstance(outcome, Deferred):
                 after = before.record_failure(
                     outcome.reason,
@@ -114,20 +103,32 @@ class CircuitBreaker:
                 )
             else:
                 after = before.record_success()
-            self._gate = after
+            self._circuit = after
         if after != before:
-            self._wakeup.notify()
-            self._tell(before, after, outcome, now)
+            self._notifier.notify()
+            self._log_change(before, after, outcome, now)
             self.save(outcome.error if isinstance(outcome, Deferred) else None)
 
+    def shift_earlier(self, by: timedelta) -> None:
+        """Move the end of a pause by as much as the clock was set back."""
+        with self._lock:
+            self._circuit = self._circuit.shift_earlier(by)
+        self._notifier.notify()
+        self.save()
+
     def save(self, error: str | None = None) -> None:
-        """Write to the ledger how the gate stands."""
+        """Write the state of the circuit to the ledger."""
         if self._retired:
             return
-        with suppress(LedgerError):  # nothing hangs on it; what matters fails by itself, and is said
-            self._ledger.save_circuit(self._destination, self._gate, error)
+        # nothing depends on this copy; a ledger that fails is logged by the next write that matters
+        with suppress(LedgerError):
+            self._ledger.save_circuit(self._destination, self._circuit, error)
 
-    def _tell(self, before: Circuit, after: Circuit, outcome: Outcome, now: datetime) -> None:
+    def retire(self) -> None:
+        """Neither log nor save any further change: the destination has a new circuit breaker."""
+        self._retired = True
+
+    def _log_change(self, before: Circuit, after: Circuit, outcome: Outcome, now: datetime) -> None:
         if self._retired:
             return
         down_for = now - (before.since or now)
@@ -137,15 +138,10 @@ class CircuitBreaker:
                 destination=self._destination,
                 reason=outcome.reason,
                 error=outcome.error,
-                hint=hint_for(outcome.reason),
+                hint=rule_of(outcome.reason).hint,
                 failures=after.failures,
                 paused_for_s=after.until - now,
                 down_for_s=down_for,
             )
         elif before.state is not CircuitState.WORKING:
             self._log.emit(events.DESTINATION_RESUMED, destination=self._destination, down_for_s=down_for)
-
-
-def hint_for(reason: Reason) -> str:
-    """Return what to do about a reason."""
-    return rule_of(reason).hint

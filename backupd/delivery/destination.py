@@ -20,7 +20,7 @@ from backupd.ledger.port import Ledger
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
 
-_CLAIMS = 16
+_CLAIM_BATCH_SIZE = 16
 """Deliveries that are claimed in one transaction."""
 
 
@@ -68,7 +68,7 @@ class DestinationQueue:
             if not self._claimed:
                 now = datetime.now(UTC)
                 name, priority = self.destination.name, self.destination.priority
-                self._claimed += self.ledger.claim(name, now, priority, _CLAIMS)
+                self._claimed += self.ledger.claim(name, now, priority, _CLAIM_BATCH_SIZE)
             return self._claimed.popleft() if self._claimed else None
 
     def release_claims(self) -> bool:

@@ -1,4 +1,4 @@
-"""What becomes of the files of settled archives: moved, deleted or kept; rejected ones to quarantine."""
+"""The disposition of a completed archive's file: it is moved, deleted or kept, and gets a receipt file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, FailFast, Field, Stri
 from backupd.core.model import DIGEST_BYTES, Archive, DeliveryState
 from backupd.core.names import (
     MAX_RECEIPT_FILE_BYTES,
-    RECEIPT_FILE_KINDS,
+    MAX_RECEIPT_FILE_NUMBER,
     as_text,
     free_names,
     receipt_file_name,
@@ -42,7 +43,7 @@ _Id = Annotated[str, StringConstraints(pattern="^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0
 _Time = Annotated[AwareDatetime, Field(ge=datetime(1970, 1, 1, tzinfo=UTC))]
 
 
-class _Delivery(BaseModel):
+class _ReceiptFileDelivery(BaseModel):
     model_config = ConfigDict(strict=True)
 
     destination: _Name
@@ -58,7 +59,10 @@ class _Delivery(BaseModel):
 
 
 class ReceiptFile(BaseModel):
-    """What a record tells; whoever may write in the folder may have written it."""
+    """The JSON file beside a sent or rejected archive: `NAME.receipt.json` or `NAME.reason.json`.
+
+    Other users may be able to write to these folders, so that every field is validated.
+    """
 
     model_config = ConfigDict(strict=True)
 
@@ -67,21 +71,21 @@ class ReceiptFile(BaseModel):
     size: int
     digest: _Digest | None
     queued_at: _Time
-    deliveries: Annotated[list[_Delivery], FailFast(), Field(min_length=1, max_length=64)]
+    deliveries: Annotated[list[_ReceiptFileDelivery], FailFast(), Field(min_length=1, max_length=64)]
 
     @property
     def state(self) -> DeliveryState:
-        """Return what the deliveries make of the archive."""
+        """Return the state of the archive, from those of its deliveries."""
         return archive_state([delivery.state for delivery in self.deliveries])
 
     @property
     def ended_at(self) -> datetime:
-        """Return when all was over, not before the admission, however the clock was set meanwhile."""
+        """Return when the last delivery ended; not before `queued_at`, even if the clock was set back."""
         return max(self.queued_at, *(delivery.ended_at for delivery in self.deliveries))
 
-    def settled(self, archive: Archive) -> CompletedArchive:
-        """Return how the deliveries of an archive ended, which was announced then."""
-        endings = tuple(
+    def completed(self, archive: Archive) -> CompletedArchive:
+        """Return the archive with the results in this file; its end was logged when it was written."""
+        results = tuple(
             DeliveryResult(
                 d.delivery_id,
                 d.destination,
@@ -96,256 +100,283 @@ class ReceiptFile(BaseModel):
             )
             for d in self.deliveries
         )
-        return CompletedArchive(archive, self.state, self.digest, endings, already_logged=True)
+        return CompletedArchive(archive, self.state, self.digest, results, already_logged=True)
 
 
-def as_json(one: CompletedArchive) -> bytes:
-    """Return the content of the record of an archive."""
-    archive = one.archive
+def receipt_file_content(completed: CompletedArchive) -> bytes:
+    """Return the content of the receipt file of an archive."""
+    archive = completed.archive
     fields = {
         "archive": as_text(archive.relpath),
         "drop": archive.drop,
         "size": archive.fingerprint.size,
-        "digest": one.digest,
+        "digest": completed.digest,
         "queued_at": archive.queued_at.isoformat(),
         "deliveries": [
             {
-                "destination": ending.destination,
-                "delivery_id": ending.delivery_id,
-                "state": ending.state,
-                "ended_at": ending.ended_at.isoformat(),
-                "digest": ending.digest,
-                "verified": ending.verified,
-                "http_status": ending.http_status,
-                "reason": ending.reason,
-                "error": ending.error,
-                "receipt": ending.receipt,
+                "destination": result.destination,
+                "delivery_id": result.delivery_id,
+                "state": result.state,
+                "ended_at": result.ended_at.isoformat(),
+                "digest": result.digest,
+                "verified": result.verified,
+                "http_status": result.http_status,
+                "reason": result.reason,
+                "error": result.error,
+                "receipt": result.receipt,
             }
-            for ending in one.results
+            for result in completed.results
         ],
     }
     return (json.dumps(fields, indent=2) + "\n").encode("ascii")
 
 
 def parse_receipt_file(content: bytes) -> ReceiptFile | None:
-    """Return what a record tells; None where it is none, or tells what no archive can come to.
+    """Return the receipt file with this content; None if it is invalid.
 
-    What was delivered has a digest: without one nothing could be shown of it.
+    A delivered archive without a digest is invalid, too: its delivery could not be proved.
     """
     if len(content) > MAX_RECEIPT_FILE_BYTES:
         return None
     try:
-        record = ReceiptFile.model_validate_json(content)
+        receipt = ReceiptFile.model_validate_json(content)
     except ValidationError:
         return None
-    delivered = [d for d in record.deliveries if d.state is DeliveryState.DELIVERED]
-    proved = all(d.digest for d in delivered) and (record.digest or not delivered)
-    return record if proved else None
+    delivered = [d for d in receipt.deliveries if d.state is DeliveryState.DELIVERED]
+    is_proved = all(d.digest for d in delivered) and (receipt.digest or not delivered)
+    return receipt if is_proved else None
 
 
-_MOST_HELD = 16
+_MAX_OPEN_DIRECTORIES = 16
 """Directories that stay open between two archives."""
 
 
 class Disposition:
-    """Disposes of files once their outcome is committed; what it did before a crash it finds again."""
+    """Moves, deletes or keeps the files of archives, once their results are committed.
+
+    A disposition that a crash interrupted is found and finished by the next call for the same archive.
+    """
 
     def __init__(self, drops: Mapping[str, Drop], log: EventLog) -> None:
         self._drops = drops
         self._log = log
-        self._failed: set[int] = set()
+        self._logged_failures: set[int] = set()
+        """Ids of the archives for which a failure was logged."""
 
     def dispose(
-        self, settled: Sequence[CompletedArchive], alive: Callable[[], None] = lambda: None
+        self, completed: Sequence[CompletedArchive], on_alive: Callable[[], None] = lambda: None
     ) -> tuple[list[DispositionResult], list[int]]:
-        """Dispose of each file; return what was done, and the ids of archives that it failed for.
+        """Dispose of the file of each archive; return the results, and the ids of those that failed.
 
-        What is returned as done is durable. `alive` is called before each. What is to be said is said last,
-        right before the caller's commit: a kill in between has it said again.
+        The results are durable. `on_alive` is called before each file. Everything is logged at the end, right
+        before the caller's commit: after a crash in between it is logged twice.
         """
-        said: list[Callable[[], None]] = []
+        reports: list[Callable[[], None]] = []
         done: list[tuple[CompletedArchive, DispositionResult, str]] = []
         failed: list[int] = []
-        touched: set[tuple[str, bytes]] = set()
-        held: dict[str, CachedFolder] = {}
+        changed: set[tuple[str, bytes]] = set()
+        folders: dict[str, CachedFolder] = {}
         try:
-            for one in settled:
-                alive()
-                if sum(map(len, held.values())) > _MOST_HELD:
-                    _close_all(held)
+            for one in completed:
+                on_alive()
+                if sum(map(len, folders.values())) > _MAX_OPEN_DIRECTORIES:
+                    _close_all(folders)
                 if not one.already_logged:
-                    said.append(partial(self._announce, one))
-                drop = one.archive.drop
-                rule = self._drops.get(drop)
-                if rule is None:
+                    reports.append(partial(self._log_completed, one))
+                drop = self._drops.get(one.archive.drop)
+                if drop is None:
                     failed.append(one.archive.id)  # until the drop is configured again
                     continue
-                if drop not in held:
-                    held[drop] = CachedFolder(rule.folder)
+                if drop.name not in folders:
+                    folders[drop.name] = CachedFolder(drop.folder)
                 try:
-                    done.append((one, *self._dispose(one, rule, held[drop], touched)))
+                    done.append((one, *self._dispose(one, drop, folders[drop.name], changed)))
                 except OSError as error:
-                    self._complain(one, error)
+                    self._log_failed(one, drop, error)
                     failed.append(one.archive.id)
             try:
-                _sync(touched, held)
+                _sync(changed, folders)
             except OSError as error:
                 for one, _, _ in done:
-                    said.append(partial(self._complain, one, error))
+                    reports.append(partial(self._log_failed, one, self._drops[one.archive.drop], error))
                     failed.append(one.archive.id)
                 done = []
-            said += [partial(self._tell, *each) for each in done]
-            return [disposed for _, disposed, _ in done], failed
+            reports += [partial(self._log_disposed, *each) for each in done]
+            return [result for _, result, _ in done], failed
         finally:
-            for say in said:
-                say()
-            _close_all(held)
+            for report in reports:
+                report()
+            _close_all(folders)
 
     def _dispose(
         self,
-        one: CompletedArchive,
-        rule: Drop,
+        completed: CompletedArchive,
+        drop: Drop,
         folder: CachedFolder,
-        touched: set[tuple[str, bytes]],
+        changed: set[tuple[str, bytes]],
     ) -> tuple[DispositionResult, str]:
-        """Return what was done, and the word for it."""
-        archive = one.archive
+        """Return the result, and its name in the log; add the directories to be synced to `changed`."""
+        archive = completed.archive
         parent, _, name = archive.relpath.rpartition(b"/")
-        action = rule.config.on_delivered if one.state is DeliveryState.DELIVERED else "reject"
+        action = drop.config.on_delivered if completed.state is DeliveryState.DELIVERED else "reject"
         if action == "keep":
             return DispositionResult(archive.id, None, kept_in_place=True), "kept"
         if action == "delete":
             target, name = parent, b".backupd-%d.deleted" % archive.id
         else:
-            top = rule.sent_dir if action == "move" else rule.rejected_dir
+            top = drop.sent_dir if action == "move" else drop.rejected_dir
             target = top + b"/" + parent if parent else top
-        moved_to = self._move(one, folder, target, free_names(name, archive.queued_at))
+        moved_to = self._move(archive, folder, target, free_names(name, archive.queued_at))
         if moved_to is None and folder.is_unreachable(archive.relpath, archive.fingerprint.device):
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         if moved_to is None:
-            return DispositionResult(archive.id, None, missing=True), "gone"
-        if rule.uses_checksum_files:
+            return DispositionResult(archive.id, None, missing=True), "missing"
+        if drop.uses_checksum_files:
             move_checksum_files(folder, archive, None if action == "delete" else moved_to)
-        # those above it, too: they may have been made for it, now or before a crash
-        touched |= {(archive.drop, directory) for directory in (parent, *_up_from(target))}
+        # the parents of the target as well: this move, or one before a crash, may have created them
+        changed |= {(archive.drop, directory) for directory in (parent, *_and_parents(target))}
         if action == "delete":
             folder.unlink(moved_to)
             return DispositionResult(archive.id, None), "deleted"
-        self._write_record(one, folder, moved_to)
+        self._write_receipt_file(completed, folder, moved_to)
         return DispositionResult(archive.id, moved_to), "moved"
 
     def _move(
-        self, one: CompletedArchive, folder: CachedFolder, target: bytes, names: Iterator[bytes]
+        self, archive: Archive, folder: CachedFolder, target: bytes, names: Iterator[bytes]
     ) -> bytes | None:
-        """Move the file; None if it is gone, or another content has its name: that one starts over."""
-        archive, expected = one.archive, one.archive.fingerprint
-        names, anew, again = itertools.tee(names, 3)
-        hidden = b".backupd-%d.taken" % archive.id
+        """Move the file and return its new path; None if it is gone or has changed."""
+        expected, hidden = archive.fingerprint, b".backupd-%d.taken" % archive.id
+        names, names_of_retry, names_to_find = itertools.tee(names, 3)
         try:
             try:
                 return move(folder, archive.relpath, expected, target, names, hidden)
             except (FileNotFoundError, NotADirectoryError):
-                folder.close()  # it may be the directory that is gone
-                return move(folder, archive.relpath, expected, target, anew, hidden)
+                folder.close()  # a cached directory may have been removed
+                return move(folder, archive.relpath, expected, target, names_of_retry, hidden)
         except (FileNotFoundError, NotADirectoryError, FileChangedError):
-            return find_moved(folder, archive.relpath, expected, target, again, hidden)
+            return find_moved(folder, archive.relpath, expected, target, names_to_find, hidden)
 
-    def _write_record(self, one: CompletedArchive, folder: CachedFolder, moved_to: bytes) -> None:
-        kind = b"receipt" if one.state is DeliveryState.DELIVERED else b"reason"
+    def _write_receipt_file(self, completed: CompletedArchive, folder: CachedFolder, moved_to: bytes) -> None:
+        kind = b"receipt" if completed.state is DeliveryState.DELIVERED else b"reason"
         directory, _, name = moved_to.rpartition(b"/")
-        own = hashlib.sha256(one.results[0].delivery_id.encode()).digest()
-        numbers = (
-            *range(1, RECEIPT_FILE_KINDS + 1),
-            int.from_bytes(own[:8], "big"),
-        )  # the last one nobody can guess
-        write_receipt_file(
-            folder, directory, (receipt_file_name(name, kind, n) for n in numbers), as_json(one)
-        )
+        digest = hashlib.sha256(completed.results[0].delivery_id.encode()).digest()
+        # the last number cannot be guessed, so that another user cannot create all of these names
+        numbers = (*range(1, MAX_RECEIPT_FILE_NUMBER + 1), int.from_bytes(digest[:8], "big"))
+        names = (receipt_file_name(name, kind, number) for number in numbers)
+        write_receipt_file(folder, directory, names, receipt_file_content(completed))
 
-    def _announce(self, one: CompletedArchive) -> None:
-        archive = one.archive
-        about = {"drop": archive.drop, "archive": archive.relpath, "size_bytes": archive.fingerprint.size}
-        if one.state is DeliveryState.DELIVERED:
+    def _log_completed(self, completed: CompletedArchive) -> None:
+        archive = completed.archive
+        keys = {"drop": archive.drop, "archive": archive.relpath, "size_bytes": archive.fingerprint.size}
+        if completed.state is DeliveryState.DELIVERED:
             self._log.emit(
                 events.ARCHIVE_DELIVERED,
                 exc_info=None,
-                **about,
-                digest=one.digest,
-                destinations=[ending.destination for ending in one.results],
-                verified=all(ending.verified for ending in one.results),
-                duration_s=max(ending.ended_at for ending in one.results) - archive.queued_at,
+                **keys,
+                digest=completed.digest,
+                destinations=[result.destination for result in completed.results],
+                verified=all(result.verified for result in completed.results),
+                duration_s=max(result.ended_at for result in completed.results) - archive.queued_at,
             )
             return
-        why = next(ending for ending in one.results if ending.state is DeliveryState.REJECTED)
+        rejected = next(result for result in completed.results if result.state is DeliveryState.REJECTED)
         self._log.emit(
             events.ARCHIVE_REJECTED,
             exc_info=None,
-            **about,
-            digest=one.digest,
-            destination=why.destination,
-            delivery_id=why.delivery_id,
-            reason=why.reason,
-            error=why.error,
-            http_status=why.http_status,
-            hint=rule_of(Reason(why.reason)).hint if why.reason else None,
+            **keys,
+            digest=completed.digest,
+            destination=rejected.destination,
+            delivery_id=rejected.delivery_id,
+            reason=rejected.reason,
+            error=rejected.error,
+            http_status=rejected.http_status,
+            hint=rule_of(Reason(rejected.reason)).hint if rejected.reason else None,
         )
 
-    def _tell(self, one: CompletedArchive, disposed: DispositionResult, disposition: str) -> None:
-        self._failed.discard(one.archive.id)
+    def _log_disposed(self, completed: CompletedArchive, result: DispositionResult, disposition: str) -> None:
+        self._logged_failures.discard(completed.archive.id)
         self._log.emit(
             events.ARCHIVE_DISPOSED,
-            drop=one.archive.drop,
-            archive=one.archive.relpath,
+            drop=completed.archive.drop,
+            archive=completed.archive.relpath,
             disposition=disposition,
-            moved_to=disposed.moved_to,
+            moved_to=result.moved_to,
         )
 
-    def _complain(self, one: CompletedArchive, error: OSError) -> None:
-        if one.archive.id in self._failed:
+    def _log_failed(self, completed: CompletedArchive, drop: Drop, error: OSError) -> None:
+        if completed.archive.id in self._logged_failures:
             return
-        self._failed.add(one.archive.id)
+        self._logged_failures.add(completed.archive.id)
         self._log.emit(
             events.DISPOSITION_FAILED,
-            drop=one.archive.drop,
-            archive=one.archive.relpath,
+            drop=drop.name,
+            archive=completed.archive.relpath,
             error=error.strerror or str(error),
-            hint=_hint(error),
+            hint=_hint(error, drop, completed.archive),
         )
 
 
-def _up_from(directory: bytes) -> Iterator[bytes]:
+def _and_parents(directory: bytes) -> Iterator[bytes]:
     while directory:
         yield directory
         directory = directory.rpartition(b"/")[0]
     yield b""
 
 
-def _sync(touched: set[tuple[str, bytes]], held: Mapping[str, CachedFolder]) -> None:
-    for drop, directory in sorted(touched):
-        if len(held[drop]) > _MOST_HELD:
-            held[drop].close()
-        with suppress(FileNotFoundError):  # the directory was removed with all that was in it
-            held[drop].sync(directory)
+def _sync(changed: set[tuple[str, bytes]], folders: Mapping[str, CachedFolder]) -> None:
+    for drop, directory in sorted(changed):
+        if len(folders[drop]) > _MAX_OPEN_DIRECTORIES:
+            folders[drop].close()
+        with suppress(FileNotFoundError):  # the directory was removed with everything in it
+            folders[drop].sync(directory)
 
 
-def _close_all(held: Mapping[str, CachedFolder]) -> None:
-    for folder in held.values():
+def _close_all(folders: Mapping[str, CachedFolder]) -> None:
+    for folder in folders.values():
         folder.close()
 
 
-def _hint(error: OSError) -> str:
-    if error.errno in (errno.EEXIST, errno.EISDIR):
-        return "remove what has the hidden name of a file of ours in the folder, `sent_dir` or `rejected_dir`"
-    if error.errno in (errno.ETXTBSY, errno.EAGAIN):
-        return "see who has it open (`fuser`); it stays until that is over, and is sent anew if changed"
-    if error.errno in (errno.ENOTDIR, errno.ELOOP):
-        return "`sent_dir` and `rejected_dir` have to be folders, neither files nor links"
-    if error.errno == errno.ENODEV:
-        return "mount the filesystem of the archive on the drop folder"
-    if error.errno == errno.EXDEV:
-        return "`sent_dir` and `rejected_dir` have to be on the filesystem of the archive"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "make room on that filesystem; it is tried again"
-    if error.errno in (errno.EIO, errno.EROFS):
-        return "see what the kernel says of that disk; the archive is still there, and it is tried again"
-    return "give the daemon's user write permission to the folder, `sent_dir` and `rejected_dir`"
+def _hint(error: OSError, drop: Drop, archive: Archive) -> str:
+    """Return how the operator fixes a failed disposition, with the commands."""
+    root = drop.folder.path
+    file, folder = shlex.quote(os.path.join(root, as_text(archive.relpath))), shlex.quote(root)
+    sent, rejected = (
+        shlex.quote(os.path.join(root, as_text(directory)))
+        for directory in (drop.sent_dir, drop.rejected_dir)
+    )
+    match error.errno:
+        case errno.EEXIST | errno.EISDIR:
+            return (
+                "another program uses a hidden name of backupd: list the names with"
+                f" `find {folder} -name '.backupd-*' -o -name '.*.part'`, and remove or rename that entry"
+            )
+        case errno.ETXTBSY | errno.EAGAIN:
+            return (
+                f"`fuser -v {file}` shows the process that has it open; the file stays until it is closed,"
+                " and is delivered again if it has changed"
+            )
+        case errno.ENOTDIR | errno.ELOOP:
+            return f"`ls -ld {sent} {rejected}`: both must be directories, neither files nor symbolic links"
+        case errno.ENODEV:
+            return (
+                f"mount the filesystem of the archive on the drop folder again; check `findmnt -T {folder}`"
+            )
+        case errno.EXDEV:
+            return (
+                "`sent_dir` and `rejected_dir` must be on the filesystem of the archive; compare"
+                f" `df {file} {sent} {rejected}`"
+            )
+        case errno.ENOSPC | errno.EDQUOT:
+            return (
+                f"free space, inodes or quota on that filesystem: `df -h {folder}`, `df -i {folder}`; retried"
+            )
+        case errno.EIO | errno.EROFS:
+            return (
+                "the archive is still there; check the disk with `dmesg -T` and its mount with"
+                f" `findmnt -T {folder}`; retried"
+            )
+        case _:
+            return (
+                "give the daemon's user write permission to the folder, `sent_dir` and `rejected_dir`; check"
+                f" `ls -ld {folder} {sent} {rejected}`"
+            )

@@ -1,4 +1,4 @@
-"""The recorder: commits how deliveries ended, many in one transaction, and has the files disposed of."""
+"""The recorder: commits the results of deliveries, many in one transaction, then disposes of the files."""
 
 from __future__ import annotations
 
@@ -18,29 +18,28 @@ from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
 from backupd.telemetry.thread_watchdog import ThreadWatchdog
 
-_MOST_AT_ONCE = 256
+_MAX_BATCH = 256
+"""Results that are committed in one transaction, and that wait in the queue."""
 
-_PAGE = 64
-"""Archives that are looked at in one go for what is still to be disposed of, with a commit for each."""
+_PAGE_SIZE = 64
+"""Pending dispositions that are read, handled and committed at a time."""
 
-_MOMENT = 1.0
-"""Seconds in which a recorder that records makes room for one more."""
+_FINISH_TIMEOUT = 1.0
+"""Seconds in which a recorder that can write to the ledger frees a place in its queue."""
 
-_TRY_AGAIN = 30.0
-"""Seconds between attempts to dispose of files that could not be."""
+_RETRY_EVERY = 30.0
+"""Seconds between attempts to dispose of files for which it failed."""
 
+_FIRST_COMMIT_WAIT, _MAX_COMMIT_WAIT = 0.5, 30.0
+"""Seconds between attempts to commit to a ledger that fails; each wait is twice the one before."""
 
 RecheckFile = Callable[[str, bytes], None]
-"""Called with a drop's name and a path in it that is worth a look."""
-
-
-class _Look:
-    """Asks to look for what is to be disposed of."""
+"""Called with the name of a drop and the relative path of a file that the intake has to check again."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """What ended since last asked, for the heartbeat."""
+    """The archives that were completed since the last heartbeat."""
 
     delivered: int = 0
     delivered_bytes: int = 0
@@ -48,75 +47,82 @@ class Tally:
 
 
 class Recorder:
-    """Takes ended claims from all workers; `run` is the body of its thread.
+    """Receives the results of all workers; `run` is the body of its thread.
 
-    The commit comes first: only what is durably recorded is reported, and only then a file is touched.
-    It begins with what an earlier daemon had settled, a page at a time between what ends meanwhile.
+    The commit comes first: a result is logged, and the file touched, only once it is durable. Pending
+    dispositions of an earlier run are handled page by page between the results of the workers.
     """
 
-    def __init__(self, ledger: Ledger, disposal: Disposition, log: EventLog, look_again: RecheckFile) -> None:
+    def __init__(
+        self, ledger: Ledger, disposition: Disposition, log: EventLog, recheck_file: RecheckFile
+    ) -> None:
         self._ledger = ledger
-        self._disposal = disposal
-        self._look_again = look_again
+        self._disposition = disposition
+        self._recheck_file = recheck_file
         self._log = log
-        self._queue: queue.Queue[ClaimResult | _Look | None] = queue.Queue(_MOST_AT_ONCE)
+        self._queue: queue.Queue[ClaimResult | _RecheckDispositions | None] = queue.Queue(_MAX_BATCH)
+        """Results to record; None ends `run`."""
         self._lock = threading.Lock()
         self._tally = Tally()
-        self._leftover = True
-        self._next_try = 0.0
-        self._after: int | None = None
-        """The archive up to which this round has looked at what is due; None between rounds."""
+        self._has_pending = True
+        """Whether the ledger may have pending dispositions, to be handled from `_next_round` on."""
+        self._next_round = 0.0
+        """When the next round of pending dispositions may start (monotonic)."""
+        self._after_id: int | None = None
+        """The id of the last archive that this round has handled; None between rounds."""
         self._done: list[DispositionResult] = []
+        """Dispositions that are not committed yet."""
         self._still_due: list[int] = []
-        """What became of files, as far as the ledger does not have it yet."""
+        """Ids of the archives with a failed disposition, which is not committed yet."""
         self.watchdog = ThreadWatchdog("recorder")
         self.last_delivered: datetime | None = None
-        """When this daemon saw an archive delivered last."""
+        """When the last archive was delivered since the start of the daemon."""
 
-    def submit(self, finished: ClaimResult) -> None:
-        """Hand an ended claim over; waits while the recorder is far behind."""
-        self._queue.put(finished)
+    def submit(self, result: ClaimResult) -> None:
+        """Queue the result of a claim; wait while the queue is full."""
+        self._queue.put(result)
 
     def recheck_dispositions(self) -> None:
-        """Have what was settled by others than `run` disposed of; only `run` does that, so never twice."""
-        self._queue.put(_Look())
+        """Have `run` handle the pending dispositions that the intake has added to the ledger."""
+        self._queue.put(_RecheckDispositions())
 
     def finish(self) -> None:
-        """Have `run` end once everything handed over so far is recorded."""
-        with suppress(queue.Full):  # as the ledger can't be written: `abandon` ends it then
-            self._queue.put(None, timeout=_MOMENT)
+        """Have `run` return once everything that was submitted is recorded."""
+        with suppress(queue.Full):  # the ledger cannot be written; `abandon` ends `run` then
+            self._queue.put(None, timeout=_FINISH_TIMEOUT)
 
     def pop_tally(self) -> Tally:
-        """Return what ended since last asked."""
+        """Return the numbers since the last call, and start from zero."""
         with self._lock:
             tally, self._tally = self._tally, Tally()
         return tally
 
     def run(self, abandon: threading.Event) -> None:
-        """Record until `finish`; where the ledger can't be written it is tried again until `abandon`."""
-        done = False
-        while not done:
+        """Record until `finish`; a commit that fails is retried until `abandon` is set."""
+        is_finished = False
+        while not is_finished:
             self.watchdog.idle()
-            batch, done = self._take()
+            batch, is_finished = self._next_batch()
             self.watchdog.alive()
             if batch and not self._record(batch, abandon):
                 return
-            if self._after is None and self._leftover and time.monotonic() >= self._next_try:
-                self._leftover, self._after = False, 0
-            if self._after is not None:
-                self._see_to_due(self._after)
+            if self._after_id is None and self._has_pending and time.monotonic() >= self._next_round:
+                self._has_pending, self._after_id = False, 0
+            if self._after_id is not None:
+                self._dispose_of_page(self._after_id)
 
-    def _take(self) -> tuple[list[ClaimResult], bool]:
+    def _next_batch(self) -> tuple[list[ClaimResult], bool]:
+        """Return the queued results, and whether to finish after them; wait if there is no other work."""
         batch: list[ClaimResult] = []
         try:
-            more = self._after is not None or (self._leftover and self._next_try == 0.0)
-            item = self._queue.get_nowait() if more else self._queue.get(timeout=_TRY_AGAIN)
+            is_busy = self._after_id is not None or (self._has_pending and self._next_round == 0.0)
+            item = self._queue.get_nowait() if is_busy else self._queue.get(timeout=_RETRY_EVERY)
             while item is not None:
-                if isinstance(item, _Look):
-                    self._leftover, self._next_try = True, 0.0
+                if isinstance(item, _RecheckDispositions):
+                    self._has_pending, self._next_round = True, 0.0
                 else:
                     batch.append(item)
-                if len(batch) >= _MOST_AT_ONCE:
+                if len(batch) >= _MAX_BATCH:
                     return batch, False
                 item = self._queue.get_nowait()
         except queue.Empty:
@@ -124,10 +130,11 @@ class Recorder:
         return batch, True
 
     def _record(self, batch: list[ClaimResult], abandon: threading.Event) -> bool:
-        wait = 0.5
+        """Commit the results, log them and dispose of the files; return False if abandoned."""
+        wait = _FIRST_COMMIT_WAIT
         while True:
             try:
-                settled = self._ledger.record(batch, datetime.now(UTC))
+                completed = self._ledger.record(batch, datetime.now(UTC))
                 break
             except LedgerError as error:
                 self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
@@ -135,17 +142,17 @@ class Recorder:
                 if abandon.wait(wait):
                     return False
                 self.watchdog.alive()
-                wait = min(wait * 2, 30.0)
-        for finished in batch:
-            self._tell(finished)
-        self._dispose(settled)
+                wait = min(wait * 2, _MAX_COMMIT_WAIT)
+        for result in batch:
+            self._log_result(result)
+        self._dispose(completed)
         return True
 
-    def _dispose(self, settled: list[CompletedArchive]) -> None:
-        if not settled:
+    def _dispose(self, completed: list[CompletedArchive]) -> None:
+        if not completed:
             return
         with self._lock:
-            for one in settled:
+            for one in completed:
                 if one.already_logged:
                     continue
                 if one.state is DeliveryState.DELIVERED:
@@ -154,58 +161,58 @@ class Recorder:
                     self._tally.delivered_bytes += one.archive.fingerprint.size
                 else:
                     self._tally.rejected += 1
-        done, still_due = self._disposal.dispose(settled, self.watchdog.alive)
+        done, still_due = self._disposition.dispose(completed, self.watchdog.alive)
         if still_due:
-            self._leftover, self._next_try = True, time.monotonic() + _TRY_AGAIN
+            self._has_pending, self._next_round = True, time.monotonic() + _RETRY_EVERY
         self._done += done
         self._still_due += still_due
-        self._note()
+        self._commit_dispositions()
 
-    def _note(self) -> None:
+    def _commit_dispositions(self) -> None:
         try:
             self._ledger.record_dispositions(self._done, self._still_due, datetime.now(UTC))
         except LedgerError as error:
-            self._put_off(error)
+            self._postpone_round(error)
         else:
             self._done, self._still_due = [], []
 
-    def _see_to_due(self, after: int) -> None:
-        """Dispose of a page of what is due."""
+    def _dispose_of_page(self, after_id: int) -> None:
+        """Handle one page of the pending dispositions."""
         if self._done or self._still_due:
-            self._note()
-            if self._after is None:
+            self._commit_dispositions()
+            if self._after_id is None:
                 return
         try:
-            page = self._ledger.pending_dispositions(after, _PAGE)
+            page = self._ledger.pending_dispositions(after_id, _PAGE_SIZE)
         except LedgerError as error:
-            self._put_off(error)
+            self._postpone_round(error)
             return
-        self._after = page[-1].archive.id if len(page) == _PAGE else None
+        self._after_id = page[-1].archive.id if len(page) == _PAGE_SIZE else None
         self._dispose(page)
 
-    def _put_off(self, error: LedgerError) -> None:
-        self._after = None
-        self._leftover, self._next_try = True, time.monotonic() + _TRY_AGAIN
+    def _postpone_round(self, error: LedgerError) -> None:
+        self._after_id = None
+        self._has_pending, self._next_round = True, time.monotonic() + _RETRY_EVERY
         self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
 
-    def _tell(self, finished: ClaimResult) -> None:
-        delivery, step, last = finished.delivery, finished.transition, finished.attempts[-1]
-        about = {
+    def _log_result(self, result: ClaimResult) -> None:
+        delivery, transition, last = result.delivery, result.transition, result.attempts[-1]
+        keys = {
             "drop": delivery.archive.drop,
             "archive": delivery.archive.relpath,
             "destination": delivery.destination,
             "delivery_id": delivery.id,
         }
-        match step.outcome:
+        match transition.outcome:
             case Delivered(digest=digest, receipt=receipt, verified=verified):
                 size, seconds = delivery.archive.fingerprint.size, last.duration.total_seconds()
                 self._log.emit(
                     events.DELIVERY_VERIFIED,
                     exc_info=None,
-                    **about,
+                    **keys,
                     size_bytes=size,
                     digest=digest,
-                    attempt=delivery.attempts + len(finished.attempts),
+                    attempt=delivery.attempts + len(result.attempts),
                     http_status=receipt.http_status,
                     verified=verified,
                     duration_s=seconds,
@@ -213,12 +220,16 @@ class Recorder:
                 )
             case Deferred(reason=reason):
                 self._log.emit(
-                    events.DELIVERY_DEFERRED, exc_info=None, **about, reason=reason, retry_at=step.due_at
+                    events.DELIVERY_DEFERRED, exc_info=None, **keys, reason=reason, retry_at=transition.due_at
                 )
             case Superseded(error=error, missing=missing):
                 event = events.ARCHIVE_MISSING if missing else events.ARCHIVE_SUPERSEDED
                 size = delivery.archive.fingerprint.size
-                self._log.emit(event, exc_info=None, **about, size_bytes=size, error=error)
-                self._look_again(delivery.archive.drop, delivery.archive.relpath)
+                self._log.emit(event, exc_info=None, **keys, size_bytes=size, error=error)
+                self._recheck_file(delivery.archive.drop, delivery.archive.relpath)
             case _:
-                pass  # a rejection is told for the archive as a whole
+                pass  # a rejection is logged once for the archive, by its disposition
+
+
+class _RecheckDispositions:
+    """A request in the recorder's queue to handle pending dispositions."""

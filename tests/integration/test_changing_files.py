@@ -11,7 +11,7 @@ import pytest
 
 from backupd.core.model import Delivered, Superseded
 from tests.scripted import Peer, ScriptedServer, header_of, in_turn, receipt_for, server_context, take_all
-from tests.stage import PATIENCE, Stage
+from tests.stage import TIMEOUT, Stage
 from tests.uploading import MIB, a_destination, a_sender
 
 OLD = b"old content, " * 1_500_000  # 19.5 MB: more than a connection's buffers hold
@@ -83,7 +83,7 @@ def test_a_file_that_changes_while_it_is_sent_is_delivered_as_it_then_is(
         stage.configure(server.url, drop='rescan_every = "1h"', destination="workers = 1")
         daemon = stage.daemon().ready()
         path = stage.put("a.tar.gz", OLD)
-        assert server.paused.wait(PATIENCE)
+        assert server.paused.wait(TIMEOUT)
 
         now_holds = change(path)
         server.go_on()
@@ -117,13 +117,13 @@ def test_one_whose_folder_is_away_when_it_is_to_be_moved_is_moved_once_it_is_bac
         stage.configure(server.url, drop='rescan_every = "0.5s"', destination="workers = 1")
         daemon = stage.daemon().ready()
         stage.put("a.tar.gz", b"content")
-        assert server.paused.wait(PATIENCE)
+        assert server.paused.wait(TIMEOUT)
         stage.drop.rename(away)
         other.rename(stage.drop)
         daemon.wait_for("watch.recovered")
 
         server.go_on()
-        daemon.wait_for("archive.disposed", disposition="gone")
+        daemon.wait_for("archive.disposed", disposition="missing")
         stage.drop.rename(other)
         away.rename(stage.drop)
         daemon.wait_for("archive.disposed", disposition="moved")
@@ -155,7 +155,7 @@ def test_a_file_removed_while_it_is_sent_is_said_to_be_gone(stage: Stage) -> Non
         stage.configure(server.url, drop='rescan_every = "1h"', destination="workers = 1")
         daemon = stage.daemon().ready()
         path = stage.put("a.tar.gz", OLD)
-        assert server.paused.wait(PATIENCE)
+        assert server.paused.wait(TIMEOUT)
 
         path.unlink()
         server.go_on()
@@ -179,7 +179,7 @@ def test_the_new_content_need_not_wait_for_the_end_of_the_old_one(
         stage.configure(server.url, drop='rescan_every = "1h"', destination="workers = 2")
         daemon = stage.daemon().ready()
         path = stage.put("a.tar.gz", OLD)
-        assert server.paused.wait(PATIENCE)
+        assert server.paused.wait(TIMEOUT)
 
         now_holds = change(path)
         daemon.wait_for("archive.disposed", archive="a.tar.gz")
@@ -204,7 +204,7 @@ def test_a_file_that_changes_behind_the_last_byte_is_not_moved_in_place_of_the_o
         stage.configure(server.url, drop='rescan_every = "1h"', destination="workers = 1")
         daemon = stage.daemon().ready()
         path = stage.put("a.tar.gz", b"old")
-        assert server.paused.wait(PATIENCE)
+        assert server.paused.wait(TIMEOUT)
 
         (stage.base / "new").write_bytes(b"new")
         (stage.base / "new").rename(path)
@@ -212,7 +212,7 @@ def test_a_file_that_changes_behind_the_last_byte_is_not_moved_in_place_of_the_o
         daemon.wait_for("archive.disposed", count=2, archive="a.tar.gz")
 
     assert [request.archive for request in server.requests] == [b"old", b"new"]
-    assert [e["disposition"] for e in daemon.events("archive.disposed")] == ["gone", "moved"]
+    assert [e["disposition"] for e in daemon.events("archive.disposed")] == ["missing", "moved"]
     assert [p.read_bytes() for p in stage.archives(stage.drop)] == [b"new"]
 
 
