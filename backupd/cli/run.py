@@ -17,7 +17,7 @@ from backupd.core.errors import ConfigError, UsageError
 from backupd.daemon.assembly import run_daemon
 from backupd.telemetry import events
 from backupd.telemetry.journal import writer_for
-from backupd.telemetry.log import EventLog, take_over_library_loggers
+from backupd.telemetry.log import EventLog, log_library_warnings
 
 
 def run(
@@ -38,7 +38,7 @@ def run(
             "fix these; `backupd check` tests the destinations, too",
         )
     log = EventLog(writer_for(1), level=log_level or loaded.log.level, console=_is_console_format(loaded))
-    take_over_library_loggers(log)
+    log_library_warnings(log)
     for problem in report.problems:
         log.emit(events.CONFIG_WARNING, path=problem.where, error=problem.message, hint=problem.hint)
     path = Path(config).absolute()

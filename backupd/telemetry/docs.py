@@ -26,7 +26,7 @@ _INTRODUCTION = """\
 # Events
 
 backupd logs one JSON object per line to standard output. Each line is an event with a fixed name, such as
-`archive.delivered`, and with keys whose types never change. Alert on `event`, and read `message`:
+`archive.delivered`, and a key has the same type in every event. Alert on `event`, and read `message`:
 
 ```json
 {"timestamp":"2026-03-04T05:06:07.123Z","level":"info","event":"archive.queued",\
@@ -144,7 +144,7 @@ _LNAV_KINDS = {"string": "string", "integer": "integer", "number": "float", "boo
 _LNAV_IDENTIFIERS = frozenset(
     ("event", "host", "archive", "device", "destination", "delivery_id", "reason", "circuit", "thread")
 )
-"""Keys whose values lnav colours, each value in a colour of its own."""
+"""Keys for which lnav shows each value in its own colour."""
 
 _LNAV_SHOWN = frozenset(("hint", "exception"))
 """Keys that lnav shows below the message; in its SQL table all keys are columns."""

@@ -113,7 +113,7 @@ KEYS: dict[str, Key] = {
         Key(
             "pending_dispositions",
             COUNT,
-            "delivered or rejected archives whose file has not been moved or deleted yet",
+            "files of delivered and rejected archives that have not been moved or deleted yet",
         ),
         Key("restored_archives", COUNT, "sent and rejected archives that the ledger knows again"),
         Key("unknown_files", COUNT, "files in `sent_dir` and `rejected_dir` without a receipt file"),
@@ -145,7 +145,7 @@ KEYS: dict[str, Key] = {
         Key("device", TEXT, "sender of the archive, by `expect.by`; missing for a drop as a whole"),
         Key("last_at", TIME, "arrival of the device's last archive; missing if there was none"),
         Key("overdue_s", NUMBER, "seconds since the device's next archive was due"),
-        Key("overdue_devices", COUNT, "devices whose next archive is overdue"),
+        Key("overdue_devices", COUNT, "devices with an overdue archive"),
         Key("median_size_bytes", COUNT, "median size in bytes of the device's last ten archives"),
         Key("change_ratio", NUMBER, "relative difference from the median size; -0.5 is half of it"),
         Key("quarantined", COUNT, "archives in quarantine (`rejected_dir`)"),

@@ -54,7 +54,7 @@ class EventLog:
         getattr(self._logger, event.level)(event.name, **values)
 
 
-def take_over_library_loggers(log: EventLog) -> None:
+def log_library_warnings(log: EventLog) -> None:
     """Log warnings and errors of libraries as events.
 
     Lower levels are dropped: httpx logs whole URLs at INFO, and watchdog logs a line for each file at DEBUG.

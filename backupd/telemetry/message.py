@@ -15,7 +15,7 @@ from backupd.core.names import printable
 from backupd.core.units import human_duration, human_size
 
 _FILE_NAMES = frozenset(("archive", "config", "device", "moved_to", "path"))
-"""Keys whose values are quoted if they contain spaces or quotes, so that a reader sees where they end."""
+"""Keys of file names, which are quoted if they contain spaces or quotes so that a reader sees their end."""
 
 _PART = re.compile(r"\[([^\]]*)\]|([^\[]+)")
 _KEY = re.compile(r"\{(\w+)\}")
@@ -23,7 +23,7 @@ _NEEDS_QUOTES = re.compile(r"[\s\"']|^$")
 
 
 class _Slot(NamedTuple):
-    """Literal text, and the key whose value follows it; without a key only the text."""
+    """Literal text, followed by the value of a key unless the key is empty."""
 
     text: str
     key: str
@@ -52,7 +52,7 @@ def render(template: str, values: Mapping[str, object]) -> str:
 
 
 def required_keys(template: str) -> set[str]:
-    """Return the keys of a template that stand outside of brackets."""
+    """Return the keys of a template that are outside of brackets."""
     return {slot.key for needed, slots in _compile(template) if not needed for slot in slots if slot.key}
 
 

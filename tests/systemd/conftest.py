@@ -1,4 +1,4 @@
-"""A machine with backupd installed on it, and what a test puts there."""
+"""A machine with backupd installed, and the files and settings of a test."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.programs import do_without
-from tests.stage import PATIENCE, Stage, until
+from tests.stage import TIMEOUT, Stage, until
 from tests.systemd.machine import Machine, require_machine
 
 ROOT = Path(__file__).parents[2]
@@ -25,11 +25,11 @@ DROP = "/srv/backups/switches"
 
 @pytest.fixture(scope="session")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """A booted machine with backupd in /opt/backupd, from wheels, and its service installed."""
+    """Yield a booted machine with backupd in /opt/backupd and its service installed."""
     require_machine()
     base = tmp_path_factory.mktemp("machine")
     for folder in (base, *base.parents[:2]):
-        folder.chmod(0o755)  # the users inside have to get through
+        folder.chmod(0o755)  # users inside the machine need to reach the tree
     machine = Machine(base / "tree")
     try:
         _make_wheels(base, machine.path("/opt/wheels"))
@@ -45,22 +45,22 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 
 def _make_wheels(base: Path, into: Path) -> None:
-    """Make wheels of backupd and all that it needs for the Python of the system."""
+    """Build wheels of backupd and its dependencies for the Python of the system."""
     made = subprocess.run(
         ["/usr/bin/python3", "-c", "import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))"],
         check=False,
         capture_output=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
     )
     if made.returncode != 0:
         do_without("/usr/bin/python3 is older than 3.11 or has no venv")
-    subprocess.run(["/usr/bin/python3", "-m", "venv", str(base / "builder")], check=True, timeout=PATIENCE)
+    subprocess.run(["/usr/bin/python3", "-m", "venv", str(base / "builder")], check=True, timeout=TIMEOUT)
     pip = [str(base / "builder/bin/python"), "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "--wheel-dir", str(into), str(ROOT)], check=True, timeout=600)
 
 
 class Site:
-    """An installation that a test configures; afterwards its folders and drop-ins are gone."""
+    """An installation that a test configures; `clear` removes its folders and drop-ins."""
 
     def __init__(self, machine: Machine, stage: Stage) -> None:
         self.machine = machine
@@ -76,7 +76,7 @@ class Site:
         self.drop_in("soon", "[Service]\nRestartSec=100ms\n")
 
     def configure(self, url: str, *, instance: str = "backupd", drop: str = DROP, **lines: str) -> None:
-        """Write a configuration; `top`, `destination` and `key` are further TOML."""
+        """Write a configuration; `top`, `destination` and `key` add lines of TOML."""
         key = lines.get("key", "/etc/backupd/tls/client.key")
         text = f"""
 {lines.get("top", "")}
@@ -93,16 +93,16 @@ key = "{key}"
         self.machine.write(f"/etc/backupd/{instance}.toml", text)
 
     def drop_in(self, name: str, text: str, unit: str = UNIT) -> None:
-        """Write a drop-in and have systemd read it."""
+        """Write a drop-in and reload systemd."""
         self.machine.write(f"/etc/systemd/system/{unit}.d/{name}.conf", text)
         self.machine.systemctl("daemon-reload")
 
     def start(self, unit: str = UNIT) -> None:
-        """Start a unit, which returns once it has said READY."""
+        """Start a unit and wait until it is ready."""
         self.machine.systemctl("start", unit)
 
     def put(self, name: str, content: bytes, drop: str = DROP) -> Path:
-        """Rename a finished archive into the drop folder, as somebody who shares its group."""
+        """Rename a finished archive into the drop folder, as another user in its group."""
         folder = self.machine.path(drop)
         part = folder / f".{name}.part"
         part.write_bytes(content)
@@ -112,19 +112,21 @@ key = "{key}"
         return folder / name
 
     def sent(self, name: str, drop: str = DROP) -> Path:
-        """Wait until an archive was moved to sent/, and return where it is."""
-        return self._moved(self.machine.path(drop) / "sent" / name)
+        """Wait until an archive was moved to sent/, and return its path."""
+        return self._wait_for_receipt_file(self.machine.path(drop) / "sent" / name)
 
-    def _moved(self, there: Path) -> Path:
+    def _wait_for_receipt_file(self, archive: Path) -> Path:
         try:
-            until(lambda: there.with_name(f"{there.name}.receipt.json").exists(), f"{there.name} in sent/")
+            until(
+                lambda: archive.with_name(f"{archive.name}.receipt.json").exists(), f"{archive.name} in sent/"
+            )
         except AssertionError as error:
             journal = self.machine.run("journalctl", "--no-pager", "-n", "60", "-o", "cat", check=False)
             raise AssertionError(f"{error}\n{journal.stdout}") from None
-        return there
+        return archive
 
     def events(self, name: str, unit: str = UNIT) -> list[dict[str, Any]]:
-        """Return what the daemon has logged under a name since the test began."""
+        """Return the events of a name that the daemon has logged since the start of the test."""
         logged = []
         for entry in self.machine.journal("--unit", unit, since=self.since):
             text = entry.get("MESSAGE") or ""
@@ -133,24 +135,24 @@ key = "{key}"
                 logged.append({**entry, **keys})
         return logged
 
-    def told(self, message_id: str, unit: str = UNIT) -> list[dict[str, Any]]:
-        """Return what systemd itself has said of a unit under a message id since the test began."""
+    def systemd_entries(self, message_id: str, unit: str = UNIT) -> list[dict[str, Any]]:
+        """Return the entries of systemd about a unit with a message id since the start of the test."""
         entries = self.machine.journal("--unit", unit, since=self.since)
         return [entry for entry in entries if entry.get("MESSAGE_ID") == message_id]
 
     def wait_for(self, name: str, count: int = 1, unit: str = UNIT) -> list[dict[str, Any]]:
-        """Wait until so many events of a name were logged, and return them."""
+        """Wait until a number of events of a name were logged, and return them."""
         found: list[dict[str, Any]] = until(
             lambda: found if len(found := self.events(name, unit)) >= count else None, f"{count} x {name}"
         )
         return found
 
     def pid(self, unit: str = UNIT) -> int:
-        """Return the daemon's process, as seen from within the machine; 0 if there is none."""
+        """Return the process id of the daemon inside the machine; 0 if it does not run."""
         return int(self.machine.show(unit, "MainPID")["MainPID"])
 
     def clear(self) -> None:
-        """Stop everything and remove what the test has left."""
+        """Stop all instances and remove the files of the test."""
         machine = self.machine
         machine.run("systemctl", "stop", "backupd.service", "backupd@*.service", check=False)
         machine.run("systemctl", "reset-failed", check=False)
@@ -168,7 +170,7 @@ key = "{key}"
 
 @pytest.fixture
 def site(machine: Machine, stage: Stage) -> Iterator[Site]:
-    """An installation of a test's own; the receiver is the host's."""
+    """Yield an installation for one test; the receiver runs on the host."""
     site = Site(machine, stage)
     yield site
     site.clear()

@@ -16,18 +16,18 @@ pytestmark = [pytest.mark.systemd, pytest.mark.xdist_group("systemd")]
 
 @pytest.fixture
 def installed(machine: Machine) -> Iterator[Machine]:
-    """The machine, on which the service is installed again afterwards."""
+    """Yield the machine, and install the service again after the test."""
     yield machine
     machine.run(BACKUPD, "install")
 
 
 def files(machine: Machine) -> dict[str, tuple[int, int, int]]:
-    """Return the identity, mode and time of what is installed."""
+    """Return inode, mode and modification time of each installed file."""
     stats = {place: machine.path(place).stat() for place in INSTALLED_FILES}
-    return {place: (told.st_ino, told.st_mode, told.st_mtime_ns) for place, told in stats.items()}
+    return {place: (stat.st_ino, stat.st_mode, stat.st_mtime_ns) for place, stat in stats.items()}
 
 
-def test_installing_it_again_changes_nothing(machine: Machine) -> None:
+def test_a_second_install_changes_nothing(machine: Machine) -> None:
     before = files(machine)
     assert machine.run(BACKUPD, "install").stdout.startswith("nothing to do")
     assert files(machine) == before
@@ -38,17 +38,17 @@ def test_installing_it_again_changes_nothing(machine: Machine) -> None:
     }
 
 
-def test_the_user_and_the_folders_are_made(machine: Machine) -> None:
+def test_install_creates_the_user_and_the_folders(machine: Machine) -> None:
     assert machine.run("getent", "passwd", "backupd").stdout.endswith(":/var/lib/backupd:/usr/sbin/nologin\n")
-    told = machine.run("stat", "--format=%n %a %U %G", "/etc/backupd", "/etc/backupd/tls", "/srv/backups")
-    assert told.stdout.splitlines() == [
+    shown = machine.run("stat", "--format=%n %a %U %G", "/etc/backupd", "/etc/backupd/tls", "/srv/backups")
+    assert shown.stdout.splitlines() == [
         "/etc/backupd 750 root backupd",
         "/etc/backupd/tls 750 root backupd",
         "/srv/backups 755 root root",
     ]
 
 
-def test_a_unit_that_differs_is_renewed_and_a_drop_in_stays(site: Site, installed: Machine) -> None:
+def test_install_replaces_a_changed_unit_and_keeps_drop_ins(site: Site, installed: Machine) -> None:
     site.drop_in("mine", "[Service]\nTimeoutStopSec=42s\n")
     installed.write(f"/etc/systemd/system/{UNIT}", "[Service]\nExecStart=/bin/false\n")
     dry = installed.run(BACKUPD, "install", "--dry-run").stdout
@@ -61,7 +61,7 @@ def test_a_unit_that_differs_is_renewed_and_a_drop_in_stays(site: Site, installe
     assert shown["TimeoutStopUSec"] == "42s"
 
 
-def test_uninstalling_stops_it_and_leaves_data_and_configuration(
+def test_uninstall_stops_the_services_and_keeps_data_and_configuration(
     site: Site, receiver: RunningReceiver, installed: Machine
 ) -> None:
     site.configure(receiver.url)
@@ -73,10 +73,10 @@ def test_uninstalling_stops_it_and_leaves_data_and_configuration(
     dry = installed.run(BACKUPD, "uninstall", "--dry-run").stdout
     assert site.pid() != 0
 
-    told = installed.run(BACKUPD, "uninstall").stdout
+    done = installed.run(BACKUPD, "uninstall").stdout
 
-    assert told == dry
-    assert "kept: /etc/backupd, " in told
+    assert done == dry
+    assert "kept: /etc/backupd, " in done
     assert site.pid() == 0
     assert site.pid("backupd@second.service") == 0
     assert not list(installed.path("/etc/systemd/system/multi-user.target.wants").glob("backupd*"))
@@ -89,7 +89,7 @@ def test_uninstalling_stops_it_and_leaves_data_and_configuration(
     assert "nothing to do" in installed.run(BACKUPD, "uninstall").stdout
 
 
-def test_without_root_it_says_what_it_needs(machine: Machine) -> None:
+def test_install_and_uninstall_require_root(machine: Machine) -> None:
     as_nobody = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", BACKUPD)
     for command in ("install", "uninstall"):
         refused = machine.run(*as_nobody, command, check=False)

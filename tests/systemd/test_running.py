@@ -1,9 +1,8 @@
-"""What goes on while the service runs under systemd: watchdog, reloads, renewed certificates, the journal."""
+"""The service while it runs under systemd: watchdog, reloads, renewed certificates, the journal."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
 
@@ -33,10 +32,10 @@ def pread(*arguments):
 
 os.pread = pread
 """
-"""A disk that never answers the worker that asks it first, for which there is no time limit of ours."""
+"""A disk that never returns from the first read of a worker, for which backupd has no time-out."""
 
 
-def test_a_worker_that_hangs_is_ended_by_the_watchdog_and_its_archive_delivered(
+def test_the_watchdog_restarts_a_daemon_with_a_hanging_worker_and_the_archive_is_delivered(
     site: Site, receiver: RunningReceiver
 ) -> None:
     site.configure(receiver.url)
@@ -51,8 +50,8 @@ def test_a_worker_that_hangs_is_ended_by_the_watchdog_and_its_archive_delivered(
     assert site.pid() != first
     assert int(site.machine.show(UNIT, "NRestarts")["NRestarts"]) >= 1
     assert site.events("daemon.hung")[0]["thread"] == "worker of vault"
-    ends = [entry.get("MESSAGE", "") for entry in site.machine.journal("--unit", UNIT, since=site.since)]
-    assert any("Watchdog timeout" in text for text in ends)
+    messages = [entry.get("MESSAGE", "") for entry in site.machine.journal("--unit", UNIT, since=site.since)]
+    assert any("Watchdog timeout" in text for text in messages)
     assert [path.read_bytes() for path in site.stage.stored()] == [b"content"]
 
 
@@ -61,13 +60,13 @@ def test_twenty_reloads_under_load_lose_nothing(site: Site, receiver: RunningRec
     site.start()
     pid = site.pid()
     contents = {f"r{number}.tar.gz": os.urandom(200_000) for number in range(60)}
-    left = iter(contents.items())
+    remaining = iter(contents.items())
     for reload in range(1, 21):
         for _ in range(3):
-            site.put(*next(left))
+            site.put(*next(remaining))
         site.configure(receiver.url, destination=f"workers = {1 + reload % 3}")
         site.machine.systemctl("reload", UNIT)
-        site.wait_for("config.reloaded", reload)  # systemd does not wait for it
+        site.wait_for("config.reloaded", reload)  # `systemctl reload` does not wait for it
 
     for name, content in contents.items():
         assert site.sent(name).read_bytes() == content
@@ -79,8 +78,8 @@ def test_twenty_reloads_under_load_lose_nothing(site: Site, receiver: RunningRec
     assert len(site.wait_for("archive.delivered", len(contents))) == len(contents)
 
 
-def test_certificates_that_are_renewed_in_mid_upload_are_taken_up_by_the_next(site: Site) -> None:
-    def takes_its_time(peer: Peer) -> None:
+def test_the_next_upload_uses_certificates_that_were_renewed_during_an_upload(site: Site) -> None:
+    def answers_late(peer: Peer) -> None:
         request = peer.read_request()
         peer.pause()
         peer.send(receipt_for(request.archive))
@@ -90,7 +89,7 @@ def test_certificates_that_are_renewed_in_mid_upload_are_taken_up_by_the_next(si
         subjects = [dict(pair[0] for pair in peer.client_certificate["subject"]) for peer in server.peers]
         return [subject["commonName"] for subject in subjects]
 
-    with ScriptedServer(in_turn(takes_its_time, take_all), server_context(site.stage.pki)) as server:
+    with ScriptedServer(in_turn(answers_late, take_all), server_context(site.stage.pki)) as server:
         site.configure(server.url, destination="workers = 1")
         site.start()
         site.put("before.tar.gz", b"before")
@@ -116,11 +115,7 @@ def test_certificates_that_are_renewed_in_mid_upload_are_taken_up_by_the_next(si
         assert not site.events("attempt.failed")
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("backupd.telemetry.journal") is None,
-    reason="backupd.telemetry.journal is not there yet",
-)
-def test_the_journal_can_be_asked_by_the_event(site: Site, receiver: RunningReceiver) -> None:
+def test_the_journal_can_be_queried_by_event(site: Site, receiver: RunningReceiver) -> None:
     site.configure(receiver.url)
     site.start()
     site.put("core.tar.gz", b"content")

@@ -1,4 +1,4 @@
-"""The shipped unit under a real systemd: it starts, delivers in full hardening, survives kills, and stops."""
+"""The shipped unit under a real systemd: start, delivery with full hardening, kills, and stop."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tests.uploading import MIB
 pytestmark = [pytest.mark.systemd, pytest.mark.xdist_group("systemd")]
 
 LARGE = bytes(16 * MIB)
-"""More than the buffers of a connection hold."""
+"""More bytes than the buffers of a connection hold."""
 CAP_LEASE = 1 << 28
 UNIT_SUCCEEDED = "7ad2d189f7e94e70a38c781354912448"
-"""systemd's message id, as `journalctl --catalog` knows it."""
+"""The message id of a unit that ended without a failure, see `journalctl --catalog`."""
 EXAMPLES = ROOT / "systemd/examples"
 
 
@@ -29,12 +29,12 @@ def stops_reading(peer: Peer) -> None:
 
 
 def process_status(site: Site) -> dict[str, str]:
-    """Return what the kernel says of the daemon; proc_pid_status(5)."""
+    """Return the fields of the daemon's status in /proc; proc_pid_status(5)."""
     text = site.machine.run("cat", f"/proc/{site.pid()}/status").stdout
     return {key: value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
 
 
-def test_it_is_ready_and_tells_how_it_is(site: Site, receiver: RunningReceiver) -> None:
+def test_the_unit_becomes_active_and_shows_a_status(site: Site, receiver: RunningReceiver) -> None:
     site.configure(receiver.url)
     site.start()
     shown = site.machine.show(
@@ -51,7 +51,7 @@ def test_it_is_ready_and_tells_how_it_is(site: Site, receiver: RunningReceiver) 
 
 
 @pytest.mark.parametrize(("drop_in", "capabilities"), [("", CAP_LEASE), ("least-rights", 0)])
-def test_an_archive_is_delivered_in_full_hardening(
+def test_an_archive_is_delivered_with_full_hardening(
     site: Site, receiver: RunningReceiver, drop_in: str, capabilities: int
 ) -> None:
     site.configure(receiver.url)
@@ -73,7 +73,7 @@ def test_an_archive_is_delivered_in_full_hardening(
     assert {int(daemon[key], 16) for key in ("CapEff", "CapPrm", "CapBnd")} == {capabilities}
 
 
-def test_an_archive_that_another_user_still_writes_waits(site: Site, receiver: RunningReceiver) -> None:
+def test_an_archive_that_another_user_is_writing_waits(site: Site, receiver: RunningReceiver) -> None:
     site.configure(receiver.url)
     site.start()
     slow = site.drop / "slow.tar.gz"
@@ -103,7 +103,7 @@ def test_an_archive_is_delivered_by_a_dynamic_user(site: Site, receiver: Running
     assert site.machine.path("/var/lib/private/backupd/ledger.sqlite3").stat().st_uid == uid
 
 
-def test_a_drop_folder_elsewhere_is_opened_by_a_drop_in(site: Site, receiver: RunningReceiver) -> None:
+def test_a_drop_in_makes_another_drop_folder_writable(site: Site, receiver: RunningReceiver) -> None:
     folder = "/data/backups"
     site.machine.run("install", "-d", "-o", "backupd", "-g", "backupd", "-m", "2770", folder)
     site.configure(receiver.url, drop=folder)
@@ -113,7 +113,7 @@ def test_a_drop_folder_elsewhere_is_opened_by_a_drop_in(site: Site, receiver: Ru
     assert site.sent("core.tar.gz", drop=folder).read_bytes() == b"content"
 
 
-def test_a_key_that_only_root_can_read_is_given_as_a_credential(
+def test_a_key_that_only_root_can_read_is_passed_as_a_credential(
     site: Site, receiver: RunningReceiver
 ) -> None:
     key = site.machine.path("/etc/backupd/tls/client.key")
@@ -124,11 +124,11 @@ def test_a_key_that_only_root_can_read_is_given_as_a_credential(
     site.start()
     site.put("core.tar.gz", b"content")
     assert site.sent("core.tar.gz").read_bytes() == b"content"
-    own = ("setpriv", "--reuid=backupd", "--regid=backupd", "--clear-groups", "cat")
-    assert site.machine.run(*own, "/etc/backupd/tls/client.key", check=False).returncode != 0
+    as_backupd = ("setpriv", "--reuid=backupd", "--regid=backupd", "--clear-groups", "cat")
+    assert site.machine.run(*as_backupd, "/etc/backupd/tls/client.key", check=False).returncode != 0
 
 
-def test_a_kill_in_mid_upload_is_made_good_by_the_restart(site: Site) -> None:
+def test_a_restart_after_a_kill_repeats_the_upload(site: Site) -> None:
     with ScriptedServer(in_turn(stops_reading, take_all), server_context(site.stage.pki)) as server:
         site.configure(server.url)
         site.start()
@@ -147,7 +147,7 @@ def test_a_kill_in_mid_upload_is_made_good_by_the_restart(site: Site) -> None:
         assert len(site.events("archive.delivered")) == 1
 
 
-def test_it_stops_in_time_while_an_upload_hangs(site: Site) -> None:
+def test_the_unit_stops_in_time_while_an_upload_hangs(site: Site) -> None:
     with ScriptedServer(in_turn(stops_reading, take_all), server_context(site.stage.pki)) as server:
         site.configure(server.url, top='shutdown_grace = "0.5s"')
         site.start()
@@ -157,7 +157,7 @@ def test_it_stops_in_time_while_an_upload_hangs(site: Site) -> None:
         site.machine.systemctl("stop", UNIT)
 
         assert site.machine.show(UNIT, "ActiveState") == {"ActiveState": "inactive"}
-        assert len(site.told(UNIT_SUCCEEDED)) == 1  # it was not killed for want of time
+        assert len(site.systemd_entries(UNIT_SUCCEEDED)) == 1  # it was not killed after a time-out
         assert site.events("daemon.stopped")[0]["clean"] is False
         assert archive.read_bytes() == LARGE
         assert not server.requests
@@ -167,7 +167,7 @@ def test_it_stops_in_time_while_an_upload_hangs(site: Site) -> None:
         assert [request.archive for request in server.requests] == [LARGE]
 
 
-def test_a_power_cut_in_mid_upload_loses_nothing(site: Site) -> None:
+def test_a_power_cut_during_an_upload_loses_nothing(site: Site) -> None:
     with ScriptedServer(in_turn(stops_reading, take_all), server_context(site.stage.pki)) as server:
         site.configure(server.url)
         site.machine.systemctl("enable", "--now", UNIT)
@@ -176,7 +176,7 @@ def test_a_power_cut_in_mid_upload_loses_nothing(site: Site) -> None:
 
         site.machine.crash()
         assert (site.drop / "core.tar.gz").read_bytes() == LARGE
-        print(f"booted in {site.machine.boot():.2f} s")  # which starts it, as it is enabled
+        print(f"booted in {site.machine.boot():.2f} s")  # the unit is enabled
 
         site.sent("core.tar.gz")
         assert [request.archive for request in server.requests] == [LARGE]
@@ -184,7 +184,7 @@ def test_a_power_cut_in_mid_upload_loses_nothing(site: Site) -> None:
         site.machine.systemctl("disable", UNIT)
 
 
-def test_two_instances_have_a_ledger_each(site: Site, receiver: RunningReceiver) -> None:
+def test_two_instances_have_separate_ledgers(site: Site, receiver: RunningReceiver) -> None:
     instances = ("switches", "firewalls")
     for name in instances:
         folder = f"/srv/backups/{name}"
@@ -197,7 +197,7 @@ def test_two_instances_have_a_ledger_each(site: Site, receiver: RunningReceiver)
         folder = f"/srv/backups/{name}"
         assert site.sent(f"{name}.tar.gz", drop=folder).read_bytes() == name.encode()
         assert site.machine.path(f"/var/lib/backupd/{name}/ledger.sqlite3").exists()
-        told = site.events("archive.delivered", unit=f"backupd@{name}.service")
-        assert [event["archive"] for event in told] == [f"{name}.tar.gz"]
+        delivered = site.events("archive.delivered", unit=f"backupd@{name}.service")
+        assert [event["archive"] for event in delivered] == [f"{name}.tar.gz"]
     digests = {hashlib.sha256(path.read_bytes()).hexdigest() for path in site.stage.stored()}
     assert digests == {hashlib.sha256(name.encode()).hexdigest() for name in instances}

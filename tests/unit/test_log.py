@@ -21,7 +21,7 @@ from backupd.core.policy import Reason
 from backupd.telemetry import events
 from backupd.telemetry.events import COMMON_KEYS
 from backupd.telemetry.journal import LineWriter
-from backupd.telemetry.log import EventLog, take_over_library_loggers
+from backupd.telemetry.log import EventLog, log_library_warnings
 
 
 class Pipe:
@@ -320,7 +320,7 @@ def _own_root_logger() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_own_root_logger")
 def test_warnings_of_libraries_are_logged_and_lower_levels_are_not(pipe: Pipe) -> None:
-    take_over_library_loggers(pipe.log)
+    log_library_warnings(pipe.log)
     logging.getLogger("httpx").info("HTTP Request: POST https://vault/?key=secret")
     logging.getLogger("watchdog.observers.inotify_c").debug("in-event")
     logging.getLogger("watchdog.observers.inotify_c").warning("queue %s\noverflow", "x")
@@ -332,7 +332,7 @@ def test_warnings_of_libraries_are_logged_and_lower_levels_are_not(pipe: Pipe) -
 
 @pytest.mark.usefixtures("_own_root_logger")
 def test_lower_levels_are_not_logged_if_a_library_sets_its_own_level(pipe: Pipe) -> None:
-    take_over_library_loggers(pipe.log)
+    log_library_warnings(pipe.log)
     chatty = logging.getLogger("httpx.chatty")
     chatty.setLevel(logging.DEBUG)
     chatty.info("https://vault/?key=secret")
@@ -341,7 +341,7 @@ def test_lower_levels_are_not_logged_if_a_library_sets_its_own_level(pipe: Pipe)
 
 @pytest.mark.usefixtures("_own_root_logger")
 def test_warnings_of_python_are_logged(pipe: Pipe) -> None:
-    take_over_library_loggers(pipe.log)
+    log_library_warnings(pipe.log)
     warnings.simplefilter("always")
     warnings.warn("old", DeprecationWarning, stacklevel=1)
     assert "DeprecationWarning: old" in pipe.line()["error"]
@@ -349,6 +349,6 @@ def test_warnings_of_python_are_logged(pipe: Pipe) -> None:
 
 @pytest.mark.usefixtures("_own_root_logger")
 def test_a_library_that_passes_wrong_arguments_does_not_fail(pipe: Pipe) -> None:
-    take_over_library_loggers(pipe.log)
+    log_library_warnings(pipe.log)
     logging.getLogger("sloppy").warning("%d files", "three")
     assert pipe.line()["error"] == "%d files"
