@@ -1,1 +1,1 @@
-"""TOML to frozen models; every problem reported at once, with its path."""
+"""The configuration: loads TOML into immutable models, and reports all problems at once with their keys."""

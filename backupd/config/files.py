@@ -1,11 +1,11 @@
-"""A look at the folders and files that a configuration names, before anything depends on them."""
+"""Checks of the files and folders that a configuration names, and the expiry of its certificates."""
 
 from __future__ import annotations
 
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import combinations
 from pathlib import Path
@@ -21,15 +21,10 @@ from cryptography.hazmat.primitives.asymmetric.types import (
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from backupd.config.models import Config, DestinationConfig, DropConfig
+from backupd.config.models import Config, DropConfig, TlsFiles
 from backupd.config.problems import FileProblem
 from backupd.config.rules import overlap
 from backupd.core.mountinfo import parse_mountinfo
-
-
-def key_password(path: Path) -> bytes:
-    """Return the password in the file at `path`: its content less the line end."""
-    return path.read_bytes().rstrip(b"\r\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,62 +39,37 @@ class FilesReport:
 
     @property
     def fatal(self) -> tuple[FileProblem, ...]:
-        """Return the problems that keep the configuration from being run."""
-        return tuple(problem for problem in self.problems if problem.fatal and problem.stops)
+        """Return the problems that prevent the daemon from starting with the configuration."""
+        return tuple(problem for problem in self.problems if problem.fatal and problem.prevents_start)
 
 
 ExamineFiles = Callable[[], FilesReport]
-"""Looks at the configuration file as it is now; raises ConfigError where it can't be read or used."""
+"""Loads the configuration file again and examines the files that it names; raises ConfigError if it can't."""
 
 
-EXPIRES_SOON: Final = timedelta(days=30)
-
-_CERTIFICATE: Final = b"-----BEGIN CERTIFICATE-----"
-_FOR_CLIENTS: Final = frozenset({ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE})
-_TO_PEM: Final = "openssl x509 -inform der -in {file} -out {file}.pem makes PEM of DER"
-
-
-class _UnusableError(Exception):
-    """A file can't be used; the problem says why."""
-
-    def __init__(self, problem: FileProblem) -> None:
-        super().__init__(problem.message)
-        self.problem = problem
+def examine_files(config: Config, now: datetime) -> FilesReport:
+    """Return the problems of the files and folders, and when the client certificates expire."""
+    expiries = {name: earliest_expiry(tls_files) for name, tls_files in _tls_files(config)}
+    expires = {name: expiry for name, expiry in expiries.items() if expiry is not None}
+    return FilesReport(tuple(file_problems(config, now)), expires)
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    """A file and the key of the configuration that names it."""
-
-    where: str
-    path: Path
-
-    def problem(self, what: str, hint: str, *, fatal: bool = True) -> FileProblem:
-        return FileProblem(self.where, f"{self.path} {what}", hint, fatal)
-
-    def unusable(self, what: str, hint: str) -> _UnusableError:
-        return _UnusableError(self.problem(what, hint))
-
-
-def certificate_problems(name: str, destination: DestinationConfig, now: datetime) -> Iterator[FileProblem]:
-    """Tell what is wrong with the certificates and the key of the destination called `name`."""
-    if destination.ca:
-        yield from _authority_problems(_File(f"destination.{name}.ca", destination.ca), now)
-    leaf = None
-    if destination.cert:
-        file = _File(f"destination.{name}.cert", destination.cert)
-        try:
-            leaf, *chain = _certificates(file)
-        except _UnusableError as unusable:
-            yield unusable.problem
-        else:
-            yield from _date_problems(file, [leaf, *chain], now)
-            yield from _purpose_problems(file, leaf)
-    if destination.key:
-        yield from _key_problems(name, destination, destination.key, leaf)
+def file_problems(config: Config, now: datetime) -> list[FileProblem]:
+    """Return the problems of all folders, keys and certificates at the time `now`."""
+    mounts = mount_points(_MOUNTINFO)
+    return [
+        *_state_dir_problems(config),
+        *_overlapping_drops(config),
+        *(problem for name, drop in config.drop.items() for problem in _drop_problems(name, drop, mounts)),
+        *(
+            problem
+            for name, tls_files in _tls_files(config)
+            for problem in _tls_problems(name, tls_files, now)
+        ),
+    ]
 
 
-def earliest_expiry(destination: DestinationConfig) -> datetime | None:
+def earliest_expiry(destination: TlsFiles) -> datetime | None:
     """Return when the first certificate in a destination's `cert` file expires: the client's or its chain's.
 
     None if the destination has no `cert`, or the file can't be read.
@@ -107,7 +77,7 @@ def earliest_expiry(destination: DestinationConfig) -> datetime | None:
     if destination.cert is None:
         return None
     try:
-        return min(each.not_valid_after_utc for each in _certificates(_File("cert", destination.cert)))
+        return min(each.not_valid_after_utc for each in _certificates(_Named("cert", destination.cert)))
     except _UnusableError:
         return None
 
@@ -117,173 +87,9 @@ def days_left(end: datetime, now: datetime) -> int:
     return (end - now).days
 
 
-def _authority_problems(file: _File, now: datetime) -> Iterator[FileProblem]:
-    try:
-        authorities = _certificates(file)
-    except _UnusableError as unusable:
-        yield unusable.problem
-        return
-    problems = list(_date_problems(file, authorities, now))
-    expired = [problem for problem in problems if problem.fatal]
-    if len(expired) == len(authorities):
-        yield from problems
-        return
-    for problem in problems:  # an old authority beside a good one does no harm
-        yield FileProblem(problem.where, problem.message, problem.hint, fatal=False)
-
-
-def _date_problems(
-    file: _File, certificates: Sequence[x509.Certificate], now: datetime
-) -> Iterator[FileProblem]:
-    for certificate in certificates:
-        subject = certificate.subject.rfc4514_string() or "a certificate without a subject"
-        begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-        if end <= now:
-            yield file.problem(f"holds {subject}, expired since {end:%Y-%m-%d %H:%M} UTC", "renew it")
-        elif begin > now:
-            yield file.problem(
-                f"holds {subject}, not valid before {begin:%Y-%m-%d %H:%M} UTC",
-                "set this host's clock right, or wait",
-            )
-        elif end - now <= EXPIRES_SOON:
-            yield file.problem(
-                f"holds {subject}, which expires on {end:%Y-%m-%d}, in {days_left(end, now)} days",
-                "renew it before then",
-                fatal=False,
-            )
-
-
-def _purpose_problems(file: _File, leaf: x509.Certificate) -> Iterator[FileProblem]:
-    try:
-        purposes = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    except (x509.ExtensionNotFound, ValueError):
-        return
-    if not _FOR_CLIENTS.intersection(purposes):
-        yield file.problem(
-            "is not meant for clients: its extended key usage lacks clientAuth",
-            "servers may refuse it; have one issued with clientAuth",
-            fatal=False,
-        )
-
-
-def _key_problems(
-    name: str, destination: DestinationConfig, path: Path, leaf: x509.Certificate | None
-) -> Iterator[FileProblem]:
-    file = _File(f"destination.{name}.key", path)
-    secret = None
-    if destination.key_password_file:
-        secret = _File(f"destination.{name}.key_password_file", destination.key_password_file)
-    for each in (file, secret):
-        yield from _exposure(each) if each else ()
-    try:
-        public = _public(_private_key(file, secret).public_key())
-    except _UnusableError as unusable:
-        yield unusable.problem
-        return
-    if leaf and public != _public(leaf.public_key()):
-        yield file.problem(
-            f"is not the key of the certificate in {destination.cert}", "name the two files of one pair"
-        )
-
-
-def _private_key(file: _File, secret: _File | None) -> PrivateKeyTypes:
-    """Return the key in `file`; nobody is ever asked for a password."""
-    content, password = _content(file), _password(secret)
-    try:
-        return load_pem_private_key(content, password)
-    except TypeError:  # a password that is needed and missing, or the other way round
-        if secret:
-            raise secret.unusable(f"is for {file.path}, which has no password", "leave it out") from None
-        raise file.unusable("is encrypted", "name its key_password_file") from None
-    except UnsupportedAlgorithm:
-        raise file.unusable("holds a kind of key that is not supported", "use RSA or EC") from None
-    except ValueError:
-        if secret and b"ENCRYPTED" in content:
-            raise secret.unusable(f"does not unlock {file.path}", "put the right password there") from None
-        raise file.unusable(
-            "holds no private key in PEM", 'it must have a part that begins "-----BEGIN … PRIVATE KEY-----"'
-        ) from None
-
-
-def _password(secret: _File | None) -> bytes | None:
-    if secret is None:
-        return None
-    _content(secret)
-    password = key_password(secret.path)
-    if not password:
-        raise secret.unusable("is empty", "put the password of the key there")
-    return password
-
-
-def _certificates(file: _File) -> list[x509.Certificate]:
-    """Return the certificates in `file`, at least one."""
-    content = _content(file)
-    if _CERTIFICATE not in content:
-        raise file.unusable("holds no certificate in PEM", _TO_PEM.format(file=file.path))
-    try:
-        return x509.load_pem_x509_certificates(content)
-    except ValueError:
-        raise file.unusable("holds a damaged certificate", "copy it anew from where it was issued") from None
-
-
-def _content(file: _File) -> bytes:
-    try:
-        return file.path.read_bytes()
-    except FileNotFoundError:
-        raise file.unusable("does not exist", "put the file there, or name another") from None
-    except PermissionError:
-        raise file.unusable(
-            "is not readable", f"let the daemon's user (uid {os.geteuid()}) read it, folders above included"
-        ) from None
-    except OSError as error:
-        reason = (error.strerror or "unknown fault").lower()
-        raise file.unusable(f"can't be read: {reason}", "name a plain file") from None
-
-
-def _exposure(file: _File) -> Iterator[FileProblem]:
-    """Warn of a secret that others may read; systemd shows its own, guarded otherwise, with group bits."""
-    folder = os.environ.get("CREDENTIALS_DIRECTORY")
-    if folder and file.path.is_relative_to(folder):
-        return
-    try:
-        mode = stat.S_IMODE(os.stat(file.path).st_mode)
-    except OSError:
-        return
-    if mode & 0o077:
-        yield file.problem(
-            f"is open to group or others (mode {mode:04o})", f"chmod 0600 {file.path}", fatal=False
-        )
-
-
-def _public(key: CertificatePublicKeyTypes | PublicKeyTypes) -> bytes:
-    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-
-
-_ALL: Final = os.R_OK | os.W_OK | os.X_OK
-_REAL_FOLDER: Final = "put a folder in its place"
-_MOUNTS: Final = Path("/proc/self/mountinfo")
-
-
-def examine_files(config: Config, now: datetime) -> FilesReport:
-    """Return what `preflight` says, and when the client certificates expire."""
-    ends = {name: earliest_expiry(destination) for name, destination in config.destination.items()}
-    expires = {name: end for name, end in ends.items() if end is not None}
-    return FilesReport(tuple(file_problems(config, now)), expires)
-
-
-def file_problems(config: Config, now: datetime) -> list[FileProblem]:
-    """Return what is wrong with the folders, keys and certificates of `config` at the time `now`."""
-    mounts = mount_points(_MOUNTS)
-    return [
-        *_state_problems(config),
-        *_shared_folders(config),
-        *(each for name, drop in config.drop.items() for each in _drop_problems(name, drop, mounts)),
-        *(
-            each
-            for name, destination in config.destination.items()
-            for each in certificate_problems(name, destination, now)
-        ),
-    ]
+def key_password(path: Path) -> bytes:
+    """Return the password in the file at `path`: its content without the line end."""
+    return path.read_bytes().rstrip(b"\r\n")
 
 
 def mount_points(table: Path) -> frozenset[Path]:
@@ -295,107 +101,324 @@ def mount_points(table: Path) -> frozenset[Path]:
     return frozenset(Path(os.fsdecode(entry.mount_point)) for entry in parse_mountinfo(content))
 
 
-def _state_problems(config: Config) -> Iterator[FileProblem]:
+def _tls_files(config: Config) -> Iterator[tuple[str, TlsFiles]]:
+    """Yield the name and the TLS files of each destination of a kind that has any."""
+    for name, destination in config.destination.items():
+        if destination.tls_files is not None:
+            yield name, destination.tls_files
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A file or folder, and the key of the configuration that names it."""
+
+    where: str
+    path: Path
+
+    def problem(
+        self, text: str, hint: str, *, fatal: bool = True, prevents_start: bool = True
+    ) -> FileProblem:
+        """Return a problem with a message of the path and `text`."""
+        return FileProblem(self.where, f"{self.path} {text}", hint, fatal, prevents_start)
+
+    def unusable(self, text: str, hint: str) -> _UnusableError:
+        """Return the same problem as an exception."""
+        return _UnusableError(self.problem(text, hint))
+
+
+class _UnusableError(Exception):
+    """A file can't be used because of `problem`."""
+
+    def __init__(self, problem: FileProblem) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+
+
+# Folders
+
+_MOUNTINFO: Final = Path("/proc/self/mountinfo")
+_READ_WRITE_SEARCH: Final = os.R_OK | os.W_OK | os.X_OK
+
+
+def _state_dir_problems(config: Config) -> Iterator[FileProblem]:
     folder = config.state_dir
-    there = next(each for each in (folder, *folder.parents) if os.path.exists(each))
-    if not os.path.isdir(there):
-        yield FileProblem("state_dir", f"{there} is not a folder", "name another folder", fatal=True)
-    elif not _may(there, _ALL if there == folder else os.W_OK | os.X_OK):
-        verb = "written to" if there == folder else "created"
-        yield FileProblem("state_dir", f"{folder} can't be {verb}", _let_us(there), fatal=True)
+    existing = next(each for each in (folder, *folder.parents) if os.path.exists(each))
+    needed = _READ_WRITE_SEARCH if existing == folder else os.W_OK | os.X_OK
+    if not os.path.isdir(existing):
+        yield _Named("state_dir", existing).problem("is not a folder", "set state_dir to another folder")
+    elif not _is_permitted(existing, needed):
+        verb = "written to" if existing == folder else "created"
+        yield _Named("state_dir", folder).problem(f"can't be {verb}", _permission_hint(existing))
     for name, drop in config.drop.items():
-        if overlap(_real(folder), _real(drop.path)):
-            yield FileProblem(
-                f"drop.{name}.path",
-                f"{drop.path} and state_dir {folder} lie within one another",
-                "keep the ledger apart from the archives",
-                fatal=True,
+        if overlap(_real_path(folder), _real_path(drop.path)):
+            yield _Named(f"drop.{name}.path", drop.path).problem(
+                f"overlaps state_dir {folder}", "use separate folders for the ledger and the archives"
             )
 
 
-def _shared_folders(config: Config) -> Iterator[FileProblem]:
-    """Tell of drops that symbolic links bring together."""
+def _overlapping_drops(config: Config) -> Iterator[FileProblem]:
+    """Yield a problem for each two drops that are within one another through a symbolic link.
+
+    `config.rules` checks the paths as they are written.
+    """
     for (one, first), (other, second) in combinations(config.drop.items(), 2):
-        if overlap(_real(first.path), _real(second.path)):
-            yield FileProblem(
-                f"drop.{other}.path",
-                f"{second.path} and drop.{one}.path {first.path} lie within one another",
-                "give every drop a folder of its own",
-                fatal=True,
+        if overlap(_real_path(first.path), _real_path(second.path)):
+            yield _Named(f"drop.{other}.path", second.path).problem(
+                f"overlaps drop.{one}.path {first.path}", "use a separate folder for each drop"
             )
 
 
 def _drop_problems(name: str, drop: DropConfig, mounts: frozenset[Path]) -> Iterator[FileProblem]:
-    where = f"drop.{name}.path"
-    if problem := _folder_problem(where, drop.path):
+    folder = _Named(f"drop.{name}.path", drop.path)
+    if problem := _folder_problem(folder):
         yield problem
         return
-    folders = [("rejected_dir", drop.rejected_dir)]
+    subfolders = {"rejected_dir": drop.rejected_dir}
     if drop.on_delivered == "move":
-        folders.append(("sent_dir", drop.sent_dir))
-    for key, relative in folders:
-        problem = _subfolder_problem(f"drop.{name}.{key}", drop.path, relative, mounts)
-        if problem:
+        subfolders["sent_dir"] = drop.sent_dir
+    for key, relative in subfolders.items():
+        if problem := _subfolder_problem(f"drop.{name}.{key}", drop.path, relative, mounts):
             yield problem
 
 
-def _folder_problem(where: str, folder: Path) -> FileProblem | None:
-    """Return what keeps us from taking files out of `folder`, if anything does."""
-    try:
-        mode = os.stat(folder).st_mode
-    except FileNotFoundError:
-        return FileProblem(
-            where, f"{folder} does not exist", f"mkdir -p {folder}, or name another", fatal=True
-        )
-    except OSError as error:
-        reason = (error.strerror or "unknown fault").lower()
-        return FileProblem(where, f"{folder} can't be reached: {reason}", _let_us(folder.parent), fatal=True)
-    if not stat.S_ISDIR(mode):
-        return FileProblem(
-            where, f"{folder} is not a folder", "name the folder that archives come to", fatal=True
-        )
-    if not _may(folder, _ALL):
-        return FileProblem(
-            where, f"{folder} can't be read, written and searched", _let_us(folder), fatal=True
-        )
-    return None
-
-
 def _subfolder_problem(where: str, root: Path, relative: str, mounts: frozenset[Path]) -> FileProblem | None:
-    """Return what keeps us from moving files from `root` to the folder below it, if anything does."""
+    """Return the problem that prevents files from being moved from `root` to the folder below it, if any."""
     device = os.stat(root).st_dev
-    here = root
+    path = root
     for part in relative.split("/"):
-        here /= part
-        if not os.path.lexists(here):
-            return None  # it will be made
-        if os.path.islink(here):
-            return FileProblem(
-                where,
-                f"{here} is a symbolic link, which is never followed",
-                _REAL_FOLDER,
-                fatal=True,
-                stops=False,
+        path /= part
+        folder = _Named(where, path)
+        if not os.path.lexists(path):
+            return None  # the daemon creates it
+        if os.path.islink(path):
+            return folder.problem(
+                "is a symbolic link, which is never followed",
+                "replace the link with a folder",
+                prevents_start=False,
             )
-        if problem := _folder_problem(where, here):
-            return replace(problem, stops=False)
-        if os.stat(here).st_dev != device or _real(here) in mounts:
-            return FileProblem(
-                where,
-                f"{here} is on another filesystem than {root}",
-                "archives are moved by renaming them; name a folder on the same filesystem",
-                fatal=True,
+        if problem := _folder_problem(folder, prevents_start=False):
+            return problem
+        if os.stat(path).st_dev != device or _real_path(path) in mounts:
+            return folder.problem(
+                f"is on another filesystem than {root}",
+                "name a folder on the same filesystem: archives are moved by renaming them",
             )
     return None
 
 
-def _let_us(folder: Path) -> str:
-    return f"let the daemon's user (uid {os.geteuid()}) read, write and search {folder}"
+def _folder_problem(folder: _Named, *, prevents_start: bool = True) -> FileProblem | None:
+    """Return the problem that prevents files from being moved out of and into a folder, if any."""
+    path = folder.path
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        text, hint = "does not exist", f"mkdir -p {path}, or name another folder"
+    except OSError as error:
+        text, hint = f"can't be reached: {_reason(error)}", _permission_hint(path.parent)
+    else:
+        if not stat.S_ISDIR(mode):
+            text, hint = "is not a folder", "name a folder, or replace the file with one"
+        elif not _is_permitted(path, _READ_WRITE_SEARCH):
+            text, hint = "can't be read, written and searched", _permission_hint(path)
+        else:
+            return None
+    return folder.problem(text, hint, prevents_start=prevents_start)
 
 
-def _may(path: Path, mode: int) -> bool:
+def _permission_hint(folder: Path) -> str:
+    return f"permit the daemon's user (uid {os.geteuid()}) to read, write and search {folder}"
+
+
+def _is_permitted(path: Path, mode: int) -> bool:
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
-def _real(path: Path) -> Path:
+def _real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
+
+
+# Certificates and keys
+
+_EXPIRES_SOON: Final = timedelta(days=30)
+_CERTIFICATE_HEADER: Final = b"-----BEGIN CERTIFICATE-----"
+_CLIENT_PURPOSES: Final = frozenset(
+    {ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}
+)
+
+
+def _tls_problems(name: str, destination: TlsFiles, now: datetime) -> Iterator[FileProblem]:
+    """Yield the problems of the certificates and the private key of the destination `name`."""
+    if destination.ca:
+        yield from _authority_problems(_Named(f"destination.{name}.ca", destination.ca), now)
+    client = None
+    if destination.cert:
+        file = _Named(f"destination.{name}.cert", destination.cert)
+        try:
+            client, *chain = _certificates(file)
+        except _UnusableError as unusable:
+            yield unusable.problem
+        else:
+            yield from _date_problems(file, [client, *chain], now)
+            yield from _purpose_problems(file, client)
+    if destination.key:
+        yield from _key_problems(name, destination, destination.key, client)
+
+
+def _authority_problems(file: _Named, now: datetime) -> Iterator[FileProblem]:
+    try:
+        authorities = _certificates(file)
+    except _UnusableError as unusable:
+        yield unusable.problem
+        return
+    problems = list(_date_problems(file, authorities, now))
+    # an expired authority does no harm if another one in the file is valid
+    is_fatal = sum(problem.fatal for problem in problems) == len(authorities)
+    for problem in problems:
+        yield FileProblem(problem.where, problem.message, problem.hint, problem.fatal and is_fatal)
+
+
+def _date_problems(
+    file: _Named, certificates: Sequence[x509.Certificate], now: datetime
+) -> Iterator[FileProblem]:
+    for certificate in certificates:
+        subject = certificate.subject.rfc4514_string() or "a certificate without a subject"
+        start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        if end <= now:
+            yield file.problem(
+                f"contains {subject}, which expired on {end:%Y-%m-%d at %H:%M} UTC", "renew the certificate"
+            )
+        elif start > now:
+            yield file.problem(
+                f"contains {subject}, which is not valid before {start:%Y-%m-%d %H:%M} UTC",
+                "correct the clock of this host, or wait",
+            )
+        elif end - now <= _EXPIRES_SOON:
+            yield file.problem(
+                f"contains {subject}, which expires on {end:%Y-%m-%d}, in {days_left(end, now)} days",
+                "renew the certificate before that day",
+                fatal=False,
+            )
+
+
+def _purpose_problems(file: _Named, client: x509.Certificate) -> Iterator[FileProblem]:
+    try:
+        purposes = client.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except (x509.ExtensionNotFound, ValueError):
+        return
+    if not _CLIENT_PURPOSES.intersection(purposes):
+        yield file.problem(
+            "is not a client certificate: its extended key usage lacks clientAuth",
+            "have a certificate with clientAuth issued; servers may refuse this one",
+            fatal=False,
+        )
+
+
+def _key_problems(
+    name: str, destination: TlsFiles, path: Path, client: x509.Certificate | None
+) -> Iterator[FileProblem]:
+    key_file = _Named(f"destination.{name}.key", path)
+    password_file = None
+    if destination.key_password_file:
+        password_file = _Named(f"destination.{name}.key_password_file", destination.key_password_file)
+    for file in (key_file, password_file):
+        yield from _mode_problems(file) if file else ()
+    try:
+        public_key = _public_bytes(_private_key(key_file, password_file).public_key())
+    except _UnusableError as unusable:
+        yield unusable.problem
+        return
+    if client and public_key != _public_bytes(client.public_key()):
+        yield key_file.problem(
+            f"is not the key of the certificate in {destination.cert}",
+            "set cert and key to the two files of one pair",
+        )
+
+
+def _private_key(key_file: _Named, password_file: _Named | None) -> PrivateKeyTypes:
+    """Return the key in a file, decrypted with the password in the other one."""
+    content, password = _content(key_file), _password(password_file)
+    try:
+        return load_pem_private_key(content, password)
+    except TypeError:  # either a password is needed and missing, or there is one and none is needed
+        if password_file:
+            raise password_file.unusable(
+                f"has a password for {key_file.path}, which is not encrypted", "remove key_password_file"
+            ) from None
+        raise key_file.unusable(
+            "is encrypted", "set key_password_file to the file with its password"
+        ) from None
+    except UnsupportedAlgorithm:
+        raise key_file.unusable("contains an unsupported type of key", "use an RSA or EC key") from None
+    except ValueError:
+        if password_file and b"ENCRYPTED" in content:
+            raise password_file.unusable(
+                f"does not have the password of {key_file.path}", "put the right password there"
+            ) from None
+        raise key_file.unusable(
+            "contains no private key in PEM",
+            'it must have a line that begins "-----BEGIN … PRIVATE KEY-----"',
+        ) from None
+
+
+def _password(file: _Named | None) -> bytes | None:
+    if file is None:
+        return None
+    _content(file)
+    password = key_password(file.path)
+    if not password:
+        raise file.unusable("is empty", "put the password of the key there")
+    return password
+
+
+def _certificates(file: _Named) -> list[x509.Certificate]:
+    """Return the certificates in a PEM file, at least one; raise _UnusableError if there is none."""
+    content = _content(file)
+    if _CERTIFICATE_HEADER not in content:
+        raise file.unusable(
+            "contains no certificate in PEM",
+            f"if it is in DER: openssl x509 -inform der -in {file.path} -out {file.path}.pem",
+        )
+    try:
+        return x509.load_pem_x509_certificates(content)
+    except ValueError:
+        raise file.unusable("contains a damaged certificate", "copy it again from its issuer") from None
+
+
+def _content(file: _Named) -> bytes:
+    try:
+        return file.path.read_bytes()
+    except FileNotFoundError:
+        raise file.unusable("does not exist", "create the file, or name another one") from None
+    except PermissionError:
+        raise file.unusable(
+            "is not readable",
+            f"permit the daemon's user (uid {os.geteuid()}) to read it and to search the folders above",
+        ) from None
+    except OSError as error:
+        raise file.unusable(f"can't be read: {_reason(error)}", "name a regular file") from None
+
+
+def _mode_problems(file: _Named) -> Iterator[FileProblem]:
+    """Warn of a secret that other users may read.
+
+    systemd protects the folder of its credentials, and gives the files in it group bits.
+    """
+    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+    if credentials and file.path.is_relative_to(credentials):
+        return
+    try:
+        mode = stat.S_IMODE(os.stat(file.path).st_mode)
+    except OSError:
+        return
+    if mode & 0o077:
+        yield file.problem(
+            f"is accessible to group or others (mode {mode:04o})", f"chmod 0600 {file.path}", fatal=False
+        )
+
+
+def _public_bytes(key: CertificatePublicKeyTypes | PublicKeyTypes) -> bytes:
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or "unknown error").lower()

@@ -1,11 +1,21 @@
-"""What a configuration holds: frozen, complete, and consistent once it exists."""
+"""The tables and keys of a configuration, with their types, defaults and descriptions."""
 
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PlainSerializer,
+    model_validator,
+)
 
+from backupd.config.problems import ConfigFault, Place, expected, quoted
 from backupd.config.types import (
     AbsolutePath,
     Bandwidth,
@@ -39,78 +49,81 @@ from backupd.config.types import (
 
 
 class TableModel(BaseModel):
-    """A table of the configuration: nothing unknown in it, nothing to change in it."""
+    """The base of all tables: immutable, and without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class ExpectConfig(TableModel):
-    """How often each device is to send an archive."""
+    """The `expect` table of a drop: how often each device is expected to send an archive."""
 
     every: PositiveDuration | None = Field(
         default=None,
-        description="A device of which nothing came for longer is overdue; none is unless given.",
+        description="Time without an archive after which a device is overdue; not checked unless set.",
         examples=["26h"],
     )
     by: DeviceTemplate | None = Field(
         default=None,
-        description="Template of the device's name; the whole folder is one device unless given.",
+        description="Template of the device name; the whole drop folder counts as one device unless set.",
         examples=["{device}"],
     )
     devices: tuple[DeviceName, ...] = Field(
         default=(),
-        description="Devices that are expected from the start; others are from their first archive on.",
+        description="Devices expected from the start; others are expected after their first archive.",
         examples=[["sw1", "sw2"]],
     )
 
 
 class AuthConfig(TableModel):
-    """How to sign in; every secret is a file, read anew when it is needed."""
+    """The `auth` table of a destination; each secret is in a file, which is read again at each use."""
 
     type: Literal["none", "basic", "bearer", "oauth2"] = Field(
-        default="none", description="Scheme; oauth2 is the client credentials grant."
+        default="none", description="Authentication scheme; oauth2 uses the client credentials grant."
     )
-    user: str = Field(default="", description="User name, for basic.", examples=["ers-admin"])
+    user: str = Field(default="", description="User name for basic.", examples=["ers-admin"])
     password_file: TlsPath | None = Field(
-        default=None, description="File of the password, for basic.", examples=["/etc/backupd/vault.password"]
+        default=None,
+        description="File with the password for basic.",
+        examples=["/etc/backupd/vault.password"],
     )
     token_file: TlsPath | None = Field(
-        default=None, description="File of the token, for bearer.", examples=["/etc/backupd/vault.token"]
+        default=None, description="File with the token for bearer.", examples=["/etc/backupd/vault.token"]
     )
     token_url: TokenUrl = Field(
         default="",
-        description="Address of the token endpoint, for oauth2.",
+        description="URL of the token endpoint for oauth2.",
         examples=["https://login.example.net/oauth2/token"],
     )
-    client_id: str = Field(default="", description="Client id, for oauth2.", examples=["backupd"])
+    client_id: str = Field(default="", description="Client ID for oauth2.", examples=["backupd"])
     client_secret_file: TlsPath | None = Field(
         default=None,
-        description="File of the client secret, for oauth2.",
+        description="File with the client secret for oauth2.",
         examples=["/etc/backupd/client.secret"],
     )
     secret_in: Literal["basic", "post"] = Field(
-        default="basic", description="Where the client secret goes: basic authentication, or the form."
+        default="basic",
+        description="How the client secret is sent: by HTTP basic authentication, or in the POST form.",
     )
-    scope: str = Field(default="", description="Scope to ask for, for oauth2.")
-    audience: str = Field(default="", description="Audience to ask for, for oauth2.")
+    scope: str = Field(default="", description="Scope to request for oauth2.")
+    audience: str = Field(default="", description="Audience to request for oauth2.")
     ca: TlsPath | None = Field(
         default=None,
-        description="PEM file of the authorities to trust at the token endpoint; the system's unless given.",
+        description="PEM file with the CAs to trust for the token endpoint; the system's CAs unless set.",
         examples=["/etc/backupd/tls/login-ca.pem"],
     )
     cert: TlsPath | None = Field(
         default=None,
-        description="PEM file of the client certificate for the token endpoint.",
+        description="PEM file with the client certificate for the token endpoint.",
         examples=["/etc/backupd/tls/login.pem"],
     )
     key: TlsPath | None = Field(
         default=None,
-        description="PEM file of that certificate's private key.",
+        description="PEM file with the private key of that certificate.",
         examples=["/etc/backupd/tls/login.key"],
     )
     key_password_file: TlsPath | None = Field(
         default=None,
-        description="File whose content, less the line end, unlocks that key.",
+        description="File with the password of that key; a line end after the password is ignored.",
         examples=["/etc/backupd/tls/login.key.password"],
     )
 
@@ -124,17 +137,18 @@ HttpSuccess = Annotated[int, Field(strict=True, ge=200, le=299)]
 
 
 class TimeoutConfig(TableModel):
-    """How long the single steps of a request may take."""
+    """The `timeout` table of a destination: time limits for the steps of a request."""
 
     connect: PositiveDuration = Field(
-        default=timedelta(seconds=10), description="Longest wait for a connection and its TLS handshake."
+        default=timedelta(seconds=10), description="Longest time to connect, including the TLS handshake."
     )
     read: PositiveDuration = Field(
         default=timedelta(minutes=10),
-        description="Longest wait for the answer once everything is sent, and again for its end.",
+        description="Longest wait for the response after the request was sent, and again for the rest of it.",
     )
     write: PositiveDuration = Field(
-        default=timedelta(seconds=60), description="Longest wait for one piece of the archive to be taken."
+        default=timedelta(seconds=60),
+        description="Longest wait until the destination accepts the next piece of the archive.",
     )
     pool: PositiveDuration = Field(
         default=timedelta(seconds=10), description="Longest wait for a free connection."
@@ -142,158 +156,291 @@ class TimeoutConfig(TableModel):
 
 
 class ReceiptConfig(TableModel):
-    """Where the destination's answer states the digest of what it stored."""
+    """The `receipt` table of a destination: how the response states the digest of the stored archive."""
 
     digest: DigestSource = Field(
         default="body:/sha256",
-        description='Place of the digest: "body:" and a JSON pointer, "header:" and a name, or "none".',
+        description='Position of the digest: "body:" and a JSON pointer, "header:" and a name, or "none".',
     )
     size: ValueSource = Field(
         default="",
-        description="Place of the size in bytes, written like that of the digest; empty if it is not stated.",
+        description="Position of the size in bytes, in the same form; empty if it is not stated.",
         examples=["body:/size"],
     )
     algorithm: DigestAlgorithm = Field(default="sha256", description="Algorithm of the digest.")
-    encoding: DigestEncoding = Field(default="hex", description="How the digest is written.")
+    encoding: DigestEncoding = Field(default="hex", description="Encoding of the digest.")
     prefix: int = Field(
         default=0,
         strict=True,
         ge=0,
-        description="How many leading characters of the digest are reported; 0 is all of them.",
+        description="Number of leading characters of the digest that the response states; 0 for all.",
     )
 
 
 class RetryConfig(TableModel):
-    """How long to wait between attempts, and for how long to go on."""
+    """The `retry` table of a destination: the waits between attempts, and when to give up."""
 
     initial: PositiveDuration = Field(
-        default=timedelta(seconds=1), description="Wait before the second attempt; it grows from there."
+        default=timedelta(seconds=1),
+        description="Longest wait before the first retry; it doubles with each further failure.",
     )
     max: PositiveDuration = Field(
         default=timedelta(minutes=5), description="Longest wait between two attempts."
     )
     give_up_after: PositiveDuration | None = Field(
         default=None,
-        description="Age at which an undelivered archive is rejected; never unless given.",
+        description="Age at which an undelivered archive is rejected; never unless set.",
         examples=["30d"],
     )
 
 
+class TlsFiles(Protocol):
+    """The keys that name the files of a TLS client; each may be left out."""
+
+    @property
+    def ca(self) -> Path | None:
+        """Return the PEM file of the authorities to trust; None for the system's."""
+        ...
+
+    @property
+    def cert(self) -> Path | None:
+        """Return the PEM file of the client certificate and its chain."""
+        ...
+
+    @property
+    def key(self) -> Path | None:
+        """Return the PEM file of the certificate's private key."""
+        ...
+
+    @property
+    def key_password_file(self) -> Path | None:
+        """Return the file with the password of the private key."""
+        ...
+
+
+DEFAULT_KIND = "http"
+
+
+def _known_kind(kind: str) -> str:
+    if kind not in DESTINATION_MODELS:
+        raise expected(f"one of {', '.join(map(quoted, sorted(DESTINATION_MODELS)))}")
+    return kind
+
+
 class DestinationConfig(TableModel):
-    """An endpoint that archives are uploaded to."""
+    """The keys of every kind of destination; a kind adds its own in a subclass.
+
+    A table is validated with the model in `DESTINATION_MODELS` that its `kind` names. The properties and
+    methods are the rest of the program's view of a destination, whatever its kind. A key of a kind that
+    names a file has the type `TlsPath`: its value may then be the name of a systemd credential.
+    """
+
+    kind: Annotated[str, AfterValidator(_known_kind)] = Field(
+        default=DEFAULT_KIND, description="Kind of destination; it decides which other keys exist."
+    )
+    priority: Priority = Field(default="oldest", description="Which pending archive is uploaded first.")
+    workers: int = Field(
+        default=2,
+        strict=True,
+        ge=1,
+        le=64,
+        description="Number of archives that are uploaded at the same time.",
+    )
+    retry: RetryConfig = Field(default_factory=RetryConfig, description="When a failed upload is retried.")
+
+    @property
+    def address(self) -> str:
+        """Return the address of the destination as text for people, without any secret."""
+        return self.kind
+
+    @property
+    def tls_files(self) -> TlsFiles | None:
+        """Return the files to check, and to watch for renewals; None if the kind has no certificates."""
+        return None
+
+    @property
+    def has_digest_receipt(self) -> bool:
+        """Return whether the destination states the digest of the content that it stored."""
+        return True
+
+    @property
+    def can_query(self) -> bool:
+        """Return whether the destination can be queried for an archive that was sent to it earlier."""
+        return False
+
+    def templates(self) -> Iterator[tuple[Place, str]]:
+        """Yield each value that may hold placeholders, with the place of its key in the table."""
+        yield from ()
+
+    def faults(self) -> Iterator[ConfigFault]:
+        """Yield each contradiction between the kind's own keys, with its place in the table."""
+        yield from ()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _validate_by_kind(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if cls is not DestinationConfig or not isinstance(data, dict):
+            return handler(data)
+        kind = data.get("kind", DEFAULT_KIND)
+        model = DESTINATION_MODELS.get(kind) if isinstance(kind, str) else None
+        if model is None:  # the keys of an unknown kind are unknown, too
+            return handler({"kind": kind})
+        return model.model_validate(data)  # type: ignore[return-value]
+
+
+class HttpDestinationConfig(DestinationConfig):
+    """A destination of the kind `http`: an HTTP server to which archives are uploaded."""
 
     url: UrlTemplate = Field(
-        description="Address that archives are posted to; its path and query may hold placeholders.",
+        description="URL to upload archives to; its path and query can contain placeholders.",
         examples=["https://vault.example.net/v1/upload"],
     )
     ca: TlsPath | None = Field(
         default=None,
-        description="PEM file of the authorities to trust; the system's own unless given.",
+        description="PEM file with the CAs to trust; the system's CAs unless set.",
         examples=["/etc/backupd/tls/ca.pem"],
     )
     cert: TlsPath | None = Field(
         default=None,
-        description="PEM file of the client certificate, followed by its chain.",
+        description="PEM file with the client certificate, followed by its chain.",
         examples=["/etc/backupd/tls/client.pem"],
     )
     key: TlsPath | None = Field(
         default=None,
-        description="PEM file of the client certificate's private key.",
+        description="PEM file with the private key of the client certificate.",
         examples=["/etc/backupd/tls/client.key"],
     )
     key_password_file: TlsPath | None = Field(
         default=None,
-        description="File whose content, less the line end, unlocks the private key.",
+        description="File with the password of the private key; a line end after the password is ignored.",
         examples=["/etc/backupd/tls/client.key.password"],
     )
-    method: Literal["POST", "PUT", "PATCH"] = Field(default="POST", description="Method of the request.")
+    method: Literal["POST", "PUT", "PATCH"] = Field(default="POST", description="HTTP method of the upload.")
     body: Literal["multipart", "raw"] = Field(
-        default="multipart", description="Form of the request's body; raw is the archive itself."
+        default="multipart", description="Format of the request body; raw sends the archive itself."
     )
     fields: dict[FieldName, FieldText] = Field(
         default_factory=dict,
-        description="Further form fields, sent before the archive; values may hold placeholders.",
+        description="Additional form fields, sent before the archive; values can contain placeholders.",
         examples=[{"description": "Config backup {name}"}],
     )
-    file_field: FieldName = Field(default="file", description="Form field of the archive itself.")
+    file_field: FieldName = Field(default="file", description="Form field of the archive.")
     digest_field: DigestField = Field(
-        default="sha256", description="Form field of the digest; empty for none."
+        default="sha256", description="Form field of the digest; empty to send none."
     )
     digest_at: Literal["after", "before", "header"] = Field(
         default="after",
-        description="Where the digest goes; before, and header ({digest}, Repr-Digest), read the file twice.",
+        description="Where the digest is sent; before and header ({digest}, Repr-Digest) read a file twice.",
     )
     headers: dict[HeaderName, HeaderText] = Field(
         default_factory=dict,
-        description="Further headers of each request; values may hold placeholders.",
+        description="Additional headers of each request; values can contain placeholders.",
         examples=[{"X-Backup-Source": "{host}"}],
     )
     header_files: dict[HeaderName, TlsPath] = Field(
         default_factory=dict,
-        description="Further headers whose values are secrets, each in a file.",
+        description="Additional headers with secret values, each of which is read from a file.",
         examples=[{"X-API-Key": "/etc/backupd/api.key"}],
     )
     query_url: UrlTemplate | None = Field(
         default=None,
-        description="Address that is asked for the receipt of an archive whose answer was lost.",
+        description="URL to query for the receipt of an archive if the response to its upload was lost.",
         examples=["https://vault.example.net/v1/upload/{digest}"],
     )
     on_duplicate: Literal["verify", "reject"] = Field(
         default="verify",
-        description="What a 409 means: delivered if its receipt matches, or always a rejection.",
+        description="Meaning of HTTP 409; verify: delivered if its receipt matches, reject: rejected.",
     )
-    priority: Priority = Field(default="oldest", description="Which pending archive goes first.")
     success: Annotated[frozenset[HttpSuccess], Sorted] = Field(
         default=frozenset({200, 201, 202, 204}),
         min_length=1,
-        description="Statuses with which the destination accepts an archive.",
-    )
-    workers: int = Field(
-        default=2, strict=True, ge=1, le=64, description="How many archives are uploaded at the same time."
+        description="HTTP statuses with which the destination accepts an archive.",
     )
     timeout: TimeoutConfig = Field(
-        default_factory=TimeoutConfig, description="How long the single steps of a request may take."
+        default_factory=TimeoutConfig, description="Time limits for the steps of a request."
     )
     deadline: PositiveDuration | None = Field(
         default=None,
-        description="Longest duration of a whole attempt; no limit unless given.",
+        description="Longest duration of a whole upload attempt; unlimited unless set.",
         examples=["6h"],
     )
     min_rate: Size = Field(
         default=1024,
-        description="Bytes per second, over a minute, below which an attempt is given up; 0B never does.",
+        description="Abort an upload that is slower than this per second, over a minute; 0B disables this.",
     )
     bandwidth: Bandwidth | None = Field(
         default=None,
-        description="Most bytes per second of all workers together, or a table of rates by time of day.",
+        description="Highest rate of all workers together, or a table of rates by the time of day.",
         examples=["2MB/s"],
     )
-    http2: bool = Field(default=False, strict=True, description="Whether HTTP/2 is offered, proxies aside.")
+    http2: bool = Field(
+        default=False, strict=True, description="Offer HTTP/2 to the destination; never used through a proxy."
+    )
     proxy: ProxyUrl = Field(
-        default="", description="HTTP proxy to CONNECT through; the environment's proxies are not used."
+        default="",
+        description="URL of an HTTP proxy that supports CONNECT; proxies of the environment are not used.",
     )
     proxy_user: str = Field(default="", description="User name for the proxy.")
     proxy_password_file: TlsPath | None = Field(
         default=None,
-        description="File of the password for the proxy.",
+        description="File with the password for the proxy.",
         examples=["/etc/backupd/proxy.password"],
     )
-    local_address: IpAddress = Field(default="", description="Address of this host to connect from.")
+    local_address: IpAddress = Field(default="", description="IP address of this host to connect from.")
     connect_to: ConnectTo = Field(
-        default="", description="Host and port to connect to instead of those in the url."
+        default="", description="Host and port to connect to instead of those in url."
     )
     server_name: HostName = Field(
-        default="", description="Name to ask for and to expect in the certificate instead of the url's host."
+        default="", description="Host name for SNI and certificate verification instead of the one in url."
     )
     pin_sha256: tuple[Pin, ...] = Field(
-        default=(), description="SHA-256 of the endpoint's public keys, one of which it has to show."
+        default=(),
+        description="SHA-256 pins of public keys; the destination's certificate must have one of these keys.",
     )
-    tls_min: Literal["1.2", "1.3"] = Field(default="1.2", description="Least version of TLS.")
+    tls_min: Literal["1.2", "1.3"] = Field(default="1.2", description="Lowest version of TLS to accept.")
     receipt: ReceiptConfig = Field(
-        default_factory=ReceiptConfig, description="Where the answer states the digest of what was stored."
+        default_factory=ReceiptConfig, description="How the response states the digest of the stored archive."
     )
-    retry: RetryConfig = Field(default_factory=RetryConfig, description="When a failed attempt is repeated.")
-    auth: AuthConfig = Field(default_factory=AuthConfig, description="How to sign in.")
+    auth: AuthConfig = Field(default_factory=AuthConfig, description="Authentication to the destination.")
+
+    @property
+    def address(self) -> str:
+        """See `DestinationConfig.address`."""
+        return self.url.partition("?")[0]
+
+    @property
+    def tls_files(self) -> TlsFiles:
+        """See `DestinationConfig.tls_files`."""
+        return self
+
+    @property
+    def has_digest_receipt(self) -> bool:
+        """See `DestinationConfig.has_digest_receipt`."""
+        return self.receipt.digest != "none"
+
+    @property
+    def can_query(self) -> bool:
+        """See `DestinationConfig.can_query`."""
+        return self.query_url is not None
+
+    def templates(self) -> Iterator[tuple[Place, str]]:
+        """See `DestinationConfig.templates`."""
+        yield ("url",), self.url
+        if self.query_url:
+            yield ("query_url",), self.query_url
+        for key, text in self.fields.items():
+            yield ("fields", key), text
+        for key, text in self.headers.items():
+            yield ("headers", key), text
+
+
+DESTINATION_MODELS: dict[str, type[DestinationConfig]] = {DEFAULT_KIND: HttpDestinationConfig}
+"""The model of each kind of destination; `backupd.upload.registry` adds those of further kinds."""
+
+
+def models_of(table: type[BaseModel]) -> tuple[type[BaseModel], ...]:
+    """Return the models of a table: for destinations one for each kind, the default kind first."""
+    return tuple(DESTINATION_MODELS.values()) if table is DestinationConfig else (table,)
 
 
 LogFormat = Literal["auto", "json", "console"]
@@ -313,117 +460,124 @@ USUAL_NAMES = (
 
 
 class LogConfig(TableModel):
-    """How the daemon writes its log."""
+    """The `log` table: the format and level of the daemon's log."""
 
     format: LogFormat = Field(
         default="auto",
-        description="Form of the log; auto writes for people on a terminal and JSON everywhere else.",
+        description="Format of the log; auto is console on a terminal and json otherwise.",
     )
-    level: LogLevel = Field(default="info", description="Least severity that is written.")
+    level: LogLevel = Field(default="info", description="Lowest level to log.")
 
 
 class DropConfig(TableModel):
-    """A folder in which archives appear, and what becomes of them."""
+    """A drop: the folder to watch, the files that are archives, and their handling after the delivery."""
 
     path: AbsolutePath = Field(
-        description="Folder to watch, as an absolute path.", examples=["/srv/backups/switches"]
+        description="Absolute path of the folder to watch.", examples=["/srv/backups/switches"]
     )
     destinations: tuple[Name, ...] | None = Field(
         default=None,
         min_length=1,
-        description="Destinations that each archive goes to; every one of them unless given.",
+        description="Destinations to deliver each archive to; all of them unless set.",
         examples=[["vault"]],
     )
     include: tuple[FilePattern, ...] = Field(
-        default=USUAL_NAMES, min_length=1, description="Patterns of the names of archives."
+        default=USUAL_NAMES, min_length=1, description="Name patterns of files that are archives."
     )
     exclude: tuple[FilePattern, ...] = Field(
         default=(),
-        description="Patterns of names to leave alone; temporary names and dotfiles always are.",
+        description="Name patterns of files to ignore; temporary and hidden files are always ignored.",
     )
-    recursive: bool = Field(default=True, strict=True, description="Whether subfolders are watched too.")
+    recursive: bool = Field(default=True, strict=True, description="Watch subfolders too.")
     observer: Observer = Field(
         default="auto",
-        description="How changes are noticed; auto polls where the filesystem reports no remote writers.",
+        description="How changes are detected; auto uses polling where other hosts can write, else inotify.",
     )
     stable_for: Duration = Field(
-        default=timedelta(seconds=2), description="How long a file must stay unchanged before it is sent."
+        default=timedelta(seconds=2), description="How long a file must be unchanged before it is uploaded."
     )
     rescan_every: PositiveDuration = Field(
-        default=timedelta(seconds=60), description="How often the whole folder is looked through."
+        default=timedelta(seconds=60), description="Interval between two scans of the whole folder."
     )
-    min_size: Size = Field(default=1, description="Smaller files are left alone.")
+    min_size: Size = Field(default=1, description="Ignore smaller files.")
     max_size: Size | None = Field(
-        default=None, description="Larger files are left alone; no limit unless given.", examples=["10GiB"]
+        default=None, description="Ignore larger files; unlimited unless set.", examples=["10GiB"]
     )
     on_delivered: OnDelivered = Field(
-        default="move", description="What becomes of an archive that every destination has verified."
+        default="move",
+        description="Action for an archive after its delivery to every destination is verified.",
     )
     sent_dir: DropSubfolder = Field(
-        default="sent", description="Folder for delivered archives, relative to path, on the same filesystem."
+        default="sent",
+        description="Folder for delivered archives, relative to path and on the same filesystem.",
     )
     rejected_dir: DropSubfolder = Field(
         default="rejected",
-        description="Folder for rejected archives, relative to path, on the same filesystem.",
+        description="Folder for rejected archives, relative to path and on the same filesystem.",
     )
     keep_sent_for: PositiveDuration | None = Field(
         default=None,
-        description="Age at which archives in sent_dir are removed; never unless given.",
+        description="Age at which archives in sent_dir are removed; never unless set.",
         examples=["90d"],
     )
     keep_sent_last: Annotated[int, Field(ge=1, strict=True)] | None = Field(
         default=None,
-        description="How many are kept of each device (group of label_pattern) or folder, however old.",
+        description="Number of latest archives to keep per device (of label_pattern) or folder, at any age.",
         examples=[10],
     )
     min_free: FreeSpace | None = Field(
         default=None,
-        description="Size or percentage to keep free by removing from sent_dir, the oldest first.",
+        description="Disk space to keep free by removing archives from sent_dir, the oldest first.",
         examples=["5%"],
     )
     inspect: Inspect = Field(
         default="off",
-        description="Whether archives are looked into first; quick their ends, full every byte of them.",
+        description="Check archives before upload; quick checks start and end, full decompresses all.",
     )
     inspect_grace: Duration = Field(
         default=timedelta(minutes=10),
-        description="How long an archive that is found wanting must stay unchanged before it is rejected.",
+        description="How long a damaged archive must be unchanged before it is rejected.",
     )
     checksum_file: ChecksumFile = Field(
         default="off",
-        description="Whether a checksum file beside an archive is heeded; auto where there is one.",
+        description="Verify archives by their checksum files; auto does so for archives that have one.",
     )
     label_pattern: LabelPattern | None = Field(
         default=None,
-        description="Regular expression on the relative path whose named groups become placeholders.",
+        description="Regular expression for the relative path; its named groups become placeholders.",
         examples=["(?P<device>[^/]+)/.*"],
     )
     size_alarm: Percentage | None = Field(
         default=None,
-        description="Say so of an archive that is so much larger or smaller than its device's last ones.",
+        description="Warn if an archive's size differs by this much from the device's recent archives.",
         examples=["50%"],
     )
     expect: ExpectConfig = Field(
-        default_factory=ExpectConfig, description="How often each device is to send an archive."
+        default_factory=ExpectConfig, description="How often each device is expected to send an archive."
     )
 
 
 class Config(TableModel):
-    """The whole configuration of a daemon."""
+    """The whole configuration."""
 
     state_dir: AbsolutePath = Field(
         default=Path("/var/lib/backupd"),
-        description="Folder of the ledger; $STATE_DIRECTORY, where that is set, unless given.",
+        description="Folder of the ledger; $STATE_DIRECTORY is used if that is set and this is not.",
     )
     shutdown_grace: Duration = Field(
-        default=timedelta(seconds=30), description="How long running uploads may go on after SIGTERM."
+        default=timedelta(seconds=30), description="How long running uploads may continue after SIGTERM."
     )
     heartbeat_every: PositiveDuration = Field(
-        default=timedelta(seconds=60), description="How often the daemon logs that it is alive."
+        default=timedelta(seconds=60), description="Interval between two heartbeat log events."
     )
     keep_history_for: PositiveDuration = Field(
-        default=timedelta(days=400), description="How long the ledger remembers archives that are done with."
+        default=timedelta(days=400),
+        description="How long the ledger keeps the history of completed archives.",
     )
-    log: LogConfig = Field(default_factory=LogConfig, description="How the daemon writes its log.")
-    drop: dict[Name, DropConfig] = Field(min_length=1, description="Drop folders by name.")
-    destination: dict[Name, DestinationConfig] = Field(min_length=1, description="Destinations by name.")
+    log: LogConfig = Field(default_factory=LogConfig, description="Log of the daemon.")
+    drop: dict[Name, DropConfig] = Field(
+        min_length=1, description="Drop folders, each with a name of your choice."
+    )
+    destination: dict[Name, DestinationConfig] = Field(
+        min_length=1, description="Destinations, each with a name of your choice."
+    )

@@ -1,4 +1,4 @@
-"""Where a key stands: among the tables of a file, and among the models that they become."""
+"""Positions of keys: in the tables of a TOML file, and in the models that these are validated with."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
@@ -12,34 +12,34 @@ Table = dict[str, Any]
 
 
 def key_path(place: Place) -> str:
-    """Return `place` as people read it: `drop.switches.include[2]`."""
+    """Return the path of a key as text, such as `drop.switches.include[2]`."""
     text = "".join(f"[{key}]" if isinstance(key, int) else f".{bare_or_quoted(key)}" for key in place)
     return text.removeprefix(".")
 
 
 def table_at(data: Table, keys: Sequence[str]) -> Table | None:
-    """Return the table that `keys` lead to, if they lead to one."""
-    here: object = data
+    """Return the table with this path, or None if there is none."""
+    value: object = data
     for key in keys:
-        here = here.get(key) if isinstance(here, dict) else None
-    return here if isinstance(here, dict) else None
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def position(data: Table, place: Place) -> tuple[int, ...]:
-    """Return what sorts places into the order of the file; missing keys come after those around them."""
-    steps: list[int] = []
-    here: object = data
+    """Return the sort key of a place in the order of the file; a missing key sorts after its neighbours."""
+    indices: list[int] = []
+    value: object = data
     for key in place:
         if isinstance(key, int):
-            steps.append(key)
-        elif isinstance(here, dict):
-            steps.append(list(here).index(key) if key in here else len(here))
-            here = here.get(key)
-    return tuple(steps)
+            indices.append(key)
+        elif isinstance(value, dict):
+            indices.append(list(value).index(key) if key in value else len(value))
+            value = value.get(key)
+    return tuple(indices)
 
 
 def subtables(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel], bool]]:
-    """Name each key of `model` that holds a table, its model, and whether it holds one per name."""
+    """Yield each key of a model that is a table, its model, and whether it is a table of named tables."""
     for key, field in model.model_fields.items():
         inner: object = (field.annotation, *get_args(field.annotation))[-1]
         if isinstance(inner, type) and issubclass(inner, BaseModel):
@@ -47,7 +47,7 @@ def subtables(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel], bo
 
 
 def keys_at(model: type[BaseModel], place: Place) -> Mapping[str, object]:
-    """Return the keys that the table at `place` may hold, below the table of `model`."""
+    """Return the valid keys of the table at `place`, which is relative to the table of `model`."""
     if not place:
         return model.model_fields
     for key, inner, named in subtables(model):

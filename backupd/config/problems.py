@@ -1,4 +1,9 @@
-"""What is wrong with a configuration: each fault with the place of the key that it is about."""
+"""The problems of a configuration: `ConfigFault` for its values, `FileProblem` for the files that it names.
+
+A fault is found in the TOML alone: an unknown key, a bad value, or values that contradict each other. It
+prevents the configuration from being loaded. A file problem is found on this host after loading: a
+missing folder, an unreadable key, a certificate that expires soon.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,60 +13,68 @@ from pydantic_core import PydanticCustomError
 
 from backupd.config.toml import basic_string
 
-
-@dataclass(frozen=True, slots=True)
-class FileProblem:
-    """Something to see to: the key, what is wrong, what to do, and whether something fails before that.
-
-    `stops` tells whether the daemon is not to run with it. It runs with what whoever may write in one drop
-    folder can have made, as the others have to go on.
-    """
-
-    where: str
-    message: str
-    hint: str
-    fatal: bool
-    stops: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.message}" + (f"\n  hint: {self.hint}" if self.hint else "")
-
-
 Place = tuple[str | int, ...]
-
-EXPECTED = "expected"
-FAULT = "fault"
-
-_LONGEST_QUOTE = 60
+"""The position of a key: the names of the tables that contain it, its own name, and the index in a list."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigFault:
-    """A sentence on the key at `place`; void if one of the keys in `rests_on` is at fault itself."""
+    """A fault of the value at `place` in the TOML; `text` is a sentence without the key.
+
+    `rests_on` are the keys that it is about too. The fault is dropped if one of these has a fault itself,
+    because it may go away with that.
+    """
 
     place: Place
     text: str
     rests_on: tuple[Place, ...] = ()
 
 
-def expected(what: str) -> PydanticCustomError:
-    """Return the error for a value that should have been `what`; the value itself is quoted later."""
-    return PydanticCustomError(EXPECTED, "expected {what}", {"what": what})
+@dataclass(frozen=True, slots=True)
+class FileProblem:
+    """A problem of a file or folder that the key `where` names; `hint` is the command or edit that fixes it.
+
+    `fatal` is False for a warning. `prevents_start` is False for an error with which the daemon starts
+    nevertheless: a user with write access to one drop folder can cause it, and must not stop the other drops.
+    """
+
+    where: str
+    message: str
+    hint: str
+    fatal: bool
+    prevents_start: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}" + (f"\n  hint: {self.hint}" if self.hint else "")
+
+
+EXPECTED = "expected"
+"""The type of pydantic's errors made by `expected`; the text of the fault ends with the value."""
+
+FAULT = "fault"
+"""The type of pydantic's errors made by `refused`; the text of the fault does not contain the value."""
+
+_MAX_QUOTED = 60
+
+
+def expected(value: str) -> PydanticCustomError:
+    """Return the error `expected …` with a description of valid values; `, got …` is appended later."""
+    return PydanticCustomError(EXPECTED, "expected {value}", {"value": value})
 
 
 def refused(text: str) -> PydanticCustomError:
-    """Return the error that says `text` and never quotes the value."""
+    """Return the error with this text, to which the value is not appended."""
     return PydanticCustomError(FAULT, "{text}", {"text": text})
 
 
 def did_you_mean(wrong: str, right: Iterable[str]) -> str:
-    """Return `; did you mean "…"?` for the nearest of `right`, or nothing."""
+    """Return `; did you mean "…"?` with the most similar of the right names, empty if none is similar."""
     near = get_close_matches(wrong, sorted(right), n=1)
     return f"; did you mean {quoted(near[0])}?" if near else ""
 
 
 def quoted(text: str) -> str:
-    """Return `text` in double quotes, on one line and not too long."""
-    if len(text) > _LONGEST_QUOTE:
-        text = text[: _LONGEST_QUOTE - 1] + "…"
+    """Return a text in double quotes, on one line and cut to 60 characters."""
+    if len(text) > _MAX_QUOTED:
+        text = text[: _MAX_QUOTED - 1] + "…"
     return basic_string(text)

@@ -1,4 +1,4 @@
-"""The schema that editors complete and check a configuration by."""
+"""Output of configurations: the effective one, a commented example, and the JSON Schema."""
 
 import re
 import textwrap
@@ -8,27 +8,50 @@ from typing import Any, Final, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from backupd.config.models import Config
+from backupd.config.models import DESTINATION_MODELS, Config, DestinationConfig, models_of
 from backupd.config.paths import Table, subtables
 from backupd.config.toml import heading, setting
 from backupd.config.types import names_a_credential
 
 HIDDEN: Final = "***"
 
-_QUERY_VALUE: Final = re.compile(r"(?<=[?&])(?P<name>[^=&]*)=[^&]*")
-
 
 def effective_toml(config: Config) -> str:
-    """Return `config` as TOML that `load` reads back; what looks like a credential is hidden."""
+    """Return a configuration as TOML that `load` reads back; values that look like credentials are hidden."""
     data = config.model_dump(mode="json", exclude_none=True)
+    # each by its own model: the one in common lacks the keys of the kind
+    data["destination"] = {
+        name: destination.model_dump(mode="json", exclude_none=True)
+        for name, destination in config.destination.items()
+    }
     for destination in data["destination"].values():
         for key in ("headers", "fields"):
-            destination[key] = {name: _hidden(name, value) for name, value in destination[key].items()}
-        auth = destination["auth"]
+            if key in destination:
+                destination[key] = {name: _hidden(name, value) for name, value in destination[key].items()}
+        auth = destination.get("auth", {})
         for table, key in ((destination, "url"), (destination, "query_url"), (auth, "token_url")):
             if key in table:
                 table[key] = _without_credentials(table[key])
-    return "\n".join(_lines(Config, data, ())).lstrip("\n") + "\n"
+    return "\n".join(_lines(config, data, ())).lstrip("\n") + "\n"
+
+
+def example_toml() -> str:
+    """Return a configuration with all keys; those to fill in are set, the others are comments."""
+    return "\n".join((_PREFACE, *_example_lines(Config, ()))) + "\n"
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a configuration file, for completion and validation in editors."""
+    schema = Config.model_json_schema()
+    tables = schema["$defs"]
+    _add_kinds(schema, tables)
+    _describe(Config, schema, tables)
+    return {"$schema": _SCHEMA_DIALECT, **schema, "title": "Configuration of backupd"}
+
+
+# The effective configuration
+
+_QUERY_VALUE: Final = re.compile(r"(?<=[?&])(?P<name>[^=&]*)=[^&]*")
 
 
 def _without_credentials(url: str) -> str:
@@ -41,81 +64,84 @@ def _hidden(name: str, value: str) -> str:
     return HIDDEN if names_a_credential(name) else value
 
 
-def _lines(model: type[BaseModel], data: Table, place: tuple[str, ...]) -> Iterator[str]:
-    inner = list(subtables(model))
+def _lines(config: BaseModel, data: Table, place: tuple[str, ...]) -> Iterator[str]:
+    inner = list(subtables(type(config)))
     if place:
         yield "\n" + heading(*place)
     for key, value in data.items():
         if key not in {name for name, _, _ in inner}:
             yield setting(key, value)
-    for key, table, named in inner:
+    for key, _, named in inner:
+        value = getattr(config, key)
         if not named:
-            yield from _lines(table, data[key], (*place, key))
+            yield from _lines(value, data[key], (*place, key))
             continue
-        for name, each in data[key].items():
-            yield from _lines(table, each, (*place, key, name))
+        for name, each in value.items():
+            yield from _lines(each, data[key][name], (*place, key, name))
 
 
-_NAMES: Final = {"drop": "switches", "destination": "vault"}
+# The example
+
+_EXAMPLE_NAMES: Final = {"drop": "switches", "destination": "vault"}
 _TO_FILL_IN: Final = frozenset({"path", "url", "ca", "cert", "key"})
 _PREFACE: Final = (
-    '# Configuration of backupd. Settings behind a "#" show their defaults, or an example\n'
-    '# where there is none. Durations are written "30s", "5m", "26h"; sizes "20MB", "1GiB".'
+    '# Configuration of backupd. Keys after a "#" show their defaults, or an example\n'
+    '# if there is none. Durations are written "30s", "5m", "26h"; sizes "20MB", "1GiB".'
 )
-
-
-def example_toml() -> str:
-    """Return a complete configuration; what must be filled in is set, everything else a comment."""
-    return "\n".join((_PREFACE, *_example_lines(Config, ()))) + "\n"
 
 
 def _example_lines(model: type[BaseModel], place: tuple[str, ...]) -> Iterator[str]:
     inner = {key: (table, named) for key, table, named in subtables(model)}
-    given = defaults(model)
-    for key, field in model.model_fields.items():
+    given = _defaults(model)
+    to_fill_in = _TO_FILL_IN if len(place) == 2 else frozenset()
+    # a stable sort: the keys to fill in come first
+    for key, field in sorted(model.model_fields.items(), key=lambda each: each[0] not in to_fill_in):
         if key not in inner:
-            yield _described(field)
-            yield _setting(key, field, given, filled_in=len(place) == 2 and key in _TO_FILL_IN)
+            yield _description(field)
+            yield _setting(key, field, given, is_set=key in to_fill_in)
     for key, (table, named) in inner.items():
-        deeper = (*place, key, _NAMES[key]) if named else (*place, key)
-        yield _described(model.model_fields[key])
+        deeper = (*place, key, _EXAMPLE_NAMES[key]) if named else (*place, key)
+        yield _description(model.model_fields[key])
         yield heading(*deeper)
-        yield from _example_lines(table, deeper)
+        yield from _example_lines(models_of(table)[0], deeper)
 
 
-def _described(field: FieldInfo) -> str:
+def _description(field: FieldInfo) -> str:
     lines = ["", f"# {field.description}"]
     if get_origin(field.annotation) is Literal:
         lines.append(f"# One of {', '.join(get_args(field.annotation))}.")
     return "\n".join(lines)
 
 
-def _setting(key: str, field: FieldInfo, given: Table, *, filled_in: bool) -> str:
+def _setting(key: str, field: FieldInfo, given: Table, *, is_set: bool) -> str:
     shown = given.get(key) if not field.examples else field.examples[0]
     text = setting(key, shown)
-    return text if filled_in else textwrap.indent(text, "#")
+    return text if is_set else textwrap.indent(text, "#")
 
 
-_DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
+# The JSON Schema
+
+_SCHEMA_DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 
 
-def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a configuration file."""
-    schema = Config.model_json_schema()
-    tables = schema.get("$defs", {})
-    _describe(Config, schema, tables)
-    return {"$schema": _DIALECT, **schema, "title": "Configuration of backupd"}
-
-
-def defaults(model: type[BaseModel]) -> Table:
-    """Return the defaults of `model` as its file would write them; what has none is left out."""
-    return model.model_construct().model_dump(mode="json", exclude_none=True)
+def _add_kinds(schema: Table, tables: dict[str, Table]) -> None:
+    """Put the model of each kind of destination in place of the one that all have in common."""
+    del tables[DestinationConfig.__name__]
+    kinds = []
+    for kind, model in DESTINATION_MODELS.items():
+        table = model.model_json_schema()
+        tables |= {**table.pop("$defs", {}), model.__name__: table}
+        table["properties"]["kind"]["const"] = kind
+        kinds.append({"$ref": f"#/$defs/{model.__name__}"})
+    named = schema["properties"]["destination"]["patternProperties"]
+    for pattern in named:
+        named[pattern] = kinds[0] if len(kinds) == 1 else {"oneOf": kinds}
 
 
 def _describe(model: type[BaseModel], schema: Table, tables: dict[str, Table]) -> None:
-    """Write defaults as the file does, and leave out what TOML doesn't know."""
+    """Add descriptions to a schema, write defaults as in TOML, and remove null, which TOML does not have."""
     inner = {key: table for key, table, _ in subtables(model)}
-    given = defaults(model)
+    given = _defaults(model)
     schema.pop("title", None)
     for key, entry in schema["properties"].items():
         entry["description"] = model.model_fields[key].description
@@ -125,13 +151,19 @@ def _describe(model: type[BaseModel], schema: Table, tables: dict[str, Table]) -
         if "patternProperties" in entry:
             entry["additionalProperties"] = False
         if key in inner:
-            _describe(inner[key], tables[inner[key].__name__], tables)
+            for each in models_of(inner[key]):
+                _describe(each, tables[each.__name__], tables)
         elif key in given:
             entry["default"] = given[key]
 
 
 def _without_null(entry: Table) -> None:
-    """Turn "this or null" into "this": a key of a TOML file is left out instead."""
+    """Replace "this or null" by "this": in TOML, the key is left out instead."""
     if "anyOf" in entry:
         kind, _ = entry.pop("anyOf")
         entry.update(kind)
+
+
+def _defaults(model: type[BaseModel]) -> Table:
+    """Return the defaults of a model as they are written in TOML, without the keys that have none."""
+    return model.model_construct().model_dump(mode="json", exclude_none=True)

@@ -1,4 +1,4 @@
-"""What must hold between the values of a configuration; pure, and silent about the files it names."""
+"""Rules that the values of a configuration must fulfil together; `files` checks the files that it names."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -11,6 +11,7 @@ from backupd.config.models import (
     Config,
     DestinationConfig,
     DropConfig,
+    HttpDestinationConfig,
     ReceiptConfig,
     RetryConfig,
 )
@@ -21,31 +22,31 @@ from backupd.core.names import TextTemplate
 
 PLACEHOLDERS: Final = frozenset({"name", "stem", "relpath", "drop", "host", "size", "mtime", "digest"})
 
-_SHORTEST_PREFIX: Final = 8
+_MIN_PREFIX: Final = 8
 
 
 def check(config: Config) -> Iterator[ConfigFault]:
-    """Yield every contradiction between the values of `config`, each with the full path of its key."""
+    """Yield each fault of values that contradict each other, with the full path of its key."""
     for name, drop in config.drop.items():
         yield from _below(("drop", name), _drop_faults(drop))
     for name, destination in config.destination.items():
         table = ("destination", name)
-        yield from _below(table, _destination_faults(destination))
-        yield from _below((*table, "receipt"), _receipt_faults(destination.receipt))
+        if isinstance(destination, HttpDestinationConfig):
+            yield from _below(table, _http_faults(destination))
+        yield from _below(table, destination.faults())
         yield from _below((*table, "retry"), _retry_faults(destination.retry))
-        yield from _below((*table, "auth"), _auth_faults(destination.auth))
     yield from _config_faults(config)
 
 
 def _below(table: Place, faults: Iterator[ConfigFault]) -> Iterator[ConfigFault]:
-    """Yield `faults` with places that start at the root of the configuration instead of at `table`."""
+    """Yield faults of one table with places from the root of the configuration on."""
     for fault in faults:
         rests_on = tuple((*table, *place) for place in fault.rests_on)
         yield ConfigFault((*table, *fault.place), fault.text, rests_on)
 
 
 def _drop_faults(drop: DropConfig) -> Iterator[ConfigFault]:
-    """Tell what doesn't fit together within one drop."""
+    """Yield the contradictions within one drop."""
     if overlap(PurePosixPath(drop.sent_dir), PurePosixPath(drop.rejected_dir)):
         yield ConfigFault(
             ("rejected_dir",),
@@ -61,13 +62,13 @@ def _drop_faults(drop: DropConfig) -> Iterator[ConfigFault]:
     for key in ("keep_sent_for", "keep_sent_last"):
         if getattr(drop, key) is not None and drop.on_delivered != "move":
             yield ConfigFault(
-                (key,), 'nothing is put into sent_dir; expected on_delivered "move"', (("on_delivered",),)
+                (key,), 'no archive is moved to sent_dir; expected on_delivered "move"', (("on_delivered",),)
             )
     if drop.destinations and len(set(drop.destinations)) < len(drop.destinations):
         yield ConfigFault(("destinations",), "expected every destination once")
-    for taken in sorted(_labels(drop) & PLACEHOLDERS):
+    for name in sorted(_labels(drop) & PLACEHOLDERS):
         yield ConfigFault(
-            ("label_pattern",), f"the group {quoted(taken)} has the name of a built-in placeholder"
+            ("label_pattern",), f"the group {quoted(name)} has the name of a built-in placeholder"
         )
     yield from _expect_faults(drop)
 
@@ -75,11 +76,11 @@ def _drop_faults(drop: DropConfig) -> Iterator[ConfigFault]:
 def _expect_faults(drop: DropConfig) -> Iterator[ConfigFault]:
     expect = drop.expect
     if expect.devices and not expect.by:
-        yield ConfigFault(("expect", "devices"), "expected by beside it", (("expect", "by"),))
+        yield ConfigFault(("expect", "devices"), 'expected "by" to be set too', (("expect", "by"),))
     for key in ("by", "devices"):
         if getattr(expect, key) and expect.every is None and (key == "devices" or drop.size_alarm is None):
             yield ConfigFault(
-                ("expect", key), "expected every beside it", (("expect", "every"), ("size_alarm",))
+                ("expect", key), 'expected "every" to be set too', (("expect", "every"), ("size_alarm",))
             )
     known = (PLACEHOLDERS - {"digest"}) | _labels(drop)
     for placeholder in sorted(TextTemplate.parse(expect.by or "").names - known):
@@ -88,19 +89,19 @@ def _expect_faults(drop: DropConfig) -> Iterator[ConfigFault]:
 
 
 def _receipt_faults(receipt: ReceiptConfig) -> Iterator[ConfigFault]:
-    """Tell what doesn't fit together within one receipt."""
+    """Yield the contradictions within one `receipt` table."""
     size = DIGEST_BYTES[receipt.algorithm]
     longest = size * 2 if receipt.encoding == "hex" else -(-size // 3) * 4
-    if receipt.prefix and not _SHORTEST_PREFIX <= receipt.prefix <= longest:
+    if receipt.prefix and not _MIN_PREFIX <= receipt.prefix <= longest:
         yield ConfigFault(
             ("prefix",),
-            f"expected 0 or {_SHORTEST_PREFIX} to {longest} characters, got {receipt.prefix}",
+            f"expected 0 or {_MIN_PREFIX} to {longest} characters, got {receipt.prefix}",
             (("algorithm",), ("encoding",)),
         )
 
 
 def _retry_faults(retry: RetryConfig) -> Iterator[ConfigFault]:
-    """Tell what doesn't fit together within the waits."""
+    """Yield the contradictions within one `retry` table."""
     if retry.max < retry.initial:
         yield ConfigFault(
             ("max",),
@@ -110,11 +111,13 @@ def _retry_faults(retry: RetryConfig) -> Iterator[ConfigFault]:
         )
 
 
-def _destination_faults(destination: DestinationConfig) -> Iterator[ConfigFault]:
-    """Tell what doesn't fit together within one destination."""
+def _http_faults(destination: HttpDestinationConfig) -> Iterator[ConfigFault]:
+    """Yield the contradictions within one destination of the kind "http"."""
+    yield from _below(("receipt",), _receipt_faults(destination.receipt))
+    yield from _below(("auth",), _auth_faults(destination.auth))
     for key, companion in (("cert", "key"), ("key", "cert"), ("key_password_file", "key")):
         if getattr(destination, key) and not getattr(destination, companion):
-            yield ConfigFault((key,), f"expected {companion} beside it", ((companion,),))
+            yield ConfigFault((key,), f'expected "{companion}" to be set too', ((companion,),))
     if destination.digest_field == destination.file_field:
         yield ConfigFault(("digest_field",), "expected another field than file_field", (("file_field",),))
     yield from _body_faults(destination)
@@ -129,14 +132,14 @@ def _destination_faults(destination: DestinationConfig) -> Iterator[ConfigFault]
             yield ConfigFault(("headers", other), f"the same header as {quoted(one)}")
 
 
-def _body_faults(destination: DestinationConfig) -> Iterator[ConfigFault]:
+def _body_faults(destination: HttpDestinationConfig) -> Iterator[ConfigFault]:
     if destination.body == "raw":
         if destination.fields:
             yield ConfigFault(("fields",), "a raw body has no form fields", (("body",),))
         if destination.digest_at == "before":
             yield ConfigFault(("digest_at",), 'expected "after" or "header" with a raw body', (("body",),))
     if destination.digest_at == "after":
-        for place, text in _templates(destination):
+        for place, text in destination.templates():
             if "digest" in TextTemplate.parse(text).names and place != ("query_url",):
                 yield ConfigFault(
                     place, '{digest} is known only with digest_at = "header"', (("digest_at",),)
@@ -146,18 +149,18 @@ def _body_faults(destination: DestinationConfig) -> Iterator[ConfigFault]:
             yield ConfigFault(("header_files", one), "the same header as in headers", (("headers",),))
 
 
-def _query_faults(destination: DestinationConfig) -> Iterator[ConfigFault]:
+def _query_faults(destination: HttpDestinationConfig) -> Iterator[ConfigFault]:
     if destination.query_url and destination.receipt.digest == "none":
-        text = 'an answer without a digest proves nothing; expected receipt.digest other than "none"'
+        text = 'a response without a digest verifies nothing; expected receipt.digest other than "none"'
         yield ConfigFault(("query_url",), text, (("receipt", "digest"),))
 
 
-def _connection_faults(destination: DestinationConfig) -> Iterator[ConfigFault]:
+def _connection_faults(destination: HttpDestinationConfig) -> Iterator[ConfigFault]:
     if destination.proxy and destination.connect_to:
-        yield ConfigFault(("connect_to",), "can't be had together with a proxy", (("proxy",),))
+        yield ConfigFault(("connect_to",), "can't be used with a proxy", (("proxy",),))
     for key in ("proxy_user", "proxy_password_file"):
         if getattr(destination, key) and not destination.proxy:
-            yield ConfigFault((key,), "expected proxy beside it", (("proxy",),))
+            yield ConfigFault((key,), 'expected "proxy" to be set too', (("proxy",),))
 
 
 _AUTH_KEYS: Final = {
@@ -169,11 +172,11 @@ _AUTH_KEYS: Final = {
         frozenset({"secret_in", "scope", "audience", "ca", "cert", "key", "key_password_file"}),
     ),
 }
-"""What each scheme needs, and what it may have."""
+"""The keys that each authentication scheme requires, and those that it also accepts."""
 
 
 def _auth_faults(auth: AuthConfig) -> Iterator[ConfigFault]:
-    """Tell what doesn't fit together within one sign-in."""
+    """Yield the contradictions within one `auth` table."""
     needed, allowed = _AUTH_KEYS[auth.type]
     for key in sorted(needed):
         if not getattr(auth, key):
@@ -181,22 +184,22 @@ def _auth_faults(auth: AuthConfig) -> Iterator[ConfigFault]:
     for key, field in type(auth).model_fields.items():
         if key in needed | allowed | {"type"} or getattr(auth, key) == field.default:
             continue
-        yield ConfigFault((key,), f'means nothing for type "{auth.type}"', (("type",),))
+        yield ConfigFault((key,), f'not used for type "{auth.type}"', (("type",),))
     for key, companion in (("cert", "key"), ("key", "cert"), ("key_password_file", "key")):
         if getattr(auth, key) and not getattr(auth, companion):
-            yield ConfigFault((key,), f"expected {companion} beside it", ((companion,),))
+            yield ConfigFault((key,), f'expected "{companion}" to be set too', ((companion,),))
 
 
 def _config_faults(config: Config) -> Iterator[ConfigFault]:
-    """Tell what doesn't fit together between drops and destinations."""
+    """Yield the contradictions between drops and destinations."""
     for name, drop in config.drop.items():
         yield from _unknown_destinations(name, drop, config)
-        yield from _deletions_without_proof(name, drop, config)
+        yield from _unverified_deletions(name, drop, config)
         if drop.keep_sent_for is not None and drop.keep_sent_for > config.keep_history_for:
             yield ConfigFault(
                 ("drop", name, "keep_sent_for"),
                 f'expected at most keep_history_for, "{format_duration(config.keep_history_for)}", '
-                f'got "{format_duration(drop.keep_sent_for)}": what the ledger forgot is never removed',
+                f'got "{format_duration(drop.keep_sent_for)}": the ledger forgets it before it is removed',
                 (("keep_history_for",),),
             )
     for (one, first), (other, second) in combinations(config.drop.items(), 2):
@@ -212,12 +215,12 @@ def _config_faults(config: Config) -> Iterator[ConfigFault]:
 
 
 def overlap(one: PurePath, other: PurePath) -> bool:
-    """Tell whether the two are the same folder or one lies in the other."""
+    """Return whether two paths are the same folder or one is within the other."""
     return one.is_relative_to(other) or other.is_relative_to(one)
 
 
 def goes_to(drop: DropConfig, destination: str) -> bool:
-    """Tell whether archives of `drop` are delivered to `destination`."""
+    """Return whether archives of a drop are delivered to a destination."""
     return drop.destinations is None or destination in drop.destinations
 
 
@@ -232,11 +235,11 @@ def _unknown_destinations(name: str, drop: DropConfig, config: Config) -> Iterat
             )
 
 
-def _deletions_without_proof(name: str, drop: DropConfig, config: Config) -> Iterator[ConfigFault]:
+def _unverified_deletions(name: str, drop: DropConfig, config: Config) -> Iterator[ConfigFault]:
     if drop.on_delivered != "delete":
         return
     for target, destination in config.destination.items():
-        if goes_to(drop, target) and destination.receipt.digest == "none":
+        if goes_to(drop, target) and not destination.has_digest_receipt:
             yield ConfigFault(
                 ("drop", name, "on_delivered"),
                 f'expected "move" or "keep", as destination.{target}.receipt.digest is "none", got "delete"',
@@ -249,14 +252,17 @@ def _unknown_placeholders(
 ) -> Iterator[ConfigFault]:
     labels = {drop: _labels(each) for drop, each in config.drop.items() if goes_to(each, name)}
     rests_on = tuple(("drop", drop, key) for drop in config.drop for key in ("destinations", "label_pattern"))
-    for place, text in _templates(destination):
-        for placeholder in sorted(TextTemplate.parse(text).names - PLACEHOLDERS):
-            if said := _why_unknown(placeholder, labels):
-                yield ConfigFault(("destination", name, *place), said, rests_on)
+    for place, template in destination.templates():
+        for placeholder in sorted(TextTemplate.parse(template).names - PLACEHOLDERS):
+            if text := _placeholder_fault(placeholder, labels):
+                yield ConfigFault(("destination", name, *place), text, rests_on)
 
 
-def _why_unknown(placeholder: str, labels: Mapping[str, frozenset[str]]) -> str | None:
-    """Return the fault of a placeholder that the archives of some drop would have no value for."""
+def _placeholder_fault(placeholder: str, labels: Mapping[str, frozenset[str]]) -> str | None:
+    """Return the fault of a placeholder without a value for the archives of a drop; None if all have one.
+
+    `labels` are the groups of each drop's label pattern.
+    """
     lacking = [drop for drop, known in labels.items() if placeholder not in known]
     if not lacking and labels:
         return None
@@ -264,16 +270,6 @@ def _why_unknown(placeholder: str, labels: Mapping[str, frozenset[str]]) -> str 
         return f"placeholder {{{placeholder}}} is no named group of drop.{lacking[0]}.label_pattern"
     every = PLACEHOLDERS.union(*labels.values())
     return f"unknown placeholder {{{placeholder}}}{did_you_mean(placeholder, every)}"
-
-
-def _templates(destination: DestinationConfig) -> Iterator[tuple[Place, str]]:
-    yield ("url",), destination.url
-    if destination.query_url:
-        yield ("query_url",), destination.query_url
-    for key, text in destination.fields.items():
-        yield ("fields", key), text
-    for key, text in destination.headers.items():
-        yield ("headers", key), text
 
 
 def _labels(drop: DropConfig) -> frozenset[str]:

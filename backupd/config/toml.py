@@ -1,4 +1,4 @@
-"""TOML as it is written."""
+"""Writing TOML."""
 
 import json
 import re
@@ -10,19 +10,19 @@ _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def basic_string(text: str) -> str:
-    """Return `text` in double quotes, on one line, with nothing invisible in it."""
+    """Return a text as a TOML basic string; control and other invisible characters are escaped."""
     return "".join(
         each if each.isprintable() else f"\\U{ord(each):08x}" for each in json.dumps(text, ensure_ascii=False)
     )
 
 
 def bare_or_quoted(key: str) -> str:
-    """Return `key` as it stands to the left of an equals sign."""
+    """Return a key as it is written in TOML, in quotes if it needs them."""
     return key if _BARE_KEY.fullmatch(key) else basic_string(key)
 
 
 def setting(key: str, value: object) -> str:
-    """Return the line, or lines, that give `key` the `value`."""
+    """Return the line, or for a long list the lines, that set a key to a value."""
     text = f"{bare_or_quoted(key)} = {_inline(value)}"
     if len(text) > _WIDTH and isinstance(value, Sequence) and not isinstance(value, str):
         return "\n".join((f"{bare_or_quoted(key)} = [", *_wrapped(value), "]"))
@@ -30,7 +30,7 @@ def setting(key: str, value: object) -> str:
 
 
 def heading(*keys: str) -> str:
-    """Return the line that begins the table at `keys`."""
+    """Return the header line of a table, such as `[drop.switches]`."""
     return f"[{'.'.join(map(bare_or_quoted, keys))}]"
 
 

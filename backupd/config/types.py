@@ -1,4 +1,4 @@
-"""The kinds of single values that a configuration holds, each with its own check."""
+"""The types of single values in a configuration: how each is parsed, checked, written and described."""
 
 import base64
 import ipaddress
@@ -15,12 +15,15 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer, StringConstraints, WithJsonSchema
 
-from backupd.config.problems import expected, quoted, refused
+from backupd.config.problems import expected, refused
 from backupd.core.bandwidth import RateSchedule, RateWindow
 from backupd.core.names import TemplateError, TextTemplate
 from backupd.core.retention_policy import MinFree
 
 _NUMBER: Final = r"[0-9]{1,20}(?:\.[0-9]{1,9})?"
+
+# Durations
+
 _MICROSECONDS: Final = {
     "d": 86_400_000_000,
     "h": 3_600_000_000,
@@ -31,44 +34,30 @@ _MICROSECONDS: Final = {
 DURATION_PATTERN: Final = "^(?=.)" + "".join(f"(?:{_NUMBER}{unit})?" for unit in _MICROSECONDS) + "$"
 _DURATION: Final = re.compile(DURATION_PATTERN)
 _DURATION_PART: Final = re.compile(f"({_NUMBER})(ms|[dhms])")
-
-_BYTES: Final = {"B": 1} | {
-    prefix + suffix: base**power
-    for suffix, base in (("B", 1000), ("iB", 1024))
-    for power, prefix in enumerate("kMGTP", start=1)
-}
-_BYTES_BY_UNIT: Final = {unit.lower(): factor for unit, factor in _BYTES.items()}
-SIZE_PATTERN: Final = f"^{_NUMBER} ?(?:[kKmMgGtTpP][iI]?)?[bB]$"
-_SIZE: Final = re.compile(f"({_NUMBER}) ?((?:[kmgtp]i?)?b)", re.IGNORECASE)
-
-PERCENT_PATTERN: Final = f"^{_NUMBER}%$"
-_PERCENT: Final = re.compile(f"({_NUMBER})%")
-
-LONGEST: Final = timedelta(days=36500)
-LARGEST: Final = 2**63 - 1
-
-_A_DURATION: Final = 'a duration such as "2s"'
-_A_SIZE: Final = 'a size such as "20MB"'
-_A_PERCENTAGE: Final = 'a percentage from "1%" to "1000%"'
+MAX_DURATION: Final = timedelta(days=36500)
+_DURATION_EXAMPLE: Final = 'a duration such as "2s"'
 
 
 def parse_duration(text: str) -> timedelta:
-    """Return the duration that `text` spells; units are d, h, m, s and ms, in this order.
+    """Return a duration from its text, such as `1h30m`; the units are d, h, m, s and ms, in this order.
 
-    Raise `ValueError` for anything else, and for more than a hundred years.
+    Raise ValueError for another text, and for more than a hundred years.
     """
     if not _DURATION.fullmatch(text):
-        raise ValueError(f"expected {_A_DURATION}")
+        raise ValueError(f"expected {_DURATION_EXAMPLE}")
     microseconds = sum(
         (Decimal(number) * _MICROSECONDS[unit] for number, unit in _DURATION_PART.findall(text)), Decimal(0)
     )
-    if microseconds > LONGEST // timedelta(microseconds=1):
-        raise ValueError(f'expected a duration of at most "{LONGEST.days}d"')
+    if microseconds > MAX_DURATION // timedelta(microseconds=1):
+        raise ValueError(f'expected a duration of at most "{MAX_DURATION.days}d"')
     return timedelta(microseconds=int(microseconds))
 
 
 def format_duration(duration: timedelta) -> str:
-    """Return `duration` in the largest unit of which it is a whole number, in seconds otherwise."""
+    """Return the text of a duration in the largest unit of which it is a whole number, else in seconds.
+
+    `parse_duration` reads it back; `core.units.human_duration` is the form for people.
+    """
     microseconds = duration // timedelta(microseconds=1)
     if not microseconds:
         return "0s"
@@ -79,68 +68,20 @@ def format_duration(duration: timedelta) -> str:
     return f"{seconds:f}s"
 
 
-def parse_size(text: str) -> int:
-    """Return the bytes that `text` spells; kB is a thousand of them, KiB 1024.
-
-    Raise `ValueError` for anything else, for parts of a byte, and for more than 2**63 - 1.
-    """
-    if not (match := _SIZE.fullmatch(text)):
-        raise ValueError(f"expected {_A_SIZE}")
-    number, unit = match.groups()
-    size = Decimal(number) * _BYTES_BY_UNIT[unit.lower()]
-    if size > LARGEST:
-        raise ValueError('expected a size of less than "8192PiB"')
-    if size != int(size):
-        raise ValueError("expected a whole number of bytes")
-    return int(size)
-
-
-def format_size(size: int) -> str:
-    """Return `size` in the unit of which it is the smallest whole number."""
-    amounts = [(size // factor, unit) for unit, factor in _BYTES.items() if size and size % factor == 0]
-    amount, unit = min(amounts, key=lambda each: each[0], default=(0, "B"))
-    return f"{amount}{'KiB' if unit == 'kiB' else unit}"
-
-
 def _to_duration(value: object) -> timedelta:
     if isinstance(value, timedelta):
-        if not timedelta(0) <= value <= LONGEST:
-            raise expected(_A_DURATION)
+        if not timedelta(0) <= value <= MAX_DURATION:
+            raise expected(_DURATION_EXAMPLE)
         return value
     if not isinstance(value, str):
-        raise expected(_A_DURATION)
+        raise expected(_DURATION_EXAMPLE)
     try:
         return parse_duration(value)
     except ValueError as error:
         raise expected(str(error).removeprefix("expected ")) from None
 
 
-def _to_size(value: object) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST:
-        return value
-    if not isinstance(value, str):
-        raise expected(_A_SIZE)
-    try:
-        return parse_size(value)
-    except ValueError as error:
-        raise expected(str(error).removeprefix("expected ")) from None
-
-
-def _to_fraction(value: object) -> float:
-    if isinstance(value, float) and 0.01 <= value <= 10:
-        return value
-    match = _PERCENT.fullmatch(value) if isinstance(value, str) else None
-    fraction = Decimal(match[1]) / 100 if match else Decimal(0)
-    if not Decimal("0.01") <= fraction <= 10:
-        raise expected(_A_PERCENTAGE)
-    return float(fraction)
-
-
-def _as_percentage(fraction: float) -> str:
-    return f"{fraction * 100:.10g}%"
-
-
-def _longer_than_nothing(value: timedelta) -> timedelta:
+def _to_positive_duration(value: timedelta) -> timedelta:
     if not value:
         raise expected('a duration longer than "0s"')
     return value
@@ -152,14 +93,62 @@ Duration = Annotated[
     PlainSerializer(format_duration, return_type=str, when_used="json"),
     WithJsonSchema({"type": "string", "pattern": DURATION_PATTERN}),
 ]
-"""A duration from nothing to a hundred years."""
+"""A duration from 0 to 36,500 days."""
 
 PositiveDuration = Annotated[
     Duration,
-    AfterValidator(_longer_than_nothing),
+    AfterValidator(_to_positive_duration),
     WithJsonSchema({"type": "string", "pattern": DURATION_PATTERN.replace("(?=.)", "(?=.*[1-9])")}),
 ]
-"""A duration of more than nothing."""
+"""A duration above 0."""
+
+# Sizes
+
+_BYTES: Final = {"B": 1} | {
+    prefix + suffix: base**power
+    for suffix, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate("kMGTP", start=1)
+}
+_BYTES_BY_UNIT: Final = {unit.lower(): factor for unit, factor in _BYTES.items()}
+SIZE_PATTERN: Final = f"^{_NUMBER} ?(?:[kKmMgGtTpP][iI]?)?[bB]$"
+_SIZE: Final = re.compile(f"({_NUMBER}) ?((?:[kmgtp]i?)?b)", re.IGNORECASE)
+MAX_SIZE: Final = 2**63 - 1
+_SIZE_EXAMPLE: Final = 'a size such as "20MB"'
+
+
+def parse_size(text: str) -> int:
+    """Return a number of bytes from its text, such as `20MB`; 1 kB is 1000 bytes, 1 KiB is 1024.
+
+    Raise ValueError for another text, for a fraction of a byte, and for more than 2**63 - 1 bytes.
+    """
+    if not (match := _SIZE.fullmatch(text)):
+        raise ValueError(f"expected {_SIZE_EXAMPLE}")
+    number, unit = match.groups()
+    size = Decimal(number) * _BYTES_BY_UNIT[unit.lower()]
+    if size > MAX_SIZE:
+        raise ValueError('expected a size of less than "8192PiB"')
+    if size != int(size):
+        raise ValueError("expected a whole number of bytes")
+    return int(size)
+
+
+def format_size(size: int) -> str:
+    """Return the text of a number of bytes in the unit of which it is the smallest whole number."""
+    amounts = [(size // factor, unit) for unit, factor in _BYTES.items() if size and size % factor == 0]
+    amount, unit = min(amounts, key=lambda each: each[0], default=(0, "B"))
+    return f"{amount}{'KiB' if unit == 'kiB' else unit}"
+
+
+def _to_size(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_SIZE:
+        return value
+    if not isinstance(value, str):
+        raise expected(_SIZE_EXAMPLE)
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise expected(str(error).removeprefix("expected ")) from None
+
 
 Size = Annotated[
     int,
@@ -167,72 +156,95 @@ Size = Annotated[
     PlainSerializer(format_size, return_type=str, when_used="json"),
     WithJsonSchema({"type": ["string", "integer"], "minimum": 0, "pattern": SIZE_PATTERN}),
 ]
-"""A number of bytes; a bare number counts bytes, too."""
+"""A number of bytes, written with a unit or as a bare number."""
+
+# Percentages
+
+PERCENT_PATTERN: Final = f"^{_NUMBER}%$"
+_PERCENT: Final = re.compile(f"({_NUMBER})%")
+_PERCENTAGE_RANGE: Final = 'a percentage from "1%" to "1000%"'
+
+
+def _to_fraction(value: object) -> float:
+    if isinstance(value, float) and 0.01 <= value <= 10:
+        return value
+    match = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+    fraction = Decimal(match[1]) / 100 if match else Decimal(0)
+    if not Decimal("0.01") <= fraction <= 10:
+        raise expected(_PERCENTAGE_RANGE)
+    return float(fraction)
+
+
+def _format_percentage(fraction: float) -> str:
+    return f"{fraction * 100:.10g}%"
+
 
 Percentage = Annotated[
     float,
     BeforeValidator(_to_fraction),
-    PlainSerializer(_as_percentage, return_type=str, when_used="json"),
+    PlainSerializer(_format_percentage, return_type=str, when_used="json"),
     WithJsonSchema({"type": "string", "pattern": PERCENT_PATTERN}),
 ]
-"""A fraction, written in percent."""
+"""A fraction from 0.01 to 10, written in percent."""
 
-_WINDOW: Final = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])-([01][0-9]|2[0-3]):([0-5][0-9])")
-_A_RATE: Final = 'a rate such as "2MB/s", or "none"'
+# Rates
+
+_TIME_WINDOW: Final = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])-([01][0-9]|2[0-3]):([0-5][0-9])")
+_RATE_EXAMPLE: Final = 'a rate such as "2MB/s", or "none"'
 _RATE_PATTERN: Final = f"{SIZE_PATTERN[:-1]}(?:/s)?$|^none$"
-_SLOWEST: Final = 1024
+_MIN_RATE: Final = 1024
 
 
-def _rate(value: object) -> int | None:
+def _parse_rate(value: object) -> int | None:
     if value == "none":
         return None
     if not isinstance(value, str):
-        raise expected(_A_RATE)
+        raise expected(_RATE_EXAMPLE)
     try:
         rate = parse_size(value.removesuffix("/s"))
     except ValueError:
-        raise expected(_A_RATE) from None
-    if rate < _SLOWEST:
+        raise expected(_RATE_EXAMPLE) from None
+    if rate < _MIN_RATE:
         raise expected('a rate of at least "1KiB/s"')
     return rate
 
 
-def _schedule(value: object) -> RateSchedule:
+def _to_schedule(value: object) -> RateSchedule:
     if isinstance(value, RateSchedule):
         return value
     if not isinstance(value, Mapping):
-        return RateSchedule((), _rate(value))
+        return RateSchedule((), _parse_rate(value))
     windows = []
     for key, rate in value.items():
         if key == "default":
             continue
-        match = _WINDOW.fullmatch(str(key))
+        match = _TIME_WINDOW.fullmatch(str(key))
         if not match or match[1] + match[2] == match[3] + match[4]:
             raise refused('expected hours such as "08:00-18:00", or "default", as keys')
         begin, end = (int(match[i]) * 60 + int(match[i + 1]) for i in (1, 3))
-        windows.append(RateWindow(begin, end, _rate(rate)))
-    return RateSchedule(tuple(windows), _rate(value.get("default", "none")))
+        windows.append(RateWindow(begin, end, _parse_rate(rate)))
+    return RateSchedule(tuple(windows), _parse_rate(value.get("default", "none")))
 
 
-def _written(schedule: RateSchedule) -> str | dict[str, str]:
+def _format_schedule(schedule: RateSchedule) -> str | dict[str, str]:
     if not schedule.windows:
-        return _rate_text(schedule.default)
-    hours = {f"{_clock(w.start)}-{_clock(w.end)}": _rate_text(w.rate) for w in schedule.windows}
-    return {**hours, "default": _rate_text(schedule.default)}
+        return _format_rate(schedule.default)
+    hours = {f"{_format_time(w.start)}-{_format_time(w.end)}": _format_rate(w.rate) for w in schedule.windows}
+    return {**hours, "default": _format_rate(schedule.default)}
 
 
-def _rate_text(rate: int | None) -> str:
+def _format_rate(rate: int | None) -> str:
     return "none" if rate is None else f"{format_size(rate)}/s"
 
 
-def _clock(minute: int) -> str:
+def _format_time(minute: int) -> str:
     return f"{minute // 60:02}:{minute % 60:02}"
 
 
 Bandwidth = Annotated[
     RateSchedule,
-    BeforeValidator(_schedule),
-    PlainSerializer(_written, when_used="json"),
+    BeforeValidator(_to_schedule),
+    PlainSerializer(_format_schedule, when_used="json"),
     WithJsonSchema(
         {
             "type": ["string", "object"],
@@ -241,64 +253,70 @@ Bandwidth = Annotated[
         }
     ),
 ]
-"""Bytes per second by the time of day."""
+"""A rate in bytes per second, or a table of rates by the time of day."""
 
-_FREE_SPACE_PERCENT: Final = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,3})?)%")
-_A_SPACE: Final = 'a size such as "2GiB", or a percentage such as "5%"'
+# Free space
+
+_MIN_FREE_PERCENT: Final = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,3})?)%")
+_MIN_FREE_EXAMPLE: Final = 'a size such as "2GiB", or a percentage such as "5%"'
 
 
-def _to_space(value: object) -> MinFree:
+def _to_min_free(value: object) -> MinFree:
     if isinstance(value, MinFree):
         return value
     if not isinstance(value, str):
-        raise expected(_A_SPACE)
-    if match := _FREE_SPACE_PERCENT.fullmatch(value):
-        space = MinFree(percent=float(match[1]))
+        raise expected(_MIN_FREE_EXAMPLE)
+    if match := _MIN_FREE_PERCENT.fullmatch(value):
+        min_free = MinFree(percent=float(match[1]))
     else:
         try:
-            space = MinFree(parse_size(value))
+            min_free = MinFree(parse_size(value))
         except ValueError:
-            raise expected(_A_SPACE) from None
-    if space == MinFree():
-        raise expected("more than nothing")
-    return space
+            raise expected(_MIN_FREE_EXAMPLE) from None
+    if min_free == MinFree():
+        raise expected("more than 0")
+    return min_free
 
 
-def _free_space_written(space: MinFree) -> str:
-    return f"{space.percent:g}%" if space.percent else format_size(space.size)
+def _format_min_free(min_free: MinFree) -> str:
+    return f"{min_free.percent:g}%" if min_free.percent else format_size(min_free.size)
 
 
 FreeSpace = Annotated[
     MinFree,
-    BeforeValidator(_to_space),
-    PlainSerializer(_free_space_written, return_type=str, when_used="json"),
-    WithJsonSchema({"type": "string", "pattern": f"{SIZE_PATTERN}|^{_FREE_SPACE_PERCENT.pattern}$"}),
+    BeforeValidator(_to_min_free),
+    PlainSerializer(_format_min_free, return_type=str, when_used="json"),
+    WithJsonSchema({"type": "string", "pattern": f"{SIZE_PATTERN}|^{_MIN_FREE_PERCENT.pattern}$"}),
 ]
-"""A size, or a percentage of the filesystem below 100."""
+"""A number of bytes, or a percentage of the filesystem below 100."""
+
+# Names, paths, URLs and header fields
 
 NAME_PATTERN: Final = "^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
 _HEADER_TEXT: Final = re.compile(r"(?:[\x21-\x7e](?:[\x20-\x7e\t]*[\x21-\x7e])?)?")
-_OUR_HEADERS: Final = frozenset(
+_RESERVED_HEADERS: Final = frozenset(
     {"content-length", "content-type", "host", "idempotency-key", "transfer-encoding"}
 )
-_CREDENTIAL: Final = re.compile(r"auth|cookie|credential|key|passw|secret|signature|token", re.IGNORECASE)
+_CREDENTIAL_NAME: Final = re.compile(
+    r"auth|cookie|credential|key|passw|secret|signature|token", re.IGNORECASE
+)
 _HOST: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 _HOST_OR_IP: Final = re.compile(r"[A-Za-z0-9:](?:[A-Za-z0-9.:-]{0,251}[A-Za-z0-9:])?")
 _POINTER: Final = re.compile(r"(?:/(?:[^~/]|~[01])*)+")  # RFC 6901, section 3
 
 
 def names_a_credential(name: str) -> bool:
-    """Tell whether what is called `name` is likely to be a secret."""
-    return _CREDENTIAL.search(name) is not None
+    """Return whether a header, field or query parameter with this name is likely to contain a secret."""
+    return _CREDENTIAL_NAME.search(name) is not None
 
 
-def _absolute(value: object, what: str) -> Path:
+def _absolute(value: object, description: str) -> Path:
     if isinstance(value, Path):
         value = os.fspath(value)
     if not isinstance(value, str) or not value.startswith("/") or "\0" in value:
-        raise expected(what)
+        raise expected(description)
     return Path(posixpath.normpath(value))
 
 
@@ -307,7 +325,16 @@ def _absolute_path(value: object) -> Path:
 
 
 def _tls_path(value: object) -> Path:
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    if folder and isinstance(value, str) and _is_credential(folder, value):
+        value = os.path.join(folder, value)
     return _absolute(value, "an absolute path, or the name of a file in $CREDENTIALS_DIRECTORY")
+
+
+def _is_credential(folder: str, name: str) -> bool:
+    """Return whether a bare file name is that of a credential in systemd's `folder` of them."""
+    is_bare = name not in {"", ".", ".."} and not {"/", "\0"} & set(name)
+    return is_bare and os.path.isfile(os.path.join(folder, name))
 
 
 def _subfolder(value: str) -> str:
@@ -326,7 +353,9 @@ def _file_pattern(value: str) -> str:
 def _label_pattern(value: str) -> str:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # what Python merely warns of today means something else tomorrow
+            warnings.simplefilter(
+                "error"
+            )  # a pattern that Python warns about has another meaning in a later version
             pattern = re.compile(value)
     except (re.error, Warning, OverflowError, RecursionError) as error:
         raise refused(f"expected a regular expression: {error}") from None
@@ -345,12 +374,12 @@ def _template(value: str) -> TextTemplate:
 def _url(value: str) -> str:
     _template(value)
     if not value.isprintable() or " " in value:
-        raise refused("expected an address without blanks and control characters")
+        raise refused("expected a URL without blanks and control characters")
     try:
         address = urlsplit(value)
         _ = address.port
     except ValueError as error:
-        raise refused(f"expected an address such as https://host/path: {str(error).lower()}") from None
+        raise refused(f"expected a URL such as https://host/path: {str(error).lower()}") from None
     if fault := _address_fault(address, value):
         raise refused(fault)
     return value
@@ -358,13 +387,13 @@ def _url(value: str) -> str:
 
 def _address_fault(address: SplitResult, value: str) -> str | None:
     if address.username is not None or address.password is not None:
-        return "expected an address without a user name or password"
+        return "expected a URL without a user name or password"
     if "#" in value:
-        return "expected an address without a fragment"
+        return "expected a URL without a fragment"
     if "{" in address.netloc:
         return "expected placeholders in the path and query only"
     if address.scheme not in {"https", "http"} or not address.hostname:
-        return "expected an address such as https://host/path"
+        return "expected a URL such as https://host/path"
     if address.scheme == "http" and not _is_loopback(address.hostname):
         return "expected https; plain http is for loopback addresses only"
     return None
@@ -407,7 +436,7 @@ def _device_template(value: str) -> str:
 def _header_name(value: str) -> str:
     if not _TOKEN.fullmatch(value):
         raise refused("expected a header name of letters, digits and dashes")
-    if value.lower() in _OUR_HEADERS:
+    if value.lower() in _RESERVED_HEADERS:
         raise refused(f"{value} is set by backupd itself")
     return value
 
@@ -427,8 +456,7 @@ def _digest_source(value: str) -> str:
         or (kind == "header" and _TOKEN.fullmatch(place))
     )
     if not known:
-        what = " or ".join((*map(quoted, ("body:/json/pointer", "header:Name")), quoted("none")))
-        raise expected(what)
+        raise expected('"body:/json/pointer" or "header:Name" or "none"')
     return value
 
 

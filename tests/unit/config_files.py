@@ -1,9 +1,9 @@
-"""Small configurations to change one thing in."""
+"""Minimal configurations, and functions that validate them."""
 
 import tomllib
 
 from backupd.config.load import validate
-from backupd.config.models import Config
+from backupd.config.models import Config, HttpDestinationConfig
 from backupd.config.paths import key_path
 
 SMALLEST = """
@@ -32,7 +32,13 @@ def read(text: str) -> Config:
     return config
 
 
-def told(text: str) -> tuple[str, ...]:
-    findings = validate(tomllib.loads(text))
-    assert not isinstance(findings, Config)
-    return tuple(f"{key_path(finding.place)}: {finding.text}" for finding in findings)
+def vault(config: Config) -> HttpDestinationConfig:
+    destination = config.destination["vault"]
+    assert isinstance(destination, HttpDestinationConfig)
+    return destination
+
+
+def faults_in(text: str) -> tuple[str, ...]:
+    faults = validate(tomllib.loads(text))
+    assert not isinstance(faults, Config)
+    return tuple(f"{key_path(fault.place)}: {fault.text}" for fault in faults)

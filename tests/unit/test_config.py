@@ -1,3 +1,5 @@
+"""Loading a configuration from a file and the environment."""
+
 import tomllib
 from collections.abc import Callable
 from datetime import timedelta
@@ -9,7 +11,7 @@ from pydantic import ValidationError
 from backupd.config.load import DEFAULT_PATH, InvalidConfigError, _Settings, load
 from backupd.config.models import Config
 from backupd.core.errors import ConfigError
-from tests.unit.config_files import SMALLEST, a_file
+from tests.unit.config_files import SMALLEST, a_file, vault
 
 A_CREDENTIAL = "an absolute path, or the name of a file in $CREDENTIALS_DIRECTORY"
 
@@ -32,7 +34,7 @@ def write(tmp_path: Path) -> Write:
     return write
 
 
-def told(write: Write, text: str) -> tuple[str, ...]:
+def faults_in(write: Write, text: str) -> tuple[str, ...]:
     with pytest.raises(InvalidConfigError) as refusal:
         load(write(text))
     assert refusal.value.exit_code == 78
@@ -42,7 +44,7 @@ def told(write: Write, text: str) -> tuple[str, ...]:
 class TestLoading:
     def test_the_smallest_file_is_complete(self, write: Write) -> None:
         config = load(write(SMALLEST))
-        drop, destination = config.drop["switches"], config.destination["vault"]
+        drop, destination = config.drop["switches"], vault(config)
         assert config.state_dir == Path("/var/lib/backupd")
         assert (config.shutdown_grace, config.heartbeat_every) == (
             timedelta(seconds=30),
@@ -60,26 +62,26 @@ class TestLoading:
         assert (destination.receipt.digest, destination.receipt.prefix) == ("body:/sha256", 0)
         assert (destination.retry.max, destination.retry.give_up_after) == (timedelta(minutes=5), None)
 
-    def test_a_configuration_can_not_be_changed(self, write: Write) -> None:
+    def test_a_configuration_is_immutable(self, write: Write) -> None:
         config = load(write(SMALLEST))
         with pytest.raises(ValidationError):
             config.state_dir = Path("/elsewhere")
 
-    def test_the_usual_place_is_below_etc(self) -> None:
+    def test_the_default_path_is_below_etc(self) -> None:
         assert Path("/etc/backupd/backupd.toml") == DEFAULT_PATH
 
-    def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(self, tmp_path: Path) -> None:
+    def test_a_byte_order_mark_and_windows_line_ends_are_accepted(self, tmp_path: Path) -> None:
         path = tmp_path / "backupd.toml"
         path.write_bytes(b"\xef\xbb\xbf" + SMALLEST.replace("\n", "\r\n").encode())
         assert load(path) == Config.model_validate(tomllib.loads(SMALLEST))
 
-    def test_paths_are_kept_without_detours(self, write: Write) -> None:
+    def test_paths_are_normalized(self, write: Write) -> None:
         assert load(write(SMALLEST.replace("/backups", "//x/../backups/."))).drop["switches"].path == Path(
             "/srv/backups/switches"
         )
 
     @pytest.mark.parametrize(
-        ("content", "said"),
+        ("content", "message"),
         [
             (b"\n[drop\n", ":2:6: expected ']' at the end of a table declaration\n  [drop"),
             (b"a = 1\na = 2\n", ":2:6: cannot overwrite a value\n  a = 2"),
@@ -90,14 +92,14 @@ class TestLoading:
             (b"a = " + b"9" * 5000, ": a number has too many digits"),
         ],
     )
-    def test_a_file_that_is_no_toml_is_told_by_line_and_column(
-        self, tmp_path: Path, content: bytes, said: str
+    def test_a_syntax_error_has_its_line_and_column(
+        self, tmp_path: Path, content: bytes, message: str
     ) -> None:
         path = tmp_path / "backupd.toml"
         path.write_bytes(content)
         with pytest.raises(ConfigError) as refusal:
             load(path)
-        assert said in refusal.value.message
+        assert message in refusal.value.message
         assert refusal.value.message.startswith(str(path))
 
     @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ class TestLoading:
         assert "***" in str(refusal.value)
         assert "geheim" not in str(refusal.value)
 
-    def test_every_fault_is_a_line_of_one_error(self, write: Write) -> None:
+    def test_each_fault_is_a_line_of_one_error(self, write: Write) -> None:
         path = write(a_file('stable_for = "two"\nmin_size = 1.5', "headers = 'geheim'"))
         with pytest.raises(ConfigError) as refusal:
             load(path)
@@ -128,18 +130,18 @@ class TestLoading:
         assert refusal.value.exit_code == 78
         assert refusal.value.__cause__ is None
 
-    def test_a_missing_file_is_told_with_a_way_out(self, tmp_path: Path) -> None:
+    def test_a_missing_file_has_a_hint_that_creates_it(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="no such file") as refusal:
             load(tmp_path / "none.toml")
         assert "backupd init" in refusal.value.hint
 
-    def test_a_folder_is_no_configuration(self, tmp_path: Path) -> None:
+    def test_a_folder_is_not_a_configuration(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="is a directory"):
             load(tmp_path)
 
 
 class TestEnvironment:
-    def test_it_goes_before_the_file(self, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_it_overrides_the_file(self, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("BACKUPD_STATE_DIR", "/srv/state")
         monkeypatch.setenv("BACKUPD_SHUTDOWN_GRACE", "5s")
         monkeypatch.setenv("BACKUPD_HEARTBEAT_EVERY", "")
@@ -149,15 +151,15 @@ class TestEnvironment:
         assert config.heartbeat_every == timedelta(seconds=60)
         assert (config.log.format, config.log.level) == ("json", "debug")
 
-    def test_it_can_give_every_scalar_at_the_top(self) -> None:
+    def test_it_can_set_every_key_outside_drops_and_destinations(self) -> None:
         scalars = set(Config.model_fields) - {"drop", "destination"}
         assert set(_Settings.model_fields) == scalars
 
-    def test_its_faults_are_told_by_the_variable(self, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_its_faults_name_the_variable(self, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("BACKUPD_STATE_DIR", "var")
         monkeypatch.setenv("BACKUPD_LOG__LEVEL", "loud")
         monkeypatch.setenv("BACKUPD_LOG__FROMAT", "json")
-        assert sorted(told(write, SMALLEST)) == [
+        assert sorted(faults_in(write, SMALLEST)) == [
             'BACKUPD_LOG__FROMAT: unknown key; did you mean "format"?',
             'BACKUPD_LOG__LEVEL: expected "debug", "info", "warning" or "error", got "loud"',
             'BACKUPD_STATE_DIR: expected an absolute path, got "var"',
@@ -171,31 +173,31 @@ class TestEnvironment:
             load(write(SMALLEST))
         assert "BACKUPD_LOG__LEVEL" in refusal.value.hint
 
-    def test_it_does_not_hide_that_the_file_has_no_table_there(
+    def test_it_does_not_hide_a_fault_of_the_same_key_in_the_file(
         self, write: Write, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("BACKUPD_LOG__LEVEL", "debug")
-        assert told(write, "log = 5\n" + SMALLEST) == ("log: expected a table, got 5",)
+        assert faults_in(write, "log = 5\n" + SMALLEST) == ("log: expected a table, got 5",)
 
-    def test_state_goes_where_systemd_says_unless_the_file_does(
+    def test_state_dir_is_that_of_systemd_unless_the_file_sets_it(
         self, write: Write, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/one:/var/lib/two")
         assert load(write(SMALLEST)).state_dir == Path("/var/lib/one")
         assert load(write('state_dir = "/srv/state"\n' + SMALLEST)).state_dir == Path("/srv/state")
 
-    def test_a_bare_file_name_is_one_of_systemds_credentials(
+    def test_a_bare_file_name_of_a_tls_file_is_a_systemd_credential(
         self, write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
         for name in ("client.pem", "client.key", "password"):
             (tmp_path / name).touch()
         text = a_file(destination='cert = "client.pem"\nkey = "client.key"\nkey_password_file = "password"')
-        destination = load(write(text)).destination["vault"]
+        destination = vault(load(write(text)))
         assert (destination.cert, destination.key) == (tmp_path / "client.pem", tmp_path / "client.key")
         assert destination.key_password_file == tmp_path / "password"
 
-    def test_so_is_every_other_secret(
+    def test_a_bare_file_name_of_another_secret_is_a_systemd_credential(
         self, write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
@@ -206,7 +208,7 @@ class TestEnvironment:
             'header_files = { X-API-Key = "api.key" }\n'
             'proxy = "http://proxy:3128"\nproxy_password_file = "proxy.password"'
         )
-        destination = load(write(text)).destination["vault"]
+        destination = vault(load(write(text)))
         assert destination.auth.token_file == tmp_path / "token"
         assert destination.header_files == {"X-API-Key": tmp_path / "api.key"}
         assert destination.proxy_password_file == tmp_path / "proxy.password"
@@ -216,6 +218,6 @@ class TestEnvironment:
         self, write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
     ) -> None:
         monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
-        assert told(write, a_file(destination=f'ca = "{name}"')) == (
+        assert faults_in(write, a_file(destination=f'ca = "{name}"')) == (
             f'destination.vault.ca: expected {A_CREDENTIAL}, got "{name}"',
         )

@@ -1,3 +1,5 @@
+"""Each fault of a configuration, with its key and message."""
+
 import re
 from typing import Any
 
@@ -9,13 +11,13 @@ from backupd.config.load import validate
 from backupd.config.models import Config
 from backupd.config.rules import PLACEHOLDERS
 from backupd.core.names import TextTemplate
-from tests.unit.config_files import a_file, a_url, told
+from tests.unit.config_files import a_file, a_url, faults_in
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        # kinds
+        # types
         (
             a_file('stable_for = "two"'),
             'drop.switches.stable_for: expected a duration such as "2s", got "two"',
@@ -35,7 +37,7 @@ from tests.unit.config_files import a_file, a_url, told
         (a_file("exclude = [2020-02-02]"), "exclude[0]: expected a text in quotes, got a date"),
         (a_file("path2 = 1"), 'drop.switches.path2: unknown key; did you mean "path"?'),
         (a_file('on_delivered = "mvoe"'), 'expected "move", "delete" or "keep", got "mvoe"'),
-        # who is expected
+        # expected devices
         (
             a_file("size_alarm = 50"),
             'drop.switches.size_alarm: expected a percentage from "1%" to "1000%", got 50',
@@ -52,14 +54,14 @@ from tests.unit.config_files import a_file, a_url, told
             'unknown placeholder {nme}; did you mean "name"?',
         ),
         (a_file('expect.every = "1h"\nexpect.by = "{digest}"'), "expect.by: unknown placeholder {digest}"),
-        (a_file('expect.by = "{stem}"'), "drop.switches.expect.by: expected every beside it"),
+        (a_file('expect.by = "{stem}"'), 'drop.switches.expect.by: expected "every" to be set too'),
         (
             a_file('size_alarm = "9%"\nexpect.by = "{stem}"\nexpect.devices = ["a"]'),
-            "drop.switches.expect.devices: expected every beside it",
+            'drop.switches.expect.devices: expected "every" to be set too',
         ),
         (
             a_file('expect.every = "1h"\nexpect.devices = ["sw1"]'),
-            "drop.switches.expect.devices: expected by beside it",
+            'drop.switches.expect.devices: expected "by" to be set too',
         ),
         (
             a_file('expect = { every = "1h", by = "{stem}", devices = ["sw1", ""] }'),
@@ -87,7 +89,7 @@ from tests.unit.config_files import a_file, a_url, told
         (a_file(top="zzz = 1"), "zzz: unknown key"),
         (a_file(top='state_dir = "var"'), 'state_dir: expected an absolute path, got "var"'),
         (a_file(top='state_dir = "/v\\u0000"'), 'state_dir: expected an absolute path, got "/v\\u0000"'),
-        # names and places
+        # names and paths
         ('drop = {}\n[destination.v]\nurl = "https://h"', "drop: expected at least one, got a table"),
         ('[destination.v]\nurl = "https://h"', "drop: required, but missing"),
         ('[drop.d]\npath = "/srv"', "destination: required, but missing"),
@@ -155,11 +157,11 @@ from tests.unit.config_files import a_file, a_url, told
         ),
         (a_file(rest='[drop.other]\npath = "/srv"'), "drop.other.path: expected a folder apart"),
         # TLS
-        (a_file(destination='cert = "/c"'), "destination.vault.cert: expected key beside it"),
-        (a_file(destination='key = "/k"'), "destination.vault.key: expected cert beside it"),
+        (a_file(destination='cert = "/c"'), 'destination.vault.cert: expected "key" to be set too'),
+        (a_file(destination='key = "/k"'), 'destination.vault.key: expected "cert" to be set too'),
         (
             a_file(destination='key_password_file = "/p"'),
-            "destination.vault.key_password_file: expected key beside it",
+            'destination.vault.key_password_file: expected "key" to be set too',
         ),
         # addresses
         (
@@ -168,21 +170,21 @@ from tests.unit.config_files import a_file, a_url, told
         ),
         (a_url("http://127.0.0.1.example.net/"), "url: expected https"),
         (a_url("http://localhost.example.net/"), "url: expected https"),
-        (a_url("ftp://vault/"), "url: expected an address such as https://host/path"),
-        (a_url("vault.example.net/x"), "url: expected an address such as https://host/path"),
-        (a_url("https:///x"), "url: expected an address such as https://host/path"),
+        (a_url("ftp://vault/"), "url: expected a URL such as https://host/path"),
+        (a_url("vault.example.net/x"), "url: expected a URL such as https://host/path"),
+        (a_url("https:///x"), "url: expected a URL such as https://host/path"),
         (
             a_url("https://h:99999/x"),
-            "url: expected an address such as https://host/path: port out of range",
+            "url: expected a URL such as https://host/path: port out of range",
         ),
-        (a_url("https://[::1/x"), "url: expected an address such as https://host/path: invalid ipv6"),
-        (a_url("https://me@vault/"), "url: expected an address without a user name or password"),
-        (a_url("https://me:geheim@vault/"), "url: expected an address without a user name or password"),
-        (a_url("https://vault/#part"), "url: expected an address without a fragment"),
-        (a_url("https://vault/a b"), "url: expected an address without blanks and control characters"),
+        (a_url("https://[::1/x"), "url: expected a URL such as https://host/path: invalid ipv6"),
+        (a_url("https://me@vault/"), "url: expected a URL without a user name or password"),
+        (a_url("https://me:geheim@vault/"), "url: expected a URL without a user name or password"),
+        (a_url("https://vault/#part"), "url: expected a URL without a fragment"),
+        (a_url("https://vault/a b"), "url: expected a URL without blanks and control characters"),
         (
             a_url("https://vault/\\u0007"),
-            "url: expected an address without blanks and control characters",
+            "url: expected a URL without blanks and control characters",
         ),
         (a_url("https://{name}/x"), "url: expected placeholders in the path and query only"),
         (a_url("https://vault/{name"), 'url: unmatched "{" at character 15'),
@@ -243,7 +245,7 @@ from tests.unit.config_files import a_file, a_url, told
         ),
         (a_file(destination='file_field = ""'), 'file_field: expected the name of a form field, got ""'),
         (a_file(destination='digest_field = "a\\r"'), "digest_field: expected the name of a form field"),
-        # receipts and waits
+        # receipts and retries
         *(
             (
                 a_file(destination=f'receipt.digest = "{digest}"'),
@@ -279,26 +281,26 @@ from tests.unit.config_files import a_file, a_url, told
         ),
     ],
 )
-def test_what_is_wrong_is_told_once_with_its_place(text: str, said: str) -> None:
-    lines = told(text)
+def test_each_fault_is_reported_once_with_its_key(text: str, message: str) -> None:
+    lines = faults_in(text)
     assert len(lines) == 1, lines
-    assert said in lines[0]
+    assert message in lines[0]
     assert re.match(r"[a-z]", lines[0])
     assert not lines[0].endswith(".")
 
 
 @pytest.mark.parametrize("key", ["checksum_files", "keep_sent", "inspection"])
-def test_keys_that_nothing_implements_are_unknown(key: str) -> None:
-    assert told(a_file(drop=f'{key} = "x"'))[0].startswith(f"drop.switches.{key}: unknown key")
+def test_similar_keys_are_unknown(key: str) -> None:
+    assert faults_in(a_file(drop=f'{key} = "x"'))[0].startswith(f"drop.switches.{key}: unknown key")
 
 
-def test_nothing_is_asked_about_where_no_answer_would_prove_anything() -> None:
+def test_query_url_needs_a_receipt_with_a_digest() -> None:
     text = a_file(destination='query_url = "https://vault.example.net/{digest}"\nreceipt.digest = "none"')
-    [line] = told(text)
-    assert line.startswith("destination.vault.query_url: an answer without a digest proves nothing")
+    [line] = faults_in(text)
+    assert line.startswith("destination.vault.query_url: a response without a digest verifies nothing")
 
 
-def test_everything_is_told_at_once_in_the_order_of_the_file() -> None:
+def test_all_faults_are_reported_at_once_in_the_order_of_the_file() -> None:
     text = """
         shutdown_grace = 5
         bogus = "x"
@@ -324,7 +326,7 @@ def test_everything_is_told_at_once_in_the_order_of_the_file() -> None:
         [destination.other]
         retry.max = "0.1s"
     """
-    assert told(text) == (
+    assert faults_in(text) == (
         'shutdown_grace: expected a duration such as "2s", got 5',
         "bogus: unknown key",
         'log.level: expected "debug", "info", "warning" or "error", got "loud"',
@@ -335,7 +337,7 @@ def test_everything_is_told_at_once_in_the_order_of_the_file() -> None:
         'drop.routers.path: expected a folder apart from drop.switches.path, "/srv/a", got "/srv/a/b"',
         "drop.routers.workers: unknown key",
         'destination.vault.url: unknown placeholder {nmae}; did you mean "name"?',
-        "destination.vault.cert: expected key beside it",
+        'destination.vault.cert: expected "key" to be set too',
         "destination.vault.success[1]: expected at most 299, got 404",
         "destination.vault.workers: expected at most 64, got 99",
         "destination.vault.headers.Host: Host is set by backupd itself",
@@ -351,13 +353,13 @@ def test_everything_is_told_at_once_in_the_order_of_the_file() -> None:
         a_file("label_pattern = '('", 'headers = { X-D = "{device}" }'),
         a_file('destinations = ["vault"]').replace('url = "https', 'url = "ftp'),
         '[drop.d]\npath = "/x"\ndestinations = ["v"]\n[destination]\nv = 5',
-        '[drop.d]\npath = 5\n[drop.e]\npath = "/stand-in"\n[destination.v]\nurl = "https://h"',
+        '[drop.d]\npath = 5\n[drop.e]\npath = "/missing"\n[destination.v]\nurl = "https://h"',
         '[destination.v]\nurl = "https://h/{device}"',
         '[drop.d]\npath = "/x"\ndestinations = ["v"]',
     ],
 )
-def test_what_only_follows_from_another_fault_is_not_told(text: str) -> None:
-    assert len(told(text)) == 1
+def test_a_fault_that_follows_from_another_one_is_not_reported(text: str) -> None:
+    assert len(faults_in(text)) == 1
 
 
 @pytest.mark.parametrize(
@@ -374,12 +376,12 @@ def test_what_only_follows_from_another_fault_is_not_told(text: str) -> None:
         a_file(destination='auth = { token = "geheim" }'),
     ],
 )
-def test_no_secret_is_ever_repeated(text: str) -> None:
-    assert "geheim" not in str(told(text))
+def test_no_message_contains_a_secret(text: str) -> None:
+    assert "geheim" not in str(faults_in(text))
 
 
-def test_what_is_quoted_stays_on_one_short_line() -> None:
-    (line,) = told(a_file(f'on_delivered = "a\\n\\u202e{"x" * 500}"'))
+def test_a_quoted_value_is_on_one_short_line() -> None:
+    (line,) = faults_in(a_file(f'on_delivered = "a\\n\\u202e{"x" * 500}"'))
     assert line.isprintable()
     assert len(line) < 200
 
@@ -399,11 +401,11 @@ def test_what_is_quoted_stays_on_one_short_line() -> None:
         ),
     )
 )
-def test_no_shape_of_a_file_is_more_than_faulty(value: object) -> None:
+def test_every_structure_of_a_file_is_valid_or_faulty(value: object) -> None:
     data: dict[str, Any] = value if isinstance(value, dict) else {"drop": {"a": value}, "destination": value}
     found = validate(data)
     assert isinstance(found, Config) or found
 
 
-def test_every_built_in_placeholder_is_a_name() -> None:
+def test_every_built_in_placeholder_is_a_valid_name() -> None:
     assert TextTemplate.parse("".join(f"{{{name}}}" for name in PLACEHOLDERS)).names == PLACEHOLDERS

@@ -1,3 +1,5 @@
+"""Durations, sizes and percentages in a configuration."""
+
 import re
 from datetime import timedelta
 
@@ -8,8 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from backupd.config.types import (
     DURATION_PATTERN,
-    LARGEST,
-    LONGEST,
+    MAX_DURATION,
+    MAX_SIZE,
     SIZE_PATTERN,
     Duration,
     Percentage,
@@ -34,10 +36,10 @@ from backupd.config.types import (
         ("1h30m", timedelta(minutes=90)),
         ("1.5h", timedelta(minutes=90)),
         ("1d2h3m4s5ms", timedelta(days=1, hours=2, minutes=3, seconds=4, milliseconds=5)),
-        ("36500d", LONGEST),
+        ("36500d", MAX_DURATION),
     ],
 )
-def test_durations_are_numbers_with_units(text: str, duration: timedelta) -> None:
+def test_a_duration_is_parsed_from_numbers_with_units(text: str, duration: timedelta) -> None:
     assert parse_duration(text) == duration
 
 
@@ -45,13 +47,13 @@ def test_durations_are_numbers_with_units(text: str, duration: timedelta) -> Non
     "text",
     ["", " ", "two", "5", "5 m", "m", "-1s", "1s1h", "1h1h", "1e3s", ".5s", "5M", "1s\n", "٣s", "1w", "inf"],
 )
-def test_other_texts_are_no_durations(text: str) -> None:
+def test_other_texts_are_refused_as_a_duration(text: str) -> None:
     with pytest.raises(ValueError, match=r'^expected a duration such as "2s"$'):
         parse_duration(text)
 
 
 @pytest.mark.parametrize("text", ["36500d1ms", "99999999999999999999d", "9" * 20 + ".999999999h"])
-def test_no_duration_is_longer_than_a_century(text: str) -> None:
+def test_a_duration_above_a_hundred_years_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match='at most "36500d"'):
         parse_duration(text)
 
@@ -69,12 +71,12 @@ def test_no_duration_is_longer_than_a_century(text: str) -> None:
         (timedelta(days=1, microseconds=1), "86400.000001s"),
     ],
 )
-def test_durations_are_shown_in_one_unit(duration: timedelta, text: str) -> None:
+def test_a_duration_is_written_in_one_unit(duration: timedelta, text: str) -> None:
     assert format_duration(duration) == text
 
 
-@given(st.timedeltas(min_value=timedelta(0), max_value=LONGEST))
-def test_every_duration_reads_back_as_written(duration: timedelta) -> None:
+@given(st.timedeltas(min_value=timedelta(0), max_value=MAX_DURATION))
+def test_every_duration_is_parsed_from_its_own_text(duration: timedelta) -> None:
     text = format_duration(duration)
     assert parse_duration(text) == duration
     assert re.search(DURATION_PATTERN, text)
@@ -94,27 +96,27 @@ def test_every_duration_reads_back_as_written(duration: timedelta) -> None:
         ("1.5KiB", 1536),
         ("2TB", 2 * 10**12),
         ("3PiB", 3 * 2**50),
-        ("9223372036854775807B", LARGEST),
+        ("9223372036854775807B", MAX_SIZE),
     ],
 )
-def test_sizes_are_numbers_with_units(text: str, size: int) -> None:
+def test_a_size_is_parsed_from_a_number_with_a_unit(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
 @pytest.mark.parametrize(
     "text", ["", "1", "B", "-1B", "1 GB ", "1gigabyte", "1iB", "1EB", "1_000B", "1e3B", "٣B"]
 )
-def test_other_texts_are_no_sizes(text: str) -> None:
+def test_other_texts_are_refused_as_a_size(text: str) -> None:
     with pytest.raises(ValueError, match=r'^expected a size such as "20MB"$'):
         parse_size(text)
 
 
-def test_a_size_is_a_whole_number_of_bytes() -> None:
+def test_a_fraction_of_a_byte_is_refused() -> None:
     with pytest.raises(ValueError, match="a whole number of bytes"):
         parse_size("0.5B")
 
 
-def test_no_size_is_larger_than_the_ledger_can_hold() -> None:
+def test_a_size_that_the_ledger_can_not_store_is_refused() -> None:
     with pytest.raises(ValueError, match="less than"):
         parse_size("8192PiB")
 
@@ -131,12 +133,12 @@ def test_no_size_is_larger_than_the_ledger_can_hold() -> None:
         (1001, "1001B"),
     ],
 )
-def test_sizes_are_shown_in_the_unit_that_fits(size: int, text: str) -> None:
+def test_a_size_is_written_in_the_unit_that_fits(size: int, text: str) -> None:
     assert format_size(size) == text
 
 
-@given(st.integers(min_value=0, max_value=LARGEST))
-def test_every_size_reads_back_as_written(size: int) -> None:
+@given(st.integers(min_value=0, max_value=MAX_SIZE))
+def test_every_size_is_parsed_from_its_own_text(size: int) -> None:
     text = format_size(size)
     assert parse_size(text) == size
     assert re.search(SIZE_PATTERN, text)
@@ -152,25 +154,25 @@ def test_the_schema_accepts_what_the_parsers_accept(text: str) -> None:
         assert re.search(pattern, text)
 
 
-def test_models_take_ready_made_values() -> None:
+def test_models_accept_durations_and_sizes_as_objects() -> None:
     assert TypeAdapter(Duration).validate_python(timedelta(seconds=3)) == timedelta(seconds=3)
     assert TypeAdapter(Size).validate_python(4096) == 4096
     assert TypeAdapter(Size).validate_python("4KiB") == 4096
 
 
 @pytest.mark.parametrize("value", [5, 2.5, None, timedelta(-1), timedelta(days=40000), "two"])
-def test_models_refuse_what_is_no_duration(value: object) -> None:
+def test_models_refuse_other_values_as_a_duration(value: object) -> None:
     with pytest.raises(ValidationError, match="expected a duration"):
         TypeAdapter(Duration).validate_python(value)
 
 
 @pytest.mark.parametrize("value", [-1, 2.5, True, None, 2**63, "two"])
-def test_models_refuse_what_is_no_size(value: object) -> None:
+def test_models_refuse_other_values_as_a_size(value: object) -> None:
     with pytest.raises(ValidationError, match="expected a size"):
         TypeAdapter(Size).validate_python(value)
 
 
-def test_nothing_is_no_positive_duration() -> None:
+def test_a_positive_duration_is_not_zero() -> None:
     with pytest.raises(ValidationError, match='longer than "0s"'):
         TypeAdapter(PositiveDuration).validate_python("0s")
     assert TypeAdapter(PositiveDuration).validate_python("1ms") == timedelta(milliseconds=1)
@@ -182,7 +184,7 @@ PERCENTAGE = TypeAdapter(Percentage)
 @pytest.mark.parametrize(
     ("text", "fraction"), [("1%", 0.01), ("50%", 0.5), ("33.3%", 0.333), ("100%", 1.0), ("1000%", 10.0)]
 )
-def test_percentages_are_fractions(text: str, fraction: float) -> None:
+def test_a_percentage_is_parsed_to_a_fraction(text: str, fraction: float) -> None:
     assert PERCENTAGE.validate_python(text) == fraction
     assert PERCENTAGE.dump_python(fraction, mode="json") == text
     assert PERCENTAGE.validate_python(fraction) == fraction
@@ -192,6 +194,6 @@ def test_percentages_are_fractions(text: str, fraction: float) -> None:
     "value",
     ["", "50", "50 %", "0%", "0.9%", "1000.1%", "-5%", "5e1%", "٣%", "%", "50%\n", 50, 50.0, 0.0, None],
 )
-def test_other_values_are_no_percentages(value: object) -> None:
+def test_other_values_are_refused_as_a_percentage(value: object) -> None:
     with pytest.raises(ValidationError, match='a percentage from "1%" to "1000%"'):
         PERCENTAGE.validate_python(value)

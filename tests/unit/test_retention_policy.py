@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from backupd.config.types import FreeSpace
 from backupd.core.retention_policy import Expiry, MinFree, RetentionPolicy, series_of, smallest_prefix
-from tests.unit.config_files import a_file, read, told
+from tests.unit.config_files import a_file, faults_in, read
 
 DAY = timedelta(days=1)
 
@@ -100,5 +100,5 @@ def test_min_free_refuses_other_values(text: object) -> None:
 @pytest.mark.parametrize("key", ['keep_sent_for = "1d"', "keep_sent_last = 1"])
 def test_retention_keys_need_on_delivered_move(key: str) -> None:
     assert read(a_file(f"{key}\nmin_free = '1%'")).drop["switches"]
-    [finding] = told(a_file(f'on_delivered = "delete"\n{key}'))
-    assert 'expected on_delivered "move"' in finding
+    [fault] = faults_in(a_file(f'on_delivered = "delete"\n{key}'))
+    assert 'expected on_delivered "move"' in fault

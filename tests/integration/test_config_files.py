@@ -1,3 +1,5 @@
+"""Checks of the files and folders that a configuration names."""
+
 import os
 import shutil
 import tempfile
@@ -13,8 +15,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from backupd.config.files import file_problems, mount_points
-from backupd.config.models import Config, DestinationConfig, DropConfig
+from backupd.config.files import days_left, earliest_expiry, examine_files, file_problems, mount_points
+from backupd.config.models import Config, DropConfig, HttpDestinationConfig
 from backupd.config.problems import FileProblem
 
 NOW = datetime(2030, 6, 1, 12, tzinfo=UTC)
@@ -28,7 +30,7 @@ def _no_credentials_directory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """Lend a folder that everyone can reach, unlike those of pytest."""
+    """Yield a folder that every user can reach, unlike those of pytest."""
     folder = Path(tempfile.mkdtemp(prefix="backupd-"))
     folder.chmod(0o777)
     (folder / "drop").mkdir()
@@ -42,7 +44,7 @@ def place() -> Iterator[Path]:
 
 @pytest.fixture
 def as_a_plain_user() -> Iterator[None]:
-    """Give up root's power to ignore permissions for a while."""
+    """Run a test without root's right to ignore permissions."""
     if os.geteuid() != 0:
         yield
         return
@@ -54,12 +56,12 @@ def as_a_plain_user() -> Iterator[None]:
 
 
 def a_config(
-    place: Path, drop: DropConfig | None = None, destination: DestinationConfig | None = None
+    place: Path, drop: DropConfig | None = None, destination: HttpDestinationConfig | None = None
 ) -> Config:
     return Config(
         state_dir=place / "state",
         drop={"d": drop or DropConfig(path=place / "drop")},
-        destination={"v": destination or DestinationConfig(url="https://vault.example.net/")},
+        destination={"v": destination or HttpDestinationConfig(url="https://vault.example.net/")},
     )
 
 
@@ -83,28 +85,28 @@ def a_warning(config: Config, now: datetime = NOW) -> str:
 
 
 class TestFolders:
-    def test_good_ones_raise_no_problem(self, place: Path) -> None:
+    def test_folders_that_can_be_used_are_no_problem(self, place: Path) -> None:
         (place / "drop/sent").mkdir()
         (place / "state").mkdir()
         assert file_problems(a_config(place), NOW) == []
 
-    def test_a_missing_drop_is_told_with_a_way_out(self, place: Path) -> None:
+    def test_a_missing_drop_folder_has_a_hint_that_creates_it(self, place: Path) -> None:
         config = a_config(place, DropConfig(path=place / "none"))
         assert an_error(config) == f"drop.d.path: {place}/none does not exist"
-        assert str(only(config)).endswith(f"hint: mkdir -p {place}/none, or name another")
+        assert str(only(config)).endswith(f"hint: mkdir -p {place}/none, or name another folder")
 
-    def test_a_file_is_no_drop(self, place: Path) -> None:
+    def test_a_file_is_not_a_drop_folder(self, place: Path) -> None:
         (place / "file").touch()
         config = a_config(place, DropConfig(path=place / "file"))
         assert an_error(config) == f"drop.d.path: {place}/file is not a folder"
 
-    def test_a_path_through_a_file_is_no_drop(self, place: Path) -> None:
+    def test_a_path_through_a_file_can_not_be_reached(self, place: Path) -> None:
         (place / "file").touch()
         config = a_config(place, DropConfig(path=place / "file/drop"))
         assert an_error(config) == f"drop.d.path: {place}/file/drop can't be reached: not a directory"
 
     @pytest.mark.parametrize("mode", [0o333, 0o555, 0o666])
-    def test_a_drop_must_be_readable_writable_and_searchable(
+    def test_a_drop_folder_must_be_readable_writable_and_searchable(
         self, place: Path, mode: int, as_a_plain_user: None
     ) -> None:
         mine = place / "mine"
@@ -112,24 +114,28 @@ class TestFolders:
         mine.chmod(mode)
         problem = only(a_config(place, DropConfig(path=mine)))
         assert problem.message == f"{mine} can't be read, written and searched"
-        assert problem.hint == f"let the daemon's user (uid {os.geteuid()}) read, write and search {mine}"
+        assert (
+            problem.hint == f"permit the daemon's user (uid {os.geteuid()}) to read, write and search {mine}"
+        )
 
-    def test_a_drop_in_a_closed_folder_can_not_be_reached(self, place: Path, as_a_plain_user: None) -> None:
+    def test_a_drop_folder_in_an_unreadable_folder_can_not_be_reached(
+        self, place: Path, as_a_plain_user: None
+    ) -> None:
         (place / "closed/drop").mkdir(parents=True)
         (place / "closed").chmod(0o600)
         config = a_config(place, DropConfig(path=place / "closed/drop"))
         assert an_error(config).endswith("closed/drop can't be reached: permission denied")
 
-    def test_a_sent_folder_that_is_a_file_is_told(self, place: Path) -> None:
+    def test_a_sent_dir_that_is_a_file_is_an_error(self, place: Path) -> None:
         (place / "drop/sent").touch()
         assert an_error(a_config(place)) == f"drop.d.sent_dir: {place}/drop/sent is not a folder"
 
-    def test_a_sent_folder_is_not_needed_where_nothing_is_moved_there(self, place: Path) -> None:
+    def test_sent_dir_is_not_checked_if_nothing_is_moved_there(self, place: Path) -> None:
         (place / "drop/sent").touch()
         config = a_config(place, DropConfig(path=place / "drop", on_delivered="keep"))
         assert file_problems(config, NOW) == []
 
-    def test_the_quarantine_is_always_needed(self, place: Path, as_a_plain_user: None) -> None:
+    def test_rejected_dir_is_always_checked(self, place: Path, as_a_plain_user: None) -> None:
         (place / "drop/a/b").mkdir(parents=True)
         (place / "drop/a/b").chmod(0o500)
         config = a_config(place, DropConfig(path=place / "drop", on_delivered="keep", rejected_dir="a/b/c"))
@@ -137,25 +143,25 @@ class TestFolders:
             an_error(config) == f"drop.d.rejected_dir: {place}/drop/a/b can't be read, written and searched"
         )
 
-    def test_a_link_is_never_followed_below_a_drop(self, place: Path) -> None:
+    def test_a_link_below_a_drop_folder_is_an_error(self, place: Path) -> None:
         (place / "drop/sent").symlink_to(place)
         assert an_error(a_config(place)) == (
             f"drop.d.sent_dir: {place}/drop/sent is a symbolic link, which is never followed"
         )
 
-    def test_a_sent_folder_on_another_filesystem_is_told(
+    def test_a_sent_dir_on_another_filesystem_is_an_error(
         self, place: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         sent = place / "drop/sent"
         sent.mkdir()
         table = place / "mountinfo"
         table.write_text(f"36 35 98:0 / {sent} rw - ext4 /dev/sda rw\n", encoding="utf-8")
-        monkeypatch.setattr("backupd.config.files._MOUNTS", table)
+        monkeypatch.setattr("backupd.config.files._MOUNTINFO", table)
         config = a_config(place)
         assert an_error(config) == f"drop.d.sent_dir: {sent} is on another filesystem than {place}/drop"
         assert "renaming" in only(config).hint
 
-    def test_mount_points_are_read_with_their_escapes(self, place: Path) -> None:
+    def test_escapes_in_mount_points_are_decoded(self, place: Path) -> None:
         table = place / "mountinfo"
         table.write_bytes(
             b"22 28 0:21 / /proc rw,nosuid shared:5 - proc proc rw\n"
@@ -165,42 +171,46 @@ class TestFolders:
         assert Path("/proc") in mount_points(Path("/proc/self/mountinfo"))
         assert mount_points(place / "none") == set()
 
-    def test_drops_that_a_link_brings_together_are_told(self, place: Path) -> None:
+    def test_drops_that_overlap_through_a_link_are_an_error(self, place: Path) -> None:
         (place / "link").symlink_to(place / "drop")
         config = a_config(place).model_copy(
             update={
                 "drop": {"a": DropConfig(path=place / "drop"), "b": DropConfig(path=place / "link")},
             }
         )
-        assert an_error(config) == (
-            f"drop.b.path: {place}/link and drop.a.path {place}/drop lie within one another"
-        )
+        assert an_error(config) == (f"drop.b.path: {place}/link overlaps drop.a.path {place}/drop")
 
     @pytest.mark.parametrize("state", ["drop", "drop/state", "."])
-    def test_state_and_drop_must_be_apart(self, place: Path, state: str) -> None:
+    def test_state_dir_and_a_drop_folder_must_not_overlap(self, place: Path, state: str) -> None:
         config = a_config(place).model_copy(update={"state_dir": place / state})
-        assert "lie within one another" in an_error(config)
+        assert an_error(config) == f"drop.d.path: {place}/drop overlaps state_dir {place / state}"
 
-    def test_a_state_folder_is_made_where_it_can_be(self, place: Path, as_a_plain_user: None) -> None:
+    def test_a_missing_state_dir_that_can_be_created_is_no_problem(
+        self, place: Path, as_a_plain_user: None
+    ) -> None:
         config = a_config(place).model_copy(update={"state_dir": place / "a/b/c"})
         assert file_problems(config, NOW) == []
 
-    def test_a_state_folder_that_can_not_be_made_is_told(self, place: Path, as_a_plain_user: None) -> None:
+    def test_a_state_dir_that_can_not_be_created_is_an_error(
+        self, place: Path, as_a_plain_user: None
+    ) -> None:
         (place / "closed").mkdir(mode=0o555)
         config = a_config(place).model_copy(update={"state_dir": place / "closed/state"})
         assert an_error(config) == f"state_dir: {place}/closed/state can't be created"
 
-    def test_a_state_folder_that_can_not_be_written_is_told(self, place: Path, as_a_plain_user: None) -> None:
+    def test_a_state_dir_that_can_not_be_written_is_an_error(
+        self, place: Path, as_a_plain_user: None
+    ) -> None:
         (place / "state").mkdir(mode=0o555)
         assert an_error(a_config(place)) == f"state_dir: {place}/state can't be written to"
 
-    def test_a_file_in_the_way_of_the_state_folder_is_told(self, place: Path) -> None:
+    def test_a_state_dir_that_is_a_file_is_an_error(self, place: Path) -> None:
         (place / "state").touch()
         assert an_error(a_config(place)) == f"state_dir: {place}/state is not a folder"
 
 
 class Tls:
-    """Certificates and keys as files, made to measure."""
+    """Certificates and keys as files, with the properties that a test needs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -269,7 +279,7 @@ class Tls:
     ) -> Config:
         return a_config(
             self.folder,
-            destination=DestinationConfig(
+            destination=HttpDestinationConfig(
                 url="https://vault.example.net/",
                 ca=ca,
                 cert=cert or self.cert_file,
@@ -285,10 +295,10 @@ def tls(place: Path) -> Tls:
 
 
 class TestCertificates:
-    def test_a_good_pair_raises_no_problem(self, tls: Tls) -> None:
+    def test_a_valid_pair_is_no_problem(self, tls: Tls) -> None:
         assert file_problems(tls.config(ca=tls.cert_file), NOW) == []
 
-    def test_a_pair_as_authorities_issue_it_raises_no_problem(self, tls: Tls) -> None:
+    def test_a_pair_with_a_chain_is_no_problem(self, tls: Tls) -> None:
         authority = trustme.CA()
         issued = authority.issue_cert("client.example.net")
         chain = b"".join(each.bytes() for each in issued.cert_chain_pems)
@@ -299,109 +309,138 @@ class TestCertificates:
         )
         assert file_problems(config, datetime.now(UTC)) == []
 
-    def test_an_expired_one_is_fatal(self, tls: Tls) -> None:
+    def test_an_expired_certificate_is_an_error(self, tls: Tls) -> None:
         cert = tls.certificate("old", end=timedelta(hours=-1))
         assert an_error(tls.config(cert=cert)) == (
-            f"destination.v.cert: {cert} holds CN=old, expired since 2030-06-01 11:00 UTC"
+            f"destination.v.cert: {cert} contains CN=old, which expired on 2030-06-01 at 11:00 UTC"
         )
 
-    def test_one_that_is_not_yet_valid_is_fatal(self, tls: Tls) -> None:
+    def test_a_certificate_that_is_not_yet_valid_is_an_error(self, tls: Tls) -> None:
         cert = tls.certificate("new", begin=timedelta(days=1))
-        assert "holds CN=new, not valid before 2030-06-02 12:00 UTC" in an_error(tls.config(cert=cert))
+        assert "contains CN=new, which is not valid before 2030-06-02 12:00 UTC" in an_error(
+            tls.config(cert=cert)
+        )
 
-    def test_one_that_expires_soon_is_warned_of(self, tls: Tls) -> None:
+    def test_a_certificate_that_expires_soon_is_a_warning(self, tls: Tls) -> None:
         cert = tls.certificate("soon", end=timedelta(days=30))
         config = tls.config(cert=cert)
         assert "which expires on 2030-07-01, in 30 days" in a_warning(config)
         assert file_problems(config, NOW - timedelta(seconds=1)) == []
 
-    def test_an_expired_one_further_up_the_chain_is_fatal(self, tls: Tls) -> None:
+    def test_an_expired_certificate_in_the_chain_is_an_error(self, tls: Tls) -> None:
         old = tls.certificate_bytes("middle", end=timedelta(hours=-1))
         cert = tls.write("chain.pem", tls.cert_file.read_bytes() + old)
-        assert "holds CN=middle, expired since" in an_error(tls.config(cert=cert))
+        assert "contains CN=middle, which expired on" in an_error(tls.config(cert=cert))
 
-    def test_one_that_is_for_servers_only_is_warned_of(self, tls: Tls) -> None:
+    def test_a_certificate_for_servers_only_is_a_warning(self, tls: Tls) -> None:
         cert = tls.certificate("server", purpose=ExtendedKeyUsageOID.SERVER_AUTH)
-        assert "is not meant for clients" in a_warning(tls.config(cert=cert))
+        assert "is not a client certificate: its extended key usage lacks clientAuth" in a_warning(
+            tls.config(cert=cert)
+        )
         cert = tls.certificate("client", purpose=ExtendedKeyUsageOID.CLIENT_AUTH)
         assert file_problems(tls.config(cert=cert), NOW) == []
 
-    def test_a_missing_one_is_told(self, tls: Tls) -> None:
+    def test_a_missing_certificate_is_an_error(self, tls: Tls) -> None:
         config = tls.config(cert=tls.folder / "none.pem")
         assert an_error(config) == f"destination.v.cert: {tls.folder}/none.pem does not exist"
 
-    def test_a_folder_is_no_certificate(self, tls: Tls) -> None:
+    def test_a_folder_is_not_a_certificate(self, tls: Tls) -> None:
         assert an_error(tls.config(cert=tls.folder)).endswith("can't be read: is a directory")
 
-    def test_an_unreadable_one_is_told(self, tls: Tls, as_a_plain_user: None) -> None:
+    def test_an_unreadable_certificate_is_an_error(self, tls: Tls, as_a_plain_user: None) -> None:
         (tls.folder / "closed").mkdir(mode=0o000)
         config = a_config(
             tls.folder,
-            destination=DestinationConfig(url="https://vault/", ca=tls.folder / "closed/ca.pem"),
+            destination=HttpDestinationConfig(url="https://vault/", ca=tls.folder / "closed/ca.pem"),
         )
         assert an_error(config) == f"destination.v.ca: {tls.folder}/closed/ca.pem is not readable"
 
-    def test_der_is_told_with_how_to_convert_it(self, tls: Tls) -> None:
+    def test_a_certificate_in_der_has_a_hint_that_converts_it(self, tls: Tls) -> None:
         der = tls.write("cert.der", tls.certificate_bytes("der", encoding=serialization.Encoding.DER))
         config = tls.config(cert=der)
-        assert an_error(config).endswith("holds no certificate in PEM")
+        assert an_error(config).endswith("contains no certificate in PEM")
         assert "openssl x509 -inform der" in only(config).hint
 
-    def test_a_damaged_one_is_told(self, tls: Tls) -> None:
+    def test_a_damaged_certificate_is_an_error(self, tls: Tls) -> None:
         content = tls.cert_file.read_bytes()
         config = tls.config(cert=tls.write("cut.pem", content[: len(content) // 2]))
-        assert an_error(config).endswith("holds a damaged certificate")
+        assert an_error(config).endswith("contains a damaged certificate")
 
-    def test_a_key_is_no_authority(self, tls: Tls) -> None:
+    def test_a_key_is_not_an_authority(self, tls: Tls) -> None:
         assert an_error(tls.config(ca=tls.key_file)) == (
-            f"destination.v.ca: {tls.key_file} holds no certificate in PEM"
+            f"destination.v.ca: {tls.key_file} contains no certificate in PEM"
         )
 
-    def test_an_old_authority_beside_a_good_one_is_only_warned_of(self, tls: Tls) -> None:
+    def test_an_expired_authority_beside_a_valid_one_is_only_a_warning(self, tls: Tls) -> None:
         old = tls.certificate_bytes("old", end=timedelta(hours=-1))
-        assert "holds CN=old, expired since" in an_error(tls.config(ca=tls.write("old.pem", old)))
+        assert "contains CN=old, which expired on" in an_error(tls.config(ca=tls.write("old.pem", old)))
         both = tls.write("both.pem", old + tls.cert_file.read_bytes())
-        assert "holds CN=old, expired since" in a_warning(tls.config(ca=both))
+        assert "contains CN=old, which expired on" in a_warning(tls.config(ca=both))
+
+    def test_the_earliest_expiry_is_that_of_the_first_certificate_to_expire(self, tls: Tls) -> None:
+        middle = tls.certificate_bytes("middle", end=timedelta(days=90))
+        chain = tls.write("chain.pem", tls.cert_file.read_bytes() + middle)
+        destination = HttpDestinationConfig(url="https://vault/", cert=chain, key=tls.key_file)
+        assert earliest_expiry(destination) == NOW + timedelta(days=90)
+        assert examine_files(tls.config(cert=chain), NOW).expires == {"v": NOW + timedelta(days=90)}
+
+    def test_an_unreadable_certificate_has_no_expiry(self, tls: Tls) -> None:
+        assert examine_files(tls.config(cert=tls.folder / "none.pem"), NOW).expires == {}
+
+    @pytest.mark.parametrize(
+        ("left", "days"),
+        [
+            (timedelta(days=30), 30),
+            (timedelta(days=2, seconds=-1), 1),
+            (timedelta(seconds=1), 0),
+            (timedelta(seconds=-1), -1),
+            (timedelta(days=-1, seconds=-1), -2),
+        ],
+    )
+    def test_days_left_are_rounded_down(self, left: timedelta, days: int) -> None:
+        assert days_left(NOW + left, NOW) == days
 
 
 class TestKeys:
-    def test_a_key_of_another_certificate_is_fatal(self, tls: Tls) -> None:
+    def test_a_key_of_another_certificate_is_an_error(self, tls: Tls) -> None:
         key = tls.private_key("other.key", ec.generate_private_key(ec.SECP256R1()))
         assert an_error(tls.config(key=key)) == (
             f"destination.v.key: {key} is not the key of the certificate in {tls.cert_file}"
         )
 
     @pytest.mark.parametrize("mode", [0o640, 0o604, 0o666])
-    def test_a_key_that_others_may_read_is_warned_of(self, tls: Tls, mode: int) -> None:
+    def test_a_key_that_others_may_read_is_a_warning(self, tls: Tls, mode: int) -> None:
         tls.key_file.chmod(mode)
-        assert f"is open to group or others (mode {mode:04o})" in a_warning(tls.config())
+        assert f"is accessible to group or others (mode {mode:04o})" in a_warning(tls.config())
         assert only(tls.config()).hint == f"chmod 0600 {tls.key_file}"
 
-    def test_the_modes_of_systemds_credentials_are_its_own(
+    def test_the_mode_of_a_systemd_credential_is_not_checked(
         self, tls: Tls, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         tls.key_file.chmod(0o440)
         monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tls.folder))
         assert file_problems(tls.config(), NOW) == []
 
-    def test_a_file_without_a_key_is_told(self, tls: Tls) -> None:
+    def test_a_file_without_a_key_is_an_error(self, tls: Tls) -> None:
         assert "does not exist" in an_error(tls.config(key=tls.folder / "none.key"))
-        assert an_error(tls.config(key=tls.cert_file)).endswith("holds no private key in PEM")
+        assert an_error(tls.config(key=tls.cert_file)).endswith("contains no private key in PEM")
 
     @pytest.mark.parametrize(
         "form", [serialization.PrivateFormat.PKCS8, serialization.PrivateFormat.TraditionalOpenSSL]
     )
-    def test_a_key_with_a_password_is_unlocked(self, tls: Tls, form: serialization.PrivateFormat) -> None:
+    def test_an_encrypted_key_needs_the_right_password(
+        self, tls: Tls, form: serialization.PrivateFormat
+    ) -> None:
         key = tls.private_key("locked.key", password="pä ss".encode(), form=form)
         right, wrong = tls.write("right", "pä ss\n".encode()), tls.write("wrong", b"guess")
         assert file_problems(tls.config(key=key, password=right), NOW) == []
         assert an_error(tls.config(key=key, password=wrong)) == (
-            f"destination.v.key_password_file: {wrong} does not unlock {key}"
+            f"destination.v.key_password_file: {wrong} does not have the password of {key}"
         )
         assert an_error(tls.config(key=key)) == f"destination.v.key: {key} is encrypted"
         assert "key_password_file" in only(tls.config(key=key)).hint
 
-    def test_a_password_file_must_be_there_and_hold_something(self, tls: Tls) -> None:
+    def test_a_password_file_must_exist_and_not_be_empty(self, tls: Tls) -> None:
         key = tls.private_key("locked.key", password=b"secret")
         missing = tls.folder / "none"
         assert an_error(tls.config(key=key, password=missing)) == (
@@ -412,17 +451,20 @@ class TestKeys:
             f"destination.v.key_password_file: {empty} is empty"
         )
 
-    def test_a_password_for_a_key_without_one_is_told(self, tls: Tls) -> None:
+    def test_a_password_for_an_unencrypted_key_is_an_error(self, tls: Tls) -> None:
         password = tls.write("password", b"secret")
-        assert "has no password" in an_error(tls.config(password=password))
+        assert an_error(tls.config(password=password)) == (
+            f"destination.v.key_password_file: {password} has a password for {tls.key_file}, "
+            "which is not encrypted"
+        )
 
-    def test_a_password_that_others_may_read_is_warned_of(self, tls: Tls) -> None:
+    def test_a_password_file_that_others_may_read_is_a_warning(self, tls: Tls) -> None:
         key = tls.private_key("locked.key", password=b"secret")
         password = tls.write("password", b"secret", mode=0o644)
         assert "destination.v.key_password_file" in a_warning(tls.config(key=key, password=password))
 
 
-def test_all_problems_are_told_at_once(tls: Tls) -> None:
+def test_all_problems_are_reported_at_once(tls: Tls) -> None:
     key = tls.private_key("other.key", ec.generate_private_key(ec.SECP256R1()), mode=0o644)
     cert = tls.certificate("old", end=timedelta(days=-1))
     config = tls.config(ca=tls.folder / "ca.pem", cert=cert, key=key).model_copy(

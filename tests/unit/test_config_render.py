@@ -1,3 +1,5 @@
+"""Output of configurations: the effective one, the example, and the JSON Schema."""
+
 import re
 import tomllib
 from pathlib import Path
@@ -7,15 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from backupd.config.models import Config, DropConfig
+from backupd.config.models import Config, DropConfig, models_of
 from backupd.config.paths import key_path, subtables
 from backupd.config.render import effective_toml, example_toml, json_schema
 from backupd.config.toml import setting
-from tests.unit.config_files import a_file, read
+from tests.documents import DOCS
+from tests.unit.config_files import a_file, read, vault
 
 
 def every_model(model: type[BaseModel] = Config) -> list[type[BaseModel]]:
-    return [model, *(each for _, inner, _ in subtables(model) for each in every_model(inner))]
+    tables = [each for _, inner, _ in subtables(model) for each in models_of(inner)]
+    return [model, *dict.fromkeys(each for table in tables for each in every_model(table))]
 
 
 def test_every_key_is_described_in_one_sentence() -> None:
@@ -26,7 +30,7 @@ def test_every_key_is_described_in_one_sentence() -> None:
             assert len(field.description) < 100, key
 
 
-def test_the_schema_describes_every_key_and_knows_no_other() -> None:
+def test_the_schema_has_exactly_the_keys_of_the_models() -> None:
     schema = json_schema()
     tables = [schema, *schema["$defs"].values()]
     assert sum(len(table["properties"]) for table in tables) == sum(
@@ -37,7 +41,7 @@ def test_the_schema_describes_every_key_and_knows_no_other() -> None:
         assert all(entry["description"] for entry in table["properties"].values())
 
 
-def test_the_schema_writes_durations_and_sizes_as_texts() -> None:
+def test_the_schema_has_durations_and_sizes_as_strings() -> None:
     drop = json_schema()["$defs"]["DropConfig"]["properties"]
     assert (drop["stable_for"]["default"], drop["stable_for"]["type"]) == ("2s", "string")
     assert re.search(drop["stable_for"]["pattern"], "1h30m")
@@ -46,12 +50,12 @@ def test_the_schema_writes_durations_and_sizes_as_texts() -> None:
     assert re.search(drop["max_size"]["pattern"], "20MB")
 
 
-def test_the_example_loads_with_its_comments_or_without() -> None:
+def test_the_example_loads_with_its_comments_and_without() -> None:
     text = example_toml()
     config = read(text)
     assert config.drop["switches"] == DropConfig(path=Path("/srv/backups/switches"))
     everything = re.sub(r"^#(?! \S)", "", text, flags=re.MULTILINE)
-    # two ways to sign in, or to get there, exclude each other: the reader has to choose
+    # authentication schemes exclude each other, and so do proxy and connect_to
     everything, _, sign_in = everything.partition("[destination.vault.auth]")
     chosen = "\n".join(line for line in everything.splitlines() if not line.startswith("proxy"))
     drop = read(chosen).drop["switches"]
@@ -63,12 +67,18 @@ def test_the_example_loads_with_its_comments_or_without() -> None:
     for scheme, keys in schemes.items():
         lines = [line for line in sign_in.splitlines() if line.partition(" =")[0] in keys]
         auth = "\n".join(["[destination.vault.auth]", f'type = "{scheme}"', *lines])
-        assert read(f"{chosen}\n{auth}").destination["vault"].auth.model_fields_set == keys | {"type"}
+        assert vault(read(f"{chosen}\n{auth}")).auth.model_fields_set == keys | {"type"}
     assert drop.model_fields_set == set(DropConfig.model_fields)
     assert drop.include == config.drop["switches"].include
 
 
-def test_the_effective_configuration_reads_back_the_same() -> None:
+def test_the_example_in_the_docs_is_the_generated_one() -> None:
+    assert (DOCS / "backupd.example.toml").read_text("utf-8") == example_toml(), (
+        "run `backupd init > docs/backupd.example.toml`"
+    )
+
+
+def test_the_effective_configuration_loads_as_the_same_one() -> None:
     text = a_file(
         "expect = { every = '26h', by = '{device}', devices = ['a b'] }\nsize_alarm = '12.5%'\n"
         "label_pattern = '(?P<device>[^/]+)/'\nmax_size = \"1.5GiB\"\ninclude = ['a \"b\"*', '\\']",
@@ -80,7 +90,7 @@ def test_the_effective_configuration_reads_back_the_same() -> None:
     assert read(effective_toml(config)) == config
 
 
-def test_the_effective_configuration_hides_what_looks_like_a_credential() -> None:
+def test_the_effective_configuration_hides_credentials() -> None:
     text = a_file(
         destination='headers = { Authorization = "geheim", x-api-key = "geheim", X-Site = "north" }\n'
         'fields = { token = "geheim", site = "south" }'
@@ -88,24 +98,24 @@ def test_the_effective_configuration_hides_what_looks_like_a_credential() -> Non
     shown_text = effective_toml(read(text))
     assert "geheim" not in shown_text
     assert "/{name}?site=east&api_key=***&x" in shown_text
-    asked = a_file(destination='query_url = "https://vault.example.net/{digest}?token=geheim&x=1"')
-    assert "geheim" not in effective_toml(read(asked))
-    hidden = read(shown_text).destination["vault"]
+    with_query_url = a_file(destination='query_url = "https://vault.example.net/{digest}?token=geheim&x=1"')
+    assert "geheim" not in effective_toml(read(with_query_url))
+    hidden = vault(read(shown_text))
     assert hidden.headers == {"Authorization": "***", "x-api-key": "***", "X-Site": "north"}
     assert hidden.fields == {"token": "***", "site": "south"}
 
 
 @given(st.dictionaries(st.text(), st.text() | st.integers() | st.booleans() | st.lists(st.text())))
-def test_every_table_reads_back_as_written(table: dict[str, object]) -> None:
+def test_every_written_table_is_parsed_back(table: dict[str, object]) -> None:
     text = "\n".join(setting(key, value) for key, value in table.items())
     assert tomllib.loads(text) == table
     assert tomllib.loads(setting("table", table)) == {"table": table}
 
 
-def test_a_place_reads_like_the_file() -> None:
+def test_a_place_is_written_as_in_toml() -> None:
     assert key_path(("drop", "a.b", "include", 2)) == 'drop."a.b".include[2]'
 
 
-def test_no_other_kind_of_value_is_written() -> None:
+def test_another_type_of_value_is_refused() -> None:
     with pytest.raises(TypeError, match="no TOML for object"):
         setting("key", object())
