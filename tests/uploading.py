@@ -8,23 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from backupd.config.models import DestinationConfig
+from backupd.config.models import HttpDestinationConfig
 from backupd.core.model import Outcome, fingerprint_of
 from backupd.telemetry.thread_watchdog import ThreadWatchdog
-from backupd.upload.base import OnProgress, UploadJob
-from backupd.upload.http.limits import Abort
-from backupd.upload.http.uploader import HttpUploader
+from backupd.upload.base import Abort, OnProgress, UploadJob
+from backupd.upload.http.uploader import HttpEndpoint, HttpUploader
 from tests.pki import Pki
 
 MIB = 1024 * 1024
 
 
-def a_destination(url: str, pki: Pki | None = None, **keys: Any) -> DestinationConfig:
+def a_destination(url: str, pki: Pki | None = None, **keys: Any) -> HttpDestinationConfig:
     """Return a destination; with a PKI it shows its client's certificate. A slow server is waited for."""
     if pki is not None and url.startswith("https"):
         keys = {"ca": pki.ca_pem, "cert": pki.client_cert, "key": pki.client_key, **keys}
     timeout = {"connect": "10m", **keys.pop("timeout", {})}
-    return DestinationConfig.model_validate({"url": url, "timeout": timeout, **keys})
+    return HttpDestinationConfig.model_validate({"url": url, "timeout": timeout, **keys})
 
 
 def an_archive(folder: Path, content: bytes = b"", *, size: int = 0, name: str = "a.tar.gz") -> Path:
@@ -79,10 +78,10 @@ class Sender:
 
 
 @contextmanager
-def a_sender(destination: DestinationConfig) -> Iterator[Sender]:
+def a_sender(destination: HttpDestinationConfig) -> Iterator[Sender]:
     """Yield a sender to a destination."""
     abort = Abort()
-    uploader = HttpUploader.standalone(destination, abort)
+    uploader = HttpEndpoint.open(destination, abort).make_uploader()
     try:
         yield Sender(uploader, abort)
     finally:

@@ -55,7 +55,7 @@ def push(
     files: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILE…", help="The files to deliver; they are not moved or removed.", readable=False
+            metavar="FILE", help="The files to deliver; they are not moved or removed.", readable=False
         ),
     ],
     to: Annotated[

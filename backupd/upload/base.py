@@ -1,38 +1,39 @@
-"""What the rest of the program asks of an uploader."""
+"""The interfaces of a destination, whatever its kind: uploader, endpoint and probe result."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from backupd.core.model import Digest, Fingerprint, Outcome
+from backupd.core.policy import Reason, rule_of
 
 OnProgress = Callable[[int], None]
-"""Called with the bytes of the archive handed to the connection so far."""
+"""Called with the number of bytes of the archive that were handed to the connection so far."""
 
 OnAlive = Callable[[], None]
-"""Called at least once a second while an upload waits or works, however slow it is.
-
-`resting` is called before the waits in which it is not: those for the name service, and for a token.
-"""
+"""Called to report that a thread is alive; see `UploadJob`."""
 
 
-def _no_progress(_sent: int) -> None:
+def _ignore_progress(_sent: int) -> None:
     return
 
 
-def _unwatched() -> None:
+def _ignore() -> None:
     return
 
 
 @dataclass(slots=True)
 class UploadJob:
-    """One archive, open for reading, on its way to one destination.
+    """One archive, open for reading, to upload to one destination.
 
-    `fd` is read with `pread` and not closed; `variables` are the values of templates; `unknown` is the
-    digest of an earlier attempt whose answer was lost. `sent` is set by the uploader, in bytes of the
-    archive.
+    The uploader reads `fd` with pread(2) and does not close it. `variables` are the values of the
+    placeholders in templates. `unconfirmed_digest` is the digest of an earlier attempt whose response was
+    lost. The uploader calls `on_alive` at least once a second while it works or waits for the network, and
+    `on_idle` before a wait that it cannot bound, such as that for the name service. It sets `sent_bytes`, in
+    bytes of the archive.
     """
 
     delivery_id: str
@@ -40,31 +41,118 @@ class UploadJob:
     fd: int
     fingerprint: Fingerprint
     variables: Mapping[str, str]
-    on_progress: OnProgress = _no_progress
-    on_alive: OnAlive = _unwatched
-    on_idle: OnAlive = _unwatched
+    on_progress: OnProgress = _ignore_progress
+    on_alive: OnAlive = _ignore
+    on_idle: OnAlive = _ignore
     unconfirmed_digest: Digest | None = None
     sent_bytes: int = field(default=0, init=False)
 
 
-class Uploader(Protocol):
-    """Brings archives to one destination, one at a time; each worker has its own.
+class Abort:
+    """Ends every wait for the network at once and permanently; safe to use from any thread."""
 
-    Every failure that is to be expected is an outcome: `upload` raises only for bugs.
+    def __init__(self) -> None:
+        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def set(self) -> None:
+        """Abort the uploads that are running, and all later ones."""
+        os.eventfd_write(self._fd, 1)
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable once aborted."""
+        return self._fd
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._fd)
+
+
+class Uploader(Protocol):
+    """Uploads archives to one destination, one at a time; each worker has its own.
+
+    Every expected failure is an outcome: `upload` and `query` raise for bugs only.
     """
 
-    def upload(self, cargo: UploadJob) -> Outcome:
+    def upload(self, job: UploadJob) -> Outcome:
         """Send an archive and verify the receipt."""
         ...
 
-    def query(self, cargo: UploadJob, digest: Digest) -> Outcome | None:
-        """Return what the destination says of a content that it was sent, None if it does not have it.
+    def query(self, job: UploadJob, digest: Digest) -> Outcome | None:
+        """Return the destination's state of content that was sent earlier; None if it does not have it.
 
-        `Delivered` only where it states that very digest. Nothing of the archive is read. Where it can't be
-        asked, this is the failure.
+        `Delivered` means that the destination stated this digest. A destination that can't be reached is a
+        failure. The archive itself is not read.
         """
         ...
 
     def close(self) -> None:
-        """Give connections back."""
+        """Close the connections; the next upload opens new ones."""
         ...
+
+
+class Endpoint(Protocol):
+    """What the workers of one destination share: limits, sign-in, and the files it was opened with.
+
+    The defaults are those of a kind without certificates.
+    """
+
+    def make_uploader(self) -> Uploader:
+        """Return a new uploader for one worker."""
+        ...
+
+    def files_changed(self) -> bool:
+        """Return whether the certificate files changed since the last call."""
+        return False
+
+    def reload_files(self) -> None:
+        """Use the certificate files as they are now, for new connections.
+
+        Raises ConfigError if they can't be used, and goes on with the earlier ones.
+        """
+
+    @property
+    def server_certificate_expires(self) -> float | None:
+        """Return when the destination's own certificate expires, in seconds since the epoch, if known."""
+        return None
+
+
+CLOCK_TOLERANCE = 60.0
+"""Seconds by which two clocks may differ before `check` gives a hint."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """How a destination reacted to a probe; `reason` is None if nothing keeps it from taking uploads.
+
+    A field that a kind of destination does not know is None. `certificate_required` is whether the
+    destination refuses clients without a certificate. `signed_in` is False if it refused the sign-in by
+    `sign_in_scheme`, None if there is no sign-in or the probe did not get that far. `server_days_left` is for
+    how many days its certificate is valid, `clock_ahead_s` by how many seconds its clock is ahead of this
+    host's.
+    """
+
+    destination: str
+    reason: Reason | None
+    detail: str
+    tls: str | None = None
+    http_version: str | None = None
+    http_status: int | None = None
+    server_names: tuple[str, ...] = ()
+    server_issuer: str | None = None
+    server_days_left: int | None = None
+    certificate_required: bool | None = None
+    signed_in: bool | None = None
+    clock_ahead_s: float | None = None
+    took_s: float = 0.0
+    advice: str = ""
+    sign_in_scheme: str = ""
+
+    @property
+    def hint(self) -> str:
+        """Return the command or edit that fixes the failure; empty without one."""
+        return self.advice or (rule_of(self.reason).hint if self.reason else "")
+
+    @property
+    def clock_is_off(self) -> bool:
+        """Return whether the clocks differ so much that certificates and tokens may be refused."""
+        return self.clock_ahead_s is not None and abs(self.clock_ahead_s) > CLOCK_TOLERANCE

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from backupd.core.model import Deferred, Delivered, Outcome, Rejected
-from backupd.upload.http.probe import probe_all
+from backupd.upload.registry import probe_all
 from tests.scripted import Peer, ScriptedServer, answer, header_of
 from tests.uploading import a_destination, a_sender, an_archive
 

@@ -20,13 +20,14 @@ import pytest
 from backupd.core.bandwidth import RateSchedule, RateWindow
 from backupd.core.model import Deferred, Delivered, Outcome, Rejected
 from backupd.core.policy import Reason
-from backupd.upload.http.limits import Abort, AttemptLimits, BandwidthLimit
+from backupd.upload.base import Abort
+from backupd.upload.http.limits import AttemptLimits, BandwidthLimit
 from backupd.upload.http.request import RequestBuilder
-from backupd.upload.http.uploader import HttpUploader, open_endpoint
+from backupd.upload.http.uploader import HttpEndpoint, HttpUploader
 from tests.endpoints import CLIENT_ID, CLIENT_SECRET, Login, guarded
 from tests.pki import Pki
 from tests.scripted import Peer, Script, ScriptedServer, answer, header_of, server_context, take_all
-from tests.stage import PATIENCE, until
+from tests.stage import TIMEOUT, until
 from tests.uploading import MIB, Sender, a_destination, a_sender, an_archive
 
 RATE = 8 * MIB
@@ -98,7 +99,7 @@ def test_workers_together_keep_to_the_limit_and_use_it(
     total = 16 * 4 * MIB
     meter, abort = Meter(), Abort()
     with ScriptedServer(meter, server_context(pki)) as server:
-        endpoint = open_endpoint(a_destination(server.url, pki, body="raw", bandwidth="8MiB/s"), abort)
+        endpoint = HttpEndpoint.open(a_destination(server.url, pki, body="raw", bandwidth="8MiB/s"), abort)
         assert endpoint.bandwidth is not None
         grants = note_grants(endpoint.bandwidth)
         uploaders = [HttpUploader(endpoint) for _ in range(3)]
@@ -293,7 +294,7 @@ def test_a_stop_ends_the_wait_for_bandwidth_at_once(tmp_path: Path, pki: Pki) ->
     with ScriptedServer(take_all, server_context(pki)) as server:
         abort = Abort()
         one_in_hours = RateSchedule((), 1)
-        endpoint = open_endpoint(a_destination(server.url, pki, bandwidth=one_in_hours), abort)
+        endpoint = HttpEndpoint.open(a_destination(server.url, pki, bandwidth=one_in_hours), abort)
         assert endpoint.bandwidth is not None
         grants = note_grants(endpoint.bandwidth)
         uploader = HttpUploader(endpoint)
@@ -301,7 +302,7 @@ def test_a_stop_ends_the_wait_for_bandwidth_at_once(tmp_path: Path, pki: Pki) ->
             sending = pool.submit(Sender(uploader, abort).send, an_archive(tmp_path, size=MIB))
             until(lambda: 0 in [count for _, count in grants], "the wait for bandwidth")
             abort.set()
-            assert reason_of(sending.result(timeout=PATIENCE)) is Reason.STOPPED
+            assert reason_of(sending.result(timeout=TIMEOUT)) is Reason.STOPPED
         uploader.close()
         abort.close()
 

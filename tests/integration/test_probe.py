@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from backupd.core.policy import Reason
-from backupd.upload.http.probe import ProbeResult, probe_all
+from backupd.upload.base import ProbeResult
+from backupd.upload.registry import probe_all
 from tests.endpoints import CLIENT_ID, CLIENT_SECRET, Login, a_full_listener, refused
 from tests.pki import Pki, in_days
 from tests.scripted import Peer, Request, Script, ScriptedServer, answer, header_of, server_context
-from tests.stage import PATIENCE, Stage
+from tests.stage import TIMEOUT, Stage
 from tests.uploading import a_destination
 
 
@@ -323,7 +324,7 @@ def test_several_take_no_longer_than_the_slowest(pki: Pki) -> None:
 
     def slow(peer: Peer) -> None:
         peer.read_request()
-        together.wait(PATIENCE)
+        together.wait(TIMEOUT)
         peer.send(answer(204))
 
     with ExitStack() as stack:
@@ -374,13 +375,13 @@ def test_the_command_shows_what_was_found_in_lines_that_fit(stage: Stage) -> Non
     for words in (
         f"ok: destination.vault: {server.url}: TLSv1.3, answered 204 to OPTIONS",
         "connection TLSv1.3 HTTP/1.1",
-        "its certificate 7 days left, for 127.0.0.1, host-0.vault.example.net",
+        "server certificate 7 days left, for 127.0.0.1, host-0.vault.example.net",
         "issued by OU=Testing CA",
-        "our certificate required",
+        "client certificate required",
         "sign-in bearer: not refused",
-        "its clock 1 h 1 min ahead of ours hint: set the clock",
+        "server clock 1 h 1 min ahead of this host's hint: set the clock",
         f"failed: destination.other: {wrong.url}: answered 404 to OPTIONS (not_found)",
-        "its clock as ours",
+        "server clock same as this host's",
     ):
         assert words in text
     assert "the-token" not in done.stdout

@@ -15,13 +15,12 @@ from typing import Any
 
 import pytest
 
-from backupd.config.models import DestinationConfig
+from backupd.config.models import HttpDestinationConfig
 from backupd.core.model import Deferred, Delivered, Digest, Outcome, Rejected, Superseded, fingerprint_of
 from backupd.core.policy import Reason
-from backupd.upload.base import UploadJob
-from backupd.upload.http.limits import Abort
+from backupd.upload.base import Abort, UploadJob
 from backupd.upload.http.request import RequestBuilder
-from backupd.upload.http.uploader import HttpUploader
+from backupd.upload.http.uploader import HttpEndpoint, HttpUploader
 from tests.pki import Pki
 from tests.scripted import (
     Peer,
@@ -105,9 +104,9 @@ class Courier:
 
 
 @contextmanager
-def a_courier(destination: DestinationConfig) -> Iterator[Courier]:
+def a_courier(destination: HttpDestinationConfig) -> Iterator[Courier]:
     abort = Abort()
-    uploader = HttpUploader.standalone(destination, abort)
+    uploader = HttpEndpoint.open(destination, abort).make_uploader()
     try:
         yield Courier(uploader)
     finally:

@@ -26,12 +26,12 @@ from cryptography.hazmat.primitives.serialization import (
 from backupd.core.model import Deferred, Delivered, Outcome
 from backupd.core.policy import Reason
 from backupd.ledger.sqlite.connection import FILE_NAME
-from backupd.upload.http.limits import Abort
-from backupd.upload.http.uploader import HttpUploader, open_endpoint
+from backupd.upload.base import Abort
+from backupd.upload.http.uploader import HttpEndpoint, HttpUploader
 from tests.endpoints import CLIENT_ID, CLIENT_SECRET, SIGN_IN_AGAIN, Login, answered, guarded, refused
 from tests.pki import Pki
 from tests.scripted import Peer, Request, ScriptedServer, answer, receipt_for, server_context
-from tests.stage import PATIENCE, Stage, until
+from tests.stage import TIMEOUT, Stage, until
 from tests.uploading import MIB, Sender, a_destination, a_sender, an_archive
 
 QUICK = 'retry = { initial = "0.1s", max = "0.3s" }'
@@ -492,9 +492,9 @@ class TestOAuth2:
                 ThreadPoolExecutor(1) as pool,
             ):
                 sending = pool.submit(sender.send, an_archive(tmp_path, b"content"))
-                assert tokens.paused.wait(PATIENCE)
+                assert tokens.paused.wait(TIMEOUT)
                 sender.abort.set()
-                assert reason_of(sending.result(timeout=PATIENCE)) is Reason.STOPPED
+                assert reason_of(sending.result(timeout=TIMEOUT)) is Reason.STOPPED
 
 
 def send_together(
@@ -502,7 +502,7 @@ def send_together(
 ) -> list[Outcome]:
     """Send each archive by a worker of its own, all at the same moment; in two rounds, if so asked."""
     abort = Abort()
-    endpoint = open_endpoint(destination, abort)
+    endpoint = HttpEndpoint.open(destination, abort)
     uploaders = [HttpUploader(endpoint) for _ in archives]
     start = threading.Barrier(len(archives))
     again = threading.Barrier(len(archives), before_the_second_round)

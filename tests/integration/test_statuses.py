@@ -20,8 +20,8 @@ import respx
 
 from backupd.core.model import Deferred, Delivered, Outcome, Rejected
 from backupd.core.policy import Action, Reason, rule_of
-from backupd.upload.http.limits import Abort
-from backupd.upload.http.uploader import HttpUploader, open_endpoint
+from backupd.upload.base import Abort
+from backupd.upload.http.uploader import HttpEndpoint, HttpUploader
 from tests.uploading import Sender, a_destination, an_archive
 
 CONTENT = b"the archive's content"
@@ -51,7 +51,9 @@ def uploaded(
     transport = httpx.MockTransport(handle)
     with closing(Abort()) as abort:
         destination = a_destination(keys.pop("url", URL), **keys)
-        with closing(HttpUploader(open_endpoint(destination, abort), lambda _line: transport)) as uploader:
+        with closing(
+            HttpUploader(HttpEndpoint.open(destination, abort), lambda _line: transport)
+        ) as uploader:
             outcome = Sender(uploader, abort).send(an_archive(folder, CONTENT, name=name))
     assert route.call_count == 1
     return outcome, route.calls[0].request

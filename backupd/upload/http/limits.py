@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import select
 import threading
 import time
@@ -14,6 +13,7 @@ from datetime import datetime
 
 from backupd.core.bandwidth import RateSchedule, TokenBucket
 from backupd.core.policy import Reason
+from backupd.upload.base import Abort
 
 
 class BandwidthLimit:
@@ -31,7 +31,7 @@ class BandwidthLimit:
         if rate is None:
             return wanted, 0.0
         with self._lock:
-            return self._bucket.take(wanted, rate, time.monotonic())
+            return self._bucket.acquire(wanted, rate, time.monotonic())
 
 
 _SIGN_OF_LIFE = 1.0
@@ -51,25 +51,6 @@ class AttemptEndedError(Exception):
         super().__init__(error)
         self.reason = reason
         self.error = error
-
-
-class Abort:
-    """Ends every wait on the wire at once, from any thread and for good."""
-
-    def __init__(self) -> None:
-        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-    def set(self) -> None:
-        """Abort what is under way."""
-        os.eventfd_write(self._fd, 1)
-
-    def fileno(self) -> int:
-        """Return a descriptor that is readable once aborted."""
-        return self._fd
-
-    def close(self) -> None:
-        """Give the descriptor back."""
-        os.close(self._fd)
 
 
 @dataclass(slots=True)

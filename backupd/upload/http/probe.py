@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -16,18 +15,19 @@ import httpcore
 import httpx
 from cryptography import x509
 
-from backupd.config.models import DestinationConfig
+from backupd.config.models import HttpDestinationConfig
 from backupd.core.errors import BackupdError
 from backupd.core.names import TextTemplate
-from backupd.core.policy import Reason, reason_of_status, rule_of
+from backupd.core.policy import Reason, reason_of_status
+from backupd.upload.base import Abort, ProbeResult
 from backupd.upload.http.auth import OAuth2, SignInError
-from backupd.upload.http.limits import Abort, AttemptEndedError, AttemptLimits
+from backupd.upload.http.limits import AttemptEndedError, AttemptLimits
 from backupd.upload.http.request import RequestBuilder
 from backupd.upload.http.response import reason_from_error, reason_from_refusal
 from backupd.upload.http.stream import PIN_MISMATCH
 from backupd.upload.http.tls import ReloadingTlsContext
 from backupd.upload.http.transport import StreamBackend
-from backupd.upload.http.uploader import HEADERS, HttpEndpoint, open_endpoint, timeouts
+from backupd.upload.http.uploader import HEADERS, HttpEndpoint, timeouts
 
 _ABOUT_THE_BODY = (b"content-encoding", b"content-length", b"transfer-encoding")
 
@@ -82,78 +82,25 @@ def _seen(response: httpx.Response) -> ConnectionFacts:
 
 _TAKEN = frozenset({200, 201, 202, 204, 400, 405, 411, 415, 422, 501})
 """What endpoints that take uploads answer to OPTIONS, or to a GET of their url."""
-_CLOCK_TOLERANCE = 60.0
-"""Seconds by which two clocks may differ before it is worth a word."""
 _LONGEST_READ = 30.0
 """Seconds to wait for an answer to a request without a body; uploads may be given far longer."""
 
 
-@dataclass(frozen=True, slots=True)
-class ProbeResult:
-    """What a destination answered; `reason` is None where nothing speaks against an upload.
-
-    `certificate_required` tells whether it would do without our certificate, None where that can't be
-    told; `signed_in` is False where it refused our sign-in, None where there is none or it was not asked;
-    `server_days_left` is how many days its own certificate lasts, `clock_ahead_s` by how much its clock is
-    ahead of ours.
-    """
-
-    destination: str
-    reason: Reason | None
-    detail: str
-    tls: str | None = None
-    http_version: str | None = None
-    http_status: int | None = None
-    server_names: tuple[str, ...] = ()
-    server_issuer: str | None = None
-    server_days_left: int | None = None
-    certificate_required: bool | None = None
-    signed_in: bool | None = None
-    clock_ahead_s: float | None = None
-    took_s: float = 0.0
-    advice: str = ""
-
-    @property
-    def hint(self) -> str:
-        """Return what to do about it."""
-        return self.advice or (rule_of(self.reason).hint if self.reason else "")
-
-    @property
-    def clock_is_off(self) -> bool:
-        """Tell whether the clocks differ so much that dates and tokens may fail."""
-        return self.clock_ahead_s is not None and abs(self.clock_ahead_s) > _CLOCK_TOLERANCE
-
-
-def probe_all(destinations: Mapping[str, DestinationConfig]) -> list[ProbeResult]:
-    """Return a probe of each destination; all are asked at the same time."""
-    with closing(Abort()) as abort:
-        return asyncio.run(_probe_all(abort, destinations))
-
-
-async def _probe_all(abort: Abort, destinations: Mapping[str, DestinationConfig]) -> list[ProbeResult]:
-    loop = asyncio.get_running_loop()
-    loop.set_default_executor(ThreadPoolExecutor(len(destinations) + 1, "probe"))
-    try:
-        return await asyncio.gather(*(_probe(abort, *each) for each in destinations.items()))
-    except BaseException:  # Ctrl-C: the others end at once, too
-        abort.set()
-        raise
-
-
-async def _probe(abort: Abort, name: str, config: DestinationConfig) -> ProbeResult:
+async def probe(name: str, config: HttpDestinationConfig, abort: Abort) -> ProbeResult:
+    """Find out whether a destination would take an archive, by an OPTIONS request in an upload's manner."""
     began = time.monotonic()
-    endpoint = open_endpoint(config, abort)
+    endpoint = HttpEndpoint.open(config, abort)
     try:
         answer = await _ask(endpoint)
-        probe = _described(name, config, answer)
+        result = _described(name, config, answer)
         if config.cert is not None:
             required = await _is_certificate_required(endpoint, answer)
-            probe = replace(probe, certificate_required=required)
+            result = replace(result, certificate_required=required)
     except _FAILURES as error:
-        probe = _failed(name, error)
-        if probe.reason is Reason.TLS:
-            probe = await asyncio.to_thread(_with_certificate_seen, probe, endpoint)
-    return replace(probe, took_s=round(time.monotonic() - began, 3))
+        result = _failed(name, error)
+        if result.reason is Reason.TLS:
+            result = await asyncio.to_thread(_with_certificate_seen, result, endpoint)
+    return replace(result, took_s=round(time.monotonic() - began, 3))
 
 
 _FAILURES = (BackupdError, SignInError, AttemptEndedError, httpx.TransportError, httpx.InvalidURL)
@@ -227,7 +174,7 @@ async def _ask(endpoint: HttpEndpoint) -> _Answer:
         return _answer(await client.options(url, headers=headers))
 
 
-def _values(config: DestinationConfig) -> dict[str, str]:
+def _values(config: HttpDestinationConfig) -> dict[str, str]:
     """Return a value for every placeholder there is."""
     texts = [config.url, *config.headers.values()]
     return dict.fromkeys((name for text in texts for name in TextTemplate.parse(text).names), "check")
@@ -245,7 +192,7 @@ def _answer(response: httpx.Response) -> _Answer:
     )
 
 
-def _described(name: str, config: DestinationConfig, answer: _Answer) -> ProbeResult:
+def _described(name: str, config: HttpDestinationConfig, answer: _Answer) -> ProbeResult:
     now = datetime.now(UTC)
     signs_in = config.auth.type != "none" or bool(config.header_files)
     probe = ProbeResult(
@@ -256,6 +203,7 @@ def _described(name: str, config: DestinationConfig, answer: _Answer) -> ProbeRe
         answer.http_version,
         answer.status,
         signed_in=answer.status not in (401, 403) if signs_in else None,
+        sign_in_scheme=config.auth.type if config.auth.type != "none" else "headers",
         clock_ahead_s=_clock_ahead(answer.date, now),
     )
     return _with_certificate(probe, answer.certificate, now) if answer.certificate else probe
@@ -329,7 +277,7 @@ def _untrusted(endpoint: HttpEndpoint) -> Iterator[httpcore.NetworkStream]:
         yield stream
 
 
-def _advice(detail: str, config: DestinationConfig) -> str:
+def _advice(detail: str, config: HttpDestinationConfig) -> str:
     """Return what to do about a certificate that was not trusted."""
     if detail.startswith(PIN_MISMATCH):
         return "if whoever runs the endpoint says that this is its key, put it into `pin_sha256`"

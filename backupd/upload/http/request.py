@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from backupd.config.models import DestinationConfig
+from backupd.config.models import HttpDestinationConfig
 from backupd.config.types import names_a_credential
 from backupd.core.model import Digest
 from backupd.core.names import TextTemplate
@@ -44,7 +44,7 @@ class PreparedRequest:
 class RequestBuilder:
     """Makes the requests of one destination; its templates are parsed once."""
 
-    def __init__(self, config: DestinationConfig, line: AttemptLimits) -> None:
+    def __init__(self, config: HttpDestinationConfig, line: AttemptLimits) -> None:
         self._config = config
         self._line = line
         self._url = TextTemplate.parse(config.url)

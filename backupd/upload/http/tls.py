@@ -10,39 +10,14 @@ import ssl
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 from backupd.config.files import key_password
-from backupd.config.models import DestinationConfig
+from backupd.config.models import HttpDestinationConfig, TlsFiles
 from backupd.core.errors import BackupdError, ConfigError
 
 
 class TlsFilesError(ConfigError):
     """The CA, certificate or key can't be used."""
-
-
-class TlsFiles(Protocol):
-    """The part of a configuration that names files for TLS."""
-
-    @property
-    def ca(self) -> Path | None:
-        """Return the PEM file of the authorities to trust; None for the system's."""
-        ...
-
-    @property
-    def cert(self) -> Path | None:
-        """Return the PEM file of our certificate."""
-        ...
-
-    @property
-    def key(self) -> Path | None:
-        """Return the PEM file of its key."""
-        ...
-
-    @property
-    def key_password_file(self) -> Path | None:
-        """Return the file of the key's password."""
-        ...
 
 
 def make_context(files: TlsFiles, *, http2: bool = False, tls_min: str = "1.2") -> ssl.SSLContext:
@@ -100,7 +75,7 @@ _State = tuple[tuple[int, int, int] | None, ...]
 class ReloadingTlsContext:
     """The TLS context of a destination, shared by its uploaders and replaced when its files are."""
 
-    def __init__(self, config: DestinationConfig) -> None:
+    def __init__(self, config: HttpDestinationConfig) -> None:
         self._config = config
         self._lock = threading.Lock()
         self._context: ssl.SSLContext | None = None

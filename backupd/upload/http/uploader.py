@@ -13,15 +13,15 @@ import httpcore
 import httpx
 
 from backupd import __version__
-from backupd.config.models import AuthConfig, DestinationConfig
+from backupd.config.models import AuthConfig, HttpDestinationConfig
 from backupd.core.errors import BackupdError
 from backupd.core.failure import failure
 from backupd.core.model import Deferred, Delivered, Digest, Outcome, Superseded, is_unchanged
 from backupd.core.policy import Reason
-from backupd.upload.base import Uploader, UploadJob
+from backupd.upload.base import Abort, Endpoint, Uploader, UploadJob
 from backupd.upload.http.auth import BasicFile, BearerFile, Grant, OAuth2, SignInError, TokenSource
 from backupd.upload.http.body import FileChangedDuringUploadError, ReadFailedError, UploadBody
-from backupd.upload.http.limits import Abort, AttemptEndedError, AttemptLimits, BandwidthLimit
+from backupd.upload.http.limits import AttemptEndedError, AttemptLimits, BandwidthLimit
 from backupd.upload.http.redact import read_secret
 from backupd.upload.http.request import PreparedRequest, RequestBuilder
 from backupd.upload.http.response import ResponseEvaluator, failure_from_response, reason_from_error
@@ -41,14 +41,39 @@ _TOKEN_WITHIN = 45.0
 
 
 @dataclass(frozen=True, slots=True)
-class HttpEndpoint:
+class HttpEndpoint(Endpoint):
     """A destination's sign-in and bandwidth limit, shared by its uploaders."""
 
-    config: DestinationConfig
+    config: HttpDestinationConfig
     abort: Abort
     bandwidth: BandwidthLimit | None
     auth: httpx.Auth | None
     tls_context: ReloadingTlsContext
+
+    @classmethod
+    def open(cls, config: HttpDestinationConfig, abort: Abort) -> HttpEndpoint:
+        """Return the endpoint of a destination; the first upload reports files that can't be used."""
+        bandwidth = BandwidthLimit(config.bandwidth) if config.bandwidth else None
+        return cls(
+            config, abort, bandwidth, _sign_in(config.auth, config, abort), ReloadingTlsContext(config)
+        )
+
+    def make_uploader(self) -> HttpUploader:
+        """See `Endpoint.make_uploader`."""
+        return HttpUploader(self)
+
+    def files_changed(self) -> bool:
+        """See `Endpoint.files_changed`."""
+        return self.tls_context.files_changed()
+
+    def reload_files(self) -> None:
+        """See `Endpoint.reload_files`."""
+        self.tls_context.reload()
+
+    @property
+    def server_certificate_expires(self) -> float | None:
+        """See `Endpoint.server_certificate_expires`."""
+        return self.tls_context.server_expires
 
     def limits(self) -> AttemptLimits:
         """Return the bounds of one uploader's attempts."""
@@ -82,15 +107,7 @@ class HttpEndpoint:
         )
 
 
-def open_endpoint(config: DestinationConfig, abort: Abort) -> HttpEndpoint:
-    """Return what the uploaders of a destination share."""
-    bandwidth = BandwidthLimit(config.bandwidth) if config.bandwidth else None
-    return HttpEndpoint(
-        config, abort, bandwidth, _sign_in(config.auth, config, abort), ReloadingTlsContext(config)
-    )
-
-
-def timeouts(config: DestinationConfig) -> httpx.Timeout:
+def timeouts(config: HttpDestinationConfig) -> httpx.Timeout:
     """Return the timeouts of a destination."""
     t = config.timeout
     return httpx.Timeout(
@@ -101,7 +118,7 @@ def timeouts(config: DestinationConfig) -> httpx.Timeout:
     )
 
 
-def _sign_in(auth: AuthConfig, config: DestinationConfig, abort: Abort) -> httpx.Auth | None:
+def _sign_in(auth: AuthConfig, config: HttpDestinationConfig, abort: Abort) -> httpx.Auth | None:
     if auth.type == "basic" and auth.password_file:
         return BasicFile(auth.user, auth.password_file)
     if auth.type == "bearer" and auth.token_file:
@@ -114,7 +131,7 @@ def _sign_in(auth: AuthConfig, config: DestinationConfig, abort: Abort) -> httpx
     return None
 
 
-def _token_client(auth: AuthConfig, config: DestinationConfig, abort: Abort) -> httpx.Client:
+def _token_client(auth: AuthConfig, config: HttpDestinationConfig, abort: Abort) -> httpx.Client:
     """Return a client for the token endpoint, which has its own CA and certificate."""
     line = AttemptLimits(abort, deadline=min(2 * config.timeout.connect.total_seconds() + 30, _TOKEN_WITHIN))
     line.start()
@@ -127,7 +144,7 @@ def _token_client(auth: AuthConfig, config: DestinationConfig, abort: Abort) -> 
     )
 
 
-def _route(config: DestinationConfig) -> ConnectOptions:
+def _route(config: HttpDestinationConfig) -> ConnectOptions:
     host, _, port = config.connect_to.rpartition(":")
     return ConnectOptions(
         (host.strip("[]"), int(port)) if host else None,
@@ -137,13 +154,13 @@ def _route(config: DestinationConfig) -> ConnectOptions:
     )
 
 
-def _proxy_auth(config: DestinationConfig) -> tuple[str, str] | None:
+def _proxy_auth(config: HttpDestinationConfig) -> tuple[str, str] | None:
     if not config.proxy_user:
         return None
     return config.proxy_user, read_secret(config.proxy_password_file) if config.proxy_password_file else ""
 
 
-def _proxy(config: DestinationConfig) -> httpcore.Proxy | None:
+def _proxy(config: HttpDestinationConfig) -> httpcore.Proxy | None:
     if not config.proxy:
         return None
     split, auth = urllib.parse.urlsplit(config.proxy), _proxy_auth(config)
@@ -187,11 +204,6 @@ class HttpUploader(Uploader):
         self._look_anew = False
         self._maker = RequestBuilder(self._config, self._line)
         self._judge = ResponseEvaluator(self._config.receipt)
-
-    @classmethod
-    def standalone(cls, config: DestinationConfig, abort: Abort) -> HttpUploader:
-        """Return an uploader that shares its endpoint with no other."""
-        return cls(open_endpoint(config, abort))
 
     def close(self) -> None:
         """See `Uploader.close`."""
