@@ -1,4 +1,4 @@
-"""Anything that an endpoint may say, and any name that a file may have."""
+"""Random responses of a destination, and random file names."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ a_json = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
-an_answer = (
+a_body = (
     st.binary(max_size=300) | a_json.map(lambda value: json.dumps(value).encode()) | st.just(b"[" * 50_000)
 )
 a_pointer = st.lists(st.text(alphabet=st.characters(exclude_characters="/~")), min_size=1, max_size=4).map(
@@ -44,26 +44,37 @@ a_header = st.text(
 )
 
 
-# What an endpoint says
+# Responses
 
 
-@given(
-    a_pointer | st.sampled_from(["body:/0/1", "body:/0/sha256", "body:/-", "body:/99999999999"]), an_answer
-)
-def test_any_pointer_into_any_answer_yields_a_value_or_nothing(where: str, body: bytes) -> None:
-    _stated(where, {}, body)
+def values_in(body: bytes) -> list[object]:
+    """Return all values within a JSON body, itself included; none if it is not JSON."""
+    try:
+        values: list[object] = [json.loads(body)]
+    except (ValueError, RecursionError):
+        return []
+    for value in values:
+        if isinstance(value, dict | list):
+            values += value.values() if isinstance(value, dict) else value
+    return values
+
+
+@given(a_pointer | st.sampled_from(["body:/0/1", "body:/0/sha256", "body:/-", "body:/99999999999"]), a_body)
+def test_any_pointer_into_any_body_yields_a_value_of_it_or_none(where: str, body: bytes) -> None:
+    value = _stated(where, {}, body)
+    assert json.dumps(value) in {"null", *map(json.dumps, values_in(body))}
 
 
 @given(
     status=st.integers(200, 599),
-    body=an_answer,
+    body=a_body,
     stated=a_header,
     retry_after=a_header,
     source=st.sampled_from(["body:/sha256", "body:/0", "header:X-Sum", "none"]),
     size=st.sampled_from(["", "body:/size", "header:X-Size"]),
     encoding=st.sampled_from(["hex", "base64", "base64url"]),
 )
-def test_any_answer_is_judged_and_never_raises(
+def test_any_response_is_evaluated_without_an_exception(
     status: int, body: bytes, stated: str, retry_after: str, source: str, size: str, encoding: str
 ) -> None:
     config = ReceiptConfig.model_validate({"digest": source, "size": size, "encoding": encoding})
@@ -103,21 +114,19 @@ def _as_409(response: httpx.Response) -> httpx.Response:
 )
 @example("sha-256=::", "sha256", "hex", 0)
 @example("\ud800", "sha256", "base64", 0)
-def test_nothing_that_is_stated_matches_by_chance_or_raises(
-    stated: str, algorithm: str, encoding: str, prefix: int
-) -> None:
+def test_no_random_value_matches_the_digest(stated: str, algorithm: str, encoding: str, prefix: int) -> None:
     sent = Digest(algorithm, "0f" * 64)
     assume(prefix == 0 or prefix >= 8)
     assert matches(sent, stated, ReceiptExpectation(True, encoding, prefix)) is False
 
 
 @given(a_header | st.text())
-def test_any_retry_after_is_a_bounded_wait_or_none(value: str) -> None:
+def test_any_retry_after_is_at_most_an_hour_or_none(value: str) -> None:
     wait = parse_retry_after(value, datetime(2030, 1, 1, tzinfo=UTC))
     assert wait is None or 0 <= wait.total_seconds() <= 3600
 
 
-# What a file may be called
+# File names
 
 
 if not settings.configured:
@@ -188,14 +197,14 @@ def by_django(content_type: str, body: bytes) -> Parsed:
 @example(b'q"uo\\te;\r\nX: y.gz', "a\r\n--b", b"\r\n--b--\r\n", "after")
 @example(b"\xff\xfe \xc3\xa9.gz ", "\ud800", b"", "after")
 @example("日本; filename*=UTF-8''x.gz".encode(), "", b"\0", "before")
-def test_every_parser_reads_what_was_framed(
+def test_every_parser_reads_the_name_and_content_that_were_sent(
     parse: Callable[[str, bytes], Parsed], name: bytes, value: str, content: bytes, digest_at: str
 ) -> None:
     shown = file_name(name)
     assert shown.isprintable()
     assert not set(shown) & set('"\\\r\n')
     if parse is by_django:
-        # it unescapes HTML and takes what follows the last separator, so such names are not kept by it
+        # Django unescapes HTML and drops everything up to the last separator
         assume(html.unescape(shown) == shown)
     fields = {"note": value, **({"sum": SENT.hex} if digest_at == "before" else {})}
     framing = frame("b" * 32, fields, "file", name, "sum" if digest_at == "after" else "")
@@ -205,9 +214,7 @@ def test_every_parser_reads_what_was_framed(
     parsed_fields, parsed_name, parsed_content = parse(framing.content_type, body)
 
     assert parsed_content == content
-    assert parsed_name == (
-        shown.replace("%22", '"') if parse is by_werkzeug else shown
-    )  # as browsers mean it
+    assert parsed_name == (shown.replace("%22", '"') if parse is by_werkzeug else shown)  # like browsers
     assert parsed_fields == {
         "note": value.encode("utf-8", "backslashreplace").decode(),
         **({"sum": SENT.hex} if digest_at else {}),
@@ -219,13 +226,13 @@ def test_every_parser_reads_what_was_framed(
 @example("a\\b")
 @example("a\\")
 @example('"')
-def test_every_parser_reads_a_field_by_its_name(parse: Callable[[str, bytes], Parsed], name: str) -> None:
+def test_every_parser_reads_a_field_with_its_name(parse: Callable[[str, bytes], Parsed], name: str) -> None:
     assume(name.strip() == name)  # Django strips names
     framing = frame("b" * 32, {name: "value"}, "file", b"a.gz", "")
 
     fields, _, _ = parse(framing.content_type, framing.before + framing.after(""))
 
     (read,) = fields
-    # quotes and backslashes have no form that all parsers read alike; they stay apart from everything else
+    # not all parsers decode quotes and backslashes alike, but each keeps them distinct from others
     assert read.replace('"', "%22") == name.replace('"', "%22").replace("\\", "%5C")
     assert fields[read] == "value"
