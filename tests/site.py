@@ -1,4 +1,4 @@
-"""A drop folder with a ledger whose archives were put away, without a daemon."""
+"""A drop folder with sent archives and their ledger, without a daemon."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from backupd.ledger.sqlite.deliveries import SqliteLedger
 from backupd.ledger.sqlite.sent_rows import open_sent_index
 from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog
-from tests.factories import NOW, a_drop, delivered, finished, rejected
+from tests.factories import NOW, a_claim_result, a_drop, delivered, rejected
 
 
 class Site:
-    """A drop folder with a ledger, and a keeper of what is sent from it."""
+    """A drop folder with a ledger, a `Disposition` and a `Retention`."""
 
     def __init__(self, base: Path, drop: Path) -> None:
         self.root = drop
@@ -38,71 +38,71 @@ class Site:
         self.folder = DropFolder(str(self.root))
         self.ledger = SqliteLedger(open_ledger(self.state).connection)
         self._closing = ExitStack()
-        self._lines = base / "log"
-        self._log = EventLog(LineWriter(os.open(self._lines, os.O_WRONLY | os.O_CREAT | os.O_APPEND)))
-        self._disposal = Disposition({"switches": a_drop(self.folder)}, self._log)
+        self._log_path = base / "log"
+        self._log = EventLog(LineWriter(os.open(self._log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)))
+        self._disposition = Disposition({"switches": a_drop(self.folder)}, self._log)
         self.now = NOW
-        self.order = RetentionPolicy()
-        self.pattern: re.Pattern[str] | None = None
-        self.checksums = False
-        self.begin()
+        self.policy = RetentionPolicy()
+        self.label_pattern: re.Pattern[str] | None = None
+        self.uses_checksum_files = False
+        self.restart_retention()
 
-    def begin(self) -> None:
-        """Begin as another daemon."""
-        self.keeper = Retention(self._open_shelf, self._stocks, self._log, lambda: self.now)
+    def restart_retention(self) -> None:
+        """Create a new retention, as a restart of the daemon does."""
+        self.retention = Retention(self._open_index, self._scope, self._log, lambda: self.now)
 
-    def _open_shelf(self) -> SentIndex:
-        shelf = open_sent_index(self.state)
-        self._closing.callback(shelf.close)
-        return shelf
+    def _open_index(self) -> SentIndex:
+        index = open_sent_index(self.state)
+        self._closing.callback(index.close)
+        return index
 
-    def end(self) -> None:
+    def close(self) -> None:
         self._closing.close()
         self.ledger.close()
         self.folder.close()
 
-    def _stocks(self) -> RetentionScope:
-        drop = a_drop(self.folder, checksum_file="auto" if self.checksums else "off")
-        drop = replace(drop, retention=self.order, label_pattern=self.pattern)
+    def _scope(self) -> RetentionScope:
+        drop = a_drop(self.folder, checksum_file="auto" if self.uses_checksum_files else "off")
+        drop = replace(drop, retention=self.policy, label_pattern=self.label_pattern)
         return RetentionScope({"switches": drop}, timedelta(minutes=1))
 
-    def send(self, name: str, at: datetime, content: bytes = b"abc", *, good: bool = True) -> Path:
-        """Have a file delivered, or rejected, and put away at a time; return where it lies."""
-        self.admit(name, at, content)
+    def send(self, name: str, at: datetime, content: bytes = b"abc", *, accepted: bool = True) -> Path:
+        """Deliver or reject a file and dispose of it, at a time; return its new path."""
+        self.enqueue(name, at, content)
         [claim] = self.ledger.claim("vault", at)
-        return self.put_away(claim, at, delivered(content) if good else rejected())
+        return self.finish(claim, at, delivered(content) if accepted else rejected())
 
-    def admit(self, name: str, at: datetime, content: bytes = b"abc") -> None:
-        """Have a file come."""
+    def enqueue(self, name: str, at: datetime, content: bytes = b"abc") -> None:
+        """Write a file into the drop folder and queue it."""
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        seen = FileCandidate("switches", os.fsencode(name), fingerprint_of(path.stat()))
-        self.ledger.enqueue([seen], ["vault"], at)
+        candidate = FileCandidate("switches", os.fsencode(name), fingerprint_of(path.stat()))
+        self.ledger.enqueue([candidate], ["vault"], at)
 
-    def put_away(self, claim: Delivery, at: datetime, outcome: Outcome) -> Path:
-        """Have a delivery end so, and its file put away, at a time; return where that lies."""
-        ended = finished(claim, outcome, now=at)
-        done, _ = self._disposal.dispose(self.ledger.record([ended], at))
+    def finish(self, claim: Delivery, at: datetime, outcome: Outcome) -> Path:
+        """Record the outcome of a delivery and dispose of its file, at a time; return its new path."""
+        result = a_claim_result(claim, outcome, now=at)
+        done, _ = self._disposition.dispose(self.ledger.record([result], at))
         self.ledger.record_dispositions(done, [], at)
         assert done[0].moved_to is not None
         return self.root / os.fsdecode(done[0].moved_to)
 
-    def keep(self, now: datetime = NOW, **order: Any) -> None:
-        """Keep to an order, until there is nothing more to do."""
-        if order:
-            self.order = RetentionPolicy(**order)
+    def apply(self, now: datetime = NOW, **policy: Any) -> None:
+        """Apply a policy, or the last one, until there is nothing more to do."""
+        if policy:
+            self.policy = RetentionPolicy(**policy)
         self.now = now
-        while self.keeper.tick():
+        while self.retention.tick():
             pass
 
     def sent(self) -> list[str]:
-        """Return the archives in sent_dir."""
+        """Return the paths of the archives in `sent_dir`."""
         found = (p for p in (self.root / "sent").rglob("*") if p.is_file())
         return sorted(str(p.relative_to(self.root / "sent")) for p in found if p.suffix != ".json")
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in self._lines.read_text().splitlines()]
+        lines = [json.loads(line) for line in self._log_path.read_text().splitlines()]
         return [line for line in lines if line["event"] == name]
 
     def removals(self) -> dict[str, str | None]:

@@ -1,4 +1,4 @@
-"""The recorder, while the ledger can't be written."""
+"""The recorder with a ledger that cannot be written, and with many pending dispositions."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from backupd.ledger.sqlite.connection import open_ledger
 from backupd.ledger.sqlite.deliveries import SqliteLedger
 from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog
-from tests.factories import NOW, a_candidate, a_drop, delivered, finished
-from tests.stage import PATIENCE
+from tests.factories import NOW, a_candidate, a_claim_result, a_drop, delivered
+from tests.stage import TIMEOUT
 
 
-def test_a_full_queue_keeps_no_stop_waiting(tmp_path: Path) -> None:
+def test_a_full_queue_does_not_delay_a_stop(tmp_path: Path) -> None:
     ledger = SqliteLedger(open_ledger(tmp_path).connection)
     ledger.enqueue([a_candidate()], ["vault"], NOW)
     (delivery,) = ledger.claim("vault", NOW)
-    ledger.close()  # whatever it is asked to record now fails
+    ledger.close()  # every call fails from now on
     with (tmp_path / "log").open("wb") as stream:
         log = EventLog(LineWriter(stream.fileno()))
         recorder = Recorder(ledger, Disposition({}, log), log, lambda _drop, _path: None)
         abandon = threading.Event()
         running = threading.Thread(target=recorder.run, args=(abandon,), daemon=True)
-        recorder.submit(finished(delivery, delivered()))
+        recorder.submit(a_claim_result(delivery, delivered()))
         running.start()
         while not recorder._queue.full():
-            recorder.submit(finished(delivery, delivered()))
+            recorder.submit(a_claim_result(delivery, delivered()))
 
         stopping = threading.Thread(target=recorder.finish, daemon=True)
         stopping.start()
-        stopping.join(PATIENCE)
+        stopping.join(TIMEOUT)
         assert not stopping.is_alive()
         abandon.set()
-        running.join(PATIENCE)
+        running.join(TIMEOUT)
         assert not running.is_alive()
-    told = {json.loads(line)["event"] for line in (tmp_path / "log").read_text().splitlines()}
-    assert told == {"ledger.failed"}  # and of nothing that it verified
+    logged = {json.loads(line)["event"] for line in (tmp_path / "log").read_text().splitlines()}
+    assert logged == {"ledger.failed"}  # and no delivery.verified
 
 
-class Stopping(SqliteLedger):
-    """A ledger that tells how much was disposed of in one commit, and has the recorder told to stop."""
+class StoppingLedger(SqliteLedger):
+    """Records the number of dispositions in each commit, and calls `stop` after it."""
 
     commits: list[int]
     stop: Callable[[], None]
@@ -61,22 +61,22 @@ class Stopping(SqliteLedger):
         self.stop()
 
 
-def test_a_stop_is_heard_between_the_pages_of_what_an_earlier_daemon_left(tmp_path: Path) -> None:
-    ledger = Stopping(open_ledger(tmp_path).connection)
+def test_a_stop_takes_effect_between_two_pages_of_pending_dispositions(tmp_path: Path) -> None:
+    ledger = StoppingLedger(open_ledger(tmp_path).connection)
     ledger.commits = []
     ledger.enqueue([a_candidate(b"r%d" % number) for number in range(300)], ["vault"], NOW)
     while claimed := ledger.claim("vault", NOW, limit=300):
-        ledger.record([finished(one, delivered()) for one in claimed], NOW)
+        ledger.record([a_claim_result(one, delivered()) for one in claimed], NOW)
     (tmp_path / "drop").mkdir()
     folder = DropFolder(str(tmp_path / "drop"))
     with open(os.devnull, "wb") as null:
         log = EventLog(LineWriter(null.fileno()))
-        rules = {"switches": a_drop(folder, on_delivered="keep")}
-        for stops_at_once in (True, False):
-            recorder = Recorder(ledger, Disposition(rules, log), log, lambda _drop, _path: None)
-            ledger.stop = recorder.finish if stops_at_once else _when_done(ledger, recorder)
+        drops = {"switches": a_drop(folder, on_delivered="keep")}
+        for is_stopped_at_once in (True, False):
+            recorder = Recorder(ledger, Disposition(drops, log), log, lambda _drop, _path: None)
+            ledger.stop = recorder.finish if is_stopped_at_once else _when_done(ledger, recorder)
             recorder.run(threading.Event())
-            if stops_at_once:
+            if is_stopped_at_once:
                 assert 0 < ledger.count_pending_dispositions() < 300
     assert sum(ledger.commits) == 300
     folder.close()

@@ -1,4 +1,4 @@
-"""The keeper of sent archives on a real ledger and real folders."""
+"""The retention of sent archives, on a real ledger and real folders."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from typing import Any
 
 import pytest
 
-from backupd.core.names import MAX_RECEIPT_FILE_BYTES, RECEIPT_FILE_KINDS
+from backupd.core.names import MAX_RECEIPT_FILE_BYTES, MAX_RECEIPT_FILE_NUMBER
 from backupd.core.retention_policy import MinFree, RetentionPolicy
 from backupd.delivery.retention import Retention
 from backupd.ledger.port import CompletedArchive, DispositionResult
 from backupd.ledger.sqlite.connection import FILE_NAME
 from backupd.ledger.sqlite.sent_rows import SqliteSentIndex, open_sent_index
-from tests.factories import NOW, a_fingerprint, a_sighting, delivered, finished
-from tests.privileges import needs_root
+from tests.factories import NOW, a_candidate, a_claim_result, a_fingerprint, delivered
 from tests.site import Site
 
 HOUR = timedelta(hours=1)
@@ -34,38 +33,38 @@ DAY = timedelta(days=1)
 def site(tmp_path: Path) -> Iterator[Site]:
     site = Site(tmp_path, tmp_path / "drop")
     yield site
-    site.end()
+    site.close()
 
 
-def test_what_is_older_goes_with_its_receipt_and_nothing_else_does(site: Site) -> None:
+def test_an_expired_archive_is_removed_with_its_receipt_file_and_no_other_file(site: Site) -> None:
     old = site.send("old.cfg", NOW - 91 * DAY)
     site.send("new.cfg", NOW - 89 * DAY)
-    refused = site.send("refused.cfg", NOW - 1000 * DAY, good=False)
+    refused = site.send("refused.cfg", NOW - 1000 * DAY, accepted=False)
     (site.root / "pending.cfg").write_bytes(b"abc")
     (site.root / "sent" / "foreign.cfg").write_bytes(b"abc")
     assert old.with_name("old.cfg.receipt.json").exists()
-    site.keep(keep_for=90 * DAY)
+    site.apply(keep_for=90 * DAY)
     assert site.sent() == ["foreign.cfg", "new.cfg"]
     assert not old.with_name("old.cfg.receipt.json").exists()
     assert old.with_name("new.cfg.receipt.json").exists()
     assert refused.exists()
     assert (site.root / "pending.cfg").exists()
-    [said] = site.events("archive.expired")
-    assert (said["archive"], said["reason"], said["path"]) == ("old.cfg", "too_old", str(old))
+    [event] = site.events("archive.expired")
+    assert (event["archive"], event["reason"], event["path"]) == ("old.cfg", "too_old", str(old))
     assert site.removals() == {"old.cfg": "expired", "new.cfg": None, "refused.cfg": None}
 
 
-def test_records_that_others_planted_cost_little_when_it_goes(
+def test_receipt_files_of_other_users_cost_little_at_the_removal(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = site.send("old.cfg", NOW - 91 * DAY)
-    record = old.with_name("old.cfg.receipt.json")
-    ours = record.read_bytes()
-    record.write_bytes(b"[[]" + b",[]" * 500_000)
+    receipt = old.with_name("old.cfg.receipt.json")
+    own_content = receipt.read_bytes()
+    receipt.write_bytes(b"[[]" + b",[]" * 500_000)
     for number in range(2, 150):
-        os.link(record, old.with_name(f"old.cfg.receipt-{number}.json"))
+        os.link(receipt, old.with_name(f"old.cfg.receipt-{number}.json"))
     old.with_name("old.cfg.receipt-3.json").unlink()
-    old.with_name("old.cfg.receipt-3.json").write_bytes(ours)
+    old.with_name("old.cfg.receipt-3.json").write_bytes(own_content)
     read, real = [], json.loads
 
     def counted(content: bytes) -> Any:
@@ -73,112 +72,112 @@ def test_records_that_others_planted_cost_little_when_it_goes(
         return real(content)
 
     monkeypatch.setattr(json, "loads", counted)
-    site.keep(keep_for=90 * DAY)
+    site.apply(keep_for=90 * DAY)
     assert site.removals() == {"old.cfg": "expired"}
     assert not old.with_name("old.cfg.receipt-3.json").exists()
     assert len(read) == 3
     assert max(read) <= MAX_RECEIPT_FILE_BYTES
 
-    again = site.send("new.cfg", NOW - 91 * DAY)
+    second = site.send("new.cfg", NOW - 91 * DAY)
     for number in range(2, 150):
-        os.link(record, again.with_name(f"new.cfg.receipt-{number}.json"))
-    again.with_name("new.cfg.receipt.json").write_bytes(b"{}")
+        os.link(receipt, second.with_name(f"new.cfg.receipt-{number}.json"))
+    second.with_name("new.cfg.receipt.json").write_bytes(b"{}")
     read.clear()
-    site.keep(keep_for=90 * DAY)
-    assert not again.exists()
-    assert len(read) == RECEIPT_FILE_KINDS
+    site.apply(keep_for=90 * DAY)
+    assert not second.exists()
+    assert len(read) == MAX_RECEIPT_FILE_NUMBER
 
 
 @pytest.mark.parametrize("checksums", [False, True])
-def test_a_checksum_file_goes_with_its_archive_only_where_it_came_with_it(
+def test_a_checksum_file_is_removed_with_its_archive_only_if_it_belongs_to_it(
     site: Site, checksums: bool
 ) -> None:
-    """Elsewhere it is an archive of its own, which was delivered by itself."""
-    site.checksums = checksums
+    """Otherwise it is an archive of its own, which was delivered separately."""
+    site.uses_checksum_files = checksums
     old = site.send("old.cfg", NOW - 91 * DAY)
     old.with_name("old.cfg.sha256").write_text("0" * 64)
-    site.keep(keep_for=90 * DAY)
+    site.apply(keep_for=90 * DAY)
     assert site.sent() == ([] if checksums else ["old.cfg.sha256"])
 
 
 @pytest.mark.parametrize(
-    "order", [RetentionPolicy(keep_for=90 * DAY), RetentionPolicy(min_free=MinFree(1 << 60))]
+    "policy", [RetentionPolicy(keep_for=90 * DAY), RetentionPolicy(min_free=MinFree(1 << 60))]
 )
-def test_what_lies_on_a_filesystem_that_is_away_is_not_taken_for_gone(
-    site: Site, order: RetentionPolicy
+def test_archives_on_an_unmounted_filesystem_are_not_taken_for_removed(
+    site: Site, policy: RetentionPolicy
 ) -> None:
     old = site.send("old.cfg", NOW - 91 * DAY)
     away = site.root.with_name("away")
     site.root.rename(away)
-    (site.root / "sent").mkdir(parents=True)  # what its place shows without it
-    site.order = order
-    assert not site.keeper.tick()  # nor is there more to do at once
+    (site.root / "sent").mkdir(parents=True)  # the empty mount point
+    site.policy = policy
+    assert not site.retention.tick()  # and there is nothing more to do at once
     assert site.removals() == {"old.cfg": None}
     shutil.rmtree(site.root)
     away.rename(site.root)
-    site.keep()
+    site.apply()
     assert site.removals() == {"old.cfg": "expired"}
     assert not old.exists()
 
 
-def test_nothing_is_touched_or_opened_without_an_order(site: Site) -> None:
+def test_without_a_policy_nothing_is_opened_or_removed(site: Site) -> None:
     site.send("old.cfg", NOW - 1000 * DAY)
-    site.keeper = Retention(lambda: pytest.fail("opened"), site._stocks, site._log)
-    site.keep()
+    site.retention = Retention(lambda: pytest.fail("opened"), site._scope, site._log)
+    site.apply()
     assert site.sent() == ["old.cfg"]
 
 
-def test_the_last_of_each_folder_stay_however_old(site: Site) -> None:
+def test_the_newest_archives_of_each_folder_stay_at_any_age(site: Site) -> None:
     for number in range(5):
         site.send(f"a/{number}.cfg", NOW - (200 - number) * DAY)
     site.send("b/only.cfg", NOW - 500 * DAY)
-    site.keep(keep_for=90 * DAY, keep_last=2)
+    site.apply(keep_for=90 * DAY, keep_last=2)
     assert site.sent() == ["a/3.cfg", "a/4.cfg", "b/only.cfg"]
 
 
-def test_the_last_alone_count_per_device_where_the_labels_tell_it(site: Site) -> None:
-    site.pattern = re.compile(r"(?P<device>[^-]+)-.*")
+def test_the_newest_archives_are_counted_per_device_if_the_label_pattern_names_it(site: Site) -> None:
+    site.label_pattern = re.compile(r"(?P<device>[^-]+)-.*")
     for number in range(4):
         for device in ("r1", "r2"):
             site.send(f"{device}-{number}.cfg", NOW - timedelta(hours=10 - number))
-    site.keep(keep_last=3)
+    site.apply(keep_last=3)
     assert site.sent() == [f"{device}-{number}.cfg" for device in ("r1", "r2") for number in (1, 2, 3)]
     site.send("r1-9.cfg", NOW)
-    site.keep()
+    site.apply()
     assert site.sent() == ["r1-2.cfg", "r1-3.cfg", "r1-9.cfg", "r2-1.cfg", "r2-2.cfg", "r2-3.cfg"]
     assert {e["reason"] for e in site.events("archive.expired")} == {"too_many"}
 
 
-def test_what_was_among_the_last_goes_once_newer_ones_came(site: Site) -> None:
+def test_an_archive_is_removed_once_enough_newer_ones_have_arrived(site: Site) -> None:
     for number in range(2):
         site.send(f"{number}.cfg", NOW - (200 - number) * DAY)
-    site.keep(keep_for=90 * DAY, keep_last=2)
+    site.apply(keep_for=90 * DAY, keep_last=2)
     assert site.sent() == ["0.cfg", "1.cfg"]
     site.send("2.cfg", NOW)
-    site.keep(NOW + DAY)
+    site.apply(NOW + DAY)
     assert site.sent() == ["1.cfg", "2.cfg"]
 
 
-def test_many_more_than_a_batch_are_all_seen_to(site: Site) -> None:
+def test_more_archives_than_a_batch_are_all_removed(site: Site) -> None:
     for number in range(200):
         site.send(f"{number:03}.cfg", NOW - DAY + timedelta(seconds=number))
-    site.keep(keep_last=10)
+    site.apply(keep_last=10)
     assert site.sent() == [f"{number:03}.cfg" for number in range(190, 200)]
-    site.keep(NOW + DAY, keep_for=DAY / 2)
+    site.apply(NOW + DAY, keep_for=DAY / 2)
     assert site.sent() == []
 
 
-def test_another_order_is_applied_to_what_was_looked_at_before(site: Site) -> None:
+def test_a_new_policy_applies_to_archives_that_were_checked_before(site: Site) -> None:
     for number in range(4):
         site.send(f"{number}.cfg", NOW - 100 * DAY + timedelta(seconds=number))
-    site.keep(keep_for=90 * DAY, keep_last=3)
+    site.apply(keep_for=90 * DAY, keep_last=3)
     assert len(site.sent()) == 3
-    site.keep(keep_for=90 * DAY, keep_last=1)
+    site.apply(keep_for=90 * DAY, keep_last=1)
     assert site.sent() == ["3.cfg"]
 
 
 def _rewrite(path: Path) -> None:
-    path.write_bytes(b"somebody else's")
+    path.write_bytes(b"of another program")
 
 
 def _replace(path: Path) -> None:
@@ -192,102 +191,101 @@ def _link(path: Path) -> None:
     path.symlink_to("target.cfg")
 
 
-@pytest.mark.parametrize("tamper", [_rewrite, _replace, _link])
-def test_a_file_that_is_not_ours_any_more_stays(site: Site, tamper: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize("change", [_rewrite, _replace, _link])
+def test_a_file_that_was_changed_or_replaced_stays(site: Site, change: Callable[[Path], None]) -> None:
     path = site.send("old.cfg", NOW - 91 * DAY)
-    time.sleep(0.01)  # for another modification time
-    tamper(path)
-    site.keep(keep_for=90 * DAY)
+    time.sleep(0.01)  # so that the modification time differs
+    change(path)
+    site.apply(keep_for=90 * DAY)
     assert os.path.lexists(path)
     assert path.with_name("old.cfg.receipt.json").exists()
     assert site.removals() == {"old.cfg": "changed"}
     assert site.events("archive.expired") == []
 
 
-def test_a_sent_folder_that_was_swapped_for_a_link_leads_nowhere(site: Site, tmp_path: Path) -> None:
+def test_a_link_in_place_of_a_sent_folder_is_not_followed(site: Site, tmp_path: Path) -> None:
     path = site.send("site/old.cfg", NOW - 91 * DAY)
     path.parent.rename(tmp_path / "elsewhere")
     path.parent.symlink_to(tmp_path / "elsewhere")
-    site.keep(keep_for=90 * DAY)
+    site.apply(keep_for=90 * DAY)
     assert (tmp_path / "elsewhere" / "old.cfg").exists()
     assert site.events("archive.expired") == []
 
 
-def test_what_somebody_removed_is_noted_and_not_looked_for_again(site: Site) -> None:
+def test_a_file_that_an_operator_removed_is_recorded_as_gone(site: Site) -> None:
     site.send("old.cfg", NOW - 91 * DAY).unlink()
-    site.keep(keep_for=90 * DAY)
+    site.apply(keep_for=90 * DAY)
     assert site.removals() == {"old.cfg": "gone"}
 
 
-def test_without_the_sent_folder_nothing_is_taken_for_gone(site: Site) -> None:
+def test_without_the_sent_folder_no_archive_is_taken_for_removed(site: Site) -> None:
     site.send("old.cfg", NOW - 91 * DAY)
     (site.root / "sent").rename(site.root / "not-mounted")
-    site.keep(keep_for=90 * DAY)
+    site.apply(keep_for=90 * DAY)
     assert site.removals() == {"old.cfg": None}
     (site.root / "not-mounted").rename(site.root / "sent")
-    site.keep()
+    site.apply()
     assert site.removals() == {"old.cfg": "expired"}
 
 
-@pytest.mark.parametrize("how_far", ["noted", "renamed", "removed"])
-def test_a_removal_that_a_crash_cut_short_is_finished(site: Site, how_far: str) -> None:
+@pytest.mark.parametrize("progress", ["marked", "renamed", "removed"])
+def test_a_removal_that_a_crash_interrupted_is_finished(site: Site, progress: str) -> None:
     path = site.send("old.cfg", NOW - 91 * DAY)
-    shelf = open_sent_index(site.state)
-    [kept] = shelf.oldest("switches", None, NOW, 10)
-    shelf.condemn([kept.archive.id])
-    shelf.close()
-    if how_far == "renamed":
-        path.rename(path.with_name(f".backupd-{kept.archive.id}.expired"))
-    if how_far == "removed":
+    index = open_sent_index(site.state)
+    [sent] = index.oldest("switches", None, NOW, 10)
+    index.mark_expiring([sent.archive.id])
+    index.close()
+    if progress == "renamed":
+        path.rename(path.with_name(f".backupd-{sent.archive.id}.expired"))
+    if progress == "removed":
         path.unlink()
-    site.keep(keep_for=90 * DAY)
+    site.apply(keep_for=90 * DAY)
     assert os.listdir(site.root / "sent") == []
     assert site.removals() == {"old.cfg": "expired"}
     assert len(site.events("archive.expired")) == 1
 
 
 @pytest.mark.parametrize("content", ['{"archive": "old.cfg"}', "[" * 100_000])
-def test_a_receipt_under_our_name_that_is_somebody_else_s_stays(site: Site, content: str) -> None:
+def test_a_receipt_file_of_another_program_stays(site: Site, content: str) -> None:
     (site.root / "sent").mkdir()
     foreign = site.root / "sent" / "old.cfg.receipt.json"
     foreign.write_text(content)
     site.send("old.cfg", NOW - 91 * DAY)
     assert (site.root / "sent" / "old.cfg.receipt-2.json").exists()
-    site.keep(keep_for=90 * DAY)
+    site.apply(keep_for=90 * DAY)
     assert os.listdir(site.root / "sent") == [foreign.name]
 
 
-@needs_root
 @pytest.mark.root
-def test_what_cannot_be_removed_is_said_once_and_tried_again(site: Site) -> None:
+def test_a_failed_removal_is_logged_once_and_retried(site: Site) -> None:
     path = site.send("old.cfg", NOW - 91 * DAY)
     subprocess.run(["mount", "--bind", "-o", "ro", str(path.parent), str(path.parent)], check=True)
     try:
         subprocess.run(["mount", "-o", "remount,ro,bind", str(path.parent)], check=True)
-        site.keep(keep_for=90 * DAY)
-        site.keep()
+        site.apply(keep_for=90 * DAY)
+        site.apply()
     finally:
         subprocess.run(["umount", "-l", str(path.parent)], check=True)
-    [said] = site.events("disposition.failed")
-    assert "Read-only" in said["error"]
+    [event] = site.events("disposition.failed")
+    assert "Read-only" in event["error"]
     assert path.exists()
-    site.keep()
+    site.apply()
     assert site.sent() == []
 
 
 def many_delivered(site: Site, count: int) -> list[CompletedArchive]:
-    """Have the ledger know of deliveries, without files."""
+    """Record deliveries in the ledger, without files."""
     names = [b"h-%d-%d" % (count, n) for n in range(count)]
-    site.ledger.enqueue([a_sighting(n, fingerprint=a_fingerprint()) for n in names], ["vault"], NOW)
+    site.ledger.enqueue([a_candidate(n, fingerprint=a_fingerprint()) for n in names], ["vault"], NOW)
     claims = [c for _ in names for c in site.ledger.claim("vault", NOW)]
-    return site.ledger.record([finished(c, delivered()) for c in claims], NOW)
+    return site.ledger.record([a_claim_result(c, delivered()) for c in claims], NOW)
 
 
-def steps_of(site: Site, now: datetime, **order: Any) -> int:
-    """Keep to an order, and return how many steps SQLite took for that."""
+def steps_of(site: Site, now: datetime, **policy: Any) -> int:
+    """Apply a policy and return the number of SQLite virtual machine instructions that this took."""
     connection = sqlite3.connect(site.state / FILE_NAME, isolation_level=None)
     site._closing.callback(connection.close)
-    site.keeper._opened = SqliteSentIndex(connection)
+    site.retention._index = SqliteSentIndex(connection)
     steps = 0
 
     def tick() -> None:
@@ -295,28 +293,28 @@ def steps_of(site: Site, now: datetime, **order: Any) -> int:
         steps += 1
 
     connection.set_progress_handler(tick, 1)
-    site.keep(now, **order)
+    site.apply(now, **policy)
     return steps
 
 
-def test_the_cost_of_a_look_does_not_grow_with_the_history(site: Site) -> None:
+def test_the_cost_of_a_check_does_not_grow_with_the_history(site: Site) -> None:
     steps: list[int] = []
     for count in (100, 3000):
-        settled = many_delivered(site, count)
-        done = [DispositionResult(s.archive.id, b"sent/x/" + s.archive.relpath) for s in settled]
+        completed = many_delivered(site, count)
+        done = [DispositionResult(s.archive.id, b"sent/x/" + s.archive.relpath) for s in completed]
         site.ledger.record_dispositions(done, [], NOW)
         (site.root / "sent").mkdir(exist_ok=True)
-        site.keep(NOW + DAY, keep_for=90 * DAY, keep_last=5)
+        site.apply(NOW + DAY, keep_for=90 * DAY, keep_last=5)
         steps.append(steps_of(site, NOW + DAY))
     assert steps[1] < 2 * steps[0] + 100
 
 
 @pytest.mark.parametrize("step", [1, -1], ids=["oldest first", "newest first"])
-def test_the_cost_of_what_is_removed_is_that_of_each(site: Site, step: int) -> None:
+def test_the_cost_of_a_removal_does_not_grow_with_the_history(site: Site, step: int) -> None:
     steps: list[int] = []
     for count in (100, 1500):
-        settled = many_delivered(site, count)
-        for minute, one in enumerate(settled[::step]):
+        completed = many_delivered(site, count)
+        for minute, one in enumerate(completed[::step]):
             to = b"sent/%d/%s" % (count, one.archive.relpath)
             site.ledger.record_dispositions(
                 [DispositionResult(one.archive.id, to)], [], NOW + timedelta(minutes=minute)
@@ -326,47 +324,47 @@ def test_the_cost_of_what_is_removed_is_that_of_each(site: Site, step: int) -> N
     assert steps[1] < 2 * 15 * steps[0]
 
 
-def test_the_last_ones_are_those_that_came_last_though_the_clock_was_behind(site: Site) -> None:
+def test_the_newest_archives_are_those_queued_last_if_the_clock_was_behind(site: Site) -> None:
     for number in range(3):
         site.send("a.cfg", NOW + number * HOUR, b"right")
     site.send("a.cfg", NOW - 2000 * DAY, b"by a clock that was behind")
-    site.keep(NOW + DAY, keep_last=1)
+    site.apply(NOW + DAY, keep_last=1)
     contents = {path.read_bytes() for path in (site.root / "sent").iterdir() if path.suffix != ".json"}
     assert contents == {b"right", b"by a clock that was behind"}
     site.send("a.cfg", NOW + 4 * HOUR, b"right again")
-    site.keep(NOW + DAY)
+    site.apply(NOW + DAY)
     [last] = [path for path in (site.root / "sent").iterdir() if path.suffix != ".json"]
     assert last.read_bytes() == b"right again"
 
 
-def test_the_last_ones_of_a_backlog_that_was_sent_newest_first(site: Site) -> None:
+def test_the_newest_archives_of_a_backlog_that_was_sent_newest_first_stay(site: Site) -> None:
     """As `priority = "newest"` does."""
     for number in range(30):
-        site.admit(f"{number:02}.cfg", NOW)
-    for minute, claim in enumerate(reversed(site.ledger.claim("vault", NOW, most=99))):
-        site.put_away(claim, NOW + timedelta(minutes=minute), delivered())
-    site.keep(NOW + DAY, keep_last=3)
+        site.enqueue(f"{number:02}.cfg", NOW)
+    for minute, claim in enumerate(reversed(site.ledger.claim("vault", NOW, limit=99))):
+        site.finish(claim, NOW + timedelta(minutes=minute), delivered())
+    site.apply(NOW + DAY, keep_last=3)
     newest, sent_last = ["27.cfg", "28.cfg", "29.cfg"], ["00.cfg", "01.cfg", "02.cfg"]
     assert site.sent() == sent_last + newest
     for number in range(30, 33):
         site.send(f"{number}.cfg", NOW + DAY)
-    site.keep(NOW + DAY)
+    site.apply(NOW + DAY)
     assert site.sent() == ["30.cfg", "31.cfg", "32.cfg"]
 
 
-# room on the disk
+# disk space
 
 
 @pytest.fixture
 def full_site(tmp_path: Path) -> Iterator[Site]:
-    """A site whose drop folder is a filesystem of 8 MiB."""
+    """A site with a filesystem of 8 MiB as its drop folder."""
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=True)
     try:
         site = Site(tmp_path, disk)
         yield site
-        site.end()
+        site.close()
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -374,15 +372,16 @@ def full_site(tmp_path: Path) -> Iterator[Site]:
 MIB = 1024 * 1024
 
 
-@needs_root
 @pytest.mark.root
-@pytest.mark.parametrize("least", [MinFree(4 * MIB), MinFree(percent=50)])
-def test_where_the_disk_gets_full_the_oldest_go_until_there_is_room(full_site: Site, least: MinFree) -> None:
+@pytest.mark.parametrize("min_free", [MinFree(4 * MIB), MinFree(percent=50)])
+def test_on_a_full_disk_the_oldest_archives_are_removed_until_enough_is_free(
+    full_site: Site, min_free: MinFree
+) -> None:
     site = full_site
     for number in range(6):
         site.send(f"{number}.cfg", NOW - (6 - number) * DAY, bytes(MIB))
-    site.send("refused.cfg", NOW - 100 * DAY, bytes(MIB // 2), good=False)
-    site.keep(keep_last=10, min_free=least)
+    site.send("refused.cfg", NOW - 100 * DAY, bytes(MIB // 2), accepted=False)
+    site.apply(keep_last=10, min_free=min_free)
     assert site.sent() == ["3.cfg", "4.cfg", "5.cfg"]
     assert [e["archive"] for e in site.events("archive.expired")] == ["0.cfg", "1.cfg", "2.cfg"]
     assert {e["reason"] for e in site.events("archive.expired")} == {"disk_low"}
@@ -390,24 +389,23 @@ def test_where_the_disk_gets_full_the_oldest_go_until_there_is_room(full_site: S
     assert (site.root / "rejected" / "refused.cfg").exists()
 
 
-@needs_root
 @pytest.mark.root
-def test_where_that_is_not_enough_it_is_said_once_and_again_while_it_lasts(full_site: Site) -> None:
+def test_low_disk_space_is_logged_again_while_it_lasts(full_site: Site) -> None:
     site = full_site
     site.send("one.cfg", NOW - DAY, bytes(MIB))
     pending = site.root / "pending.cfg"
     pending.write_bytes(bytes(5 * MIB))
-    site.keep(min_free=MinFree(4 * MIB))
+    site.apply(min_free=MinFree(4 * MIB))
     assert (site.sent(), pending.exists()) == ([], True)
-    [said] = site.events("disk.low")
-    assert (said["level"], said["drop"], said["min_free_bytes"]) == ("error", "switches", 4 * MIB)
-    assert said["free_bytes"] < 4 * MIB
-    site.keep(NOW + timedelta(seconds=30))
+    [event] = site.events("disk.low")
+    assert (event["level"], event["drop"], event["min_free_bytes"]) == ("error", "switches", 4 * MIB)
+    assert event["free_bytes"] < 4 * MIB
+    site.apply(NOW + timedelta(seconds=30))
     assert len(site.events("disk.low")) == 1
-    site.keep(NOW + timedelta(seconds=61))
+    site.apply(NOW + timedelta(seconds=61))
     assert len(site.events("disk.low")) == 2
     pending.unlink()
-    site.keep(NOW + timedelta(seconds=62))
+    site.apply(NOW + timedelta(seconds=62))
     pending.write_bytes(bytes(5 * MIB))
-    site.keep(NOW + timedelta(seconds=63))
+    site.apply(NOW + timedelta(seconds=63))
     assert len(site.events("disk.low")) == 3

@@ -1,4 +1,4 @@
-"""The history of a ledger that was lost, read from the records beside archives: on real folders."""
+"""The history of a lost ledger, restored from receipt files in real folders."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import pytest
 
 from backupd.core.model import Archive, DeliveryState
 from backupd.core.retention_policy import MinFree
-from backupd.delivery import place
-from backupd.delivery.restoring import HistoryRestorer
+from backupd.delivery import stored_folder
+from backupd.delivery.history_restorer import HistoryRestorer
 from backupd.delivery.retention import Retention
 from backupd.dropfolder.folder import DropFolder
 from backupd.ledger.sent_index import SentArchive
@@ -33,7 +33,7 @@ from tests.privileges import a_folder_of_nobody, without_rights
 from tests.site import Site
 
 DAY = timedelta(days=1)
-TELLS = """
+ROWS = """
     SELECT relpath, inode, archive.size, mtime_ns, admitted_at, archive.state, archive.digest, disposition,
         live, disposed_to, delivery.id, destination, delivery.state, ended_at, reason, error,
         delivery.digest, verified, http_status, receipt
@@ -41,20 +41,20 @@ TELLS = """
 """
 
 
-class Lost(Site):
-    """A site whose ledger is lost, and begun anew."""
+class RestorableSite(Site):
+    """A site that can lose its ledger and restore it."""
 
     def __init__(self, base: Path, drop: Path) -> None:
         super().__init__(base, drop)
-        self.forgotten = NOW - 1000 * DAY
-        self.doubted: list[datetime] = []
+        self.history_start = NOW - 1000 * DAY
+        self.distrusted: list[datetime] = []
 
     def rows(self) -> list[tuple[Any, ...]]:
         with closing(sqlite3.connect(self.state / FILE_NAME)) as db:
-            return db.execute(TELLS).fetchall()
+            return db.execute(ROWS).fetchall()
 
-    def lose(self) -> None:
-        """Lose the ledger and begin another."""
+    def lose_ledger(self) -> None:
+        """Delete the ledger and create a new one."""
         self.ledger.close()
         for path in self.state.iterdir():
             path.unlink()
@@ -66,59 +66,59 @@ class Lost(Site):
         self.restorer(device_of).scan(stop or threading.Event())
 
     def restorer(self, device_of: Callable[[Archive], str | None] = lambda _: None) -> HistoryRestorer:
-        rules = {"switches": a_drop(self.folder)}
+        drops = {"switches": a_drop(self.folder)}
         return HistoryRestorer(
             lambda: open_sent_index(self.state),
-            rules,
+            drops,
             device_of,
-            lambda: self.forgotten,
-            self._doubt,
+            lambda: self.history_start,
+            self._distrust,
             self._log,
         )
 
-    def _doubt(self, since: datetime) -> None:
-        self.doubted.append(since)
+    def _distrust(self, since: datetime) -> None:
+        self.distrusted.append(since)
         self.now = since
 
 
-class Behind(datetime):
-    """The clock of a host that believes to be in the past."""
+class SlowClock(datetime):
+    """The clock of a host that is three days behind."""
 
     @classmethod
-    def now(cls, tz: tzinfo | None = None) -> Behind:
+    def now(cls, tz: tzinfo | None = None) -> SlowClock:
         return cls.fromtimestamp(time.time() - 3 * 86400, tz)
 
 
-class Stopped(threading.Event):
-    """Is set as soon as somebody waits for it."""
+class StoppedAtFirstWait(threading.Event):
+    """Is set at the first wait for it."""
 
     def wait(self, timeout: float | None = None) -> bool:
         return True
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Lost]:
-    site = Lost(tmp_path, tmp_path / "drop")
+def site(tmp_path: Path) -> Iterator[RestorableSite]:
+    site = RestorableSite(tmp_path, tmp_path / "drop")
     yield site
-    site.end()
+    site.close()
 
 
-def test_what_was_put_away_is_known_again_as_it_was(site: Lost) -> None:
+def test_a_new_ledger_knows_all_sent_and_rejected_archives_again(site: RestorableSite) -> None:
     site.send("a.cfg", NOW)
     site.send("deep/er/b.cfg", NOW + timedelta(minutes=1), b"another")
     site.send("a.cfg", NOW + timedelta(minutes=2), b"the name was taken")
     site.send(os.fsdecode(b"not-\xff-utf8.cfg"), NOW + timedelta(minutes=3))
-    site.send("refused.cfg", NOW + timedelta(minutes=4), good=False)
+    site.send("refused.cfg", NOW + timedelta(minutes=4), accepted=False)
     site.send("l" * 251 + ".cfg", NOW + timedelta(minutes=5))
     before = site.rows()
-    site.lose()
+    site.lose_ledger()
     assert not site.rows()
 
     site.restore()
 
     assert sorted(site.rows()) == sorted(before)
     sent = [row for row in site.rows() if row[5] == "delivered"]
-    assert sent == [row for row in before if row[5] == "delivered"], "not in their order"
+    assert sent == [row for row in before if row[5] == "delivered"], "the order has changed"
     assert [
         (e["path"], e["restored_archives"], e["unknown_files"]) for e in site.events("ledger.restored")
     ] == [
@@ -131,30 +131,30 @@ def test_what_was_put_away_is_known_again_as_it_was(site: Lost) -> None:
     assert len(audited) == 5
 
 
-def test_it_is_older_than_what_came_since_and_goes_in_its_time(site: Lost) -> None:
+def test_restored_archives_are_older_than_new_ones_and_expire_in_time(site: RestorableSite) -> None:
     for number in range(3):
         site.send(f"{number}.cfg", NOW + number * DAY)
-    for number in (2, 1, 0):  # as a restore from tape does, in any order
+    for number in (2, 1, 0):  # as a restore from a backup does, in any order
         (site.root / "sent" / f"{number}.cfg").chmod(0o640)
-    site.lose()
+    site.lose_ledger()
     site.send("new.cfg", NOW + 3 * DAY)
     site.restore()
     with closing(sqlite3.connect(site.state / FILE_NAME)) as db:
         paths = [row[0] for row in db.execute("SELECT relpath FROM archive ORDER BY id")]
     assert paths[-1] == b"new.cfg"
-    assert site.doubted == [NOW]
-    site.keep(NOW + 90 * DAY, keep_for=90 * DAY, keep_last=2)
+    assert site.distrusted == [NOW]
+    site.apply(NOW + 90 * DAY, keep_for=90 * DAY, keep_last=2)
     assert site.sent() == ["0.cfg", "1.cfg", "2.cfg", "new.cfg"]
-    site.keep(NOW + 91 * DAY + timedelta(minutes=1))
+    site.apply(NOW + 91 * DAY + timedelta(minutes=1))
     assert site.sent() == ["2.cfg", "new.cfg"]
     assert not (site.root / "sent" / "0.cfg.receipt.json").exists()
 
 
-@pytest.mark.parametrize("order", [{"keep_for": 30 * DAY}, {"keep_for": 30 * DAY, "keep_last": 1}], ids=str)
-def test_what_comes_back_while_old_archives_are_looked_for_is_none(
-    site: Lost, order: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("policy", [{"keep_for": 30 * DAY}, {"keep_for": 30 * DAY, "keep_last": 1}], ids=str)
+def test_archives_that_are_restored_during_a_check_do_not_expire(
+    site: RestorableSite, policy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the clock before the doubt it would be old."""
+    """They would be old by the clock before it is distrusted."""
 
     def comes_back(self: SqliteSentIndex, *arguments: Any) -> list[SentArchive]:
         site.restore()
@@ -162,29 +162,31 @@ def test_what_comes_back_while_old_archives_are_looked_for_is_none(
 
     site.send("a.cfg", NOW)
     site.send("a.cfg", NOW)
-    site.lose()
+    site.lose_ledger()
     find = SqliteSentIndex.oldest
     monkeypatch.setattr(SqliteSentIndex, "oldest", comes_back)
-    site.keep(NOW + 400 * DAY, **order)
-    assert len(site.doubted) == 1
+    site.apply(NOW + 400 * DAY, **policy)
+    assert len(site.distrusted) == 1
     assert len(site.sent()) == 2
     assert not site.events("archive.expired")
-    site.keep(NOW + 401 * DAY)  # the doubt is over
-    assert len(site.sent()) == order.get("keep_last", 0)
+    site.apply(NOW + 401 * DAY)  # the clock is trusted again
+    assert len(site.sent()) == policy.get("keep_last", 0)
 
 
-def test_it_is_done_once_and_what_is_cut_short_is_done_at_the_next_start(site: Lost) -> None:
+def test_a_restore_runs_once_and_an_interrupted_one_continues_at_the_next_start(
+    site: RestorableSite,
+) -> None:
     for number in range(600):
         site.send(f"{number}.cfg", NOW)
-    site.lose()
-    site.restore(stop=Stopped())
-    begun = len(site.rows())
-    assert 0 < begun < 600
+    site.lose_ledger()
+    site.restore(stop=StoppedAtFirstWait())
+    restored = len(site.rows())
+    assert 0 < restored < 600
     assert not site.events("ledger.restored")
     site.restore()
     assert len(site.rows()) == 600
-    [said] = site.events("ledger.restored")
-    assert said["restored_archives"] == 600 - begun
+    [event] = site.events("ledger.restored")
+    assert event["restored_archives"] == 600 - restored
 
     with closing(sqlite3.connect(site.state / FILE_NAME)) as db:
         db.execute("DELETE FROM archive")
@@ -193,10 +195,10 @@ def test_it_is_done_once_and_what_is_cut_short_is_done_at_the_next_start(site: L
     assert not site.rows()
 
 
-def test_a_folder_that_is_not_there_now_is_looked_at_once_it_is(site: Lost) -> None:
+def test_a_missing_folder_is_restored_once_it_exists(site: RestorableSite) -> None:
     site.send("a.cfg", NOW)
-    site.send("bad.cfg", NOW, good=False)
-    site.lose()
+    site.send("bad.cfg", NOW, accepted=False)
+    site.lose_ledger()
     (site.root / "sent").rename(site.root / "elsewhere")
     site.restore()
     assert [row[0] for row in site.rows()] == [b"bad.cfg"]
@@ -206,164 +208,172 @@ def test_a_folder_that_is_not_there_now_is_looked_at_once_it_is(site: Lost) -> N
 
 
 @pytest.fixture
-def site_of_nobody() -> Iterator[Lost]:
+def site_of_nobody() -> Iterator[RestorableSite]:
     with a_folder_of_nobody() as folder, without_rights():
-        site = Lost(folder, folder / "drop")
+        site = RestorableSite(folder, folder / "drop")
         yield site
-        site.end()
+        site.close()
 
 
-def test_what_can_not_be_seen_now_keeps_nothing_else_back_and_is_said(site_of_nobody: Lost) -> None:
+def test_unreadable_files_are_logged_and_do_not_delay_the_others(site_of_nobody: RestorableSite) -> None:
     site = site_of_nobody
     for name in ("a.cfg", "b.cfg", "c/c.cfg"):
         site.send(name, NOW)
-    site.lose()
-    record, folder = site.root / "sent" / "b.cfg.receipt.json", site.root / "sent" / "c"
-    record.chmod(0)
+    site.lose_ledger()
+    receipt, folder = site.root / "sent" / "b.cfg.receipt.json", site.root / "sent" / "c"
+    receipt.chmod(0)
     folder.chmod(0)
     below = os.open(site.root / "sent", os.O_RDONLY)
-    for _ in range(20):  # so deep nothing was ever put away
+    for _ in range(20):  # no archive is ever moved to so long a path
         os.mkdir("d" * 250, dir_fd=below)
         below, above = os.open("d" * 250, os.O_RDONLY, dir_fd=below), below
         os.close(above)
     os.close(below)
     site.restore()
     assert [row[0] for row in site.rows()] == [b"a.cfg"]
-    [said] = site.events("ledger.incomplete")
-    assert said["error"].startswith("2 can't be read or believed now, such as sent/")
-    record.chmod(0o644)
+    [event] = site.events("ledger.incomplete")
+    assert event["error"].startswith("2 files or folders cannot be used now, the first is sent/")
+    receipt.chmod(0o644)
     folder.chmod(0o755)
     site.restore()
     assert len(site.rows()) == 3
-    site.keep(NOW + 99 * DAY, keep_for=DAY)
+    site.apply(NOW + 99 * DAY, keep_for=DAY)
     assert os.listdir(site.root / "sent" / "c") == []
 
 
-def test_what_can_be_seen_later_only_is_doubted_then(site_of_nobody: Lost) -> None:
+def test_the_clock_is_distrusted_when_a_folder_becomes_readable(site_of_nobody: RestorableSite) -> None:
     site = site_of_nobody
     site.send("a.cfg", NOW)
-    site.lose()
+    site.lose_ledger()
     (site.root / "sent").chmod(0)
     restorer = site.restorer()
     with without_rights():
         restorer.scan(threading.Event())
-    assert (site.doubted, site.rows()) == ([], [])
+    assert (site.distrusted, site.rows()) == ([], [])
     (site.root / "sent").chmod(0o755)
-    restorer._again.clear()  # an hour later
+    restorer._retry_at.clear()  # an hour later
     restorer.scan(threading.Event())
-    assert (site.doubted, len(site.rows())) == ([NOW], 1)
+    assert (site.distrusted, len(site.rows())) == ([NOW], 1)
 
 
-def test_whatever_comes_back_is_doubted_and_what_is_known_is_not(site_of_nobody: Lost) -> None:
+def test_the_clock_is_distrusted_for_restored_archives_and_not_for_known_ones(
+    site_of_nobody: RestorableSite,
+) -> None:
     site = site_of_nobody
     for number in range(70):
         site.send(f"{number:02}.cfg", NOW)
-    site.send("old.cfg", NOW - 200 * DAY).chmod(0o640)  # it lies on the second page by that
+    site.send("old.cfg", NOW - 200 * DAY).chmod(0o640)  # so that it is on the second page
     site.send("shut/late.cfg", NOW - 300 * DAY)
     (site.root / "sent" / "shut").chmod(0)
-    site.lose()
+    site.lose_ledger()
     with without_rights():
         site.restore()
-        assert site.doubted == [NOW, NOW - 200 * DAY]
+        assert site.distrusted == [NOW, NOW - 200 * DAY]
         assert site.events("ledger.incomplete")
         site.restore()  # as at the next start
-        assert site.doubted == [NOW, NOW - 200 * DAY]
+        assert site.distrusted == [NOW, NOW - 200 * DAY]
     (site.root / "sent" / "shut").chmod(0o755)
     site.restore()
-    assert site.doubted == [NOW, NOW - 200 * DAY, NOW - 300 * DAY]
+    assert site.distrusted == [NOW, NOW - 200 * DAY, NOW - 300 * DAY]
 
 
-def test_no_room_is_made_before_the_old_ones_are_known(site: Lost) -> None:
+def test_no_space_is_freed_before_the_oldest_archives_are_known(site: RestorableSite) -> None:
     for number in range(3):
         site.send(f"old-{number}.cfg", NOW, b"x" * 4096)
-    site.lose()
+    site.lose_ledger()
     site.send("new.cfg", NOW + 3 * DAY, b"x" * 4096)
     restorer = site.restorer()
-    site.keeper = Retention(site._open_shelf, site._stocks, site._log, lambda: site.now, restorer.has_scanned)
+    site.retention = Retention(
+        site._open_index, site._scope, site._log, lambda: site.now, restorer.has_scanned
+    )
     free = os.statvfs(site.root)
-    short = MinFree(free.f_bavail * free.f_frsize + 64 * 2**30)
-    site.keep(NOW + 3 * DAY, min_free=short)
+    more_than_free = MinFree(free.f_bavail * free.f_frsize + 64 * 2**30)
+    site.apply(NOW + 3 * DAY, min_free=more_than_free)
     ledger = site.state / FILE_NAME
     elsewhere = ledger.rename(ledger.with_name("elsewhere"))
-    restorer.scan(threading.Event())  # it fails
+    restorer.scan(threading.Event())  # the ledger cannot be opened
     elsewhere.rename(ledger)
     assert site.events("ledger.failed")
-    restorer.scan(threading.Event())  # which it does not at once do again
-    site.keep(NOW + 3 * DAY)
+    restorer.scan(threading.Event())  # the retry is not due yet
+    site.apply(NOW + 3 * DAY)
     assert len(site.sent()) == 4
-    assert not site.events("disk.low"), "there is something left"
-    restorer._again.clear()  # a minute later
+    assert not site.events("disk.low"), "the archives are not removed yet"
+    restorer._retry_at.clear()  # a minute later
     restorer.scan(threading.Event())
-    assert site.doubted
-    site.keeper.tick()
+    assert site.distrusted
+    site.retention.tick()
     assert site.sent() == []
     removed = [event["archive"] for event in site.events("archive.expired")]
     assert removed == ["old-0.cfg", "old-1.cfg", "old-2.cfg", "new.cfg"]
 
 
-def test_a_clock_that_is_behind_costs_no_history(site: Lost, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_is_behind_loses_no_history(
+    site: RestorableSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
     site.send("a.cfg", NOW)
-    site.lose()
-    monkeypatch.setattr(place, "datetime", Behind)
+    site.lose_ledger()
+    monkeypatch.setattr(stored_folder, "datetime", SlowClock)
     site.restore()
     assert not site.rows()
-    [said] = site.events("ledger.incomplete")
-    assert "the clock may be wrong" in said["error"]
+    [event] = site.events("ledger.incomplete")
+    assert "the clock of this host may be wrong" in event["error"]
     monkeypatch.undo()
     site.restore()
     assert len(site.rows()) == 1
 
 
-def test_records_of_the_future_beside_files_that_were_copied_are_no_loss(site: Lost) -> None:
-    record = site.send("a.cfg", NOW).with_name("a.cfg.receipt.json")
-    good = record.read_text()
-    ahead = (datetime.now(NOW.tzinfo) + DAY).isoformat()  # by a clock that is a day behind now
-    record.write_text(re.sub('"ended_at": "[^"]+"', f'"ended_at": "{ahead}"', good))
-    site.lose()
+def test_receipt_files_with_a_time_in_the_future_are_retried(site: RestorableSite) -> None:
+    receipt = site.send("a.cfg", NOW).with_name("a.cfg.receipt.json")
+    good = receipt.read_text()
+    ahead = (datetime.now(NOW.tzinfo) + DAY).isoformat()  # as if the clock of this host were a day behind
+    receipt.write_text(re.sub('"ended_at": "[^"]+"', f'"ended_at": "{ahead}"', good))
+    site.lose_ledger()
     site.restore()
     assert not site.rows()
     assert site.events("ledger.incomplete")
-    record.write_text(good)
+    receipt.write_text(good)
     site.restore()
     assert len(site.rows()) == 1
 
 
-def test_what_is_older_than_the_history_is_neither_restored_nor_unknown(site: Lost) -> None:
+def test_archives_from_before_the_history_are_neither_restored_nor_unknown(site: RestorableSite) -> None:
     site.send("old.cfg", NOW - 2 * DAY)
     site.send("new.cfg", NOW)
-    site.lose()
-    site.forgotten = NOW - DAY
+    site.lose_ledger()
+    site.history_start = NOW - DAY
     site.restore()
     assert [row[0] for row in site.rows()] == [b"new.cfg"]
-    [said] = site.events("ledger.restored")
-    assert (said["restored_archives"], said["unknown_files"]) == (1, 0)
+    [event] = site.events("ledger.restored")
+    assert (event["restored_archives"], event["unknown_files"]) == (1, 0)
 
 
-def test_the_last_ones_are_kept_while_only_some_are_known(site: Lost) -> None:
+def test_the_newest_archives_are_kept_while_only_some_are_known(site: RestorableSite) -> None:
     for number in range(100):
         site.send(f"{number:02}.cfg", NOW + timedelta(minutes=number))
-    site.lose()
-    site.restore(stop=Stopped())
+    site.lose_ledger()
+    site.restore(stop=StoppedAtFirstWait())
     known = len(site.rows())
     assert 0 < known < 100
-    site.keep(NOW + DAY, keep_last=2)
+    site.apply(NOW + DAY, keep_last=2)
     assert site.sent() == [f"{number:02}.cfg" for number in range(known - 2, 100)]
     site.restore()
-    site.keep(NOW + DAY)
+    site.apply(NOW + DAY)
     assert site.sent() == ["98.cfg", "99.cfg"]
 
 
 @pytest.mark.parametrize("year", [1969, 2300, 12_000])
-def test_odd_times_of_files_end_nothing(site: Lost, monkeypatch: pytest.MonkeyPatch, year: int) -> None:
+def test_extreme_file_times_do_not_stop_the_restore(
+    site: RestorableSite, monkeypatch: pytest.MonkeyPatch, year: int
+) -> None:
     site.send("a.cfg", NOW)
-    site.lose()
-    site.forgotten = datetime(1, 1, 1, tzinfo=NOW.tzinfo)
+    site.lose_ledger()
+    site.history_start = datetime(1, 1, 1, tzinfo=NOW.tzinfo)
     odd = (year - 1970) * 366 * 86400 * 10**9
 
     def stat(self: DropFolder, relpath: bytes) -> os.stat_result:
-        found = list(real(self, relpath))
+        status = list(real(self, relpath))
         times = {"st_mtime_ns": odd, "st_ctime_ns": odd, "st_mtime": odd / 1e9, "st_ctime": odd / 1e9}
-        return os.stat_result(found, times)
+        return os.stat_result(status, times)
 
     real = DropFolder.stat
     monkeypatch.setattr(DropFolder, "stat", stat)
@@ -372,33 +382,33 @@ def test_odd_times_of_files_end_nothing(site: Lost, monkeypatch: pytest.MonkeyPa
     assert bool(site.events("ledger.incomplete")) == (year > 2000)
 
 
-def test_empty_folders_are_walked_with_signs_of_life(site: Lost) -> None:
+def test_a_walk_through_empty_folders_shows_signs_of_life(site: RestorableSite) -> None:
     for number in range(50):
         (site.root / "sent" / str(number)).mkdir(parents=True)
-    beats = itertools.count()
-    sent = place.StoredFolder("switches", site.folder, b"sent", DeliveryState.DELIVERED, b"receipt")
-    assert sent.files(lambda: next(beats) >= 0, place.ReadProblems()) == []
-    assert next(beats) > 50
+    calls = itertools.count()
+    sent = stored_folder.StoredFolder("switches", site.folder, b"sent", DeliveryState.DELIVERED, b"receipt")
+    assert sent.files(lambda: next(calls) >= 0, stored_folder.ReadProblems()) == []
+    assert next(calls) > 50
 
 
-def test_the_latest_of_several_records_is_of_the_file(site: Lost) -> None:
-    site.send("a.cfg", NOW).unlink()  # by hand, and its receipt was left
+def test_the_latest_of_several_receipt_files_belongs_to_the_file(site: RestorableSite) -> None:
+    site.send("a.cfg", NOW).unlink()  # by hand, and the receipt file was left
     site.send("a.cfg", NOW + DAY, b"xyz")
     latest = site.rows()[-1]
     assert (site.root / "sent" / "a.cfg.receipt-2.json").exists()
-    site.lose()
+    site.lose_ledger()
     site.restore()
     assert site.rows() == [latest]
 
 
-def test_its_device_is_known_again_by_what_arrived_whole(site: Lost) -> None:
+def test_a_device_is_restored_from_archives_that_arrived_whole(site: RestorableSite) -> None:
     for minutes in (2, 1):
         site.send(f"{minutes}.cfg", NOW + timedelta(minutes=minutes))
-    site.send("refused.cfg", NOW + timedelta(minutes=3), good=False)
-    broken = site.send("broken.cfg", NOW + timedelta(minutes=4), good=False)
-    record = broken.with_name("broken.cfg.reason.json")
-    record.write_text(record.read_text().replace('"archive_refused"', '"truncated"'))
-    site.lose()
+    site.send("refused.cfg", NOW + timedelta(minutes=3), accepted=False)
+    broken = site.send("broken.cfg", NOW + timedelta(minutes=4), accepted=False)
+    receipt = broken.with_name("broken.cfg.reason.json")
+    receipt.write_text(receipt.read_text().replace('"archive_refused"', '"truncated"'))
+    site.lose_ledger()
     site.restore(lambda _: "r1")
     assert len(site.rows()) == 4
     with closing(sqlite3.connect(site.state / FILE_NAME)) as db:
@@ -407,57 +417,57 @@ def test_its_device_is_known_again_by_what_arrived_whole(site: Lost) -> None:
 
 
 def changed(**fields: Any) -> Callable[[dict[str, Any]], Any]:
-    return lambda record: record | fields
+    return lambda receipt: receipt | fields
 
 
 def of_delivery(**fields: Any) -> Callable[[dict[str, Any]], Any]:
-    return lambda record: record | {"deliveries": [record["deliveries"][0] | fields]}
+    return lambda receipt: receipt | {"deliveries": [receipt["deliveries"][0] | fields]}
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param(lambda _: [[]], id="no object"),
+        pytest.param(lambda _: [[]], id="not an object"),
         pytest.param(lambda _: {}, id="empty"),
-        pytest.param(changed(drop="others"), id="another drop's"),
+        pytest.param(changed(drop="others"), id="another drop"),
         pytest.param(changed(size=4), id="another size"),
-        pytest.param(changed(size="3"), id="a size in words"),
-        pytest.param(changed(archive="b.cfg"), id="another's"),
-        pytest.param(changed(archive="../../etc/a.cfg"), id="of elsewhere"),
-        pytest.param(changed(archive="/a.cfg"), id="of the root"),
-        pytest.param(changed(archive=""), id="of nothing"),
-        pytest.param(changed(digest="sha256:$(id)"), id="a digest that is none"),
-        pytest.param(changed(digest="nosuch:abcdef12"), id="of no algorithm"),
+        pytest.param(changed(size="3"), id="a size as text"),
+        pytest.param(changed(archive="b.cfg"), id="another archive"),
+        pytest.param(changed(archive="../../etc/a.cfg"), id="outside the folder"),
+        pytest.param(changed(archive="/a.cfg"), id="an absolute path"),
+        pytest.param(changed(archive=""), id="an empty path"),
+        pytest.param(changed(digest="sha256:$(id)"), id="an invalid digest"),
+        pytest.param(changed(digest="nosuch:abcdef12"), id="an unknown algorithm"),
         pytest.param(changed(digest=None), id="without a digest"),
         pytest.param(of_delivery(digest=None), id="delivered without a digest"),
-        pytest.param(changed(queued_at="0001-01-01T00:00:00+14:00"), id="before all time"),
-        pytest.param(changed(queued_at="2026-01-01T00:00:00"), id="of no zone"),
-        pytest.param(changed(deliveries=[]), id="never delivered"),
+        pytest.param(changed(queued_at="0001-01-01T00:00:00+14:00"), id="before the year 1"),
+        pytest.param(changed(queued_at="2026-01-01T00:00:00"), id="without a time zone"),
+        pytest.param(changed(deliveries=[]), id="without deliveries"),
         pytest.param(of_delivery(state="pending"), id="pending"),
         pytest.param(of_delivery(state="rejected"), id="rejected"),
-        pytest.param(of_delivery(delivery_id="x"), id="no id"),
-        pytest.param(of_delivery(http_status=10**30), id="a large number"),
-        pytest.param(of_delivery(reason="because"), id="no reason"),
-        pytest.param(of_delivery(receipt="x" * (1 << 17)), id="too much"),
-        pytest.param(of_delivery(receipt={"a": 1}), id="no text"),
+        pytest.param(of_delivery(delivery_id="x"), id="an invalid id"),
+        pytest.param(of_delivery(http_status=10**30), id="an invalid status"),
+        pytest.param(of_delivery(reason="because"), id="an unknown reason"),
+        pytest.param(of_delivery(receipt="x" * (1 << 17)), id="too long"),
+        pytest.param(of_delivery(receipt={"a": 1}), id="not a text"),
     ],
 )
-def test_a_record_that_can_not_be_of_the_file_is_not_believed(
-    site: Lost, change: Callable[[dict[str, Any]], Any]
+def test_a_receipt_file_that_does_not_match_the_file_is_ignored(
+    site: RestorableSite, change: Callable[[dict[str, Any]], Any]
 ) -> None:
     site.send("a.cfg", NOW)
     site.send("good.cfg", NOW)
-    record = site.root / "sent" / "a.cfg.receipt.json"
-    record.write_text(json.dumps(change(json.loads(record.read_text()))))
-    site.lose()
+    receipt = site.root / "sent" / "a.cfg.receipt.json"
+    receipt.write_text(json.dumps(change(json.loads(receipt.read_text()))))
+    site.lose_ledger()
     site.restore()
     assert [row[0] for row in site.rows()] == [b"good.cfg"]
-    [said] = site.events("ledger.restored")
-    assert (said["restored_archives"], said["unknown_files"]) == (1, 1)
+    [event] = site.events("ledger.restored")
+    assert (event["restored_archives"], event["unknown_files"]) == (1, 1)
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "damage",
     [
         lambda _: b"",
         lambda _: b"\x00",
@@ -469,22 +479,22 @@ def test_a_record_that_can_not_be_of_the_file_is_not_believed(
         lambda good: good[:-3],
     ],
 )
-def test_a_record_that_can_not_be_read_is_none(site: Lost, spoil: Callable[[bytes], bytes]) -> None:
-    record = site.send("a.cfg", NOW).with_name("a.cfg.receipt.json")
-    good = record.read_bytes()
-    spoilt = spoil(good)
-    assert spoilt != good
-    record.write_bytes(spoilt)
-    site.lose()
+def test_an_invalid_receipt_file_is_ignored(site: RestorableSite, damage: Callable[[bytes], bytes]) -> None:
+    receipt = site.send("a.cfg", NOW).with_name("a.cfg.receipt.json")
+    good = receipt.read_bytes()
+    damaged = damage(good)
+    assert damaged != good
+    receipt.write_bytes(damaged)
+    site.lose_ledger()
     site.restore()
     assert not site.rows()
-    record.write_bytes(good)
-    site.lose()
+    receipt.write_bytes(good)
+    site.lose_ledger()
     site.restore()
     assert len(site.rows()) == 1
 
 
-def test_what_was_planted_before_a_record_does_not_hide_it(site: Lost) -> None:
+def test_other_files_with_names_of_receipt_files_do_not_hide_the_receipt(site: RestorableSite) -> None:
     (site.root / "sent").mkdir()
     (site.root / "sent" / "a.cfg.receipt.json").mkdir()
     (site.root / "sent" / "a.cfg.receipt-2.json").symlink_to("/etc/hostname")
@@ -492,25 +502,25 @@ def test_what_was_planted_before_a_record_does_not_hide_it(site: Lost) -> None:
     (site.root / "sent" / "a.cfg.receipt-4.json").write_text("{}")
     site.send("a.cfg", NOW)
     assert (site.root / "sent" / "a.cfg.receipt-5.json").exists()
-    site.lose()
+    site.lose_ledger()
     site.restore()
     assert [row[0] for row in site.rows()] == [b"a.cfg"]
 
 
-def test_one_id_for_two_costs_no_other_archive(site: Lost) -> None:
+def test_a_delivery_id_used_twice_costs_no_other_archive(site: RestorableSite) -> None:
     for name in ("a.cfg", "b.cfg", "c.cfg"):
         site.send(name, NOW)
     first, second = (site.root / "sent" / f"{name}.cfg.receipt.json" for name in "ab")
-    record = json.loads(first.read_text())
-    first.write_text(json.dumps(record | {"deliveries": record["deliveries"] * 2}))
-    second.write_text(json.dumps(json.loads(second.read_text()) | {"deliveries": record["deliveries"]}))
-    site.lose()
+    receipt = json.loads(first.read_text())
+    first.write_text(json.dumps(receipt | {"deliveries": receipt["deliveries"] * 2}))
+    second.write_text(json.dumps(json.loads(second.read_text()) | {"deliveries": receipt["deliveries"]}))
+    site.lose_ledger()
     site.restore()
     assert b"c.cfg" in {row[0] for row in site.rows()}
     assert len(site.rows()) == 2
 
 
-def test_a_link_in_the_place_of_a_file_or_folder_is_not_followed(site: Lost) -> None:
+def test_links_in_place_of_files_and_folders_are_not_followed(site: RestorableSite) -> None:
     site.send("deep/a.cfg", NOW)
     (site.root / "sent" / "deep").rename(site.root.parent / "outside")
     (site.root / "sent" / "deep").symlink_to(site.root.parent / "outside")
@@ -518,6 +528,6 @@ def test_a_link_in_the_place_of_a_file_or_folder_is_not_followed(site: Lost) -> 
     (site.root / "sent" / "a.cfg.receipt.json").write_bytes(
         (site.root.parent / "outside" / "a.cfg.receipt.json").read_bytes()
     )
-    site.lose()
+    site.lose_ledger()
     site.restore()
     assert not site.rows()

@@ -1,0 +1,144 @@
+"""The queue of a destination and its workers, on a real ledger that may refuse writes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from backupd.config.models import HttpDestinationConfig
+from backupd.core.backoff import Backoff
+from backupd.core.errors import LedgerError
+from backupd.core.model import Deferred, Digest, Outcome
+from backupd.core.policy import Reason
+from backupd.core.transition import Priority, RetryPolicy
+from backupd.delivery.circuit_breaker import CircuitBreaker, Notifier
+from backupd.delivery.destination import Destination, DestinationQueue
+from backupd.delivery.worker import Worker
+from backupd.dropfolder.folder import DropFolder
+from backupd.ledger.sqlite.connection import open_ledger
+from backupd.ledger.sqlite.deliveries import SqliteLedger
+from backupd.telemetry.journal import LineWriter
+from backupd.telemetry.log import EventLog
+from backupd.upload.base import Uploader, UploadJob
+from tests.factories import NOW, a_candidate, a_digest, a_drop, deferred
+from tests.stage import TIMEOUT
+
+A_CONFIG = HttpDestinationConfig(url="https://vault.example.net/")
+
+
+class FullDiskLedger(SqliteLedger):
+    """A ledger that refuses writes while `is_full` is set."""
+
+    is_full = False
+
+    def release_claims(self, delivery_ids: Sequence[str] | None = None) -> int:
+        if self.is_full:
+            raise LedgerError("the ledger can't be written: database or disk is full", "free disk space")
+        return super().release_claims(delivery_ids)
+
+
+class SetRightAfterTheCheck(threading.Event):
+    """A stop event that is set and notified right after its first check."""
+
+    def __init__(self, notifier: Notifier) -> None:
+        super().__init__()
+        self._notifier = notifier
+
+    def is_set(self) -> bool:
+        was_set = super().is_set()
+        self.set()
+        self._notifier.notify()
+        return was_set
+
+
+def a_queue(ledger: SqliteLedger, log: EventLog) -> DestinationQueue:
+    notifier, backoff = Notifier(), Backoff(timedelta(hours=1), timedelta(hours=1))
+    circuit = CircuitBreaker("vault", backoff, log, notifier, ledger)
+    destination = Destination("vault", A_CONFIG, RetryPolicy(backoff, None), Priority.OLDEST)
+    return DestinationQueue(destination, ledger, circuit, notifier, {}, log)
+
+
+class NoUploader(Uploader):
+    """For workers that make no upload."""
+
+    def upload(self, job: UploadJob) -> Outcome:
+        raise AssertionError(job)
+
+    def query(self, job: UploadJob, digest: Digest) -> Outcome | None:
+        raise AssertionError(job)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_stop_ends_the_wait_of_a_paused_worker(tmp_path: Path) -> None:
+    ledger = SqliteLedger(open_ledger(tmp_path).connection)
+    with open(os.devnull, "wb") as null:
+        queue = a_queue(ledger, EventLog(LineWriter(null.fileno())))
+        queue.circuit.record_outcome(deferred(Reason.FORBIDDEN))
+        assert (queue.circuit.wait_time() or 0) > TIMEOUT
+        worker = Worker(queue, NoUploader(), lambda result: None)
+        thread = threading.Thread(
+            target=worker.run, args=(SetRightAfterTheCheck(queue.notifier),), daemon=True
+        )
+        thread.start()
+        thread.join(TIMEOUT)
+        assert not thread.is_alive()
+    ledger.close()
+
+
+class FailingUploader(NoUploader):
+    """Raises an unexpected exception."""
+
+    def upload(self, job: UploadJob) -> Outcome:
+        raise RuntimeError("a bug")
+
+
+class FolderWithoutDescriptors(DropFolder):
+    """A folder in a process without a free descriptor."""
+
+    def open(self, relpath: bytes) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+
+@pytest.mark.parametrize("kind", [DropFolder, FolderWithoutDescriptors])
+def test_an_unconfirmed_digest_is_kept_if_the_next_attempt_fails(
+    tmp_path: Path, kind: type[DropFolder]
+) -> None:
+    """Otherwise the archive would be sent again without a query."""
+    (tmp_path / "r1").write_bytes(b"abc")
+    ledger = SqliteLedger(open_ledger(tmp_path).connection)
+    ledger.enqueue([a_candidate(b"r1")], ["vault"], NOW)
+    (delivery,) = ledger.claim("vault", NOW)
+    folder = kind(str(tmp_path))
+    with open(os.devnull, "wb") as null:
+        queue = a_queue(ledger, EventLog(LineWriter(null.fileno())))
+        queue.drops = {"switches": a_drop(folder)}
+        worker = Worker(queue, FailingUploader(), lambda result: None)
+        attempts = worker.attempt(replace(delivery, unconfirmed_digest=a_digest()), threading.Event())
+    outcome = attempts[-1].outcome
+    assert isinstance(outcome, Deferred)
+    assert outcome.unconfirmed_digest == a_digest()
+    folder.close()
+    ledger.close()
+
+
+def test_claims_that_cannot_be_released_are_kept_and_delivered(tmp_path: Path) -> None:
+    ledger = FullDiskLedger(open_ledger(tmp_path).connection)
+    queue = a_queue(ledger, EventLog(LineWriter(1), level="error"))
+    ledger.enqueue([a_candidate(b"r%d" % number) for number in range(4)], ["vault"], NOW)
+    assert queue.claim() is not None
+    ledger.is_full = True
+    queue.release_claims()
+    ledger.is_full = False
+    assert queue.claim() is not None
+    queue.release_claims()
+    assert len(ledger.claim("vault", NOW, limit=4)) == 2
+    ledger.close()
