@@ -103,8 +103,8 @@ class Assembly:
             log,
         )
         self.runtime = Runtime(config, ledger, {}, {}, recorder, self._abort.set, retention, restorer)
-        self.runtime.destinations |= {n: self._start_of(n, d) for n, d in config.destination.items()}
-        self.runtime.drops |= {n: self._intake_of(n) for n in config.drop}
+        self.runtime.destinations |= {n: self._build_destination(n, d) for n, d in config.destination.items()}
+        self.runtime.drops |= {n: self._build_drop(n) for n in config.drop}
 
     def change_to(self, config: Config) -> ReloadDiff:
         """Change the runtime where another configuration differs; the caller stops and starts the threads.
@@ -124,9 +124,9 @@ class Assembly:
         drops_stopped = {name: runtime.drops.pop(name) for name in drops_gone}
         gone = [n for n in runtime.destinations if n in destinations or n not in config.destination]
         destinations_stopped = {name: runtime.destinations.pop(name) for name in gone}
-        destinations_started = {n: self._start_of(n, d) for n, d in destinations.items()}
+        destinations_started = {n: self._build_destination(n, d) for n, d in destinations.items()}
         runtime.destinations |= destinations_started
-        drops_started = {name: self._intake_of(name) for name in drops}
+        drops_started = {name: self._build_drop(name) for name in drops}
         runtime.drops |= drops_started
         return ReloadDiff(drops_stopped, drops_started, destinations_stopped, destinations_started)
 
@@ -137,12 +137,12 @@ class Assembly:
         folder = before.folder if before and is_same_folder else open_folder(name, table)
         return Drop.of(name, table, folder, destinations_of(config, table))
 
-    def _intake_of(self, name: str) -> RunningDrop:
+    def _build_drop(self, name: str) -> RunningDrop:
         on_rejected = self.runtime.recorder.recheck_dispositions
         drop, tracker = self._drops[name], self.device_tracker
         return RunningDrop(drop, Intake(drop, self._ledger, self._log, self._notify, on_rejected, tracker))
 
-    def _start_of(self, name: str, config: DestinationConfig) -> RunningDestination:
+    def _build_destination(self, name: str, config: DestinationConfig) -> RunningDestination:
         destination, notifier = Destination.of(name, config), Notifier()
         backoff = destination.retry_policy.backoff
         circuit = CircuitBreaker(name, backoff, self._log, notifier, self._ledger)

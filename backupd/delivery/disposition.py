@@ -356,7 +356,7 @@ def _hint(error: OSError, drop: Drop, archive: Archive) -> str:
                 " and is delivered again if it has changed"
             )
         case errno.ENOTDIR | errno.ELOOP:
-            return f"`ls -ld {sent} {rejected}`: both must be directories, neither files nor symbolic links"
+            return f"`ls -ld {sent} {rejected}`: both must be directories, neither files nor links"
         case errno.ENODEV:
             return (
                 f"mount the filesystem of the archive on the drop folder again; check `findmnt -T {folder}`"
