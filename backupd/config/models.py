@@ -499,9 +499,9 @@ class DropConfig(TableModel):
     rescan_every: PositiveDuration = Field(
         default=timedelta(seconds=60), description="Interval between two scans of the whole folder."
     )
-    min_size: Size = Field(default=1, description="Ignore smaller files.")
+    min_size: Size = Field(default=1, description="Ignore files smaller than this.")
     max_size: Size | None = Field(
-        default=None, description="Ignore larger files; unlimited unless set.", examples=["10GiB"]
+        default=None, description="Ignore files larger than this; unlimited unless set.", examples=["10GiB"]
     )
     on_delivered: OnDelivered = Field(
         default="move",
@@ -527,7 +527,7 @@ class DropConfig(TableModel):
     )
     min_free: FreeSpace | None = Field(
         default=None,
-        description="Disk space to keep free by removing archives from sent_dir, the oldest first.",
+        description="Size or percentage to keep free by removing the oldest archives from sent_dir.",
         examples=["5%"],
     )
     inspect: Inspect = Field(
@@ -536,7 +536,7 @@ class DropConfig(TableModel):
     )
     inspect_grace: Duration = Field(
         default=timedelta(minutes=10),
-        description="How long a damaged archive must be unchanged before it is rejected.",
+        description="How long an archive that fails a check must be unchanged before it is rejected.",
     )
     checksum_file: ChecksumFile = Field(
         default="off",
