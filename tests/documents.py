@@ -1,4 +1,4 @@
-"""The project's pages, and the code in them: what they show is what the tests run."""
+"""Read the code blocks of the documentation, so that tests run the very text that a page shows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A fenced block of code and the heading that it stands under."""
+    """A fenced block of code, and the heading above it."""
 
     heading: str
     language: str
@@ -18,7 +18,7 @@ class Block:
 
 
 def blocks(page: str) -> list[Block]:
-    """Return the blocks of a page, in its order."""
+    """Return the code blocks of a page, in the order of the page."""
     found: list[Block] = []
     heading, language, lines = "", None, list[str]()
     for line in (DOCS / page).read_text(encoding="utf-8").splitlines():
@@ -35,13 +35,13 @@ def blocks(page: str) -> list[Block]:
 
 
 def block(page: str, heading: str, language: str) -> str:
-    """Return the text of the only block in a language under a heading."""
+    """Return the text of the only code block in a language under a heading."""
     (found,) = [b.text for b in blocks(page) if b.heading == heading and b.language == language]
     return found
 
 
 def between(page: str, mark: str) -> str:
-    """Return what stands between `<!-- mark -->` and `<!-- /mark -->`, without blank lines around it."""
+    """Return the text between `<!-- mark -->` and `<!-- /mark -->`, without blank lines around it."""
     _, _, rest = (DOCS / page).read_text(encoding="utf-8").partition(f"<!-- {mark} -->\n")
     found, end, _ = rest.partition(f"<!-- /{mark} -->")
     assert end, f"{page} has no <!-- {mark} --> … <!-- /{mark} -->"

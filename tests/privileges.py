@@ -1,4 +1,4 @@
-"""Acting as a user without rights, whoever runs the tests."""
+"""Run a part of a test without the privileges of root."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 IS_ROOT = os.geteuid() == 0
-needs_root = pytest.mark.skipif(not IS_ROOT, reason="needs to be root")
 
 _NOBODY = 65534
 
 
 @contextmanager
 def without_rights() -> Iterator[None]:
-    """Be nobody for a while, in all threads, where the tests run as root; root may read everything."""
+    """Switch to the user nobody in all threads, if the tests run as root: root may read every file."""
     if not IS_ROOT:
         yield
         return
@@ -34,7 +31,7 @@ def without_rights() -> Iterator[None]:
 
 @contextmanager
 def a_folder_of_nobody() -> Iterator[Path]:
-    """Yield a new folder that belongs to whom `without_rights` makes us; pytest's own are root's alone."""
+    """Yield a new folder of the user of `without_rights`; only root may enter the folders of pytest."""
     folder = Path(tempfile.mkdtemp(prefix="backupd-test-"))
     folder.chmod(0o755)
     if IS_ROOT:

@@ -1,4 +1,4 @@
-"""A whole installation in a folder: throw-away PKI, drop folder, configuration, the daemon as a process."""
+"""An installation in a folder: throw-away PKI, drop folder, configuration, and the daemon as a process."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from typing import Any
 from tests.lines import check_log
 from tests.pki import Pki
 
-PATIENCE = 180.0
-"""Seconds after which a condition is given up; a machine may be slow, a test must not depend on it."""
+TIMEOUT = 180.0
+"""Seconds after which a wait fails. No test depends on how fast the machine is, so this is generous."""
 
 
-def until(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
-    """Wait until a condition is true and return its value."""
-    end = time.monotonic() + patience
+def until(condition: Callable[[], Any], description: str, timeout: float = TIMEOUT) -> Any:
+    """Wait until a condition is true and return its value; fail after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
     while True:
         value = condition()
         if value:
             return value
-        if time.monotonic() > end:
-            raise AssertionError(f"waited {patience:g} s in vain for {what}")
+        if time.monotonic() > deadline:
+            raise AssertionError(f"timed out after {timeout:g} s waiting for {description}")
         time.sleep(0.02)
 
 
 class Daemon:
-    """`backupd run` as a process, and what it logs.
+    """`backupd run` as a process, with access to its log.
 
-    `program` is a module that runs it otherwise, `before` a command that ends in running another.
+    `program` names a module to run in place of `backupd`. `before` is a command, such as `prlimit`, that
+    runs the command line appended to it.
     """
 
     def __init__(
@@ -61,36 +62,40 @@ class Daemon:
         return self.process.pid
 
     def text(self) -> str:
-        """Return all that this daemon printed."""
+        """Return the output of this daemon, standard error included."""
         return self._log.read_bytes()[self._read_from :].decode("utf-8", "strict")
 
     def events(self, name: str = "") -> list[dict[str, Any]]:
-        """Return what it logged; every line has to be JSON."""
+        """Return the logged events, of one name or all; fail if a line is not JSON."""
         lines, _ = self._lines(self._read_from)
         return [line for line in lines if not name or line["event"] == name]
 
-    def _lines(self, begin: int) -> tuple[list[dict[str, Any]], int]:
-        """Return the whole lines in the log from a byte on, and the byte behind them."""
+    def _lines(self, offset: int) -> tuple[list[dict[str, Any]], int]:
+        """Return the complete lines of the log from an offset on, and the offset behind them."""
         with self._log.open("rb") as stream:
-            stream.seek(begin)
+            stream.seek(offset)
             data = stream.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        return [json.loads(line) for line in whole.decode("utf-8", "strict").splitlines()], begin + len(whole)
+        complete = data[: data.rfind(b"\n") + 1]
+        try:
+            lines = [json.loads(line) for line in complete.decode("utf-8", "strict").splitlines()]
+        except ValueError as error:
+            raise AssertionError(f"a line of the log is not JSON:\n{self.text()[-6000:]}") from error
+        return lines, offset + len(complete)
 
     def wait_for(
-        self, name: str, count: int = 1, patience: float = PATIENCE, **keys: Any
+        self, name: str, count: int = 1, timeout: float = TIMEOUT, **keys: Any
     ) -> list[dict[str, Any]]:
-        """Wait until events of a name with these values were logged, and return them.
+        """Wait until `count` events of a name with these keys were logged, and return them.
 
-        Patience begins anew with each that comes: thousands may take as long as they like.
+        The time-out restarts with each event that matches, so that thousands may take as long as they need.
         """
         found: list[dict[str, Any]] = []
-        begin = self._read_from
+        offset = self._read_from
 
-        def more() -> bool:
-            nonlocal begin
-            ended = self.process.poll() is not None  # before the look: what it said last counts
-            lines, begin = self._lines(begin)
+        def found_more() -> bool:
+            nonlocal offset
+            ended = self.process.poll() is not None  # checked first, so that the last lines are read as well
+            lines, offset = self._lines(offset)
             new = [e for e in lines if e["event"] == name and all(e.get(k) == v for k, v in keys.items())]
             found.extend(new)
             assert len(found) >= count or not ended, f"the daemon ended: {self.text()}"
@@ -98,41 +103,43 @@ class Daemon:
 
         try:
             while len(found) < count:
-                until(more, f"{count} x {name} {keys or ''}, of which {len(found)} came", patience)
+                description = f"{count} x {name} {keys or ''}, found {len(found)}"
+                until(found_more, description, timeout)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.text()[-6000:]}") from None
         return found
 
     def ready(self) -> Daemon:
+        """Wait until the daemon has logged that it is ready, and return it."""
         self.wait_for("daemon.ready")
         return self
 
-    def memory(self, which: str) -> int:
-        """Return its resident memory in bytes: `VmRSS` for now, `VmHWM` for the peak."""
+    def memory(self, field: str) -> int:
+        """Return the resident memory in bytes: `VmRSS` is the current value, `VmHWM` the peak."""
         for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
-            if line.startswith(f"{which}:"):
+            if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
-        raise AssertionError(f"no {which}")
+        raise AssertionError(f"no {field} in /proc/{self.pid}/status")
 
     def bytes_read(self) -> int:
-        """Return how many bytes it has read from files and sockets, cached ones included."""
+        """Return the bytes read so far from files and sockets, cached ones included."""
         fields = dict(line.split(": ") for line in Path(f"/proc/{self.pid}/io").read_text().splitlines())
         return int(fields["rchar"])
 
-    def stop(self, patience: float = PATIENCE) -> int:
-        """Tell it to stop and return its exit code."""
+    def stop(self, timeout: float = TIMEOUT) -> int:
+        """Send SIGTERM, wait for the end, and return the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(patience)
+        return self.process.wait(timeout)
 
     def kill(self) -> None:
-        """End it as a power cut would, as far as the process goes."""
+        """End the process with SIGKILL, and wait for its end."""
         self.process.kill()
         self.process.wait()
 
 
 class Stage:
-    """Where a test plays; `url` may be of any server, that of a `RunningReceiver` for one."""
+    """The installation of one test: the folders, the PKI, the configuration and its daemons."""
 
     def __init__(self, base: Path) -> None:
         self.base = base
@@ -151,9 +158,12 @@ class Stage:
     def configure(
         self, url: str, *, drop: str = "", destination: str = "", top: str = "", more: str = ""
     ) -> Path:
-        """Write a configuration; the arguments are further TOML lines for its tables."""
+        """Write the configuration and return its path.
+
+        `drop`, `destination` and `top` are further TOML lines for these tables, `more` is appended.
+        """
         drop = drop if "stable_for" in drop else f'stable_for = "0.1s"\n{drop}'
-        if "timeout" not in destination + more:  # a server in a test's own process may be slow to take us
+        if "timeout" not in destination + more:  # a server in the process of the test may accept slowly
             destination = f'timeout.connect = "10m"\n{destination}'
         self.config.write_text(
             f"""
@@ -174,19 +184,19 @@ key = "{self.pki.client_key}"
         )
         return self.config
 
-    def annex(self, url: str, terms: str = "") -> str:
-        """Return the TOML of a second destination; the terms are further lines for its table."""
+    def annex(self, url: str, options: str = "") -> str:
+        """Return the TOML of a second destination, `annex`; the options are further lines for its table."""
         return f"""
 [destination.annex]
 url = "{url}"
 ca = "{self.pki.ca_pem}"
 cert = "{self.pki.client_cert}"
 key = "{self.pki.client_key}"
-{terms}
+{options}
 """
 
     def a_free_port(self) -> int:
-        """Return a port where nobody listens; it is kept from all but servers that are told to take it."""
+        """Return a port without a listener, reserved for a server that the test starts later."""
         holder = socket.socket()
         self._holders.append(holder)
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -199,13 +209,13 @@ key = "{self.pki.client_key}"
         program: str = "backupd",
         before: Sequence[str] = (),
     ) -> Daemon:
-        """Start the daemon; it is ended with the test."""
+        """Start the daemon; the end of the test kills it."""
         daemon = Daemon(self.config, self.log, environ, program, before)
         self._daemons.append(daemon)
         return daemon
 
     def put(self, name: str | bytes, content: bytes, *, into: Path | None = None) -> Path:
-        """Rename a finished file into the drop folder, from a folder beside it."""
+        """Rename a complete file into the drop folder, from a folder beside it."""
         staging = self.base / "staging"
         staging.mkdir(exist_ok=True)
         part = staging / f"part-{time.monotonic_ns()}"
@@ -215,7 +225,7 @@ key = "{self.pki.client_key}"
         return Path(os.fsdecode(target))
 
     def archives(self, folder: Path) -> list[Path]:
-        """Return the archives below a folder, without the records beside them."""
+        """Return the archives below a folder, without their receipt files."""
         if not folder.exists():
             return []
         suffixes = (".receipt.json", ".reason.json")
@@ -223,24 +233,24 @@ key = "{self.pki.client_key}"
         return sorted(p for p in found if not p.name.startswith("."))
 
     def stored(self) -> list[Path]:
-        """Return what the receiver stored."""
+        """Return the archives that the receiver stored."""
         return self.archives(self.store / "archives")
 
     def backupd(
         self, *arguments: str, environ: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run another command on this configuration."""
+        """Run another command of `backupd` with this configuration."""
         return subprocess.run(
             [sys.executable, "-m", "backupd", *arguments],
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             check=False,
             env={**os.environ, "BACKUPD_CONFIG": str(self.config), **(environ or {})},
         )
 
     def end(self) -> None:
-        """End whatever still runs, and hold what was logged against the catalogue."""
+        """Kill the daemons that still run, and check the log against the catalogue of events."""
         for daemon in self._daemons:
             if daemon.process.poll() is None:
                 daemon.kill()
@@ -251,7 +261,7 @@ key = "{self.pki.client_key}"
 
 
 def a_stage(base: Path) -> Iterator[Stage]:
-    """Yield a stage, and clear it afterwards."""
+    """Yield a stage, and end it afterwards."""
     stage = Stage(base)
     try:
         yield stage

@@ -25,7 +25,7 @@ from tests.pki import Pki
 
 MIB = 2**20
 TICKS = os.sysconf("SC_CLK_TCK")
-PATIENCE = 900.0
+TIMEOUT = 900.0
 _MODULES = Path(os.environ.get("NGINX_MODULES", "/usr/lib/nginx/modules"))
 
 
@@ -57,7 +57,7 @@ def until(
     what: str,
     process: subprocess.Popen[bytes],
     *,
-    patience: float = PATIENCE,
+    patience: float = TIMEOUT,
     every: float = 0.005,
 ) -> None:
     """Wait for a condition while a process lives."""
@@ -327,7 +327,7 @@ class Ours:
             environ.pop("WATCHDOG_USEC", None)
             began = time.perf_counter()
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log, env=environ)
-            while time.perf_counter() - began < PATIENCE:
+            while time.perf_counter() - began < TIMEOUT:
                 try:
                     if b"READY=1" in ear.recv(4096):
                         return time.perf_counter() - began

@@ -19,7 +19,7 @@ from typing import Any, Self
 import pytest
 
 from backupd.receiver.serve import RunningReceiver
-from tests.stage import PATIENCE, Daemon, Stage, until
+from tests.stage import TIMEOUT, Daemon, Stage, until
 
 KILLS = 20
 ARCHIVES_A_KILL = 10
@@ -34,7 +34,7 @@ def sha256(path: Path) -> str:
 
 def rows(stage: Stage, query: str) -> list[tuple[Any, ...]]:
     """Ask the ledger, whether or not a daemon has it open."""
-    with contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=PATIENCE)) as ledger:
+    with contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=TIMEOUT)) as ledger:
         return ledger.execute(query).fetchall()
 
 
@@ -90,7 +90,7 @@ def kill_at_a_bad_moment(stage: Stage, daemon: Daemon, chance: random.Random) ->
     daemon.wait_for("archive.queued")
     if chance.random() < 0.6:
         with contextlib.suppress(AssertionError):  # it was too quick for us: any other moment will do
-            until(lambda: uploading(stage) or not waiting(stage), "an upload", patience=5)
+            until(lambda: uploading(stage) or not waiting(stage), "an upload", timeout=5)
     time.sleep(chance.random() ** 2 * 0.2)
     daemon.kill()
     return bool(rows(stage, "SELECT 1 FROM delivery WHERE state = 'claimed'"))
@@ -231,7 +231,7 @@ def test_a_kill_between_the_commit_and_the_move_is_made_good(stage: Stage, recei
 def with_other_device_numbers(stage: Stage) -> None:
     """Have the ledger look as after a boot that gave the disk another number."""
     with (
-        contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=PATIENCE)) as ledger,
+        contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=TIMEOUT)) as ledger,
         ledger,
     ):
         ledger.execute("UPDATE archive SET device = device + 1")
@@ -290,7 +290,7 @@ def test_a_kill_between_the_move_and_its_record_leaves_one_whole_receipt(
     whole = receipt.read_bytes()
     # what a kill leaves between the rename and the last commit
     with (
-        contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=PATIENCE)) as ledger,
+        contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=TIMEOUT)) as ledger,
         ledger,
     ):
         ledger.execute(

@@ -14,7 +14,7 @@ import pytest
 from backupd.ledger.sqlite.connection import FILE_NAME, open_ledger
 from backupd.ledger.sqlite.sent_rows import open_sent_index
 from backupd.receiver.serve import RunningReceiver, ServerTls
-from tests.stage import PATIENCE, Stage, a_stage
+from tests.stage import TIMEOUT, Stage, a_stage
 
 MIB = 1024 * 1024
 BIG = int(os.environ.get("BACKUPD_TEST_BIG", 3 * 1024 * MIB))
@@ -40,7 +40,7 @@ def peak_of_a_delivery(stage: Stage, size: int) -> int:
             stage.configure(receiver.url, drop='stable_for = "0s"')
             daemon = stage.daemon().ready()
             archive.rename(stage.drop / "big.tar")
-            daemon.wait_for("archive.disposed", patience=PATIENCE + size / (2 * MIB))
+            daemon.wait_for("archive.disposed", timeout=TIMEOUT + size / (2 * MIB))
             peak = daemon.memory("VmHWM")
             assert daemon.stop() == 0
         record = json.loads((stage.sent / "big.tar.receipt.json").read_bytes())
@@ -55,7 +55,7 @@ def peak_of_a_delivery(stage: Stage, size: int) -> int:
     return peak
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_peak_of_memory_is_the_same_for_a_big_archive_as_for_a_small_one(tmp_path: Path) -> None:
     peaks = []
     for number, size in enumerate((MIB, BIG)):
@@ -97,7 +97,7 @@ def have_sent(stage: Stage, archives: int) -> None:
     )
     db.close()
     shelf = open_sent_index(stage.state)  # which a ledger that saw them go has looked through
-    shelf.note_restored("switches", b"sent")
+    shelf.mark_restored("switches", b"sent")
     shelf.close()
 
 
@@ -112,7 +112,7 @@ def idle(stage: Stage) -> tuple[int, int]:
     return resident, read
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_idle_daemon_is_small_and_soon_ready_whatever_it_has_delivered(tmp_path: Path) -> None:
     figures = []
     for number, delivered in enumerate((0, 0, 100_000)):  # the first start of a new version compiles it

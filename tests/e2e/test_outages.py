@@ -20,8 +20,7 @@ import pytest
 
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.pki import Pki
-from tests.privileges import needs_root
-from tests.stage import PATIENCE, Daemon, Stage, until
+from tests.stage import TIMEOUT, Daemon, Stage, until
 
 QUICK = '[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.5s"'
 
@@ -101,7 +100,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 def ledger(stage: Stage, query: str) -> list[tuple[Any, ...]]:
     """Ask the ledger beside the daemon."""
-    with contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=PATIENCE)) as connection:
+    with contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=TIMEOUT)) as connection:
         return connection.execute(query).fetchall()
 
 
@@ -301,7 +300,6 @@ def mounted_over(folder: Path) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@needs_root
 @pytest.mark.root
 def test_what_is_pending_waits_while_its_filesystem_is_not_mounted(stage: Stage) -> None:
     port = stage.a_free_port()
@@ -323,7 +321,6 @@ def test_what_is_pending_waits_while_its_filesystem_is_not_mounted(stage: Stage)
     assert ledger(stage, "SELECT count(*) FROM archive") == [(1,)]
 
 
-@needs_root
 @pytest.mark.root
 def test_what_was_delivered_is_not_gone_while_its_filesystem_is_not_mounted(
     stage: Stage, receiver: RunningReceiver

@@ -15,7 +15,7 @@ import pytest
 from backupd.receiver.serve import RunningReceiver
 from tests.pki import KeyPair, in_days
 from tests.scripted import Peer, ScriptedServer, in_turn, receipt_for, server_context, take_all
-from tests.stage import PATIENCE, Daemon, Stage, until
+from tests.stage import TIMEOUT, Daemon, Stage, until
 
 SOON = 'heartbeat_every = "0.5s"'
 """So that certificates are looked at twice a second."""
@@ -77,11 +77,11 @@ def test_claims_that_a_retired_destination_cannot_give_back_at_once_are_not_lost
         for number in range(4):
             stage.put(f"r{number}.cfg", b"content %d" % number)
         daemon = stage.daemon().ready()
-        assert server.paused.wait(PATIENCE)
+        assert server.paused.wait(TIMEOUT)
         stage.configure(server.url, drop='stable_for = "0s"', destination="workers = 2")
         reload(daemon)
         path = stage.state / "ledger.sqlite3"
-        with closing(sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)) as ledger:
+        with closing(sqlite3.connect(path, timeout=TIMEOUT, isolation_level=None)) as ledger:
             claimed = "SELECT count(*) FROM delivery WHERE state = 'claimed'"
             until(lambda: ledger.execute(claimed).fetchone() == (4,), "all to be claimed")
             ledger.execute("BEGIN IMMEDIATE")
@@ -152,7 +152,7 @@ def test_an_upload_under_way_ends_by_the_old_configuration(stage: Stage) -> None
         stage.configure(server.url)
         daemon = stage.daemon().ready()
         stage.put("slow.cfg", b"slow")
-        assert server.paused.wait(PATIENCE)
+        assert server.paused.wait(TIMEOUT)
         stage.configure(server.url, destination='fields = { note = "new" }')
         assert reload(daemon)["destinations_changed"] == ["vault"]
         stage.put("quick.cfg", b"quick")  # waits for nobody
@@ -215,7 +215,7 @@ def test_renewed_certificates_are_taken_up_between_archives(stage: Stage) -> Non
         stage.configure(server.url, top=SOON)
         daemon = stage.daemon().ready()
         stage.put("slow.cfg", b"slow")
-        assert server.paused.wait(PATIENCE)
+        assert server.paused.wait(TIMEOUT)
         put_in_place(stage, stage.pki.issue_client("renewed", not_after=in_days(200.5)))
         renewed = daemon.wait_for("certificate.renewed")[0]
         assert (renewed["destination"], renewed["days_left"]) == ("vault", 200)

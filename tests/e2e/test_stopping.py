@@ -21,7 +21,7 @@ from tests.scripted import (
     server_context,
     take_all,
 )
-from tests.stage import PATIENCE, Daemon, Stage, until
+from tests.stage import TIMEOUT, Daemon, Stage, until
 from tests.uploading import MIB
 
 GRACE = 0.5
@@ -36,7 +36,7 @@ def stop_in_time(daemon: Daemon, sent: signal.Signals = signal.SIGTERM) -> None:
     """Tell a daemon to stop, and see that it is gone long before its grace would end by default."""
     told = time.monotonic()
     daemon.process.send_signal(sent)
-    assert daemon.process.wait(PATIENCE) == 0, daemon.text()
+    assert daemon.process.wait(TIMEOUT) == 0, daemon.text()
     assert time.monotonic() - told < DEFAULT_GRACE
 
 
@@ -84,7 +84,7 @@ def test_an_upload_that_does_not_end_is_abandoned(stage: Stage, script: Script, 
         stage.configure(server.url, top=f'shutdown_grace = "{GRACE}s"', destination=FOR_EVER)
         daemon = stage.daemon().ready()
         archive = stage.put("a.tar.gz", LARGE)
-        assert server.paused.wait(PATIENCE)
+        assert server.paused.wait(TIMEOUT)
 
         stop_in_time(daemon, sent)
 
@@ -108,7 +108,7 @@ def test_what_was_claimed_ahead_is_pending_again_after_a_stop(stage: Stage) -> N
         for number in range(10):
             stage.put(f"r{number}.tar.gz", b"content")
         daemon = stage.daemon()
-        assert server.paused.wait(PATIENCE)
+        assert server.paused.wait(TIMEOUT)
         assert states(stage).count("claimed") > 1
         stop_in_time(daemon)
         assert states(stage) == ["pending"] * 10
@@ -139,7 +139,7 @@ def test_a_tls_handshake_that_stalls_is_abandoned(stage: Stage) -> None:
         stage.configure(url, top=f'shutdown_grace = "{GRACE}s"', destination=FOR_EVER)
         daemon = stage.daemon().ready()
         stage.put("a.tar.gz", b"content")
-        assert server.paused.wait(PATIENCE)
+        assert server.paused.wait(TIMEOUT)
 
         stop_in_time(daemon)
 
@@ -217,7 +217,7 @@ def test_short_attempts_are_ended_and_not_followed_by_another(stage: Stage) -> N
         until(lambda: len(server.peers) > 5, "some attempts")
 
         daemon.process.send_signal(signal.SIGTERM)
-        daemon.process.wait(PATIENCE)
+        daemon.process.wait(TIMEOUT)
 
         attempts = daemon.events("attempt.failed")
         stopping = [event["event"] for event in daemon.events()].index("daemon.stopping")
@@ -256,13 +256,13 @@ def test_an_upload_that_ends_within_the_grace_is_delivered_and_nothing_new_is_be
         for name in ("a", "b", "c"):
             stage.put(f"{name}.tar.gz", name.encode())
         daemon = stage.daemon()
-        assert server.paused.wait(PATIENCE)
+        assert server.paused.wait(TIMEOUT)
 
         daemon.process.send_signal(signal.SIGTERM)
         daemon.wait_for("daemon.stopping")
         server.go_on()
 
-        assert daemon.process.wait(PATIENCE) == 0
+        assert daemon.process.wait(TIMEOUT) == 0
         assert len(server.requests) == 1
         stopped = daemon.events("daemon.stopped")[0]
         assert stopped["clean"] is True

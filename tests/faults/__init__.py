@@ -1,1 +1,1 @@
-"""Everything that can break, broken on purpose: a part among the tests, a long one in `__main__`."""
+"""Fault injection: a part runs among the tests, the long part is `python -m tests.faults`."""

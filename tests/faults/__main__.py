@@ -10,10 +10,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.faults.campaign import Campaign, Terms
+from tests.faults.campaign import Campaign, CampaignOptions
 
 CAMPAIGNS = {"crash": 3.0, "network": 2.0, "load": 2.0, "soak": 1.5}
-"""The modules of `tests.faults` that hold a campaign, in their order, each with its share of the time."""
+"""The modules of `tests.faults` with a campaign, in order, each with its share of the time."""
 
 
 def campaign_of(name: str) -> Campaign:
@@ -23,12 +23,12 @@ def campaign_of(name: str) -> Campaign:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10.0, help="for all campaigns together")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for all campaigns together (10)")
     parser.add_argument(
-        "--only", choices=[*CAMPAIGNS], action="append", help="this campaign; may be repeated"
+        "--only", choices=[*CAMPAIGNS], action="append", help="run this campaign alone; may be repeated"
     )
-    parser.add_argument("--archives", type=int, help="of the load, however long it takes: such as 100000")
-    parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
+    parser.add_argument("--archives", type=int, help="archives of the load campaign, however long it takes")
+    parser.add_argument("--seed", type=int, default=random.randrange(1_000_000), help="repeat this run")
     arguments = parser.parse_args()
     chosen = arguments.only or [*CAMPAIGNS]
     print(f"seed {arguments.seed}", flush=True)
@@ -38,7 +38,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="backupd-faults-") as base:
             Path(base).chmod(0o755)  # some cases run as another user
             began = time.monotonic()
-            report = campaign_of(name)(Terms(Path(base), began + share, arguments.seed, arguments.archives))
+            options = CampaignOptions(Path(base), began + share, arguments.seed, arguments.archives)
+            report = campaign_of(name)(options)
         seconds = time.monotonic() - began
         print(f"{name}: {report.tried} cases, {report.held} held, {seconds:.0f} s", flush=True)
         for figure, value in report.figures.items():

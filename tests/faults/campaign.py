@@ -1,4 +1,4 @@
-"""What the campaigns of the long part have in common: the terms that one is given, and what it reports."""
+"""The options and the report that all campaigns of the long part share."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
-    """What a campaign is given: a folder, when to end (monotonic), where chance begins, and how much."""
+class CampaignOptions:
+    """The folder to work in, the deadline (monotonic seconds), the random seed, and the load."""
 
     base: Path
-    until: float
+    deadline: float
     seed: int
     archives: int | None = None
-    """How many archives the load is made of; None: as many as there is time for."""
+    """Number of archives of the load campaign; None: as many as fit into the time."""
 
-    def go_on(self) -> bool:
-        """Tell whether there is time for one more case."""
-        return time.monotonic() < self.until
+    def has_time(self) -> bool:
+        """Return whether there is time for one more case."""
+        return time.monotonic() < self.deadline
 
 
 @dataclass(slots=True)
 class Report:
-    """How a campaign went: cases tried, what broke a promise, and figures worth telling, by name."""
+    """The result of a campaign: the number of cases, the broken promises, and figures by name."""
 
     tried: int = 0
     broken: list[str] = field(default_factory=list)
@@ -37,4 +37,4 @@ class Report:
         return self.tried - len(self.broken)
 
 
-Campaign = Callable[[Terms], Report]
+Campaign = Callable[[CampaignOptions], Report]

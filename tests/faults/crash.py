@@ -1,4 +1,4 @@
-"""The crash matrix: a delivery is struck at each of its system calls, and has to end well all the same."""
+"""The crash matrix: a fault at each system call of a delivery, after which the delivery must complete."""
 
 from __future__ import annotations
 
@@ -12,246 +12,251 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tests.faults.campaign import Report, Terms
-from tests.faults.delivery import DELETED, KEPT, MOVED, REJECTED, Archive, BrokenError, Ground
-from tests.faults.shim import Call, Manner
+from tests.faults.campaign import CampaignOptions, Report
+from tests.faults.delivery import DELETED, KEPT, MOVED, REJECTED, Archive, BrokenError, Harness
+from tests.faults.shim import Call, Mode
 from tests.faults.stepping import STEPS
 
-ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EMFILE, errno.EROFS, errno.EXDEV)
-FAR_ERRORS = (errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENOBUFS)
+FILE_ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EMFILE, errno.EROFS, errno.EXDEV)
+NETWORK_ERRORS = (errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENOBUFS)
 _WRITES = ("write", "send")
-_GOES_ON = 1.0
-"""Seconds that a daemon gets to go on by itself after one error; then it is started anew, without it."""
+_CONTINUE_SECONDS = 1.0
+"""Seconds for which a daemon may continue after an error; then it is restarted without the error."""
 
 
 @dataclass(frozen=True, slots=True)
-class Strike:
-    """What is done to which call of a step, counted from the moment in which the archive appears."""
+class Injection:
+    """A fault at one system call: call number `at` of a step, counted since the archive appeared."""
 
     step: int
     at: int
-    manner: Manner
+    mode: Mode
     error: int = 0
 
     @property
     def column(self) -> str:
-        """Return the column of the table that it belongs to."""
-        match self.manner:
-            case Manner.KILL_BEFORE | Manner.KILL_HALFWAY:
+        """Return the table column of this kind of fault."""
+        match self.mode:
+            case Mode.KILL_BEFORE | Mode.KILL_HALFWAY:
                 return "killed"
-            case Manner.CUT_POWER:
+            case Mode.CUT_POWER:
                 return "power cut"
-            case Manner.FAIL:
+            case Mode.FAIL:
                 return errno.errorcode[self.error]
             case _:
                 return f"{errno.errorcode[self.error]} from there on"
 
     @property
-    def is_far(self) -> bool:
-        return self.error in FAR_ERRORS
+    def on_network(self) -> bool:
+        """Whether the fault is an error of a call on a socket."""
+        return self.error in NETWORK_ERRORS
 
     @property
     def kills(self) -> bool:
-        return self.manner in (Manner.KILL_BEFORE, Manner.KILL_HALFWAY, Manner.CUT_POWER)
+        """Whether the fault ends the daemon."""
+        return self.mode in (Mode.KILL_BEFORE, Mode.KILL_HALFWAY, Mode.CUT_POWER)
 
 
 @dataclass(slots=True)
-class Tally:
-    """What was tried: by step and column, how many cases, and which of them broke a promise."""
+class CrashTally:
+    """The number of cases by step and column, and the cases that broke a promise."""
 
     tried: Counter[tuple[str, str]] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
     broken_at: Counter[tuple[str, str]] = field(default_factory=Counter)
-    told_twice: int = 0
-    gave_up: Counter[str] = field(default_factory=Counter)
-    """Daemons that ended by themselves after an error, by the call."""
+    logged_twice: int = 0
+    daemon_exits: Counter[str] = field(default_factory=Counter)
+    """Daemons that ended by themselves after an error, by the call that failed."""
 
     @property
     def cases(self) -> int:
         return self.tried.total()
 
-    def add(self, other: Tally) -> None:
-        """Count what another has counted."""
+    def add(self, other: CrashTally) -> None:
+        """Add the counts of another tally."""
         self.tried += other.tried
         self.broken += other.broken
         self.broken_at += other.broken_at
-        self.told_twice += other.told_twice
-        self.gave_up += other.gave_up
+        self.logged_twice += other.logged_twice
+        self.daemon_exits += other.daemon_exits
 
 
-def recorded(ground: Ground) -> list[Call]:
-    """Return the calls of one delivery that nothing happens to."""
-    ground.start()
-    for begin in (lambda: None, ground.shim.arm):  # a first delivery does more, such as to connect
-        archives = ground.put(begin)
+def record_calls(harness: Harness) -> list[Call]:
+    """Return the system calls of a delivery without a fault."""
+    harness.start()
+    for begin in (lambda: None, harness.shim.arm):  # the first delivery makes more calls, such as to connect
+        archives = harness.put(begin)
         for archive in archives:
-            ground.wait_until_over(archive)
-    ground.shim.disarm()
+            harness.wait_until_completed(archive)
+    harness.shim.disarm()
     for archive in archives:
-        ground.check_the_end(archive)
-    return ground.shim.calls
+        harness.check_completed(archive)
+    return harness.shim.calls
 
 
-def by_step(calls: Sequence[Call], ground: Ground) -> dict[int, list[Call]]:
-    """Return the calls of each step that is the ending's own."""
+def calls_by_step(calls: Sequence[Call], harness: Harness) -> dict[int, list[Call]]:
+    """Return the calls of each step that is specific to the scenario."""
     found: dict[int, list[Call]] = {}
     for call in calls:
-        if call.step >= STEPS.index(ground.ending.since):
+        if call.step >= STEPS.index(harness.scenario.since):
             found.setdefault(call.step, []).append(call)
     return found
 
 
-def all_strikes(calls: Sequence[Call], ground: Ground) -> Iterator[Strike]:
-    """Yield all there is to try; some calls more than were recorded, as another run may have more."""
-    for step, recorded_ones in by_step(calls, ground).items():
-        for at, call in enumerate([*recorded_ones, None, None], 1):
-            if ground.drives:
-                yield Strike(step, at, Manner.CUT_POWER)
+def all_injections(calls: Sequence[Call], harness: Harness) -> Iterator[Injection]:
+    """Yield every case; two more calls than recorded for each step, as another run may make more."""
+    for step, step_calls in calls_by_step(calls, harness).items():
+        for at, call in enumerate([*step_calls, None, None], 1):
+            if harness.disks:
+                yield Injection(step, at, Mode.CUT_POWER)
                 continue
-            yield Strike(step, at, Manner.KILL_BEFORE)
+            yield Injection(step, at, Mode.KILL_BEFORE)
             if call is None or call.name in _WRITES:
-                yield Strike(step, at, Manner.KILL_HALFWAY)
+                yield Injection(step, at, Mode.KILL_HALFWAY)
             if call is None or call.is_local:
-                yield from (Strike(step, at, Manner.FAIL, error) for error in ERRORS)
-                yield from (Strike(step, at, Manner.FAIL_FROM_NOW_ON, error) for error in ERRORS[:2])
-            elif call.is_far:
-                yield from (Strike(step, at, Manner.FAIL, error) for error in FAR_ERRORS)
-                yield Strike(step, at, Manner.FAIL_FROM_NOW_ON, FAR_ERRORS[0])
+                yield from (Injection(step, at, Mode.FAIL, error) for error in FILE_ERRORS)
+                yield from (Injection(step, at, Mode.FAIL_FROM_NOW_ON, error) for error in FILE_ERRORS[:2])
+            elif call.on_network:
+                yield from (Injection(step, at, Mode.FAIL, error) for error in NETWORK_ERRORS)
+                yield Injection(step, at, Mode.FAIL_FROM_NOW_ON, NETWORK_ERRORS[0])
 
 
-def some_strikes(calls: Sequence[Call], ground: Ground, chance: random.Random) -> Iterator[Strike]:
-    """Yield some of each step: a kill and an error of either kind, or a cut of the power."""
-    for step, recorded_ones in by_step(calls, ground).items():
-        at = chance.randint(1, len(recorded_ones))
-        if ground.drives:
-            yield Strike(step, at, Manner.CUT_POWER)
+def sample_injections(calls: Sequence[Call], harness: Harness, chance: random.Random) -> Iterator[Injection]:
+    """Yield random cases of each step: a kill and one error of each kind, or a power cut."""
+    for step, step_calls in calls_by_step(calls, harness).items():
+        at = chance.randint(1, len(step_calls))
+        if harness.disks:
+            yield Injection(step, at, Mode.CUT_POWER)
             continue
-        yield Strike(step, at, Manner.KILL_BEFORE)
-        local = [at for at, call in enumerate(recorded_ones, 1) if call.is_local]
+        yield Injection(step, at, Mode.KILL_BEFORE)
+        local = [at for at, call in enumerate(step_calls, 1) if call.is_local]
         if local:
-            yield Strike(step, chance.choice(local), Manner.FAIL, chance.choice(ERRORS))
-        far = [at for at, call in enumerate(recorded_ones, 1) if call.is_far]
-        if far:
-            yield Strike(step, chance.choice(far), Manner.FAIL, chance.choice(FAR_ERRORS))
+            yield Injection(step, chance.choice(local), Mode.FAIL, chance.choice(FILE_ERRORS))
+        network = [at for at, call in enumerate(step_calls, 1) if call.on_network]
+        if network:
+            yield Injection(step, chance.choice(network), Mode.FAIL, chance.choice(NETWORK_ERRORS))
 
 
-def strike(ground: Ground, one: Strike, tally: Tally) -> bool:
-    """Try one case; return whether there was such a call to strike."""
-    daemon = ground.start()
-    archives = ground.put(lambda: ground.shim.arm(one.step, one.at, one.manner, one.error, far=one.is_far))
+def run_case(harness: Harness, case: Injection, tally: CrashTally) -> bool:
+    """Run one case; return False if the delivery made no such call."""
+    daemon = harness.start()
+    arm = harness.shim.arm
+    archives = harness.put(lambda: arm(case.step, case.at, case.mode, case.error, network=case.on_network))
     try:
-        struck = _see_it_end(ground, one, archives)
-        if struck is None:
+        hit = _wait_for_end(harness, case, archives)
+        if hit is None:
             return False
-        cell = STEPS[struck.step], one.column
+        cell = STEPS[hit.step], case.column
         tally.tried[cell] += 1
         try:
-            for drive in ground.drives:
-                drive.power_on()
-            with ground.standing_still():
+            for disk in harness.disks:
+                disk.power_on()
+            with harness.stopped():
                 for archive in archives:
-                    ground.check_nothing_lost(archive)
-            if one.manner is Manner.CUT_POWER:
+                    harness.check_nothing_lost(archive)
+            if case.mode is Mode.CUT_POWER:
                 assert daemon.process.returncode == -signal.SIGKILL, "the power was not cut"
-            if daemon.process.poll() is not None and not one.kills:
-                tally.gave_up[f"{struck.name} of {struck.path}: {errno.errorcode[one.error]}"] += 1
-            if one.kills or not all(map(ground.is_over, archives)):
-                ground.restart(gently=one.manner is Manner.FAIL)
+            if daemon.process.poll() is not None and not case.kills:
+                tally.daemon_exits[f"{hit.name} of {hit.path}: {errno.errorcode[case.error]}"] += 1
+            if case.kills or not all(map(harness.is_completed, archives)):
+                harness.restart(gently=case.mode is Mode.FAIL)
             for archive in archives:
-                ground.wait_until_over(archive)
-            tally.told_twice += max(map(ground.check_the_end, archives)) > 1
-            ground.check_the_ledger()
+                harness.wait_until_completed(archive)
+            tally.logged_twice += max(map(harness.check_completed, archives)) > 1
+            harness.check_the_ledger()
         except AssertionError as error:
             tally.broken_at[cell] += 1
-            what = f"{ground.ending.name}, {one}, {struck.name} of {struck.path} ({STEPS[struck.step]})"
-            tally.broken.append(f"{what}: {error}")
-            ground.restart()
+            description = f"{harness.scenario.name}, {case}, {hit.name} of {hit.path} ({STEPS[hit.step]})"
+            tally.broken.append(f"{description}: {error}")
+            harness.restart()
         return True
     finally:
-        ground.shim.disarm()
+        harness.shim.disarm()
         for archive in archives:
-            ground.clear(archive)
+            harness.clear(archive)
 
 
-def _see_it_end(ground: Ground, one: Strike, archives: Sequence[Archive]) -> Call | None:
-    """Wait until the daemon has ended, or the deliveries, or neither seems to come; return what was struck.
+def _wait_for_end(harness: Harness, case: Injection, archives: Sequence[Archive]) -> Call | None:
+    """Wait until the daemon has ended or the deliveries are complete, and return the call with the fault.
 
-    Nothing reads the ledger of a daemon that was killed: whoever closes it last would tidy it up.
+    A daemon that does neither is given up after a while. The ledger of a killed daemon is not opened: the
+    last connection that closes it would run a checkpoint.
     """
-    daemon = ground.daemon
+    daemon = harness.daemon
     assert daemon is not None
-    struck_at = gone_by = None
-    over = False
+    hit_at = completed_at = None
+    completed = False
     began = time.monotonic()
     while daemon.process.poll() is None:
-        if not over and all(ground.told("archive.disposed", archive) for archive in archives):
-            over = all(map(ground.is_over, archives))
-        struck = ground.shim.struck
-        if struck is not None:
-            struck_at = struck_at or time.monotonic()
-            if not one.kills and (over or time.monotonic() - struck_at > _GOES_ON):
+        if not completed and all(harness.count_logged("archive.disposed", archive) for archive in archives):
+            completed = all(map(harness.is_completed, archives))
+        hit = harness.shim.hit
+        if hit is not None:
+            hit_at = hit_at or time.monotonic()
+            if not case.kills and (completed or time.monotonic() - hit_at > _CONTINUE_SECONDS):
                 break
-        elif over:
-            gone_by = gone_by or time.monotonic()  # the last calls come after the commit that we see
-            if time.monotonic() - gone_by > _GOES_ON and ground.shim.struck is None:
+        elif completed:
+            completed_at = completed_at or time.monotonic()  # the last calls follow the commit seen here
+            if time.monotonic() - completed_at > _CONTINUE_SECONDS and harness.shim.hit is None:
                 return None
         if time.monotonic() - began > 180:
-            raise BrokenError(f"{archives[0].name} did not end: {daemon.text()[-3000:]}")
+            raise BrokenError(f"{archives[0].name} did not complete: {daemon.text()[-3000:]}")
         time.sleep(0.005)
-    return ground.shim.struck
+    return harness.shim.hit
 
 
-def run_all(ground: Ground, terms: Terms) -> Tally:
-    """Try what there is time for, in an order of chance."""
-    tally = Tally()
-    with ground.open():
-        chosen = list(all_strikes(recorded(ground), ground))
-        random.Random(terms.seed).shuffle(chosen)
-        for one in chosen:
-            if not terms.go_on():
+def run_all(harness: Harness, options: CampaignOptions) -> CrashTally:
+    """Run the cases that fit into the time, in random order."""
+    tally = CrashTally()
+    with harness.open():
+        chosen = list(all_injections(record_calls(harness), harness))
+        random.Random(options.seed).shuffle(chosen)
+        for case in chosen:
+            if not options.has_time():
                 break
-            strike(ground, one, tally)
+            run_case(harness, case, tally)
     return tally
 
 
-def run_some(ground: Ground, seed: int) -> Tally:
-    """Try one of each step."""
-    tally = Tally()
-    with ground.open():
-        for one in some_strikes(recorded(ground), ground, random.Random(seed)):
-            at = one.at
-            while not strike(ground, replace(one, at=at), tally) and at > 1:
-                at -= 1  # another run may have fewer calls: an answer may come in one read or in two
+def run_sample(harness: Harness, seed: int) -> CrashTally:
+    """Run a few random cases of each step."""
+    tally = CrashTally()
+    with harness.open():
+        for case in sample_injections(record_calls(harness), harness, random.Random(seed)):
+            at = case.at
+            while not run_case(harness, replace(case, at=at), tally) and at > 1:
+                at -= 1  # another run may make fewer calls: a response may arrive in one read or in two
     return tally
 
 
-ENDINGS = [
-    *((ending, False) for ending in (MOVED, DELETED, KEPT, REJECTED)),
-    *((ending, True) for ending in (MOVED, DELETED, REJECTED)),
+SCENARIOS = [
+    *((scenario, False) for scenario in (MOVED, DELETED, KEPT, REJECTED)),
+    *((scenario, True) for scenario in (MOVED, DELETED, REJECTED)),
 ]
-"""The ways in which a delivery ends, and whether it is the power that is cut."""
+"""The dispositions of an archive, each without and with power cuts."""
 
 
-def a_ground(number: int, base: Path) -> Ground:
-    """Return an installation for one of `ENDINGS`."""
-    ending, can_lose_power = ENDINGS[number]
+def a_harness(number: int, base: Path) -> Harness:
+    """Return a harness for one of `SCENARIOS`."""
+    scenario, can_lose_power = SCENARIOS[number]
     base.mkdir(exist_ok=True)
-    return Ground(base / str(number), ending, can_lose_power=can_lose_power)
+    return Harness(base / str(number), scenario, can_lose_power=can_lose_power)
 
 
-def _run(number: int, terms: Terms) -> tuple[str, Tally]:
-    ground = a_ground(number, terms.base)
-    return ground.name, run_all(ground, terms)
+def _run(number: int, options: CampaignOptions) -> tuple[str, CrashTally]:
+    harness = a_harness(number, options.base)
+    return harness.name, run_all(harness, options)
 
 
-def campaign(terms: Terms) -> Report:
-    """Try cases drawn by chance, on all installations at a time, as long as there is time."""
+def campaign(options: CampaignOptions) -> Report:
+    """Run random cases on a harness of each scenario at once, as long as there is time."""
     report = Report()
-    with concurrent.futures.ProcessPoolExecutor(len(ENDINGS)) as pool:
-        for name, tally in pool.map(_run, range(len(ENDINGS)), [terms] * len(ENDINGS)):
+    with concurrent.futures.ProcessPoolExecutor(len(SCENARIOS)) as pool:
+        for name, tally in pool.map(_run, range(len(SCENARIOS)), [options] * len(SCENARIOS)):
             report.tried += tally.cases
             report.broken += tally.broken or [f"{name}: there was no time for any case"] * (not tally.cases)
             report.figures[name] = (
-                f"{tally.cases} cases, {tally.told_twice} told twice, {tally.gave_up.total()} daemons ended"
+                f"{tally.cases} cases, {tally.logged_twice} results logged twice,"
+                f" {tally.daemon_exits.total()} daemons ended by themselves"
             )
     return report

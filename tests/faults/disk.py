@@ -1,4 +1,4 @@
-"""A filesystem of its own, from which the power can be cut: whatever was not synced is gone then."""
+"""A filesystem in a file that loses the data that was not synced when its power is cut."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.privileges import IS_ROOT
 from tests.programs import do_without
 
 _OPTIONS = "commit=600"
-"""Nothing reaches the disk by itself: only what is synced."""
+"""Keep the kernel from writing data back by itself: only synced data reaches the disk."""
 
 
 def _run(*command: str | Path) -> str:
@@ -27,12 +27,12 @@ class Disk:
         self._image, self._folder = image, folder
 
     def mount(self) -> None:
-        """Mount it, by whichever device is free."""
+        """Mount the filesystem through a free loop device."""
         with self._attached() as device:
             _run("mount", "-o", _OPTIONS, device, self._folder)
 
     def power_on(self) -> None:
-        """Mount it anew after the power was cut; like a boot may, that gives it another number."""
+        """Mount the filesystem again after a power cut, on another device number, as a boot may do."""
         before = self._folder.stat().st_dev
         with self._attached() as device:
             _run("umount", self._folder)
@@ -41,7 +41,7 @@ class Disk:
 
     @contextlib.contextmanager
     def _attached(self) -> Iterator[str]:
-        """Yield a device for it, which is there for as long as that is mounted."""
+        """Yield a loop device of the image; it exists until the filesystem is unmounted."""
         device = _run("losetup", "--find", "--show", self._image).strip()
         try:
             yield device
@@ -51,7 +51,7 @@ class Disk:
 
 @contextlib.contextmanager
 def a_disk(image: Path, folder: Path, size: int = 64_000_000) -> Iterator[Disk]:
-    """Yield a new disk, mounted; skip the test where there can be none."""
+    """Yield a new disk of `size` bytes, mounted; skip the test where none can be made."""
     if not IS_ROOT or shutil.which("mkfs.ext4", path=f"{os.environ['PATH']}:/sbin:/usr/sbin") is None:
         do_without("needs root, and mkfs.ext4")
     with image.open("wb") as stream:
@@ -65,5 +65,5 @@ def a_disk(image: Path, folder: Path, size: int = 64_000_000) -> Iterator[Disk]:
     try:
         yield disk
     finally:
-        # the daemon was told to end, and may still be about it
+        # the daemon was killed, and its last descriptors may still be open
         subprocess.run(["umount", "--lazy", str(folder)], check=False, capture_output=True)

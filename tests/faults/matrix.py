@@ -1,4 +1,4 @@
-"""Every case of the crash matrix, and its tables: python -m tests.faults.matrix docs/reliability.md."""
+"""Run every case of the crash matrix and write its tables: `python -m tests.faults.matrix DOCUMENT`."""
 
 from __future__ import annotations
 
@@ -8,61 +8,71 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.faults.crash import ENDINGS, ERRORS, FAR_ERRORS, Tally, a_ground, all_strikes, recorded, strike
+from tests.faults.crash import (
+    FILE_ERRORS,
+    NETWORK_ERRORS,
+    SCENARIOS,
+    CrashTally,
+    a_harness,
+    all_injections,
+    record_calls,
+    run_case,
+)
 from tests.faults.delivery import name_of
 from tests.faults.stepping import STEPS
 
-BEGIN, END = "<!-- made by tests/faults/matrix.py -->\n", "<!-- end of what is made -->\n"
-
+BEGIN, END = "<!-- made by tests/faults/matrix.py -->\n", "<!-- end of the generated part -->\n"
 
 SHARES = 3
-"""Into how many parts the cases of an ending are dealt, each with an installation of its own."""
+"""Number of harnesses that share the cases of a scenario."""
 
-AT_ONCE = 8
+PROCESSES = 8
 
 
-def _run(number: int, share: int, base: Path) -> Tally:
-    ground, tally = a_ground(number, base / str(share)), Tally()
-    with ground.open():
-        for one in [*all_strikes(recorded(ground), ground)][share::SHARES]:
-            strike(ground, one, tally)
+def _run(number: int, share: int, base: Path) -> CrashTally:
+    harness, tally = a_harness(number, base / str(share)), CrashTally()
+    with harness.open():
+        for case in [*all_injections(record_calls(harness), harness)][share::SHARES]:
+            run_case(harness, case, tally)
     return tally
 
 
 def main(document: Path) -> int:
-    """Try everything, some installations at a time; put the tables in a document."""
-    tallies: dict[int, Tally] = {}
+    """Run every case, on some harnesses at once; write the tables and return the exit code."""
+    tallies: dict[int, CrashTally] = {}
     with tempfile.TemporaryDirectory(prefix="backupd-faults-") as base:
         for share in range(SHARES):
             (Path(base) / str(share)).mkdir()
-        with concurrent.futures.ProcessPoolExecutor(AT_ONCE) as pool:
+        with concurrent.futures.ProcessPoolExecutor(PROCESSES) as pool:
             runs = {
                 pool.submit(_run, number, share, Path(base)): number
-                for number in range(len(ENDINGS))
+                for number in range(len(SCENARIOS))
                 for share in range(SHARES)
             }
             for run in concurrent.futures.as_completed(runs):
-                tallies.setdefault(runs[run], Tally()).add(run.result())
-                print(f"{len(tallies)} endings, {sum(t.cases for t in tallies.values())} cases", flush=True)
-    parts = []
+                tallies.setdefault(runs[run], CrashTally()).add(run.result())
+                print(f"{len(tallies)} scenarios, {sum(t.cases for t in tallies.values())} cases", flush=True)
+    sections = []
     for number, tally in sorted(tallies.items()):
-        name, held = name_of(*ENDINGS[number]), tally.cases - len(tally.broken)
+        name, held = name_of(*SCENARIOS[number]), tally.cases - len(tally.broken)
         print(f"{name}: {tally.cases} cases, {held} held", flush=True)
-        print(f"  told twice {tally.told_twice}; ended by themselves: {dict(tally.gave_up)}", flush=True)
-        for one in tally.broken:
-            print(f"  BROKEN {one}", flush=True)
-        parts.append(
+        print(
+            f"  logged twice {tally.logged_twice}; daemons that ended: {dict(tally.daemon_exits)}", flush=True
+        )
+        for description in tally.broken:
+            print(f"  BROKEN {description}", flush=True)
+        sections.append(
             f"**{name[0].upper()}{name[1:]}**: {tally.cases} cases, {held} held.\n\n{table_of(tally)}"
         )
     before, _, rest = document.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
-    document.write_text(before + BEGIN + "\n" + "\n".join(parts) + "\n" + END + after, encoding="utf-8")
+    document.write_text(before + BEGIN + "\n" + "\n".join(sections) + "\n" + END + after, encoding="utf-8")
     return 1 if any(tally.broken for tally in tallies.values()) else 0
 
 
-def table_of(tally: Tally) -> str:
-    """Return a Markdown table of steps and what was tried of them: held, of so many."""
-    columns = ["killed", "power cut", *(errno.errorcode[e] for e in (*ERRORS, *FAR_ERRORS))]
+def table_of(tally: CrashTally) -> str:
+    """Return a Markdown table of steps and faults; a cell shows the cases that held, of all cases."""
+    columns = ["killed", "power cut", *(errno.errorcode[e] for e in (*FILE_ERRORS, *NETWORK_ERRORS))]
     columns += [c for c in sorted({column for _, column in tally.tried}) if c not in columns]
     columns = [c for c in columns if any(tally.tried[step, c] for step in STEPS)]
     lines = [f"| step | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
@@ -72,7 +82,7 @@ def table_of(tally: Tally) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(tally: Tally, step: str, column: str) -> str:
+def _cell(tally: CrashTally, step: str, column: str) -> str:
     tried, broken = tally.tried[step, column], tally.broken_at[step, column]
     return f"{tried - broken}/{tried}" if tried else ""
 

@@ -1,4 +1,4 @@
-"""A proxy between daemon and receiver that spoils one connection after another, by a schedule."""
+"""A proxy between the daemon and the receiver that injects one fault after another, by a schedule."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from tests.pki import Pki
 from tests.scripted import EndedError, Peer, ScriptedServer, answer, server_context
 
 _PIECE = 64 * 1024
-_IN_HANDSHAKE = 1_000
-"""Bytes from the receiver that come before its side of the handshake is over."""
+_HANDSHAKE_BYTES = 1_000
+"""Bytes of the receiver that are sent before its side of the handshake is complete."""
 
 _ALERT = bytes.fromhex("1503030002022a")
-"""A TLS alert, in the open, where only encrypted records may come."""
+"""A TLS alert in plain text, where only encrypted records are allowed."""
 
 
 class Kind(enum.Enum):
-    """What happens to a connection; the ones that need to read the answer end TLS in the proxy."""
+    """A fault of a connection; for the faults that need to read the response, TLS ends in the proxy."""
 
-    REFUSED = "refused from then on"
-    RESET_AT_ONCE = "reset at once"
-    RESET_IN_HANDSHAKE = "reset in the handshake"
-    HANG = "accepted, and nothing more"
-    RESET_IN_BODY = "reset in the body"
-    STALL_IN_BODY = "stalled in the body"
-    SLOW_BODY = "a byte at a time in the body"
-    ALERT_IN_BODY = "a TLS alert in the body"
-    STALL_BEFORE_ANSWER = "stalled before the answer"
-    RESET_COMING_BACK = "reset in what comes back"
-    WRONG_CERTIFICATE = "another certificate"
-    NO_ANSWER = "closed before the answer"
-    HALF_AN_ANSWER = "cut within the answer"
-    RESET_IN_ANSWER = "reset in the answer"
-    BAD_GATEWAY = "a 502 in place of the answer"
-    SLOW_ANSWER = "a byte at a time in the answer"
-    TWO_ANSWERS = "answered twice"
-    CLOSED_TWICE = "closed by header, twice, and by both layers"
+    REFUSED = "connections refused"
+    RESET_AT_ONCE = "reset after accept"
+    RESET_IN_HANDSHAKE = "reset in the TLS handshake"
+    HANG = "accepted, then silent"
+    RESET_IN_BODY = "reset in the request body"
+    STALL_IN_BODY = "stalled in the request body"
+    SLOW_BODY = "one byte at a time in the request body"
+    ALERT_IN_BODY = "TLS alert in the request body"
+    STALL_BEFORE_RESPONSE = "stalled before the response"
+    RESET_AFTER_BODY = "reset in the next bytes from the receiver"
+    WRONG_CERTIFICATE = "certificate of another CA"
+    NO_RESPONSE = "closed before the response"
+    PARTIAL_RESPONSE = "closed in the response"
+    RESET_IN_RESPONSE = "reset in the response"
+    BAD_GATEWAY = "502 instead of the response"
+    SLOW_RESPONSE = "one byte at a time in the response"
+    RESPONSE_TWICE = "response sent twice"
+    CLOSED_TWICE = "two Connection: close headers, then closed"
 
 
 _IN_THE_BODY = {
@@ -52,8 +52,8 @@ _IN_THE_BODY = {
     Kind.STALL_IN_BODY,
     Kind.SLOW_BODY,
     Kind.ALERT_IN_BODY,
-    Kind.STALL_BEFORE_ANSWER,
-    Kind.RESET_COMING_BACK,
+    Kind.STALL_BEFORE_RESPONSE,
+    Kind.RESET_AFTER_BODY,
 }
 
 
@@ -65,45 +65,45 @@ BELOW_HTTP = (
     Kind.WRONG_CERTIFICATE,
     *sorted(_IN_THE_BODY, key=lambda kind: kind.value),
 )
-"""What needs to understand neither requests nor answers."""
+"""The faults for which the proxy needs no HTTP."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What happens to a connection, after so many bytes that the daemon sent, or answers that went well.
+    """A fault of a connection, after so many bytes from the daemon, or after so many good responses.
 
-    `pace` is the seconds from byte to byte where it is slow.
+    `pace` is the number of seconds between two bytes of a slow connection.
     """
 
     kind: Kind
     after: int = 0
-    good: int = 0
+    responses_before: int = 0
     pace: float = 1.0
 
 
 class FaultProxy:
-    """Serves while in its block; connections beyond the schedule are passed on. `struck` counts faults.
+    """Serves while in its block, with one fault of the schedule for each connection, and then without faults.
 
-    A fault whose connection ends before its time has come is for another connection.
+    A fault is kept for the next connection if its connection ends first. `injected` counts the faults.
     """
 
     def __init__(self, pki: Pki, port: int, schedule: Sequence[Fault], other: Pki | None = None) -> None:
         self._target = port
         self._schedule = list(schedule)
         self._planned = len(schedule)
-        self._stricken: set[int] = set()
+        self._with_fault: set[int] = set()
         self._lock = threading.Lock()
-        self._answered = threading.Event()
-        """Cleared while an answer is awaited that nobody is to hear: what comes next may ask for it."""
-        self._answered.set()
-        self._ours = server_context(pki)
-        self._wrong = server_context(pki, (other or Pki(pki.folder / "other")).issue_server())
-        self._towards = ssl.create_default_context(cafile=pki.ca_pem)
-        self._towards.load_cert_chain(pki.client_cert, pki.client_key)
+        self._stored = threading.Event()
+        """Cleared while the receiver stores an archive behind a stalled connection: a query may follow."""
+        self._stored.set()
+        self._tls_context = server_context(pki)
+        self._wrong_context = server_context(pki, (other or Pki(pki.folder / "other")).issue_server())
+        self._client_context = ssl.create_default_context(cafile=pki.ca_pem)
+        self._client_context.load_cert_chain(pki.client_cert, pki.client_key)
         self._server = ScriptedServer(self._serve)
         self._clean: list[Peer] = []
         self._held: dict[int, Fault] = {}
-        self.struck: Counter[Kind] = Counter()
+        self.injected: Counter[Kind] = Counter()
         self.port = self._server.port
 
     def __enter__(self) -> Self:
@@ -114,17 +114,17 @@ class FaultProxy:
         self._server.__exit__(None, None, None)
 
     @property
-    def is_over(self) -> bool:
-        """Whether every fault of the schedule has struck."""
+    def is_done(self) -> bool:
+        """Whether every fault of the schedule was injected."""
         with self._lock:
-            return self.struck.total() == self._planned
+            return self.injected.total() == self._planned
 
     @property
-    def left(self) -> str:
-        """What has not struck yet: waiting for a connection, or on one."""
+    def remaining(self) -> str:
+        """A description of the faults that were not injected yet."""
         with self._lock:
-            on = [fault for number, fault in self._held.items() if number not in self._stricken]
-            return f"waiting: {self._schedule}, on connections: {on}"
+            held = [fault for number, fault in self._held.items() if number not in self._with_fault]
+            return f"waiting: {self._schedule}, on connections: {held}"
 
     @property
     def is_refusing(self) -> bool:
@@ -132,18 +132,18 @@ class FaultProxy:
         return self._server.is_refusing
 
     def take_again(self) -> None:
-        """Take connections again."""
+        """Accept connections again."""
         self._server.take_again()
 
-    def end_clean(self) -> None:
-        """End the connections without a fault, which are at rest: others are to come in their place."""
+    def close_clean_connections(self) -> None:
+        """Close the idle connections without a fault, so that new ones get the remaining faults."""
         with self._lock:
             for peer in self._clean:
                 peer.hang_up()
             self._clean.clear()
 
     def _serve(self, peer: Peer) -> None:
-        self._answered.wait()
+        self._stored.wait()
         with self._lock:
             fault = self._schedule.pop(0) if self._schedule else None
             if fault is None:
@@ -154,69 +154,69 @@ class FaultProxy:
         with self._lock:
             self._held[peer.number] = fault
         try:
-            self._serve_badly(peer, fault)
+            self._serve_fault(peer, fault)
         finally:
-            if fault.kind is Kind.STALL_BEFORE_ANSWER:
-                self._answered.set()
+            if fault.kind is Kind.STALL_BEFORE_RESPONSE:
+                self._stored.set()
             with self._lock:
                 del self._held[peer.number]
-                if peer.number not in self._stricken:
+                if peer.number not in self._with_fault:
                     self._schedule.insert(0, fault)
 
-    def _serve_badly(self, peer: Peer, fault: Fault) -> None:
+    def _serve_fault(self, peer: Peer, fault: Fault) -> None:
         match fault.kind:
             case Kind.REFUSED:
                 self._server.refuse()
-                self._strike(peer, fault)
+                self._record(peer, fault)
                 peer.reset()
             case Kind.RESET_AT_ONCE:
-                self._strike(peer, fault)
+                self._record(peer, fault)
                 peer.reset()
             case Kind.RESET_IN_HANDSHAKE:
-                self._cut_handshake(peer, fault)
+                self._reset_in_handshake(peer, fault)
             case Kind.HANG:
-                self._strike(peer, fault)
+                self._record(peer, fault)
                 peer.drain_nothing()
             case Kind.WRONG_CERTIFICATE:
-                self._strike(peer, fault)
-                peer.shake_hands(self._wrong)
+                self._record(peer, fault)
+                peer.shake_hands(self._wrong_context)
             case kind if kind in _IN_THE_BODY:
                 self._relay(peer, fault)
             case _:
-                peer.shake_hands(self._ours)
-                self._answer(peer, fault)
+                peer.shake_hands(self._tls_context)
+                self._serve_responses(peer, fault)
 
-    def _strike(self, peer: Peer, fault: Fault) -> None:
+    def _record(self, peer: Peer, fault: Fault) -> None:
         with self._lock:
-            self._stricken.add(peer.number)
-            self.struck[fault.kind] += 1
+            self._with_fault.add(peer.number)
+            self.injected[fault.kind] += 1
 
-    def _cut_handshake(self, peer: Peer, fault: Fault) -> None:
+    def _reset_in_handshake(self, peer: Peer, fault: Fault) -> None:
         with socket.create_connection(("127.0.0.1", self._target)) as far:
             hello = peer.socket.recv(_PIECE)
             if not hello:
                 return
             far.sendall(hello)
-            peer.send(far.recv(1 + fault.after % _IN_HANDSHAKE))
-            self._strike(peer, fault)
+            peer.send(far.recv(1 + fault.after % _HANDSHAKE_BYTES))
+            self._record(peer, fault)
             peer.reset()
 
     def _relay(self, peer: Peer, fault: Fault | None) -> None:
-        """Pass bytes on, until the fault has its time; the same thread sees to both directions."""
+        """Relay both directions of a connection, until the fault is due."""
         near = peer.socket
         with socket.create_connection(("127.0.0.1", self._target)) as far:
-            sent, spoiled = 0, False
+            sent, is_due = 0, False
             while True:
                 readable, _, _ = select.select([near, far], [], [])
                 if far in readable:
                     data = far.recv(_PIECE)
-                    if spoiled and fault and fault.kind is Kind.STALL_BEFORE_ANSWER:
-                        self._answered.set()  # the receiver has it all, and nobody hears of it
+                    if is_due and fault and fault.kind is Kind.STALL_BEFORE_RESPONSE:
+                        self._stored.set()  # the daemon does not get this response
                     elif not data:
                         return
-                    elif spoiled and fault:
+                    elif is_due and fault:
                         near.sendall(data[: fault.after % len(data)])
-                        self._strike(peer, fault)
+                        self._record(peer, fault)
                         peer.reset()
                         return
                     else:
@@ -225,23 +225,23 @@ class FaultProxy:
                     continue
                 data = near.recv(_PIECE)
                 if not data:
-                    self._hear_out(far)
+                    self._await_response(far)
                     return
                 sent += len(data)
                 far.sendall(data)
-                if fault is not None and not spoiled and sent > fault.after:
-                    spoiled = True
-                    if self._spoil(peer, near, far, fault):
+                if fault is not None and not is_due and sent > fault.after:
+                    is_due = True
+                    if self._inject(peer, near, far, fault):
                         return
 
-    def _spoil(self, peer: Peer, near: socket.socket, far: socket.socket, fault: Fault) -> bool:
-        """Do to a connection what is due; return whether that was its end."""
-        if fault.kind is Kind.RESET_COMING_BACK:
-            return False  # its time is that of what comes next
-        self._strike(peer, fault)
+    def _inject(self, peer: Peer, near: socket.socket, far: socket.socket, fault: Fault) -> bool:
+        """Inject the fault that is due; return whether that ended the connection."""
+        if fault.kind is Kind.RESET_AFTER_BODY:
+            return False  # it is due with the next bytes from the receiver
+        self._record(peer, fault)
         match fault.kind:
-            case Kind.STALL_BEFORE_ANSWER:
-                self._answered.clear()
+            case Kind.STALL_BEFORE_RESPONSE:
+                self._stored.clear()
                 return False
             case Kind.RESET_IN_BODY:
                 peer.reset()
@@ -259,38 +259,38 @@ class FaultProxy:
                 return False
         return True
 
-    def _hear_out(self, far: socket.socket) -> None:
-        """Wait for the answer that nobody hears, or for the receiver to give a request up."""
-        if not self._answered.is_set():
+    def _await_response(self, far: socket.socket) -> None:
+        """Wait for the response that the daemon does not get, or for the receiver to give up the request."""
+        if not self._stored.is_set():
             far.shutdown(socket.SHUT_WR)
             far.recv(_PIECE)
 
-    def _answer(self, peer: Peer, fault: Fault) -> None:
-        """Take whole requests, hand them to the receiver, and spoil one of its answers."""
-        good = fault.good
+    def _serve_responses(self, peer: Peer, fault: Fault) -> None:
+        """Forward complete requests to the receiver, and inject the fault into one of its responses."""
+        remaining = fault.responses_before
         while True:
             peer.read_head()
-            stored = self._answer_of(peer)
-            if good:
-                good -= 1
-                peer.send(stored)
+            response = self._forward(peer)
+            if remaining:
+                remaining -= 1
+                peer.send(response)
                 continue
-            self._strike(peer, fault)
+            self._record(peer, fault)
             match fault.kind:
-                case Kind.HALF_AN_ANSWER:
-                    peer.send(stored[: 1 + fault.after % (len(stored) - 1)])
-                case Kind.RESET_IN_ANSWER:
-                    peer.send(stored[: fault.after % len(stored)])
+                case Kind.PARTIAL_RESPONSE:
+                    peer.send(response[: 1 + fault.after % (len(response) - 1)])
+                case Kind.RESET_IN_RESPONSE:
+                    peer.send(response[: fault.after % len(response)])
                     peer.reset()
                 case Kind.BAD_GATEWAY:
                     peer.send(answer(502))
-                case Kind.SLOW_ANSWER:
-                    peer.drip(stored, fault.pace)
-                case Kind.TWO_ANSWERS:
-                    peer.send(stored + stored)
+                case Kind.SLOW_RESPONSE:
+                    peer.drip(response, fault.pace)
+                case Kind.RESPONSE_TWICE:
+                    peer.send(response + response)
                     peer.drain()
                 case Kind.CLOSED_TWICE:
-                    status, _, rest = stored.partition(b"\r\n")
+                    status, _, rest = response.partition(b"\r\n")
                     peer.send(status + b"\r\nConnection: close\r\nConnection: close\r\n" + rest)
                     peer.half_close()
                     peer.drain()
@@ -298,13 +298,13 @@ class FaultProxy:
                     pass
             return
 
-    def _answer_of(self, peer: Peer) -> bytes:
+    def _forward(self, peer: Peer) -> bytes:
         method, path, _ = peer.head.split(b"\r\n")[0].decode("ascii").split(" ")
         lines = [line.partition(b":") for line in peer.head.split(b"\r\n")[1:]]
         headers = {key.decode("latin-1"): value.strip().decode("latin-1") for key, _, value in lines}
         length = {key.lower(): value for key, value in headers.items()}.get("content-length", "0")
         body = peer.read(int(length))
-        connection = http.client.HTTPSConnection("127.0.0.1", self._target, context=self._towards)
+        connection = http.client.HTTPSConnection("127.0.0.1", self._target, context=self._client_context)
         try:
             connection.request(method, path, body or None, headers)
             response = connection.getresponse()

@@ -1,7 +1,8 @@
-/* Makes a system call fail, or the process end at it: the N-th one since it was armed, of those that reach
-   the folder under test or the network. Sets the clock, too. Preloaded into the daemon by the tests, and part of nothing else.
+/* Makes a system call of the daemon fail, or kills the daemon at it: the N-th call since the library was
+   armed, of the calls on the folder under test or on the network. Shifts the clock as well. The tests preload
+   it into the daemon; it is part of nothing else.
 
-   The control page is shared with the test, whose side is shim.py: the two layouts have to agree. */
+   The control page is shared with the test through shim.py: both layouts must agree. */
 
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -24,30 +25,30 @@
 #include <time.h>
 #include <unistd.h>
 
-#define MOST 4096
-#define GOING_DOWN _IOR('X', 125, uint32_t) /* ext4 and xfs: what is not on the disk now never will be */
+#define MAX_CALLS 4096
+#define GOING_DOWN _IOR('X', 125, uint32_t) /* ext4 and xfs: shut down, and lose all data that was not written */
 #define WITHOUT_LOG 2
 
-enum manner { FAIL, FAIL_FROM_NOW_ON, KILL_BEFORE, KILL_HALFWAY, CUT_POWER };
+enum mode { FAIL, FAIL_FROM_NOW_ON, KILL_BEFORE, KILL_HALFWAY, CUT_POWER };
 
 struct call {
     char name[16];
     int32_t step;
-    int32_t local; /* a file of the folder under test; else a socket, or the kernel's events */
+    int32_t local; /* on a file of the folder under test; else on a socket, or on inotify */
     char path[104];
 };
 
 struct control {
     int64_t clock_ahead; /* seconds, armed or not */
     int32_t armed;
-    int32_t only; /* the step whose calls count; -1: all */
+    int32_t only; /* count the calls of this step; -1: of all steps */
     int32_t at;
-    int32_t manner;
+    int32_t mode;
     int32_t error;
-    int32_t far; /* whether it is calls of the network that fail, and not those of the folder */
-    int32_t struck; /* the number of the call that was struck first */
+    int32_t network; /* make calls on sockets fail, and none on the folder */
+    int32_t hit; /* the number of the first call with an injected fault */
     int32_t count;
-    struct call calls[MOST];
+    struct call calls[MAX_CALLS];
 };
 
 static struct control *control;
@@ -75,8 +76,8 @@ static void path_of(int fd, char *to, size_t size) {
     to[length > 0 ? length : 0] = 0;
 }
 
-static void end(void) {
-    if (control->manner == CUT_POWER) {
+static void die(void) {
+    if (control->mode == CUT_POWER) {
         const char *disks[] = {"files", "state"};
         for (int number = 0; number < 2; number++) {
             char path[512];
@@ -89,8 +90,8 @@ static void end(void) {
     syscall(SYS_kill, getpid(), SIGKILL);
 }
 
-/* Returns whether the call is to fail; errno is set then. `half` is told to write half first, and end. */
-static int meets(const char *name, int directory, const char *path, int *half) {
+/* Returns whether the call must fail; errno is set then. Sets `half` if the caller must write half, and die. */
+static int injects(const char *name, int directory, const char *path, int *half) {
     char full[512];
     if (!control || !control->armed || inside) return 0;
     inside = 1;
@@ -106,7 +107,7 @@ static int meets(const char *name, int directory, const char *path, int *half) {
     if (!local && strncmp(full, "socket:", 7) && strcmp(full, "anon_inode:inotify")) goto out;
     if (control->only >= 0 && control->only != step) goto out;
     int number = __atomic_add_fetch(&control->count, 1, __ATOMIC_SEQ_CST);
-    if (number < MOST) {
+    if (number < MAX_CALLS) {
         struct call *call = &control->calls[number];
         snprintf(call->name, sizeof call->name, "%s", name);
         call->step = step;
@@ -114,15 +115,15 @@ static int meets(const char *name, int directory, const char *path, int *half) {
         snprintf(call->path, sizeof call->path, "%.*s", (int)sizeof call->path - 1, local ? full + strlen(root) : full);
     }
     if (!control->at) goto out;
-    if (number != control->at && !(control->manner == FAIL_FROM_NOW_ON && number > control->at)) goto out;
-    if (control->manner <= FAIL_FROM_NOW_ON) {
-        if (control->far ? strncmp(full, "socket:", 7) : !local) goto out;
+    if (number != control->at && !(control->mode == FAIL_FROM_NOW_ON && number > control->at)) goto out;
+    if (control->mode <= FAIL_FROM_NOW_ON) {
+        if (control->network ? strncmp(full, "socket:", 7) : !local) goto out;
         fails = 1;
     }
-    if (!control->struck) control->struck = number;
+    if (!control->hit) control->hit = number;
     if (fails) saved = control->error;
-    else if (control->manner == KILL_HALFWAY && half) *half = 1;
-    else end();
+    else if (control->mode == KILL_HALFWAY && half) *half = 1;
+    else die();
 out:
     errno = saved;
     inside = 0;
@@ -140,7 +141,7 @@ out:
         mode_t mode = va_arg(more, mode_t);                                                                   \
         va_end(more);                                                                                         \
         REAL(int, #function, const char *, int, ...);                                                         \
-        return meets("open", AT_FDCWD, path, NULL) ? -1 : real(path, flags, mode);                            \
+        return injects("open", AT_FDCWD, path, NULL) ? -1 : real(path, flags, mode);                          \
     }
 OPENS(open)
 OPENS(open64)
@@ -152,7 +153,7 @@ OPENS(open64)
         mode_t mode = va_arg(more, mode_t);                                                                   \
         va_end(more);                                                                                         \
         REAL(int, #function, int, const char *, int, ...);                                                    \
-        return meets("open", directory, path, NULL) ? -1 : real(directory, path, flags, mode);                \
+        return injects("open", directory, path, NULL) ? -1 : real(directory, path, flags, mode);              \
     }
 OPENS_AT(openat)
 OPENS_AT(openat64)
@@ -160,7 +161,7 @@ OPENS_AT(openat64)
 #define READS(function, name, rest, pass)                                                                     \
     ssize_t function(int fd, void *to, size_t size rest) {                                                    \
         REAL(ssize_t, #function, int, void *, size_t rest);                                                   \
-        return meets(name, fd, NULL, NULL) ? -1 : real(fd, to, size pass);                                    \
+        return injects(name, fd, NULL, NULL) ? -1 : real(fd, to, size pass);                                  \
     }
 #define NONE
 #define COMMA ,
@@ -173,10 +174,10 @@ READS(recv, "recv", COMMA int flags, COMMA flags)
     ssize_t function(int fd, const void *from, size_t size rest) {                                            \
         REAL(ssize_t, #function, int, const void *, size_t rest);                                             \
         int half = 0;                                                                                         \
-        if (meets(name, fd, NULL, &half)) return -1;                                                          \
+        if (injects(name, fd, NULL, &half)) return -1;                                                        \
         if (!half) return real(fd, from, size pass);                                                          \
         real(fd, from, size / 2 pass);                                                                        \
-        end();                                                                                                \
+        die();                                                                                                \
         return -1;                                                                                            \
     }
 WRITES(write, "write", NONE, NONE)
@@ -187,7 +188,7 @@ WRITES(send, "send", COMMA int flags, COMMA flags)
 #define ON_DESCRIPTOR(function, rest, pass)                                                                   \
     int function(int fd rest) {                                                                               \
         REAL(int, #function, int rest);                                                                       \
-        return meets(#function, fd, NULL, NULL) ? -1 : real(fd pass);                                         \
+        return injects(#function, fd, NULL, NULL) ? -1 : real(fd pass);                                       \
     }
 ON_DESCRIPTOR(fsync, NONE, NONE)
 ON_DESCRIPTOR(fdatasync, NONE, NONE)
@@ -200,7 +201,7 @@ ON_DESCRIPTOR(connect, COMMA const struct sockaddr *to COMMA socklen_t size, COM
 #define ON_NAME_AT(function, name, rest, pass)                                                                \
     int function(int directory, const char *path rest) {                                                      \
         REAL(int, #function, int, const char * rest);                                                         \
-        return meets(name, directory, path, NULL) ? -1 : real(directory, path pass);                          \
+        return injects(name, directory, path, NULL) ? -1 : real(directory, path pass);                        \
     }
 ON_NAME_AT(mkdirat, "mkdir", COMMA mode_t mode, COMMA mode)
 ON_NAME_AT(unlinkat, "unlink", COMMA int flags, COMMA flags)
@@ -210,7 +211,7 @@ ON_NAME_AT(fstatat64, "stat", COMMA struct stat64 * to COMMA int flags, COMMA to
 #define ON_NAME(function, name, rest, pass)                                                                   \
     int function(const char *path rest) {                                                                     \
         REAL(int, #function, const char * rest);                                                              \
-        return meets(name, AT_FDCWD, path, NULL) ? -1 : real(path pass);                                      \
+        return injects(name, AT_FDCWD, path, NULL) ? -1 : real(path pass);                                    \
     }
 ON_NAME(unlink, "unlink", NONE, NONE)
 ON_NAME(stat, "stat", COMMA struct stat * to, COMMA to)
@@ -221,23 +222,23 @@ ON_NAME(access, "access", COMMA int mode, COMMA mode)
 
 int renameat(int from, const char *old, int to, const char *new) {
     REAL(int, "renameat", int, const char *, int, const char *);
-    return meets("rename", from, old, NULL) ? -1 : real(from, old, to, new);
+    return injects("rename", from, old, NULL) ? -1 : real(from, old, to, new);
 }
 
 int renameat2(int from, const char *old, int to, const char *new, unsigned int flags) {
     REAL(int, "renameat2", int, const char *, int, const char *, unsigned int);
-    return meets("rename", from, old, NULL) ? -1 : real(from, old, to, new, flags);
+    return injects("rename", from, old, NULL) ? -1 : real(from, old, to, new, flags);
 }
 
 DIR *fdopendir(int fd) {
     REAL(DIR *, "fdopendir", int);
-    return meets("opendir", fd, NULL, NULL) ? NULL : real(fd);
+    return injects("opendir", fd, NULL, NULL) ? NULL : real(fd);
 }
 
 #define READS_ENTRIES(function, type)                                                                         \
     type *function(DIR *directory) {                                                                          \
         REAL(type *, #function, DIR *);                                                                       \
-        return meets("readdir", dirfd(directory), NULL, NULL) ? NULL : real(directory);                       \
+        return injects("readdir", dirfd(directory), NULL, NULL) ? NULL : real(directory);                     \
     }
 READS_ENTRIES(readdir, struct dirent)
 READS_ENTRIES(readdir64, struct dirent64)
@@ -249,7 +250,7 @@ int fcntl64(int fd, int command, ...) {
     va_end(more);
     REAL(int, "fcntl64", int, int, ...);
     int watched = command == F_DUPFD_CLOEXEC || command == F_SETLK;
-    return watched && meets(command == F_SETLK ? "lock" : "dup", fd, NULL, NULL) ? -1 : real(fd, command, argument);
+    return watched && injects(command == F_SETLK ? "lock" : "dup", fd, NULL, NULL) ? -1 : real(fd, command, argument);
 }
 
 int clock_gettime(clockid_t clock, struct timespec *to) {

@@ -1,4 +1,4 @@
-"""The tests' side of the preloaded library that makes system calls fail, or the daemon end at them."""
+"""Control the preloaded library, which makes system calls of the daemon fail or kills it at one of them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 from tests.programs import do_without
 
 _SOURCE = Path(__file__).with_name("shim.c")
-_MOST = 4096
+_MAX_CALLS = 4096
 
 
-class Manner(enum.IntEnum):
-    """What happens at the call that is struck."""
+class Mode(enum.IntEnum):
+    """The effect of the library on the selected call."""
 
     FAIL = 0
     FAIL_FROM_NOW_ON = 1
@@ -41,18 +41,18 @@ class _Control(ctypes.Structure):
         ("armed", ctypes.c_int32),
         ("only", ctypes.c_int32),
         ("at", ctypes.c_int32),
-        ("manner", ctypes.c_int32),
+        ("mode", ctypes.c_int32),
         ("error", ctypes.c_int32),
-        ("far", ctypes.c_int32),
-        ("struck", ctypes.c_int32),
+        ("network", ctypes.c_int32),
+        ("hit", ctypes.c_int32),
         ("count", ctypes.c_int32),
-        ("calls", _Call * _MOST),
+        ("calls", _Call * _MAX_CALLS),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A system call that was met: its name, the step it belongs to, and the file, below the root."""
+    """A system call that the library saw: its name, its step, and the path of its file below the root."""
 
     name: str
     step: int
@@ -60,18 +60,18 @@ class Call:
     path: str
 
     @property
-    def is_far(self) -> bool:
-        """Tell whether it is one of the network."""
+    def on_network(self) -> bool:
+        """Whether the call is on a socket."""
         return self.path.startswith("socket:")
 
 
 class Shim:
-    """A library built for one root; `environ` has a daemon load it."""
+    """The library, built for the folder `root`; `environ` makes a daemon load it."""
 
     def __init__(self, base: Path, root: Path) -> None:
         compiler = shutil.which("cc") or shutil.which("gcc")
         if compiler is None:
-            do_without("there is no C compiler")
+            do_without("no C compiler is installed")
         library, page = base / "shim.so", base / "control"
         subprocess.run(
             [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(_SOURCE), "-ldl"], check=True
@@ -87,20 +87,21 @@ class Shim:
         }
 
     def arm(
-        self, step: int = -1, at: int = 0, manner: Manner = Manner.FAIL, error: int = 0, *, far: bool = False
+        self, step: int = -1, at: int = 0, mode: Mode = Mode.FAIL, error: int = 0, *, network: bool = False
     ) -> None:
-        """Count the calls of a step, or of all, from now on, and strike the one with that number; 0: none.
+        """Count the calls of a step (-1: of all steps) from now on, and inject a fault at call number `at`.
 
-        It fails only if it is one of the folder, or of the network where that is `far`.
+        With 0 for `at` the calls are only recorded. Only calls on files below the root are made to fail, or,
+        with `network`, only calls on sockets.
         """
         control = self._control
-        control.armed = control.count = control.struck = 0
-        control.only, control.at, control.manner, control.error = step, at, manner, error
-        control.far = far
+        control.armed = control.count = control.hit = 0
+        control.only, control.at, control.mode, control.error = step, at, mode, error
+        control.network = network
         control.armed = 1
 
     def set_clock(self, ahead: float) -> None:
-        """Have the daemon's clock be so many seconds ahead of ours."""
+        """Set the clock of the daemon so many seconds ahead of the clock of the tests."""
         self._control.clock_ahead = int(ahead)
 
     def disarm(self) -> None:
@@ -108,14 +109,14 @@ class Shim:
         self._control.armed = 0
 
     @property
-    def struck(self) -> Call | None:
-        """The call that was struck first, if one was."""
-        return self._call(self._control.struck) if self._control.struck else None
+    def hit(self) -> Call | None:
+        """The first call with an injected fault, or None."""
+        return self._call(self._control.hit) if self._control.hit else None
 
     @property
     def calls(self) -> list[Call]:
-        """The calls met since it was armed."""
-        return [self._call(number) for number in range(1, min(self._control.count, _MOST - 1) + 1)]
+        """The calls since the library was armed."""
+        return [self._call(number) for number in range(1, min(self._control.count, _MAX_CALLS - 1) + 1)]
 
     def _call(self, number: int) -> Call:
         call = self._control.calls[number]

@@ -1,4 +1,4 @@
-"""Hours in minutes: arrivals, faults and restarts round after round, and nothing that grows."""
+"""Rounds of arrivals, faults and restarts, after which memory, descriptors and threads have not grown."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from backupd.receiver.serve import RunningReceiver, ServerTls
-from tests.faults.campaign import Report, Terms
+from tests.faults.campaign import CampaignOptions, Report
 from tests.stage import Daemon, Stage, until
 
 ARCHIVES = 10
-"""What arrives in a round."""
+"""Archives of a round."""
 
 _WARM_UP = 10
-"""Rounds after which nothing is new any more: every fault was met, every cache is full."""
+"""Rounds after which every fault has occurred and every cache is full."""
 
 _ALLOWED = {"descriptors": 2.0, "threads": 0.0, "memory": 3.0 * 2**20}
-"""How much more there may be in the last third of a daemon's life than in the one before."""
+"""The allowed growth from the second to the last third of the life of a daemon; memory in bytes."""
 
 
-_LEDGER_FOR_EACH = 8_000
-"""Bytes: an archive has a row, a delivery, a receipt, and an attempt for each time that it failed."""
+_LEDGER_BYTES = 8_000
+"""Bytes of an archive in the ledger: a row, a delivery, a receipt, and one attempt for each failure."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a daemon holds at the end of a round."""
+    """The resources of a daemon at the end of a round."""
 
     descriptors: int
     threads: int
@@ -44,23 +44,23 @@ class Sample:
 
 @dataclass(slots=True)
 class Soak:
-    """An installation, the faults that it meets, and what was measured."""
+    """An installation, the faults that it went through, and the measurements."""
 
     stage: Stage
     receiver: RunningReceiver
     chance: random.Random
     archives: int = 0
     pending: dict[str, bytes] = field(default_factory=dict)
-    """The content of each archive that was dropped since the last check."""
-    over: dict[str, bytes] = field(default_factory=dict)
-    """The last content of each that was renamed over, without its suffix."""
+    """The content of each archive since the last check."""
+    replaced: dict[str, bytes] = field(default_factory=dict)
+    """The last content of each archive that another file was renamed over, by name without suffix."""
     faults: Counter[str] = field(default_factory=Counter)
     samples: list[Sample] = field(default_factory=list)
     ledger_sizes: list[tuple[int, int]] = field(default_factory=list)
-    """How many archives there were, and the bytes of the ledger then."""
+    """The number of archives, and the bytes of the ledger at that time."""
 
     def arrive(self, count: int = ARCHIVES) -> None:
-        """Drop some archives, of any size."""
+        """Put some archives of different sizes into the drop folder."""
         for _ in range(count):
             self.archives += 1
             name = f"sw-{self.archives:06}.tar.gz"
@@ -71,32 +71,32 @@ class Soak:
         return b"%d " % self.archives + os.urandom(self.chance.choice((10, 3_000, 200_000, 900_000)))
 
     def wait(self, daemon: Daemon) -> None:
-        """Wait until everything is where it belongs, and check it."""
+        """Wait until every archive is delivered and moved, and check it."""
         stage = self.stage
         with contextlib.suppress(FileNotFoundError):
             until(lambda: not _waiting(stage), f"all archives\n{daemon.text()[-3000:]}")
         for name, content in self.pending.items():
             sent = stage.sent / name
             until(sent.exists, name)
-            assert sent.read_bytes() == content, f"{name} is not what was dropped"
+            assert sent.read_bytes() == content, f"{name} has other content"
             stored = [p.read_bytes() for p in (stage.store / "archives").glob(f"{name.split('.')[0]}.*")]
-            assert stored == [content], f"the receiver has {len(stored)} of {name}"
+            assert stored == [content], f"the receiver has {len(stored)} copies of {name}"
         self.pending.clear()
-        for stem, content in self.over.items():  # what it was renamed over may be there as well
+        for stem, content in self.replaced.items():  # the content before it may be there as well
             for folder in (stage.sent, stage.store / "archives"):
                 found = [p.read_bytes() for p in folder.glob(f"{stem}.*") if p.suffix != ".json"]
-                assert found.count(content) == 1, f"{folder} has {len(found)} of {stem}, not its last once"
-        self.over.clear()
+                assert found.count(content) == 1, f"{folder} has the last content of {stem} not once"
+        self.replaced.clear()
 
     def outage(self, daemon: Daemon) -> None:
-        """The receiver is down while archives arrive, and comes back."""
+        """Stop the receiver while archives arrive, and start it again."""
         self.receiver.__exit__(None, None, None)
         self.arrive()
         daemon.wait_for("attempt.failed", len(daemon.events("attempt.failed")) + 1)
         self.receiver.__enter__()
 
     def reload(self, daemon: Daemon) -> None:
-        """The configuration changes, and with it the workers; and back again."""
+        """Change the number of workers by a reload, and change it back."""
         text = self.stage.config.read_text()
         for workers in (3, 2):
             self.stage.config.write_text(re.sub(r"workers = \d", f"workers = {workers}", text))
@@ -106,7 +106,7 @@ class Soak:
             daemon.wait_for("config.reloaded", known + 1)
 
     def locked_ledger(self, daemon: Daemon) -> None:
-        """Another process holds the ledger until that is said."""
+        """Lock the ledger from another process until the daemon logs that."""
         known = len(daemon.events("ledger.failed"))
         with contextlib.closing(sqlite3.connect(self.stage.state / "ledger.sqlite3")) as ledger:
             ledger.execute("BEGIN IMMEDIATE")
@@ -115,17 +115,17 @@ class Soak:
             ledger.execute("ROLLBACK")
 
     def stopped(self, daemon: Daemon) -> None:
-        """The process stands still while archives arrive, as on a host that sleeps."""
+        """Stop the daemon while archives arrive, as on a host that sleeps."""
         daemon.process.send_signal(signal.SIGSTOP)
         self.arrive()
         daemon.process.send_signal(signal.SIGCONT)
 
     def changes(self, daemon: Daemon) -> None:
-        """One archive is removed, and another renamed over, whether they are sent already or not."""
+        """Remove one archive, and rename a file over another, before or after their upload."""
         self.archives += 1
         gone = self.stage.put(f"gone-{self.archives}.tar.gz", self._content())
         for _ in range(2):
-            self.over[f"over-{self.archives}"] = content = self._content()
+            self.replaced[f"over-{self.archives}"] = content = self._content()
             self.stage.put(f"over-{self.archives}.tar.gz", content)
         gone.unlink(missing_ok=True)
 
@@ -142,7 +142,7 @@ class Soak:
         self.ledger_sizes.append((self.archives, size))
 
     def rounds(self, daemon: Daemon) -> Iterator[int]:
-        """Yield after each round of arrivals and one fault; the caller ends it."""
+        """Yield after each round of arrivals and one fault, without end."""
         kinds: list[Callable[[Daemon], None]] = [
             self.outage,
             self.reload,
@@ -167,18 +167,18 @@ def _waiting(stage: Stage) -> bool:
 
 
 def growth(samples: list[Sample]) -> dict[str, float]:
-    """Return by how much the medians of the last third exceed those of the third before."""
+    """Return the growth of the medians from the second to the last third of the samples."""
     third = len(samples) // 3
     middle, last = samples[third : 2 * third], samples[2 * third :]
     return {
-        what: statistics.median(getattr(s, what) for s in last)
-        - statistics.median(getattr(s, what) for s in middle)
-        for what in _ALLOWED
+        name: statistics.median(getattr(s, name) for s in last)
+        - statistics.median(getattr(s, name) for s in middle)
+        for name in _ALLOWED
     }
 
 
-def run(base: Path, seed: int, go_on: Callable[[int], bool], restarts: int) -> Report:
-    """Soak one daemon as long as `go_on` says, then end and start it some times, every other by a kill."""
+def run(base: Path, seed: int, has_time: Callable[[int], bool], restarts: int) -> Report:
+    """Run rounds on one daemon while `has_time` is true, then restart it, every other time by SIGKILL."""
     report, began = Report(), time.monotonic()
     base.mkdir(exist_ok=True)
     stage = Stage(base)
@@ -197,11 +197,11 @@ def run(base: Path, seed: int, go_on: Callable[[int], bool], restarts: int) -> R
         daemon = stage.daemon().ready()
         for number in soak.rounds(daemon):
             report.tried += 1
-            if number > _WARM_UP and not go_on(number):
+            if number > _WARM_UP and not has_time(number):
                 break
         grown = growth(soak.samples[_WARM_UP // 2 :])
         report.broken += [
-            f"{what} grew by {value:g}" for what, value in grown.items() if value > _ALLOWED[what]
+            f"{name} grew by {value:g}" for name, value in grown.items() if value > _ALLOWED[name]
         ]
         for number in range(restarts):
             soak.arrive()
@@ -217,7 +217,7 @@ def run(base: Path, seed: int, go_on: Callable[[int], bool], restarts: int) -> R
         first_archives, first_size = soak.ledger_sizes[_WARM_UP]
         report.figures["duration"] = f"{time.monotonic() - began:.0f} s, {soak.archives} archives"
         report.figures["faults"] = ", ".join(f"{n} x {kind}" for kind, n in soak.faults.items())
-        report.figures["restarts"] = f"{restarts}, every other by a kill"
+        report.figures["restarts"] = f"{restarts}, every other by SIGKILL"
         report.figures["growth"] = (
             f"descriptors {grown['descriptors']:+g}, threads {grown['threads']:+g},"
             f" memory {grown['memory'] / 2**20:+.2f} MiB, last {soak.samples[-1].memory / 2**20:.1f} MiB"
@@ -225,7 +225,7 @@ def run(base: Path, seed: int, go_on: Callable[[int], bool], restarts: int) -> R
         if archives > first_archives:
             each = (size - first_size) / (archives - first_archives)
             report.figures["ledger"] = f"{size} bytes, {each:.0f} for each archive"
-            if each > _LEDGER_FOR_EACH:
+            if each > _LEDGER_BYTES:
                 report.broken.append(f"the ledger grew by {each:.0f} bytes for each archive")
     finally:
         stage.end()
@@ -234,7 +234,7 @@ def run(base: Path, seed: int, go_on: Callable[[int], bool], restarts: int) -> R
     return report
 
 
-def campaign(terms: Terms) -> Report:
-    """Soak for the time that is given, the last part of it with restarts."""
-    until_restarts = terms.until - 0.15 * (terms.until - time.monotonic())
-    return run(terms.base / "soak", terms.seed, lambda _: time.monotonic() < until_restarts, restarts=10)
+def campaign(options: CampaignOptions) -> Report:
+    """Run rounds for the time of the campaign, the last part of it with restarts."""
+    until_restarts = options.deadline - 0.15 * (options.deadline - time.monotonic())
+    return run(options.base / "soak", options.seed, lambda _: time.monotonic() < until_restarts, restarts=10)

@@ -1,6 +1,6 @@
-"""`backupd` with each step of a delivery made known to the preloaded library; run as the daemon by the tests.
+"""Run `backupd` with each step of a delivery reported to the preloaded library; the tests start this module.
 
-The program itself knows nothing of it: the steps are told from outside, by wrapping what carries them out.
+The program contains no hook for this: the functions that carry out the steps are wrapped here.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from typing import Any
 from backupd.cli import main
 from backupd.delivery import disposition
 from backupd.dropfolder.folder import CachedFolder
+from backupd.dropfolder.move import write_receipt_file
 from backupd.ledger.sqlite.deliveries import SqliteLedger
 from backupd.upload.http.body import UploadBody
 from backupd.upload.http.uploader import HttpUploader
 
 STEPS = (
     "seen",
-    "admitted",
+    "queued",
     "claimed",
     "first byte",
     "last byte",
-    "answer received",
+    "response received",
     "outcome committed",
     "moved",
     "receipt written",
     "directories synced",
     "disposition committed",
 )
-"""The durable steps of a delivery, in their order; a call belongs to the step that it leads to."""
+"""The durable steps of a delivery, in order; a system call belongs to the step that follows it."""
 
 
 def _enter(step: str) -> None:
@@ -49,31 +50,33 @@ def _during(step: str, after: str, function: Callable[..., Any]) -> Callable[...
     return wrapped
 
 
-def tell_steps() -> None:
-    """Wrap whatever carries out a step."""
+def mark_steps() -> None:
+    """Wrap the functions that carry out the steps."""
 
-    def wrap(owner: Any, name: str, step: str, after: str) -> None:
-        setattr(owner, name, _during(step, after, getattr(owner, name)))
+    def wrap(owner: Any, function: Callable[..., Any], step: str, after: str) -> None:
+        name = function.__name__
+        assert getattr(owner, name) is function
+        setattr(owner, name, _during(step, after, function))
 
-    wrap(SqliteLedger, "enqueue", "admitted", "seen")
-    wrap(SqliteLedger, "claim", "claimed", "claimed")
-    wrap(HttpUploader, "upload", "first byte", "claimed")
-    wrap(SqliteLedger, "record", "outcome committed", "moved")
-    wrap(disposition, "write_receipt_file", "receipt written", "moved")
-    wrap(CachedFolder, "sync", "directories synced", "moved")
-    wrap(SqliteLedger, "record_dispositions", "disposition committed", "moved")
+    wrap(SqliteLedger, SqliteLedger.enqueue, "queued", "seen")
+    wrap(SqliteLedger, SqliteLedger.claim, "claimed", "claimed")
+    wrap(HttpUploader, HttpUploader.upload, "first byte", "claimed")
+    wrap(SqliteLedger, SqliteLedger.record, "outcome committed", "moved")
+    wrap(disposition, write_receipt_file, "receipt written", "moved")
+    wrap(CachedFolder, CachedFolder.sync, "directories synced", "moved")
+    wrap(SqliteLedger, SqliteLedger.record_dispositions, "disposition committed", "moved")
 
-    pieces = UploadBody.__iter__
+    chunks = UploadBody.__iter__
 
-    def told(body: UploadBody) -> Iterator[bytes]:
-        for piece in pieces(body):
-            yield piece
+    def marked(body: UploadBody) -> Iterator[bytes]:
+        for chunk in chunks(body):
+            yield chunk
             _enter("last byte")
-        _enter("answer received")
+        _enter("response received")
 
-    UploadBody.__iter__ = told  # type: ignore[method-assign]
+    UploadBody.__iter__ = marked  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
-    tell_steps()
+    mark_steps()
     main()

@@ -1,4 +1,4 @@
-"""Someone who may write in the drop folder plays tricks: nothing outside is read, moved or overwritten."""
+"""Attacks by a user who may write into the drop folder: no file outside is read, moved or overwritten."""
 
 from __future__ import annotations
 
@@ -15,24 +15,23 @@ from pathlib import Path
 import pytest
 
 from backupd.receiver.serve import RunningReceiver
-from tests.privileges import needs_root
 from tests.stage import Daemon, Stage, until
 
-OFTEN = 'stable_for = "0s"\nrescan_every = "1s"'
-SECRET = b"a secret of somebody else " * 40
+FREQUENT_SCANS = 'stable_for = "0s"\nrescan_every = "1s"'
+SECRET = b"a secret of another user " * 40
 _EXCHANGE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Swap two names in one step, as renameat2(2) does."""
+    """Exchange two names atomically; see renameat2(2)."""
     with suppress(FileNotFoundError):
         if _libc.renameat2(-100, os.fsencode(one), -100, os.fsencode(other), _EXCHANGE):
             raise OSError(ctypes.get_errno(), "renameat2")
 
 
 class Outside:
-    """A folder beside the drop folder with files of somebody else."""
+    """A folder beside the drop folder with files of another user."""
 
     def __init__(self, folder: Path, names: list[str]) -> None:
         self.folder = folder
@@ -58,20 +57,20 @@ class Outside:
 
 
 @contextmanager
-def meanwhile(trick: Callable[[], None]) -> Iterator[Counter[str]]:
-    """Play a trick again and again; yield how often."""
-    played: Counter[str] = Counter()
+def repeatedly(attack: Callable[[], None]) -> Iterator[Counter[str]]:
+    """Repeat an attack in a thread; yield the count."""
+    count: Counter[str] = Counter()
     stopping = threading.Event()
 
-    def play() -> None:
+    def repeat() -> None:
         while not stopping.is_set():
-            trick()
-            played["times"] += 1
+            attack()
+            count["times"] += 1
 
-    thread = threading.Thread(target=play)
+    thread = threading.Thread(target=repeat)
     thread.start()
     try:
-        yield played
+        yield count
     finally:
         stopping.set()
         thread.join()
@@ -85,20 +84,20 @@ def a_pipe(path: Path, outside: Outside) -> None:
     os.mkfifo(path)
 
 
-def a_hole(path: Path, outside: Outside) -> None:
+def a_folder(path: Path, outside: Outside) -> None:
     path.mkdir()
 
 
-@pytest.mark.parametrize("kind", [a_link, a_pipe, a_hole])
-def test_files_that_are_swapped_for_something_else_under_our_eyes(
+@pytest.mark.parametrize("kind", [a_link, a_pipe, a_folder])
+def test_files_swapped_for_links_pipes_and_folders_stop_no_other_archive(
     stage: Stage, receiver: RunningReceiver, kind: Callable[[Path, Outside], None]
 ) -> None:
     outside = Outside(stage.base / "outside", ["r0.cfg"])
-    stage.configure(receiver.url, drop=OFTEN)
+    stage.configure(receiver.url, drop=FREQUENT_SCANS)
     bait, trap = stage.drop / "r0.cfg", stage.base / "trap"
     daemon = stage.daemon().ready()
 
-    def swap_to_and_fro() -> None:
+    def swap() -> None:
         if not bait.exists() and not bait.is_symlink():
             bait.write_bytes(b"bait")
         kind(trap, outside)
@@ -106,39 +105,39 @@ def test_files_that_are_swapped_for_something_else_under_our_eyes(
         exchange(bait, trap)
         trap.rmdir() if trap.is_dir() and not trap.is_symlink() else trap.unlink(missing_ok=True)
 
-    with meanwhile(swap_to_and_fro) as played:
+    with repeatedly(swap) as count:
         for number in range(1, 31):
             stage.put(f"r{number}.cfg", b"%d" % number)
         for number in range(1, 31):
             daemon.wait_for("archive.disposed", archive=f"r{number}.cfg")
-        until(lambda: played["times"] > 300, "enough swaps")
+        until(lambda: count["times"] > 300, "enough swaps")
     outside.assert_untouched(stage)
     assert not daemon.events("daemon.failed")
     assert daemon.stop() == 0
 
 
-def test_a_directory_that_is_swapped_for_a_link_while_archives_are_moved(
+def test_a_directory_swapped_for_a_link_during_moves_leads_to_no_file_outside(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
     names = [f"r{number}.cfg" for number in range(100)]
     outside = Outside(stage.base / "outside", names)
-    stage.configure(receiver.url, drop=OFTEN)
+    stage.configure(receiver.url, drop=FREQUENT_SCANS)
     site, trap = stage.drop / "site", stage.base / "trap"
     site.mkdir()
     trap.symlink_to(outside.folder)
     daemon = stage.daemon().ready()
     real = os.stat(site).st_ino
 
-    with meanwhile(lambda: exchange(site, trap)) as played:
+    with repeatedly(lambda: exchange(site, trap)) as count:
         for name in names:
-            while True:  # until it is the real one that we put it into
+            while True:  # until the name leads to the real directory
                 with suppress(OSError):
                     fd = os.open(site, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
                     break
             with open(os.open(name, os.O_WRONLY | os.O_CREAT, 0o644, dir_fd=fd), "wb") as stream:
                 stream.write(name.encode())
             os.close(fd)
-        until(lambda: played["times"] > 2000, "enough swaps")
+        until(lambda: count["times"] > 2000, "enough swaps")
     if os.lstat(site).st_ino != real:
         exchange(site, trap)
     for name in names:
@@ -150,14 +149,14 @@ def test_a_directory_that_is_swapped_for_a_link_while_archives_are_moved(
 
 
 @pytest.mark.parametrize("folder", ["sent", "rejected"])
-def test_a_folder_of_ours_that_is_a_link_to_outside(
+def test_a_sent_or_rejected_folder_that_is_a_link_is_not_followed(
     stage: Stage, receiver: RunningReceiver, folder: str
 ) -> None:
     outside = Outside(stage.base / "outside", ["r0.cfg"])
-    stage.configure(receiver.url, drop=f'{OFTEN}\ninspect = "quick"\ninspect_grace = "0s"')
+    stage.configure(receiver.url, drop=f'{FREQUENT_SCANS}\ninspect = "quick"\ninspect_grace = "0s"')
     daemon = stage.daemon().ready()
     (stage.drop / folder).symlink_to(outside.folder)
-    name = "r1.cfg" if folder == "sent" else "r1.tar.gz"  # which is none
+    name = "r1.cfg" if folder == "sent" else "r1.tar.gz"  # which is no archive
     stage.put(name, b"not compressed")
     failed = daemon.wait_for("disposition.failed", archive=name)
     assert "neither files nor links" in failed[0]["hint"]
@@ -168,16 +167,16 @@ def test_a_folder_of_ours_that_is_a_link_to_outside(
     assert daemon.stop() == 0
 
     again = stage.daemon().ready()
-    until((stage.drop / folder / name).exists, "it to be moved")
+    until((stage.drop / folder / name).exists, "the archive to be moved")
     assert len(daemon.events("disposition.failed")) == 1
     assert again.stop() == 0
 
 
 @pytest.mark.parametrize("plant", [a_link, a_pipe, Path.touch], ids=["link", "pipe", "file"])
-def test_what_has_the_name_of_a_folder_of_ours_keeps_no_daemon_from_starting(
+def test_a_file_in_place_of_the_sent_folder_does_not_keep_the_daemon_from_starting(
     stage: Stage, receiver: RunningReceiver, plant: Callable[..., None]
 ) -> None:
-    """The other drops have to go on; `check` fails all the same, for the operator to see to it."""
+    """The other drops continue. `check` fails, so that the operator fixes it."""
     other = stage.base / "other"
     other.mkdir()
     stage.configure(
@@ -199,19 +198,19 @@ def test_what_has_the_name_of_a_folder_of_ours_keeps_no_daemon_from_starting(
     outside.assert_untouched(stage)
 
 
-def test_a_hard_link_to_a_file_outside_leaves_that_one_as_it_was(
+def test_a_hard_link_to_a_file_outside_leaves_that_file_unchanged(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
-    """Who may read it may send it; the kernel lets nobody else make such a link (fs.protected_hardlinks)."""
+    """The kernel allows such a link only to users who may read the file (fs.protected_hardlinks)."""
     stage.configure(receiver.url, drop='stable_for = "0s"')
     daemon = stage.daemon().ready()
-    theirs = stage.base / "theirs"
-    theirs.write_bytes(b"theirs")
-    before = theirs.stat()
-    os.link(theirs, stage.drop / "r1.cfg")
+    other = stage.base / "other"
+    other.write_bytes(b"other")
+    before = other.stat()
+    os.link(other, stage.drop / "r1.cfg")
     daemon.wait_for("archive.disposed", archive="r1.cfg")
-    after = theirs.stat()
-    assert theirs.read_bytes() == b"theirs"
+    after = other.stat()
+    assert other.read_bytes() == b"other"
     assert (after.st_ino, after.st_mtime_ns, after.st_mode, after.st_uid) == (
         before.st_ino,
         before.st_mtime_ns,
@@ -221,13 +220,13 @@ def test_a_hard_link_to_a_file_outside_leaves_that_one_as_it_was(
     assert daemon.stop() == 0
 
 
-@needs_root
-def test_a_sparse_file_of_eight_exbibytes_keeps_no_other_from_its_destination(
+@pytest.mark.root
+def test_a_sparse_file_of_eight_exbibytes_stops_no_other_archive(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "backupd-test", str(stage.drop)], check=True)
     try:
-        stage.configure(receiver.url, drop=OFTEN, destination="workers = 2")
+        stage.configure(receiver.url, drop=FREQUENT_SCANS, destination="workers = 2")
         daemon = stage.daemon().ready()
         with (stage.drop / "huge.tar.gz").open("wb") as stream:
             os.truncate(stream.fileno(), 2**63 - 1)
@@ -245,13 +244,13 @@ def test_a_sparse_file_of_eight_exbibytes_keeps_no_other_from_its_destination(
         subprocess.run(["umount", "--lazy", str(stage.drop)], check=True)
 
 
-def test_a_folder_full_of_rubbish_is_said_once_a_piece_and_costs_no_archive(
+def test_each_of_20000_ignored_files_is_logged_once_and_no_archive_is_missed(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
     count = 20_000
-    stage.configure(receiver.url, top='heartbeat_every = "1s"', drop=OFTEN)
+    stage.configure(receiver.url, top='heartbeat_every = "1s"', drop=FREQUENT_SCANS)
     for number in range(count):
-        os.close(os.open(stage.drop / f"rubbish-{number}.pdf", os.O_CREAT | os.O_WRONLY))
+        os.close(os.open(stage.drop / f"other-{number}.pdf", os.O_CREAT | os.O_WRONLY))
     daemon = stage.daemon().ready()
     stage.put("r1.cfg", b"among them")
     daemon.wait_for("archive.disposed", archive="r1.cfg")
@@ -265,23 +264,23 @@ def test_a_folder_full_of_rubbish_is_said_once_a_piece_and_costs_no_archive(
     shutil.rmtree(stage.drop)
 
 
-def test_an_ancestor_that_is_replaced_by_a_link_leads_nowhere(
+def test_an_ancestor_replaced_by_a_link_leads_to_no_file_outside(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
-    """The daemon works below the folder that it holds, whatever its path has come to lead to."""
+    """The daemon works below the folder that it holds open, even if its path leads to another folder."""
     outside = Outside(stage.base / "outside", [])
-    place = stage.base / "srv"
-    place.mkdir()
-    stage.drop.rename(place / "drop")
-    stage.drop, before = place / "drop", stage.drop
+    parent = stage.base / "srv"
+    parent.mkdir()
+    stage.drop.rename(parent / "drop")
+    stage.drop, before = parent / "drop", stage.drop
     stage.sent = stage.drop / "sent"
     stage.configure(receiver.url, drop='stable_for = "0s"\nrescan_every = "1h"')
     daemon: Daemon = stage.daemon().ready()
     (outside.folder / "drop").mkdir()
     (outside.folder / "drop" / "r1.cfg").write_bytes(SECRET)
     stage.put("r1.cfg", b"ours")
-    place.rename(stage.base / "moved")
-    place.symlink_to(outside.folder)
+    parent.rename(stage.base / "moved")
+    parent.symlink_to(outside.folder)
     daemon.wait_for("archive.disposed", archive="r1.cfg")
     assert (outside.folder / "drop" / "r1.cfg").read_bytes() == SECRET
     assert [p.read_bytes() for p in stage.stored()] == [b"ours"]

@@ -1,4 +1,4 @@
-"""Whatever happens to the ledger: no archive is lost or touched, what can be rebuilt is, the rest is said."""
+"""Damage of the ledger loses and touches no archive; the ledger is rebuilt, or an error is logged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from backupd.receiver.serve import RunningReceiver
 from tests.scripted import Peer, ScriptedServer, answer, receipt_for, server_context
 from tests.stage import TIMEOUT, Daemon, Stage, until
 
-QUICK = '[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.5s"'
+FAST_RETRY = '[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.5s"'
 PAGE = 4096
 
 
@@ -57,15 +57,15 @@ def all_missing(ledger: Path) -> None:
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Return what tells whether anybody touched the files of a folder."""
+    """Return inode, size and time of each file of a folder, to detect changes."""
     stats = {p.name: p.stat() for p in folder.iterdir() if p.is_file()}
     return {name: (s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats.items()}
 
 
 @pytest.fixture
 def waiting(stage: Stage, receiver: RunningReceiver) -> Daemon:
-    """A daemon that was killed with one archive sent and one pending."""
-    stage.configure(receiver.url, drop='stable_for = "0s"\nrescan_every = "1s"', more=QUICK)
+    """A daemon that was killed with one archive delivered and one pending."""
+    stage.configure(receiver.url, drop='stable_for = "0s"\nrescan_every = "1s"', more=FAST_RETRY)
     daemon = stage.daemon().ready()
     stage.put("sent.tar.gz", b"sent")
     daemon.wait_for("archive.disposed", archive="sent.tar.gz")
@@ -78,7 +78,7 @@ def waiting(stage: Stage, receiver: RunningReceiver) -> Daemon:
 
 
 def assert_delivered(stage: Stage, *names: str) -> None:
-    """Check that the receiver has each once, and that each lies in `sent`."""
+    """Assert that the receiver has each archive once, and that each is in `sent`."""
     assert sorted(path.name for path in stage.archives(stage.drop)) == sorted(names)
     assert sorted(path.name for path in stage.archives(stage.sent)) == sorted(names)
     assert sorted(path.name.partition(".")[0] for path in stage.stored()) == sorted(
@@ -87,7 +87,7 @@ def assert_delivered(stage: Stage, *names: str) -> None:
 
 
 @pytest.mark.parametrize("damage", [header, inner_pages, emptied, cut, missing, all_missing])
-def test_a_ledger_that_is_lost_is_begun_anew_from_the_folders(
+def test_a_lost_ledger_is_recreated_from_the_folders(
     stage: Stage, waiting: Daemon, damage: Callable[[Path], None]
 ) -> None:
     ledger = stage.state / FILE_NAME
@@ -105,21 +105,21 @@ def test_a_ledger_that_is_lost_is_begun_anew_from_the_folders(
     assert_delivered(stage, "pending.tar.gz", "sent.tar.gz")
     assert not [line for line in daemon.events("archive.delivered") if line["archive"] == "sent.tar.gz"]
     if damage not in (missing, all_missing):
-        aside = [p for p in stage.state.iterdir() if ".damaged-" in p.name]
-        assert aside
-        assert damage is not header or aside[0].read_bytes()[100:] == kept[100:]
+        damaged = [p for p in stage.state.iterdir() if ".damaged-" in p.name]
+        assert damaged
+        assert damage is not header or damaged[0].read_bytes()[100:] == kept[100:]
     assert daemon.stop() == 0
 
 
 def listed(stage: Stage) -> list[dict[str, Any]]:
-    """Return what `list` tells, but for the number of attempts and that of the archive."""
-    told = json.loads(stage.backupd("list", "--json").stdout)
-    for one in told:
-        del one["attempts"], one["archive"]["id"], one["archive"]["fingerprint"]["ctime_ns"]
-    return sorted(told, key=lambda one: str(one["id"]))
+    """Return the output of `list`, without the number of attempts and the numbers of the archive."""
+    deliveries = json.loads(stage.backupd("list", "--json").stdout)
+    for delivery in deliveries:
+        del delivery["attempts"], delivery["archive"]["id"], delivery["archive"]["fingerprint"]["ctime_ns"]
+    return sorted(deliveries, key=lambda delivery: str(delivery["id"]))
 
 
-def test_what_was_put_away_is_known_again_by_its_records(stage: Stage) -> None:
+def test_a_new_ledger_restores_its_history_from_the_receipt_files(stage: Stage) -> None:
     def script(peer: Peer) -> None:
         while True:
             content = peer.read_request().archive
@@ -128,7 +128,7 @@ def test_what_was_put_away_is_known_again_by_its_records(stage: Stage) -> None:
     with ScriptedServer(script, server_context(stage.pki)) as server:
         expected = """label_pattern = '(?P<device>[^-]+)-.*'\nexpect = { every = "1s", by = "{device}" }"""
         stage.configure(
-            server.url, top='heartbeat_every = "0.5s"', drop=f'stable_for = "0s"\n{expected}', more=QUICK
+            server.url, top='heartbeat_every = "0.5s"', drop=f'stable_for = "0s"\n{expected}', more=FAST_RETRY
         )
         daemon = stage.daemon().ready()
         stage.put("r1-good.tar.gz", b"good")
@@ -140,10 +140,10 @@ def test_what_was_put_away_is_known_again_by_its_records(stage: Stage) -> None:
         all_missing(stage.state / FILE_NAME)
 
         again = stage.daemon()
-        said = again.wait_for("ledger.restored", 2)
-        assert [(line["restored_archives"], line["unknown_files"]) for line in said] == [(1, 0), (1, 0)]
+        restored = again.wait_for("ledger.restored", 2)
+        assert [(line["restored_archives"], line["unknown_files"]) for line in restored] == [(1, 0), (1, 0)]
         assert listed(stage) == before
-        again.wait_for("drop.overdue", device="r1")  # whose silence nobody would have noticed
+        again.wait_for("drop.overdue", device="r1")  # expected since its restored archive
         assert stage.backupd("audit").returncode == 0
         assert stage.backupd("show", "@-1").returncode == 0
         assert stage.backupd("retry", "--all").returncode == 0
@@ -158,18 +158,18 @@ def test_what_was_put_away_is_known_again_by_its_records(stage: Stage) -> None:
         assert not third.events("ledger.restored")
 
 
-def test_the_first_ledger_of_all_replaces_none(stage: Stage, receiver: RunningReceiver) -> None:
+def test_the_first_ledger_is_not_logged_as_recreated(stage: Stage, receiver: RunningReceiver) -> None:
     stage.configure(receiver.url)
     daemon = stage.daemon().ready()
     assert not daemon.events("ledger.recreated")
     assert daemon.stop() == 0
 
 
-def test_pages_that_are_damaged_under_the_daemon_end_it_and_the_next_start_mends_them(
+def test_pages_damaged_under_the_daemon_end_it_and_the_next_start_recreates_the_ledger(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
-    """A ledger that contradicts itself is not tried again and again while archives pile up."""
-    stage.configure(receiver.url, top='heartbeat_every = "1s"', drop='stable_for = "0s"', more=QUICK)
+    """The daemon does not retry on a corrupt ledger while archives pile up."""
+    stage.configure(receiver.url, top='heartbeat_every = "1s"', drop='stable_for = "0s"', more=FAST_RETRY)
     daemon = stage.daemon().ready()
     stage.put("sent.tar.gz", b"sent")
     daemon.wait_for("archive.disposed", archive="sent.tar.gz")
@@ -179,12 +179,12 @@ def test_pages_that_are_damaged_under_the_daemon_end_it_and_the_next_start_mends
     stage.put("after.tar.gz", b"after")
 
     def has_ended() -> bool:
-        with contextlib.suppress(OSError):  # what SQLite has in its cache hides the damage
+        with contextlib.suppress(OSError):  # the cache of SQLite hides the damage
             stage.put(f"more-{len(os.listdir(stage.drop))}.tar.gz", b"more")
         return daemon.process.poll() is not None
 
     until(has_ended, f"the daemon to end\n{daemon.text()[-2000:]}")
-    assert daemon.process.returncode == 1  # systemd starts it anew, other than after 78
+    assert daemon.process.returncode == 1  # after which systemd restarts it, other than after 78
     assert "the ledger is damaged" in daemon.text()
 
     again = stage.daemon()
@@ -195,15 +195,15 @@ def test_pages_that_are_damaged_under_the_daemon_end_it_and_the_next_start_mends
     assert again.stop() == 0
 
 
-def bring_in_log(ledger: Path) -> None:
-    """Have the pages in the file itself, and none in its log."""
+def checkpoint(ledger: Path) -> None:
+    """Move all pages from the write-ahead log into the database file."""
     with contextlib.closing(sqlite3.connect(ledger, timeout=TIMEOUT)) as db:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def a_page(ledger: Path, name: str) -> None:
-    """Spoil the first page of a table or index."""
-    bring_in_log(ledger)
+    """Overwrite the first page of a table or index."""
+    checkpoint(ledger)
     with contextlib.closing(sqlite3.connect(ledger)) as db:
         [page] = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (name,)).fetchone()
     overwrite(ledger, (page - 1) * PAGE, PAGE)
@@ -218,22 +218,22 @@ def an_index(ledger: Path) -> None:
 
 
 def half(ledger: Path) -> None:
-    bring_in_log(ledger)
+    checkpoint(ledger)
     cut(ledger)
 
 
 def the_log(ledger: Path) -> None:
-    """Spoil the pages in the write-ahead log, but not what says which they are."""
+    """Overwrite the pages in the write-ahead log, but not the headers of its frames."""
     log = ledger.with_name(f"{ledger.name}-wal")
     for frame in range((log.stat().st_size - 32) // (24 + PAGE)):
         overwrite(log, 32 + frame * (24 + PAGE) + 32, PAGE - 8)
 
 
 @pytest.mark.parametrize("damage", [a_table, an_index, half, the_log])
-def test_damage_under_the_daemon_is_said_by_an_event_and_costs_no_archive(
+def test_damage_under_the_daemon_is_logged_and_loses_no_archive(
     stage: Stage, damage: Callable[[Path], None]
 ) -> None:
-    """Whichever thread finds it: the one that beats, too."""
+    """Any thread may find the damage, the thread of the heartbeat included."""
     ledger, down = stage.state / FILE_NAME, threading.Event()
 
     def script(peer: Peer) -> None:
@@ -242,7 +242,9 @@ def test_damage_under_the_daemon_is_said_by_an_event_and_costs_no_archive(
             peer.send(answer(503) if down.is_set() else receipt_for(content))
 
     with ScriptedServer(script, server_context(stage.pki)) as server:
-        stage.configure(server.url, top='heartbeat_every = "0.2s"', drop='rescan_every = "0.2s"', more=QUICK)
+        stage.configure(
+            server.url, top='heartbeat_every = "0.2s"', drop='rescan_every = "0.2s"', more=FAST_RETRY
+        )
         names = {f"sw-{number}.tar.gz" for number in range(40)}
         for name in names:
             stage.put(name, name.encode())
@@ -257,7 +259,7 @@ def test_damage_under_the_daemon_is_said_by_an_event_and_costs_no_archive(
             version = other.execute("PRAGMA user_version").fetchone()[0]
             other.execute(f"PRAGMA user_version = {version}")
             damage(ledger)
-            with contextlib.suppress(sqlite3.DatabaseError):  # the daemon is to read it anew
+            with contextlib.suppress(sqlite3.DatabaseError):  # have the daemon read the file again
                 other.execute(f"PRAGMA user_version = {version}")
 
         until(lambda: daemon.process.poll() is not None, "the daemon to end")
@@ -289,18 +291,21 @@ def no_version(db: sqlite3.Connection) -> None:
 
 
 @pytest.mark.parametrize("damage", [no_text, no_column, no_version])
-def test_damage_that_no_check_finds_keeps_the_daemon_from_its_work_for_one_start_at_most(
+def test_damage_that_no_integrity_check_finds_costs_at_most_one_start(
     stage: Stage, waiting: Daemon, damage: Callable[[sqlite3.Connection], None]
 ) -> None:
-    """SQLite takes any bytes for a text, and any number for a time."""
+    """SQLite accepts any bytes as text, and any number as a time."""
     assert waiting.process.returncode
     with contextlib.closing(sqlite3.connect(stage.state / FILE_NAME, isolation_level=None)) as db:
         damage(db)
         assert damage is no_column or db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     daemon = stage.daemon()
-    until(lambda: daemon.process.poll() is not None or daemon.events("ledger.recreated"), "an end")
+    until(
+        lambda: daemon.process.poll() is not None or daemon.events("ledger.recreated"),
+        "an exit or a new ledger",
+    )
     if not daemon.events("ledger.recreated"):
-        assert daemon.process.returncode == 1  # after which systemd starts it anew
+        assert daemon.process.returncode == 1  # after which systemd restarts it
         assert "the ledger is damaged" in daemon.text()
         daemon = stage.daemon()
         daemon.wait_for("ledger.recreated")
@@ -309,7 +314,7 @@ def test_damage_that_no_check_finds_keeps_the_daemon_from_its_work_for_one_start
     assert daemon.stop() == 0
 
 
-def test_a_ledger_that_is_removed_under_the_daemon_costs_nothing(stage: Stage, waiting: Daemon) -> None:
+def test_a_ledger_removed_under_the_daemon_loses_no_archive(stage: Stage, waiting: Daemon) -> None:
     daemon = stage.daemon().ready()
     daemon.wait_for("archive.disposed", archive="pending.tar.gz")
     all_missing(stage.state / FILE_NAME)
@@ -330,14 +335,14 @@ def log_missing(ledger: Path) -> None:
 
 
 def replaced(ledger: Path) -> None:
-    """As by somebody who puts an old copy back."""
+    """Replace the ledger by a copy, as an operator may do."""
     copy = ledger.with_name("copy")
     shutil.copy(ledger, copy)
     copy.rename(ledger)
 
 
 @pytest.mark.parametrize("remove", [missing, log_missing, all_missing, replaced])
-def test_a_ledger_that_is_removed_under_the_daemon_is_said_at_each_heartbeat(
+def test_a_ledger_removed_under_the_daemon_is_logged_at_each_heartbeat(
     stage: Stage, receiver: RunningReceiver, remove: Callable[[Path], None]
 ) -> None:
     stage.configure(receiver.url, top='heartbeat_every = "0.2s"', drop='stable_for = "0s"')
@@ -357,36 +362,38 @@ def test_a_ledger_that_is_removed_under_the_daemon_is_said_at_each_heartbeat(
     assert again.stop() == 0
 
 
-def test_a_ledger_of_a_newer_program_is_refused_and_nothing_is_touched(stage: Stage, waiting: Daemon) -> None:
+def test_a_ledger_of_a_newer_version_is_refused_unchanged(stage: Stage, waiting: Daemon) -> None:
     ledger = stage.state / FILE_NAME
     with contextlib.closing(sqlite3.connect(ledger)) as db:
         db.execute("PRAGMA user_version = 99")
     before = stamps(stage.drop), stamps(stage.sent), ledger.read_bytes()
     daemon = stage.daemon()
-    assert daemon.process.wait(180) == 78
+    assert daemon.process.wait(TIMEOUT) == 78
     assert "schema version 99" in daemon.text()
     assert (stamps(stage.drop), stamps(stage.sent), ledger.read_bytes()) == before
 
 
 @contextlib.contextmanager
-def held(ledger: Path) -> Iterator[None]:
-    """Have somebody else hold the ledger."""
+def locked(ledger: Path) -> Iterator[None]:
+    """Lock the ledger from another process."""
     with contextlib.closing(sqlite3.connect(ledger, timeout=TIMEOUT, isolation_level=None)) as db:
         db.execute("BEGIN EXCLUSIVE")
         yield
         db.execute("ROLLBACK")
 
 
-def test_a_ledger_that_another_process_holds_is_waited_for(stage: Stage, receiver: RunningReceiver) -> None:
-    """Nor does whoever waits keep others from reading it: systemd would take us for hung."""
+def test_the_daemon_waits_for_a_ledger_locked_by_another_process(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    """A waiting thread does not block the heartbeat: systemd would treat the daemon as hung."""
     stage.configure(
         receiver.url, top='heartbeat_every = "0.2s"', drop='stable_for = "0s"\nrescan_every = "0.5s"'
     )
     daemon = stage.daemon().ready()
-    with held(stage.state / FILE_NAME):
+    with locked(stage.state / FILE_NAME):
         before = len(daemon.events("daemon.heartbeat"))
         stage.put("after.tar.gz", b"after")
-        failed = daemon.wait_for("ledger.failed")  # after our timeout
+        failed = daemon.wait_for("ledger.failed")  # after the lock time-out of the daemon
         assert len(daemon.events("daemon.heartbeat")) > before + 3
         assert "locked" in failed[0]["error"]
         assert "another process holds it" in failed[0]["hint"]
@@ -396,13 +403,13 @@ def test_a_ledger_that_another_process_holds_is_waited_for(stage: Stage, receive
     assert daemon.stop() == 0
 
 
-def test_a_daemon_does_not_start_while_another_process_holds_the_ledger(
+def test_the_daemon_does_not_start_while_another_process_locks_the_ledger(
     stage: Stage, waiting: Daemon
 ) -> None:
     before = stamps(stage.drop), stamps(stage.sent)
-    with held(stage.state / FILE_NAME):
+    with locked(stage.state / FILE_NAME):
         refused = stage.daemon()
-        assert refused.process.wait(180) == 78
+        assert refused.process.wait(TIMEOUT) == 78
         assert "locked" in refused.text()
         assert (stamps(stage.drop), stamps(stage.sent)) == before
     stage.daemon().wait_for("archive.disposed", archive="pending.tar.gz")
@@ -420,10 +427,10 @@ def own_disk(stage: Stage) -> Iterator[Path]:
 
 
 @pytest.mark.root
-def test_a_full_disk_of_the_ledger_is_said_and_archives_wait(
+def test_a_full_disk_of_the_ledger_is_logged_and_archives_wait(
     stage: Stage, receiver: RunningReceiver, own_disk: Path
 ) -> None:
-    stage.configure(receiver.url, drop='stable_for = "0s"\nrescan_every = "1s"', more=QUICK)
+    stage.configure(receiver.url, drop='stable_for = "0s"\nrescan_every = "1s"', more=FAST_RETRY)
     daemon = stage.daemon().ready()
     stage.put("sent.tar.gz", b"sent")
     daemon.wait_for("archive.disposed", archive="sent.tar.gz")
@@ -439,14 +446,14 @@ def test_a_full_disk_of_the_ledger_is_said_and_archives_wait(
 
 
 def fill(disk: Path) -> None:
-    """Leave no byte free."""
+    """Fill a filesystem up to the last byte."""
     with (disk / "full").open("wb", buffering=0) as stream, contextlib.suppress(OSError):
         while True:
             stream.write(bytes(PAGE))
 
 
 @pytest.mark.root
-def test_a_read_only_state_folder_keeps_it_from_starting_and_nothing_is_touched(
+def test_a_read_only_state_folder_keeps_the_daemon_from_starting_and_changes_no_file(
     stage: Stage, waiting: Daemon
 ) -> None:
     subprocess.run(["mount", "--bind", stage.state, stage.state], check=True)
@@ -454,7 +461,7 @@ def test_a_read_only_state_folder_keeps_it_from_starting_and_nothing_is_touched(
         subprocess.run(["mount", "-o", "remount,bind,ro", stage.state], check=True)
         before = stamps(stage.drop), stamps(stage.sent)
         daemon = stage.daemon()
-        assert daemon.process.wait(180) == 78
+        assert daemon.process.wait(TIMEOUT) == 78
         assert str(stage.state) in daemon.text()
         assert (stamps(stage.drop), stamps(stage.sent)) == before
     finally:
@@ -464,7 +471,7 @@ def test_a_read_only_state_folder_keeps_it_from_starting_and_nothing_is_touched(
     assert daemon.stop() == 0
 
 
-def test_what_was_rejected_stays_in_quarantine_when_the_ledger_is_lost(
+def test_rejected_archives_stay_in_quarantine_when_the_ledger_is_lost(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
     stage.configure(receiver.url, drop='stable_for = "0s"\ninspect = "quick"\ninspect_grace = "0s"')

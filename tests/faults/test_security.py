@@ -1,4 +1,4 @@
-"""What leaves the process holds no secret, and nothing that an endpoint answers does harm."""
+"""No secret leaves the process, and no response of an endpoint harms the daemon."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from backupd.receiver.serve import RunningReceiver
 from tests.scripted import Peer, ScriptedServer, answer, header_of, receipt_for, server_context, take_all
 from tests.stage import Stage, until
 
-QUICK = '[destination.{name}.retry]\ninitial = "0.1s"\nmax = "0.3s"\n'
+FAST_RETRY = '[destination.{name}.retry]\ninitial = "0.1s"\nmax = "0.3s"\n'
 SECRETS = {
     "token": "tok/en+MARKER=one",
     "password": 'pass"word\\MARKER<two>',
@@ -31,7 +31,7 @@ SECRETS = {
 
 
 def forms(secret: str) -> Iterator[bytes]:
-    """Yield what a secret may look like somewhere else."""
+    """Yield the encodings of a secret that may occur in an output."""
     for text in {secret, urllib.parse.quote(secret, safe=""), urllib.parse.quote_plus(secret)}:
         yield text.encode()
         yield json.dumps(text)[1:-1].encode()
@@ -39,23 +39,23 @@ def forms(secret: str) -> Iterator[bytes]:
     yield base64.b64encode(f"ers-admin:{secret}".encode())
 
 
-def assert_no_secret_in(where: str, data: bytes) -> None:
+def assert_no_secret_in(output: str, data: bytes) -> None:
     for name, secret in SECRETS.items():
         for form in forms(secret):
-            assert form not in data, f"{name} as {form!r} in {where}"
-    assert b"MARKER" not in data, f"some of a secret in {where}"
-    assert b"PRIVATE KEY" not in data, f"a private key in {where}"
+            assert form not in data, f"{name} as {form!r} in {output}"
+    assert b"MARKER" not in data, f"a part of a secret in {output}"
+    assert b"PRIVATE KEY" not in data, f"a private key in {output}"
 
 
 STATUSES = [400, 401, 403, 404, 409, 413, 422, 429, 500, 502, 302]
 
 
 class Echo:
-    """Answers each request with all that it holds, in header and body; sooner or later with yes."""
+    """Echoes each request in the header and body of refusals, and accepts the archive in the end."""
 
     def __init__(self) -> None:
         self.refusals: dict[str, list[int]] = defaultdict(lambda: [*STATUSES])
-        """What is still to be answered to each who signs in."""
+        """The remaining statuses for each authentication."""
         self.tokens = 0
 
     def is_done(self) -> bool:
@@ -64,7 +64,7 @@ class Echo:
     def __call__(self, peer: Peer) -> None:
         while True:
             request = peer.read_request()
-            said = request.head  # what a content holds, nobody can know and take out
+            echoed = request.head  # the content is not echoed: the daemon can't know its secrets
             if request.path == "/token":
                 peer.send(self._token(request.head + request.body))
                 continue
@@ -74,15 +74,15 @@ class Echo:
             status = refusals.pop(0) if refusals else 201
             if status == 201:
                 good = json.loads(receipt_for(request.archive).partition(b"\r\n\r\n")[2])
-                good["said"] = said.decode("latin-1")
+                good["echo"] = echoed.decode("latin-1")
                 peer.send(answer(201, json.dumps(good).encode()))
             else:
-                peer.send(answer(status, said, Location=f"https://x.invalid/{quoted}", X_Said=quoted))
+                peer.send(answer(status, echoed, Location=f"https://x.invalid/{quoted}", X_Echo=quoted))
 
-    def _token(self, said: bytes) -> bytes:
+    def _token(self, request: bytes) -> bytes:
         self.tokens += 1
         if self.tokens == 1:
-            error = {"error": "invalid_client", "error_description": said.decode("latin-1")}
+            error = {"error": "invalid_client", "error_description": request.decode("latin-1")}
             return answer(401, json.dumps(error).encode())
         return answer(200, json.dumps({"access_token": SECRETS["access_token"]}).encode())
 
@@ -90,7 +90,7 @@ class Echo:
 def destination(stage: Stage, url: str, name: str, lines: str) -> str:
     return (
         f'[destination.{name}]\nurl = "{url}"\nca = "{stage.pki.ca_pem}"\ncert = "{stage.pki.client_cert}"\n'
-        f'key = "{stage.pki.client_key}"\nworkers = 1\n{lines}\n{QUICK.format(name=name)}'
+        f'key = "{stage.pki.client_key}"\nworkers = 1\n{lines}\n{FAST_RETRY.format(name=name)}'
     )
 
 
@@ -103,7 +103,7 @@ def secrets(stage: Stage) -> Path:
     return folder
 
 
-def test_no_secret_leaves_the_process_whatever_an_endpoint_echoes(stage: Stage, secrets: Path) -> None:
+def test_no_secret_that_an_endpoint_echoes_leaves_the_process(stage: Stage, secrets: Path) -> None:
     echo = Echo()
     with ScriptedServer(echo, server_context(stage.pki)) as server:
         tables = {
@@ -129,15 +129,15 @@ def test_no_secret_leaves_the_process_whatever_an_endpoint_echoes(stage: Stage, 
         until(echo.is_done, f"all refusals\n{daemon.text()[-3000:]}")
         until(
             lambda: len(daemon.events("archive.disposed")) == len(names),
-            f"all to end\n{daemon.text()[-3000:]}",
+            f"all archives\n{daemon.text()[-3000:]}",
         )
         pushed = stage.backupd("push", str(secrets / "content"))
         echo.refusals.clear()
-        pushed_in_vain = stage.backupd("push", "--json", str(secrets / "content"))
-        said = {
+        refused_push = stage.backupd("push", "--json", str(secrets / "content"))
+        outputs = {
             "the log": stage.log.read_bytes(),
             "the command line": line,
-            "push": (pushed.stdout + pushed.stderr + pushed_in_vain.stdout + pushed_in_vain.stderr).encode(),
+            "push": (pushed.stdout + pushed.stderr + refused_push.stdout + refused_push.stderr).encode(),
         }
         commands = [
             ["status"],
@@ -152,17 +152,17 @@ def test_no_secret_leaves_the_process_whatever_an_endpoint_echoes(stage: Stage, 
             commands += [["show", delivery["id"]], ["show", delivery["id"], "--json"]]
         for command in commands:
             done = stage.backupd(*command)
-            said[" ".join(command)] = (done.stdout + done.stderr).encode()
+            outputs[" ".join(command)] = (done.stdout + done.stderr).encode()
         assert daemon.stop() == 0
     for path in [*stage.state.iterdir(), *stage.drop.rglob("*.json")]:
-        said[path.name] = path.read_bytes()
-    assert len(said) > 25
-    for where, data in said.items():
-        assert_no_secret_in(where, data)
-    assert b"***" in said["the log"]  # it was echoed, and quoted
+        outputs[path.name] = path.read_bytes()
+    assert len(outputs) > 25
+    for output, data in outputs.items():
+        assert_no_secret_in(output, data)
+    assert b"***" in outputs["the log"]  # the echo is logged, without the secrets
 
 
-def test_a_bug_is_told_without_a_secret_and_costs_no_archive(stage: Stage, secrets: Path) -> None:
+def test_a_bug_is_logged_without_a_secret_and_loses_no_archive(stage: Stage, secrets: Path) -> None:
     auth = f'[destination.bearer.auth]\ntype = "bearer"\ntoken_file = "{secrets}/token"'
     with ScriptedServer(take_all, server_context(stage.pki)) as server:
         stage.config.write_text(
@@ -173,9 +173,9 @@ def test_a_bug_is_told_without_a_secret_and_costs_no_archive(stage: Stage, secre
         stage.put("core.cfg", SECRETS["content"].encode())
         broken = stage.daemon(program="tests.faults.breaking")
         broken.wait_for("attempt.failed", reason="internal_error")
-        [said, *_] = broken.events("daemon.failed")
-        assert "a bug near a secret" in said["error"]
-        assert "_judged" in said["exception"]
+        [failed, *_] = broken.events("daemon.failed")
+        assert "a bug near a secret" in failed["error"]
+        assert "_evaluate_success" in failed["exception"]
         assert broken.stop() == 0
         assert_no_secret_in("the log of a bug", stage.log.read_bytes())
         daemon = stage.daemon()
@@ -185,13 +185,13 @@ def test_a_bug_is_told_without_a_secret_and_costs_no_archive(stage: Stage, secre
 
 
 @pytest.mark.parametrize("content", [b"", b"two\nlines MARKER\n", b"\xff\xfeMARKER", b"MARKER " * 20_000])
-def test_a_secret_file_that_cannot_be_used_is_told_without_its_content(
+def test_an_unusable_secret_file_is_reported_without_its_content(
     stage: Stage, receiver: RunningReceiver, content: bytes
 ) -> None:
     token = stage.base / "token"
     token.write_bytes(content)
     auth = f'[destination.vault.auth]\ntype = "bearer"\ntoken_file = "{token}"'
-    stage.configure(receiver.url, drop='stable_for = "0s"', more=f"{auth}\n{QUICK.format(name='vault')}")
+    stage.configure(receiver.url, drop='stable_for = "0s"', more=f"{auth}\n{FAST_RETRY.format(name='vault')}")
     daemon = stage.daemon().ready()
     stage.put("r1.cfg", b"r1")
     failed = daemon.wait_for("attempt.failed", archive="r1.cfg")[0]
@@ -202,7 +202,7 @@ def test_a_secret_file_that_cannot_be_used_is_told_without_its_content(
     assert daemon.stop() == 0
 
 
-# answers that do harm
+# harmful responses
 
 
 def endless_body(peer: Peer) -> None:
@@ -223,7 +223,7 @@ def endless_header(peer: Peer) -> None:
         peer.send(b"X-More: " + b"x" * 4000 + b"\r\n")
 
 
-def endless_interim_answers(peer: Peer) -> None:
+def endless_interim_responses(peer: Peer) -> None:
     while True:
         peer.send(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" * 100)
 
@@ -233,7 +233,7 @@ def slow_header(peer: Peer) -> None:
 
 
 def a_bomb(peer: Peer) -> None:
-    """Said to be compressed, with a thousand times its size."""
+    """Send a compressed response that expands to a thousand times its size."""
     body = gzip.compress(bytes(200_000_000), 1)
     peer.send(answer(201, body, Content_Encoding="gzip", Content_Type="application/json"))
     peer.drain()
@@ -254,7 +254,7 @@ HARMFUL = [
     endless_body,
     endless_chunks,
     endless_header,
-    endless_interim_answers,
+    endless_interim_responses,
     slow_header,
     a_bomb,
     deep_json,
@@ -263,18 +263,18 @@ HARMFUL = [
 
 
 def once(harm: Callable[[Peer], None]) -> Callable[[Peer], None]:
-    """Return the script of an endpoint that does harm to the first request, and is good to all others."""
+    """Return the script of an endpoint that harms the first request, and accepts all others."""
     done = threading.Event()
 
-    def last_harm(peer: Peer) -> None:
+    def only_harm(peer: Peer) -> None:
         done.set()
         harm(peer)
 
-    return before(done, last_harm)
+    return before(done, only_harm)
 
 
 def before(done: threading.Event, harm: Callable[[Peer], None]) -> Callable[[Peer], None]:
-    """Return the script of an endpoint that does harm to each request until it is done."""
+    """Return the script of an endpoint that harms each request until `done` is set."""
 
     def script(peer: Peer) -> None:
         while True:
@@ -288,7 +288,7 @@ def before(done: threading.Event, harm: Callable[[Peer], None]) -> Callable[[Pee
 
 
 @pytest.mark.parametrize("harm", HARMFUL)
-def test_an_answer_that_does_harm_costs_little_memory_and_no_archive(
+def test_a_harmful_response_costs_little_memory_and_loses_no_archive(
     stage: Stage, harm: Callable[[Peer], None]
 ) -> None:
     with ScriptedServer(once(harm), server_context(stage.pki)) as server:
@@ -296,7 +296,7 @@ def test_an_answer_that_does_harm_costs_little_memory_and_no_archive(
             server.url,
             drop='stable_for = "0s"',
             destination='workers = 1\ndeadline = "3s"\ntimeout = { read = "1s" }',
-            more=QUICK.format(name="vault"),
+            more=FAST_RETRY.format(name="vault"),
         )
         daemon = stage.daemon().ready()
         stage.put("r1.cfg", b"r1")
@@ -307,28 +307,28 @@ def test_an_answer_that_does_harm_costs_little_memory_and_no_archive(
         assert daemon.stop() == 0
 
 
-def slow_interim_answers(peer: Peer) -> None:
+def slow_interim_responses(peer: Peer) -> None:
     peer.drip(b"HTTP/1.1 102 Wait\r\n\r\n" * 20_000, 0.05)
 
 
-@pytest.mark.parametrize("harm", [slow_header, slow_interim_answers])
-def test_an_answer_a_byte_at_a_time_is_given_up_without_a_deadline_too(
+@pytest.mark.parametrize("harm", [slow_header, slow_interim_responses])
+def test_a_response_of_one_byte_at_a_time_is_abandoned_without_a_deadline(
     stage: Stage, harm: Callable[[Peer], None]
 ) -> None:
-    """Else a few of them would keep all workers, and no event tell why nothing arrives."""
-    given_up = threading.Event()
-    with ScriptedServer(before(given_up, harm), server_context(stage.pki)) as server:
+    """Else a few such responses would occupy all workers, and no event would be logged."""
+    abandoned = threading.Event()
+    with ScriptedServer(before(abandoned, harm), server_context(stage.pki)) as server:
         stage.configure(
             server.url,
             drop='stable_for = "0s"',
             destination='workers = 1\ntimeout = { connect = "1s", read = "1s" }',
-            more=QUICK.format(name="vault"),
+            more=FAST_RETRY.format(name="vault"),
         )
         daemon = stage.daemon().ready()
         stage.put("r1.cfg", b"r1")
-        # a server that is slow to begin may be given up for that before
+        # attempts on a server that is slow to begin may fail before
         daemon.wait_for("attempt.failed", reason="read_timeout", error="no end of the answer after 3 s")
-        given_up.set()
+        abandoned.set()
         daemon.wait_for("archive.disposed", archive="r1.cfg")
         assert daemon.stop() == 0
 
@@ -345,7 +345,7 @@ def test_no_redirect_is_followed_with_an_archive(stage: Stage, status: int) -> N
                 )
 
         with ScriptedServer(script, server_context(stage.pki)) as server:
-            stage.configure(server.url, drop='stable_for = "0s"', more=QUICK.format(name="vault"))
+            stage.configure(server.url, drop='stable_for = "0s"', more=FAST_RETRY.format(name="vault"))
             daemon = stage.daemon().ready()
             stage.put("r1.cfg", b"r1")
             failed = daemon.wait_for("attempt.failed", 2, archive="r1.cfg")
@@ -355,27 +355,27 @@ def test_no_redirect_is_followed_with_an_archive(stage: Stage, status: int) -> N
         assert elsewhere.peers == []
 
 
-# receivers that lie
+# false receipts
 
 
-def lie(**said: object) -> Callable[[bytes], bytes]:
-    def told(content: bytes) -> bytes:
+def receipt_with(**changed: object) -> Callable[[bytes], bytes]:
+    def receipt(content: bytes) -> bytes:
         good = json.loads(receipt_for(content).partition(b"\r\n\r\n")[2])
-        return answer(201, json.dumps({k: v for k, v in (good | said).items() if v is not None}).encode())
+        return answer(201, json.dumps({k: v for k, v in (good | changed).items() if v is not None}).encode())
 
-    return told
+    return receipt
 
 
 EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-LIES: dict[str, Callable[[bytes], bytes]] = {
-    "another digest": lie(sha256="0" * 64),
-    "the digest of nothing": lie(sha256=EMPTY),
-    "no digest": lie(sha256=None),
-    "half a digest": lambda content: lie(sha256=hex_of(content)[:32])(content),
-    "a digest that is no text": lie(sha256=["a"]),
-    "a byte less": lambda content: lie(size=len(content) - 1)(content),
-    "nothing": lambda _: answer(201),
-    "nothing, politely": lambda _: answer(204),
+FALSE_RECEIPTS: dict[str, Callable[[bytes], bytes]] = {
+    "another digest": receipt_with(sha256="0" * 64),
+    "the digest of nothing": receipt_with(sha256=EMPTY),
+    "no digest": receipt_with(sha256=None),
+    "half a digest": lambda content: receipt_with(sha256=hex_of(content)[:32])(content),
+    "a digest that is no string": receipt_with(sha256=["a"]),
+    "a byte less": lambda content: receipt_with(size=len(content) - 1)(content),
+    "an empty body": lambda _: answer(201),
+    "no content": lambda _: answer(204),
     "a page": lambda _: answer(200, b"<html>Welcome! Please sign in.</html>"),
 }
 
@@ -384,15 +384,15 @@ def hex_of(content: bytes) -> str:
     return str(json.loads(receipt_for(content).partition(b"\r\n\r\n")[2])["sha256"])
 
 
-@pytest.mark.parametrize("told", LIES.values(), ids=LIES)
-def test_a_receiver_that_lies_is_never_believed(stage: Stage, told: Callable[[bytes], bytes]) -> None:
+@pytest.mark.parametrize("receipt", FALSE_RECEIPTS.values(), ids=FALSE_RECEIPTS)
+def test_a_false_receipt_is_never_accepted(stage: Stage, receipt: Callable[[bytes], bytes]) -> None:
     def script(peer: Peer) -> None:
         while True:
-            peer.send(told(peer.read_request().archive))
+            peer.send(receipt(peer.read_request().archive))
 
     with ScriptedServer(script, server_context(stage.pki)) as server:
-        receipt = '[destination.vault.receipt]\nsize = "body:/size"'
-        more = f"{QUICK.format(name='vault')}\n{receipt}"
+        table = '[destination.vault.receipt]\nsize = "body:/size"'
+        more = f"{FAST_RETRY.format(name='vault')}\n{table}"
         stage.configure(server.url, drop='stable_for = "0s"', more=more)
         daemon = stage.daemon().ready()
         stage.put("r1.cfg", b"r1")
@@ -403,16 +403,14 @@ def test_a_receiver_that_lies_is_never_believed(stage: Stage, told: Callable[[by
         assert (stage.drop / "r1.cfg").read_bytes() == b"r1"
 
 
-# what is kept where
+# modes of files
 
 
 def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_what_is_kept_has_the_modes_that_the_page_on_security_states(
-    stage: Stage, receiver: RunningReceiver
-) -> None:
+def test_files_have_the_modes_that_the_security_page_states(stage: Stage, receiver: RunningReceiver) -> None:
     stage.configure(receiver.url, drop='stable_for = "0s"')
     daemon = stage.daemon(before=["sh", "-c", 'umask 0022; exec "$@"', "sh"]).ready()
     stage.put("site.cfg", b"one")

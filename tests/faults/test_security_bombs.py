@@ -1,4 +1,4 @@
-"""Archives that are made to be costly to look into: bounded in memory, and each step of them is short."""
+"""Archives that are made to be costly to inspect: memory is bounded, and each step is short."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def pax(record: bytes) -> bytes:
 
 
 def overlapping(entries: int, size: int = MIB) -> bytes:
-    """Return a zip all of whose entries are the same bytes."""
+    """Return a zip file with entries that all share the same bytes."""
     squeeze, crc = zlib.compressobj(9, zlib.DEFLATED, -15), zlib.crc32(bytes(size))
     data = squeeze.compress(bytes(size)) + squeeze.flush()
     local = b"PK\3\4" + struct.pack("<5H3I2H", 20, 0, 8, 0, 0, crc, len(data), size, 1, 0) + b"a" + data
@@ -90,7 +90,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("full", [True, False], ids=["full", "quick"])
 @pytest.mark.parametrize("name", BOMBS)
-def test_no_archive_is_costly_to_look_into(tmp_path: Path, name: str, full: bool) -> None:
+def test_no_archive_is_costly_to_inspect(tmp_path: Path, name: str, full: bool) -> None:
     path = tmp_path / name
     path.write_bytes(BOMBS[name]())
     size = path.stat().st_size
@@ -104,12 +104,12 @@ def test_no_archive_is_costly_to_look_into(tmp_path: Path, name: str, full: bool
         os.close(fd)
     assert found is None or isinstance(found, Damage | LimitReachedError)
     assert peak < 8 * MIB
-    assert steps < 70_000  # of which none comes to more than a mebibyte
+    assert steps < 70_000  # each of at most 1 MiB
     assert len(str(found)) < 300
 
 
 def walked(steps: Iterator[None]) -> tuple[int, object]:
-    """Walk to the end; return the number of steps and what was found."""
+    """Run an inspection to its end; return the number of steps and the result."""
     count = 0
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Wherever and however an endpoint, a token endpoint or a proxy quotes a secret, nobody is told it."""
+"""A secret that an endpoint, a token endpoint or a proxy quotes appears in no error, in no encoding."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from tests.scripted import Peer, ScriptedServer, answer, header_of
 from tests.uploading import a_destination, a_sender, an_archive
 
 SECRET = "s3cr'et/<MARKER>&\"four\\five +=~"
-LONGEST = 1500
-"""Characters of an error that an endpoint can fill with its own words."""
+MAX_LENGTH = 1500
+"""Maximum number of characters of an error with text of an endpoint."""
 
-Answering = Callable[[str], bytes]
-"""What is answered by one who knows a secret."""
+Response = Callable[[str], bytes]
+"""Return the response of an endpoint that quotes a secret."""
 
 
 def raw(text: str) -> bytes:
     return text.encode("latin-1")
 
 
-PLACES: dict[str, Answering] = {
+PLACES: dict[str, Response] = {
     "the body": lambda secret: answer(500, raw(secret)),
     "the reason phrase": lambda secret: raw(f"HTTP/1.1 500 {secret}\r\nContent-Length: 0\r\n\r\n"),
     "a location that is cut": lambda secret: answer(302, Location="/" + "x" * 180 + secret),
     "a body that is cut": lambda secret: answer(500, b"x" * 285 + raw(secret)),
     "a header without a colon": lambda secret: raw(f"HTTP/1.1 500 No\r\n{secret}\r\n\r\n"),
     "a header with a control character": lambda secret: raw(f"HTTP/1.1 500 No\r\nX: {secret}\x00\r\n\r\n"),
-    "a status line that is none": lambda secret: raw(f"HTTP/1.1 {secret} No\r\n\r\n"),
+    "a malformed status line": lambda secret: raw(f"HTTP/1.1 {secret} No\r\n\r\n"),
     "a transfer encoding": lambda secret: raw(f"HTTP/1.1 201 OK\r\nTransfer-Encoding: {secret}\r\n\r\n"),
     "a content length": lambda secret: raw(f"HTTP/1.1 201 OK\r\nContent-Length: {secret}\r\n\r\n"),
     "the digest": lambda secret: answer(201, json.dumps({"sha256": secret}).encode()),
@@ -51,24 +51,22 @@ PLACES: dict[str, Answering] = {
 FORMS: dict[str, Callable[[str], str]] = {
     "plain": lambda secret: secret,
     "as JSON": json.dumps,
-    "as JSON for a page": lambda secret: re.sub(
-        "[<>&'+]", lambda c: f"\\u{ord(c[0]):04x}", json.dumps(secret)
-    ),
-    "as JSON twice": lambda secret: json.dumps(json.dumps({"said": secret})),
-    "in an address": lambda secret: urllib.parse.quote(secret, safe=""),
-    "in an address, twice": lambda secret: urllib.parse.quote(urllib.parse.quote(secret, safe="")),
+    "as JSON in HTML": lambda secret: re.sub("[<>&'+]", lambda c: f"\\u{ord(c[0]):04x}", json.dumps(secret)),
+    "as JSON twice": lambda secret: json.dumps(json.dumps({"text": secret})),
+    "in a URL": lambda secret: urllib.parse.quote(secret, safe=""),
+    "in a URL, twice": lambda secret: urllib.parse.quote(urllib.parse.quote(secret, safe="")),
     "in a form": urllib.parse.quote_plus,
-    "in a page": html.escape,
-    "in a page, by numbers": lambda secret: (
+    "in HTML": html.escape,
+    "in HTML, by numbers": lambda secret: (
         html.escape(secret).replace("&quot;", "&#34;").replace("&#x27;", "&#39;").replace("+", "&#43;")
     ),
-    "of Python": lambda secret: repr(secret.encode()),
+    "as Python bytes": lambda secret: repr(secret.encode()),
     "in base64": lambda secret: base64.b64encode(secret.encode()).decode(),
     "in base64url": lambda secret: base64.urlsafe_b64encode(secret.encode()).decode().rstrip("="),
 }
 
 
-def told(outcome: Outcome) -> str:
+def error_of(outcome: Outcome) -> str:
     assert isinstance(outcome, Deferred | Rejected), outcome
     return outcome.error
 
@@ -80,15 +78,15 @@ def assert_clean(text: str) -> None:
     for part in ("s3cr", "MARKER", "four", "five"):
         assert part not in readable, text
     assert base64.b64encode(SECRET.encode())[:16].decode() not in text
-    assert len(text) < LONGEST
+    assert len(text) < MAX_LENGTH
 
 
-def answering(said: bytes) -> Callable[[Peer], None]:
+def always(response: bytes) -> Callable[[Peer], None]:
     def script(peer: Peer) -> None:
         with contextlib.suppress(OSError):
             while True:
                 peer.read_request()
-                peer.send(said)
+                peer.send(response)
 
     return script
 
@@ -106,29 +104,27 @@ def scheme(name: str, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["bearer", "basic", "header"])
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
-def test_a_secret_is_not_told_wherever_an_endpoint_quotes_it(
-    tmp_path: Path, place: Answering, name: str
+def test_an_error_hides_a_secret_in_any_part_of_a_response(
+    tmp_path: Path, place: Response, name: str
 ) -> None:
-    with ScriptedServer(answering(place(SECRET))) as server:
+    with ScriptedServer(always(place(SECRET))) as server:
         keys = scheme(name, tmp_path) | {"receipt": {"size": "body:/size"}}
         with a_sender(a_destination(server.url, **keys)) as sender:
-            assert_clean(told(sender.send(an_archive(tmp_path, b"content"))))
+            assert_clean(error_of(sender.send(an_archive(tmp_path, b"content"))))
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_a_secret_is_not_told_in_whatever_form_it_is_quoted(
-    tmp_path: Path, form: Callable[[str], str]
-) -> None:
+def test_an_error_hides_a_secret_in_any_encoding(tmp_path: Path, form: Callable[[str], str]) -> None:
     for name in ("bearer", "basic", "header"):
-        with ScriptedServer(answering(answer(400, raw(form(SECRET))))) as server:
+        with ScriptedServer(always(answer(400, raw(form(SECRET))))) as server:
             with a_sender(a_destination(server.url, **scheme(name, tmp_path))) as sender:
-                said = told(sender.send(an_archive(tmp_path, b"content")))
-        assert_clean(said)
-        assert "***" in said
+                error = error_of(sender.send(an_archive(tmp_path, b"content")))
+        assert_clean(error)
+        assert "***" in error
 
 
 TOKEN = "Tk" + "".join(random.Random(7).choices("abcdefghijklmnopqrstuvwxyz0123456789", k=98))
-"""One that no escape makes longer."""
+"""A secret without characters that an encoding escapes."""
 
 CUTS: dict[str, Callable[[int], bytes]] = {
     "a digest": lambda left: answer(
@@ -140,26 +136,26 @@ CUTS: dict[str, Callable[[int], bytes]] = {
 
 @pytest.mark.parametrize("left", [1, 50, 99])
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
-def test_a_secret_that_lies_across_a_cut_is_not_told_as_far_as_it_goes(
+def test_an_error_hides_the_part_of_a_secret_before_a_cut(
     tmp_path: Path, cut: Callable[[int], bytes], left: int
 ) -> None:
-    """What is hidden before it is shorter than it was, so that the end comes into sight."""
+    """Hidden secrets before the cut shorten the text, so that more of its end fits into the error."""
     file = tmp_path / "secret"
     file.write_text(TOKEN)
-    with ScriptedServer(answering(cut(left))) as server:
+    with ScriptedServer(always(cut(left))) as server:
         auth = {"type": "bearer", "token_file": file}
         with a_sender(a_destination(server.url, auth=auth)) as sender:
-            said = told(sender.send(an_archive(tmp_path, b"content")))
-    assert TOKEN[:8] not in said
-    assert len(said) < LONGEST
+            error = error_of(sender.send(an_archive(tmp_path, b"content")))
+    assert TOKEN[:8] not in error
+    assert len(error) < MAX_LENGTH
 
 
-def test_a_receipt_keeps_no_secret_that_lies_across_its_end(tmp_path: Path) -> None:
+def test_a_receipt_keeps_no_part_of_a_secret_at_its_end(tmp_path: Path) -> None:
     file = tmp_path / "secret"
     file.write_text(TOKEN)
     digest = hashlib.sha256(b"content").hexdigest()
     body = b"z" * ((65536 - 99) % len(TOKEN)) + TOKEN.encode() * 700
-    with ScriptedServer(answering(answer(201, body, X_Digest=digest))) as server:
+    with ScriptedServer(always(answer(201, body, X_Digest=digest))) as server:
         keys: dict[str, Any] = {"auth": {"type": "bearer", "token_file": file}}
         keys["receipt"] = {"digest": "header:X-Digest"}
         with a_sender(a_destination(server.url, **keys)) as sender:
@@ -172,30 +168,32 @@ LONG = {**PLACES, "a size": lambda text: answer(201, raw(f'{{"size": {text}}}'))
 
 
 @pytest.mark.parametrize("place", LONG.values(), ids=LONG)
-def test_words_without_an_end_are_cut(tmp_path: Path, place: Answering) -> None:
-    with ScriptedServer(answering(place("9" * 4000))) as server:
+def test_an_error_is_limited_in_length(tmp_path: Path, place: Response) -> None:
+    with ScriptedServer(always(place("9" * 4000))) as server:
         with a_sender(a_destination(server.url, receipt={"size": "body:/size"})) as sender:
-            assert len(told(sender.send(an_archive(tmp_path, b"content")))) < LONGEST
+            assert len(error_of(sender.send(an_archive(tmp_path, b"content")))) < MAX_LENGTH
 
 
-TOKEN_PLACES: dict[str, Answering] = {
+TOKEN_PLACES: dict[str, Response] = {
     **PLACES,
     "an error": lambda secret: answer(400, json.dumps({"error": secret}).encode()),
     "a description that is cut": lambda secret: answer(
         400, json.dumps({"error": "no", "error_description": "x" * 985 + secret}).encode()
     ),
-    "an error that is no text": lambda secret: answer(400, json.dumps({"error": {"said": secret}}).encode()),
+    "an error that is an object": lambda secret: answer(
+        400, json.dumps({"error": {"text": secret}}).encode()
+    ),
 }
 
 
 @pytest.mark.parametrize("secret_in", ["basic", "post"])
 @pytest.mark.parametrize("place", TOKEN_PLACES.values(), ids=TOKEN_PLACES)
-def test_a_client_secret_is_not_told_wherever_a_token_endpoint_quotes_it(
-    tmp_path: Path, place: Answering, secret_in: str
+def test_an_error_hides_a_client_secret_in_any_part_of_a_token_response(
+    tmp_path: Path, place: Response, secret_in: str
 ) -> None:
     secret = tmp_path / "secret"
     secret.write_text(SECRET)
-    with ScriptedServer(answering(place(SECRET))) as server:
+    with ScriptedServer(always(place(SECRET))) as server:
         auth = {
             "type": "oauth2",
             "client_id": "backupd",
@@ -204,48 +202,48 @@ def test_a_client_secret_is_not_told_wherever_a_token_endpoint_quotes_it(
             "secret_in": secret_in,
         }
         with a_sender(a_destination(server.url, auth=auth)) as sender:
-            assert_clean(told(sender.send(an_archive(tmp_path, b"content"))))
+            assert_clean(error_of(sender.send(an_archive(tmp_path, b"content"))))
 
 
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
-def test_a_password_is_not_told_wherever_a_proxy_quotes_it(tmp_path: Path, place: Answering) -> None:
+def test_an_error_hides_a_proxy_password_in_any_part_of_a_response(tmp_path: Path, place: Response) -> None:
     password = tmp_path / "secret"
     password.write_text(SECRET)
 
     def script(peer: Peer) -> None:
-        signed = (header_of(peer.read_head(), "proxy-authorization") or "").partition(" ")[2]
-        peer.send(place(SECRET if peer.number else signed))
+        credentials = (header_of(peer.read_head(), "proxy-authorization") or "").partition(" ")[2]
+        peer.send(place(SECRET if peer.number else credentials))
 
     with ScriptedServer(script) as server:
         proxy = f"http://127.0.0.1:{server.port}"
         keys: dict[str, Any] = {"proxy": proxy, "proxy_user": "me", "proxy_password_file": password}
         with a_sender(a_destination("https://vault.example.net/", **keys)) as sender:
-            for _ in range(2):  # at first the header as it was sent, then the password
-                said = told(sender.send(an_archive(tmp_path, b"content")))
-                assert_clean(said)
-                assert base64.b64encode(f"me:{SECRET}".encode()).decode() not in said
+            for _ in range(2):  # the first response quotes the header, the second one the password
+                error = error_of(sender.send(an_archive(tmp_path, b"content")))
+                assert_clean(error)
+                assert base64.b64encode(f"me:{SECRET}".encode()).decode() not in error
 
 
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
-def test_a_check_tells_no_secret_either(tmp_path: Path, place: Answering) -> None:
-    with ScriptedServer(answering(place(SECRET))) as server:
+def test_a_check_hides_a_secret_in_any_part_of_a_response(tmp_path: Path, place: Response) -> None:
+    with ScriptedServer(always(place(SECRET))) as server:
         (probe,) = probe_all({"vault": a_destination(server.url, **scheme("bearer", tmp_path))})
         assert_clean(probe.detail)
 
 
-def test_what_is_named_like_a_secret_is_none_to_be_told(tmp_path: Path) -> None:
-    """A header, or a value in the query of an address, that `config show` hides, too."""
+def test_an_error_hides_values_that_are_named_like_a_secret(tmp_path: Path) -> None:
+    """The headers and query values that `config show` hides as well."""
     quoted = answer(500, b"POST /up?api_key=MARKER-in-url&site=north; X-Auth-Token: MARKER-in-header")
-    with ScriptedServer(answering(quoted)) as server:
+    with ScriptedServer(always(quoted)) as server:
         keys: dict[str, Any] = {"headers": {"X-Auth-Token": "MARKER-in-header"}}
         with a_sender(a_destination(f"{server.url}?api_key=MARKER-in-url&site=north", **keys)) as sender:
-            said = told(sender.send(an_archive(tmp_path, b"content")))
-    assert "MARKER" not in said
-    assert "north" in said
+            error = error_of(sender.send(an_archive(tmp_path, b"content")))
+    assert "MARKER" not in error
+    assert "north" in error
 
 
-def test_a_client_secret_is_not_told_where_an_archive_is_taken_either(tmp_path: Path) -> None:
-    """The server of the token endpoint may be that of the archives."""
+def test_an_upload_error_hides_a_client_secret(tmp_path: Path) -> None:
+    """One server may be both the token endpoint and the destination."""
     secret = tmp_path / "secret"
     secret.write_text(SECRET)
 
@@ -266,15 +264,15 @@ def test_a_client_secret_is_not_told_where_an_archive_is_taken_either(tmp_path: 
             "token_url": server.url,
         }
         with a_sender(a_destination(server.url, auth=auth)) as sender:
-            said = told(sender.send(an_archive(tmp_path, b"content")))
-    assert_clean(said)
-    assert "you signed in with ***" in said
+            error = error_of(sender.send(an_archive(tmp_path, b"content")))
+    assert_clean(error)
+    assert "you signed in with ***" in error
 
 
-def test_a_field_that_is_named_like_a_secret_is_none_to_be_told(tmp_path: Path) -> None:
-    with ScriptedServer(answering(answer(400, b"bad api_key MARKER-core, site north"))) as server:
+def test_an_error_hides_a_form_field_that_is_named_like_a_secret(tmp_path: Path) -> None:
+    with ScriptedServer(always(answer(400, b"bad api_key MARKER-core, site north"))) as server:
         fields = {"api_key": "MARKER-core", "site": "north"}
         with a_sender(a_destination(server.url, fields=fields)) as sender:
-            said = told(sender.send(an_archive(tmp_path, b"content")))
-    assert "MARKER" not in said
-    assert "north" in said
+            error = error_of(sender.send(an_archive(tmp_path, b"content")))
+    assert "MARKER" not in error
+    assert "north" in error

@@ -1,4 +1,4 @@
-"""Writers that do what writers do: what is delivered in the end is what they meant, whole."""
+"""Writers that pause, append, truncate or rename: their final content is delivered, complete."""
 
 from __future__ import annotations
 
@@ -9,72 +9,69 @@ from pathlib import Path
 import pytest
 
 from backupd.receiver.serve import RunningReceiver
-from tests.privileges import needs_root
 from tests.scripted import Peer, ScriptedServer, receipt_for, server_context
-from tests.stage import Daemon, Stage, until
+from tests.stage import TIMEOUT, Daemon, Stage, until
 
-OFTEN = 'stable_for = "0.1s"\nrescan_every = "1s"'
+FREQUENT_SCANS = 'stable_for = "0.1s"\nrescan_every = "1s"'
 SIZE = 100_000
 BIG = 12_000_000
-"""More than the sockets between daemon and endpoint hold."""
+"""More bytes than the socket buffers between daemon and endpoint hold."""
 
 
-def scans(daemon: Daemon, count: int = 2) -> None:
-    """Wait until the folder was looked through so many times from now on."""
+def wait_for_scans(daemon: Daemon, count: int = 2) -> None:
+    """Wait for so many further scans."""
     daemon.wait_for("drop.scanned", len(daemon.events("drop.scanned")) + count)
 
 
-def settle(stage: Stage, daemon: Daemon, count: int) -> list[bytes]:
-    """Wait until so many archives lie in `sent`, and nothing waits; return their contents."""
+def wait_until_sent(stage: Stage, daemon: Daemon, count: int) -> list[bytes]:
+    """Wait until so many archives are in `sent`, and none in the drop folder; return the contents."""
 
-    def settled() -> bool:
+    def are_sent() -> bool:
         waiting = [p for p in stage.archives(stage.drop) if not p.is_relative_to(stage.sent)]
         return not waiting and len(stage.archives(stage.sent)) >= count
 
-    until(settled, f"{count} archives in sent\n{daemon.text()[-3000:]}")
-    daemon.wait_for("archive.disposed", count)  # said last
+    until(are_sent, f"{count} archives in sent\n{daemon.text()[-3000:]}")
+    daemon.wait_for("archive.disposed", count)  # logged last
     return sorted(path.read_bytes() for path in stage.archives(stage.sent))
 
 
-@needs_root  # to be told of somebody else's open file takes CAP_LEASE
-def test_a_writer_that_pauses_with_the_file_open_is_waited_for(
-    stage: Stage, receiver: RunningReceiver
-) -> None:
-    stage.configure(receiver.url, top='[log]\nlevel = "debug"', drop=OFTEN)
+@pytest.mark.root  # detecting a file that another user has open takes CAP_LEASE
+def test_a_file_that_is_still_open_for_writing_is_not_queued(stage: Stage, receiver: RunningReceiver) -> None:
+    stage.configure(receiver.url, top='[log]\nlevel = "debug"', drop=FREQUENT_SCANS)
     daemon = stage.daemon().ready()
     with (stage.drop / "core.tar.gz").open("wb", buffering=0) as stream:
         stream.write(b"first half, ")
-        scans(daemon, 3)
+        wait_for_scans(daemon, 3)
         assert not daemon.events("archive.queued")
         stream.write(b"second half")
-    assert settle(stage, daemon, 1) == [b"first half, second half"]
+    assert wait_until_sent(stage, daemon, 1) == [b"first half, second half"]
     assert len(stage.stored()) == 1
     assert daemon.stop() == 0
 
 
-def test_what_is_appended_after_it_was_sent_is_an_archive_of_its_own(
+def test_content_appended_after_the_delivery_is_a_new_archive(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
-    """A writer that closes, and later opens the name again, finds nothing there to append to."""
-    stage.configure(receiver.url, drop=OFTEN)
+    """The file was moved away: a writer that opens the name again creates a new file."""
+    stage.configure(receiver.url, drop=FREQUENT_SCANS)
     daemon = stage.daemon().ready()
     for part in (b"first", b"second"):
         with (stage.drop / "core.tar.gz").open("ab") as stream:
             stream.write(part)
         daemon.wait_for("archive.disposed", 1 + (part == b"second"), archive="core.tar.gz")
-    assert settle(stage, daemon, 2) == [b"first", b"second"]
+    assert wait_until_sent(stage, daemon, 2) == [b"first", b"second"]
     assert daemon.stop() == 0
 
 
-@needs_root
+@pytest.mark.root
 @pytest.mark.parametrize("action", ["move", "delete"])
-def test_a_writer_that_comes_back_while_it_is_queued_is_waited_for(
+def test_a_queued_file_opened_again_is_moved_after_its_close(
     stage: Stage, receiver: RunningReceiver, action: str
 ) -> None:
-    """The archive is sent as it was; what is added comes after that, and has to arrive too."""
+    """The earlier content is uploaded first, and the appended content after the file is closed."""
     stage.configure(
         receiver.url,
-        drop=f'{OFTEN}\non_delivered = "{action}"',
+        drop=f'{FREQUENT_SCANS}\non_delivered = "{action}"',
         more='[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.5s"',
     )
     receiver.__exit__(None, None, None)
@@ -86,7 +83,7 @@ def test_a_writer_that_comes_back_while_it_is_queued_is_waited_for(
         daemon.wait_for("disposition.failed", archive="core.tar.gz")
         stream.write(b", second half")
     daemon.wait_for("archive.delivered", 2, archive="core.tar.gz")
-    until(lambda: not path.exists(), "the end of it")
+    until(lambda: not path.exists(), "the file to leave the drop folder")
     assert sorted(p.read_bytes() for p in stage.stored()) == [b"first half", b"first half, second half"]
     kept = [p.read_bytes() for p in stage.archives(stage.drop)]
     assert kept == ([b"first half, second half"] if action == "move" else [])
@@ -104,14 +101,16 @@ def cut(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def rewritten_behind_our_back(path: Path) -> bytes:
-    """In place, with the size and the times put back: only the change time tells."""
+def rewritten_unnoticed(path: Path) -> bytes:
+    """Rewrite the file and restore its size and times: only the change time (ctime) differs."""
     before = path.stat()
     content = os.urandom(before.st_size)
     with path.open("r+b") as stream:
         stream.write(content)
         stream.flush()
-        os.utime(stream.fileno(), ns=(before.st_atime_ns, before.st_mtime_ns))  # while nobody may take it
+        os.utime(
+            stream.fileno(), ns=(before.st_atime_ns, before.st_mtime_ns)
+        )  # while the open file keeps the daemon off
     after = path.stat()
     assert (after.st_size, after.st_mtime_ns, after.st_ino) == (
         before.st_size,
@@ -129,19 +128,19 @@ def renamed_over(path: Path) -> bytes:
     return content
 
 
-def dropped_again(path: Path) -> bytes:
+def replaced(path: Path) -> bytes:
     path.unlink()
     return renamed_over(path)
 
 
-CHANGES = [appended, cut, rewritten_behind_our_back, renamed_over, dropped_again]
+CHANGES = [appended, cut, rewritten_unnoticed, renamed_over, replaced]
 
 
-class Held:
-    """Serves like a good endpoint, but holds its first request when half of it is there."""
+class PausesFirstRequest:
+    """Accepts every archive, but pauses in the middle of the first request."""
 
     def __init__(self) -> None:
-        self.whole: list[bytes] = []
+        self.contents: list[bytes] = []
 
     def __call__(self, peer: Peer) -> None:
         while True:
@@ -153,42 +152,42 @@ class Held:
             body += peer.read(length - len(body))
             content = body.partition(b'; filename="')[2].partition(b"\r\n\r\n")[2].rpartition(b"\r\n--")[0]
             content = content.partition(b"\r\n--")[0] if b'name="sha256"' in content else content
-            self.whole.append(content)
+            self.contents.append(content)
             peer.send(receipt_for(content))
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_during_the_upload_has_the_new_content_delivered_and_the_old_one_never(
+def test_a_change_during_the_upload_delivers_only_the_new_content(
     stage: Stage, change: Callable[[Path], bytes]
 ) -> None:
-    held = Held()
-    with ScriptedServer(held, server_context(stage.pki)) as server:
+    endpoint = PausesFirstRequest()
+    with ScriptedServer(endpoint, server_context(stage.pki)) as server:
         stage.configure(
             server.url,
-            drop=OFTEN,
+            drop=FREQUENT_SCANS,
             destination="workers = 1",
             more='[destination.vault.retry]\ninitial = "0.1s"\nmax = "1s"',
         )
         daemon = stage.daemon().ready()
         old = os.urandom(BIG)
         path = stage.put("core.tar.gz", old)
-        assert server.paused.wait(60)
+        assert server.paused.wait(TIMEOUT)
         new = change(path)
         server.go_on()
 
-        assert settle(stage, daemon, 1) == [new]
-        assert held.whole == [new]  # the first request was never made whole, with whatever content
+        assert wait_until_sent(stage, daemon, 1) == [new]
+        assert endpoint.contents == [new]  # the first request never completes
         delivered = daemon.events("archive.delivered")
         assert [line["size_bytes"] for line in delivered] == [len(new)]
         assert daemon.stop() == 0
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_before_the_upload_has_the_new_content_delivered_alone(
+def test_a_change_before_the_upload_delivers_only_the_new_content(
     stage: Stage, receiver: RunningReceiver, change: Callable[[Path], bytes]
 ) -> None:
     stage.configure(
-        receiver.url, drop=OFTEN, more='[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.5s"'
+        receiver.url, drop=FREQUENT_SCANS, more='[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.5s"'
     )
     receiver.__exit__(None, None, None)
     daemon = stage.daemon().ready()
@@ -197,15 +196,13 @@ def test_a_change_before_the_upload_has_the_new_content_delivered_alone(
     new = change(path)
     receiver.__enter__()
 
-    assert settle(stage, daemon, 1) == [new]
+    assert wait_until_sent(stage, daemon, 1) == [new]
     assert [stored.read_bytes() for stored in stage.stored()] == [new]
     assert len(daemon.events("archive.delivered")) == 1
     assert daemon.stop() == 0
 
 
-def test_a_name_that_is_used_again_and_again_keeps_every_content(
-    stage: Stage, receiver: RunningReceiver
-) -> None:
+def test_each_content_under_a_reused_name_is_delivered(stage: Stage, receiver: RunningReceiver) -> None:
     stage.configure(receiver.url, drop='stable_for = "0s"')
     daemon = stage.daemon().ready()
     contents = []
@@ -213,12 +210,14 @@ def test_a_name_that_is_used_again_and_again_keeps_every_content(
         contents.append(b"content %d" % number)
         stage.put("core.tar.gz", contents[-1])
         daemon.wait_for("archive.disposed", number + 1, archive="core.tar.gz")
-    assert settle(stage, daemon, 5) == contents
+    assert wait_until_sent(stage, daemon, 5) == contents
     assert sorted(stored.read_bytes() for stored in stage.stored()) == contents
     assert daemon.stop() == 0
 
 
-def test_a_folder_with_a_thousand_files_that_is_moved_in(stage: Stage, receiver: RunningReceiver) -> None:
+def test_every_file_of_a_folder_that_is_moved_in_is_delivered(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
     stage.configure(receiver.url, drop='stable_for = "0s"')
     daemon = stage.daemon().ready()
     site = stage.base / "site"
@@ -227,7 +226,7 @@ def test_a_folder_with_a_thousand_files_that_is_moved_in(stage: Stage, receiver:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"sw-{number}.cfg").write_bytes(b"%d" % number)
     site.rename(stage.drop / "site")
-    assert settle(stage, daemon, 1000) == sorted(b"%d" % number for number in range(1000))
+    assert wait_until_sent(stage, daemon, 1000) == sorted(b"%d" % number for number in range(1000))
     assert len(stage.stored()) == 1000
     assert (stage.sent / "site" / "rack-7" / "sw-17.cfg").read_bytes() == b"17"
     assert daemon.stop() == 0
