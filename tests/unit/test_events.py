@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +14,12 @@ import pytest
 
 import backupd
 from backupd.telemetry import events
-from backupd.telemetry.docs import SECTIONS, events_page
+from backupd.telemetry.docs import SECTIONS, events_page, events_schema, lnav_format
 from backupd.telemetry.events import CATALOGUE, COMMON_KEYS, KEYS, Event
 from backupd.telemetry.message import keys_of, required_keys
 
 PACKAGE = Path(backupd.__file__).parent
+PRINT = (sys.executable, "-m", "backupd.telemetry.docs")
 BY_NAME = {name: value for name, value in vars(events).items() if isinstance(value, Event)}
 
 
@@ -215,6 +218,20 @@ def test_the_page_is_generated_from_the_catalogue() -> None:
     page = (PACKAGE.parent / "docs" / "events.md").read_text("utf-8")
     assert page == events_page(), "run: python -m backupd.telemetry.docs > docs/events.md"
     assert all(page.count(f"\n| `{name}` |") == 1 for name in (*CATALOGUE, *KEYS))
+
+
+@pytest.mark.parametrize(
+    ("options", "output"), [([], events_page), (["--schema"], events_schema), (["--lnav"], lnav_format)]
+)
+def test_the_module_prints_the_generated_files(options: list[str], output: Callable[[], str]) -> None:
+    done = subprocess.run([*PRINT, *options], capture_output=True, text=True, check=True)
+    assert done.stdout == output()
+
+
+def test_the_module_refuses_unknown_options() -> None:
+    done = subprocess.run([*PRINT, "--html"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "--lnav" in done.stderr
 
 
 def test_every_event_is_in_one_section_of_the_page() -> None:
