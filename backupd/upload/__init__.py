@@ -1,1 +1,1 @@
-"""Bringing one archive to one destination; the only package that imports httpx."""
+"""Uploads of archives to destinations: the interfaces, the registry of kinds, and a package for each kind."""

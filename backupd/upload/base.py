@@ -30,10 +30,10 @@ class UploadJob:
     """One archive, open for reading, to upload to one destination.
 
     The uploader reads `fd` with pread(2) and does not close it. `variables` are the values of the
-    placeholders in templates. `unconfirmed_digest` is the digest of an earlier attempt whose response was
-    lost. The uploader calls `on_alive` at least once a second while it works or waits for the network, and
-    `on_idle` before a wait that it cannot bound, such as that for the name service. It sets `sent_bytes`, in
-    bytes of the archive.
+    placeholders in templates. `unconfirmed_digest` is the digest of an earlier attempt with a lost
+    response. The uploader calls `on_alive` at least once a second while it works or waits for the network,
+    and `on_idle` before a wait that it cannot bound, such as that for the name service. It sets
+    `sent_bytes`, in bytes of the archive.
     """
 
     delivery_id: str
@@ -91,7 +91,7 @@ class Uploader(Protocol):
 
 
 class Endpoint(Protocol):
-    """What the workers of one destination share: limits, sign-in, and the files it was opened with.
+    """The state that the workers of one destination share, such as limits, sign-in and TLS files.
 
     The defaults are those of a kind without certificates.
     """

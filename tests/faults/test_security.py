@@ -327,7 +327,7 @@ def test_a_response_of_one_byte_at_a_time_is_abandoned_without_a_deadline(
         daemon = stage.daemon().ready()
         stage.put("r1.cfg", b"r1")
         # attempts on a server that is slow to begin may fail before
-        daemon.wait_for("attempt.failed", reason="read_timeout", error="no end of the answer after 3 s")
+        daemon.wait_for("attempt.failed", reason="read_timeout", error="no complete response within 3 s")
         abandoned.set()
         daemon.wait_for("archive.disposed", archive="r1.cfg")
         assert daemon.stop() == 0

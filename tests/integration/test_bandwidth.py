@@ -70,14 +70,14 @@ class Meter:
 def note_grants(bandwidth: BandwidthLimit) -> list[Moment]:
     """Return a list to which every grant of bandwidth is added."""
     grants: list[Moment] = []
-    take = bandwidth.take
+    take = bandwidth.acquire
 
     def noted(wanted: int) -> tuple[int, float]:
         granted, wait = take(wanted)
         grants.append((time.monotonic(), granted))
         return granted, wait
 
-    bandwidth.take = noted  # type: ignore[method-assign]
+    bandwidth.acquire = noted  # type: ignore[method-assign]
     return grants
 
 
@@ -144,10 +144,10 @@ def test_the_limit_is_that_of_the_local_time_of_day() -> None:
     around = RateWindow((minute - 120) % 1440, (minute + 120) % 1440, 1024)
     elsewhere = RateWindow((minute + 240) % 1440, (minute + 480) % 1440, 1024)
 
-    granted, wait = BandwidthLimit(RateSchedule((around,), None)).take(MIB)
+    granted, wait = BandwidthLimit(RateSchedule((around,), None)).acquire(MIB)
     assert granted == 0
     assert 15 < wait <= 16
-    assert BandwidthLimit(RateSchedule((elsewhere,), None)).take(MIB) == (MIB, 0.0)
+    assert BandwidthLimit(RateSchedule((elsewhere,), None)).acquire(MIB) == (MIB, 0.0)
 
 
 def reading(rate: int) -> Script:
@@ -181,7 +181,7 @@ class TestLeastRate:
             with a_sender(destination) as sender:
                 outcome = sender.send(an_archive(tmp_path, size=64 * MIB))
         assert reason_of(outcome) is Reason.TOO_SLOW
-        assert "less than 1000000" in repr(outcome)
+        assert "min_rate is 1000000" in repr(outcome)
 
     def test_one_that_takes_nothing_ends_it_as_well(
         self, tmp_path: Path, pki: Pki, short_window: float
@@ -229,7 +229,7 @@ class TestLeastRate:
 
         def slowly(self: RequestBuilder, cargo: Any) -> Any:
             time.sleep(1.2)
-            self._line.check()
+            self._limits.check()
             return digest_of(self, cargo)
 
         monkeypatch.setattr(RequestBuilder, "digest_of", slowly)

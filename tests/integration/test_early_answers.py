@@ -32,7 +32,7 @@ from tests.scripted import (
     server_context,
     take_all,
 )
-from tests.stage import PATIENCE, Stage, until
+from tests.stage import TIMEOUT, Stage, until
 from tests.uploading import MIB, Sender, a_destination, a_sender, an_archive
 
 LINES = ["tcp", "tls 1.2", "tls 1.3"]
@@ -151,7 +151,7 @@ def wait_for_an_answer_before_any_request(monkeypatch: pytest.MonkeyPatch) -> No
         stream = connect(*args, **keys)
         poller = select.poll()
         poller.register(stream.get_extra_info("socket").fileno(), select.POLLIN)
-        assert poller.poll(PATIENCE * 1000)
+        assert poller.poll(TIMEOUT * 1000)
         return stream
 
     monkeypatch.setattr(StreamBackend, "connect_tcp", answered_at_once)
@@ -217,7 +217,7 @@ def test_a_success_before_a_last_chunk_that_ends_like_a_head_is_no_delivery(
 
     def wait_once(sent: int) -> None:
         assert sent == CHUNK
-        assert answered.wait(PATIENCE)
+        assert answered.wait(TIMEOUT)
 
     content = bytes(CHUNK) + ENDS_LIKE_A_HEAD
     with talking(script, pki, line, **UNPROVEN) as (sender, _):
@@ -477,8 +477,8 @@ def test_an_early_refusal_that_drips_for_ever_is_not_waited_for_where_no_rate_is
             peer.drip(b"b" * 100, every=0.02)
 
     with ThreadPoolExecutor(1) as pool, talking(script, pki, line, min_rate="0B") as (sender, server):
-        sender._uploader._line._patience = 3.0
-        outcome = pool.submit(sender.send, an_archive(tmp_path, size=LARGE)).result(timeout=PATIENCE)
+        sender._uploader._limits._idle_timeout = 3.0
+        outcome = pool.submit(sender.send, an_archive(tmp_path, size=LARGE)).result(timeout=TIMEOUT)
 
     assert reason(outcome) is Reason.READ_TIMEOUT
 

@@ -25,7 +25,7 @@ from backupd.upload.http.limits import AttemptLimits
 from backupd.upload.http.stream import TlsSocket
 from tests.pki import Pki
 from tests.scripted import EndedError, Peer, Request, ScriptedServer, receipt_for, server_context, take_all
-from tests.stage import PATIENCE, Stage, until
+from tests.stage import TIMEOUT, Stage, until
 from tests.uploading import MIB, a_destination, a_sender, an_archive
 
 CONTENT = b"the content of an archive" * 1000
@@ -324,7 +324,7 @@ def test_who_talks_on_after_the_receipt_does_not_keep_us(tmp_path: Path, pki: Pk
         ScriptedServer(Endless(), http2_context(pki)) as server,
         a_sender(a_destination(server.url, pki, http2=True)) as sender,
     ):
-        outcome = pool.submit(sender.send, an_archive(tmp_path, CONTENT)).result(timeout=PATIENCE)
+        outcome = pool.submit(sender.send, an_archive(tmp_path, CONTENT)).result(timeout=TIMEOUT)
     assert isinstance(outcome, Delivered)
 
 
@@ -488,7 +488,7 @@ def test_a_window_that_stays_shut_is_waited_for_as_long_as_a_write(tmp_path: Pat
         ScriptedServer(Shut(), http2_context(pki)) as server,
         a_sender(a_destination(server.url, pki, http2=True, timeout=timeout)) as sender,
     ):
-        outcome = pool.submit(sender.send, an_archive(tmp_path, size=MIB)).result(timeout=PATIENCE)
+        outcome = pool.submit(sender.send, an_archive(tmp_path, size=MIB)).result(timeout=TIMEOUT)
     assert failed(outcome) is Reason.WRITE_TIMEOUT
 
 
@@ -514,7 +514,7 @@ def test_the_least_rate_is_that_of_the_archive_alone(
         ScriptedServer(Grudging(), http2_context(pki)) as server,
         a_sender(a_destination(server.url, pki, http2=True, min_rate="1KB")) as sender,
     ):
-        outcome = pool.submit(sender.send, an_archive(tmp_path, size=MIB)).result(timeout=PATIENCE)
+        outcome = pool.submit(sender.send, an_archive(tmp_path, size=MIB)).result(timeout=TIMEOUT)
     assert failed(outcome) is Reason.TOO_SLOW
 
 
@@ -529,8 +529,8 @@ def test_an_early_answer_without_an_end_is_not_waited_for_while_pings_come(tmp_p
         ScriptedServer(Early(), http2_context(pki)) as server,
         a_sender(a_destination(server.url, pki, http2=True, min_rate="10B")) as sender,
     ):
-        sender._uploader._line._patience = 3.0
-        outcome = pool.submit(sender.send, an_archive(tmp_path, size=MIB)).result(timeout=PATIENCE)
+        sender._uploader._limits._idle_timeout = 3.0
+        outcome = pool.submit(sender.send, an_archive(tmp_path, size=MIB)).result(timeout=TIMEOUT)
     assert isinstance(outcome, Rejected)
     assert outcome.reason is Reason.TOO_LARGE
 
@@ -579,8 +579,8 @@ def test_frames_without_an_end_end_the_attempt_without_a_deadline_too(
         ScriptedServer(Busy(), http2_context(pki)) as server,
         a_sender(a_destination(server.url, pki, http2=True, timeout=timeout)) as sender,
     ):
-        sender._uploader._line._patience = None if shut or not pause else 3.0
-        outcome = pool.submit(sender.send, an_archive(tmp_path, size=MIB)).result(timeout=PATIENCE)
+        sender._uploader._limits._idle_timeout = None if shut or not pause else 3.0
+        outcome = pool.submit(sender.send, an_archive(tmp_path, size=MIB)).result(timeout=TIMEOUT)
     assert failed(outcome) is expected
 
 
@@ -598,10 +598,10 @@ def test_frames_that_wait_to_be_read_cost_no_time_while_the_other_side_takes_not
             talk.peer.pause()
             talk.connection.ping(b"unread!!")
             talk.flush()
-            server.stopping.wait(PATIENCE)
+            server.stopping.wait(TIMEOUT)
 
     turns: list[None] = []
-    check, send = AttemptLimits._check, TlsSocket.send
+    check, send = AttemptLimits._check_limits, TlsSocket.send
 
     def counted_check(self: AttemptLimits, now: float) -> None:
         turns.append(None)
@@ -611,7 +611,7 @@ def test_frames_that_wait_to_be_read_cost_no_time_while_the_other_side_takes_not
         turns.append(None)
         return send(self, view)
 
-    monkeypatch.setattr(AttemptLimits, "_check", counted_check)
+    monkeypatch.setattr(AttemptLimits, "_check_limits", counted_check)
     monkeypatch.setattr(TlsSocket, "send", counted_send)
     with (
         ScriptedServer(Stuck(), http2_context(pki)) as server,
@@ -619,12 +619,12 @@ def test_frames_that_wait_to_be_read_cost_no_time_while_the_other_side_takes_not
         ThreadPoolExecutor(1) as pool,
     ):
         sending = pool.submit(sender.send, an_archive(tmp_path, size=64 * MIB))
-        assert server.paused.wait(PATIENCE)
+        assert server.paused.wait(TIMEOUT)
         until(sender.is_stuck, "the client to be stuck")
         before = len(turns)
         server.go_on()
         server.stopping.wait(0.5)
         taken = len(turns) - before
         sender.abort.set()
-        assert failed(sending.result(timeout=PATIENCE)) is Reason.STOPPED
+        assert failed(sending.result(timeout=TIMEOUT)) is Reason.STOPPED
     assert taken < 20

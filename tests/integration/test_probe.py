@@ -299,7 +299,7 @@ def test_a_date_that_is_none_says_nothing_of_the_clock(pki: Pki, date: str) -> N
 
 
 def test_one_that_never_answers_ends_in_time(pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backupd.upload.http.probe._LONGEST_READ", 3600.0)
+    monkeypatch.setattr("backupd.upload.http.probe._MAX_READ_TIMEOUT", 3600.0)
 
     def silent(peer: Peer) -> None:
         peer.read_head()
@@ -373,14 +373,14 @@ def test_the_command_shows_what_was_found_in_lines_that_fit(stage: Stage) -> Non
     assert all(len(line) <= 100 for line in facts)
     text = " ".join(done.stdout.split())
     for words in (
-        f"ok: destination.vault: {server.url}: TLSv1.3, answered 204 to OPTIONS",
+        f"ok: destination.vault: {server.url}: TLSv1.3, responded 204 to OPTIONS",
         "connection TLSv1.3 HTTP/1.1",
         "server certificate 7 days left, for 127.0.0.1, host-0.vault.example.net",
         "issued by OU=Testing CA",
         "client certificate required",
         "sign-in bearer: not refused",
         "server clock 1 h 1 min ahead of this host's hint: set the clock",
-        f"failed: destination.other: {wrong.url}: answered 404 to OPTIONS (not_found)",
+        f"failed: destination.other: {wrong.url}: responded 404 to OPTIONS (not_found)",
         "server clock same as this host's",
     ):
         assert words in text
@@ -396,7 +396,7 @@ def test_the_same_as_json(stage: Stage, record_property: Callable[[str, object],
     assert {**vault, "took_s": 0, "server_days_left": 0, "server_issuer": "", "clock_ahead_s": 0} == {
         "destination": "vault",
         "reason": None,
-        "detail": "answered 204 to OPTIONS",
+        "detail": "responded 204 to OPTIONS",
         "tls": "TLSv1.3",
         "http_version": "HTTP/1.1",
         "http_status": 204,

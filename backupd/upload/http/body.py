@@ -1,4 +1,4 @@
-"""The request's body: the file is read once, and the bytes that are hashed are the bytes that are sent."""
+"""The body of an upload: the file is read once, and the hashed bytes are the sent bytes."""
 
 from __future__ import annotations
 
@@ -11,39 +11,129 @@ from backupd.core.model import Digest, is_unchanged
 from backupd.upload.base import UploadJob
 from backupd.upload.http.limits import AttemptLimits
 
+CHUNK = 256 * 1024
+"""Bytes that are read from the file at a time."""
 
-def file_name(name: bytes) -> str:
-    r"""Return a file name as every common parser reads it: UTF-8, with escapes where they would err.
+_CHECK_EVERY = 16 * CHUNK
+"""Bytes between two checks that the file is unchanged."""
 
-    Quotes, backslashes, control and other unprintable characters and bytes that are no UTF-8 become
-    `%NN`, as browsers do for quotes and line ends (https://url.spec.whatwg.org, multipart/form-data).
+
+class FileChangedDuringUploadError(Exception):
+    """The file changed after it was queued."""
+
+
+class ReadFailedError(Exception):
+    """The file can't be read."""
+
+
+class UploadBody:
+    """The body of a request as an iterable of chunks; each iteration starts at the first byte.
+
+    `complete` is whether the last chunk was handed over; from then on `digest` is that of the file.
+    `expected` is the digest that the request has stated already, if any.
     """
-    text = name.decode("utf-8", "surrogateescape")
-    return "".join(c if c.isprintable() and c not in '"\\' else _percent(c) for c in text)
+
+    def __init__(
+        self,
+        job: UploadJob,
+        framing: MultipartFraming,
+        algorithm: str,
+        limits: AttemptLimits,
+        expected: Digest | None = None,
+    ) -> None:
+        self._job = job
+        self._framing = framing
+        self._algorithm = algorithm
+        self._limits = limits
+        self._expected = expected
+        self.complete = False
+        self.digest = Digest(algorithm, "")
+
+    @property
+    def size(self) -> int:
+        """Return the length of the body in bytes; `len` would be limited to `sys.maxsize`."""
+        blank = hashlib.new(self._algorithm).hexdigest()
+        return len(self._framing.before) + self._job.fingerprint.size + len(self._framing.after(blank))
+
+    def begin(self) -> None:
+        """Reset the progress: a new request starts to send the body."""
+        self.complete, self._job.sent_bytes = False, 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        self.begin()
+        self._limits.body_started()
+        hasher = hashlib.new(self._algorithm)
+        size = self._job.fingerprint.size
+        pending = self._framing.before
+        for offset, chunk in self._chunks():
+            hasher.update(chunk)
+            if offset + len(chunk) < size:
+                yield pending + chunk if pending else chunk
+                pending = b""
+                self._report_progress(offset + len(chunk))
+            else:
+                pending += chunk
+        check_unchanged(self._job)  # before the last bytes: an incomplete request stores nothing
+        self.digest = Digest(self._algorithm, hasher.hexdigest())
+        if self._expected not in (None, self.digest):
+            raise FileChangedDuringUploadError("the file was rewritten after its digest was calculated")
+        yield pending + self._framing.after(self.digest.hex)
+        self._report_progress(size)
+        self.complete = True
+        self._limits.body_sent()
+
+    def _report_progress(self, sent_bytes: int) -> None:
+        self._job.sent_bytes = sent_bytes
+        self._job.on_progress(sent_bytes)
+
+    def _chunks(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the chunks of the file with their offsets."""
+        offset, size = 0, self._job.fingerprint.size
+        while offset < size:
+            if offset % _CHECK_EVERY == 0:  # do not upload the rest of a file that was removed or changed
+                check_unchanged(self._job)
+            chunk = read_at(self._job.fd, min(CHUNK, size - offset), offset)
+            if not chunk:
+                raise FileChangedDuringUploadError(f"the file ends after {offset} of {size} bytes")
+            yield offset, chunk
+            offset += len(chunk)
 
 
-def _percent(char: str) -> str:
-    return "".join(f"%{byte:02X}" for byte in char.encode("utf-8", "surrogateescape"))
+def read_at(fd: int, count: int, offset: int) -> bytes:
+    """Return up to `count` bytes at an offset, none at the end of the file; raises ReadFailedError."""
+    try:
+        return os.pread(fd, count, offset)
+    except OSError as error:
+        raise ReadFailedError(error.strerror) from error
+
+
+def check_unchanged(job: UploadJob) -> None:
+    """Raise FileChangedDuringUploadError if the file changed after it was queued; raises ReadFailedError."""
+    try:
+        status = os.fstat(job.fd)
+    except OSError as error:
+        raise ReadFailedError(error.strerror) from error
+    if not is_unchanged(status, job.fingerprint):
+        raise FileChangedDuringUploadError(
+            f"the file changed: {job.fingerprint.size} bytes when it was queued, {status.st_size} bytes now"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class MultipartFraming:
-    """The bytes around a file: all that goes before it, and a function's worth of what goes after.
-
-    Without a boundary there is nothing around it.
-    """
+    """The bytes of a body before and after the file; without a `boundary` there are none."""
 
     boundary: str
     before: bytes
     digest_field: str
 
     def after(self, digest: str) -> bytes:
-        """Return what follows the file; its length is the same for every digest of one algorithm."""
+        """Return the bytes after the file; their length is the same for every digest of one algorithm."""
         if not self.boundary:
             return b""
         part = b""
         if self.digest_field:
-            part = _part(self.boundary, self.digest_field) + digest.encode("ascii") + b"\r\n"
+            part = _part_head(self.boundary, self.digest_field) + digest.encode("ascii") + b"\r\n"
         return b"\r\n" + part + f"--{self.boundary}--\r\n".encode("ascii")
 
     @property
@@ -55,131 +145,43 @@ class MultipartFraming:
 
 
 def raw() -> MultipartFraming:
-    """Return the framing of a body that is the file itself."""
+    """Return the framing of a body that consists of the file only."""
     return MultipartFraming("", b"", "")
 
 
 def frame(
     boundary: str, fields: Mapping[str, str], file_field: str, name: bytes, digest_field: str
 ) -> MultipartFraming:
-    """Return the framing of a body with these fields, then the file, then the digest field."""
+    """Return the framing of a multipart/form-data body (RFC 7578): fields, then file, then digest field."""
     parts: Iterable[bytes] = [
-        _part(boundary, key) + value.encode("utf-8", "backslashreplace") + b"\r\n"
+        _part_head(boundary, key) + value.encode("utf-8", "backslashreplace") + b"\r\n"
         for key, value in fields.items()
     ]
     head = (
         f"--{boundary}\r\nContent-Disposition: form-data; "
-        f'name="{_quoted(file_field)}"; filename="{file_name(name)}"\r\n'
+        f'name="{_quote(file_field)}"; filename="{file_name(name)}"\r\n'
         "Content-Type: application/octet-stream\r\n\r\n"
     )
     return MultipartFraming(boundary, b"".join(parts) + head.encode("utf-8"), digest_field)
 
 
-def _part(boundary: str, name: str) -> bytes:
-    return f'--{boundary}\r\nContent-Disposition: form-data; name="{_quoted(name)}"\r\n\r\n'.encode()
+def file_name(name: bytes) -> str:
+    r"""Return a file name for a `filename` parameter, escaped so that common parsers agree on it.
+
+    Quotes, backslashes, unprintable characters and bytes that are not UTF-8 become `%NN`, as browsers do for
+    quotes and line ends (https://html.spec.whatwg.org, "multipart/form-data").
+    """
+    text = name.decode("utf-8", "surrogateescape")
+    return "".join(c if c.isprintable() and c not in '"\\' else _percent(c) for c in text)
 
 
-def _quoted(name: str) -> str:
+def _part_head(boundary: str, name: str) -> bytes:
+    return f'--{boundary}\r\nContent-Disposition: form-data; name="{_quote(name)}"\r\n\r\n'.encode()
+
+
+def _quote(name: str) -> str:
     return "".join(_percent(c) if c in '"\\\r\n' else c for c in name)
 
 
-CHUNK = 256 * 1024
-"""Bytes of a read."""
-
-_LOOK = 16 * CHUNK
-"""Bytes between looks whether the file is still the one that was admitted."""
-
-
-class FileChangedDuringUploadError(Exception):
-    """The file is not as it was when it was admitted."""
-
-
-class ReadFailedError(Exception):
-    """The file can't be read."""
-
-
-class UploadBody:
-    """An iterable of chunks, from the beginning each time it is asked for an iterator.
-
-    `complete` tells whether the last chunk was handed over; `digest` is known from then on. `expected`
-    is the digest that was stated before, where one was.
-    """
-
-    def __init__(
-        self,
-        cargo: UploadJob,
-        framing: MultipartFraming,
-        algorithm: str,
-        line: AttemptLimits,
-        expected: Digest | None = None,
-    ) -> None:
-        self._cargo = cargo
-        self._framing = framing
-        self._algorithm = algorithm
-        self._line = line
-        self._expected = expected
-        self.complete = False
-        self.digest = Digest(algorithm, "")
-
-    @property
-    def size(self) -> int:
-        """Return its bytes, the framing's included; `len` ends before what a file can have."""
-        blank = hashlib.new(self._algorithm).hexdigest()
-        return len(self._framing.before) + self._cargo.fingerprint.size + len(self._framing.after(blank))
-
-    def begin(self) -> None:
-        """Note that a request begins, of which nothing was handed over yet."""
-        self.complete, self._cargo.sent_bytes = False, 0
-
-    def __iter__(self) -> Iterator[bytes]:
-        self.begin()
-        self._line.body_started()
-        hasher = hashlib.new(self._algorithm)
-        size = self._cargo.fingerprint.size
-        pending = self._framing.before
-        for at, chunk in self._chunks():
-            hasher.update(chunk)
-            if at + len(chunk) < size:
-                yield pending + chunk if pending else chunk
-                pending = b""
-                self._handed_over(at + len(chunk))
-            else:
-                pending += chunk
-        check_unchanged(self._cargo)  # before the last bytes: a request that is not complete stores nothing
-        self.digest = Digest(self._algorithm, hasher.hexdigest())
-        if self._expected not in (None, self.digest):
-            raise FileChangedDuringUploadError("was rewritten since its digest was stated")
-        yield pending + self._framing.after(self.digest.hex)
-        self._handed_over(size)
-        self.complete = True
-        self._line.body_sent()
-
-    def _handed_over(self, sent: int) -> None:
-        self._cargo.sent_bytes = sent
-        self._cargo.on_progress(sent)
-
-    def _chunks(self) -> Iterator[tuple[int, bytes]]:
-        at, size = 0, self._cargo.fingerprint.size
-        while at < size:
-            if at % _LOOK == 0:  # what was removed or changed must not keep a worker to its end
-                check_unchanged(self._cargo)
-            try:
-                chunk = os.pread(self._cargo.fd, min(CHUNK, size - at), at)
-            except OSError as error:
-                raise ReadFailedError(error.strerror) from error
-            if not chunk:
-                raise FileChangedDuringUploadError(f"ended after {at} of {size} bytes")
-            yield at, chunk
-            at += len(chunk)
-
-
-def check_unchanged(cargo: UploadJob) -> None:
-    """Raise FileChangedError if the file is not as it was when it was admitted."""
-    try:
-        status = os.fstat(cargo.fd)
-    except OSError as error:
-        raise ReadFailedError(error.strerror) from error
-    if not is_unchanged(status, cargo.fingerprint):
-        raise FileChangedDuringUploadError(
-            f"was {cargo.fingerprint.size} bytes, is {status.st_size} bytes, or was rewritten"
-        )
+def _percent(char: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in char.encode("utf-8", "surrogateescape"))

@@ -1,4 +1,4 @@
-"""What bounds the time of an attempt on the wire: the abort, the deadline and the least rate."""
+"""The limits of an upload attempt: abort, deadline, idle time-out, minimum rate and bandwidth."""
 
 from __future__ import annotations
 
@@ -15,37 +15,18 @@ from backupd.core.bandwidth import RateSchedule, TokenBucket
 from backupd.core.policy import Reason
 from backupd.upload.base import Abort
 
-
-class BandwidthLimit:
-    """Grants bytes to whoever asks, at the rate that the schedule has for the local time of day."""
-
-    def __init__(self, schedule: RateSchedule) -> None:
-        self._schedule = schedule
-        self._bucket = TokenBucket(filled_at=time.monotonic())
-        self._lock = threading.Lock()
-
-    def take(self, wanted: int) -> tuple[int, float]:
-        """Return how many of the bytes may go now, and if none, the seconds until some may."""
-        clock = datetime.now().astimezone()
-        rate = self._schedule.rate_at(clock.hour * 60 + clock.minute)
-        if rate is None:
-            return wanted, 0.0
-        with self._lock:
-            return self._bucket.acquire(wanted, rate, time.monotonic())
-
-
-_SIGN_OF_LIFE = 1.0
-"""Seconds after which every wait shows life."""
-
 RATE_WINDOW = 60.0
-"""Seconds over which the least rate is measured."""
+"""Seconds over which the rate is measured before it is compared with `min_rate`."""
 
-UNWATCHED = "backupd.unwatched"
-"""The key under which a request carries the `Line.unwatched` of its attempt."""
+UNBOUNDED_WAIT = "backupd.unbounded_wait"
+"""Name of the request extension that holds `AttemptLimits.unbounded_wait` of the attempt."""
+
+_ALIVE_EVERY = 1.0
+"""Longest time in seconds between two calls of `on_alive` during a wait."""
 
 
 class AttemptEndedError(Exception):
-    """The attempt is to end now, for `reason`; raised out of a wait on the wire."""
+    """The attempt must end now because a limit is exceeded; `reason` names the limit."""
 
     def __init__(self, reason: Reason, error: str) -> None:
         super().__init__(error)
@@ -53,18 +34,13 @@ class AttemptEndedError(Exception):
         self.error = error
 
 
-@dataclass(slots=True)
-class _Window:
-    began: float
-    moved: int = 0
-
-
 class AttemptLimits:
-    """The bounds of one uploader's attempts; its connections ask it how long they may wait.
+    """The limits of one uploader's attempts; its connections wait for the network through this object.
 
-    `deadline` is in seconds for a whole attempt, None for none; `patience` for all that comes before the
-    body, and again for all that comes after it; `min_rate` in bytes per second while the body is sent, 0
-    for none; `bandwidth` is shared with the destination's other uploaders.
+    `deadline` bounds a whole attempt, in seconds. `idle_timeout` bounds, in seconds, everything before the
+    body together, and again everything after it: a peer that sends one byte at a time would otherwise keep
+    the worker for days. `min_rate` is in bytes per second while the body is sent, 0 for no minimum.
+    `bandwidth` is shared with the other uploaders of the destination.
     """
 
     def __init__(
@@ -72,93 +48,90 @@ class AttemptLimits:
         abort: Abort,
         *,
         deadline: float | None = None,
-        patience: float | None = None,
+        idle_timeout: float | None = None,
         min_rate: int = 0,
         bandwidth: BandwidthLimit | None = None,
     ) -> None:
         self._abort = abort
         self._bandwidth = bandwidth
         self._deadline = deadline
-        self._patience = patience
+        self._idle_timeout = idle_timeout
         self._min_rate = min_rate
-        self._ends: float | None = None
-        self._patient_until: float | None = None
-        self._window: _Window | None = None
-        self._is_aside = False
-        self._alive: Callable[[], None] = lambda: None
-        self._resting: Callable[[], None] = lambda: None
-        self.peer_expires: float | None = None
-        """When the certificate expires that the other side showed last, in seconds since the epoch."""
+        self._deadline_at: float | None = None
+        self._idle_until: float | None = None
+        self._measurement: _RateMeasurement | None = None
+        self._is_uncounted = False
+        self._on_alive: Callable[[], None] = lambda: None
+        self._on_idle: Callable[[], None] = lambda: None
+        self.server_certificate_expires: float | None = None
+        """When the certificate of the last TLS handshake expires, in seconds since the epoch."""
 
     def start(
-        self, alive: Callable[[], None] = lambda: None, resting: Callable[[], None] = lambda: None
+        self, on_alive: Callable[[], None] = lambda: None, on_idle: Callable[[], None] = lambda: None
     ) -> None:
-        """Start the clock of an attempt; `alive` and `resting` are those of `Cargo`."""
+        """Start the clocks of an attempt; the callbacks are those of `UploadJob`."""
         now = time.monotonic()
-        self._alive, self._resting = alive, resting
-        self._ends = None if self._deadline is None else now + self._deadline
-        self._window = None
-        self._be_patient(now)
+        self._on_alive, self._on_idle = on_alive, on_idle
+        self._deadline_at = None if self._deadline is None else now + self._deadline
+        self._measurement = None
+        self._start_idle_timeout(now)
 
     def body_started(self) -> None:
-        """From here on the least rate counts; what went before was no sending."""
-        self._window = _Window(time.monotonic()) if self._min_rate else None
-        self._patient_until = None
+        """Start to measure the rate, and stop the idle time-out."""
+        self._measurement = _RateMeasurement(time.monotonic()) if self._min_rate else None
+        self._idle_until = None
 
     def body_sent(self) -> None:
-        """From here on the destination works, and the rate says nothing."""
-        self._window = None
-        self._be_patient(time.monotonic())
-
-    def _be_patient(self, now: float) -> None:
-        """Bound what is no sending: who answers a byte at a time would else keep us for days."""
-        self._patient_until = None if self._patience is None else now + self._patience
+        """Stop to measure the rate, and start the idle time-out for the response."""
+        self._measurement = None
+        self._start_idle_timeout(time.monotonic())
 
     def count_bytes(self, count: int) -> None:
-        """Note bytes that the connection took."""
-        self._alive()
-        if self._window is not None and not self._is_aside:
-            self._window.moved += count
-        self._check(time.monotonic())  # who never lets us wait is no exception
+        """Count bytes that the socket accepted; raises as `wait` does."""
+        self._on_alive()
+        if self._measurement is not None and not self._is_uncounted:
+            self._measurement.sent_bytes += count
+        self._check_limits(time.monotonic())  # a socket that is always writable never leads to `wait`
 
     @contextmanager
-    def without_timeouts(self) -> Iterator[None]:
-        """Enclose what may be sent beside the body: the least rate does not count it."""
-        self._is_aside = True
+    def uncounted(self) -> Iterator[None]:
+        """Enclose the sending of bytes that are not part of the body: they do not count as progress."""
+        self._is_uncounted = True
         try:
             yield
         finally:
-            self._is_aside = False
+            self._is_uncounted = False
 
     @contextmanager
-    def unwatched(self) -> Iterator[None]:
-        """Enclose a wait that can't be bounded: it is slow, not hung."""
-        self._resting()
+    def unbounded_wait(self) -> Iterator[None]:
+        """Enclose a wait that cannot be interrupted: the watchdog must not take the thread for hung."""
+        self._on_idle()
         try:
             yield
         finally:
-            self._alive()
+            self._on_alive()
 
     def check(self) -> None:
-        """Raise AttemptEndedError where the attempt is to end now."""
+        """Raise AttemptEndedError if a limit is exceeded."""
         self.wait(-1, 0, 0)
 
     def acquire_bandwidth(self, wanted: int) -> tuple[int, float]:
-        """Return how many bytes may be sent now, and if none, the seconds until some may.
+        """Return how many bytes may be sent now; if none, the seconds until some may be sent.
 
-        That wait is ours, not the destination's: it does not count against the least rate.
+        Such a wait does not count against `min_rate`.
         """
         if self._bandwidth is None:
             return wanted, 0.0
-        granted, wait = self._bandwidth.take(wanted)
-        if self._window is not None:
-            self._window.began += wait
+        granted, wait = self._bandwidth.acquire(wanted)
+        if self._measurement is not None:
+            self._measurement.started_at += wait
         return granted, wait
 
     def wait(self, fd: int, events: int, timeout: float | None) -> bool:
-        """Wait for poll(2) events on a descriptor, if any; return False after `timeout` seconds.
+        """Wait for poll(2) events on a descriptor; return False after `timeout` seconds without any.
 
-        Raises AttemptEndedError when aborted, over the deadline, or slower than the least rate.
+        A negative descriptor waits for no events. Raises AttemptEndedError when aborted or if a limit is
+        exceeded.
         """
         until = None if timeout is None else time.monotonic() + timeout
         poller = select.poll()
@@ -167,31 +140,68 @@ class AttemptLimits:
         poller.register(self._abort.fileno(), select.POLLIN)
         while True:
             now = time.monotonic()
-            self._check(now)
-            self._alive()
+            self._check_limits(now)
+            self._on_alive()
             ready = dict(poller.poll(self._milliseconds(now, until)))
             if self._abort.fileno() in ready:
-                raise AttemptEndedError(Reason.STOPPED, "the daemon was told to stop")
+                raise AttemptEndedError(Reason.STOPPED, "the daemon is stopping")
             if ready:
                 return True
             if until is not None and time.monotonic() >= until:
                 return False
 
+    def _start_idle_timeout(self, now: float) -> None:
+        self._idle_until = None if self._idle_timeout is None else now + self._idle_timeout
+
     def _milliseconds(self, now: float, until: float | None) -> int:
-        bounds = (until, self._ends, self._patient_until)
-        ends = [now + _SIGN_OF_LIFE, *(t for t in bounds if t is not None)]
-        if self._window is not None:
-            ends.append(self._window.began + RATE_WINDOW)
+        """Return the time to the next event: a limit, the end of the wait, or a call of `on_alive`."""
+        limits = (until, self._deadline_at, self._idle_until)
+        ends = [now + _ALIVE_EVERY, *(end for end in limits if end is not None)]
+        if self._measurement is not None:
+            ends.append(self._measurement.started_at + RATE_WINDOW)
         return max(math.ceil((min(ends) - now) * 1000), 0)
 
-    def _check(self, now: float) -> None:
-        if self._ends is not None and now >= self._ends:
-            raise AttemptEndedError(Reason.DEADLINE, f"not done after {self._deadline:g} s")
-        if self._patient_until is not None and now >= self._patient_until:
-            raise AttemptEndedError(Reason.READ_TIMEOUT, f"no end of the answer after {self._patience:g} s")
-        window = self._window
-        if window is not None and now - window.began >= RATE_WINDOW:
-            rate = window.moved / (now - window.began)
+    def _check_limits(self, now: float) -> None:
+        if self._deadline_at is not None and now >= self._deadline_at:
+            raise AttemptEndedError(Reason.DEADLINE, f"not finished within {self._deadline:g} s")
+        if self._idle_until is not None and now >= self._idle_until:
+            raise AttemptEndedError(
+                Reason.READ_TIMEOUT, f"no complete response within {self._idle_timeout:g} s"
+            )
+        measurement = self._measurement
+        if measurement is not None and now - measurement.started_at >= RATE_WINDOW:
+            rate = measurement.sent_bytes / (now - measurement.started_at)
             if rate < self._min_rate:
-                raise AttemptEndedError(Reason.TOO_SLOW, f"{rate:.0f} bytes/s, less than {self._min_rate}")
-            self._window = _Window(now)
+                raise AttemptEndedError(
+                    Reason.TOO_SLOW, f"{rate:.0f} bytes/s, min_rate is {self._min_rate} bytes/s"
+                )
+            self._measurement = _RateMeasurement(now)
+
+
+@dataclass(slots=True)
+class _RateMeasurement:
+    """The bytes sent since a monotonic time."""
+
+    started_at: float
+    sent_bytes: int = 0
+
+
+class BandwidthLimit:
+    """Limits the bytes per second of all uploaders of a destination; safe to use from several threads."""
+
+    def __init__(self, schedule: RateSchedule) -> None:
+        self._schedule = schedule
+        self._bucket = TokenBucket(filled_at=time.monotonic())
+        self._lock = threading.Lock()
+
+    def acquire(self, wanted: int) -> tuple[int, float]:
+        """Return how many of the bytes may be sent now; if none, the seconds until some may be sent.
+
+        The rate is the schedule's for the current local time of day.
+        """
+        clock = datetime.now().astimezone()
+        rate = self._schedule.rate_at(clock.hour * 60 + clock.minute)
+        if rate is None:
+            return wanted, 0.0
+        with self._lock:
+            return self._bucket.acquire(wanted, rate, time.monotonic())

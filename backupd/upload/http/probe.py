@@ -1,4 +1,4 @@
-"""Asking all destinations at once whether they would take an archive, without sending one."""
+"""The probe of an HTTP destination for `backupd check`: an OPTIONS request, without an archive."""
 
 from __future__ import annotations
 
@@ -29,194 +29,177 @@ from backupd.upload.http.tls import ReloadingTlsContext
 from backupd.upload.http.transport import StreamBackend
 from backupd.upload.http.uploader import HEADERS, HttpEndpoint, timeouts
 
-_ABOUT_THE_BODY = (b"content-encoding", b"content-length", b"transfer-encoding")
+_ACCEPTABLE = frozenset({200, 201, 202, 204, 400, 405, 411, 415, 422, 501})
+"""Statuses with which endpoints that accept uploads respond to OPTIONS, or to a GET of their URL."""
 
+_MAX_READ_TIMEOUT = 30.0
+"""Seconds to wait for the response to a request without a body; `timeout.read` is made for uploads."""
 
-@dataclass(frozen=True, slots=True)
-class ConnectionFacts:
-    """What was seen of the other side's TLS: its version, and its certificate in DER."""
+_FAILURES = (BackupdError, SignInError, AttemptEndedError, httpx.TransportError, httpx.InvalidURL)
 
-    version: str | None = None
-    certificate: bytes | None = None
-
-
-class ThreadedTransport(httpx.AsyncBaseTransport):
-    """Asks in a thread of the loop's executor; the answer's `seen` extension is a `Seen`.
-
-    Of an answer's body only the first piece is taken, and only of a 400, whose words matter.
-    """
-
-    def __init__(self, transport: httpx.BaseTransport) -> None:
-        self._transport = transport
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request; raises what the transport raises."""
-        return await asyncio.to_thread(self._exchange, request)
-
-    async def aclose(self) -> None:
-        """Close the transport."""
-        await asyncio.to_thread(self._transport.close)
-
-    def _exchange(self, request: httpx.Request) -> httpx.Response:
-        response = self._transport.handle_request(request)
-        try:
-            seen = _seen(response)  # first: with the body's last byte the connection may be gone
-            assert isinstance(response.stream, httpx.SyncByteStream)  # noqa: S101 -- what our transport gives
-            said = next(iter(response.stream), b"") if response.status_code == 400 else b""
-        finally:
-            response.close()
-        return httpx.Response(
-            response.status_code,
-            headers=[(k, v) for k, v in response.headers.raw if k.lower() not in _ABOUT_THE_BODY],
-            content=said,
-            extensions={"http_version": response.extensions["http_version"], "seen": seen},
-        )
-
-
-def _seen(response: httpx.Response) -> ConnectionFacts:
-    connection = response.extensions["network_stream"].get_extra_info("ssl_object")
-    if not isinstance(connection, ssl.SSLObject):
-        return ConnectionFacts()
-    return ConnectionFacts(connection.version(), connection.getpeercert(binary_form=True))
-
-
-_TAKEN = frozenset({200, 201, 202, 204, 400, 405, 411, 415, 422, 501})
-"""What endpoints that take uploads answer to OPTIONS, or to a GET of their url."""
-_LONGEST_READ = 30.0
-"""Seconds to wait for an answer to a request without a body; uploads may be given far longer."""
+_LOCAL_FILES_ADVICE = (
+    "fix the files that its table names: a certificate, key or CA must be PEM, a secret one line, "
+    "and the daemon's user must be able to read them"
+)
+_ADVICE = {
+    # many servers close the connection without an alert when they refuse a certificate
+    Reason.CONNECTION_LOST: "check in the endpoint's log whether it trusts the CA that issued `cert`",
+}
 
 
 async def probe(name: str, config: HttpDestinationConfig, abort: Abort) -> ProbeResult:
-    """Find out whether a destination would take an archive, by an OPTIONS request in an upload's manner."""
-    began = time.monotonic()
+    """Return whether a destination would accept an upload, by an OPTIONS request to its URL."""
+    started_at = time.monotonic()
     endpoint = HttpEndpoint.open(config, abort)
     try:
-        answer = await _ask(endpoint)
-        result = _described(name, config, answer)
+        response = await _request(endpoint)
+        result = _result(name, config, response)
         if config.cert is not None:
-            required = await _is_certificate_required(endpoint, answer)
+            required = await _is_certificate_required(endpoint, response)
             result = replace(result, certificate_required=required)
     except _FAILURES as error:
         result = _failed(name, error)
         if result.reason is Reason.TLS:
-            result = await asyncio.to_thread(_with_certificate_seen, result, endpoint)
-    return replace(result, took_s=round(time.monotonic() - began, 3))
-
-
-_FAILURES = (BackupdError, SignInError, AttemptEndedError, httpx.TransportError, httpx.InvalidURL)
-
-
-def _failed(name: str, error: Exception) -> ProbeResult:
-    match error:
-        case BackupdError():
-            return ProbeResult(name, Reason.LOCAL_FILES, error.message, advice=_LOCAL_FILES)
-        case SignInError():
-            return ProbeResult(name, Reason.SIGN_IN, str(error), signed_in=False)
-        case AttemptEndedError():
-            return ProbeResult(name, error.reason, error.error)
-        case httpx.TransportError():
-            reason, words = reason_from_error(error)
-            return ProbeResult(name, reason, words, advice=_ADVICE.get(reason, ""))
-        case _:
-            return ProbeResult(name, Reason.PROTOCOL, str(error))
-
-
-_LOCAL_FILES = (
-    "mend the files it names: a certificate, key or CA has to be PEM, a secret one line, "
-    "each readable for the daemon's user"
-)
-_ADVICE = {
-    # many servers give no reason when they refuse a certificate
-    Reason.CONNECTION_LOST: "the endpoint hung up: does it trust the CA of `cert`? its log may say",
-}
+            result = await asyncio.to_thread(_with_untrusted_certificate, result, endpoint)
+    return replace(result, took_s=round(time.monotonic() - started_at, 3))
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
+class _ProbeResponse:
+    """The parts of a response that a probe evaluates; `text` is the beginning of the body."""
+
     status: int
     http_version: str
     date: str | None
     tls: str | None
     certificate: bytes | None
-    said: str
+    text: str
 
     @property
     def reason(self) -> Reason | None:
-        """Return what speaks against an upload."""
-        reason = reason_from_refusal(self.status, self.said)
-        if self.status in _TAKEN and reason is reason_of_status(self.status):
+        """Return why the destination would not accept an upload; None if it would."""
+        reason = reason_from_refusal(self.status, self.text)
+        if self.status in _ACCEPTABLE and reason is reason_of_status(self.status):
             return None
         return reason
 
 
-async def _ask(endpoint: HttpEndpoint) -> _Answer:
-    """Ask for the options of the url as an upload would go there, without its body.
-
-    Raises what an upload would.
-    """
+async def _request(endpoint: HttpEndpoint) -> _ProbeResponse:
+    """Send an OPTIONS request with the URL, headers and sign-in of an upload; raises as an upload does."""
     config = endpoint.config
     connect = config.timeout.connect.total_seconds()
-    line = AttemptLimits(endpoint.abort, deadline=2 * connect + _LONGEST_READ)
-    line.start()
+    limits = AttemptLimits(endpoint.abort, deadline=2 * connect + _MAX_READ_TIMEOUT)
+    limits.start()
     timeout = timeouts(config)
-    timeout.read = min(config.timeout.read.total_seconds(), _LONGEST_READ)
+    timeout.read = min(config.timeout.read.total_seconds(), _MAX_READ_TIMEOUT)
     if isinstance(endpoint.auth, OAuth2):
         await asyncio.to_thread(endpoint.auth.prefetch)
     async with httpx.AsyncClient(
-        transport=ThreadedTransport(endpoint.transport(line)),
+        transport=ThreadedTransport(endpoint.transport(limits)),
         auth=endpoint.auth,
         timeout=timeout,
         headers=HEADERS,
         trust_env=False,
         follow_redirects=False,
     ) as client:
-        url, headers = RequestBuilder(config, line).probe_request(_values(config))
-        return _answer(await client.options(url, headers=headers))
-
-
-def _values(config: HttpDestinationConfig) -> dict[str, str]:
-    """Return a value for every placeholder there is."""
-    texts = [config.url, *config.headers.values()]
-    return dict.fromkeys((name for text in texts for name in TextTemplate.parse(text).names), "check")
-
-
-def _answer(response: httpx.Response) -> _Answer:
-    seen = response.extensions["seen"]
-    return _Answer(
+        url, headers = RequestBuilder(config, limits).probe_request(_placeholder_values(config))
+        response = await client.options(url, headers=headers)
+    facts = response.extensions["connection_facts"]
+    return _ProbeResponse(
         response.status_code,
         response.http_version,
         response.headers.get("Date"),
-        seen.version,
-        seen.certificate,
+        facts.tls_version,
+        facts.certificate,
         response.content[:1000].decode("utf-8", "replace"),
     )
 
 
-def _described(name: str, config: HttpDestinationConfig, answer: _Answer) -> ProbeResult:
+def _placeholder_values(config: HttpDestinationConfig) -> dict[str, str]:
+    """Return a value for each placeholder in the URL and the headers."""
+    texts = [config.url, *config.headers.values()]
+    return dict.fromkeys((name for text in texts for name in TextTemplate.parse(text).names), "check")
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionFacts:
+    """The TLS version of a connection and the server's certificate in DER; None without TLS."""
+
+    tls_version: str | None = None
+    certificate: bytes | None = None
+
+
+class ThreadedTransport(httpx.AsyncBaseTransport):
+    """Sends each request in a thread of the event loop's executor.
+
+    The extension `connection_facts` of a response holds `ConnectionFacts`. Only the body of a 400 is read,
+    and of that only the first chunk: its text can name the reason.
+    """
+
+    def __init__(self, transport: httpx.BaseTransport) -> None:
+        self._transport = transport
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request; raises the exceptions of the transport."""
+        return await asyncio.to_thread(self._send, request)
+
+    async def aclose(self) -> None:
+        """Close the transport."""
+        await asyncio.to_thread(self._transport.close)
+
+    def _send(self, request: httpx.Request) -> httpx.Response:
+        response = self._transport.handle_request(request)
+        try:
+            facts = _connection_facts(response)  # before the body: its last byte can end the connection
+            assert isinstance(response.stream, httpx.SyncByteStream)  # noqa: S101 -- as HttpTransport returns
+            content = next(iter(response.stream), b"") if response.status_code == 400 else b""
+        finally:
+            response.close()
+        return httpx.Response(
+            response.status_code,
+            headers=[(k, v) for k, v in response.headers.raw if k.lower() not in _BODY_HEADERS],
+            content=content,
+            extensions={"http_version": response.extensions["http_version"], "connection_facts": facts},
+        )
+
+
+_BODY_HEADERS = (b"content-encoding", b"content-length", b"transfer-encoding")
+
+
+def _connection_facts(response: httpx.Response) -> ConnectionFacts:
+    tls = response.extensions["network_stream"].get_extra_info("ssl_object")
+    if not isinstance(tls, ssl.SSLObject):
+        return ConnectionFacts()
+    return ConnectionFacts(tls.version(), tls.getpeercert(binary_form=True))
+
+
+def _result(name: str, config: HttpDestinationConfig, response: _ProbeResponse) -> ProbeResult:
     now = datetime.now(UTC)
     signs_in = config.auth.type != "none" or bool(config.header_files)
-    probe = ProbeResult(
+    result = ProbeResult(
         name,
-        answer.reason,
-        f"answered {answer.status} to OPTIONS",
-        answer.tls,
-        answer.http_version,
-        answer.status,
-        signed_in=answer.status not in (401, 403) if signs_in else None,
+        response.reason,
+        f"responded {response.status} to OPTIONS",
+        response.tls,
+        response.http_version,
+        response.status,
+        signed_in=response.status not in (401, 403) if signs_in else None,
         sign_in_scheme=config.auth.type if config.auth.type != "none" else "headers",
-        clock_ahead_s=_clock_ahead(answer.date, now),
+        clock_ahead_s=_clock_ahead(response.date, now),
     )
-    return _with_certificate(probe, answer.certificate, now) if answer.certificate else probe
+    return _with_certificate(result, response.certificate, now) if response.certificate else result
 
 
 def _clock_ahead(date: str | None, now: datetime) -> float | None:
+    """Return by how many seconds a Date header field is ahead; None if it is missing or invalid."""
     try:
         return round((parsedate_to_datetime(date) - now).total_seconds(), 1) if date else None
     except (ValueError, TypeError, OverflowError):
         return None
 
 
-def _with_certificate(probe: ProbeResult, der: bytes, now: datetime) -> ProbeResult:
+def _with_certificate(result: ProbeResult, der: bytes, now: datetime) -> ProbeResult:
+    """Return a result with the facts of the server's certificate."""
     certificate = x509.load_der_x509_certificate(der)
     try:
         extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -224,18 +207,21 @@ def _with_certificate(probe: ProbeResult, der: bytes, now: datetime) -> ProbeRes
     except x509.ExtensionNotFound:
         names = ()
     return replace(
-        probe,
+        result,
         server_names=names,
         server_issuer=certificate.issuer.rfc4514_string(),
         server_days_left=(certificate.not_valid_after_utc - now).days,
     )
 
 
-async def _is_certificate_required(endpoint: HttpEndpoint, with_it: _Answer) -> bool | None:
-    """Tell whether the endpoint treats us differently without our certificate."""
+async def _is_certificate_required(endpoint: HttpEndpoint, response: _ProbeResponse) -> bool | None:
+    """Return whether the destination refuses a request without the client certificate; None if unknown.
+
+    `response` is that to the request with it.
+    """
     bare = endpoint.config.model_copy(update={"cert": None, "key": None, "key_password_file": None})
     try:
-        without = await _ask(replace(endpoint, config=bare, tls_context=ReloadingTlsContext(bare)))
+        without = await _request(replace(endpoint, config=bare, tls_context=ReloadingTlsContext(bare)))
     except httpx.TransportError as error:
         reason, _ = reason_from_error(error)
         return True if reason in (Reason.TLS, Reason.TLS_CLIENT, Reason.CONNECTION_LOST) else None
@@ -243,33 +229,51 @@ async def _is_certificate_required(endpoint: HttpEndpoint, with_it: _Answer) -> 
         return None
     if without.reason is Reason.TLS_CLIENT:
         return True
-    return without.status in (400, 401, 403, 495, 496) and without.status != with_it.status
+    return without.status in (400, 401, 403, 495, 496) and without.status != response.status
 
 
-def _with_certificate_seen(probe: ProbeResult, endpoint: HttpEndpoint) -> ProbeResult:
-    """Look at the certificate that was not trusted, over a connection on which nothing is sent."""
+def _failed(name: str, error: Exception) -> ProbeResult:
+    match error:
+        case BackupdError():
+            return ProbeResult(name, Reason.LOCAL_FILES, error.message, advice=_LOCAL_FILES_ADVICE)
+        case SignInError():
+            return ProbeResult(name, Reason.SIGN_IN, str(error), signed_in=False)
+        case AttemptEndedError():
+            return ProbeResult(name, error.reason, error.error)
+        case httpx.TransportError():
+            reason, description = reason_from_error(error)
+            return ProbeResult(name, reason, description, advice=_ADVICE.get(reason, ""))
+        case _:
+            return ProbeResult(name, Reason.PROTOCOL, str(error))
+
+
+def _with_untrusted_certificate(result: ProbeResult, endpoint: HttpEndpoint) -> ProbeResult:
+    """Return a result with advice, and with the certificate that the TLS handshake did not accept.
+
+    Another handshake fetches it, and nothing is sent over that connection.
+    """
     config = endpoint.config
-    probe = replace(probe, advice=_advice(probe.detail, config))
+    result = replace(result, advice=_tls_advice(result.detail, config))
     if config.proxy:
-        return probe
+        return result
     try:
-        with _untrusted(endpoint) as stream:
+        with _unverified_connection(endpoint) as stream:
             der = stream.get_extra_info("ssl_object").getpeercert(binary_form=True)
     except (httpcore.NetworkError, httpcore.TimeoutException, AttemptEndedError):
-        return probe
-    return _with_certificate(probe, der, datetime.now(UTC)) if der else probe
+        return result
+    return _with_certificate(result, der, datetime.now(UTC)) if der else result
 
 
 @contextmanager
-def _untrusted(endpoint: HttpEndpoint) -> Iterator[httpcore.NetworkStream]:
-    """Yield a connection to whoever is there, checked in no way."""
+def _unverified_connection(endpoint: HttpEndpoint) -> Iterator[httpcore.NetworkStream]:
+    """Yield a TLS connection without verification of the server certificate."""
     config, timeout = endpoint.config, endpoint.config.timeout.connect.total_seconds()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    line = AttemptLimits(endpoint.abort, deadline=2 * timeout)
-    line.start()
-    url = httpx.URL(TextTemplate.parse(config.url).render(_values(config)))
-    backend = StreamBackend(line, replace(endpoint.connect_options, pins=frozenset()))
+    limits = AttemptLimits(endpoint.abort, deadline=2 * timeout)
+    limits.start()
+    url = httpx.URL(TextTemplate.parse(config.url).render(_placeholder_values(config)))
+    backend = StreamBackend(limits, replace(endpoint.connect_options, pins=frozenset()))
     with (
         closing(backend.connect_tcp(url.host, url.port or 443, timeout)) as plain,
         closing(plain.start_tls(context, url.host, timeout)) as stream,
@@ -277,17 +281,17 @@ def _untrusted(endpoint: HttpEndpoint) -> Iterator[httpcore.NetworkStream]:
         yield stream
 
 
-def _advice(detail: str, config: HttpDestinationConfig) -> str:
-    """Return what to do about a certificate that was not trusted."""
+def _tls_advice(detail: str, config: HttpDestinationConfig) -> str:
+    """Return how to fix a failed TLS handshake; empty if unknown."""
     if detail.startswith(PIN_MISMATCH):
-        return "if whoever runs the endpoint says that this is its key, put it into `pin_sha256`"
+        return "if the operator of the endpoint confirms that this is its key, add it to `pin_sha256`"
     if "protocol version" in detail or "unsupported protocol" in detail:
-        return f"the endpoint does not speak TLS {config.tls_min} or later; update it, or lower `tls_min`"
+        return f"the endpoint does not support TLS {config.tls_min} or later; update it, or lower `tls_min`"
     if "issuer" in detail or "self-signed" in detail or "self signed" in detail:
-        named = str(config.ca) if config.ca else "the system's store"
-        return f"`ca` ({named}) is not the authority that issued the endpoint's certificate; name that one"
+        store = str(config.ca) if config.ca else "the system's store"
+        return f"set `ca` to the authority that issued the endpoint's certificate; {store} is another one"
     if "mismatch" in detail or "not valid for" in detail:
-        return "the certificate is for other names; use one of them in `url`, or set `server_name`"
+        return "the certificate has other names; use one of them in `url`, or set `server_name`"
     if "expired" in detail or "not yet valid" in detail:
         return "the endpoint's certificate is out of date, or this host's clock is wrong"
     return ""

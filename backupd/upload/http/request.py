@@ -1,11 +1,10 @@
-"""Making the request for an archive: address, headers and body from the destination's templates."""
+"""The requests to a destination: address, headers and body, rendered from the templates of its table."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import hashlib
-import os
 import re
 import urllib.parse
 import uuid
@@ -18,22 +17,14 @@ from backupd.core.model import Digest
 from backupd.core.names import TextTemplate
 from backupd.core.verify import RFC_9530_NAMES
 from backupd.upload.base import UploadJob
-from backupd.upload.http.body import (
-    CHUNK,
-    MultipartFraming,
-    ReadFailedError,
-    UploadBody,
-    check_unchanged,
-    frame,
-    raw,
-)
-from backupd.upload.http.limits import UNWATCHED, AttemptLimits
+from backupd.upload.http.body import CHUNK, MultipartFraming, UploadBody, check_unchanged, frame, raw, read_at
+from backupd.upload.http.limits import UNBOUNDED_WAIT, AttemptLimits
 from backupd.upload.http.redact import SECRET_HEADERS, SECRETS, read_secret
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A request that is ready to be sent."""
+    """The request for one upload."""
 
     method: str
     url: str
@@ -42,68 +33,86 @@ class PreparedRequest:
 
 
 class RequestBuilder:
-    """Makes the requests of one destination; its templates are parsed once."""
+    """Builds the requests to one destination; parses its templates once."""
 
-    def __init__(self, config: HttpDestinationConfig, line: AttemptLimits) -> None:
+    def __init__(self, config: HttpDestinationConfig, limits: AttemptLimits) -> None:
         self._config = config
-        self._line = line
+        self._limits = limits
         self._url = TextTemplate.parse(config.url)
         self._query_url = TextTemplate.parse(config.query_url) if config.query_url else None
         self._fields = {key: TextTemplate.parse(value) for key, value in config.fields.items()}
         self._headers = {key: TextTemplate.parse(value) for key, value in config.headers.items()}
 
-    def build(self, cargo: UploadJob) -> PreparedRequest:
-        """Return the request for an archive.
+    def build(self, job: UploadJob) -> PreparedRequest:
+        """Return the request for an upload.
 
-        Raises ReadFailedError or FileChangedError if the archive has to be read first and can't be or
-        changes, SecretError for a header's file.
+        `digest_at` can require the digest first, so this may read the archive. Raises ReadFailedError,
+        FileChangedDuringUploadError, or SecretError for a file in `header_files`.
         """
         algorithm = self._config.receipt.algorithm
-        digest = None if self._config.digest_at == "after" else self.digest_of(cargo)
-        values = {**cargo.variables, "digest": digest.hex if digest else ""}
-        framing = self._framing(cargo, values, digest)
-        body = UploadBody(cargo, framing, algorithm, self._line, expected=digest)
+        digest = None if self._config.digest_at == "after" else self.digest_of(job)
+        values = {**job.variables, "digest": digest.hex if digest else ""}
+        framing = self._framing(job, values, digest)
+        body = UploadBody(job, framing, algorithm, self._limits, expected=digest)
         headers = {
             **self.own_headers(values),
             "Content-Type": framing.content_type,
             "Content-Length": str(body.size),
-            "Idempotency-Key": cargo.delivery_id,
+            "Idempotency-Key": job.delivery_id,
         }
         if digest and self._config.body == "raw" and algorithm in RFC_9530_NAMES:
             encoded = base64.b64encode(binascii.unhexlify(digest.hex)).decode("ascii")
             headers["Repr-Digest"] = f"{RFC_9530_NAMES[algorithm]}=:{encoded}:"
-        return PreparedRequest(self._config.method, _address(self._url, values), headers, body)
+        return PreparedRequest(self._config.method, _render_url(self._url, values), headers, body)
 
-    def extensions(self, cargo: UploadJob) -> dict[str, object]:
-        """Return what a request carries along for whoever quotes its answer, or waits for its sign-in."""
+    def digest_of(self, job: UploadJob) -> Digest:
+        """Return the digest of an archive that is read for it alone.
+
+        Raises ReadFailedError or FileChangedDuringUploadError.
+        """
+        algorithm = self._config.receipt.algorithm
+        hasher = hashlib.new(algorithm)
+        offset, size = 0, job.fingerprint.size
+        while offset < size:
+            self._limits.check()
+            chunk = read_at(job.fd, min(CHUNK, size - offset), offset)
+            if not chunk:
+                break
+            hasher.update(chunk)
+            offset += len(chunk)
+        check_unchanged(job)
+        return Digest(algorithm, hasher.hexdigest())
+
+    def query_request(self, job: UploadJob, digest: Digest) -> str | None:
+        """Return the URL for a query about a content; None without `query_url`."""
+        if self._query_url is None:
+            return None
+        return _render_url(self._query_url, {**job.variables, "digest": digest.hex})
+
+    def probe_request(self, values: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+        """Return URL and headers of a request without an archive; raises SecretError for `header_files`."""
+        return _render_url(self._url, values), self.own_headers(values)
+
+    def own_headers(self, values: Mapping[str, str]) -> dict[str, str]:
+        """Return the header fields of `headers` and `header_files`; raises SecretError."""
+        plain = {
+            key: template.render(values, _quote_for_header).strip() for key, template in self._headers.items()
+        }
+        return plain | {key: read_secret(path) for key, path in self._config.header_files.items()}
+
+    def extensions(self, job: UploadJob) -> dict[str, object]:
+        """Return the request extensions: the secrets to redact from responses, and `unbounded_wait`."""
         return {
             SECRET_HEADERS: tuple(self._config.header_files),
             SECRETS: tuple(
-                template.render({"digest": "", **cargo.variables})
+                template.render({"digest": "", **job.variables})
                 for name, template in self._fields.items()
                 if names_a_credential(name)
             ),
-            UNWATCHED: self._line.unwatched,
+            UNBOUNDED_WAIT: self._limits.unbounded_wait,
         }
 
-    def query_request(self, cargo: UploadJob, digest: Digest) -> str | None:
-        """Return the address that tells whether a content is stored, or None without `query_url`."""
-        if self._query_url is None:
-            return None
-        return _address(self._query_url, {**cargo.variables, "digest": digest.hex})
-
-    def probe_request(self, values: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-        """Return address and headers of a request that only asks; raises SecretError for a header's file."""
-        return _address(self._url, values), self.own_headers(values)
-
-    def own_headers(self, values: Mapping[str, str]) -> dict[str, str]:
-        """Return the configured headers, those from files included."""
-        plain = {key: template.render(values, _in_header).strip() for key, template in self._headers.items()}
-        return plain | {key: read_secret(path) for key, path in self._config.header_files.items()}
-
-    def _framing(
-        self, cargo: UploadJob, values: Mapping[str, str], digest: Digest | None
-    ) -> MultipartFraming:
+    def _framing(self, job: UploadJob, values: Mapping[str, str], digest: Digest | None) -> MultipartFraming:
         config = self._config
         if config.body == "raw":
             return raw()
@@ -111,44 +120,26 @@ class RequestBuilder:
         after = config.digest_field if config.digest_at == "after" else ""
         if digest and config.digest_at == "before" and config.digest_field:
             fields[config.digest_field] = digest.hex
-        return frame(uuid.uuid4().hex, fields, config.file_field, cargo.name, after)
-
-    def digest_of(self, cargo: UploadJob) -> Digest:
-        """Read the archive for its digest alone; raises ReadFailedError or FileChangedError."""
-        algorithm = self._config.receipt.algorithm
-        hasher = hashlib.new(algorithm)
-        at, size = 0, cargo.fingerprint.size
-        while at < size:
-            self._line.check()
-            try:
-                chunk = os.pread(cargo.fd, min(CHUNK, size - at), at)
-            except OSError as error:
-                raise ReadFailedError(error.strerror) from error
-            if not chunk:
-                break
-            hasher.update(chunk)
-            at += len(chunk)
-        check_unchanged(cargo)
-        return Digest(algorithm, hasher.hexdigest())
+        return frame(uuid.uuid4().hex, fields, config.file_field, job.name, after)
 
 
-def _address(template: TextTemplate, values: Mapping[str, str]) -> str:
-    """Return a filled-in address; of all values only the relative path is a path there, too."""
-    return template.render({name: _in_address(name, value) for name, value in values.items()})
+def _render_url(template: TextTemplate, values: Mapping[str, str]) -> str:
+    return template.render({name: _quote_for_url(name, value) for name, value in values.items()})
 
 
-def _in_address(name: str, value: str) -> str:
-    if value and not value.strip("."):  # dots alone would lead to another folder, even as %2E
+def _quote_for_url(name: str, value: str) -> str:
+    """Return a value in percent-encoding; only in `relpath` a slash separates path segments."""
+    if value and not value.strip("."):  # a segment of dots leads to another folder, even as %2E
         return "%252E" * len(value)
     return urllib.parse.quote(
         value.encode("utf-8", "backslashreplace"), safe="/" if name == "relpath" else ""
     )
 
 
-def _in_header(value: str) -> str:
-    """Return a value as a header field can hold it: what is no printable ASCII becomes %NN.
+def _quote_for_header(value: str) -> str:
+    """Return a value for a header field: characters other than printable ASCII become %NN.
 
-    So do blanks at its ends, where a field can't have any (RFC 9110 section 5.5).
+    So do spaces at its ends, where a field value can't have any (RFC 9110 section 5.5).
     """
     text = urllib.parse.quote(value.encode("utf-8", "backslashreplace"), safe=" !#$&'()*+,/:;=?@[]~\"<>{}|^`")
-    return re.sub("^ +| +$", lambda blanks: "%20" * len(blanks[0]), text)
+    return re.sub("^ +| +$", lambda spaces: "%20" * len(spaces[0]), text)

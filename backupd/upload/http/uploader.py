@@ -1,4 +1,4 @@
-"""Uploads by HTTP: one reused client, a streamed request, and the answer judged."""
+"""Uploads over HTTP: a reused client, a streamed request, and the evaluation of the response."""
 
 from __future__ import annotations
 
@@ -34,15 +34,17 @@ HEADERS = {
     "Accept": "application/json, application/problem+json;q=0.9, */*;q=0.1",
     "Accept-Encoding": "identity",
 }
+"""The header fields of every request."""
 
+MakeTransport = Callable[[AttemptLimits], httpx.BaseTransport]
 
-_TOKEN_WITHIN = 45.0
-"""Seconds for a token, the name service's aside."""
+_TOKEN_TIMEOUT = 45.0
+"""Seconds within which the token endpoint must return a token, name resolution excluded."""
 
 
 @dataclass(frozen=True, slots=True)
 class HttpEndpoint(Endpoint):
-    """A destination's sign-in and bandwidth limit, shared by its uploaders."""
+    """The sign-in, bandwidth limit and TLS context that the uploaders of a destination share."""
 
     config: HttpDestinationConfig
     abort: Abort
@@ -54,9 +56,7 @@ class HttpEndpoint(Endpoint):
     def open(cls, config: HttpDestinationConfig, abort: Abort) -> HttpEndpoint:
         """Return the endpoint of a destination; the first upload reports files that can't be used."""
         bandwidth = BandwidthLimit(config.bandwidth) if config.bandwidth else None
-        return cls(
-            config, abort, bandwidth, _sign_in(config.auth, config, abort), ReloadingTlsContext(config)
-        )
+        return cls(config, abort, bandwidth, _make_auth(config, abort), ReloadingTlsContext(config))
 
     def make_uploader(self) -> HttpUploader:
         """See `Endpoint.make_uploader`."""
@@ -73,42 +73,49 @@ class HttpEndpoint(Endpoint):
     @property
     def server_certificate_expires(self) -> float | None:
         """See `Endpoint.server_certificate_expires`."""
-        return self.tls_context.server_expires
+        return self.tls_context.server_certificate_expires
 
     def limits(self) -> AttemptLimits:
-        """Return the bounds of one uploader's attempts."""
+        """Return new limits for the attempts of one uploader."""
         config = self.config
         deadline = config.deadline.total_seconds() if config.deadline else None
-        # to connect, to sign in, for the answer to come, and for it to end
-        patience = (config.timeout.connect + 2 * config.timeout.read).total_seconds()
-        patience += 0 if self.auth is None else _TOKEN_WITHIN
+        # to connect, for the response to begin, and for it to end
+        idle_timeout = (config.timeout.connect + 2 * config.timeout.read).total_seconds()
+        if self.auth is not None:
+            idle_timeout += _TOKEN_TIMEOUT
         return AttemptLimits(
             self.abort,
             deadline=deadline,
-            patience=patience,
+            idle_timeout=idle_timeout,
             min_rate=config.min_rate,
             bandwidth=self.bandwidth,
         )
 
     @property
     def connect_options(self) -> ConnectOptions:
-        """Return how to get there."""
-        return _route(self.config)
-
-    def transport(self, line: AttemptLimits) -> httpx.BaseTransport:
-        """Return a transport; raises TlsFilesError or SecretError where a file can't be used."""
+        """Return how to connect to the destination."""
         config = self.config
+        host, _, port = config.connect_to.rpartition(":")
+        return ConnectOptions(
+            (host.strip("[]"), int(port)) if host else None,
+            config.local_address,
+            config.server_name,
+            frozenset(pin.removeprefix("sha256//") for pin in config.pin_sha256),
+        )
+
+    def transport(self, limits: AttemptLimits) -> httpx.BaseTransport:
+        """Return a transport; raises TlsFilesError or SecretError for a file that can't be used."""
         return HttpTransport(
             self.tls_context.context(),
-            line,
-            http2=config.http2,
-            route=_route(config),
-            proxy=_proxy(config),
+            limits,
+            http2=self.config.http2,
+            connect_options=self.connect_options,
+            proxy=_proxy(self.config),
         )
 
 
 def timeouts(config: HttpDestinationConfig) -> httpx.Timeout:
-    """Return the timeouts of a destination."""
+    """Return the time-outs of a destination for httpx."""
     t = config.timeout
     return httpx.Timeout(
         connect=t.connect.total_seconds(),
@@ -118,7 +125,8 @@ def timeouts(config: HttpDestinationConfig) -> httpx.Timeout:
     )
 
 
-def _sign_in(auth: AuthConfig, config: HttpDestinationConfig, abort: Abort) -> httpx.Auth | None:
+def _make_auth(config: HttpDestinationConfig, abort: Abort) -> httpx.Auth | None:
+    auth = config.auth
     if auth.type == "basic" and auth.password_file:
         return BasicFile(auth.user, auth.password_file)
     if auth.type == "bearer" and auth.token_file:
@@ -132,32 +140,17 @@ def _sign_in(auth: AuthConfig, config: HttpDestinationConfig, abort: Abort) -> h
 
 
 def _token_client(auth: AuthConfig, config: HttpDestinationConfig, abort: Abort) -> httpx.Client:
-    """Return a client for the token endpoint, which has its own CA and certificate."""
-    line = AttemptLimits(abort, deadline=min(2 * config.timeout.connect.total_seconds() + 30, _TOKEN_WITHIN))
-    line.start()
+    """Return a client for the token endpoint, which has its own CA and client certificate."""
+    deadline = min(2 * config.timeout.connect.total_seconds() + 30, _TOKEN_TIMEOUT)
+    limits = AttemptLimits(abort, deadline=deadline)
+    limits.start()
     return httpx.Client(
-        transport=HttpTransport(make_context(auth), line, proxy=_proxy(config)),
+        transport=HttpTransport(make_context(auth), limits, proxy=_proxy(config)),
         timeout=timeouts(config),
         headers=HEADERS,
         trust_env=False,
         follow_redirects=False,
     )
-
-
-def _route(config: HttpDestinationConfig) -> ConnectOptions:
-    host, _, port = config.connect_to.rpartition(":")
-    return ConnectOptions(
-        (host.strip("[]"), int(port)) if host else None,
-        config.local_address,
-        config.server_name,
-        frozenset(pin.removeprefix("sha256//") for pin in config.pin_sha256),
-    )
-
-
-def _proxy_auth(config: HttpDestinationConfig) -> tuple[str, str] | None:
-    if not config.proxy_user:
-        return None
-    return config.proxy_user, read_secret(config.proxy_password_file) if config.proxy_password_file else ""
 
 
 def _proxy(config: HttpDestinationConfig) -> httpcore.Proxy | None:
@@ -170,40 +163,47 @@ def _proxy(config: HttpDestinationConfig) -> httpcore.Proxy | None:
     )
 
 
-_FROM_A_GATEWAY = (502, 504)
-"""Answers of a gateway that lost the one of whoever is behind it, who may have the archive."""
+def _proxy_auth(config: HttpDestinationConfig) -> tuple[str, str] | None:
+    if not config.proxy_user:
+        return None
+    return config.proxy_user, read_secret(config.proxy_password_file) if config.proxy_password_file else ""
 
-_NOT_THERE = (404, 410)
-"""Answers to the question for a content that the destination does not have."""
 
-_NEVER_ANSWERED = 501
-"""Answer of an endpoint that knows no questions; any other trouble with one may pass."""
+_GATEWAY_ERRORS = (502, 504)
+"""Statuses of a gateway that got no response from the server behind it, which may have stored the archive."""
 
-_MENDED_BY_NEW_FILES = frozenset({Reason.TLS, Reason.TLS_CLIENT, Reason.PROXY, Reason.LOCAL_FILES})
-"""After these the files are read anew: a certificate or password may have been renewed."""
+_NOT_STORED = (404, 410)
+"""Statuses in response to a query about a content that the destination does not have."""
+
+_NOT_IMPLEMENTED = 501
+"""Status of an endpoint that supports no queries; other server errors can be temporary."""
+
+_RELOAD_AFTER = frozenset({Reason.TLS, Reason.TLS_CLIENT, Reason.PROXY, Reason.LOCAL_FILES})
+"""Failures after which the client is made again from its files: one of them may have been renewed."""
 
 _BODY = "backupd.body"
-"""The extension of a request that is its body."""
+"""Name of the request extension that holds the body."""
 
-TransportMaker = Callable[[AttemptLimits], httpx.BaseTransport]
+_FAILURES = (BackupdError, SignInError, AttemptEndedError, httpx.InvalidURL, httpx.TransportError)
+"""The exceptions that `_deferred` converts."""
 
 
 class HttpUploader(Uploader):
-    """Uploads to one destination over a client of its own, made at the first upload.
+    """Uploads to one destination over its own client, which the first upload opens.
 
-    `transport` is replaced in tables of statuses only.
+    `make_transport` replaces the endpoint's transport in tests.
     """
 
-    def __init__(self, endpoint: HttpEndpoint, transport: TransportMaker | None = None) -> None:
+    def __init__(self, endpoint: HttpEndpoint, make_transport: MakeTransport | None = None) -> None:
         self._endpoint = endpoint
         self._config = endpoint.config
-        self._make_transport = transport or endpoint.transport
-        self._line = endpoint.limits()
+        self._make_transport = make_transport or endpoint.transport
+        self._limits = endpoint.limits()
         self._client: httpx.Client | None = None
-        self._renewals = 0
-        self._look_anew = False
-        self._maker = RequestBuilder(self._config, self._line)
-        self._judge = ResponseEvaluator(self._config.receipt)
+        self._reloads = 0
+        self._reload_first = False
+        self._builder = RequestBuilder(self._config, self._limits)
+        self._evaluator = ResponseEvaluator(self._config.receipt)
 
     def close(self) -> None:
         """See `Uploader.close`."""
@@ -211,158 +211,149 @@ class HttpUploader(Uploader):
             self._client.close()
             self._client = None
 
-    def upload(self, cargo: UploadJob) -> Outcome:
+    def upload(self, job: UploadJob) -> Outcome:
         """See `Uploader.upload`."""
-        outcome = self._upload(cargo)
+        outcome = self._upload(job)
         if not isinstance(outcome, Deferred):
-            self._look_anew = False
+            self._reload_first = False
             return outcome
-        if outcome.reason in _MENDED_BY_NEW_FILES:
+        if outcome.reason in _RELOAD_AFTER:
             self.close()
-        self._look_anew = outcome.reason in (Reason.TLS, Reason.TLS_CLIENT)
-        return replace(outcome, unconfirmed_digest=outcome.unconfirmed_digest or cargo.unconfirmed_digest)
+        self._reload_first = outcome.reason in (Reason.TLS, Reason.TLS_CLIENT)
+        return replace(outcome, unconfirmed_digest=outcome.unconfirmed_digest or job.unconfirmed_digest)
 
-    def query(self, cargo: UploadJob, digest: Digest) -> Outcome | None:
-        """See `Uploader.ask`."""
-        self._line.start(cargo.on_alive, cargo.on_idle)
+    def query(self, job: UploadJob, digest: Digest) -> Outcome | None:
+        """See `Uploader.query`."""
+        self._limits.start(job.on_alive, job.on_idle)
         try:
-            client = self._client = self._client or self._open_client()
-            return self._ask(client, cargo, digest)
-        except (
-            BackupdError,
-            SignInError,
-            AttemptEndedError,
-            httpx.InvalidURL,
-            httpx.TransportError,
-        ) as error:
+            return self._query(self._open_client(), job, digest)
+        except _FAILURES as error:
             return _deferred(error)
 
-    def _upload(self, cargo: UploadJob) -> Outcome:
-        self._line.start(cargo.on_alive, cargo.on_idle)
-        if self._look_anew:
-            with suppress(BackupdError):  # what can't be used is told by whoever looks after the files
+    def _upload(self, job: UploadJob) -> Outcome:
+        self._limits.start(job.on_alive, job.on_idle)
+        if self._reload_first:
+            with suppress(BackupdError):  # the daemon's certificate check reports unusable files
                 self._endpoint.tls_context.reload()
-        if self._renewals != self._endpoint.tls_context.renewals:
+        if self._reloads != self._endpoint.tls_context.reloads:
             self.close()
         try:
-            client = self._client = self._client or self._open_client()
-            if cargo.unconfirmed_digest is not None and is_unchanged(os.fstat(cargo.fd), cargo.fingerprint):
-                found = self._ask_first(client, cargo, cargo.unconfirmed_digest)
+            client = self._open_client()
+            if job.unconfirmed_digest is not None and is_unchanged(os.fstat(job.fd), job.fingerprint):
+                found = self._query_before_upload(client, job, job.unconfirmed_digest)
                 if isinstance(found, Delivered):
                     return found
-                if isinstance(found, Deferred) and _may_be_answered_later(found):
-                    return replace(found, error=f"asked for what was sent: {found.error}")
-            return self._send(client, cargo, self._maker.build(cargo))
+                if isinstance(found, Deferred) and _is_temporary(found):
+                    return replace(found, error=f"query about the earlier upload: {found.error}")
+            return self._send(client, job, self._builder.build(job))
         except FileChangedDuringUploadError as error:
             return Superseded(str(error))
         except ReadFailedError as error:
             return Deferred(Reason.UNREADABLE, str(error))
-        except (
-            BackupdError,
-            SignInError,
-            AttemptEndedError,
-            httpx.InvalidURL,
-            httpx.TransportError,
-        ) as error:
+        except _FAILURES as error:
             return _deferred(error)
         finally:
-            if self._line.peer_expires is not None:
-                self._endpoint.tls_context.server_expires = self._line.peer_expires
+            if self._limits.server_certificate_expires is not None:
+                expires = self._limits.server_certificate_expires
+                self._endpoint.tls_context.server_certificate_expires = expires
 
     def _open_client(self) -> httpx.Client:
-        self._renewals = self._endpoint.tls_context.renewals
-        return httpx.Client(
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # no request depends on another
-            transport=self._make_transport(self._line),
+        """Return the open client, or a new one."""
+        if self._client is not None:
+            return self._client
+        self._reloads = self._endpoint.tls_context.reloads
+        self._client = httpx.Client(
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # requests are independent
+            transport=self._make_transport(self._limits),
             auth=self._endpoint.auth,
             timeout=timeouts(self._config),
             headers=HEADERS,
             trust_env=False,  # the environment's proxies and .netrc must not divert a backup
-            follow_redirects=False,  # a redirect would leak the archive, or lose its body
-            event_hooks={"request": [_begin]},
+            follow_redirects=False,  # a redirect would disclose the archive, or lose its body
+            event_hooks={"request": [_reset_body]},
         )
+        return self._client
 
-    def _send(self, client: httpx.Client, cargo: UploadJob, prepared: PreparedRequest) -> Outcome:
+    def _send(self, client: httpx.Client, job: UploadJob, prepared: PreparedRequest) -> Outcome:
         body = prepared.body
         request = client.build_request(
             prepared.method,
             prepared.url,
             content=body,
             headers=prepared.headers,
-            extensions={**self._maker.extensions(cargo), _BODY: body},
+            extensions={**self._builder.extensions(job), _BODY: body},
         )
         try:
             response = client.send(request, stream=True)
             try:
-                return self._judged(response, body, cargo)
+                return self._evaluate(response, body, job)
             finally:
                 response.close()
         except (AttemptEndedError, httpx.TransportError) as error:
             if not body.complete:
                 raise
-            return self._after_lost_answer(client, cargo, body.digest, _deferred(error))
+            return self._after_lost_response(client, job, body.digest, _deferred(error))
 
-    def _judged(self, response: httpx.Response, body: UploadBody, cargo: UploadJob) -> Outcome:
-        status, size = response.status_code, cargo.fingerprint.size
+    def _evaluate(self, response: httpx.Response, body: UploadBody, job: UploadJob) -> Outcome:
+        status, size = response.status_code, job.fingerprint.size
         if status == 409 and self._config.on_duplicate == "verify":
-            digest = body.digest if body.complete else self._maker.digest_of(cargo)
-            return self._judge.evaluate_duplicate(response, digest, size)
+            digest = body.digest if body.complete else self._builder.digest_of(job)
+            return self._evaluator.evaluate_duplicate(response, digest, size)
         if status not in self._config.success:
             refused = failure_from_response(response)
-            if status in _FROM_A_GATEWAY and body.complete and isinstance(refused, Deferred):
+            if status in _GATEWAY_ERRORS and body.complete and isinstance(refused, Deferred):
                 return replace(refused, unconfirmed_digest=body.digest)
             return refused
         if not body.complete:
-            return failure(
-                Reason.EARLY_SUCCESS, f"answered {status} after {cargo.sent_bytes} of {size} bytes", status
-            )
-        return self._judge.evaluate_success(response, body.digest, size)
+            error = f"responded {status} after {job.sent_bytes} of {size} bytes"
+            return failure(Reason.EARLY_SUCCESS, error, status)
+        return self._evaluator.evaluate_success(response, body.digest, size)
 
-    def _after_lost_answer(
-        self, client: httpx.Client, cargo: UploadJob, digest: Digest, lost: Deferred
+    def _after_lost_response(
+        self, client: httpx.Client, job: UploadJob, digest: Digest, lost: Deferred
     ) -> Outcome:
-        """Every byte went out, so the destination may have the archive: ask before it is sent again."""
+        """Query the destination, which may have stored the archive: every byte was sent."""
         if lost.reason is not Reason.STOPPED:
             try:
-                found = self._ask_first(client, cargo, digest)
+                found = self._query_before_upload(client, job, digest)
             except (BackupdError, SignInError, AttemptEndedError, httpx.TransportError):
                 found = None
             if isinstance(found, Delivered):
                 return found
         return replace(lost, unconfirmed_digest=digest)
 
-    def _ask_first(self, client: httpx.Client, cargo: UploadJob, digest: Digest) -> Outcome | None:
-        """Ask before anything is sent again; what no address can be made of, nobody can be asked about."""
+    def _query_before_upload(self, client: httpx.Client, job: UploadJob, digest: Digest) -> Outcome | None:
+        """Query a content before it is sent again; None as well if the values make no valid URL."""
         with suppress(httpx.InvalidURL):
-            return self._ask(client, cargo, digest)
+            return self._query(client, job, digest)
         return None
 
-    def _ask(self, client: httpx.Client, cargo: UploadJob, digest: Digest) -> Outcome | None:
-        """Return what the destination says of a content; None if it does not have it or knows no query."""
-        url = self._maker.query_request(cargo, digest)
-        if url is None or self._config.receipt.digest == "none":  # an answer would prove nothing
+    def _query(self, client: httpx.Client, job: UploadJob, digest: Digest) -> Outcome | None:
+        """Return the destination's state of a content; None if it has none or no query is configured."""
+        url = self._builder.query_request(job, digest)
+        if url is None or self._config.receipt.digest == "none":  # a response would verify nothing
             return None
-        headers = self._maker.own_headers({**cargo.variables, "digest": digest.hex})
-        known = self._maker.extensions(cargo)
-        with client.stream("GET", url, headers=headers, extensions=known) as response:
-            if response.status_code in _NOT_THERE:
+        headers = self._builder.own_headers({**job.variables, "digest": digest.hex})
+        extensions = self._builder.extensions(job)
+        with client.stream("GET", url, headers=headers, extensions=extensions) as response:
+            if response.status_code in _NOT_STORED:
                 return None
             if response.status_code != 200:
                 return failure_from_response(response)
-            return self._judge.evaluate_success(response, digest, cargo.fingerprint.size)
+            return self._evaluator.evaluate_success(response, digest, job.fingerprint.size)
 
 
-def _begin(request: httpx.Request) -> None:
-    """Note that nothing of a request was sent; with another sign-in a second one has the same body."""
+def _reset_body(request: httpx.Request) -> None:
+    """Reset the progress of the body: after a 401 a second request sends the same body."""
     body = request.extensions.get(_BODY)
     if body is not None:
         body.begin()
 
 
-def _may_be_answered_later(asked: Deferred) -> bool:
-    """Tell whether a question met but a passing trouble: until it has passed, nothing is sent again."""
-    passes = asked.reason in (Reason.RATE_LIMITED, Reason.SERVER_ERROR)
-    return passes and asked.http_status != _NEVER_ANSWERED
+def _is_temporary(failed_query: Deferred) -> bool:
+    """Return whether a query failed temporarily: the archive is not sent again before it succeeds."""
+    is_server_error = failed_query.reason in (Reason.RATE_LIMITED, Reason.SERVER_ERROR)
+    return is_server_error and failed_query.http_status != _NOT_IMPLEMENTED
 
 
 def _deferred(error: Exception) -> Deferred:
