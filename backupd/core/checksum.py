@@ -24,7 +24,7 @@ _SUFFIXES = {
 }
 """Suffixes that make an archive's name that of its own checksum file, and their algorithms."""
 
-LISTS = {
+DIRECTORY_CHECKSUM_FILES = {
     name: algorithm
     for algorithm in ALGORITHMS
     for stem in (algorithm.encode() + b"sum", algorithm.encode() + b"sums")
@@ -50,16 +50,16 @@ class _ChecksumLine:
 
 def is_checksum_name(name: bytes) -> bool:
     """Return whether a base name is that of a checksum file."""
-    return name in LISTS or archive_of(name) is not None
+    return name in DIRECTORY_CHECKSUM_FILES or archive_name_of(name) is not None
 
 
-def archive_of(name: bytes) -> bytes | None:
+def archive_name_of(name: bytes) -> bytes | None:
     """Return the name of the archive that a checksum file belongs to; None if it is not for one archive."""
     stem, dot, suffix = name.rpartition(b".")
     return stem if stem and dot + suffix in _SUFFIXES else None
 
 
-def own_files(name: bytes) -> dict[bytes, str]:
+def checksum_file_names(name: bytes) -> dict[bytes, str]:
     """Return the names that an archive's own checksum file can have, and the algorithm of each."""
     return {
         name + suffix: algorithm for suffix, algorithm in _SUFFIXES.items() if len(name + suffix) <= NAME_MAX

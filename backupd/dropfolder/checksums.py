@@ -10,7 +10,12 @@ from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 
-from backupd.core.checksum import LISTS, digest_in_list, digest_in_single, own_files
+from backupd.core.checksum import (
+    DIRECTORY_CHECKSUM_FILES,
+    checksum_file_names,
+    digest_in_list,
+    digest_in_single,
+)
 from backupd.core.model import Archive, Digest
 from backupd.core.names import free_names, receipt_file_name, shortened
 from backupd.dropfolder.decompress import CHUNK, BoundedFile
@@ -42,7 +47,10 @@ def read_checksum_files(folder: DropFolder, relpath: bytes) -> StatedDigests:
     parent, _, name = relpath.rpartition(b"/")
     stated = StatedDigests()
     with closing(CachedFolder(folder)) as cached:
-        for files, parser in ((own_files(name), digest_in_single), (LISTS, digest_in_list)):
+        for files, parser in (
+            (checksum_file_names(name), digest_in_single),
+            (DIRECTORY_CHECKSUM_FILES, digest_in_list),
+        ):
             _read_files(cached, parent, name, files, parser, stated)
             if stated.digests or stated.unusable:
                 break
@@ -69,7 +77,7 @@ def move_checksum_files(folder: DropFolder, archive: Archive, moved_to: bytes | 
     parent, _, name = archive.relpath.rpartition(b"/")
     target, _, new_name = (moved_to or archive.relpath).rpartition(b"/")
     with folder.directory(parent) as source, folder.directory(target) as destination:
-        for file in own_files(name):
+        for file in checksum_file_names(name):
             with suppress(OSError):
                 status = os.stat(file, dir_fd=source, follow_symlinks=False)
                 if not stat.S_ISREG(status.st_mode) or status.st_ctime > archive.queued_at.timestamp():
@@ -88,7 +96,7 @@ def restore_checksum_files(folder: DropFolder, relpath: bytes, moved_to: bytes) 
     parent, _, name = relpath.rpartition(b"/")
     target, _, new_name = moved_to.rpartition(b"/")
     with folder.directory(parent) as source, folder.directory(target) as destination:
-        for file in own_files(new_name):
+        for file in checksum_file_names(new_name):
             with suppress(OSError):
                 status = os.stat(file, dir_fd=destination, follow_symlinks=False)
                 if stat.S_ISREG(status.st_mode) and not _is_moved_archive(destination, file):
@@ -99,7 +107,7 @@ def remove_checksum_files(folder: DropFolder, relpath: bytes) -> None:
     """Remove the checksum files of the archive at `relpath`, which was removed; only regular files."""
     parent, _, name = relpath.rpartition(b"/")
     with folder.directory(parent) as directory:
-        for file in own_files(name):
+        for file in checksum_file_names(name):
             with suppress(FileNotFoundError):
                 if stat.S_ISREG(os.stat(file, dir_fd=directory, follow_symlinks=False).st_mode):
                     os.unlink(file, dir_fd=directory)

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from backupd.core.archive_formats import Damage
-from backupd.core.checksum import LISTS, archive_of
+from backupd.core.checksum import DIRECTORY_CHECKSUM_FILES, archive_name_of
 from backupd.core.model import Digest, Rejected, fingerprint_of
 from backupd.core.names import as_text
 from backupd.core.policy import Reason
@@ -206,10 +206,10 @@ class Examiner:
         if not self._on_hold:
             return
         parent, slash, name = relpath.rpartition(b"/")
-        if name in LISTS:
+        if name in DIRECTORY_CHECKSUM_FILES:
             for job in [job for path, job in self._on_hold.items() if path.rpartition(b"/")[0] == parent]:
                 self._examine_again(job)
-        elif (archive := archive_of(name)) is not None:
+        elif (archive := archive_name_of(name)) is not None:
             held = self._on_hold.get(parent + slash + archive)
             if held is not None:
                 self._examine_again(held)

@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backupd.core.checksum import archive_of, digest_in_list, digest_in_single, is_checksum_name, own_files
+from backupd.core.checksum import (
+    archive_name_of,
+    checksum_file_names,
+    digest_in_list,
+    digest_in_single,
+    is_checksum_name,
+)
 from backupd.core.model import Digest
 
 HEX = {name: hashlib.new(name, b"abc").hexdigest() for name in ("md5", "sha1", "sha256", "sha512")}
@@ -30,9 +36,9 @@ SHA, OTHER = HEX["sha256"].encode(), hashlib.sha256(b"other").hexdigest().encode
     ],
 )
 def test_a_checksum_file_is_recognized_by_its_suffix(name: bytes, archive: bytes | None) -> None:
-    assert archive_of(name) == archive
+    assert archive_name_of(name) == archive
     assert is_checksum_name(name) == (archive is not None)
-    assert archive is None or name in own_files(archive)
+    assert archive is None or name in checksum_file_names(archive)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +46,7 @@ def test_a_checksum_file_is_recognized_by_its_suffix(name: bytes, archive: bytes
 )
 def test_a_checksum_file_for_a_directory_is_recognized_by_its_name(name: bytes) -> None:
     assert is_checksum_name(name)
-    assert archive_of(name) is None
+    assert archive_name_of(name) is None
 
 
 FORMATS = {
