@@ -235,4 +235,4 @@ def _describe_error(fields: object) -> str:
     if not isinstance(fields, dict):
         return " without JSON"
     texts = [str(fields[key]) for key in ("error", "error_description") if key in fields]
-    return f": {', '.join(texts)}" if texts else ""
+    return f": {': '.join(texts)}" if texts else ""
