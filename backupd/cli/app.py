@@ -37,6 +37,7 @@ app = typer.Typer(
     name="backupd",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Deliver configuration backups from drop folders to HTTPS endpoints, and verify each delivery.\n\n"
     "First steps: `backupd demo` delivers two sample archives, `backupd init` prints a configuration, "

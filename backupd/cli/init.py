@@ -16,7 +16,9 @@ from backupd.core.errors import UsageError
 def init(
     file: Annotated[
         Path | None,
-        typer.Argument(help="The file to write; standard output by default. An existing file is kept."),
+        typer.Argument(
+            metavar="FILE", help="The file to write; standard output by default. An existing file is kept."
+        ),
     ] = None,
 ) -> None:
     """Print a complete, commented configuration, or write it to a file."""

@@ -38,7 +38,7 @@ _HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 -- f
 _PLAIN_PATH = re.compile(r"/[A-Za-z0-9/._+-]+")
 
 Root = Annotated[
-    Path, typer.Option(help="Write the files below this folder and run no command, for packages and images.")
+    Path, typer.Option(help="Use this folder in place of / and run no command, for packages and images.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the steps without doing them.")]
 
@@ -125,7 +125,7 @@ def install(root: Root = Path("/"), dry_run: DryRun = False) -> None:
 
 
 def uninstall(root: Root = Path("/"), dry_run: DryRun = False) -> None:
-    """Stop the service and remove the files that `install` wrote; data, configuration and user are kept.
+    """Stop the service and remove the files that `backupd install` wrote; data and configuration are kept.
 
     Needs root. Pending archives stay in their drop folders and in the ledger.
     """

@@ -158,7 +158,7 @@ def _result(file: str, destination: str, outcome: Outcome) -> PushResult:
 def _hint(reason: Reason) -> str:
     """Return the hint of the failure rule, without the commands that need a delivery in the ledger."""
     if reason is Reason.REFUSED:
-        return "the error has the endpoint's response"
+        return "read the destination's response in the error"
     return rule_of(reason).hint.replace("`backupd retry`", "push it again").replace(" (`backupd show`)", "")
 
 

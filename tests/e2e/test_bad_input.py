@@ -1,4 +1,4 @@
-"""Configurations that can't work, and files that aren't what they should be: told at once, in words."""
+"""Unusable configurations, files and folders: refused at the start, with a message and a hint."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from pathlib import Path
 import pytest
 
 from tests.pki import Pki, in_days
-from tests.stage import PATIENCE, Stage
+from tests.stage import TIMEOUT, Stage
 
 IS_ROOT = os.geteuid() == 0
-NOBODY = "https://127.0.0.1:9/upload"
+UNREACHABLE_URL = "https://127.0.0.1:9/upload"
 Done = subprocess.CompletedProcess[str]
 
 _OVERRIDES = "-dac_override,-dac_read_search"
-_AS_ANYBODY = ["setpriv", f"--bounding-set={_OVERRIDES}", f"--inh-caps={_OVERRIDES}", "--"] if IS_ROOT else []
-"""Before a command: root as well has to keep to the permissions of files then."""
+_WITHOUT_OVERRIDES = (
+    ["setpriv", f"--bounding-set={_OVERRIDES}", f"--inh-caps={_OVERRIDES}", "--"] if IS_ROOT else []
+)
+"""A prefix for commands; root, too, is then bound by the permissions of files."""
 
 needs_permissions = pytest.mark.skipif(
     IS_ROOT and shutil.which("setpriv") is None, reason="root may read everything, and setpriv is missing"
@@ -30,19 +32,19 @@ needs_permissions = pytest.mark.skipif(
 
 
 def backupd(stage: Stage, *arguments: str) -> Done:
-    """Run a command that has no more rights than the permissions of files give."""
+    """Run a command without root's right to ignore file permissions."""
     return subprocess.run(
-        [*_AS_ANYBODY, sys.executable, "-m", "backupd", *arguments],
+        [*_WITHOUT_OVERRIDES, sys.executable, "-m", "backupd", *arguments],
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         check=False,
         env={**os.environ, "BACKUPD_CONFIG": str(stage.config)},
     )
 
 
-def assert_told(done: Done, *words: str, faults: int | None = 1) -> None:
-    """Check that a command says what is wrong on standard error, with what to do, and nothing else."""
+def assert_refused(done: Done, *words: str, faults: int | None = 1) -> None:
+    """Check that a command prints the mistakes and hints on standard error, nothing on standard output."""
     assert done.returncode == 78, done
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
@@ -55,7 +57,7 @@ def assert_told(done: Done, *words: str, faults: int | None = 1) -> None:
         assert len(stated) == faults
 
 
-DOZEN = """
+MANY_MISTAKES = """
 shutdown = "2s"
 log.format = "xml"
 
@@ -99,18 +101,18 @@ FAULTS = (
     "destination.vault.success[0]: expected at most 299, got 500",
     'destination.vault.fields.note: unknown placeholder {nmae}; did you mean "name"?',
     "destination.vault.headers.Host: Host is set by backupd itself",
-    "destination.vault.cert: expected key beside it",
+    'destination.vault.cert: expected "key" to be set too',
     'destination.vault.retry.max: expected at least initial, "5m", got "1s"',
     'destination.vault.receipt.digest: expected "body:/json/pointer"',
 )
 
 
 @pytest.mark.parametrize("command", ["run", "check", "status", "list", "push", "config show", "retry --all"])
-def test_all_mistakes_of_a_configuration_are_told_at_once(stage: Stage, command: str) -> None:
-    stage.config.write_text(DOZEN)
+def test_reports_all_mistakes_of_a_configuration_at_once(stage: Stage, command: str) -> None:
+    stage.config.write_text(MANY_MISTAKES)
     done = stage.backupd(*command.split(), *([str(stage.config)] if command == "push" else []))
 
-    assert_told(done, str(stage.config), *FAULTS, "hint: `backupd init`", faults=len(FAULTS))
+    assert_refused(done, str(stage.config), *FAULTS, "hint: `backupd init`", faults=len(FAULTS))
 
 
 @pytest.mark.parametrize(
@@ -127,53 +129,55 @@ def test_all_mistakes_of_a_configuration_are_told_at_once(stage: Stage, command:
         (b"drop = 7\ndestination = []\n", ["drop: expected a table, got 7", "destination: expected a table"]),
     ],
 )
-def test_a_file_that_is_no_configuration(stage: Stage, text: bytes, words: list[str]) -> None:
+def test_refuses_a_file_that_is_no_valid_toml_configuration(
+    stage: Stage, text: bytes, words: list[str]
+) -> None:
     stage.config.write_bytes(text)
-    assert_told(stage.backupd("run"), str(stage.config), *words, faults=None)
+    assert_refused(stage.backupd("run"), str(stage.config), *words, faults=None)
 
 
-def test_a_configuration_that_is_not_there(stage: Stage) -> None:
-    assert_told(stage.backupd("run"), f"{stage.config}: no such file", "hint: `backupd init`", faults=0)
+def test_reports_a_missing_configuration(stage: Stage) -> None:
+    assert_refused(stage.backupd("run"), f"{stage.config}: no such file", "hint: `backupd init`", faults=0)
 
 
-def test_a_folder_as_the_configuration(stage: Stage) -> None:
+def test_refuses_a_folder_as_the_configuration(stage: Stage) -> None:
     stage.config.mkdir()
-    assert_told(stage.backupd("run"), f"{stage.config}: is a directory", "hint: ", faults=0)
+    assert_refused(stage.backupd("run"), f"{stage.config}: is a directory", "hint: ", faults=0)
 
 
 @needs_permissions
-def test_a_configuration_that_may_not_be_read(stage: Stage) -> None:
-    stage.configure(NOBODY)
+def test_reports_a_configuration_without_read_permission(stage: Stage) -> None:
+    stage.configure(UNREACHABLE_URL)
     stage.config.chmod(0)
-    assert_told(
+    assert_refused(
         backupd(stage, "run"), f"{stage.config}: permission denied", "the daemon's user must", faults=0
     )
 
 
-def test_a_value_of_the_environment_is_told_by_the_name_of_its_variable(stage: Stage) -> None:
-    stage.configure(NOBODY)
+def test_names_the_environment_variable_of_an_invalid_value(stage: Stage) -> None:
+    stage.configure(UNREACHABLE_URL)
     done = stage.backupd("run", environ={"BACKUPD_LOG__LEVEL": "loud"})
-    assert_told(done, 'BACKUPD_LOG__LEVEL: expected "debug", "info", "warning" or "error", got "loud"')
+    assert_refused(done, 'BACKUPD_LOG__LEVEL: expected "debug", "info", "warning" or "error", got "loud"')
 
 
 @pytest.mark.parametrize(
     ("url", "words"),
     [
         ("http://vault.example.net/", "expected https; plain http is for loopback"),
-        ("https:///upload", "expected an address such as https://host/path"),
-        ("vault.example.net/upload", "expected an address such as https://host/path"),
+        ("https:///upload", "expected a URL such as https://host/path"),
+        ("vault.example.net/upload", "expected a URL such as https://host/path"),
         ("https://user:geheim@vault.example.net/", "without a user name or password"),
         ("https://vault.example.net/{name", 'write "{{" and "}}" for braces'),
         ("https://vault.example.net/{nmae}", 'unknown placeholder {nmae}; did you mean "name"?'),
-        ("https://vault.example.net:99999/", "expected an address"),
-        ("https://[::1/", "expected an address"),
+        ("https://vault.example.net:99999/", "expected a URL"),
+        ("https://[::1/", "expected a URL"),
         ("https://vault.example.net/a b", "without blanks"),
     ],
 )
-def test_an_address_that_cannot_work(stage: Stage, url: str, words: str) -> None:
+def test_refuses_an_invalid_url_without_printing_its_password(stage: Stage, url: str, words: str) -> None:
     stage.configure(url)
     done = stage.backupd("run")
-    assert_told(done, "destination.vault.url: ", words)
+    assert_refused(done, "destination.vault.url: ", words)
     assert "geheim" not in done.stderr
 
 
@@ -248,32 +252,32 @@ BROKEN: list[tuple[Callable[[Stage], None], str, str]] = [
     (_no_ca, "destination.vault.ca", "does not exist"),
     (_a_folder_as_ca, "destination.vault.ca", "can't be read: is a directory"),
     (_another_key, "destination.vault.key", "is not the key of the certificate in"),
-    (_rubbish_as_key, "destination.vault.key", "holds no private key in PEM"),
-    (_rubbish_as_cert, "destination.vault.cert", "holds no certificate in PEM"),
+    (_rubbish_as_key, "destination.vault.key", "contains no private key in PEM"),
+    (_rubbish_as_cert, "destination.vault.cert", "contains no certificate in PEM"),
     (_a_damaged_cert, "destination.vault.cert", ""),
-    (_rubbish_as_ca, "destination.vault.ca", "holds no certificate in PEM"),
-    (_expired, "destination.vault.cert", "expired since 2001-01-01"),
+    (_rubbish_as_ca, "destination.vault.ca", "contains no certificate in PEM"),
+    (_expired, "destination.vault.cert", "which expired on 2001-01-01"),
     (_not_yet, "destination.vault.cert", "not valid before"),
     (_state_in_a_file, "state_dir", "is not a folder"),
 ]
 
 
 @pytest.mark.parametrize(("break_it", "key", "words"), BROKEN)
-def test_a_file_or_folder_that_cannot_be_used_keeps_the_daemon_from_starting(
+def test_the_daemon_does_not_start_with_an_unusable_file_or_folder(
     stage: Stage, break_it: Callable[[Stage], None], key: str, words: str
 ) -> None:
-    stage.configure(NOBODY)
+    stage.configure(UNREACHABLE_URL)
     break_it(stage)
     done = stage.backupd("run")
 
-    assert_told(done, f"{stage.config} can't be run:", f"\n{key}: {stage.base}", words, "\n  hint: ")
+    assert_refused(done, f"{stage.config} can't be run:", f"\n{key}: {stage.base}", words, "\n  hint: ")
     checked = stage.backupd("check", "--offline")
     assert checked.returncode == 78
     assert f"failed: {key}: {stage.base}" in checked.stdout
 
 
-def test_an_encrypted_key_without_its_password_asks_nobody(stage: Stage) -> None:
-    stage.configure(NOBODY)
+def test_an_encrypted_key_without_a_password_file_is_refused_without_a_prompt(stage: Stage) -> None:
+    stage.configure(UNREACHABLE_URL)
     from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
 
     key = serialization.load_pem_private_key(stage.pki.client_key.read_bytes(), None)
@@ -284,7 +288,7 @@ def test_an_encrypted_key_without_its_password_asks_nobody(stage: Stage) -> None
             serialization.BestAvailableEncryption(b"geheim"),
         )
     )
-    assert_told(stage.backupd("run"), "destination.vault.key: ", "is encrypted", "key_password_file")
+    assert_refused(stage.backupd("run"), "destination.vault.key: ", "is encrypted", "key_password_file")
 
 
 def _unreadable(path: str) -> Callable[[Stage], Path]:
@@ -299,7 +303,7 @@ def _unreadable(path: str) -> Callable[[Stage], Path]:
 
 @contextmanager
 def closed(path: Path, mode: int = 0) -> Iterator[None]:
-    """Take permissions away for a while."""
+    """Remove the permissions of a path during a `with` block."""
     before = path.stat().st_mode
     path.chmod(mode)
     try:
@@ -319,50 +323,48 @@ def closed(path: Path, mode: int = 0) -> Iterator[None]:
         ("the folder of the keys", "destination.vault.ca", 3),
     ],
 )
-def test_what_may_not_be_read_is_told_with_the_user_who_lacks_the_right(
+def test_reports_an_unreadable_path_with_the_uid_of_the_daemon(
     stage: Stage, what: str, key: str, faults: int
 ) -> None:
-    stage.configure(NOBODY)
+    stage.configure(UNREACHABLE_URL)
     with closed(_unreadable(what)(stage)):
         done = backupd(stage, "run")
-    assert_told(done, f"\n{key}: ", f"(uid {os.geteuid()})", faults=faults)
+    assert_refused(done, f"\n{key}: ", f"(uid {os.geteuid()})", faults=faults)
 
 
 @needs_permissions
-def test_a_drop_folder_that_may_not_be_written_is_told(stage: Stage) -> None:
-    stage.configure(NOBODY)
+def test_reports_a_drop_folder_without_write_permission(stage: Stage) -> None:
+    stage.configure(UNREACHABLE_URL)
     with closed(stage.drop, 0o500):
         done = backupd(stage, "run")
-    assert_told(done, f"\ndrop.switches.path: {stage.drop} can't be read, written and searched")
+    assert_refused(done, f"\ndrop.switches.path: {stage.drop} can't be read, written and searched")
 
 
 @needs_permissions
 @pytest.mark.parametrize("there", [True, False])
-def test_a_state_folder_that_may_not_be_written_is_told(stage: Stage, there: bool) -> None:
+def test_reports_a_state_folder_without_write_permission(stage: Stage, there: bool) -> None:
     parent = stage.base / "var"
     stage.state = parent / "backupd"
     (stage.state if there else parent).mkdir(parents=True)
-    stage.configure(NOBODY)
+    stage.configure(UNREACHABLE_URL)
     with closed(stage.state if there else parent, 0o500):
         done = backupd(stage, "run")
-    assert_told(done, f"\nstate_dir: {stage.state} can't be {'written to' if there else 'created'}")
+    assert_refused(done, f"\nstate_dir: {stage.state} can't be {'written to' if there else 'created'}")
 
 
 @needs_permissions
 @pytest.mark.parametrize("command", ["status", "list", "retry --all"])
-def test_a_state_folder_that_may_not_be_read_is_told_by_the_commands_that_look(
-    stage: Stage, command: str
-) -> None:
+def test_commands_report_a_state_folder_without_read_permission(stage: Stage, command: str) -> None:
     stage.state.mkdir()
-    stage.configure(NOBODY)
+    stage.configure(UNREACHABLE_URL)
     with closed(stage.state):
         done = backupd(stage, *command.split())
-    assert_told(done, str(stage.state), "hint: run this", faults=0)
+    assert_refused(done, str(stage.state), "hint: run this", faults=0)
 
 
-@pytest.mark.skipif(not IS_ROOT or shutil.which("mount") is None, reason="needs to be root, to mount")
-def test_a_sent_folder_on_another_filesystem_is_refused(stage: Stage) -> None:
-    stage.configure(NOBODY)
+@pytest.mark.root
+def test_refuses_a_sent_folder_on_another_filesystem(stage: Stage) -> None:
+    stage.configure(UNREACHABLE_URL)
     stage.sent.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(stage.sent)], check=False)
     if mounted.returncode:
@@ -371,25 +373,29 @@ def test_a_sent_folder_on_another_filesystem_is_refused(stage: Stage) -> None:
         done = stage.backupd("run")
     finally:
         subprocess.run(["umount", str(stage.sent)], check=True)
-    assert_told(done, f"drop.switches.sent_dir: {stage.sent} is on another filesystem", "hint: archives are")
+    assert_refused(
+        done,
+        f"drop.switches.sent_dir: {stage.sent} is on another filesystem",
+        "hint: name a folder on the same filesystem",
+    )
 
 
-def test_what_is_worth_a_look_is_logged_and_keeps_nobody_from_starting(stage: Stage) -> None:
+def test_warnings_are_logged_and_the_daemon_starts(stage: Stage) -> None:
     pair = stage.pki.issue_client("soon", not_after=in_days(5))
     stage.pki.client_cert.write_bytes(pair.cert.read_bytes())
     stage.pki.client_key.write_bytes(pair.key.read_bytes())
     stage.pki.client_key.chmod(0o644)
-    stage.configure(NOBODY)
+    stage.configure(UNREACHABLE_URL)
     daemon = stage.daemon().ready()
     told = {event["path"]: event["error"] for event in daemon.events("config.warning")}
     assert set(told) == {"destination.vault.cert", "destination.vault.key"}
     assert "expires on" in told["destination.vault.cert"]
-    assert "open to group or others" in told["destination.vault.key"]
+    assert "accessible to group or others" in told["destination.vault.key"]
     assert daemon.stop() == 0
 
 
-def test_a_pipe_and_a_socket_and_a_device_in_a_drop_folder_are_left_alone(stage: Stage) -> None:
-    stage.configure(NOBODY)
+def test_pipes_sockets_links_and_empty_files_in_a_drop_folder_are_ignored(stage: Stage) -> None:
+    stage.configure(UNREACHABLE_URL)
     os.mkfifo(stage.drop / "pipe.tar.gz")
     with socket.socket(socket.AF_UNIX) as listener:
         folder = os.open(stage.drop, os.O_RDONLY)
@@ -410,9 +416,9 @@ def test_a_pipe_and_a_socket_and_a_device_in_a_drop_folder_are_left_alone(stage:
     assert daemon.stop() == 0
 
 
-def test_a_ca_of_somebody_else_is_no_reason_not_to_start(stage: Stage) -> None:
-    """A wrong but sound CA can only be found out by asking; the daemon then says what is wrong."""
+def test_the_daemon_starts_with_a_valid_ca_that_issued_nothing_here(stage: Stage) -> None:
+    """Only a TLS handshake shows that the CA is the wrong one, and the daemon logs it then."""
     other = Pki(stage.base / "other")
     stage.pki.ca_pem.write_bytes(other.ca_pem.read_bytes())
-    stage.configure(NOBODY)
+    stage.configure(UNREACHABLE_URL)
     assert stage.daemon().ready().stop() == 0

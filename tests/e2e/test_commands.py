@@ -1,4 +1,4 @@
-"""Every command as a process: what it prints, where, and its exit code."""
+"""Every command as a process: its standard output, standard error and exit code."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ import pytest
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.e2e.test_outages import Endpoint
 from tests.pki import Pki, in_days
-from tests.stage import PATIENCE, Daemon, Stage, until
+from tests.stage import TIMEOUT, Daemon, Stage, until
 
 COMMAND = [sys.executable, "-m", "backupd"]
 Done = subprocess.CompletedProcess[str]
 
 
-def said(done: Done) -> str:
+def output(done: Done) -> str:
     return done.stdout + done.stderr
 
 
 def in_a_terminal(stage: Stage, *arguments: str) -> tuple[int, str]:
-    """Run a command with a terminal for its input and outputs; return its exit code and what it wrote."""
+    """Run a command with a terminal for its input and outputs; return its exit code and its output."""
     pid, terminal = pty.fork()
     if pid == 0:
         environ = {**os.environ, "BACKUPD_CONFIG": str(stage.config), "TERM": "xterm-256color"}
         os.execve(sys.executable, [*COMMAND, *arguments], environ)
     written = b""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + TIMEOUT
     try:
         while time.monotonic() < end:
             if select.select([terminal], [], [], 0.1)[0]:
                 try:
                     data = os.read(terminal, 65536)
-                except OSError:  # Linux: nobody has the other end open any more
+                except OSError:  # Linux: no process has the other end open
                     break
                 if not data:
                     break
@@ -79,39 +79,39 @@ def archive(stage: Stage) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("command", "taught"),
+    ("command", "words"),
     [
         ("", "backupd demo"),
         ("run", "SIGTERM"),
-        ("check", "handshake|shake hands"),
+        ("check", "TLS handshake"),
         ("push", "verify the receipts"),
         ("status", "backlog"),
         ("list", "newest first"),
-        ("show", "attempts and its receipt"),
-        ("audit", "digests of ledger and receipts"),
+        ("show", "each delivery with its attempts and its receipt"),
+        ("audit", "digests in the ledger and the receipt files"),
         ("retry", "rejected archives back"),
         ("init", "commented configuration"),
         ("config", "schema"),
-        ("config schema", "JSON Schema"),
+        ("config schema", "JSON Schema of the configuration"),
         ("config show", "secrets left out"),
         ("receive", "reference receiver"),
         ("demo", "throw-away CA"),
     ],
 )
-def test_the_help_of_each_command_says_what_it_does(stage: Stage, command: str, taught: str) -> None:
+def test_help_describes_each_command(stage: Stage, command: str, words: str) -> None:
     done = stage.backupd(*command.split(), "--help", environ={"COLUMNS": "200"})
 
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(taught, re.sub(r"\s+", " ", done.stdout))
+    assert re.search(words, re.sub(r"\s+", " ", done.stdout))
 
 
-def test_the_help_tells_the_exit_codes(stage: Stage) -> None:
+def test_help_lists_the_exit_codes(stage: Stage) -> None:
     text = re.sub(r"\s+", " ", stage.backupd("--help").stdout)
     for code in ("0 done", "1 bug", "2 usage", "3 something was rejected", "69 a destination", "78 config"):
         assert code in text
 
 
-def test_the_version_is_told(stage: Stage) -> None:
+def test_prints_the_version(stage: Stage) -> None:
     done = stage.backupd("--version")
     assert re.fullmatch(r"backupd \d+\.\d+\S*\n", done.stdout)
 
@@ -120,32 +120,32 @@ def test_the_version_is_told(stage: Stage) -> None:
     "wrong",
     [["nonsense"], ["push"], ["show"], ["list", "--state", "lost"], ["list", "--limit", "0"], ["retry"]],
 )
-def test_a_command_line_that_makes_no_sense_ends_with_2(stage: Stage, wrong: list[str]) -> None:
+def test_exits_with_2_for_an_invalid_command_line(stage: Stage, wrong: list[str]) -> None:
     stage.configure("https://127.0.0.1:9/")
     done = stage.backupd(*wrong)
     assert done.returncode == 2
     assert done.stderr
-    assert "Traceback" not in said(done)
+    assert "Traceback" not in output(done)
 
 
 # --- push ---------------------------------------------------------------------------------------
 
 
-def test_push_delivers_verifies_and_leaves_the_file(
+def test_push_delivers_a_file_and_leaves_it_in_place(
     stage: Stage, receiver: RunningReceiver, archive: Path
 ) -> None:
     stage.configure(receiver.url)
     done = stage.backupd("push", str(archive))
 
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    assert (done.returncode, done.stderr) == (0, "")  # no progress bar: it is no terminal
+    assert (done.returncode, done.stderr) == (0, "")  # no progress bar, as it is no terminal
     assert done.stdout == f"router.tar.gz → vault: delivered, sha256:{digest}\n"
     assert [path.read_bytes() for path in stage.stored()] == [archive.read_bytes()]
     assert archive.exists()
     assert not stage.state.exists()
 
 
-def test_push_takes_several_files_and_tells_of_each_in_json(stage: Stage, receiver: RunningReceiver) -> None:
+def test_push_reports_each_of_several_files_in_json(stage: Stage, receiver: RunningReceiver) -> None:
     stage.configure(receiver.url)
     files = [stage.base / f"sw-{number}.cfg" for number in range(3)]
     for file in files:
@@ -153,29 +153,29 @@ def test_push_takes_several_files_and_tells_of_each_in_json(stage: Stage, receiv
     done = stage.backupd("push", "--json", *map(str, files))
 
     assert (done.returncode, done.stderr) == (0, "")
-    told = json.loads(done.stdout)
-    assert [each["file"] for each in told] == [file.name for file in files]
-    assert {each["outcome"] for each in told} == {"delivered"}
-    assert told[0]["digest"] == f"sha256:{hashlib.sha256(files[0].read_bytes()).hexdigest()}"
+    printed = json.loads(done.stdout)
+    assert [each["file"] for each in printed] == [file.name for file in files]
+    assert {each["outcome"] for each in printed} == {"delivered"}
+    assert printed[0]["digest"] == f"sha256:{hashlib.sha256(files[0].read_bytes()).hexdigest()}"
     assert len(stage.stored()) == 3
 
 
-def test_push_ends_with_3_if_one_of_the_files_is_rejected(stage: Stage, archive: Path) -> None:
+def test_push_exits_with_3_if_one_of_the_files_is_rejected(stage: Stage, archive: Path) -> None:
     large = stage.base / "large.tar.gz"
     large.write_bytes(os.urandom(200_000))
     with RunningReceiver(stage.store, _tls(stage.pki), max_size=1000) as receiver:
         stage.configure(receiver.url)
         done = stage.backupd("push", str(large), str(archive))
-        told = json.loads(stage.backupd("push", "--json", str(large)).stdout)
+        printed = json.loads(stage.backupd("push", "--json", str(large)).stdout)
 
     assert done.returncode == 3
     assert "large.tar.gz → vault: rejected (too_large): 413" in done.stdout
-    assert "hint: raise the endpoint's limit, then push it again" in done.stdout
+    assert "hint: raise the destination's limit, then push it again" in done.stdout
     assert "router.tar.gz → vault: delivered" in done.stdout
-    assert (told[0]["reason"], told[0]["http_status"]) == ("too_large", 413)
+    assert (printed[0]["reason"], printed[0]["http_status"]) == ("too_large", 413)
 
 
-def test_push_ends_with_69_if_the_destination_is_unavailable(stage: Stage, archive: Path) -> None:
+def test_push_exits_with_69_if_the_destination_is_unavailable(stage: Stage, archive: Path) -> None:
     stage.configure("https://127.0.0.1:9/")
     done = stage.backupd("push", str(archive))
 
@@ -184,7 +184,7 @@ def test_push_ends_with_69_if_the_destination_is_unavailable(stage: Stage, archi
     assert "hint: " in done.stdout
 
 
-def test_push_to_one_of_two_destinations_and_to_an_unknown_one(
+def test_push_selects_destinations_and_refuses_an_unknown_one(
     stage: Stage, receiver: RunningReceiver, archive: Path
 ) -> None:
     other = f'[destination.cellar]\nurl = "https://127.0.0.1:9/"\nca = "{stage.pki.ca_pem}"'
@@ -198,7 +198,7 @@ def test_push_to_one_of_two_destinations_and_to_an_unknown_one(
     assert "vault, cellar" in unknown.stderr
 
 
-def test_push_looks_at_all_files_before_it_sends_any(
+def test_push_checks_all_files_before_the_first_upload(
     stage: Stage, receiver: RunningReceiver, archive: Path
 ) -> None:
     stage.configure(receiver.url)
@@ -218,7 +218,7 @@ def test_push_looks_at_all_files_before_it_sends_any(
     assert stage.stored() == []
 
 
-def test_push_shows_a_bar_on_a_terminal(stage: Stage, receiver: RunningReceiver) -> None:
+def test_push_shows_a_progress_bar_on_a_terminal(stage: Stage, receiver: RunningReceiver) -> None:
     stage.configure(receiver.url)
     large = stage.base / "large.tar.gz"
     large.write_bytes(os.urandom(30_000_000))
@@ -237,7 +237,9 @@ def _tls(pki: Pki) -> ServerTls:
 # --- check --------------------------------------------------------------------------------------
 
 
-def test_check_says_that_all_is_well(stage: Stage, receiver: RunningReceiver) -> None:
+def test_check_reports_a_usable_configuration_and_destination(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
     stage.configure(receiver.url)
     done = stage.backupd("check")
 
@@ -252,7 +254,7 @@ def _trust_another_ca(stage: Stage) -> None:
     stage.pki.ca_pem.write_bytes(Pki(stage.base / "other").ca_pem.read_bytes())
 
 
-def _show_a_stranger(stage: Stage) -> None:
+def _use_an_unknown_client_certificate(stage: Stage) -> None:
     stranger = Pki(stage.base / "other")
     stage.pki.client_cert.write_bytes(stranger.client_cert.read_bytes())
     stage.pki.client_key.write_bytes(stranger.client_key.read_bytes())
@@ -262,10 +264,10 @@ def _show_a_stranger(stage: Stage) -> None:
     ("break_it", "reason", "words"),
     [
         (_trust_another_ca, "tls_failed", "the destination's certificate: "),
-        (_show_a_stranger, "client_certificate_refused", "alert unknown ca"),
+        (_use_an_unknown_client_certificate, "client_certificate_refused", "alert unknown ca"),
     ],
 )
-def test_check_and_push_tell_whose_certificate_is_not_trusted(
+def test_check_and_push_report_which_certificate_is_not_trusted(
     stage: Stage, archive: Path, break_it: Any, reason: str, words: str
 ) -> None:
     large = stage.base / "large.tar.gz"
@@ -274,13 +276,13 @@ def test_check_and_push_tell_whose_certificate_is_not_trusted(
         break_it(stage)
         stage.configure(endpoint.url)
         done = stage.backupd("check")
-        [told] = json.loads(stage.backupd("check", "--json").stdout)["destinations"]
+        [probe] = json.loads(stage.backupd("check", "--json").stdout)["destinations"]
         pushed = [stage.backupd("push", str(file)) for file in (archive, large)]
 
     assert endpoint.seen == []
-    assert "Traceback" not in said(done)
-    assert told["reason"] == reason
-    assert told["hint"]
+    assert "Traceback" not in output(done)
+    assert probe["reason"] == reason
+    assert probe["hint"]
     for each in (done, *pushed):
         assert each.returncode == 69
         assert f"{reason})" in each.stdout
@@ -288,24 +290,24 @@ def test_check_and_push_tell_whose_certificate_is_not_trusted(
         assert "hint: " in each.stdout
 
 
-def test_check_thinks_of_the_certificate_where_the_endpoint_hangs_up_without_a_word(
+def test_check_suggests_the_client_certificate_if_the_endpoint_closes_without_an_alert(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
-    _show_a_stranger(stage)
+    _use_an_unknown_client_certificate(stage)
     stage.configure(receiver.url)
     done = stage.backupd("check")
     assert done.returncode == 69
     assert "`cert`" in done.stdout
 
 
-def test_check_tells_that_nobody_listens(stage: Stage) -> None:
+def test_check_reports_a_refused_connection_without_the_query_of_the_url(stage: Stage) -> None:
     stage.configure("https://127.0.0.1:9/upload?token=geheim")
     done = stage.backupd("check")
 
     assert done.returncode == 69
     assert "failed: destination.vault: https://127.0.0.1:9/upload: " in done.stdout
     assert "connect_failed" in done.stdout
-    assert "geheim" not in said(done)
+    assert "geheim" not in output(done)
 
 
 def _no_key(stage: Stage) -> None:
@@ -327,10 +329,10 @@ def _expired(stage: Stage) -> None:
     [
         (_no_key, "destination.vault.key", "does not exist"),
         (_another_key, "destination.vault.key", "is not the key of the certificate"),
-        (_expired, "destination.vault.cert", "expired since 2001-01-01"),
+        (_expired, "destination.vault.cert", "which expired on 2001-01-01"),
     ],
 )
-def test_check_tells_which_file_is_wrong_and_ends_with_78(
+def test_check_names_the_unusable_file_and_exits_with_78(
     stage: Stage, receiver: RunningReceiver, break_it: Any, key: str, words: str
 ) -> None:
     stage.configure(receiver.url)
@@ -340,11 +342,11 @@ def test_check_tells_which_file_is_wrong_and_ends_with_78(
         assert done.returncode == 78
         [line] = [line for line in done.stdout.splitlines() if line.startswith(f"failed: {key}: ")]
         assert words in line
-        assert "Traceback" not in said(done)
-        assert "run `backupd check`" not in said(done)  # that is what was done
-    told = json.loads(stage.backupd("check", "--json", "--offline").stdout)
-    assert {"where": key, "fatal": True}.items() <= next(p for p in told["problems"] if p["fatal"]).items()
-    assert told["destinations"] == []
+        assert "Traceback" not in output(done)
+        assert "run `backupd check`" not in output(done)  # this command is it
+    printed = json.loads(stage.backupd("check", "--json", "--offline").stdout)
+    assert {"where": key, "fatal": True}.items() <= next(p for p in printed["problems"] if p["fatal"]).items()
+    assert printed["destinations"] == []
 
 
 def test_check_warns_of_a_certificate_that_expires_soon(stage: Stage, receiver: RunningReceiver) -> None:
@@ -359,7 +361,7 @@ def test_check_warns_of_a_certificate_that_expires_soon(stage: Stage, receiver: 
     assert "expires on" in done.stdout
 
 
-def test_check_offline_asks_nobody(stage: Stage) -> None:
+def test_check_offline_connects_to_no_destination(stage: Stage) -> None:
     stage.configure("https://127.0.0.1:9/")
     assert stage.backupd("check", "--offline").returncode == 0
 
@@ -368,7 +370,7 @@ def test_check_offline_asks_nobody(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("command", [["status"], ["list"], ["show", "0"], ["audit"], ["retry", "--all"]])
-def test_before_the_first_start_the_ledger_is_told_to_be_missing(stage: Stage, command: list[str]) -> None:
+def test_commands_report_the_missing_ledger_before_the_first_start(stage: Stage, command: list[str]) -> None:
     stage.configure("https://127.0.0.1:9/")
     done = stage.backupd(*command)
     assert done.returncode == 78
@@ -377,16 +379,16 @@ def test_before_the_first_start_the_ledger_is_told_to_be_missing(stage: Stage, c
     assert not stage.state.exists()
 
 
-def test_status_while_the_daemon_runs_and_when_it_does_not(stage: Stage, receiver: RunningReceiver) -> None:
+def test_status_reports_whether_the_daemon_runs(stage: Stage, receiver: RunningReceiver) -> None:
     daemon = a_delivered_archive(stage, receiver)
     running = stage.backupd("status")
-    told = json.loads(stage.backupd("status", "--json").stdout)
+    printed = json.loads(stage.backupd("status", "--json").stdout)
     assert running.returncode == 0
     assert f"daemon: running as process {daemon.pid}" in running.stdout
     assert re.search(r"vault +working +0 ", running.stdout)
     assert re.search(r"certificate of vault: \d+ days left", running.stdout)
-    assert told["daemon_pid"] == daemon.pid
-    [destination] = told["destinations"]
+    assert printed["daemon_pid"] == daemon.pid
+    [destination] = printed["destinations"]
     assert (destination["name"], destination["circuit"], destination["pending"]) == ("vault", "working", 0)
     assert destination["last_delivered"].endswith("Z")
 
@@ -395,7 +397,7 @@ def test_status_while_the_daemon_runs_and_when_it_does_not(stage: Stage, receive
     assert json.loads(stage.backupd("status", "--json").stdout)["daemon_pid"] is None
 
 
-def test_status_tells_why_a_destination_is_paused(stage: Stage) -> None:
+def test_status_reports_why_a_destination_is_paused(stage: Stage) -> None:
     stage.configure(
         "https://127.0.0.1:9/", destination='[destination.vault.retry]\ninitial = "1h"\nmax = "1h"'
     )
@@ -406,11 +408,11 @@ def test_status_tells_why_a_destination_is_paused(stage: Stage) -> None:
 
     assert re.search(r"vault +paused +1 +7 B", done.stdout)
     assert "connect_failed: Connection refused (127.0.0.1 port 9)" in done.stdout
-    assert "next try in" in done.stdout
+    assert "next retry in" in done.stdout
 
 
 @pytest.mark.parametrize("running", [True, False])
-def test_list_and_show_tell_of_each_delivery(stage: Stage, receiver: RunningReceiver, running: bool) -> None:
+def test_list_and_show_report_each_delivery(stage: Stage, receiver: RunningReceiver, running: bool) -> None:
     daemon = a_delivered_archive(stage, receiver, "one.tar.gz", "two.tar.gz")
     if not running:
         daemon.stop()
@@ -428,16 +430,14 @@ def test_list_and_show_tell_of_each_delivery(stage: Stage, receiver: RunningRece
     assert shown.returncode == 0
     for words in (record["id"], record["digest"], "verified     yes", f"sent/{record['archive']['relpath']}"):
         assert words in shown.stdout
-    told = json.loads(stage.backupd("show", "--json", record["id"]).stdout)
-    assert told["delivery"] == record
-    assert [(a["number"], a["outcome"], a["http_status"]) for a in told["attempts"]] == [
+    printed = json.loads(stage.backupd("show", "--json", record["id"]).stdout)
+    assert printed["delivery"] == record
+    assert [(a["number"], a["outcome"], a["http_status"]) for a in printed["attempts"]] == [
         (1, "delivered", 201)
     ]
 
 
-def test_show_and_retry_refuse_ids_that_are_unknown_or_ambiguous(
-    stage: Stage, receiver: RunningReceiver
-) -> None:
+def test_show_and_retry_refuse_unknown_and_ambiguous_ids(stage: Stage, receiver: RunningReceiver) -> None:
     names = [f"sw-{number}.tar.gz" for number in range(17)]  # two ids begin with the same hexadecimal digit
     a_delivered_archive(stage, receiver, *names)
     firsts = [record["id"][0] for record in json.loads(stage.backupd("list", "--json").stdout)]
@@ -452,9 +452,7 @@ def test_show_and_retry_refuse_ids_that_are_unknown_or_ambiguous(
 
 
 @pytest.mark.parametrize("command", ["show", "retry", "forget"])
-def test_what_is_asked_for_by_no_unicode_is_not_there(
-    stage: Stage, receiver: RunningReceiver, command: str
-) -> None:
+def test_an_id_that_is_not_utf_8_is_unknown(stage: Stage, receiver: RunningReceiver, command: str) -> None:
     a_delivered_archive(stage, receiver, "sw-1.tar.gz")
     done = stage.backupd(command, os.fsdecode(b"\xff"))
 
@@ -462,7 +460,7 @@ def test_what_is_asked_for_by_no_unicode_is_not_there(
     assert "Traceback" not in done.stderr
 
 
-def test_show_says_what_to_do_about_a_rejected_archive(stage: Stage) -> None:
+def test_show_has_a_hint_for_a_rejected_archive(stage: Stage) -> None:
     with RunningReceiver(stage.store, _tls(stage.pki), max_size=1000) as receiver:
         stage.configure(receiver.url)
         daemon = stage.daemon().ready()
@@ -473,14 +471,14 @@ def test_show_says_what_to_do_about_a_rejected_archive(stage: Stage) -> None:
 
     assert re.search(r"^state +rejected$", done.stdout, re.MULTILINE)
     assert re.search(r"^reason +too_large$", done.stdout, re.MULTILINE)
-    assert re.search(r"^hint +raise the endpoint's limit", done.stdout, re.MULTILINE)
+    assert re.search(r"^hint +raise the destination's limit", done.stdout, re.MULTILINE)
     assert re.search(r"^moved to +rejected/large\.tar\.gz$", done.stdout, re.MULTILINE)
 
 
 HOSTILE = b"bad\xff\n\r\x1b[2Jdelivered\xe2\x80\xae\x07 [bold]{x}%s \xf0\x9f\x92\xbe.tar.gz"
 
 
-def test_hostile_names_forge_nothing_on_a_terminal(stage: Stage, receiver: RunningReceiver) -> None:
+def test_hostile_names_forge_no_output_on_a_terminal(stage: Stage, receiver: RunningReceiver) -> None:
     daemon = a_delivered_archive(stage, receiver, HOSTILE)
     [record] = json.loads(stage.backupd("list", "--json").stdout)
     pushed = Path(os.fsdecode(os.path.join(os.fsencode(stage.base), HOSTILE)))
@@ -493,7 +491,7 @@ def test_hostile_names_forge_nothing_on_a_terminal(stage: Stage, receiver: Runni
         stage.backupd("push", os.fsdecode(pushed)),
         stage.backupd("push", missing),
     ):
-        text = said(done)
+        text = output(done)
         assert harmless.replace(r"bad\xff", "") in text
         assert not set(text) & {"\r", "\x1b", "\x07", "\u202e"}
         assert not [line for line in text.splitlines() if line.startswith("delivered")]
@@ -505,7 +503,7 @@ def test_hostile_names_forge_nothing_on_a_terminal(stage: Stage, receiver: Runni
     assert len(daemon.events("archive.delivered")) == 1  # every line of the log is JSON, too
 
 
-def test_names_that_the_locale_cannot_write_are_escaped(
+def test_characters_that_the_locale_lacks_are_escaped(
     stage: Stage, receiver: RunningReceiver, archive: Path
 ) -> None:
     stage.configure(receiver.url)
@@ -514,14 +512,14 @@ def test_names_that_the_locale_cannot_write_are_escaped(
     assert done.stdout.startswith(r"router.tar.gz \u2192 vault: delivered")
 
 
-def test_a_reader_who_has_seen_enough_gets_no_traceback(stage: Stage, receiver: RunningReceiver) -> None:
+def test_a_closed_pipe_causes_no_traceback(stage: Stage, receiver: RunningReceiver) -> None:
     a_delivered_archive(stage, receiver, *(f"sw-{number}.tar.gz" for number in range(300)))
     command = f"{sys.executable} -m backupd list --json -n 1000 --config {stage.config} | head -n 1"
     done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("[\n", "")
 
 
-def test_a_full_disk_under_the_output_is_told_without_a_traceback(stage: Stage) -> None:
+def test_reports_a_full_disk_under_standard_output_without_a_traceback(stage: Stage) -> None:
     with open("/dev/full", "w", encoding="utf-8") as full:
         done = subprocess.run(
             [*COMMAND, "config", "schema"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
@@ -533,7 +531,9 @@ def test_a_full_disk_under_the_output_is_told_without_a_traceback(stage: Stage) 
 # --- init, config -------------------------------------------------------------------------------
 
 
-def test_what_init_writes_is_accepted_once_it_is_filled_in(stage: Stage, receiver: RunningReceiver) -> None:
+def test_check_accepts_the_configuration_of_init_once_it_is_filled_in(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
     path = stage.base / "new.toml"
     done = stage.backupd("init", str(path))
     assert done.returncode == 0
@@ -552,19 +552,19 @@ def test_what_init_writes_is_accepted_once_it_is_filled_in(stage: Stage, receive
     path.write_text(text)
 
     done = stage.backupd("check", "--config", str(path), environ={"BACKUPD_STATE_DIR": str(stage.state)})
-    assert done.returncode == 0, said(done)
+    assert done.returncode == 0, output(done)
 
 
-def test_init_never_overwrites(stage: Stage) -> None:
+def test_init_never_overwrites_a_file(stage: Stage) -> None:
     stage.config.write_text("mine")
     done = stage.backupd("init", str(stage.config))
     assert done.returncode == 2
-    assert "left as it is" in done.stderr
+    assert "an existing one is never overwritten" in done.stderr
     assert stage.config.read_text() == "mine"
     assert stage.backupd("init", str(stage.base / "no" / "folder.toml")).returncode == 2
 
 
-def test_the_schema_is_one_that_editors_can_use(stage: Stage) -> None:
+def test_prints_a_json_schema_that_editors_can_use(stage: Stage) -> None:
     schema = json.loads(stage.backupd("config", "schema").stdout)
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert {"drop", "destination", "state_dir"} <= set(schema["properties"])
@@ -573,7 +573,7 @@ def test_the_schema_is_one_that_editors_can_use(stage: Stage) -> None:
     assert wanted == set(schema["$defs"])
 
 
-def test_the_configuration_in_force_has_no_secrets_and_loads_again(stage: Stage) -> None:
+def test_the_effective_configuration_has_no_secrets_and_can_be_loaded(stage: Stage) -> None:
     stage.configure(
         "https://127.0.0.1:9/upload?site=7&token=geheim1",
         destination='headers = { Authorization = "Bearer geheim2", X-Site = "7" }',
@@ -591,7 +591,7 @@ def test_the_configuration_in_force_has_no_secrets_and_loads_again(stage: Stage)
 # --- receive, demo ------------------------------------------------------------------------------
 
 
-def test_receive_takes_what_is_pushed_to_it(stage: Stage, archive: Path) -> None:
+def test_receive_stores_a_pushed_file(stage: Stage, archive: Path) -> None:
     p = stage.pki
     files = ["--cert", str(p.server_cert), "--key", str(p.server_key), "--client-ca", str(p.ca_pem)]
     log = stage.base / "receive.log"
@@ -608,14 +608,14 @@ def test_receive_takes_what_is_pushed_to_it(stage: Stage, archive: Path) -> None
         assert stage.backupd("push", str(archive)).returncode == 0
         assert [path.read_bytes() for path in stage.stored()] == [archive.read_bytes()]
         process.terminate()
-        assert process.wait(PATIENCE) == 0
+        assert process.wait(TIMEOUT) == 0
     finally:
         process.kill()
         process.wait()
     assert log.read_text() == found[0]
 
 
-def test_receive_says_at_once_where_it_listens_even_into_a_file(stage: Stage) -> None:
+def test_receive_prints_its_url_at_once_even_into_a_file(stage: Stage) -> None:
     p = stage.pki
     files = ["--cert", str(p.server_cert), "--key", str(p.server_key), "--client-ca", str(p.ca_pem)]
     log = stage.base / "receive.log"
@@ -630,7 +630,7 @@ def test_receive_says_at_once_where_it_listens_even_into_a_file(stage: Stage) ->
         process.wait()
 
 
-def test_receive_tells_which_file_it_cannot_read(stage: Stage) -> None:
+def test_receive_names_the_file_that_it_cannot_read(stage: Stage) -> None:
     p = stage.pki
     done = stage.backupd(
         *("receive", "--store", str(stage.store), "--cert", str(p.server_cert)),
@@ -640,7 +640,7 @@ def test_receive_tells_which_file_it_cannot_read(stage: Stage) -> None:
     assert f"--key: {stage.base / 'none.key'} can't be read" in done.stderr
 
 
-def test_the_demo_brings_its_archives_through(stage: Stage) -> None:
+def test_the_demo_delivers_its_archives(stage: Stage) -> None:
     done = stage.backupd("demo", environ={"TMPDIR": str(stage.base)})
 
     assert (done.returncode, done.stderr) == (0, "")
@@ -649,29 +649,29 @@ def test_the_demo_brings_its_archives_through(stage: Stage) -> None:
         hashlib.sha256(path.read_bytes()).hexdigest() for path in stage.archives(base / "stored" / "archives")
     }
     sent = {hashlib.sha256(path.read_bytes()).hexdigest() for path in stage.archives(base / "drop" / "sent")}
-    told = re.findall(r"sha256 +([0-9a-f]{64})  \((receipt|of what)", done.stdout)
-    assert len(told) == 4
+    digests = re.findall(r"sha256 +([0-9a-f]{64})  \((receipt|stored file)", done.stdout)
+    assert len(digests) == 4
     assert (
         stored
         == sent
-        == {d for d, kind in told if kind == "receipt"}
-        == {d for d, k in told if k != "receipt"}
+        == {d for d, kind in digests if kind == "receipt"}
+        == {d for d, k in digests if k != "receipt"}
     )
     assert "daemon.stopped" in done.stdout
     assert "Traceback" not in done.stdout
 
 
-def test_the_demo_minds_no_configuration_of_ours(stage: Stage) -> None:
+def test_the_demo_ignores_the_configuration_in_the_environment(stage: Stage) -> None:
     mine = {
         "BACKUPD_STATE_DIR": "relative",
         "BACKUPD_LOG__LEVEL": "nonsense",
         "STATE_DIRECTORY": "/nonexistent",
     }
     done = stage.backupd("demo", environ={**mine, "TMPDIR": str(stage.base)})
-    assert done.returncode == 0, said(done)
+    assert done.returncode == 0, output(done)
 
 
-def test_the_demo_tells_what_it_lacks(stage: Stage) -> None:
+def test_the_demo_names_the_missing_extra(stage: Stage) -> None:
     hidden = stage.base / "hidden"
     hidden.mkdir()
     (hidden / "fastapi.py").write_text("raise ImportError('no fastapi here')")
@@ -681,19 +681,17 @@ def test_the_demo_tells_what_it_lacks(stage: Stage) -> None:
     assert "pip install 'backupd[receiver]'" in done.stderr
 
 
-def test_the_demo_tells_that_it_has_no_room(stage: Stage) -> None:
+def test_the_demo_reports_a_full_disk(stage: Stage) -> None:
     no_files = ["prlimit", "--fsize=0", "--", *COMMAND, "demo"]
     environ = {**os.environ, "TMPDIR": str(stage.base), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        no_files, capture_output=True, text=True, timeout=PATIENCE, check=False, env=environ
-    )
-    assert done.returncode == 69, said(done)
+    done = subprocess.run(no_files, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=environ)
+    assert done.returncode == 69, output(done)
     assert "the demo can't run here: " in done.stderr
     assert "hint: " in done.stderr
-    assert "Traceback" not in said(done)
+    assert "Traceback" not in output(done)
 
 
-def test_a_demo_that_is_told_to_stop_leaves_no_daemon_behind(tmp_path: Path) -> None:
+def test_the_demo_stops_its_daemon_on_sigterm(tmp_path: Path) -> None:
     demo = subprocess.Popen(
         [sys.executable, "-m", "backupd", "demo", "--keep"],
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""The installed command as a process: devices that fall silent, and archives of unusual size."""
+"""The daemon as a process: overdue devices, and archives of unusual size."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import signal
 import sqlite3
 
 from backupd.receiver.serve import RunningReceiver
-from tests.stage import PATIENCE, Stage, until
+from tests.stage import TIMEOUT, Stage, until
 
 TOP = 'heartbeat_every = "0.2s"'
 EXPECT = 'label_pattern = \'(?P<device>[^-]+)-.*\'\nexpect = { every = "1s", by = "{device}" }'
 
 
-def test_a_silent_device_is_told_of_across_a_kill_until_it_comes(
+def test_an_overdue_device_is_logged_again_after_a_kill_until_it_sends_an_archive(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
     stage.configure(receiver.url, top=TOP, drop=EXPECT)
@@ -33,7 +33,7 @@ def test_a_silent_device_is_told_of_across_a_kill_until_it_comes(
     assert daemon.stop() == 0
 
 
-def test_a_device_that_was_forgotten_is_told_of_no_more(stage: Stage, receiver: RunningReceiver) -> None:
+def test_a_forgotten_device_is_no_longer_overdue(stage: Stage, receiver: RunningReceiver) -> None:
     stage.configure(receiver.url, top=TOP, drop=EXPECT)
     daemon = stage.daemon().ready()
     stage.put("sw1-a.cfg", b"a" * 100)
@@ -42,9 +42,9 @@ def test_a_device_that_was_forgotten_is_told_of_no_more(stage: Stage, receiver: 
     done = stage.backupd("forget", "sw1")
     assert (done.returncode, done.stdout) == (0, "sw1 of switches: forgotten\n")
     daemon.wait_for("drop.recovered", device="sw1")
-    told, beats = len(daemon.events("drop.overdue")), len(daemon.events("daemon.heartbeat"))
-    daemon.wait_for("daemon.heartbeat", count=beats + 8)  # more than `every`
-    assert len(daemon.events("drop.overdue")) == told
+    overdue, heartbeats = len(daemon.events("drop.overdue")), len(daemon.events("daemon.heartbeat"))
+    daemon.wait_for("daemon.heartbeat", count=heartbeats + 8)  # more than `every`
+    assert len(daemon.events("drop.overdue")) == overdue
 
     again = stage.backupd("forget", "sw1", "--drop", "switches")
     assert again.returncode == 2
@@ -52,7 +52,9 @@ def test_a_device_that_was_forgotten_is_told_of_no_more(stage: Stage, receiver: 
     assert daemon.stop() == 0
 
 
-def test_a_listed_device_that_never_came_is_overdue(stage: Stage, receiver: RunningReceiver) -> None:
+def test_a_listed_device_that_never_sent_an_archive_is_overdue(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
     listed = EXPECT.replace(" }", ', devices = ["sw9"] }')
     stage.configure(receiver.url, top=TOP, drop=listed)
     daemon = stage.daemon().ready()
@@ -61,12 +63,12 @@ def test_a_listed_device_that_never_came_is_overdue(stage: Stage, receiver: Runn
 
     forgotten = stage.backupd("forget", "sw9")
     assert forgotten.returncode == 0
-    assert "its wait begins anew\n  hint: it is expected by drop.switches.expect.devices" in forgotten.stdout
+    assert "its interval starts again\n  hint: drop.switches.expect.devices expects it" in forgotten.stdout
     daemon.wait_for("drop.recovered", device="sw9")
     assert daemon.stop() == 0
 
 
-def test_an_archive_of_unusual_size_is_delivered_and_said_once(
+def test_an_archive_of_unusual_size_is_delivered_and_logged_once(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
     stage.configure(receiver.url, top=TOP, drop='size_alarm = "50%"')
@@ -91,7 +93,7 @@ def test_an_archive_of_unusual_size_is_delivered_and_said_once(
     assert stage.sent / "odd.cfg" in stage.archives(stage.sent)
 
 
-def test_what_is_done_with_goes_from_the_ledger_and_stays_in_the_folder(
+def test_old_history_is_removed_from_the_ledger_and_the_files_are_kept(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
     stage.configure(receiver.url, top=f'{TOP}\nkeep_history_for = "1s"')
@@ -101,15 +103,15 @@ def test_what_is_done_with_goes_from_the_ledger_and_stays_in_the_folder(
     daemon.wait_for("archive.disposed", count=3)
 
     def left() -> int:
-        with contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=PATIENCE)) as ledger:
+        with contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=TIMEOUT)) as ledger:
             return int(ledger.execute("SELECT count(*) FROM archive").fetchone()[0])
 
-    until(lambda: left() == 1, "the history to go")  # the last number is not given again
+    until(lambda: left() == 1, "the history to go")  # the last number is not reused
     assert len(stage.archives(stage.sent)) == 3
     assert daemon.stop() == 0
 
 
-def test_a_reload_changes_who_is_expected(stage: Stage, receiver: RunningReceiver) -> None:
+def test_a_reload_changes_the_expected_devices(stage: Stage, receiver: RunningReceiver) -> None:
     stage.configure(receiver.url, top=TOP, drop=EXPECT)
     daemon = stage.daemon().ready()
     stage.put("sw1-a.cfg", b"a" * 100)
@@ -118,7 +120,7 @@ def test_a_reload_changes_who_is_expected(stage: Stage, receiver: RunningReceive
     stage.configure(receiver.url, top=TOP, drop='expect.every = "1s"')
     daemon.process.send_signal(signal.SIGHUP)
     daemon.wait_for("config.reloaded", drops_changed=["switches"])
-    daemon.wait_for("drop.recovered", device="sw1")  # nobody is told apart any more
+    daemon.wait_for("drop.recovered", device="sw1")  # the devices of the drop are no longer distinguished
     overdue = until(lambda: [e for e in daemon.events("drop.overdue") if "device" not in e], "the whole drop")
     assert overdue[0]["drop"] == "switches"
     stage.put("sw2-a.cfg", b"a" * 100)

@@ -10,7 +10,7 @@ from backupd.cli.install import INSTALLED_FILES
 
 
 def backupd(*arguments: str) -> str:
-    """Run a command that has to succeed, and return what it printed."""
+    """Run a command that has to succeed, and return its output."""
     return subprocess.run(
         [sys.executable, "-m", "backupd", *arguments],
         check=True,
@@ -20,29 +20,29 @@ def backupd(*arguments: str) -> str:
     ).stdout
 
 
-def there(root: Path) -> set[str]:
+def files_below(root: Path) -> set[str]:
     return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
 
 
-def test_a_dry_run_says_what_is_then_done_once(tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_steps_that_a_first_run_does(tmp_path: Path) -> None:
     root = str(tmp_path)
     dry = backupd("install", "--root", root, "--dry-run")
-    assert there(tmp_path) == set()
+    assert files_below(tmp_path) == set()
     assert backupd("install", "--root", root) == dry
-    assert there(tmp_path) == set(INSTALLED_FILES)
+    assert files_below(tmp_path) == set(INSTALLED_FILES)
     assert "nothing to do" in backupd("install", "--root", root)
 
 
-def test_the_units_name_the_backupd_that_installs_them(tmp_path: Path) -> None:
+def test_the_units_start_the_backupd_that_installed_them(tmp_path: Path) -> None:
     backupd("install", "--root", str(tmp_path))
     unit = (tmp_path / "etc/systemd/system/backupd.service").read_text()
     assert f"ExecStart={Path(sys.executable).parent}/backupd run\n" in unit
 
 
-def test_uninstalling_takes_away_what_installing_brought(tmp_path: Path) -> None:
+def test_uninstall_removes_the_installed_files_only(tmp_path: Path) -> None:
     backupd("install", "--root", str(tmp_path))
     mine = tmp_path / "etc/systemd/system/backupd.service.d/mine.conf"
     mine.write_text("[Service]\n")
-    said = backupd("uninstall", "--root", str(tmp_path))
-    assert there(tmp_path) == {"etc/systemd/system/backupd.service.d/mine.conf"}
-    assert "kept: /etc/backupd, " in said
+    printed = backupd("uninstall", "--root", str(tmp_path))
+    assert files_below(tmp_path) == {"etc/systemd/system/backupd.service.d/mine.conf"}
+    assert "kept: /etc/backupd, " in printed

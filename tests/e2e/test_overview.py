@@ -1,4 +1,4 @@
-"""The commands that tell how things stand, as processes on real ledgers."""
+"""The commands status, list, show and audit as processes on real ledgers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def a_sent_archive(stage: Stage, receiver: RunningReceiver, *names: str, **confi
 
 
 def change(stage: Stage, statement: str, *values: object) -> None:
-    """Change the ledger behind everybody's back."""
+    """Change the ledger directly."""
     connection = open_ledger(stage.state).connection
     connection.execute(statement, values)
     connection.close()
@@ -66,18 +66,18 @@ def micros(ago: timedelta) -> int:
         "circuit SET since = 'then', reason = 'x'",
     ],
 )
-def test_what_can_not_be_read_in_the_ledger_is_told_without_a_traceback(
+def test_commands_report_damaged_values_in_the_ledger_without_a_traceback(
     stage: Stage, receiver: RunningReceiver, damage: str
 ) -> None:
     assert a_sent_archive(stage, receiver, "one.cfg").stop() == 0
-    (told,) = json.loads(stage.backupd("list", "--json").stdout)
+    (record,) = json.loads(stage.backupd("list", "--json").stdout)
     connection = open_ledger(stage.state).connection
     connection.execute("INSERT OR REPLACE INTO circuit VALUES ('vault', 'paused', NULL, NULL, 1, 1)")
     connection.execute("PRAGMA ignore_check_constraints = ON")
     connection.execute(f"UPDATE {damage}")
     connection.close()
     refused = 0
-    ident = told["id"]
+    ident = record["id"]
     for command in (["list"], ["show", ident], ["status"], ["audit"], ["retry", ident], ["retry", "--all"]):
         done = stage.backupd(*command)
         assert "Traceback" not in done.stdout + done.stderr, command
@@ -92,7 +92,7 @@ def test_what_can_not_be_read_in_the_ledger_is_told_without_a_traceback(
     assert checked.stdout.startswith(("UNKNOWN - the ledger can't be read", "CRITICAL"))
 
 
-def test_what_lies_in_the_place_of_the_lock_holds_no_command_up(
+def test_status_does_not_block_on_a_pipe_in_place_of_the_lock_file(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
     assert a_sent_archive(stage, receiver, "one.cfg").stop() == 0
@@ -104,7 +104,7 @@ def test_what_lies_in_the_place_of_the_lock_holds_no_command_up(
 # status
 
 
-def test_status_tells_of_each_drop(stage: Stage, receiver: RunningReceiver) -> None:
+def test_status_shows_each_drop(stage: Stage, receiver: RunningReceiver) -> None:
     a_sent_archive(stage, receiver, "one.cfg")
     text = stage.backupd("status").stdout
     assert re.search(rf"switches +{stage.drop} +inotify +0 +0 B +- +one\.cfg +\d+ s ago", text)
@@ -142,7 +142,7 @@ def on_a_terminal(stage: Stage, *arguments: str, until_seen: str = "", **environ
     return written.decode()
 
 
-def test_status_is_coloured_on_a_terminal_that_wants_it(stage: Stage, receiver: RunningReceiver) -> None:
+def test_status_is_coloured_on_a_terminal_without_no_color(stage: Stage, receiver: RunningReceiver) -> None:
     a_sent_archive(stage, receiver, "one.cfg")
     assert "\x1b[32mdaemon: running" in on_a_terminal(stage, "status")
     plain = on_a_terminal(stage, "status", NO_COLOR="1")
@@ -150,7 +150,7 @@ def test_status_is_coloured_on_a_terminal_that_wants_it(stage: Stage, receiver: 
     assert "\x1b[32m" not in plain
 
 
-def test_watch_shows_it_again_until_it_is_interrupted(stage: Stage, receiver: RunningReceiver) -> None:
+def test_watch_refreshes_the_status_until_ctrl_c(stage: Stage, receiver: RunningReceiver) -> None:
     a_sent_archive(stage, receiver, "one.cfg")
     text = on_a_terminal(stage, "status", "--watch", until_seen="certificate of.*certificate of.*days")
     assert text.count("\x1b[2J") >= 2
@@ -164,7 +164,7 @@ def checked(stage: Stage, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def test_check_is_ok_while_all_is_well_and_critical_without_a_daemon(
+def test_check_is_ok_with_a_running_daemon_and_critical_without(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
     daemon = a_sent_archive(stage, receiver, "one.cfg")
@@ -177,20 +177,20 @@ def test_check_is_ok_while_all_is_well_and_critical_without_a_daemon(
     assert line.startswith("CRITICAL - the daemon is not running")
 
 
-def test_check_warns_of_a_pause_and_of_age(stage: Stage) -> None:
+def test_check_warns_of_a_paused_destination_and_of_an_old_archive(stage: Stage) -> None:
     stage.configure("https://127.0.0.1:9/", destination=STUCK)
     daemon = stage.daemon().ready()
     stage.put("sw.cfg", b"content")
     daemon.wait_for("destination.paused")
     code, line = checked(stage)
-    assert (code, "vault is paused" in line) == (1, True)
+    assert (code, "vault has been paused for " in line) == (1, True)
     change(stage, "UPDATE archive SET admitted_at = ?", micros(timedelta(hours=7)))
     code, line = checked(stage, "--warning-age", "6h", "--critical-age", "8h")
     assert (code, "oldest pending archive has waited for 7 h" in line) == (1, True)
     assert checked(stage)[0] == 2
 
 
-def test_check_warns_of_what_is_rejected(stage: Stage) -> None:
+def test_check_warns_of_a_rejected_archive(stage: Stage) -> None:
     tls = ServerTls(stage.pki.server_cert, stage.pki.server_key, stage.pki.ca_pem)
     with RunningReceiver(stage.store, tls, max_size=1000) as receiver:
         a_sent_archive(stage, receiver, "small.cfg")
@@ -202,14 +202,16 @@ def test_check_warns_of_what_is_rejected(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize(("days", "code"), [(10, 1), (2, 2)])
-def test_check_warns_of_certificates(stage: Stage, receiver: RunningReceiver, days: int, code: int) -> None:
+def test_check_warns_of_an_expiring_certificate(
+    stage: Stage, receiver: RunningReceiver, days: int, code: int
+) -> None:
     pair = stage.pki.issue_client("soon", not_after=in_days(days))
     stage.pki.client_cert.write_bytes(pair.cert.read_bytes())
     stage.pki.client_key.write_bytes(pair.key.read_bytes())
     a_sent_archive(stage, receiver, "one.cfg")
     found, line = checked(stage)
     assert found == code
-    assert "the certificate of vault ends in" in line
+    assert "the certificate of vault expires in" in line
 
 
 @pytest.mark.parametrize(("days", "code", "level"), [(4, 1, "WARNING"), (2, 2, "CRITICAL")])
@@ -225,14 +227,16 @@ def test_status_and_the_daemon_report_the_certificate_of_a_chain_that_expires_fi
     assert heartbeat["days_left_by_destination"] == {"vault": days}
     certificate = {"destination": "vault", "path": str(stage.pki.client_cert), "days_left": days}
     assert json.loads(stage.backupd("status", "--json").stdout)["certificates"] == [certificate]
-    assert f"certificate of vault: {days} days left ({stage.pki.client_cert})" in stage.backupd("status").stdout
+    assert (
+        f"certificate of vault: {days} days left ({stage.pki.client_cert})" in stage.backupd("status").stdout
+    )
     found, line = checked(stage)
     assert found == code
-    assert line.startswith(f"{level} - the certificate of vault ends in {days} days | ")
+    assert line.startswith(f"{level} - the certificate of vault expires in {days} days | ")
     assert f"certificate_days={days};14:;3:" in line
 
 
-def test_check_is_unknown_where_nothing_can_be_told(stage: Stage) -> None:
+def test_check_is_unknown_without_a_ledger_or_a_valid_configuration(stage: Stage) -> None:
     stage.configure("https://127.0.0.1:9/")
     code, line = checked(stage)
     assert (code, line.startswith("UNKNOWN - ")) == (3, True)
@@ -245,7 +249,9 @@ def test_check_is_unknown_where_nothing_can_be_told(stage: Stage) -> None:
 # list, show
 
 
-def test_list_finds_by_drop_device_destination_time_and_name(stage: Stage, receiver: RunningReceiver) -> None:
+def test_list_filters_by_drop_device_destination_time_and_name(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
     pattern = """label_pattern = '(?P<site>[^/]+)/(?P<device>[^-]+)-.*'"""
     a_sent_archive(stage, receiver, "north/r1-a.cfg", "north/r2-a.cfg", "south/r1-b.tar", drop=pattern)
     change(stage, "UPDATE archive SET admitted_at = ? WHERE id = 1", micros(timedelta(days=3)))
@@ -266,7 +272,7 @@ def test_list_finds_by_drop_device_destination_time_and_name(stage: Stage, recei
     assert len(listed("--since", "2d")) == 2
     tomorrow = (datetime.now(UTC) + timedelta(days=1)).isoformat()
     assert listed("--since", tomorrow) == []
-    assert stage.backupd("list", "--name", "none").stdout == "no deliveries like that\n"
+    assert stage.backupd("list", "--name", "none").stdout == "no matching deliveries\n"
     for wrong in (
         ["--drop", "swiches"],
         ["--destination", "valt"],
@@ -278,7 +284,7 @@ def test_list_finds_by_drop_device_destination_time_and_name(stage: Stage, recei
         assert (done.returncode, "hint: " in done.stderr) == (2, True)
 
 
-def test_show_tells_the_whole_story_of_an_archive(stage: Stage, receiver: RunningReceiver) -> None:
+def test_show_lists_all_deliveries_of_an_archive(stage: Stage, receiver: RunningReceiver) -> None:
     other = f'[destination.annex]\nurl = "{receiver.url}"\nca = "{stage.pki.ca_pem}"\n'
     other += f'cert = "{stage.pki.client_cert}"\nkey = "{stage.pki.client_key}"\n'
     a_sent_archive(stage, receiver, "one.cfg", more=other)
@@ -311,11 +317,13 @@ def test_show_tells_the_whole_story_of_an_archive(stage: Stage, receiver: Runnin
 def audited(stage: Stage, *arguments: str) -> tuple[int, dict[str, dict[str, int]], list[dict[str, str]]]:
     done = stage.backupd("audit", "--json", *arguments)
     assert done.stderr == ""
-    told = json.loads(done.stdout)
-    return done.returncode, told["counts"], told["wrong"]
+    result = json.loads(done.stdout)
+    return done.returncode, result["counts"], result["wrong"]
 
 
-def test_audit_tells_what_is_missing_changed_and_as_it_was(stage: Stage, receiver: RunningReceiver) -> None:
+def test_audit_reports_missing_changed_unreadable_and_intact_files(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
     daemon = a_sent_archive(stage, receiver, "a.cfg", "b/b.cfg", "c.cfg", "d.cfg", "e.cfg")
     assert stage.backupd("audit").stdout == "kept in sent_dir: 5 ok, 0 missing, 0 changed, 0 unreadable\n"
     daemon.stop()
@@ -341,7 +349,7 @@ def test_audit_tells_what_is_missing_changed_and_as_it_was(stage: Stage, receive
     assert audited(stage, "--drop", "switches", "--since", "7d")[0] == 3
 
 
-def test_audit_believes_no_receipt_that_nests_without_end(stage: Stage, receiver: RunningReceiver) -> None:
+def test_audit_ignores_a_deeply_nested_receipt_file(stage: Stage, receiver: RunningReceiver) -> None:
     a_sent_archive(stage, receiver, "a.cfg").stop()
     receipt = stage.sent / "a.cfg.receipt.json"
     receipt.unlink()
@@ -349,7 +357,7 @@ def test_audit_believes_no_receipt_that_nests_without_end(stage: Stage, receiver
     assert audited(stage)[1]["kept"]["ok"] == 1
 
 
-def test_audit_does_not_look_for_what_was_removed_in_time(stage: Stage, receiver: RunningReceiver) -> None:
+def test_audit_ignores_archives_that_the_daemon_removed(stage: Stage, receiver: RunningReceiver) -> None:
     daemon = a_sent_archive(stage, receiver, "a.cfg", drop='keep_sent_for = "1s"')
     daemon.wait_for("archive.expired")
     daemon.stop()
@@ -358,7 +366,9 @@ def test_audit_does_not_look_for_what_was_removed_in_time(stage: Stage, receiver
     assert re.search(r"^removed +\d{4}-", stage.backupd("show", record["id"]).stdout, re.MULTILINE)
 
 
-def test_audit_asks_the_destinations_what_they_still_have(stage: Stage, receiver: RunningReceiver) -> None:
+def test_audit_remote_reports_an_archive_that_the_destination_lost(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
     query = f'query_url = "{receiver.url}/{{digest}}"'
     a_sent_archive(stage, receiver, "a.cfg", "b.cfg", destination=query)
     assert audited(stage, "--remote")[:2] == (
@@ -375,7 +385,9 @@ def test_audit_asks_the_destinations_what_they_still_have(stage: Stage, receiver
     assert [(w["path"], w["destination"]) for w in wrong] == [("b.cfg", "vault")]
 
 
-def test_audit_tells_of_a_destination_that_cannot_be_asked(stage: Stage, receiver: RunningReceiver) -> None:
+def test_audit_remote_reports_a_destination_that_cannot_be_queried(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
     a_sent_archive(stage, receiver, "a.cfg").stop()
     refused = stage.backupd("audit", "--remote")
     assert (refused.returncode, "query_url" in refused.stderr) == (2, True)
@@ -388,8 +400,8 @@ def test_audit_tells_of_a_destination_that_cannot_be_asked(stage: Stage, receive
 # a large ledger
 
 
-def test_every_command_is_quick_on_a_ledger_of_a_hundred_thousand(stage: Stage) -> None:
-    """Quick is told by SQLite's own steps, not by the clock."""
+def test_queries_scan_no_table_of_a_hundred_thousand_archives(stage: Stage) -> None:
+    """Counts SQLite's steps, which do not depend on the load of the machine."""
     stage.configure("https://127.0.0.1:9/")
     stage.state.mkdir()
     connection = open_ledger(stage.state).connection
@@ -422,11 +434,11 @@ history = LedgerQueries(connection)
 for ask in (
     lambda: history.destination("vault"),
     lambda: history.drop("switches"),
-    lambda: history.quarantined(),
+    lambda: history.count_quarantined(),
     lambda: history.delivery("0000a000"),
     lambda: history.archive(70_000),
     lambda: history.deliveries_of(70_000),
-    lambda: history.in_sent("switches", None, 50_000, 10),
+    lambda: history.sent_archives("switches", None, 50_000, 10),
     lambda: history.find(Search(), lambda drop, path: True, 50),
     *(lambda state=state: history.find(Search(state), lambda drop, path: True, 50)
       for state in DeliveryState if state != "superseded"),
@@ -440,6 +452,6 @@ print(steps[0] * 100)
         text=True,
         check=True,
     )
-    assert int(done.stdout) < 100_000  # one walk over all rows takes several times as many
+    assert int(done.stdout) < 100_000  # one scan of all rows takes several times as many
     assert len(json.loads(stage.backupd("list", "--json", "--name", "r7.cfg").stdout)) == 1
     assert json.loads(stage.backupd("status", "--json").stdout)["drops"][0]["record"]["last"] == "r100000.cfg"

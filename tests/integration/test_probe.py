@@ -17,9 +17,9 @@ import pytest
 from backupd.core.policy import Reason
 from backupd.upload.base import ProbeResult
 from backupd.upload.registry import probe_all
-from tests.endpoints import CLIENT_ID, CLIENT_SECRET, Login, a_full_listener, refused
+from tests.endpoints import CLIENT_ID, CLIENT_SECRET, Login, a_full_listener, oauth_error
 from tests.pki import Pki, in_days
-from tests.scripted import Peer, Request, Script, ScriptedServer, answer, header_of, server_context
+from tests.scripted import Peer, Request, Script, ScriptedServer, http_response, header_of, server_context
 from tests.stage import TIMEOUT, Stage
 from tests.uploading import a_destination
 
@@ -36,7 +36,7 @@ def answering(status: int = 204, said: bytes = b"", *, off: float = 0.0, **heade
         while True:
             peer.read_request()
             date = formatdate(time.time() + off, usegmt=True)
-            peer.send(answer(status, said, Date=date, **headers))
+            peer.send(http_response(status, said, Date=date, **headers))
 
     return script
 
@@ -47,7 +47,7 @@ def checking(value: str, name: str = "authorization") -> Script:
     def script(peer: Peer) -> None:
         while True:
             good = peer.read_request().header(name) == value
-            peer.send(answer(204 if good else 401))
+            peer.send(http_response(204 if good else 401))
 
     return script
 
@@ -173,7 +173,7 @@ def test_credentials_are_tried(pki: Pki, tmp_path: Path, scheme: str, right: boo
     assert "wrong" not in repr(found)
 
 
-@pytest.mark.parametrize("said", [None, refused("invalid_client", "no", 401)])
+@pytest.mark.parametrize("said", [None, oauth_error("invalid_client", "no", 401)])
 def test_a_token_is_fetched_as_for_an_upload(pki: Pki, tmp_path: Path, said: bytes | None) -> None:
     secret = tmp_path / "secret"
     secret.write_text(CLIENT_SECRET)
@@ -182,7 +182,7 @@ def test_a_token_is_fetched_as_for_an_upload(pki: Pki, tmp_path: Path, said: byt
 
     def script(peer: Peer) -> None:
         while True:
-            peer.send(answer(204 if login.is_good(peer.read_request()) else 401))
+            peer.send(http_response(204 if login.is_good(peer.read_request()) else 401))
 
     with (
         ScriptedServer(login, server_context(pki)) as tokens,
@@ -290,7 +290,7 @@ def test_a_date_that_is_none_says_nothing_of_the_clock(pki: Pki, date: str) -> N
     def script(peer: Peer) -> None:
         while True:
             peer.read_request()
-            peer.send(answer(204, Date=date))
+            peer.send(http_response(204, Date=date))
 
     with ScriptedServer(script, server_context(pki)) as server:
         found = probe(server.url, pki)
@@ -325,7 +325,7 @@ def test_several_take_no_longer_than_the_slowest(pki: Pki) -> None:
     def slow(peer: Peer) -> None:
         peer.read_request()
         together.wait(TIMEOUT)
-        peer.send(answer(204))
+        peer.send(http_response(204))
 
     with ExitStack() as stack:
         servers = [stack.enter_context(ScriptedServer(slow, server_context(pki))) for _ in range(8)]

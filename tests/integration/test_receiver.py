@@ -1,4 +1,4 @@
-"""The reference receiver, line by line of its contract, over real sockets and real TLS."""
+"""The contract of the reference receiver, over real sockets and real TLS."""
 
 import errno
 import hashlib
@@ -27,7 +27,7 @@ from backupd.receiver import store
 from backupd.receiver.multipart import MAX_FIELD_BYTES, FormReader
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.pki import KeyPair, Pki, in_days
-from tests.stage import PATIENCE
+from tests.stage import TIMEOUT
 
 DOCS = Path(__file__).parents[2] / "docs" / "receiver.md"
 BOUNDARY = b"a-boundary"
@@ -75,7 +75,7 @@ def a_client(pki: Pki, pair: KeyPair | None = None) -> httpx.Client:
         ),  # a server may close after a 500; httpx would race it
         verify=a_context(pki, pair),
         trust_env=False,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
     )
 
 
@@ -112,7 +112,7 @@ def stored(receiver: RunningReceiver) -> list[Path]:
     return sorted((receiver.store_dir / "archives").iterdir())
 
 
-def half_received(receiver: RunningReceiver) -> list[Path]:
+def incomplete_uploads(receiver: RunningReceiver) -> list[Path]:
     return list((receiver.store_dir / "incoming").iterdir())
 
 
@@ -126,7 +126,7 @@ def is_problem(response: httpx.Response, status: int) -> bool:
     return True
 
 
-def wait_until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = TIMEOUT) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -135,7 +135,7 @@ def wait_until(condition: Callable[[], object], seconds: float = PATIENCE) -> No
 
 @contextmanager
 def a_half_sent_upload(receiver: RunningReceiver, pki: Pki) -> Iterator[ssl.SSLSocket]:
-    """Send the half of an upload, and go on when the receiver has begun to write it."""
+    """Send half of an upload, and yield once the receiver has written some of it."""
     context = a_context(pki, KeyPair(pki.client_cert, pki.client_key))
     with (
         socket.create_connection(("127.0.0.1", receiver.port)) as raw,
@@ -144,14 +144,14 @@ def a_half_sent_upload(receiver: RunningReceiver, pki: Pki) -> Iterator[ssl.SSLS
         form = a_form(b"x" * 8 * MIB)
         head = f"POST /v1/upload HTTP/1.1\r\nHost: localhost\r\nContent-Type: {FORM['Content-Type']}\r\n"
         tls.sendall(f"{head}Content-Length: {len(form)}\r\n\r\n".encode() + form[: 4 * MIB])
-        wait_until(lambda: half_received(receiver))
+        wait_until(lambda: incomplete_uploads(receiver))
         yield tls
 
 
-# What it answers
+# Responses
 
 
-def test_an_archive_is_stored_and_answered_with_its_receipt(
+def test_stores_an_archive_and_responds_with_its_receipt(
     receiver: RunningReceiver, client: httpx.Client
 ) -> None:
     response = post(client, receiver, a_form(b"an archive"), key="delivery-1")
@@ -168,10 +168,10 @@ def test_an_archive_is_stored_and_answered_with_its_receipt(
     assert archive.name == response.json()["id"]
     assert archive.read_bytes() == b"an archive"
     assert stat.S_IMODE(archive.stat().st_mode) == 0o600
-    assert not half_received(receiver)
+    assert not incomplete_uploads(receiver)
 
 
-def test_the_form_of_httpx_is_understood(receiver: RunningReceiver, client: httpx.Client) -> None:
+def test_accepts_a_form_of_httpx(receiver: RunningReceiver, client: httpx.Client) -> None:
     response = client.post(
         receiver.url,
         data={"description": "Konfiguration für sw1"},
@@ -182,29 +182,27 @@ def test_the_form_of_httpx_is_understood(receiver: RunningReceiver, client: http
     assert response.json()["name"] == 'sw"1\n.tar.gz'
 
 
-def test_the_digest_field_may_be_left_out(receiver: RunningReceiver, client: httpx.Client) -> None:
+def test_accepts_a_form_without_the_digest_field(receiver: RunningReceiver, client: httpx.Client) -> None:
     form = a_part(b"file", b"data", b"sw1.tgz") + b"--%s--\r\n" % BOUNDARY
 
     assert post(client, receiver, form).status_code == 201
 
 
-def test_an_empty_archive_is_an_archive(receiver: RunningReceiver, client: httpx.Client) -> None:
+def test_stores_an_empty_archive(receiver: RunningReceiver, client: httpx.Client) -> None:
     response = post(client, receiver, a_form(b""))
 
     assert response.status_code == 201
     assert response.json()["size"] == 0
 
 
-def test_the_names_of_path_and_fields_can_be_chosen(tmp_path: Path, pki: Pki, client: httpx.Client) -> None:
+def test_path_and_field_names_are_configurable(tmp_path: Path, pki: Pki, client: httpx.Client) -> None:
     form = a_part(b"archive", b"data", b"a.tgz") + a_part(b"digest", b"0" * 64) + b"--%s--" % BOUNDARY
     with a_receiver(tmp_path, pki, path="/in", file_field="archive", digest_field="digest") as receiver:
         assert receiver.url.endswith("/in")
         assert is_problem(post(client, receiver, form), 422)
 
 
-def test_the_same_key_and_content_again_is_not_stored_twice(
-    receiver: RunningReceiver, client: httpx.Client
-) -> None:
+def test_the_same_key_and_content_is_stored_once(receiver: RunningReceiver, client: httpx.Client) -> None:
     first = post(client, receiver, a_form(), key="delivery-1")
     again = post(client, receiver, a_form(), key="delivery-1")
     renamed = post(client, receiver, a_form(name=b"renamed.tar.gz"), key="delivery-1")
@@ -214,7 +212,7 @@ def test_the_same_key_and_content_again_is_not_stored_twice(
     assert len(stored(receiver)) == 1
 
 
-def test_the_same_name_and_content_under_another_key_is_not_stored_twice(
+def test_the_same_name_and_content_under_another_key_is_stored_once(
     receiver: RunningReceiver, client: httpx.Client
 ) -> None:
     first = post(client, receiver, a_form(), key="delivery-1")
@@ -235,7 +233,7 @@ def test_the_same_content_under_another_name_is_stored_as_well(
     assert [archive.name.split(".")[0] for archive in stored(receiver)] == ["monday", "tuesday"]
 
 
-def test_other_content_under_the_same_name_is_kept_beside_it(
+def test_other_content_under_the_same_name_is_stored_beside_it(
     receiver: RunningReceiver, client: httpx.Client
 ) -> None:
     for content in (b"old", b"new"):
@@ -251,7 +249,7 @@ def test_a_key_that_was_used_for_other_content_is_a_conflict(
 
     assert is_problem(post(client, receiver, a_form(b"new"), key="delivery-1"), 409)
     assert [archive.read_bytes() for archive in stored(receiver)] == [b"old"]
-    assert not half_received(receiver)
+    assert not incomplete_uploads(receiver)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +272,7 @@ def test_a_key_that_was_used_for_other_content_is_a_conflict(
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_malformed_form_is_refused_and_leaves_nothing_behind(
+def test_refuses_a_malformed_form_and_stores_nothing(
     receiver: RunningReceiver, client: httpx.Client, form: bytes, says: str
 ) -> None:
     response = post(client, receiver, form)
@@ -282,11 +280,11 @@ def test_a_malformed_form_is_refused_and_leaves_nothing_behind(
     assert is_problem(response, 400)
     assert says in response.json()["detail"]
     assert not stored(receiver)
-    assert not half_received(receiver)
+    assert not incomplete_uploads(receiver)
 
 
 @pytest.mark.parametrize("boundary", ["", "; boundary=", "; boundary=" + "x" * 300])
-def test_a_form_without_a_usable_boundary_is_refused(
+def test_refuses_a_form_without_a_usable_boundary(
     receiver: RunningReceiver, client: httpx.Client, boundary: str
 ) -> None:
     headers = {"Content-Type": "multipart/form-data" + boundary}
@@ -295,7 +293,7 @@ def test_a_form_without_a_usable_boundary_is_refused(
 
 
 @pytest.mark.parametrize("key", ["", "k" * 256])
-def test_a_key_that_is_empty_or_too_long_is_refused(
+def test_refuses_an_empty_or_too_long_idempotency_key(
     receiver: RunningReceiver, client: httpx.Client, key: str
 ) -> None:
     headers = FORM | {"Idempotency-Key": key}
@@ -303,7 +301,7 @@ def test_a_key_that_is_empty_or_too_long_is_refused(
     assert is_problem(client.post(receiver.url, content=a_form(), headers=headers), 400)
 
 
-def test_a_body_that_is_no_form_is_refused(receiver: RunningReceiver, client: httpx.Client) -> None:
+def test_refuses_a_body_that_is_no_form(receiver: RunningReceiver, client: httpx.Client) -> None:
     headers = {"Content-Type": "application/gzip"}
 
     assert is_problem(client.post(receiver.url, content=b"data", headers=headers), 415)
@@ -311,22 +309,22 @@ def test_a_body_that_is_no_form_is_refused(receiver: RunningReceiver, client: ht
 
 
 @pytest.mark.parametrize("digest", ["0" * 64, "not a digest"])
-def test_a_digest_that_does_not_match_is_refused_and_nothing_is_stored(
+def test_refuses_a_wrong_digest_and_stores_nothing(
     receiver: RunningReceiver, client: httpx.Client, digest: str
 ) -> None:
     assert is_problem(post(client, receiver, a_form(digest=digest)), 422)
     assert not stored(receiver)
-    assert not half_received(receiver)
+    assert not incomplete_uploads(receiver)
 
 
-def test_a_digest_in_capitals_is_the_same_digest(receiver: RunningReceiver, client: httpx.Client) -> None:
+def test_accepts_a_digest_in_upper_case(receiver: RunningReceiver, client: httpx.Client) -> None:
     digest = hashlib.sha256(b"an archive").hexdigest().upper()
 
     assert post(client, receiver, a_form(b"an archive", digest=digest)).status_code == 201
     assert client.get(f"{receiver.url}/{digest}").status_code == 200
 
 
-def test_an_archive_may_be_as_large_as_allowed_and_no_larger(
+def test_accepts_an_archive_of_the_maximum_size_and_refuses_larger_ones(
     tmp_path: Path, pki: Pki, client: httpx.Client
 ) -> None:
     with a_receiver(tmp_path, pki, max_size=3 * MIB) as receiver:
@@ -335,11 +333,11 @@ def test_an_archive_may_be_as_large_as_allowed_and_no_larger(
         assert is_problem(post(client, receiver, iter([a_form(b"y" * 9 * MIB)])), 413)
         assert is_problem(post(client, receiver, a_form(b"x" * 9 * MIB)), 413)
         assert len(stored(receiver)) == 1
-        assert not half_received(receiver)
+        assert not incomplete_uploads(receiver)
 
 
 @pytest.mark.parametrize("call", ["write", "fsync"])
-def test_a_full_disk_is_told_and_leaves_nothing_behind(
+def test_responds_507_on_a_full_disk_and_stores_nothing(
     receiver: RunningReceiver, client: httpx.Client, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     def full(*_: object) -> int:
@@ -349,11 +347,11 @@ def test_a_full_disk_is_told_and_leaves_nothing_behind(
         broken.setattr(os, call, full)
         assert is_problem(post(client, receiver, a_form(), key="delivery-1"), 507)
     assert not stored(receiver)
-    assert not half_received(receiver)
+    assert not incomplete_uploads(receiver)
     assert post(client, receiver, a_form(), key="delivery-1").status_code == 201
 
 
-def test_a_fault_of_the_receiver_is_a_problem_of_its_own(
+def test_responds_500_to_an_input_output_error(
     receiver: RunningReceiver, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> int:
@@ -362,10 +360,10 @@ def test_a_fault_of_the_receiver_is_a_problem_of_its_own(
     with monkeypatch.context() as disk:
         disk.setattr(os, "fsync", broken)
         assert is_problem(post(client, receiver, a_form()), 500)
-    assert not half_received(receiver)
+    assert not incomplete_uploads(receiver)
 
 
-def test_the_receipt_can_be_asked_for_by_digest(receiver: RunningReceiver, client: httpx.Client) -> None:
+def test_returns_the_receipt_of_a_digest(receiver: RunningReceiver, client: httpx.Client) -> None:
     receipt = post(client, receiver, a_form()).json()
 
     found = client.get(f"{receiver.url}/{receipt['sha256']}")
@@ -375,7 +373,9 @@ def test_the_receipt_can_be_asked_for_by_digest(receiver: RunningReceiver, clien
         assert is_problem(client.get(f"{receiver.url}/{unknown}"), 404)
 
 
-def test_health_and_unknown_addresses_are_answered(receiver: RunningReceiver, client: httpx.Client) -> None:
+def test_responds_to_health_checks_unknown_paths_and_methods(
+    receiver: RunningReceiver, client: httpx.Client
+) -> None:
     root = f"https://127.0.0.1:{receiver.port}"
 
     assert client.get(f"{root}/healthz").status_code == 200
@@ -383,7 +383,7 @@ def test_health_and_unknown_addresses_are_answered(receiver: RunningReceiver, cl
     assert is_problem(client.get(receiver.url), 405)
 
 
-def test_a_removed_archive_is_no_longer_claimed_and_may_be_sent_again(
+def test_a_removed_archive_has_no_receipt_and_can_be_uploaded_again(
     receiver: RunningReceiver, client: httpx.Client
 ) -> None:
     receipt = post(client, receiver, a_form(), key="delivery-1").json()
@@ -420,7 +420,7 @@ def test_a_removed_archive_is_no_longer_claimed_and_may_be_sent_again(
     ],
     ids=ascii,
 )
-def test_a_hostile_name_stays_in_the_store(
+def test_a_hostile_name_stays_inside_the_store(
     receiver: RunningReceiver, client: httpx.Client, tmp_path: Path, name: bytes, kept: str
 ) -> None:
     response = post(client, receiver, a_form(name=name))
@@ -445,48 +445,46 @@ def test_a_hostile_name_stays_in_the_store(
     ],
     ids=ascii,
 )
-def test_the_receipt_has_the_name_that_the_client_meant(
+def test_the_receipt_has_the_unescaped_name(
     receiver: RunningReceiver, client: httpx.Client, written: bytes, meant: str
 ) -> None:
     assert post(client, receiver, a_form(name=written)).json()["name"] == meant
 
 
-def test_a_foreign_file_under_the_same_name_is_not_overwritten(
+def test_a_changed_file_under_the_same_name_is_not_overwritten(
     receiver: RunningReceiver, client: httpx.Client
 ) -> None:
     digest = hashlib.sha256(b"an archive").hexdigest()
     foreign = receiver.store_dir / "archives" / f"sw1.{digest[:16]}.tar.gz"
-    foreign.write_bytes(b"somebody's")
+    foreign.write_bytes(b"foreign")
 
     first = post(client, receiver, a_form(b"an archive"))
     again = post(client, receiver, a_form(b"an archive"))
 
     assert first.json()["id"] == f"sw1.{digest}.tar.gz"
     assert (first.status_code, again.status_code) == (201, 200)
-    assert foreign.read_bytes() == b"somebody's"
+    assert foreign.read_bytes() == b"foreign"
     assert len(stored(receiver)) == 2
 
 
 # Interruptions
 
 
-def test_a_half_body_leaves_nothing_behind(receiver: RunningReceiver, pki: Pki) -> None:
+def test_an_interrupted_upload_leaves_no_file(receiver: RunningReceiver, pki: Pki) -> None:
     with a_half_sent_upload(receiver, pki):
         pass
 
-    wait_until(lambda: not half_received(receiver))
+    wait_until(lambda: not incomplete_uploads(receiver))
     assert not stored(receiver)
 
 
-def test_a_stop_does_not_wait_for_a_stalled_upload_and_leaves_nothing_behind(
-    tmp_path: Path, pki: Pki
-) -> None:
+def test_a_stop_ends_a_stalled_upload_and_leaves_no_file(tmp_path: Path, pki: Pki) -> None:
     with a_receiver(tmp_path, pki, stop_within=1) as receiver, a_half_sent_upload(receiver, pki):
         receiver.__exit__(None, None, None)
-        assert not half_received(receiver)
+        assert not incomplete_uploads(receiver)
 
 
-def test_uploads_at_the_same_time_settle_to_one_copy(receiver: RunningReceiver, pki: Pki) -> None:
+def test_parallel_uploads_of_one_archive_are_stored_once(receiver: RunningReceiver, pki: Pki) -> None:
     together = threading.Barrier(8)
 
     def upload(key: str | None) -> httpx.Response:
@@ -501,12 +499,10 @@ def test_uploads_at_the_same_time_settle_to_one_copy(receiver: RunningReceiver, 
     assert sorted(answer.status_code for answer in answers) == [200] * 7 + [201]
     assert all(answer.json() == answers[0].json() for answer in answers)
     assert len(stored(receiver)) == 1
-    assert not half_received(receiver)
+    assert not incomplete_uploads(receiver)
 
 
-def test_one_key_for_two_contents_at_the_same_time_stores_one_of_them(
-    receiver: RunningReceiver, pki: Pki
-) -> None:
+def test_parallel_uploads_with_one_key_store_one_of_two_contents(receiver: RunningReceiver, pki: Pki) -> None:
     together = threading.Barrier(2)
 
     def upload(content: bytes) -> int:
@@ -521,15 +517,15 @@ def test_one_key_for_two_contents_at_the_same_time_stores_one_of_them(
     assert len(stored(receiver)) == 1
 
 
-def test_what_a_crash_left_half_received_is_gone_after_the_start(tmp_path: Path, pki: Pki) -> None:
+def test_a_start_removes_incomplete_uploads_of_a_crash(tmp_path: Path, pki: Pki) -> None:
     (tmp_path / "store" / "incoming").mkdir(parents=True)
     (tmp_path / "store" / "incoming" / "left-over").write_bytes(b"half")
 
     with a_receiver(tmp_path, pki) as receiver:
-        assert not half_received(receiver)
+        assert not incomplete_uploads(receiver)
 
 
-def test_an_archive_renamed_but_not_recorded_is_found_again_by_the_next_attempt(
+def test_an_archive_that_is_renamed_but_not_indexed_is_replaced_by_the_next_attempt(
     receiver: RunningReceiver, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def crash(_: Path) -> None:
@@ -544,7 +540,7 @@ def test_an_archive_renamed_but_not_recorded_is_found_again_by_the_next_attempt(
     assert len(stored(receiver)) == 1
 
 
-def test_what_was_answered_survives_a_kill_and_what_was_not_leaves_nothing(
+def test_a_confirmed_archive_survives_a_kill_and_an_incomplete_one_is_removed(
     tmp_path: Path, pki: Pki, client: httpx.Client
 ) -> None:
     with a_receiver_process(tmp_path, pki) as (process, receiver):
@@ -552,17 +548,17 @@ def test_what_was_answered_survives_a_kill_and_what_was_not_leaves_nothing(
         with a_half_sent_upload(receiver, pki):
             process.kill()
             process.wait()
-            assert half_received(receiver)
+            assert incomplete_uploads(receiver)
 
     with a_receiver(tmp_path, pki) as restarted:
-        assert not half_received(restarted)
+        assert not incomplete_uploads(restarted)
         assert client.get(f"{restarted.url}/{receipt['sha256']}").json() == receipt
         again = post(client, restarted, a_form(), key="delivery-1")
         assert (again.status_code, again.json()) == (200, receipt)
         assert len(stored(restarted)) == 1
 
 
-def test_a_large_upload_does_not_need_more_memory_than_a_small_one(
+def test_memory_does_not_depend_on_the_size_of_the_archive(
     tmp_path: Path, pki: Pki, client: httpx.Client
 ) -> None:
     block = os.urandom(MIB)
@@ -583,7 +579,7 @@ def test_a_large_upload_does_not_need_more_memory_than_a_small_one(
 
 
 def peak_memory(pid: int) -> int:
-    """Return the most resident memory that the process has ever had, in bytes."""
+    """Return the peak resident memory of the process, in bytes."""
     status = Path(f"/proc/{pid}/status").read_text()
     found = re.search(r"VmHWM:\s+(\d+) kB", status)
     assert found
@@ -592,7 +588,7 @@ def peak_memory(pid: int) -> int:
 
 @contextmanager
 def a_receiver_process(tmp_path: Path, pki: Pki) -> Iterator[tuple[subprocess.Popen[str], RunningReceiver]]:
-    """Run `serve` in a process of its own; the RunningReceiver only tells where it is."""
+    """Run `serve` in a process of its own; the RunningReceiver has its URL and store, and does not run."""
     program = (
         "import sys; from pathlib import Path; from backupd.receiver.serve import ServerTls, serve\n"
         "store, *tls = map(Path, sys.argv[1:])\n"
@@ -615,7 +611,7 @@ def a_receiver_process(tmp_path: Path, pki: Pki) -> Iterator[tuple[subprocess.Po
 # Certificates, ports, stores
 
 
-def test_a_client_without_a_certificate_is_refused(receiver: RunningReceiver, pki: Pki) -> None:
+def test_refuses_a_client_without_a_certificate(receiver: RunningReceiver, pki: Pki) -> None:
     with (
         httpx.Client(verify=a_context(pki, None), trust_env=False) as anonymous,
         pytest.raises(httpx.TransportError),
@@ -623,7 +619,7 @@ def test_a_client_without_a_certificate_is_refused(receiver: RunningReceiver, pk
         anonymous.get(receiver.url)
 
 
-def test_a_client_with_an_expired_or_a_foreign_certificate_is_refused(
+def test_refuses_a_client_with_an_expired_or_foreign_certificate(
     receiver: RunningReceiver, pki: Pki, tmp_path: Path
 ) -> None:
     foreign = Pki(tmp_path / "foreign")
@@ -636,9 +632,7 @@ def test_a_client_with_an_expired_or_a_foreign_certificate_is_refused(
             refused.get(receiver.url)
 
 
-def test_a_receiver_can_be_stopped_and_started_again_on_its_port(
-    tmp_path: Path, pki: Pki, client: httpx.Client
-) -> None:
+def test_restarts_on_the_same_port(tmp_path: Path, pki: Pki, client: httpx.Client) -> None:
     with a_receiver(tmp_path, pki) as receiver:
         url = receiver.url
         post(client, receiver, a_form(), key="delivery-1")
@@ -649,14 +643,16 @@ def test_a_receiver_can_be_stopped_and_started_again_on_its_port(
         assert post(client, receiver, a_form(), key="delivery-1").status_code == 200
 
 
-def test_two_receivers_do_not_share_a_store(receiver: RunningReceiver, tmp_path: Path, pki: Pki) -> None:
+def test_refuses_a_store_that_another_receiver_has_open(
+    receiver: RunningReceiver, tmp_path: Path, pki: Pki
+) -> None:
     with pytest.raises(ConfigError, match="another receiver"), a_receiver(tmp_path, pki):
         pass
 
 
-def test_a_store_that_cannot_be_used_is_said(tmp_path: Path, pki: Pki) -> None:
+def test_reports_an_unusable_store(tmp_path: Path, pki: Pki) -> None:
     (tmp_path / "store" / "incoming" / "a-folder").mkdir(parents=True)
-    for _ in range(2):  # the first failure must have let go of the store
+    for _ in range(2):  # the first failure must have unlocked the store
         with pytest.raises(ConfigError, match="can't be used"), a_receiver(tmp_path, pki):
             pass
 
@@ -665,7 +661,7 @@ def test_a_store_that_cannot_be_used_is_said(tmp_path: Path, pki: Pki) -> None:
         pass
 
 
-def test_a_port_that_is_taken_is_said(receiver: RunningReceiver, tmp_path: Path, pki: Pki) -> None:
+def test_reports_a_port_in_use(receiver: RunningReceiver, tmp_path: Path, pki: Pki) -> None:
     with (
         pytest.raises(UnavailableError, match="can't listen"),
         a_receiver(tmp_path / "other", pki, port=receiver.port),
@@ -673,9 +669,9 @@ def test_a_port_that_is_taken_is_said(receiver: RunningReceiver, tmp_path: Path,
         pass
 
 
-def test_a_key_that_does_not_fit_the_certificate_is_said(tmp_path: Path, pki: Pki) -> None:
+def test_reports_a_key_that_does_not_match_the_certificate(tmp_path: Path, pki: Pki) -> None:
     tls = ServerTls(pki.server_cert, pki.client_key, pki.ca_pem)
-    for _ in range(2):  # the first failure must have let go of the store
+    for _ in range(2):  # the first failure must have unlocked the store
         with pytest.raises(ConfigError, match="certificate"), RunningReceiver(tmp_path / "store", tls):
             pass
 
@@ -683,7 +679,7 @@ def test_a_key_that_does_not_fit_the_certificate_is_said(tmp_path: Path, pki: Pk
 # The parser, and the documentation
 
 
-def test_a_form_reads_the_same_however_it_is_cut() -> None:
+def test_parses_a_form_in_chunks_of_any_size() -> None:
     content = b"\r\n--a-boundar\r\n--a-boundary!\r\n--a-boundary-!--\r\r\n" * 3 + b"\r\n--a-bound"
     form = a_form(content, b"sw1.tgz")
 
@@ -692,7 +688,7 @@ def test_a_form_reads_the_same_however_it_is_cut() -> None:
         received = b""
         for start in range(0, len(form), size):
             reader.feed(form[start : start + size])
-            received += b"".join(reader.take_file_data())
+            received += b"".join(reader.pop_file_data())
         assert (reader.finish(), received) == ("sw1.tgz", content)
         assert reader.fields == {
             "description": "Config backup",
@@ -700,7 +696,7 @@ def test_a_form_reads_the_same_however_it_is_cut() -> None:
         }
 
 
-def test_the_curl_line_of_the_documentation_works(
+def test_the_curl_command_of_the_documentation_works(
     receiver: RunningReceiver, pki: Pki, tmp_path: Path
 ) -> None:
     if not shutil.which("curl"):
