@@ -1,4 +1,4 @@
-"""Endpoints of all sorts: ones that want a sign-in, give out tokens, or never answer."""
+"""Endpoints that require a sign-in, issue tokens, or never respond."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from tests.scripted import Peer, Request, Script, answer, receipt_for
+from tests.scripted import Peer, Request, Script, http_response, receipt_for
 
 CLIENT_ID = "backupd"
 CLIENT_SECRET = "s3cret/with+what=forms&escape"
-SIGN_IN_AGAIN = answer(401, b'{"title":"sign in"}', WWW_Authenticate="Bearer")
+UNAUTHORIZED = http_response(401, b'{"title":"sign in"}', WWW_Authenticate="Bearer")
 
 
 class Login:
-    """A token endpoint (RFC 6749 section 4.4): issues tokens, counts them, and knows which are good.
+    """A token endpoint (RFC 6749 section 4.4): issues tokens, counts them, and checks them.
 
-    `life` is in seconds, `told` whether it states it; `thinks` is how long it takes for an answer.
+    A token is valid for `lifetime` seconds, which the response contains if `states_lifetime`. Each response
+    takes `delay` seconds.
     """
 
-    def __init__(self, *, life: float = 3600.0, told: bool = True, thinks: float = 0.0) -> None:
-        self.life = life
+    def __init__(self, *, lifetime: float = 3600.0, states_lifetime: bool = True, delay: float = 0.0) -> None:
+        self.lifetime = lifetime
         self.issued_at: list[float] = []
         self.forms: list[dict[str, str]] = []
         self.instead: bytes | None = None
-        self._told = told
-        self._thinks = thinks
+        self._states_lifetime = states_lifetime
+        self._delay = delay
         self._good_until: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def __call__(self, peer: Peer) -> None:
-        """Serve a connection; `instead` is answered to whoever asks, if it is set."""
+        """Serve a connection; the response is `instead` if that is set."""
         while True:
             request = peer.read_request()
-            time.sleep(self._thinks)
-            peer.send(self._answer(request))
+            time.sleep(self._delay)
+            peer.send(self._respond(request))
 
     @property
     def shortest_wait(self) -> float:
@@ -49,16 +50,16 @@ class Login:
         return min(waits, default=float("inf"))
 
     def is_good(self, request: Request) -> bool:
-        """Tell whether a request carries a token that has not expired."""
+        """Return whether a request has a token that has not expired."""
         kind, _, token = (request.header("authorization") or "").partition(" ")
         return kind == "Bearer" and time.monotonic() < self._good_until.get(token, 0.0)
 
-    def forget_all(self) -> None:
+    def revoke_all(self) -> None:
         """Revoke every token."""
         with self._lock:
             self._good_until.clear()
 
-    def _answer(self, request: Request) -> bytes:
+    def _respond(self, request: Request) -> bytes:
         form = dict(urllib.parse.parse_qsl(request.body.decode()))
         with self._lock:
             self.issued_at.append(time.monotonic())
@@ -66,21 +67,23 @@ class Login:
             if self.instead is not None:
                 return self.instead
             if _client_of(request, form) != (CLIENT_ID, CLIENT_SECRET):
-                return refused("invalid_client")
+                return oauth_error("invalid_client")
             token = f"token-{len(self.issued_at)}"
-            self._good_until[token] = self.issued_at[-1] + self.life
-        life = {"expires_in": self.life} if self._told else {}
-        return answered({"access_token": token, "token_type": "Bearer", **life})
+            self._good_until[token] = self.issued_at[-1] + self.lifetime
+        lifetime = {"expires_in": self.lifetime} if self._states_lifetime else {}
+        return json_response({"access_token": token, "token_type": "Bearer", **lifetime})
 
 
-def answered(said: Any, status: int = 200) -> bytes:
-    """Return an answer in JSON."""
-    return answer(status, json.dumps(said).encode(), Content_Type="application/json")
+def json_response(content: Any, status: int = 200) -> bytes:
+    """Return a response with JSON."""
+    return http_response(status, json.dumps(content).encode(), Content_Type="application/json")
 
 
-def refused(error: str, description: str = "", status: int = 400) -> bytes:
-    """Return an error of RFC 6749 section 5.2."""
-    return answered({"error": error, **({"error_description": description} if description else {})}, status)
+def oauth_error(error: str, description: str = "", status: int = 400) -> bytes:
+    """Return an error response of RFC 6749 section 5.2."""
+    return json_response(
+        {"error": error, **({"error_description": description} if description else {})}, status
+    )
 
 
 def _client_of(request: Request, form: dict[str, str]) -> tuple[str, str]:
@@ -91,25 +94,25 @@ def _client_of(request: Request, form: dict[str, str]) -> tuple[str, str]:
     return urllib.parse.unquote_plus(user), urllib.parse.unquote_plus(password)
 
 
-def guarded(is_good: Callable[[Request], bool], *, thinks: float = 0.0) -> Script:
-    """Return a script that stores what comes with a good sign-in, and answers 401 to everything else.
+def requires_sign_in(is_good: Callable[[Request], bool], *, delay: float = 0.0) -> Script:
+    """Return a script that stores archives with a valid sign-in, and responds 401 to other requests.
 
-    The sign-in counts as it is when the whole request is there; then the script takes `thinks` seconds.
+    The sign-in is checked when the request is complete; the response takes another `delay` seconds.
     """
 
     def script(peer: Peer) -> None:
         while True:
             request = peer.read_request()
-            good = is_good(request)
-            time.sleep(thinks)
-            peer.send(receipt_for(request.archive) if good else SIGN_IN_AGAIN)
+            is_signed_in = is_good(request)
+            time.sleep(delay)
+            peer.send(receipt_for(request.archive) if is_signed_in else UNAUTHORIZED)
 
     return script
 
 
 @contextmanager
 def a_full_listener() -> Iterator[int]:
-    """Yield a port on the loopback interface that never completes another connection."""
+    """Yield a port on the loopback interface with a full backlog: it accepts no further connection."""
     with ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""A server that does to each connection what a script says, over TCP or TLS, and records what it got."""
+"""A server that runs a script for each connection, over TCP or TLS, and records the requests."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.pki import KeyPair, Pki
-from tests.stage import PATIENCE
+from tests.stage import TIMEOUT
 
 _PIECE = 64 * 1024
 _RECEIVE_BUFFER = 64 * 1024
-"""A small one, so that a script that stops reading is felt before much was sent."""
+"""Small, so that the client notices early that a script has stopped to read."""
 
 
 class EndedError(Exception):
@@ -30,7 +30,7 @@ class EndedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A whole request; `archive` is the content of its file part."""
+    """A complete request; `archive` is the content of its file part."""
 
     head: bytes
     body: bytes
@@ -51,7 +51,7 @@ class Request:
 
 
 class Peer:
-    """One connection, as the script that serves it sees it."""
+    """One connection, from the point of view of the script that serves it."""
 
     def __init__(self, server: ScriptedServer, number: int, sock: socket.socket) -> None:
         self._server = server
@@ -65,14 +65,14 @@ class Peer:
         self.tls_version: str | None = None
         self.client_certificate: Any = None
 
-    def shake_hands(self, context: ssl.SSLContext) -> None:
+    def do_handshake(self, context: ssl.SSLContext) -> None:
         self._sock = context.wrap_socket(self._sock, server_side=True, do_handshake_on_connect=False)
         self._sock.do_handshake()
         self.tls_version = self._sock.version()
         self.client_certificate = self._sock.getpeercert()
 
     def read_head(self) -> bytes:
-        """Read a request's line and header fields."""
+        """Read the request line and the header fields."""
         data = self._read_ahead
         while b"\r\n\r\n" not in data:
             data += self._piece()
@@ -82,7 +82,7 @@ class Peer:
         return head
 
     def read(self, size: int) -> bytes:
-        """Read so many bytes of a body."""
+        """Read `size` bytes of a body."""
         pieces, left = [], size
         while left:
             piece = self._read_ahead or self._piece()
@@ -92,7 +92,7 @@ class Peer:
         return b"".join(pieces)
 
     def read_request(self) -> Request:
-        """Read a whole request."""
+        """Read a complete request."""
         head = self.read_head()
         request = Request(head, self.read(int(header_of(head, "content-length") or 0)))
         self._server.requests.append(request)
@@ -102,59 +102,59 @@ class Peer:
         self._sock.sendall(data)
 
     def drip(self, data: bytes, every: float) -> None:
-        """Send byte by byte; `every` is the pace in seconds."""
+        """Send one byte every `every` seconds."""
         for number in range(len(data)):
             self.send(data[number : number + 1])
             self._server.stopping.wait(every)
 
     def half_close(self) -> None:
-        """Say that nothing more will come, and go on reading."""
+        """Close the sending side only: the script can still read."""
         if isinstance(self._sock, ssl.SSLSocket):
             self._sock.settimeout(0)
-            with suppress(ssl.SSLError):  # the good-bye is sent; that of the client is not there yet
+            with suppress(ssl.SSLError):  # close_notify was sent; the client's has not arrived yet
                 self._sock.unwrap()
-            self._sock.settimeout(PATIENCE)
-        socket.socket.shutdown(self._sock, socket.SHUT_WR)  # SSLSocket's own would forget its TLS
+            self._sock.settimeout(TIMEOUT)
+        socket.socket.shutdown(self._sock, socket.SHUT_WR)  # SSLSocket.shutdown would drop the TLS layer
 
     def drain(self) -> None:
-        """Read and throw away until the client ends the connection."""
+        """Read and discard until the client closes the connection."""
         try:
             while True:
                 self._piece()
         except (EndedError, OSError):
             return
 
-    def drain_nothing(self) -> None:
-        """Read nothing more until the client ends the connection, or the test does."""
+    def stop_reading(self) -> None:
+        """Read nothing more until the client or the test closes the connection."""
         watch = select.poll()
         watch.register(self._sock, select.POLLRDHUP)
-        watch.poll(PATIENCE * 1000)
+        watch.poll(TIMEOUT * 1000)
 
     @property
     def socket(self) -> socket.socket:
-        """The connection, for a script that passes on what it does not understand."""
+        """Return the connection, for a script that passes unknown bytes on."""
         return self._sock
 
     def reset(self) -> None:
-        """End the connection by a reset."""
+        """Close the connection with a TCP reset."""
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._sock.close()
 
     def pause(self) -> None:
-        """Stop reading until the test says `go_on`."""
+        """Stop to read until the test calls `resume`."""
         self._server.paused.set()
-        self._server.resumed.wait(PATIENCE)
+        self._server.resumed.wait(TIMEOUT)
 
-    def hang_up(self) -> None:
-        """Interrupt whatever the script waits for; called by another thread."""
+    def interrupt(self) -> None:
+        """End every wait of the script for the network; called by another thread."""
         try:
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
         except OSError:
             return
 
     def close(self) -> None:
-        """End the connection; `closed` is set once the client's side knows."""
-        self._sock.close()  # its fileno() is -1 before the system's call is done
+        """Close the connection; `closed` is set once the client can notice it."""
+        self._sock.close()  # its fileno() is -1 already before the system call returns
         self.closed.set()
 
     def _piece(self) -> bytes:
@@ -169,10 +169,10 @@ Script = Callable[[Peer], None]
 
 
 class ScriptedServer:
-    """Serves each connection on the loopback interface by a script, in a thread of its own.
+    """Runs a script for each connection on the loopback interface, in a thread of its own.
 
-    `heads` are those of all requests, `requests` the ones that a script read whole. Leaving the block
-    ends all connections and raises what went wrong in a script, the end of its connection aside.
+    `heads` holds the heads of all requests, `requests` those that a script read completely. The end of the
+    block closes all connections and raises the exception of a script, unless its connection ended.
     """
 
     def __init__(self, script: Script, context: ssl.SSLContext | None = None) -> None:
@@ -184,7 +184,7 @@ class ScriptedServer:
         self.stopping = threading.Event()
         self._script = script
         self._context = context
-        self._holder = socket.socket()  # keeps the port ours while nobody listens on it
+        self._holder = socket.socket()  # reserves the port while there is no listener
         self._holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._holder.bind(("127.0.0.1", 0))
         self.port: int = self._holder.getsockname()[1]
@@ -199,21 +199,21 @@ class ScriptedServer:
 
     @property
     def received(self) -> int:
-        """Return how many bytes all connections brought, as far as they were read."""
+        """Return the number of bytes that were read from all connections."""
         return sum(peer.received for peer in self.peers)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """End every `pause`."""
         self.resumed.set()
 
     def refuse(self) -> None:
-        """Have connections refused, until `take_again`; those that are there go on."""
+        """Refuse new connections until `accept_again`; the existing ones continue."""
         with self._listening:
             if not self.stopping.is_set():
                 self._stop_listening()
 
-    def take_again(self) -> None:
-        """Take connections again after `refuse`."""
+    def accept_again(self) -> None:
+        """Accept connections again after `refuse`."""
         with self._listening:
             if self.is_refusing:
                 self._listen()
@@ -221,7 +221,7 @@ class ScriptedServer:
 
     @property
     def is_refusing(self) -> bool:
-        """Whether nobody listens."""
+        """Return whether new connections are refused."""
         return self._listener.fileno() < 0
 
     def _listen(self) -> None:
@@ -248,7 +248,7 @@ class ScriptedServer:
             self._stop_listening()
         self._holder.close()
         for peer in self.peers:
-            peer.hang_up()
+            peer.interrupt()
         for thread in self._threads:
             thread.join()
         for peer in self.peers:
@@ -261,8 +261,8 @@ class ScriptedServer:
                 sock, _ = self._listener.accept()
             except OSError:
                 return
-            sock.settimeout(PATIENCE)
-            # else an answer behind TLS 1.3's tickets waits for the client, and a reset takes it back
+            sock.settimeout(TIMEOUT)
+            # otherwise a response after TLS 1.3's tickets waits for the client, and a reset discards it
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             peer = Peer(self, len(self.peers), sock)
             self.peers.append(peer)
@@ -273,16 +273,16 @@ class ScriptedServer:
     def _serve(self, peer: Peer) -> None:
         try:
             if self._context is not None:
-                peer.shake_hands(self._context)
+                peer.do_handshake(self._context)
             self._script(peer)
-        except BaseException as fault:  # noqa: BLE001 -- told to the test by `__exit__`
+        except BaseException as fault:  # noqa: BLE001 -- `__exit__` raises it in the test
             peer.fault = fault
         finally:
             peer.close()
 
 
 def in_turn(*scripts: Script) -> Script:
-    """Return a script that is a different one for each connection; the last one serves all further ones."""
+    """Return a script that runs the next one for each connection; the last one runs for all further ones."""
 
     def script(peer: Peer) -> None:
         scripts[min(peer.number, len(scripts) - 1)](peer)
@@ -290,23 +290,28 @@ def in_turn(*scripts: Script) -> Script:
     return script
 
 
-def take_all(peer: Peer) -> None:
-    """Be a good endpoint: take every archive of the connection and answer with its receipt."""
+def accept_all(peer: Peer) -> None:
+    """Store every archive of the connection and respond with its receipt, as a good endpoint does."""
     while True:
         peer.send(receipt_for(peer.read_request().archive))
 
 
-def answer(status: int, body: bytes = b"", **headers: str) -> bytes:
-    """Return an HTTP/1.1 answer; header names are written with underscores."""
+def http_response(status: int, body: bytes = b"", **headers: str) -> bytes:
+    """Return an HTTP/1.1 response; underscores in keywords become dashes of header names."""
     lines = [f"HTTP/1.1 {status} As Scripted", f"Content-Length: {len(body)}"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
 def receipt_for(content: bytes, status: int = 201, **headers: str) -> bytes:
-    """Return the answer of an endpoint that stored this content."""
-    said = {"id": "1", "name": "archive", "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    return answer(status, json.dumps(said).encode(), **headers)
+    """Return the response of an endpoint that stored this content."""
+    receipt = {
+        "id": "1",
+        "name": "archive",
+        "size": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    return http_response(status, json.dumps(receipt).encode(), **headers)
 
 
 def header_of(head: bytes, name: str) -> str | None:
@@ -325,7 +330,7 @@ def server_context(
     client_ca: Path | None = None,
     version: ssl.TLSVersion | None = None,
 ) -> ssl.SSLContext:
-    """Return a context that demands a client certificate; `version` is the only one that it speaks."""
+    """Return a context that requires a client certificate; `version` is the only supported one."""
     pair = pair or KeyPair(pki.server_cert, pki.server_key)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pair.cert, pair.key)

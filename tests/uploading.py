@@ -1,4 +1,4 @@
-"""An uploader on its own, against any server: real files, real sockets, real TLS."""
+"""An uploader without a daemon, against any server: real files, real sockets, real TLS."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIB = 1024 * 1024
 
 
 def a_destination(url: str, pki: Pki | None = None, **keys: Any) -> HttpDestinationConfig:
-    """Return a destination; with a PKI it shows its client's certificate. A slow server is waited for."""
+    """Return a destination, with the PKI's client certificate if given; the connect time-out is long."""
     if pki is not None and url.startswith("https"):
         keys = {"ca": pki.ca_pem, "cert": pki.client_cert, "key": pki.client_key, **keys}
     timeout = {"connect": "10m", **keys.pop("timeout", {})}
@@ -27,7 +27,7 @@ def a_destination(url: str, pki: Pki | None = None, **keys: Any) -> HttpDestinat
 
 
 def an_archive(folder: Path, content: bytes = b"", *, size: int = 0, name: str = "a.tar.gz") -> Path:
-    """Return a new file of a content, or a sparse one of a size in bytes."""
+    """Return a new file with a content, or a sparse one of `size` bytes."""
     path = folder / name
     path.write_bytes(content)
     if size:
@@ -36,50 +36,50 @@ def an_archive(folder: Path, content: bytes = b"", *, size: int = 0, name: str =
 
 
 class Sender:
-    """Sends files by one uploader, as a worker does."""
+    """Sends files through one uploader, as a worker does."""
 
     def __init__(self, uploader: HttpUploader, abort: Abort) -> None:
         self.abort = abort
-        self.pulse = ThreadWatchdog("sender")
+        self.watchdog = ThreadWatchdog("sender")
         self._uploader = uploader
-        self._cargo: UploadJob | None = None
-        self._looks = (0, 0)
+        self._job: UploadJob | None = None
+        self._unchanged = (0, 0)
 
     @property
     def sent(self) -> int:
-        """Return how many bytes of the archive were handed to the connection so far."""
-        return self._cargo.sent_bytes if self._cargo else 0
+        """Return the number of bytes of the archive that were handed to the connection so far."""
+        return self._job.sent_bytes if self._job else 0
 
     def send(self, path: Path, progress: OnProgress = lambda _sent: None) -> Outcome:
         fd = os.open(path, os.O_RDONLY)
         try:
             variables = {"name": path.name}
             fingerprint = fingerprint_of(os.fstat(fd))
-            self._cargo = UploadJob(
+            self._job = UploadJob(
                 "the-delivery",
                 os.fsencode(path.name),
                 fd,
                 fingerprint,
                 variables,
                 progress,
-                on_alive=self.pulse.alive,
-                on_idle=self.pulse.idle,
+                on_alive=self.watchdog.alive,
+                on_idle=self.watchdog.idle,
             )
-            self.pulse.alive()
-            return self._uploader.upload(self._cargo)
+            self.watchdog.alive()
+            return self._uploader.upload(self._job)
         finally:
             os.close(fd)
 
     def is_stuck(self) -> bool:
-        """Tell whether nothing more went out between twenty looks."""
-        sent, looks = self._looks
-        self._looks = (self.sent, looks + 1 if sent == self.sent else 0)
-        return self.sent > 0 and looks > 20
+        """Return whether `sent` is unchanged since twenty calls."""
+        sent, calls = self._unchanged
+        self._unchanged = (self.sent, calls + 1 if sent == self.sent else 0)
+        return self.sent > 0 and calls > 20
 
 
 @contextmanager
 def a_sender(destination: HttpDestinationConfig) -> Iterator[Sender]:
-    """Yield a sender to a destination."""
+    """Yield a sender to a destination, with an endpoint and an uploader of its own."""
     abort = Abort()
     uploader = HttpEndpoint.open(destination, abort).make_uploader()
     try:

@@ -1,4 +1,4 @@
-"""What nginx says of its own accord in front of an endpoint: each answer has the outcome of the policy."""
+"""nginx in front of an endpoint: every response of its own leads to the outcome of the failure policy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from tests.servers.process import a_listener
 from tests.stage import Daemon, Stage, until
 from tests.uploading import MIB, a_destination, a_sender, an_archive
 
-SOON = 'retry = { initial = "0.1s", max = "0.4s" }\n'
+pytestmark = pytest.mark.long
+
+FAST_RETRY = 'retry = { initial = "0.1s", max = "0.4s" }\n'
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def nginx(stage: Stage) -> Iterator[Nginx]:
         yield Nginx(stage.base / "nginx", stage.pki, listener)
 
 
-def _to(nginx: Nginx, port: int, more: str = "") -> str:
+def _pass_to(nginx: Nginx, port: int, more: str = "") -> str:
     return f"""
         {nginx.upstream_tls}
         location / {{ proxy_pass https://127.0.0.1:{port}; {more} }}
@@ -45,25 +47,25 @@ def _put(stage: Stage, count: int, size: int = 5000) -> dict[str, bytes]:
 
 
 def _assert_delivered(stage: Stage, archives: dict[str, bytes]) -> None:
-    """Assert that each archive is stored once, was moved, and none is in quarantine."""
+    """Assert that each archive is stored once and moved, and that none is in quarantine."""
     assert {path.name: path.read_bytes() for path in stage.archives(stage.sent)} == archives
     assert sorted(path.read_bytes() for path in stage.stored()) == sorted(archives.values())
     assert stage.archives(stage.rejected) == []
 
 
-def _assert_waiting(stage: Stage, daemon: Daemon, reason: Reason, archives: dict[str, bytes]) -> None:
-    """Assert that the destination pauses for a reason, twice at least, and that no archive is charged."""
+def _assert_paused(stage: Stage, daemon: Daemon, reason: Reason, archives: dict[str, bytes]) -> None:
+    """Assert that the destination pauses at least twice for a reason, and that no archive is rejected."""
     daemon.wait_for("destination.paused", 2, reason=reason)
     assert {path.name: path.read_bytes() for path in stage.archives(stage.drop)} == archives
     assert not daemon.events("archive.rejected")
 
 
 @pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
-def test_many_archives_go_through_it_to_the_receiver_byte_for_byte(
+def test_many_archives_reach_the_receiver_unchanged_through_nginx(
     stage: Stage, nginx: Nginx, receiver: RunningReceiver, http2: bool
 ) -> None:
     stage.configure(f"{nginx.url}/v1/upload", destination=f"http2 = {str(http2).lower()}\nworkers = 4")
-    with nginx.serving(f"client_max_body_size 0; {_to(nginx, receiver.port)}", http2=True):
+    with nginx.serving(f"client_max_body_size 0; {_pass_to(nginx, receiver.port)}", http2=True):
         daemon = stage.daemon().ready()
         archives = _put(stage, 100) | {"large.tar.gz": os.urandom(20 * MIB)}
         stage.put("large.tar.gz", archives["large.tar.gz"])
@@ -75,13 +77,13 @@ def test_many_archives_go_through_it_to_the_receiver_byte_for_byte(
 
 
 @pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
-def test_what_is_larger_than_client_max_body_size_is_rejected_and_can_be_put_back(
+def test_an_archive_above_client_max_body_size_is_rejected_and_can_be_retried(
     stage: Stage, nginx: Nginx, receiver: RunningReceiver, http2: bool
 ) -> None:
-    stage.configure(f"{nginx.url}/v1/upload", destination=f"http2 = {str(http2).lower()}\n{SOON}")
+    stage.configure(f"{nginx.url}/v1/upload", destination=f"http2 = {str(http2).lower()}\n{FAST_RETRY}")
     daemon = stage.daemon()
     large = os.urandom(20 * MIB)
-    with nginx.serving(f"client_max_body_size 1m; {_to(nginx, receiver.port)}", http2=http2):
+    with nginx.serving(f"client_max_body_size 1m; {_pass_to(nginx, receiver.port)}", http2=http2):
         stage.put("large.tar.gz", large)
         archives = _put(stage, 10)
         daemon.wait_for("archive.disposed", 11)
@@ -92,7 +94,7 @@ def test_what_is_larger_than_client_max_body_size_is_rejected_and_can_be_put_bac
         assert len(daemon.events("archive.delivered")) == 10
         assert not daemon.events("destination.paused")
 
-    with nginx.serving(f"client_max_body_size 0; {_to(nginx, receiver.port)}", http2=http2):
+    with nginx.serving(f"client_max_body_size 0; {_pass_to(nginx, receiver.port)}", http2=http2):
         assert stage.backupd("retry", "--all").stdout.startswith("1 ")
         daemon.wait_for("archive.disposed", 12)
 
@@ -100,7 +102,9 @@ def test_what_is_larger_than_client_max_body_size_is_rejected_and_can_be_put_bac
 
 
 @pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
-def test_an_early_413_costs_little_of_a_huge_archive(stage: Stage, nginx: Nginx, http2: bool) -> None:
+def test_an_early_413_ends_the_upload_of_a_huge_archive_early(
+    stage: Stage, nginx: Nginx, http2: bool
+) -> None:
     archive = an_archive(stage.base, size=1024 * MIB)
     with (
         nginx.serving("client_max_body_size 1m;", http2=http2),
@@ -118,10 +122,10 @@ def test_an_early_413_costs_little_of_a_huge_archive(stage: Stage, nginx: Nginx,
 def test_a_rate_limit_delays_archives_and_loses_none(
     stage: Stage, nginx: Nginx, receiver: RunningReceiver, status: str, reason: Reason
 ) -> None:
-    stage.configure(f"{nginx.url}/v1/upload", destination=SOON)
-    limited = f"limit_req zone=slow; limit_req_status {status}; {_to(nginx, receiver.port)}"
+    stage.configure(f"{nginx.url}/v1/upload", destination=FAST_RETRY)
+    limited = f"limit_req zone=slow; limit_req_status {status}; {_pass_to(nginx, receiver.port)}"
     if status == "503":
-        limited = limited.replace("limit_req_status 503;", "")  # it is the default
+        limited = limited.replace("limit_req_status 503;", "")  # the default of limit_req_status
     with nginx.serving(limited, http="limit_req_zone $remote_addr zone=slow:1m rate=1r/s;"):
         daemon = stage.daemon().ready()
         archives = _put(stage, 5)
@@ -137,31 +141,31 @@ def test_a_rate_limit_delays_archives_and_loses_none(
 def test_a_redirect_is_not_followed_and_pauses_the_destination(
     stage: Stage, nginx: Nginx, receiver: RunningReceiver, status: int
 ) -> None:
-    stage.configure(f"{nginx.url}/v1/upload", destination=SOON)
+    stage.configure(f"{nginx.url}/v1/upload", destination=FAST_RETRY)
     with ScriptedServer(lambda peer: None) as elsewhere:
         with nginx.serving(f"location / {{ return {status} http://127.0.0.1:{elsewhere.port}/; }}"):
             daemon = stage.daemon().ready()
             archives = _put(stage, 3)
-            _assert_waiting(stage, daemon, Reason.REDIRECT, archives)
+            _assert_paused(stage, daemon, Reason.REDIRECT, archives)
         assert elsewhere.peers == []
 
-    with nginx.serving(_to(nginx, receiver.port)):
+    with nginx.serving(_pass_to(nginx, receiver.port)):
         daemon.wait_for("archive.disposed", len(archives))
 
     _assert_delivered(stage, archives)
 
 
-def test_a_backend_that_is_down_pauses_the_destination_until_it_is_back(stage: Stage, nginx: Nginx) -> None:
-    stage.configure(f"{nginx.url}/v1/upload", destination=SOON)
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))  # and does not listen
-        port = held.getsockname()[1]
-        with nginx.serving(_to(nginx, port)):
+def test_a_backend_that_is_down_pauses_the_destination_until_it_is_up(stage: Stage, nginx: Nginx) -> None:
+    stage.configure(f"{nginx.url}/v1/upload", destination=FAST_RETRY)
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))  # without listen()
+        port = reserved.getsockname()[1]
+        with nginx.serving(_pass_to(nginx, port)):
             daemon = stage.daemon().ready()
             archives = _put(stage, 5)
-            _assert_waiting(stage, daemon, Reason.SERVER_ERROR, archives)
+            _assert_paused(stage, daemon, Reason.SERVER_ERROR, archives)
             assert set(nginx.statuses()) == {502}
-            held.close()
+            reserved.close()
 
             tls = ServerTls(stage.pki.server_cert, stage.pki.server_key, stage.pki.ca_pem)
             with RunningReceiver(stage.store, tls, port=port):
@@ -171,32 +175,32 @@ def test_a_backend_that_is_down_pauses_the_destination_until_it_is_back(stage: S
     _assert_delivered(stage, archives)
 
 
-def test_a_backend_that_hangs_pauses_the_destination_until_it_answers(stage: Stage, nginx: Nginx) -> None:
+def test_a_backend_that_hangs_pauses_the_destination_until_it_responds(stage: Stage, nginx: Nginx) -> None:
     def serve(peer: Peer) -> None:
         request = peer.read_request()
         peer.pause()
         peer.send(receipt_for(request.archive))
 
-    stage.configure(f"{nginx.url}/v1/upload", destination=SOON)
+    stage.configure(f"{nginx.url}/v1/upload", destination=FAST_RETRY)
     with ScriptedServer(serve) as backend:
-        front = f"location / {{ proxy_pass http://127.0.0.1:{backend.port}; proxy_read_timeout 200ms; }}"
-        with nginx.serving(front):
+        location = f"location / {{ proxy_pass http://127.0.0.1:{backend.port}; proxy_read_timeout 200ms; }}"
+        with nginx.serving(location):
             daemon = stage.daemon().ready()
             archives = _put(stage, 3)
-            _assert_waiting(stage, daemon, Reason.SERVER_ERROR, archives)
+            _assert_paused(stage, daemon, Reason.SERVER_ERROR, archives)
             assert set(nginx.statuses()) == {504}
 
-            backend.go_on()
+            backend.resume()
             daemon.wait_for("archive.disposed", len(archives))
 
     assert {path.name: path.read_bytes() for path in stage.archives(stage.sent)} == archives
 
 
 @pytest.mark.parametrize("status", [502, 504])
-def test_what_a_backend_stored_before_the_gateway_gave_up_is_found_by_query_url(
+def test_a_query_finds_an_archive_that_the_backend_stored_before_a_gateway_error(
     stage: Stage, nginx: Nginx, status: int
 ) -> None:
-    """The archive crosses the wire once, though its answer never came."""
+    """The archive is uploaded once, although its response is lost."""
     stored: list[bytes] = []
 
     def serve(peer: Peer) -> None:
@@ -210,16 +214,18 @@ def test_what_a_backend_stored_before_the_gateway_gave_up_is_found_by_query_url(
             peer.send(receipt_for(stored[0], status=200))
 
     stage.configure(
-        f"{nginx.url}/v1/upload", destination=f'query_url = "{nginx.url}/v1/upload/{{digest}}"\n{SOON}'
+        f"{nginx.url}/v1/upload", destination=f'query_url = "{nginx.url}/v1/upload/{{digest}}"\n{FAST_RETRY}'
     )
-    patience = "200ms" if status == 504 else "60s"
+    read_timeout = "200ms" if status == 504 else "60s"
     with ScriptedServer(serve) as backend:
-        front = f"location / {{ proxy_pass http://127.0.0.1:{backend.port}; proxy_read_timeout {patience}; }}"
-        with nginx.serving(front):
+        location = (
+            f"location / {{ proxy_pass http://127.0.0.1:{backend.port}; proxy_read_timeout {read_timeout}; }}"
+        )
+        with nginx.serving(location):
             daemon = stage.daemon().ready()
             stage.put("sw.cfg", b"sent once")
             daemon.wait_for("archive.disposed")
-            backend.go_on()
+            backend.resume()
 
     assert stored == [b"sent once"]
     assert nginx.statuses() == [status]
@@ -231,38 +237,38 @@ def _without_certificate(stage: Stage) -> None:
     stage.config.write_text("".join(line for line in text.splitlines(True) if "client." not in line))
 
 
-def _with_a_strangers_certificate(stage: Stage) -> None:
-    strange = Pki(stage.base / "strange")
-    text = stage.config.read_text().replace(str(stage.pki.client_cert), str(strange.client_cert))
-    stage.config.write_text(text.replace(str(stage.pki.client_key), str(strange.client_key)))
+def _with_a_certificate_of_another_ca(stage: Stage) -> None:
+    other = Pki(stage.base / "other")
+    text = stage.config.read_text().replace(str(stage.pki.client_cert), str(other.client_cert))
+    stage.config.write_text(text.replace(str(stage.pki.client_key), str(other.client_key)))
 
 
-@pytest.mark.parametrize("spoil", [_without_certificate, _with_a_strangers_certificate])
-def test_a_400_about_our_certificate_is_charged_to_no_archive(
-    stage: Stage, nginx: Nginx, receiver: RunningReceiver, spoil: object
+@pytest.mark.parametrize("change", [_without_certificate, _with_a_certificate_of_another_ca])
+def test_a_400_about_the_client_certificate_rejects_no_archive(
+    stage: Stage, nginx: Nginx, receiver: RunningReceiver, change: object
 ) -> None:
-    stage.configure(f"{nginx.url}/v1/upload", destination=SOON)
-    sound = stage.config.read_text()
-    assert callable(spoil)
-    spoil(stage)
-    with nginx.serving(_to(nginx, receiver.port)):
+    stage.configure(f"{nginx.url}/v1/upload", destination=FAST_RETRY)
+    valid = stage.config.read_text()
+    assert callable(change)
+    change(stage)
+    with nginx.serving(_pass_to(nginx, receiver.port)):
         checked = stage.backupd("check")
         assert checked.returncode == 69, checked.stdout
         assert Reason.TLS_CLIENT in checked.stdout
         daemon = stage.daemon().ready()
         archives = _put(stage, 5)
-        _assert_waiting(stage, daemon, Reason.TLS_CLIENT, archives)
+        _assert_paused(stage, daemon, Reason.TLS_CLIENT, archives)
         assert set(nginx.statuses()) == {400}
         daemon.stop()
 
-        stage.config.write_text(sound)
+        stage.config.write_text(valid)
         assert stage.backupd("check").returncode == 0
         stage.daemon().wait_for("archive.disposed", len(archives))
 
     _assert_delivered(stage, archives)
 
 
-def test_as_the_page_has_it_a_certificate_that_is_refused_is_a_403(
+def test_the_documented_configuration_responds_403_to_an_invalid_certificate(
     stage: Stage, nginx: Nginx, receiver: RunningReceiver
 ) -> None:
     conf = block("destinations.md", "nginx in front", "nginx")
@@ -277,7 +283,7 @@ def test_as_the_page_has_it_a_certificate_that_is_refused_is_a_403(
     assert (outcome.reason, outcome.http_status) == (Reason.FORBIDDEN, 403)
 
 
-def test_plain_http_to_its_https_port_is_charged_to_no_archive(stage: Stage, nginx: Nginx) -> None:
+def test_plain_http_to_an_https_port_rejects_no_archive(stage: Stage, nginx: Nginx) -> None:
     with (
         nginx.serving(""),
         a_sender(a_destination(f"http://127.0.0.1:{nginx.port}/v1/upload")) as sender,
@@ -291,11 +297,11 @@ def test_plain_http_to_its_https_port_is_charged_to_no_archive(stage: Stage, ngi
 @pytest.mark.parametrize(
     "setting", ["keepalive_requests 1;", "keepalive_requests 3;", "http2_body_preread_size 0;"]
 )
-def test_no_setting_of_its_http2_costs_an_attempt(
+def test_no_http2_setting_of_nginx_fails_an_attempt(
     stage: Stage, nginx: Nginx, receiver: RunningReceiver, setting: str
 ) -> None:
     stage.configure(f"{nginx.url}/v1/upload", destination="http2 = true\nworkers = 2")
-    with nginx.serving(f"client_max_body_size 0; {setting} {_to(nginx, receiver.port)}", http2=True):
+    with nginx.serving(f"client_max_body_size 0; {setting} {_pass_to(nginx, receiver.port)}", http2=True):
         daemon = stage.daemon().ready()
         archives = _put(stage, 10, size=MIB)
         daemon.wait_for("archive.disposed", len(archives))
@@ -306,17 +312,17 @@ def test_no_setting_of_its_http2_costs_an_attempt(
 
 
 @pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
-def test_restarts_of_it_in_the_middle_lose_nothing_and_store_nothing_twice(
+def test_restarts_of_nginx_lose_no_archive_and_store_none_twice(
     stage: Stage, nginx: Nginx, receiver: RunningReceiver, http2: bool
 ) -> None:
-    terms = f"http2 = {str(http2).lower()}\nworkers = 4\n{SOON}"
-    stage.configure(f"{nginx.url}/v1/upload", destination=terms)
+    destination = f"http2 = {str(http2).lower()}\nworkers = 4\n{FAST_RETRY}"
+    stage.configure(f"{nginx.url}/v1/upload", destination=destination)
     daemon = stage.daemon().ready()
     archives = _put(stage, 150)
     for done in (20, 60, 100):
-        with nginx.serving(_to(nginx, receiver.port), http2=http2):
+        with nginx.serving(_pass_to(nginx, receiver.port), http2=http2):
             daemon.wait_for("archive.disposed", done)
-    with nginx.serving(_to(nginx, receiver.port), http2=http2):
+    with nginx.serving(_pass_to(nginx, receiver.port), http2=http2):
         daemon.wait_for("archive.disposed", len(archives))
 
     _assert_delivered(stage, archives)

@@ -1,4 +1,4 @@
-"""Files that change while they are being sent: what is reported delivered is what was there, whole."""
+"""Files that change during their upload: only complete contents are reported as delivered."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 
 from backupd.core.model import Delivered, Superseded
-from tests.scripted import Peer, ScriptedServer, header_of, in_turn, receipt_for, server_context, take_all
+from tests.scripted import Peer, ScriptedServer, accept_all, header_of, in_turn, receipt_for, server_context
 from tests.stage import TIMEOUT, Stage
 from tests.uploading import MIB, a_destination, a_sender
 
-OLD = b"old content, " * 1_500_000  # 19.5 MB: more than a connection's buffers hold
+OLD = b"old content, " * 1_500_000  # 19.5 MB: more than the buffers of a connection hold
 NEW = b"new content! " * 1_500_000
 
 Change = Callable[[Path], bytes | None]
-"""Changes a file, and returns what it then holds; None: nothing, as it is gone."""
+"""Changes a file and returns its new content; None if it was removed."""
 
 
-def pauses_early(peer: Peer) -> None:
-    """Read some of the body, wait, and then take whatever comes for an archive."""
+def pause_early(peer: Peer) -> None:
+    """Read a part of the body, wait for the test, and read the rest without a response."""
     peer.read_head()
     peer.read(MIB)
     peer.pause()
@@ -46,16 +46,16 @@ def rewrite(path: Path) -> bytes:
     return NEW
 
 
-def rewrite_in_disguise(path: Path) -> bytes:
+def rewrite_and_restore_mtime(path: Path) -> bytes:
     before = path.stat()
-    with path.open("r+b", buffering=0) as file:  # as long as it is open, nobody takes it for a new one
+    with path.open("r+b", buffering=0) as file:  # while it is open, the daemon does not queue it again
         assert file.write(NEW) == len(NEW)
         os.utime(file.fileno(), ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_mtime_ns == before.st_mtime_ns
     return NEW
 
 
-def rewrite_what_was_sent(path: Path) -> bytes:
+def rewrite_the_sent_part(path: Path) -> bytes:
     with path.open("r+b") as file:
         file.write(b"NEW")
     return b"NEW" + OLD[3:]
@@ -72,60 +72,61 @@ def delete(path: Path) -> None:
     path.unlink()
 
 
-CHANGES = [truncate, append, rewrite, rewrite_in_disguise, rewrite_what_was_sent, rename_over]
+CHANGES = [truncate, append, rewrite, rewrite_and_restore_mtime, rewrite_the_sent_part, rename_over]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_file_that_changes_while_it_is_sent_is_delivered_as_it_then_is(
+def test_a_file_that_changes_during_its_upload_is_delivered_with_its_new_content(
     stage: Stage, change: Change
 ) -> None:
-    with ScriptedServer(in_turn(pauses_early, take_all), server_context(stage.pki)) as server:
+    with ScriptedServer(in_turn(pause_early, accept_all), server_context(stage.pki)) as server:
         stage.configure(server.url, drop='rescan_every = "1h"', destination="workers = 1")
         daemon = stage.daemon().ready()
         path = stage.put("a.tar.gz", OLD)
         assert server.paused.wait(TIMEOUT)
 
-        now_holds = change(path)
-        server.go_on()
+        new_content = change(path)
+        server.resume()
         daemon.wait_for("archive.disposed")
-        stage.put("b.tar.gz", b"the worker lives")
+        stage.put("b.tar.gz", b"next archive")
         daemon.wait_for("archive.disposed", archive="b.tar.gz")
 
-    assert now_holds is not None
-    assert [request.archive for request in server.requests] == [now_holds, b"the worker lives"]
-    assert (stage.sent / "a.tar.gz").read_bytes() == now_holds
+    assert new_content is not None
+    assert [request.archive for request in server.requests] == [new_content, b"next archive"]
+    assert (stage.sent / "a.tar.gz").read_bytes() == new_content
     assert stage.archives(stage.drop) == [stage.sent / "a.tar.gz", stage.sent / "b.tar.gz"]
     delivered = daemon.events("archive.delivered")
-    digest = f"sha256:{hashlib.sha256(now_holds).hexdigest()}"
+    digest = f"sha256:{hashlib.sha256(new_content).hexdigest()}"
     assert [e["digest"] for e in delivered if e["archive"] == "a.tar.gz"] == [digest]
     assert [e["archive"] for e in daemon.events("archive.superseded")] == ["a.tar.gz"]
     assert not daemon.events("attempt.failed")
     assert not daemon.events("daemon.failed")
 
 
-def test_one_whose_folder_is_away_when_it_is_to_be_moved_is_moved_once_it_is_back(stage: Stage) -> None:
-    def keeps_the_answer(peer: Peer) -> None:
+def test_an_archive_is_moved_later_if_its_folder_is_replaced_before_the_move(stage: Stage) -> None:
+    def delay_response(peer: Peer) -> None:
         archive = peer.read_request().archive
         peer.pause()
         peer.send(receipt_for(archive))
-        take_all(peer)
+        accept_all(peer)
 
-    away, other = stage.base / "away", stage.base / "other"
+    moved, other = stage.base / "moved", stage.base / "other"
     other.mkdir()
     (other / "sent").mkdir()
-    with ScriptedServer(keeps_the_answer, server_context(stage.pki)) as server:
+    with ScriptedServer(delay_response, server_context(stage.pki)) as server:
         stage.configure(server.url, drop='rescan_every = "0.5s"', destination="workers = 1")
         daemon = stage.daemon().ready()
         stage.put("a.tar.gz", b"content")
         assert server.paused.wait(TIMEOUT)
-        stage.drop.rename(away)
+        stage.drop.rename(moved)
         other.rename(stage.drop)
         daemon.wait_for("watch.recovered")
 
-        server.go_on()
+        server.resume()
         daemon.wait_for("archive.disposed", disposition="missing")
         stage.drop.rename(other)
-        away.rename(stage.drop)
+        moved.rename(stage.drop)
         daemon.wait_for("archive.disposed", disposition="moved")
         assert daemon.stop() == 0
 
@@ -134,73 +135,73 @@ def test_one_whose_folder_is_away_when_it_is_to_be_moved_is_moved_once_it_is_bac
     assert stage.archives(stage.drop) == [stage.sent / "a.tar.gz"]
 
 
-def test_a_file_that_is_removed_is_not_sent_to_its_end(tmp_path: Path) -> None:
+def test_the_upload_of_a_removed_file_ends_early(tmp_path: Path) -> None:
     path = tmp_path / "huge.tar"
     path.touch()
     os.truncate(path, 256 * MIB)
 
-    def removes_it(peer: Peer) -> None:
+    def remove_file(peer: Peer) -> None:
         peer.read_head()
         peer.read(MIB)
         path.unlink()
         peer.drain()
 
-    with ScriptedServer(removes_it) as server, a_sender(a_destination(server.url)) as sender:
+    with ScriptedServer(remove_file) as server, a_sender(a_destination(server.url)) as sender:
         assert isinstance(sender.send(path), Superseded)
     assert server.received < 64 * MIB
 
 
-def test_a_file_removed_while_it_is_sent_is_said_to_be_gone(stage: Stage) -> None:
-    with ScriptedServer(in_turn(pauses_early, take_all), server_context(stage.pki)) as server:
+def test_a_file_that_is_removed_during_its_upload_is_logged_as_missing(stage: Stage) -> None:
+    with ScriptedServer(in_turn(pause_early, accept_all), server_context(stage.pki)) as server:
         stage.configure(server.url, drop='rescan_every = "1h"', destination="workers = 1")
         daemon = stage.daemon().ready()
         path = stage.put("a.tar.gz", OLD)
         assert server.paused.wait(TIMEOUT)
 
         path.unlink()
-        server.go_on()
+        server.resume()
         daemon.wait_for("archive.missing", archive="a.tar.gz")
-        stage.put("b.tar.gz", b"the worker lives")
+        stage.put("b.tar.gz", b"next archive")
         daemon.wait_for("archive.disposed", archive="b.tar.gz")
 
-    assert [request.archive for request in server.requests] == [b"the worker lives"]
+    assert [request.archive for request in server.requests] == [b"next archive"]
     assert [e["archive"] for e in daemon.events("archive.delivered")] == ["b.tar.gz"]
     assert not daemon.events("archive.superseded")
     assert stage.archives(stage.drop) == [stage.sent / "b.tar.gz"]
 
 
 @pytest.mark.parametrize(
-    ("change", "end_of_the_old"), [(append, "archive.superseded"), (rename_over, "archive.missing")]
+    ("change", "event_of_the_old"), [(append, "archive.superseded"), (rename_over, "archive.missing")]
 )
-def test_the_new_content_need_not_wait_for_the_end_of_the_old_one(
-    stage: Stage, change: Change, end_of_the_old: str
+def test_the_new_content_does_not_wait_for_the_upload_of_the_old_one(
+    stage: Stage, change: Change, event_of_the_old: str
 ) -> None:
-    with ScriptedServer(in_turn(pauses_early, take_all), server_context(stage.pki)) as server:
+    with ScriptedServer(in_turn(pause_early, accept_all), server_context(stage.pki)) as server:
         stage.configure(server.url, drop='rescan_every = "1h"', destination="workers = 2")
         daemon = stage.daemon().ready()
         path = stage.put("a.tar.gz", OLD)
         assert server.paused.wait(TIMEOUT)
 
-        now_holds = change(path)
+        new_content = change(path)
         daemon.wait_for("archive.disposed", archive="a.tar.gz")
-        server.go_on()
-        daemon.wait_for(end_of_the_old, archive="a.tar.gz")
+        server.resume()
+        daemon.wait_for(event_of_the_old, archive="a.tar.gz")
         stage.put("b.tar.gz", b"next")
         daemon.wait_for("archive.disposed", archive="b.tar.gz")
 
-    assert [request.archive for request in server.requests] == [now_holds, b"next"]
+    assert [request.archive for request in server.requests] == [new_content, b"next"]
     assert [e["archive"] for e in daemon.events("archive.delivered")] == ["a.tar.gz", "b.tar.gz"]
     assert stage.archives(stage.drop) == [stage.sent / "a.tar.gz", stage.sent / "b.tar.gz"]
 
 
-def test_a_file_that_changes_behind_the_last_byte_is_not_moved_in_place_of_the_one_sent(stage: Stage) -> None:
-    def keeps_the_answer(peer: Peer) -> None:
+def test_a_file_that_replaces_the_sent_one_before_the_response_is_delivered_next(stage: Stage) -> None:
+    def delay_response(peer: Peer) -> None:
         archive = peer.read_request().archive
         peer.pause()
         peer.send(receipt_for(archive))
-        take_all(peer)
+        accept_all(peer)
 
-    with ScriptedServer(in_turn(keeps_the_answer, take_all), server_context(stage.pki)) as server:
+    with ScriptedServer(in_turn(delay_response, accept_all), server_context(stage.pki)) as server:
         stage.configure(server.url, drop='rescan_every = "1h"', destination="workers = 1")
         daemon = stage.daemon().ready()
         path = stage.put("a.tar.gz", b"old")
@@ -208,7 +209,7 @@ def test_a_file_that_changes_behind_the_last_byte_is_not_moved_in_place_of_the_o
 
         (stage.base / "new").write_bytes(b"new")
         (stage.base / "new").rename(path)
-        server.go_on()
+        server.resume()
         daemon.wait_for("archive.disposed", count=2, archive="a.tar.gz")
 
     assert [request.archive for request in server.requests] == [b"old", b"new"]
@@ -217,21 +218,21 @@ def test_a_file_that_changes_behind_the_last_byte_is_not_moved_in_place_of_the_o
 
 
 @pytest.mark.parametrize("change", [*CHANGES, delete])
-def test_a_changed_file_never_makes_a_whole_request(tmp_path: Path, change: Change) -> None:
+def test_the_request_of_a_changed_file_never_completes(tmp_path: Path, change: Change) -> None:
     path = tmp_path / "drop" / "a.tar.gz"
     path.parent.mkdir()
     path.write_bytes(OLD)
-    ends: list[bool] = []
+    is_complete: list[bool] = []
 
-    def changes_it(peer: Peer) -> None:
+    def change_file(peer: Peer) -> None:
         head = peer.read_head()
         peer.read(MIB)
         change(path)
         peer.drain()
-        ends.append(peer.received >= int(header_of(head, "Content-Length") or 0))
+        is_complete.append(peer.received >= int(header_of(head, "Content-Length") or 0))
 
     with (
-        ScriptedServer(in_turn(changes_it, take_all)) as server,
+        ScriptedServer(in_turn(change_file, accept_all)) as server,
         a_sender(a_destination(server.url)) as sender,
     ):
         outcome = sender.send(path)
@@ -239,6 +240,6 @@ def test_a_changed_file_never_makes_a_whole_request(tmp_path: Path, change: Chan
         again = sender.send(path)
 
     assert isinstance(outcome, Superseded)
-    assert ends == [False]
+    assert is_complete == [False]
     assert isinstance(again, Delivered)
     assert [request.archive for request in server.requests] == [b"x"]

@@ -1,4 +1,4 @@
-"""How a destination is connected to: proxies, addresses, names, pins, versions, timeouts."""
+"""Connections to a destination: proxies, addresses, names, pins, TLS versions, time-outs."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from tests.scripted import (
     Peer,
     Script,
     ScriptedServer,
-    answer,
+    accept_all,
     header_of,
+    http_response,
     receipt_for,
     server_context,
-    take_all,
 )
 from tests.stage import Stage, until
 from tests.uploading import MIB, a_destination, a_sender, an_archive
 
 CONTENT = b"the content of an archive" * 1000
-QUICK = 'retry = { initial = "0.1s", max = "0.3s" }'
-NO_FAMILY = 99
-"""An address family of no kernel."""
+FAST_RETRY = 'retry = { initial = "0.1s", max = "0.3s" }'
+UNKNOWN_FAMILY = 99
+"""An address family that no kernel supports."""
 
 
 @pytest.fixture
@@ -51,26 +51,26 @@ def failed(outcome: Outcome) -> tuple[Reason, str]:
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
-def test_an_address_of_a_kind_that_the_host_lacks_is_passed_over(
+def test_an_address_of_an_unsupported_family_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
 ) -> None:
-    def looked_up(_host: str, port: int, **_keys: Any) -> list[tuple[Any, ...]]:
-        lacking = (NO_FAMILY, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0))
+    def getaddrinfo(_host: str, port: int, **_keys: Any) -> list[tuple[Any, ...]]:
+        unsupported = (UNKNOWN_FAMILY, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0))
         found = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))
-        return [lacking, found] if first else [found, lacking]
+        return [unsupported, found] if first else [found, unsupported]
 
-    monkeypatch.setattr(socket, "getaddrinfo", looked_up)
-    with ScriptedServer(take_all) as server, a_sender(a_destination(server.url)) as sender:
-        taken = sender.send(an_archive(tmp_path, CONTENT))
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with ScriptedServer(accept_all) as server, a_sender(a_destination(server.url)) as sender:
+        accepted = sender.send(an_archive(tmp_path, CONTENT))
         server.refuse()
         with a_sender(a_destination(server.url)) as another:
             refused = another.send(an_archive(tmp_path, CONTENT))
 
-    assert isinstance(taken, Delivered)
+    assert isinstance(accepted, Delivered)
     assert failed(refused) == (Reason.CONNECT, f"Connection refused (127.0.0.1 port {server.port})")
 
 
-def test_a_host_without_a_descriptor_left_is_no_connection(
+def test_without_a_free_descriptor_the_connection_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_socket(*_: int) -> socket.socket:
@@ -85,60 +85,60 @@ def test_a_host_without_a_descriptor_left_is_no_connection(
 
 
 class Proxy:
-    """A script for an HTTP proxy (RFC 9110 section 9.3.6); `tunnelled` is what clients sent through it."""
+    """A script for an HTTP proxy (RFC 9110 section 9.3.6); `tunnelled` holds the bytes that clients sent."""
 
     def __init__(self, credentials: str = "", refusal: bytes = b"") -> None:
         self.tunnelled = bytearray()
         self.targets: list[str] = []
-        self.credentials_seen: list[str | None] = []
+        self.credentials: list[str | None] = []
         self._expected = f"Basic {base64.b64encode(credentials.encode()).decode()}" if credentials else None
         self._refusal = refusal
 
     def __call__(self, peer: Peer) -> None:
         head = peer.read_head()
-        self.credentials_seen.append(header_of(head, "proxy-authorization"))
+        self.credentials.append(header_of(head, "proxy-authorization"))
         self.targets.append(head.split(b" ")[1].decode())
-        if self._refusal or self.credentials_seen[-1] != self._expected:
-            peer.send(self._refusal or answer(407, Proxy_Authenticate='Basic realm="proxy"'))
+        if self._refusal or self.credentials[-1] != self._expected:
+            peer.send(self._refusal or http_response(407, Proxy_Authenticate='Basic realm="proxy"'))
             return
         host, _, port = self.targets[-1].rpartition(":")
-        with socket.create_connection((host, int(port))) as far:
-            peer.send(answer(200).replace(b"Content-Length: 0\r\n", b""))
-            back = threading.Thread(target=self._back, args=(far, peer))
+        with socket.create_connection((host, int(port))) as target:
+            peer.send(http_response(200).replace(b"Content-Length: 0\r\n", b""))
+            back = threading.Thread(target=self._back, args=(target, peer))
             back.start()
             try:
                 while True:
                     piece = peer._piece()
                     self.tunnelled += piece
-                    far.sendall(piece)
+                    target.sendall(piece)
             finally:
                 with suppress(OSError):
-                    far.shutdown(socket.SHUT_RDWR)
+                    target.shutdown(socket.SHUT_RDWR)
                 back.join()
 
     @staticmethod
-    def _back(far: socket.socket, peer: Peer) -> None:
+    def _back(target: socket.socket, peer: Peer) -> None:
         with suppress(OSError):
-            while piece := far.recv(64 * 1024):
+            while piece := target.recv(64 * 1024):
                 peer.send(piece)
-        peer.hang_up()
+        peer.interrupt()
 
 
 class TestProxy:
     @pytest.mark.parametrize("user", ["", "josé"])
-    def test_tls_goes_through_it_end_to_end(self, tmp_path: Path, pki: Pki, user: str) -> None:
+    def test_tls_is_end_to_end_through_a_proxy(self, tmp_path: Path, pki: Pki, user: str) -> None:
         password = tmp_path / "password"
         password.write_text("p:w\n")
         proxy = Proxy(f"{user}:p:w" if user else "")
         keys = {"proxy_user": user, "proxy_password_file": password} if user else {}
         with (
-            ScriptedServer(take_all, server_context(pki)) as server,
-            ScriptedServer(proxy) as through,
+            ScriptedServer(accept_all, server_context(pki)) as server,
+            ScriptedServer(proxy) as proxy_at,
         ):
             destination = a_destination(
                 server.url,
                 pki,
-                proxy=f"http://127.0.0.1:{through.port}",
+                proxy=f"http://127.0.0.1:{proxy_at.port}",
                 pin_sha256=[pin_of(pki.server_cert)],
                 **keys,
             )
@@ -151,26 +151,28 @@ class TestProxy:
         assert b"archive" not in proxy.tunnelled
         assert all(header_of(head, "proxy-authorization") is None for head in server.heads)
 
-    def test_http_1_is_spoken_through_one(self, tmp_path: Path, pki: Pki) -> None:
+    def test_http_1_1_is_used_through_a_proxy(self, tmp_path: Path, pki: Pki) -> None:
         context = server_context(pki)
         context.set_alpn_protocols(["h2", "http/1.1"])
-        with ScriptedServer(take_all, context) as server, ScriptedServer(Proxy()) as through:
-            destination = a_destination(server.url, pki, proxy=f"http://127.0.0.1:{through.port}", http2=True)
+        with ScriptedServer(accept_all, context) as server, ScriptedServer(Proxy()) as proxy_at:
+            destination = a_destination(
+                server.url, pki, proxy=f"http://127.0.0.1:{proxy_at.port}", http2=True
+            )
             with a_sender(destination) as sender:
                 assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
 
-    def test_wrong_credentials_are_told_and_never_logged(self, stage: Stage) -> None:
+    def test_wrong_proxy_credentials_are_reported_and_never_logged(self, stage: Stage) -> None:
         password = stage.base / "password"
         password.write_text("wrong-password")
         proxy = Proxy("me:right-password")
         with (
-            ScriptedServer(take_all, server_context(stage.pki)) as server,
-            ScriptedServer(proxy) as through,
+            ScriptedServer(accept_all, server_context(stage.pki)) as server,
+            ScriptedServer(proxy) as proxy_at,
         ):
             stage.configure(
                 server.url,
                 top='[log]\nlevel = "debug"',
-                destination=f'{QUICK}\nproxy = "http://127.0.0.1:{through.port}"\nproxy_user = "me"\n'
+                destination=f'{FAST_RETRY}\nproxy = "http://127.0.0.1:{proxy_at.port}"\nproxy_user = "me"\n'
                 f'proxy_password_file = "{password}"',
             )
             daemon = stage.daemon().ready()
@@ -185,34 +187,34 @@ class TestProxy:
             assert secret not in daemon.text()
             assert base64.b64encode(f"me:{secret}".encode()).decode() not in daemon.text()
 
-    def test_one_that_can_not_reach_the_endpoint_is_told(self, tmp_path: Path, pki: Pki) -> None:
-        with ScriptedServer(Proxy(refusal=answer(502))) as through:
+    def test_a_proxy_that_cannot_reach_the_endpoint_is_reported(self, tmp_path: Path, pki: Pki) -> None:
+        with ScriptedServer(Proxy(refusal=http_response(502))) as proxy_at:
             destination = a_destination(
-                "https://vault.example.net/x", pki, proxy=f"http://127.0.0.1:{through.port}"
+                "https://vault.example.net/x", pki, proxy=f"http://127.0.0.1:{proxy_at.port}"
             )
             with a_sender(destination) as sender:
                 reason, error = failed(sender.send(an_archive(tmp_path, CONTENT)))
         assert reason is Reason.PROXY
         assert "502" in error
 
-    def test_one_that_is_down_is_told_as_that(self, tmp_path: Path, pki: Pki) -> None:
-        with ScriptedServer(take_all) as gone:
-            gone.refuse()
+    def test_a_proxy_that_is_down_is_reported(self, tmp_path: Path, pki: Pki) -> None:
+        with ScriptedServer(accept_all) as proxy_at:
+            proxy_at.refuse()
             destination = a_destination(
-                "https://vault.example.net/x", pki, proxy=f"http://127.0.0.1:{gone.port}"
+                "https://vault.example.net/x", pki, proxy=f"http://127.0.0.1:{proxy_at.port}"
             )
             with a_sender(destination) as sender:
                 reason, error = failed(sender.send(an_archive(tmp_path, CONTENT)))
         assert reason is Reason.PROXY
         assert error.startswith("no connection to the proxy")
-        assert f"port {gone.port}" in error
+        assert f"port {proxy_at.port}" in error
 
-    def test_that_of_the_environment_is_not_used(
+    def test_the_proxy_of_the_environment_is_not_used(
         self, tmp_path: Path, pki: Pki, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
             monkeypatch.setenv(name, "http://127.0.0.1:1")
-        with ScriptedServer(take_all, server_context(pki)) as server:
+        with ScriptedServer(accept_all, server_context(pki)) as server:
             with a_sender(a_destination(server.url, pki)) as sender:
                 assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
 
@@ -220,21 +222,21 @@ class TestProxy:
 # Addresses and names
 
 
-def test_the_local_address_is_the_one_that_is_asked_for(tmp_path: Path, pki: Pki) -> None:
-    seen: list[str] = []
+def test_the_connection_comes_from_the_local_address(tmp_path: Path, pki: Pki) -> None:
+    addresses: list[str] = []
 
     def script(peer: Peer) -> None:
-        seen.append(peer._sock.getpeername()[0])
-        take_all(peer)
+        addresses.append(peer._sock.getpeername()[0])
+        accept_all(peer)
 
     with ScriptedServer(script, server_context(pki)) as server:
         with a_sender(a_destination(server.url, pki, local_address="127.0.0.2")) as sender:
             assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
-    assert seen == ["127.0.0.2"]
+    assert addresses == ["127.0.0.2"]
 
 
-def test_a_local_address_that_is_not_ours_is_told(tmp_path: Path, pki: Pki) -> None:
-    with ScriptedServer(take_all, server_context(pki)) as server:
+def test_a_local_address_of_another_host_is_reported(tmp_path: Path, pki: Pki) -> None:
+    with ScriptedServer(accept_all, server_context(pki)) as server:
         with a_sender(a_destination(server.url, pki, local_address="192.0.2.1")) as sender:
             reason, error = failed(sender.send(an_archive(tmp_path, CONTENT)))
     assert reason is Reason.CONNECT
@@ -243,30 +245,30 @@ def test_a_local_address_that_is_not_ours_is_told(tmp_path: Path, pki: Pki) -> N
 
 @contextmanager
 def a_named_server(pki: Pki, *names: str) -> Iterator[tuple[ScriptedServer, list[str | None]]]:
-    """Yield a server whose certificate is for these names, and the names that it is asked for."""
-    asked: list[str | None] = []
+    """Yield a server with a certificate for these names, and the names that clients request by SNI."""
+    requested: list[str | None] = []
     context = server_context(pki, pki.issue_server("named", names))
-    context.sni_callback = lambda _sock, name, _context: asked.append(name)
-    with ScriptedServer(take_all, context) as server:
-        yield server, asked
+    context.sni_callback = lambda _sock, name, _context: requested.append(name)
+    with ScriptedServer(accept_all, context) as server:
+        yield server, requested
 
 
-def test_connect_to_leads_elsewhere_and_changes_no_name(tmp_path: Path, pki: Pki) -> None:
-    with a_named_server(pki, "vault.test") as (server, asked):
+def test_connect_to_changes_the_address_and_no_name(tmp_path: Path, pki: Pki) -> None:
+    with a_named_server(pki, "vault.test") as (server, requested):
         destination = a_destination(
             "https://vault.test/v1/upload", pki, connect_to=f"127.0.0.1:{server.port}"
         )
         with a_sender(destination) as sender:
             assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
-    assert asked == ["vault.test"]
+    assert requested == ["vault.test"]
     assert server.requests[0].header("host") == "vault.test"
 
 
-def test_a_server_name_is_asked_for_and_expected(tmp_path: Path, pki: Pki) -> None:
-    with a_named_server(pki, "vault.test") as (server, asked):
+def test_the_server_name_is_requested_and_verified(tmp_path: Path, pki: Pki) -> None:
+    with a_named_server(pki, "vault.test") as (server, requested):
         with a_sender(a_destination(server.url, pki, server_name="vault.test")) as sender:
             assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
-    assert asked == ["vault.test"]
+    assert requested == ["vault.test"]
     assert server.requests[0].header("host") == f"127.0.0.1:{server.port}"
 
 
@@ -290,15 +292,15 @@ def pin_of(cert: Path) -> str:
 
 
 @pytest.mark.parametrize("prefix", ["", "sha256//"])
-def test_a_pinned_key_is_accepted_beside_the_next_one(tmp_path: Path, pki: Pki, prefix: str) -> None:
+def test_each_of_several_pinned_keys_is_accepted(tmp_path: Path, pki: Pki, prefix: str) -> None:
     pins = [prefix + pin_of(pki.client_cert), prefix + pin_of(pki.server_cert)]
-    with ScriptedServer(take_all, server_context(pki)) as server:
+    with ScriptedServer(accept_all, server_context(pki)) as server:
         with a_sender(a_destination(server.url, pki, pin_sha256=pins)) as sender:
             assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
 
 
-def test_another_key_is_refused_and_named(tmp_path: Path, pki: Pki) -> None:
-    with ScriptedServer(take_all, server_context(pki)) as server:
+def test_a_key_that_is_not_pinned_is_refused_and_named(tmp_path: Path, pki: Pki) -> None:
+    with ScriptedServer(accept_all, server_context(pki)) as server:
         with a_sender(a_destination(server.url, pki, pin_sha256=[pin_of(pki.client_cert)])) as sender:
             reason, error = failed(sender.send(an_archive(tmp_path, CONTENT)))
     assert reason is Reason.TLS
@@ -306,22 +308,22 @@ def test_another_key_is_refused_and_named(tmp_path: Path, pki: Pki) -> None:
     assert not server.heads
 
 
-def test_a_pin_does_not_stand_in_for_the_authority(tmp_path: Path, pki: Pki) -> None:
+def test_a_pin_does_not_replace_the_ca(tmp_path: Path, pki: Pki) -> None:
     other = Pki(tmp_path / "other")
-    with ScriptedServer(take_all, server_context(pki)) as server:
+    with ScriptedServer(accept_all, server_context(pki)) as server:
         destination = a_destination(server.url, pki, ca=other.ca_pem, pin_sha256=[pin_of(pki.server_cert)])
         with a_sender(destination) as sender:
             reason, _ = failed(sender.send(an_archive(tmp_path, CONTENT)))
     assert reason is Reason.TLS
 
 
-@pytest.mark.parametrize("least", ["1.2", "1.3"])
-def test_the_least_version_of_tls_is_kept_to(tmp_path: Path, pki: Pki, least: str) -> None:
+@pytest.mark.parametrize("tls_min", ["1.2", "1.3"])
+def test_an_older_version_than_tls_min_is_refused(tmp_path: Path, pki: Pki, tls_min: str) -> None:
     context = server_context(pki, version=ssl.TLSVersion.TLSv1_2)
-    with ScriptedServer(take_all, context) as server:
-        with a_sender(a_destination(server.url, pki, tls_min=least)) as sender:
+    with ScriptedServer(accept_all, context) as server:
+        with a_sender(a_destination(server.url, pki, tls_min=tls_min)) as sender:
             outcome = sender.send(an_archive(tmp_path, CONTENT))
-    if least == "1.2":
+    if tls_min == "1.2":
         assert isinstance(outcome, Delivered)
     else:
         assert failed(outcome)[0] is Reason.TLS
@@ -330,36 +332,36 @@ def test_the_least_version_of_tls_is_kept_to(tmp_path: Path, pki: Pki, least: st
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @pytest.mark.parametrize("size", [10, 8 * MIB])
-def test_a_refused_client_certificate_is_told_as_that_every_time(
+def test_a_refused_client_certificate_is_identified_every_time(
     tmp_path: Path, pki: Pki, version: ssl.TLSVersion, size: int
 ) -> None:
-    """Under TLS 1.3 the alert comes after the handshake, in the middle of the request."""
-    stranger = Pki(tmp_path / "stranger")
+    """In TLS 1.3 the alert comes after the handshake, during the request."""
+    other = Pki(tmp_path / "other")
     context = server_context(pki, version=version)
     reasons = []
-    with ScriptedServer(take_all, context) as server:
+    with ScriptedServer(accept_all, context) as server:
         for _ in range(10):
-            destination = a_destination(server.url, pki, cert=stranger.client_cert, key=stranger.client_key)
+            destination = a_destination(server.url, pki, cert=other.client_cert, key=other.client_key)
             with a_sender(destination) as sender:
                 reasons.append(failed(sender.send(an_archive(tmp_path, size=size)))[0])
     assert reasons == [Reason.TLS_CLIENT] * 10
 
 
-def test_a_certificate_that_is_renewed_counts_without_a_restart(tmp_path: Path, pki: Pki) -> None:
-    expired, renewed = pki.issue_expired_client("ours"), pki.issue_client("renewed")
-    with ScriptedServer(take_all, server_context(pki)) as server:
+def test_a_renewed_certificate_is_used_without_a_restart(tmp_path: Path, pki: Pki) -> None:
+    expired, renewed = pki.issue_expired_client("expired"), pki.issue_client("renewed")
+    with ScriptedServer(accept_all, server_context(pki)) as server:
         with a_sender(a_destination(server.url, pki, cert=expired.cert, key=expired.key)) as sender:
             archive = an_archive(tmp_path, CONTENT)
             assert failed(sender.send(archive))[0] is Reason.TLS_CLIENT
             renewed.key.replace(expired.key)
             assert (
                 failed(sender.send(archive))[0] is Reason.TLS_CLIENT
-            )  # half of a new pair: the old one stays
+            )  # only half of the new pair: the old one stays active
             renewed.cert.replace(expired.cert)
             assert isinstance(sender.send(archive), Delivered)
 
 
-# Time
+# Time-outs
 
 
 def silent(peer: Peer) -> None:
@@ -383,7 +385,7 @@ def silent_after_the_head(peer: Peer) -> None:
         ("write", silent_after_the_head, Reason.WRITE_TIMEOUT),
     ],
 )
-def test_each_phase_has_a_timeout_of_its_own(
+def test_each_phase_has_its_own_timeout(
     tmp_path: Path, pki: Pki, phase: str, script: Script, reason: Reason
 ) -> None:
     with ScriptedServer(script, server_context(pki)) as server:
@@ -396,30 +398,30 @@ def test_each_phase_has_a_timeout_of_its_own(
     assert (outcome.unconfirmed_digest is not None) == (phase == "read")
 
 
-def test_a_connection_that_nobody_answers_times_out(tmp_path: Path, pki: Pki) -> None:
+def test_a_connection_without_a_response_times_out(tmp_path: Path, pki: Pki) -> None:
     with a_full_listener() as port:
         destination = a_destination(f"https://127.0.0.1:{port}/x", pki, timeout={"connect": "0.3s"})
         with a_sender(destination) as sender:
             assert failed(sender.send(an_archive(tmp_path, CONTENT)))[0] is Reason.CONNECT_TIMEOUT
 
 
-def test_a_handshake_that_nobody_answers_times_out(tmp_path: Path, pki: Pki) -> None:
-    with ScriptedServer(silent) as server:  # it listens, and speaks no TLS
+def test_a_tls_handshake_without_a_response_times_out(tmp_path: Path, pki: Pki) -> None:
+    with ScriptedServer(silent) as server:  # it listens, but does not respond
         url = server.url.replace("http:", "https:")
         with a_sender(a_destination(url, pki, timeout={"connect": "0.3s"})) as sender:
             assert failed(sender.send(an_archive(tmp_path, CONTENT)))[0] is Reason.CONNECT_TIMEOUT
 
 
-# Connections that are kept
+# Reused connections
 
 
-def one_each(peer: Peer) -> None:
-    """Serve one request on a connection, and end it without a word about it."""
+def serve_one(peer: Peer) -> None:
+    """Serve one request on a connection, and close it without an announcement."""
     peer.send(receipt_for(peer.read_request().archive))
 
 
-def test_a_connection_that_ended_between_two_archives_is_not_used_again(tmp_path: Path, pki: Pki) -> None:
-    with ScriptedServer(one_each, server_context(pki)) as server:
+def test_a_connection_that_ended_between_two_archives_is_not_reused(tmp_path: Path, pki: Pki) -> None:
+    with ScriptedServer(serve_one, server_context(pki)) as server:
         with a_sender(a_destination(server.url, pki)) as sender:
             for number in range(5):
                 assert isinstance(sender.send(an_archive(tmp_path, b"%d" % number)), Delivered)
@@ -428,16 +430,16 @@ def test_a_connection_that_ended_between_two_archives_is_not_used_again(tmp_path
     assert len(server.peers) == 5
 
 
-def test_connections_are_kept_again_once_tls_has_succeeded_after_a_failure(tmp_path: Path, pki: Pki) -> None:
-    """New certificate files are looked for after a failure of TLS, and not before each archive ever after."""
+def test_connections_are_reused_again_after_a_failed_tls_handshake(tmp_path: Path, pki: Pki) -> None:
+    """The certificate files are read after a failed TLS handshake, and not before every later archive."""
 
     def script(peer: Peer) -> None:
         if peer.number == 0:
             peer.send(b"\x15\x03\x03\x00\x02\x02\x28")  # an alert in place of the handshake
             peer.drain()
             return
-        peer.shake_hands(server_context(pki))
-        take_all(peer)
+        peer.do_handshake(server_context(pki))
+        accept_all(peer)
 
     with ScriptedServer(script) as server:
         with a_sender(a_destination(server.url.replace("http:", "https:"), pki)) as sender:
@@ -448,10 +450,10 @@ def test_connections_are_kept_again_once_tls_has_succeeded_after_a_failure(tmp_p
     assert len(server.peers) == 2
 
 
-def test_one_that_ends_as_the_next_archive_comes_is_made_anew_at_once(stage: Stage) -> None:
+def test_a_connection_that_ends_as_the_next_upload_starts_is_replaced_immediately(stage: Stage) -> None:
     def script(peer: Peer) -> None:
         peer.send(receipt_for(peer.read_request().archive))
-        peer.read_head()  # what follows was for a connection that is gone
+        peer.read_head()  # the next request arrives on a connection that ends
 
     with ScriptedServer(script, server_context(stage.pki)) as server:
         stage.configure(server.url, destination="workers = 1")

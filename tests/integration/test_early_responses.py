@@ -25,12 +25,12 @@ from tests.scripted import (
     Peer,
     Script,
     ScriptedServer,
-    answer,
+    accept_all,
     header_of,
+    http_response,
     in_turn,
     receipt_for,
     server_context,
-    take_all,
 )
 from tests.stage import TIMEOUT, Stage, until
 from tests.uploading import MIB, Sender, a_destination, a_sender, an_archive
@@ -161,7 +161,7 @@ def test_a_success_before_the_first_byte_is_no_delivery_of_what_ends_like_a_head
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def script(peer: Peer) -> None:
-        peer.send(answer(200))
+        peer.send(http_response(200))
         peer.drain()
 
     wait_for_an_answer_before_any_request(monkeypatch)
@@ -182,10 +182,10 @@ def test_a_success_before_a_second_sign_in_is_no_delivery_of_what_the_first_one_
         peer.read_request()
         token.write_text("new")
         wait_for_an_answer_before_any_request(monkeypatch)
-        peer.send(answer(401, Connection="close"))
+        peer.send(http_response(401, Connection="close"))
 
     def accept(peer: Peer) -> None:
-        peer.send(answer(200))
+        peer.send(http_response(200))
         peer.drain()
 
     with ScriptedServer(in_turn(refuse, accept)) as server:
@@ -211,7 +211,7 @@ def test_a_success_before_a_last_chunk_that_ends_like_a_head_is_no_delivery(
     def script(peer: Peer) -> None:
         peer.read_head()
         peer.read(CHUNK)
-        peer.send(answer(200))
+        peer.send(http_response(200))
         answered.set()
         peer.drain()
 
@@ -248,10 +248,10 @@ def test_what_ends_like_a_head_is_delivered_again_and_again(
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        (answer(413, b"too large"), Rejected(Reason.TOO_LARGE, "413 As Scripted: too large", 413)),
-        (answer(401, b""), Deferred(Reason.UNAUTHORIZED, "401 As Scripted", 401)),
+        (http_response(413, b"too large"), Rejected(Reason.TOO_LARGE, "413 As Scripted: too large", 413)),
+        (http_response(401, b""), Deferred(Reason.UNAUTHORIZED, "401 As Scripted", 401)),
         (
-            answer(503, b"busy", Retry_After="120"),
+            http_response(503, b"busy", Retry_After="120"),
             Deferred(Reason.SERVER_ERROR, "503 As Scripted: busy", 503, timedelta(seconds=120)),
         ),
     ],
@@ -273,7 +273,7 @@ def test_a_refusal_is_heard_while_nothing_more_can_be_sent(tmp_path: Path, pki: 
     def script(peer: Peer) -> None:
         peer.read_head()
         until(senders[0].is_stuck, "a full connection")
-        peer.send(answer(413))
+        peer.send(http_response(413))
         peer.pause()
 
     with talking(script, pki, line) as (sender, _):
@@ -289,7 +289,7 @@ def test_a_refusal_is_heard_while_nothing_more_can_be_sent(tmp_path: Path, pki: 
 def test_a_redirect_is_not_followed(
     tmp_path: Path, pki: Pki, line: str, status_line: bytes, early_on: bool
 ) -> None:
-    with ScriptedServer(take_all) as elsewhere:
+    with ScriptedServer(accept_all) as elsewhere:
         location = elsewhere.url.encode() + b"?token=secret"
         said = status_line + b"\r\nLocation: " + location + b"\r\nContent-Length: 0\r\n\r\n"
 
@@ -335,7 +335,7 @@ def test_interim_answers_are_passed_over(tmp_path: Path, pki: Pki, line: str, pi
 
 
 def test_a_refusal_behind_interim_answers_is_heard(tmp_path: Path, pki: Pki, line: str) -> None:
-    with talking(early(INTERIM + answer(413), stops_reading), pki, line) as (sender, _):
+    with talking(early(INTERIM + http_response(413), stops_reading), pki, line) as (sender, _):
         outcome = sender.send(an_archive(tmp_path, size=LARGE))
 
     assert reason(outcome) is Reason.TOO_LARGE
@@ -405,8 +405,8 @@ def test_a_receipt_in_a_header_counts_whatever_the_size_of_the_body(
 
     def script(peer: Peer) -> None:
         peer.read_request()
-        peer.send(answer(201, b"x" * 200_000, X_Digest=digest))
-        take_all(peer)
+        peer.send(http_response(201, b"x" * 200_000, X_Digest=digest))
+        accept_all(peer)
 
     with talking(script, pki, line, receipt={"digest": "header:X-Digest"}) as (sender, _):
         outcomes = [sender.send(an_archive(tmp_path, b"content")) for _ in range(2)]
@@ -423,7 +423,7 @@ def test_an_answer_cut_in_the_middle_is_a_lost_connection(
         peer.send(receipt_for(peer.read_request().archive)[:cut_at])
         end(peer)
 
-    with talking(in_turn(script, take_all), pki, line) as (sender, _):
+    with talking(in_turn(script, accept_all), pki, line) as (sender, _):
         outcome = sender.send(an_archive(tmp_path, b"content"))
         again = sender.send(an_archive(tmp_path, b"content"))
 
@@ -436,7 +436,7 @@ def test_a_refusal_whose_explanation_is_cut_is_still_that_refusal(
 ) -> None:
     def script(peer: Peer) -> None:
         peer.read_request()
-        peer.send(answer(422, b"because")[:-3])
+        peer.send(http_response(422, b"because")[:-3])
         closes(peer)
 
     with talking(script, pki, line) as (sender, _):
@@ -484,7 +484,7 @@ def test_an_early_refusal_that_drips_for_ever_is_not_waited_for_where_no_rate_is
 
 
 def test_one_refused_early_holds_up_no_other(tmp_path: Path, pki: Pki, line: str) -> None:
-    with talking(in_turn(early(answer(413), stops_reading), take_all), pki, line) as (sender, _):
+    with talking(in_turn(early(http_response(413), stops_reading), accept_all), pki, line) as (sender, _):
         refused = sender.send(an_archive(tmp_path, size=LARGE))
         taken = sender.send(an_archive(tmp_path, b"small"))
 

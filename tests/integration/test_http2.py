@@ -24,7 +24,7 @@ from backupd.upload.http import limits
 from backupd.upload.http.limits import AttemptLimits
 from backupd.upload.http.stream import TlsSocket
 from tests.pki import Pki
-from tests.scripted import EndedError, Peer, Request, ScriptedServer, receipt_for, server_context, take_all
+from tests.scripted import EndedError, Peer, Request, ScriptedServer, accept_all, receipt_for, server_context
 from tests.stage import TIMEOUT, Stage, until
 from tests.uploading import MIB, a_destination, a_sender, an_archive
 
@@ -143,7 +143,7 @@ def test_archives_of_all_sizes_go_over_one_connection(tmp_path: Path, pki: Pki) 
 
 
 def test_an_endpoint_without_it_is_spoken_to_in_http_1(tmp_path: Path, pki: Pki) -> None:
-    with ScriptedServer(take_all, server_context(pki)) as server:
+    with ScriptedServer(accept_all, server_context(pki)) as server:
         with a_sender(a_destination(server.url, pki, http2=True)) as sender:
             assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
     assert server.requests[0].head.startswith(b"POST /v1/upload HTTP/1.1\r\n")
@@ -152,7 +152,7 @@ def test_an_endpoint_without_it_is_spoken_to_in_http_1(tmp_path: Path, pki: Pki)
 def test_it_is_not_spoken_unless_asked_for(tmp_path: Path, pki: Pki) -> None:
     context = server_context(pki)
     context.set_alpn_protocols(["h2", "http/1.1"])
-    with ScriptedServer(take_all, context) as server:
+    with ScriptedServer(accept_all, context) as server:
         with a_sender(a_destination(server.url, pki)) as sender:
             assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
 
@@ -549,6 +549,7 @@ def _send_for_ever(talk: Talk, server: ScriptedServer, pause: float, settings: b
             talk.peer._piece()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", [False, True], ids=["pings", "settings"])
 @pytest.mark.parametrize(
     ("pause", "shut", "expected"),
@@ -622,7 +623,7 @@ def test_frames_that_wait_to_be_read_cost_no_time_while_the_other_side_takes_not
         assert server.paused.wait(TIMEOUT)
         until(sender.is_stuck, "the client to be stuck")
         before = len(turns)
-        server.go_on()
+        server.resume()
         server.stopping.wait(0.5)
         taken = len(turns) - before
         sender.abort.set()

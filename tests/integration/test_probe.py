@@ -19,7 +19,7 @@ from backupd.upload.base import ProbeResult
 from backupd.upload.registry import probe_all
 from tests.endpoints import CLIENT_ID, CLIENT_SECRET, Login, a_full_listener, oauth_error
 from tests.pki import Pki, in_days
-from tests.scripted import Peer, Request, Script, ScriptedServer, http_response, header_of, server_context
+from tests.scripted import Peer, Request, Script, ScriptedServer, header_of, http_response, server_context
 from tests.stage import TIMEOUT, Stage
 from tests.uploading import a_destination
 

@@ -27,6 +27,8 @@ from tests.servers.process import a_listener
 from tests.stage import Daemon, Stage
 from tests.uploading import MIB, a_destination, a_sender, an_archive
 
+pytestmark = pytest.mark.long
+
 PAGE = documented.PAGE
 SECRETS = {
     "appliance.key": "an-api-key",
@@ -240,7 +242,7 @@ def test_an_appliance_by_the_page_wants_user_password_and_key(stage: Stage, ngin
     users.write_text("ers-admin:{PLAIN}a-password\n")
     _configure(stage, block(PAGE, "An appliance's API with user, password and API key", "toml"), nginx.url)
     with _receiver(stage, path="/api/v1/archives") as receiver:
-        guarded = f"""
+        requires_sign_in = f"""
             client_max_body_size 0;
             {nginx.upstream_tls}
             location / {{
@@ -249,7 +251,7 @@ def test_an_appliance_by_the_page_wants_user_password_and_key(stage: Stage, ngin
                 proxy_pass https://127.0.0.1:{receiver.port};
             }}
         """
-        with nginx.serving(guarded):
+        with nginx.serving(requires_sign_in):
             daemon = _deliver(stage)
 
     assert _contents(stage.stored()) == _digests(ARCHIVES)
@@ -264,7 +266,7 @@ def test_a_gateway_by_the_page_wants_a_token_that_is_fetched_once(stage: Stage, 
     client = base64.b64encode(f"backupd:{secret}".encode()).decode()
     token = '{"access_token":"the-token","token_type":"Bearer","expires_in":3600}'
     with _receiver(stage) as receiver:
-        guarded = f"""
+        requires_sign_in = f"""
             client_max_body_size 0;
             {nginx.upstream_tls}
             location = /oauth2/token {{
@@ -277,7 +279,7 @@ def test_a_gateway_by_the_page_wants_a_token_that_is_fetched_once(stage: Stage, 
                 proxy_pass https://127.0.0.1:{receiver.port};
             }}
         """
-        with nginx.serving(guarded):
+        with nginx.serving(requires_sign_in):
             daemon = _deliver(stage)
 
     assert _contents(stage.stored()) == _digests(ARCHIVES)

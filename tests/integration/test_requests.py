@@ -27,11 +27,11 @@ from tests.scripted import (
     Request,
     Script,
     ScriptedServer,
-    answer,
+    accept_all,
+    http_response,
     in_turn,
     receipt_for,
     server_context,
-    take_all,
 )
 from tests.stage import Stage, until
 from tests.uploading import MIB, a_destination, an_archive
@@ -164,7 +164,7 @@ def test_a_raw_body_states_its_digest_in_the_head(
     outcome, (request,) = sent(
         tmp_path,
         pki,
-        once(lambda request: answer(201, Repr_Digest=request.header("repr-digest") or "")),
+        once(lambda request: http_response(201, Repr_Digest=request.header("repr-digest") or "")),
         body="raw",
         method="PUT",
         digest_at="header",
@@ -181,7 +181,7 @@ def test_blake2b_has_no_name_in_repr_digest_but_still_a_placeholder(tmp_path: Pa
     outcome, (request,) = sent(
         tmp_path,
         pki,
-        once(lambda request: answer(201, X_Stored=request.header("x-digest") or "")),
+        once(lambda request: http_response(201, X_Stored=request.header("x-digest") or "")),
         body="raw",
         digest_at="header",
         headers={"X-Digest": "{digest}"},
@@ -232,7 +232,7 @@ def test_a_file_that_is_rewritten_between_its_two_reads_is_superseded(
 
 def test_a_file_that_is_cut_while_it_is_read_for_its_digest_is_superseded(tmp_path: Path, pki: Pki) -> None:
     archive = an_archive(tmp_path, CONTENT)
-    with ScriptedServer(take_all, server_context(pki)) as server:
+    with ScriptedServer(accept_all, server_context(pki)) as server:
         with a_courier(a_destination(server.url, pki, digest_at="before")) as courier:
             courier.before_upload = lambda: os.truncate(archive, 5)
             assert isinstance(courier.send(archive), Superseded)
@@ -318,7 +318,7 @@ def test_a_hostile_name_reaches_the_endpoint_through_the_daemon(stage: Stage) ->
         b'q"u\\o;te.tar.gz',
         b"x_.._y.gz",
     ]
-    with ScriptedServer(take_all, server_context(stage.pki)) as server:
+    with ScriptedServer(accept_all, server_context(stage.pki)) as server:
         stage.configure(
             server.url + "/{kind}/{name}",
             drop="label_pattern = '(?:[^_]*_)?(?P<kind>[^_]*)(?:_.*)?'",
@@ -345,7 +345,7 @@ RAW = bytes.fromhex(SHA256)
 
 
 def in_json(value: object) -> bytes:
-    return answer(201, json.dumps(value).encode())
+    return http_response(201, json.dumps(value).encode())
 
 
 @pytest.mark.parametrize(
@@ -355,8 +355,8 @@ def in_json(value: object) -> bytes:
         ({"digest": "body:/sha256"}, in_json({"sha256": SHA256.upper()})),
         ({"digest": "body:/sha256"}, in_json({"sha256": f"  sha256:{SHA256}\n"})),
         ({"digest": "body:/sha256"}, in_json({"sha256": f"SHA-256:{SHA256}"})),
-        ({"digest": "header:X-Sum"}, answer(204, X_Sum=SHA256)),
-        ({"digest": "header:x-sum"}, answer(200, b"<html>", X_SUM=SHA256)),
+        ({"digest": "header:X-Sum"}, http_response(204, X_Sum=SHA256)),
+        ({"digest": "header:x-sum"}, http_response(200, b"<html>", X_SUM=SHA256)),
         ({"digest": "body:/d", "encoding": "base64"}, in_json({"d": base64.b64encode(RAW).decode()})),
         (
             {"digest": "body:/d", "encoding": "base64"},
@@ -368,11 +368,11 @@ def in_json(value: object) -> bytes:
         ),
         (
             {"digest": "header:Repr-Digest"},
-            answer(201, Repr_Digest=f"sha-256=:{base64.b64encode(RAW).decode()}:"),
+            http_response(201, Repr_Digest=f"sha-256=:{base64.b64encode(RAW).decode()}:"),
         ),
         (
             {"digest": "header:Content-Digest"},
-            answer(201, Content_Digest=f"md5=:AAAA:, sha-256=:{base64.b64encode(RAW).decode()}:"),
+            http_response(201, Content_Digest=f"md5=:AAAA:, sha-256=:{base64.b64encode(RAW).decode()}:"),
         ),
         ({"digest": "body:/sha256", "prefix": 12}, in_json({"sha256": SHA256[:12]})),
         (
@@ -384,7 +384,7 @@ def in_json(value: object) -> bytes:
         ({"digest": "body:/sha256", "size": "body:/n"}, in_json({"sha256": SHA256})),
         (
             {"digest": "body:/sha256", "size": "header:X-Size"},
-            answer(201, json.dumps({"sha256": SHA256}).encode(), X_Size=str(len(CONTENT))),
+            http_response(201, json.dumps({"sha256": SHA256}).encode(), X_Size=str(len(CONTENT))),
         ),
         *(
             ({"digest": "body:/d", "algorithm": algorithm}, in_json({"d": digest_of(CONTENT, algorithm)}))
@@ -403,15 +403,15 @@ def test_a_receipt_that_states_what_was_sent_is_taken(
 @pytest.mark.parametrize(
     ("receipt", "reply", "reason"),
     [
-        ({}, answer(201), Reason.UNVERIFIED),
-        ({}, answer(204), Reason.UNVERIFIED),
-        ({}, answer(200, b"<html>welcome</html>"), Reason.UNVERIFIED),
+        ({}, http_response(201), Reason.UNVERIFIED),
+        ({}, http_response(204), Reason.UNVERIFIED),
+        ({}, http_response(200, b"<html>welcome</html>"), Reason.UNVERIFIED),
         ({}, in_json({"sha256": None}), Reason.UNVERIFIED),
         ({}, in_json({"sha256": 5}), Reason.UNVERIFIED),
         ({}, in_json([SHA256]), Reason.UNVERIFIED),
-        ({}, answer(200, b"{" + b'"a":' * 5), Reason.UNVERIFIED),
-        ({}, answer(200, b"[" * 60_000), Reason.UNVERIFIED),
-        ({}, answer(200, b" " * 70_000 + json.dumps({"sha256": SHA256}).encode()), Reason.UNVERIFIED),
+        ({}, http_response(200, b"{" + b'"a":' * 5), Reason.UNVERIFIED),
+        ({}, http_response(200, b"[" * 60_000), Reason.UNVERIFIED),
+        ({}, http_response(200, b" " * 70_000 + json.dumps({"sha256": SHA256}).encode()), Reason.UNVERIFIED),
         ({}, in_json({"sha256": ""}), Reason.MISMATCH),
         ({}, in_json({"sha256": digest_of(b"else")}), Reason.MISMATCH),
         ({}, in_json({"sha256": f"md5:{SHA256}"}), Reason.MISMATCH),
@@ -419,9 +419,9 @@ def test_a_receipt_that_states_what_was_sent_is_taken(
         ({}, in_json({"sha256": "\ud800"}), Reason.MISMATCH),
         ({"prefix": 12}, in_json({"sha256": SHA256}), Reason.MISMATCH),
         ({"encoding": "base64"}, in_json({"sha256": SHA256}), Reason.MISMATCH),
-        ({"digest": "header:X-Sum"}, answer(201), Reason.UNVERIFIED),
-        ({"digest": "header:Repr-Digest"}, answer(201, Repr_Digest="sha-256=:AAAA:"), Reason.MISMATCH),
-        ({"digest": "header:Repr-Digest"}, answer(201, Repr_Digest="sha-512=:AAAA:"), Reason.MISMATCH),
+        ({"digest": "header:X-Sum"}, http_response(201), Reason.UNVERIFIED),
+        ({"digest": "header:Repr-Digest"}, http_response(201, Repr_Digest="sha-256=:AAAA:"), Reason.MISMATCH),
+        ({"digest": "header:Repr-Digest"}, http_response(201, Repr_Digest="sha-512=:AAAA:"), Reason.MISMATCH),
         ({"size": "body:/n"}, in_json({"sha256": SHA256, "n": 5}), Reason.MISMATCH),
         ({"size": "body:/n", "digest": "none"}, in_json({"n": 5}), Reason.MISMATCH),
     ],
@@ -437,13 +437,13 @@ def test_a_success_without_the_right_receipt_is_no_delivery(
 def test_where_no_receipt_is_wanted_a_success_is_taken_but_not_called_verified(
     tmp_path: Path, pki: Pki
 ) -> None:
-    outcome, _ = sent(tmp_path, pki, once(answer(204)), receipt={"digest": "none"})
+    outcome, _ = sent(tmp_path, pki, once(http_response(204)), receipt={"digest": "none"})
     assert isinstance(outcome, Delivered)
     assert not outcome.verified
 
 
 def test_what_is_not_verified_is_sent_again_and_never_disposed_of(stage: Stage) -> None:
-    replies = [answer(200), answer(200, b'{"sha256":"%s"}' % digest_of(b"else").encode())] * 2
+    replies = [http_response(200), http_response(200, b'{"sha256":"%s"}' % digest_of(b"else").encode())] * 2
 
     def script(peer: Peer) -> None:
         while True:
@@ -490,7 +490,7 @@ class TestDuplicates:
     ) -> tuple[Outcome, bytes]:
         content = (CONTENT * (size // len(CONTENT) + 1))[:size]
         said = said.replace(b"DIGEST", digest_of(content).encode())
-        reply = answer(409, said)
+        reply = http_response(409, said)
         script = once(reply) if answered == "complete" else early(reply)
         outcome, _ = sent(folder, pki, script, an_archive(folder, content), **keys)
         return outcome, content
@@ -527,7 +527,7 @@ def test_a_file_that_changes_before_an_early_409_is_compared_is_superseded(tmp_p
     def script(peer: Peer) -> None:
         peer.read_head()
         archive.write_bytes(other)
-        peer.send(answer(409, json.dumps({"sha256": digest_of(other)}).encode()))
+        peer.send(http_response(409, json.dumps({"sha256": digest_of(other)}).encode()))
         peer.half_close()
         peer.drain()
 
@@ -569,7 +569,7 @@ class Vault:
         for content in self.stored:
             if self.knows and digest_of(content) == digest:
                 return receipt_for(content, 200)
-        return answer(404)
+        return http_response(404)
 
 
 def test_an_archive_whose_answer_was_lost_is_asked_about_and_not_sent_again(tmp_path: Path, pki: Pki) -> None:
@@ -649,7 +649,7 @@ def test_a_question_that_no_address_can_be_made_of_keeps_no_archive_from_arrivin
 
 def ask_in_vain(tmp_path: Path, pki: Pki, status: int) -> tuple[Vault, list[Outcome]]:
     """Have an answer lost, and the question for the archive answered by a status, twice; then all is well."""
-    vault, refusals = Vault(), [answer(status, Retry_After="7")] * 2
+    vault, refusals = Vault(), [http_response(status, Retry_After="7")] * 2
 
     def script(peer: Peer) -> None:
         if peer.number in (1, 2):

@@ -28,9 +28,17 @@ from backupd.core.policy import Reason
 from backupd.ledger.sqlite.connection import FILE_NAME
 from backupd.upload.base import Abort
 from backupd.upload.http.uploader import HttpEndpoint, HttpUploader
-from tests.endpoints import CLIENT_ID, CLIENT_SECRET, SIGN_IN_AGAIN, Login, answered, guarded, refused
+from tests.endpoints import (
+    CLIENT_ID,
+    CLIENT_SECRET,
+    UNAUTHORIZED,
+    Login,
+    json_response,
+    oauth_error,
+    requires_sign_in,
+)
 from tests.pki import Pki
-from tests.scripted import Peer, Request, ScriptedServer, answer, receipt_for, server_context
+from tests.scripted import Peer, Request, ScriptedServer, http_response, receipt_for, server_context
 from tests.stage import TIMEOUT, Stage, until
 from tests.uploading import MIB, Sender, a_destination, a_sender, an_archive
 
@@ -69,7 +77,7 @@ class TestBearer:
         good = {"Bearer one"}
         archive = an_archive(tmp_path, b"content")
         with ScriptedServer(
-            guarded(lambda request: request.header("authorization") in good), server_context(pki)
+            requires_sign_in(lambda request: request.header("authorization") in good), server_context(pki)
         ) as server:
             auth = {"type": "bearer", "token_file": token_file}
             with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
@@ -93,7 +101,7 @@ class TestBearer:
                     peer.send(receipt_for(request.archive))
                 else:
                     token_file.write_text("new\n")
-                    peer.send(SIGN_IN_AGAIN)
+                    peer.send(UNAUTHORIZED)
 
         with ScriptedServer(script, server_context(pki)) as server:
             auth = {"type": "bearer", "token_file": token_file}
@@ -116,7 +124,7 @@ class TestBearer:
                 peer.send(receipt_for(Request(head, body).archive))
             else:
                 token_file.write_text("new")
-                peer.send(SIGN_IN_AGAIN)
+                peer.send(UNAUTHORIZED)
                 peer.drain()
 
         archive = an_archive(tmp_path, size=64 * MIB)
@@ -127,7 +135,7 @@ class TestBearer:
             assert server.peers[0].received < 8 * MIB
 
     def test_a_token_that_stays_the_same_is_not_tried_twice(self, tmp_path: Path, pki: Pki) -> None:
-        with ScriptedServer(guarded(lambda _: False), server_context(pki)) as server:
+        with ScriptedServer(requires_sign_in(lambda _: False), server_context(pki)) as server:
             auth = {"type": "bearer", "token_file": a_secret(tmp_path, "wrong-token")}
             with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
                 outcome = sender.send(an_archive(tmp_path, b"content"))
@@ -142,7 +150,7 @@ class TestBearer:
             while True:
                 peer.read_request()
                 token_file.write_text(f"new-{peer.received}")
-                peer.send(answer(401, b"no gzip at all", Content_Encoding="gzip"))
+                peer.send(http_response(401, b"no gzip at all", Content_Encoding="gzip"))
 
         with ScriptedServer(script, server_context(pki)) as server:
             auth = {"type": "bearer", "token_file": token_file}
@@ -153,7 +161,7 @@ class TestBearer:
 
 def test_a_basic_sign_in_shows_user_and_password(tmp_path: Path, pki: Pki) -> None:
     expected = "Basic " + base64.b64encode(b"jos\xc3\xa9:p:a ss").decode()
-    with ScriptedServer(guarded(has(expected)), server_context(pki)) as server:
+    with ScriptedServer(requires_sign_in(has(expected)), server_context(pki)) as server:
         auth = {"type": "basic", "user": "josé", "password_file": a_secret(tmp_path, "p:a ss\n")}
         with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
             assert isinstance(sender.send(an_archive(tmp_path, b"content")), Delivered)
@@ -169,7 +177,7 @@ def charged(stage: Stage) -> list[tuple[str, int]]:
 def test_a_wrong_password_pauses_the_destination_and_charges_no_archive(stage: Stage) -> None:
     password = a_secret(stage.base, "wrong-password")
     expected = "Basic " + base64.b64encode(b"me:right").decode()
-    with ScriptedServer(guarded(has(expected)), server_context(stage.pki)) as server:
+    with ScriptedServer(requires_sign_in(has(expected)), server_context(stage.pki)) as server:
         stage.configure(
             server.url,
             destination=QUICK,
@@ -195,7 +203,7 @@ def test_a_bearer_token_is_rotated_while_the_daemon_runs(stage: Stage) -> None:
     token = a_secret(stage.base, "token-0")
     good = ["token-0"]
     with ScriptedServer(
-        guarded(lambda request: request.header("authorization") == f"Bearer {good[0]}"),
+        requires_sign_in(lambda request: request.header("authorization") == f"Bearer {good[0]}"),
         server_context(stage.pki),
     ) as server:
         stage.configure(
@@ -243,7 +251,7 @@ class TestOAuth2:
         login = Login()
         with (
             a_token_endpoint(login, login_pki) as tokens,
-            ScriptedServer(guarded(login.is_good), server_context(pki)) as server,
+            ScriptedServer(requires_sign_in(login.is_good), server_context(pki)) as server,
         ):
             auth = grant(tokens, login_pki, tmp_path, secret_in=secret_in, scope="up load", audience="vault")
             with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
@@ -263,19 +271,19 @@ class TestOAuth2:
         look_up, ages = socket.getaddrinfo, []
 
         def looked_up(*args: Any, **keys: Any) -> Any:
-            ages.append(sender.pulse.age())
+            ages.append(sender.watchdog.age())
             return look_up(*args, **keys)
 
         login = Login()
         with (
             a_token_endpoint(login, login_pki) as tokens,
-            ScriptedServer(guarded(login.is_good), server_context(pki)) as server,
+            ScriptedServer(requires_sign_in(login.is_good), server_context(pki)) as server,
             a_sender(a_destination(server.url, pki, auth=grant(tokens, login_pki, tmp_path))) as sender,
         ):
             monkeypatch.setattr(socket, "getaddrinfo", looked_up)
             assert isinstance(sender.send(an_archive(tmp_path, b"content")), Delivered)
         assert ages == [0.0, 0.0]
-        assert sender.pulse.age() > 0.0
+        assert sender.watchdog.age() > 0.0
 
     def test_a_token_is_replaced_shortly_before_it_expires(
         self, tmp_path: Path, pki: Pki, login_pki: Pki, monkeypatch: pytest.MonkeyPatch
@@ -284,10 +292,10 @@ class TestOAuth2:
         clock = SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep)
         for module in ("backupd.upload.http.auth", "tests.endpoints"):
             monkeypatch.setattr(f"{module}.time", clock)
-        login = Login(life=100)
+        login = Login(lifetime=100)
         with (
             a_token_endpoint(login, login_pki) as tokens,
-            ScriptedServer(guarded(login.is_good), server_context(pki)) as server,
+            ScriptedServer(requires_sign_in(login.is_good), server_context(pki)) as server,
         ):
             auth = grant(tokens, login_pki, tmp_path)
             archive = an_archive(tmp_path, b"content")
@@ -307,13 +315,13 @@ class TestOAuth2:
         content = os.urandom(MIB)
         with (
             a_token_endpoint(login, login_pki) as tokens,
-            ScriptedServer(guarded(login.is_good), server_context(pki)) as server,
+            ScriptedServer(requires_sign_in(login.is_good), server_context(pki)) as server,
         ):
             auth = grant(tokens, login_pki, tmp_path)
             archive = an_archive(tmp_path, content)
             with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
                 assert isinstance(sender.send(archive), Delivered)
-                login.forget_all()
+                login.revoke_all()
                 assert isinstance(sender.send(archive), Delivered)
         assert [request.archive for request in server.requests] == [content] * 3
         assert len(login.issued_at) == 2
@@ -322,10 +330,10 @@ class TestOAuth2:
         self, tmp_path: Path, pki: Pki, login_pki: Pki
     ) -> None:
         login = Login()
-        login.instead = answered({"access_token": "always-the-same", "expires_in": 3600})
+        login.instead = json_response({"access_token": "always-the-same", "expires_in": 3600})
         with (
             a_token_endpoint(login, login_pki) as tokens,
-            ScriptedServer(guarded(login.is_good), server_context(pki)) as server,
+            ScriptedServer(requires_sign_in(login.is_good), server_context(pki)) as server,
         ):
             auth = grant(tokens, login_pki, tmp_path)
             with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
@@ -356,17 +364,17 @@ class TestOAuth2:
         class Late(Login):
             """Answers when all are waiting for it."""
 
-            def _answer(self, request: Request) -> bytes:
+            def _respond(self, request: Request) -> bytes:
                 until(lambda: len(asking) == 8, "all of them to ask")
-                return super()._answer(request)
+                return super()._respond(request)
 
         monkeypatch.setattr("backupd.upload.http.auth.threading", SimpleNamespace(Lock=Lock))
         login = Late()
         if not works:
-            login.instead = refused("temporarily_unavailable", status=503)
+            login.instead = oauth_error("temporarily_unavailable", status=503)
         with (
             a_token_endpoint(login, login_pki) as tokens,
-            ScriptedServer(guarded(login.is_good), server_context(pki)) as server,
+            ScriptedServer(requires_sign_in(login.is_good), server_context(pki)) as server,
         ):
             outcomes = send_together(
                 a_destination(server.url, pki, auth=grant(tokens, login_pki, tmp_path)),
@@ -381,16 +389,16 @@ class TestOAuth2:
     def test_eight_workers_whose_token_is_refused_fetch_a_new_one_together(
         self, tmp_path: Path, pki: Pki, login_pki: Pki
     ) -> None:
-        login = Login(thinks=0.2)
+        login = Login(delay=0.2)
         archives = [an_archive(tmp_path, b"content %d" % n, name=f"{n}.tar.gz") for n in range(8)]
         with (
             a_token_endpoint(login, login_pki) as tokens,
-            ScriptedServer(guarded(login.is_good), server_context(pki)) as server,
+            ScriptedServer(requires_sign_in(login.is_good), server_context(pki)) as server,
         ):
             outcomes = send_together(
                 a_destination(server.url, pki, auth=grant(tokens, login_pki, tmp_path)),
                 archives,
-                before_the_second_round=login.forget_all,
+                before_the_second_round=login.revoke_all,
             )
         assert all(isinstance(outcome, Delivered) for outcome in outcomes)
         assert len(login.issued_at) == 2
@@ -398,26 +406,26 @@ class TestOAuth2:
     @pytest.mark.parametrize(
         ("said", "words"),
         [
-            (refused("invalid_client", status=401), "401: invalid_client"),
-            (refused("invalid_scope", "no such scope"), "400: invalid_scope: no such scope"),
-            (refused("unauthorized_client", CLIENT_SECRET), "400: unauthorized_client: ***"),
-            (answer(500, b"<html>"), "500 without JSON"),
-            (answer(302, Location="https://elsewhere.example/"), "302 without JSON"),
-            (answer(200, b"\xff\x00{["), "200 without JSON"),
-            (answer(200, b"[" * 60_000), "200 without JSON"),
-            (answer(200, b'{"access_token": "x"}', Content_Encoding="gzip"), None),
-            (answered(["access_token"]), "200"),
-            (answered({"token": "x"}), "200"),
-            (answered({"access_token": 5}), "that a header can't hold"),
-            (answered({"access_token": ""}), "that a header can't hold"),
-            (answered({"access_token": "a b"}), "that a header can't hold"),
-            (answered({"access_token": "a\r\nX: y"}), "that a header can't hold"),
-            (answered({"access_token": "x" * 70_000}), "exceeds 64 KiB"),
-            (answered({"access_token": "x", "token_type": "mac"}), "is not a bearer token"),
-            (answered({"access_token": "x", "expires_in": 10**400}), None),
-            (answer(200, b'{"access_token": "x", "expires_in": NaN}'), None),
-            (answered({"access_token": "x", "expires_in": [1]}), None),
-            (answered({"access_token": "x", "expires_in": -5}), None),
+            (oauth_error("invalid_client", status=401), "401: invalid_client"),
+            (oauth_error("invalid_scope", "no such scope"), "400: invalid_scope: no such scope"),
+            (oauth_error("unauthorized_client", CLIENT_SECRET), "400: unauthorized_client: ***"),
+            (http_response(500, b"<html>"), "500 without JSON"),
+            (http_response(302, Location="https://elsewhere.example/"), "302 without JSON"),
+            (http_response(200, b"\xff\x00{["), "200 without JSON"),
+            (http_response(200, b"[" * 60_000), "200 without JSON"),
+            (http_response(200, b'{"access_token": "x"}', Content_Encoding="gzip"), None),
+            (json_response(["access_token"]), "200"),
+            (json_response({"token": "x"}), "200"),
+            (json_response({"access_token": 5}), "that a header can't hold"),
+            (json_response({"access_token": ""}), "that a header can't hold"),
+            (json_response({"access_token": "a b"}), "that a header can't hold"),
+            (json_response({"access_token": "a\r\nX: y"}), "that a header can't hold"),
+            (json_response({"access_token": "x" * 70_000}), "exceeds 64 KiB"),
+            (json_response({"access_token": "x", "token_type": "mac"}), "is not a bearer token"),
+            (json_response({"access_token": "x", "expires_in": 10**400}), None),
+            (http_response(200, b'{"access_token": "x", "expires_in": NaN}'), None),
+            (json_response({"access_token": "x", "expires_in": [1]}), None),
+            (json_response({"access_token": "x", "expires_in": -5}), None),
             (b"SSH-2.0-OpenSSH_9.6\r\n\r\n", "the token endpoint"),
         ],
     )
@@ -428,7 +436,7 @@ class TestOAuth2:
         login.instead = said
         with (
             a_token_endpoint(login, login_pki) as tokens,
-            ScriptedServer(guarded(has("Bearer x")), server_context(pki)) as server,
+            ScriptedServer(requires_sign_in(has("Bearer x")), server_context(pki)) as server,
         ):
             auth = grant(tokens, login_pki, tmp_path)
             with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
@@ -447,7 +455,7 @@ class TestOAuth2:
     ) -> None:
         with (
             a_token_endpoint(Login(), login_pki) as tokens,
-            ScriptedServer(guarded(has("")), server_context(pki)) as server,
+            ScriptedServer(requires_sign_in(has("")), server_context(pki)) as server,
         ):
             tokens.refuse()
             auth = grant(tokens, login_pki, tmp_path)
@@ -468,7 +476,7 @@ class TestOAuth2:
         login = Login()
         with (
             a_token_endpoint(login, login_pki) as tokens,
-            ScriptedServer(guarded(login.is_good), server_context(pki)) as server,
+            ScriptedServer(requires_sign_in(login.is_good), server_context(pki)) as server,
         ):
             auth = grant(tokens, login_pki, tmp_path, **keys)
             with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
@@ -484,7 +492,7 @@ class TestOAuth2:
 
         with (
             ScriptedServer(silent, server_context(login_pki)) as tokens,
-            ScriptedServer(guarded(has("")), server_context(pki)) as server,
+            ScriptedServer(requires_sign_in(has("")), server_context(pki)) as server,
         ):
             auth = grant(tokens, login_pki, tmp_path)
             with (
@@ -526,7 +534,7 @@ def send_together(
 
 def test_a_header_of_our_own_comes_from_a_file_and_is_read_each_time(tmp_path: Path, pki: Pki) -> None:
     key = a_secret(tmp_path, "key-1\n")
-    with ScriptedServer(guarded(lambda _: True), server_context(pki)) as server:
+    with ScriptedServer(requires_sign_in(lambda _: True), server_context(pki)) as server:
         destination = a_destination(server.url, pki, header_files={"X-API-Key": key})
         with a_sender(destination) as sender:
             archive = an_archive(tmp_path, b"content")
@@ -545,7 +553,7 @@ def test_a_secret_that_can_not_be_used_is_told_with_its_file_and_not_its_content
     login = Login()
     with (
         a_token_endpoint(login, login_pki) as tokens,
-        ScriptedServer(guarded(lambda _: True), server_context(pki)) as server,
+        ScriptedServer(requires_sign_in(lambda _: True), server_context(pki)) as server,
     ):
         keys: dict[str, Any] = {
             "basic": {"auth": {"type": "basic", "user": "me", "password_file": secret}},
@@ -571,7 +579,7 @@ def test_the_password_of_a_key_is_read_from_its_file(
     locked = BestAvailableEncryption(b"right")
     pki.client_key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, locked))
     secret = tmp_path / "gone" if password is None else a_secret(tmp_path, password)
-    with ScriptedServer(guarded(lambda _: True), server_context(pki)) as server:
+    with ScriptedServer(requires_sign_in(lambda _: True), server_context(pki)) as server:
         with a_sender(a_destination(server.url, pki, key_password_file=secret)) as sender:
             outcome = sender.send(an_archive(tmp_path, b"content"))
     if password == b"right\n":
@@ -586,10 +594,10 @@ def test_no_secret_is_ever_logged(stage: Stage) -> None:
     login_pki = Pki(stage.base / "login-pki")
     secret = a_secret(stage.base, CLIENT_SECRET)
     login = Login()
-    login.instead = refused("invalid_client", f"the secret {CLIENT_SECRET} is wrong", 401)
+    login.instead = oauth_error("invalid_client", f"the secret {CLIENT_SECRET} is wrong", 401)
     with (
         a_token_endpoint(login, login_pki) as tokens,
-        ScriptedServer(guarded(login.is_good), server_context(stage.pki)) as server,
+        ScriptedServer(requires_sign_in(login.is_good), server_context(stage.pki)) as server,
     ):
         stage.configure(
             server.url,
@@ -610,13 +618,14 @@ def test_no_secret_is_ever_logged(stage: Stage) -> None:
         assert forbidden not in daemon.text() + shown
 
 
+@pytest.mark.long
 def test_a_token_endpoint_whose_words_are_no_unicode_ends_no_daemon(stage: Stage) -> None:
     login_pki = Pki(stage.base / "login-pki")
     login = Login()
-    login.instead = refused("\ud800")
+    login.instead = oauth_error("\ud800")
     with (
         a_token_endpoint(login, login_pki) as tokens,
-        ScriptedServer(guarded(login.is_good), server_context(stage.pki)) as server,
+        ScriptedServer(requires_sign_in(login.is_good), server_context(stage.pki)) as server,
     ):
         stage.configure(
             server.url,
@@ -647,6 +656,7 @@ key = "{pki.client_key}"
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("told", [True, False])
 def test_under_load_a_token_that_expires_every_second_is_fetched_once_each_time(
     stage: Stage, told: bool, record_property: Callable[[str, object], None]
@@ -654,10 +664,10 @@ def test_under_load_a_token_that_expires_every_second_is_fetched_once_each_time(
     """Told of the life of its tokens, the daemon fetches ahead; untold, all workers run into a 401."""
     count = 500
     login_pki = Pki(stage.base / "login-pki")
-    login = Login(life=1.0, told=told)
+    login = Login(lifetime=1.0, states_lifetime=told)
     with (
         a_token_endpoint(login, login_pki) as tokens,
-        ScriptedServer(guarded(login.is_good, thinks=0.1), server_context(stage.pki)) as server,
+        ScriptedServer(requires_sign_in(login.is_good, delay=0.1), server_context(stage.pki)) as server,
     ):
         stage.configure(
             server.url,

@@ -35,8 +35,8 @@ from backupd.core.model import Deferred, Delivered, Outcome
 from backupd.core.policy import Reason
 from backupd.receiver.serve import RunningReceiver
 from tests.pki import KeyPair, Pki
-from tests.scripted import Peer, ScriptedServer, server_context, take_all
-from tests.stage import PATIENCE, Stage
+from tests.scripted import Peer, ScriptedServer, accept_all, server_context
+from tests.stage import TIMEOUT, Stage
 from tests.uploading import MIB, a_destination, a_sender, an_archive
 
 VERSIONS = {"tls 1.2": ssl.TLSVersion.TLSv1_2, "tls 1.3": ssl.TLSVersion.TLSv1_3}
@@ -63,7 +63,7 @@ def upload(
     context: ssl.SSLContext, pki: Pki, folder: Path, *, host: str = "127.0.0.1", size: int = 1000, **keys: Any
 ) -> tuple[Outcome, ScriptedServer]:
     """Upload once to a server with a context; return the outcome and what the server saw."""
-    with ScriptedServer(take_all, context) as server:
+    with ScriptedServer(accept_all, context) as server:
         url = server.url.replace("127.0.0.1", host)
         with a_sender(a_destination(url, pki, **keys)) as sender:
             return sender.send(an_archive(folder, size=size)), server
@@ -187,10 +187,10 @@ def test_a_handshake_of_records_without_an_end_can_be_ended(tmp_path: Path, pki:
         a_sender(a_destination(server.url.replace("http:", "https:"), pki, **deadline)) as sender,
     ):
         sending = pool.submit(sender.send, an_archive(tmp_path, size=1000))
-        assert flooding.wait(PATIENCE)
+        assert flooding.wait(TIMEOUT)
         if ended_by == "stop":
             sender.abort.set()
-        outcome = sending.result(timeout=PATIENCE)
+        outcome = sending.result(timeout=TIMEOUT)
     assert failed(outcome).reason is (Reason.DEADLINE if ended_by == "deadline" else Reason.STOPPED)
 
 
@@ -260,7 +260,7 @@ def _made_by_hand(folder: Path) -> tuple[Path, KeyPair]:
 
 
 def test_a_refused_certificate_makes_no_fast_loop(stage: Stage, foreign: Pki) -> None:
-    with ScriptedServer(take_all, server_context(stage.pki, client_ca=foreign.ca_pem)) as server:
+    with ScriptedServer(accept_all, server_context(stage.pki, client_ca=foreign.ca_pem)) as server:
         stage.configure(server.url, destination='retry = { initial = "0.1s", max = "5s" }\nworkers = 2')
         for number in range(10):
             stage.put(f"a{number}.tar.gz", b"%d" % number)
@@ -363,7 +363,7 @@ def on_a_terminal(command: list[str]) -> str:
     ):
         os.close(slave)
         try:
-            while select.select([terminal], [], [], PATIENCE)[0]:
+            while select.select([terminal], [], [], TIMEOUT)[0]:
                 said += os.read(master, 4096)
         except OSError:  # the other side is closed
             pass
@@ -387,8 +387,8 @@ def test_no_session_keys_are_written_down(stage: Stage, receiver: RunningReceive
 def test_nothing_in_the_environment_diverts_an_upload(stage: Stage, foreign: Pki) -> None:
     (stage.base / ".netrc").write_text("default login somebody password secret\n")
     with (
-        ScriptedServer(take_all, server_context(stage.pki)) as server,
-        ScriptedServer(take_all) as elsewhere,
+        ScriptedServer(accept_all, server_context(stage.pki)) as server,
+        ScriptedServer(accept_all) as elsewhere,
     ):
         proxy = f"http://127.0.0.1:{elsewhere.port}"
         names = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")

@@ -1,1 +1,1 @@
-"""Real servers, each a process on a loopback port, to deliver to over mTLS."""
+"""Real servers with mTLS, each a process on a loopback port."""

@@ -1,4 +1,4 @@
-"""A proxy that connects whoever signs in as `backupd` with the password `secret`; run as a process."""
+"""A CONNECT proxy for the user `backupd` with the password `secret`; run as a process."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ async def _serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
         writer.close()
         return
     host, _, port = head.split(b" ")[1].decode().rpartition(":")
-    far_reader, far_writer = await asyncio.open_connection(host, int(port))
+    target_reader, target_writer = await asyncio.open_connection(host, int(port))
     writer.write(b"HTTP/1.1 200 Connected\r\n\r\n")
-    await asyncio.gather(_relay(reader, far_writer), _relay(far_reader, writer))
+    await asyncio.gather(_relay(reader, target_writer), _relay(target_reader, writer))
 
 
 async def _relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

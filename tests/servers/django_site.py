@@ -19,7 +19,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def get_request(self) -> tuple[socket.socket, Any]:
         sock, address = self.socket.accept()
-        # whoever is slow to shake hands keeps only the own thread waiting
+        # the handshake runs in the thread of the request, so that a slow client does not delay the others
         return self.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False), address
 
 

@@ -1,4 +1,4 @@
-"""The endpoints of the page about destinations, as they stand there, each as a process over mTLS."""
+"""The example endpoints of docs/destinations.md, each as a process with mTLS."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ def django(folder: Path, pki: Pki, store: Path) -> Iterator[str]:
 
 @contextmanager
 def express(
-    folder: Path, pki: Pki, store: Path, modules: Path, largest: str = "10 * 1024 ** 3"
+    folder: Path, pki: Pki, store: Path, modules: Path, max_size: str = "10 * 1024 ** 3"
 ) -> Iterator[str]:
-    """Run the Express server and yield its address; `largest` is in bytes."""
+    """Run the Express server and yield its address; `max_size` is in bytes."""
     node = require("node")
     (store / "incoming").mkdir(parents=True)
     folder.mkdir()
@@ -90,15 +90,15 @@ def express(
     with a_listener() as listener:
         places = {
             "/srv/archives": store,
-            "10 * 1024 ** 3": largest,
+            "10 * 1024 ** 3": max_size,
             "tls/server.key": pki.server_key,
             "tls/server.pem": pki.server_cert,
             "tls/client-ca.pem": pki.ca_pem,
             "listen(8443)": f"listen({{ fd: {listener.fileno()} }})",
         }
-        for place, ours in places.items():
-            assert place in script
-            script = script.replace(place, str(ours))
+        for documented, value in places.items():
+            assert documented in script
+            script = script.replace(documented, str(value))
         (folder / "server.mjs").write_text(script)
         with running([node, "server.mjs"], listener, folder / "express.log", pki):
             yield f"https://localhost:{port_of(listener)}"

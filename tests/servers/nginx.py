@@ -16,7 +16,7 @@ from tests.servers.process import port_of, running
 
 
 class Nginx:
-    """What is served on one port, by one configuration after the other."""
+    """An nginx on one port, with one configuration after the other."""
 
     def __init__(self, folder: Path, pki: Pki, listener: socket.socket) -> None:
         folder.mkdir()
@@ -29,14 +29,14 @@ class Nginx:
 
     @contextmanager
     def serving(self, server: str, *, http: str = "", http2: bool = False) -> Iterator[None]:
-        """Serve by these lines of its `server` block, behind mTLS; `http` are lines outside of it."""
+        """Serve with the lines `server` in the `server` block, with mTLS; `http` are lines outside of it."""
         listen = f"listen 127.0.0.1:{self.port} ssl{' http2' if http2 else ''};"
         with self._running(f"{http}\nserver {{\n{listen}\n{self._mtls}\n{server}\n}}\n"):
             yield
 
     @contextmanager
     def serving_documented(self, block: str, backend: str) -> Iterator[None]:
-        """Serve by a `server` block that was written for a real host, with another address and PKI."""
+        """Serve with a documented `server` block, adapted to the address and PKI of the test."""
         places = {
             "listen 443 ssl": f"listen 127.0.0.1:{self.port} ssl",
             "/etc/nginx/tls/server.pem": self._pki.server_cert,
@@ -44,15 +44,15 @@ class Nginx:
             "/etc/nginx/tls/client-ca.pem": self._pki.ca_pem,
             "http://127.0.0.1:8000": backend,
         }
-        for place, ours in places.items():
-            assert place in block
-            block = block.replace(place, str(ours))
+        for documented, value in places.items():
+            assert documented in block
+            block = block.replace(documented, str(value))
         with self._running(f"{self.upstream_tls}\n{block}"):
             yield
 
     @property
     def upstream_tls(self) -> str:
-        """The lines that let nginx in where a client certificate is wanted."""
+        """Return the lines with nginx's client certificate for a backend with mTLS."""
         return f"""
             proxy_ssl_certificate {self._pki.client_cert};
             proxy_ssl_certificate_key {self._pki.client_key};
@@ -93,20 +93,22 @@ class Nginx:
             encoding="utf-8",
         )
         command = [self._program, "-p", str(self._folder), "-e", "stderr", "-c", str(conf)]
-        inherited = {"NGINX": f"{self._listener.fileno()};"}  # as from the nginx that it replaces
+        inherited = {
+            "NGINX": f"{self._listener.fileno()};"
+        }  # the variable by which nginx hands its sockets to a new binary
         with running(
             command, self._listener, self._folder / "nginx.log", self._pki, inherited, signal.SIGTERM
         ):
             yield
 
     def statuses(self) -> list[int]:
-        """Return the status of each POST and PUT that it answered."""
-        return [int(status) for _, status in self._answers()]
+        """Return the status of each response to a POST or PUT."""
+        return [int(status) for _, status in self._requests()]
 
     def protocols(self) -> set[str]:
-        """Return the protocols in which these were."""
-        return {protocol for protocol, _ in self._answers()}
+        """Return the HTTP versions of the POST and PUT requests."""
+        return {protocol for protocol, _ in self._requests()}
 
-    def _answers(self) -> list[tuple[str, str]]:
+    def _requests(self) -> list[tuple[str, str]]:
         log = (self._folder / "access.log").read_text(encoding="utf-8", errors="replace")
         return re.findall(r'"(?:POST|PUT) [^"]* (HTTP/[0-9.]+)" (\d{3})', log)

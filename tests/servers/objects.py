@@ -1,4 +1,4 @@
-"""An application that stores raw bodies under their paths and states their digests in every usual way."""
+"""An application that stores raw bodies under their paths and returns their digests in all usual forms."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def put(path: str, request: Request) -> Response:
     repr_digest = f"sha-256=:{base64.b64encode(sha256.digest()).decode()}:"
     if request.headers.get("Repr-Digest", repr_digest) != repr_digest:
         target.unlink()
-        return Response("what arrived is not what Repr-Digest says", 422)
+        return Response("the body does not match Repr-Digest", 422)
     return Response(
         f'{{"file": {{"checksum": "{sha256.hexdigest()[:16]}"}}}}',
         201,

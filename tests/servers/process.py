@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.pki import Pki
-from tests.stage import PATIENCE, until
+from tests.stage import TIMEOUT, until
 
 ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
 def a_listener() -> Iterator[socket.socket]:
-    """Yield a listening socket; its port stays its own while servers on it come and go."""
+    """Yield a listening socket, which keeps its port while one server after the other uses it."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
         listener.set_inheritable(True)
         yield listener
@@ -40,10 +40,9 @@ def running(
     environ: Mapping[str, str] | None = None,
     stop_by: signal.Signals = signal.SIGKILL,
 ) -> Iterator[None]:
-    """Run a server that takes connections from an inherited socket, until the block is left.
+    """Run a server on an inherited socket until the end of the block.
 
-    It is waited for until it has shaken hands, where it speaks TLS: where there is a PKI. It has to be
-    alive at the end, else its log is told.
+    With a PKI, wait for its first TLS handshake. Fail with its log if it is not alive at the end.
     """
     with log.open("ab") as stream:
         process = subprocess.Popen(
@@ -57,17 +56,15 @@ def running(
         )
     try:
         if pki is not None:
-            until(
-                lambda: process.poll() is not None or _shakes_hands(listener, pki), f"{command[0]} to start"
-            )
+            until(lambda: process.poll() is not None or _accepts_tls(listener, pki), f"{command[0]} to start")
         yield
         assert process.poll() is None, f"{command[0]} ended: {log.read_text(errors='replace')[-4000:]}"
     finally:
         process.send_signal(stop_by)
-        process.wait(PATIENCE)
+        process.wait(TIMEOUT)
 
 
-def _shakes_hands(listener: socket.socket, pki: Pki) -> bool:
+def _accepts_tls(listener: socket.socket, pki: Pki) -> bool:
     context = ssl.create_default_context(cafile=pki.ca_pem)
     context.load_cert_chain(pki.client_cert, pki.client_key)
     try:
