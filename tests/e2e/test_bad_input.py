@@ -107,6 +107,7 @@ FAULTS = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["run", "check", "status", "list", "push", "config show", "retry --all"])
 def test_reports_all_mistakes_of_a_configuration_at_once(stage: Stage, command: str) -> None:
     stage.config.write_text(MANY_MISTAKES)
@@ -115,6 +116,7 @@ def test_reports_all_mistakes_of_a_configuration_at_once(stage: Stage, command: 
     assert_refused(done, str(stage.config), *FAULTS, "hint: `backupd init`", faults=len(FAULTS))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -160,6 +162,7 @@ def test_names_the_environment_variable_of_an_invalid_value(stage: Stage) -> Non
     assert_refused(done, 'BACKUPD_LOG__LEVEL: expected "debug", "info", "warning" or "error", got "loud"')
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("url", "words"),
     [
@@ -262,6 +265,7 @@ BROKEN: list[tuple[Callable[[Stage], None], str, str]] = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("break_it", "key", "words"), BROKEN)
 def test_the_daemon_does_not_start_with_an_unusable_file_or_folder(
     stage: Stage, break_it: Callable[[Stage], None], key: str, words: str
@@ -312,6 +316,7 @@ def closed(path: Path, mode: int = 0) -> Iterator[None]:
         path.chmod(before)
 
 
+@pytest.mark.long
 @needs_permissions
 @pytest.mark.parametrize(
     ("what", "key", "faults"),
@@ -340,6 +345,7 @@ def test_reports_a_drop_folder_without_write_permission(stage: Stage) -> None:
     assert_refused(done, f"\ndrop.switches.path: {stage.drop} can't be read, written and searched")
 
 
+@pytest.mark.long
 @needs_permissions
 @pytest.mark.parametrize("there", [True, False])
 def test_reports_a_state_folder_without_write_permission(stage: Stage, there: bool) -> None:
@@ -352,6 +358,7 @@ def test_reports_a_state_folder_without_write_permission(stage: Stage, there: bo
     assert_refused(done, f"\nstate_dir: {stage.state} can't be {'written to' if there else 'created'}")
 
 
+@pytest.mark.long
 @needs_permissions
 @pytest.mark.parametrize("command", ["status", "list", "retry --all"])
 def test_commands_report_a_state_folder_without_read_permission(stage: Stage, command: str) -> None:

@@ -78,6 +78,7 @@ def archive(stage: Stage) -> Path:
 # --- help ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("command", "words"),
     [
@@ -116,6 +117,7 @@ def test_prints_the_version(stage: Stage) -> None:
     assert re.fullmatch(r"backupd \d+\.\d+\S*\n", done.stdout)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "wrong",
     [["nonsense"], ["push"], ["show"], ["list", "--state", "lost"], ["list", "--limit", "0"], ["retry"]],
@@ -160,6 +162,7 @@ def test_push_reports_each_of_several_files_in_json(stage: Stage, receiver: Runn
     assert len(stage.stored()) == 3
 
 
+@pytest.mark.long
 def test_push_exits_with_3_if_one_of_the_files_is_rejected(stage: Stage, archive: Path) -> None:
     large = stage.base / "large.tar.gz"
     large.write_bytes(os.urandom(200_000))
@@ -184,6 +187,7 @@ def test_push_exits_with_69_if_the_destination_is_unavailable(stage: Stage, arch
     assert "hint: " in done.stdout
 
 
+@pytest.mark.long
 def test_push_selects_destinations_and_refuses_an_unknown_one(
     stage: Stage, receiver: RunningReceiver, archive: Path
 ) -> None:
@@ -198,6 +202,7 @@ def test_push_selects_destinations_and_refuses_an_unknown_one(
     assert "vault, cellar" in unknown.stderr
 
 
+@pytest.mark.long
 def test_push_checks_all_files_before_the_first_upload(
     stage: Stage, receiver: RunningReceiver, archive: Path
 ) -> None:
@@ -218,6 +223,7 @@ def test_push_checks_all_files_before_the_first_upload(
     assert stage.stored() == []
 
 
+@pytest.mark.long
 def test_push_shows_a_progress_bar_on_a_terminal(stage: Stage, receiver: RunningReceiver) -> None:
     stage.configure(receiver.url)
     large = stage.base / "large.tar.gz"
@@ -260,6 +266,7 @@ def _use_an_unknown_client_certificate(stage: Stage) -> None:
     stage.pki.client_key.write_bytes(stranger.client_key.read_bytes())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("break_it", "reason", "words"),
     [
@@ -290,6 +297,7 @@ def test_check_and_push_report_which_certificate_is_not_trusted(
         assert "hint: " in each.stdout
 
 
+@pytest.mark.long
 def test_check_suggests_the_client_certificate_if_the_endpoint_closes_without_an_alert(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
@@ -324,6 +332,7 @@ def _expired(stage: Stage) -> None:
     stage.pki.client_key.write_bytes(pair.key.read_bytes())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("break_it", "key", "words"),
     [
@@ -369,6 +378,7 @@ def test_check_offline_connects_to_no_destination(stage: Stage) -> None:
 # --- status, list, show -------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", [["status"], ["list"], ["show", "0"], ["audit"], ["retry", "--all"]])
 def test_commands_report_the_missing_ledger_before_the_first_start(stage: Stage, command: list[str]) -> None:
     stage.configure("https://127.0.0.1:9/")
@@ -397,6 +407,7 @@ def test_status_reports_whether_the_daemon_runs(stage: Stage, receiver: RunningR
     assert json.loads(stage.backupd("status", "--json").stdout)["daemon_pid"] is None
 
 
+@pytest.mark.long
 def test_status_reports_why_a_destination_is_paused(stage: Stage) -> None:
     stage.configure(
         "https://127.0.0.1:9/", destination='[destination.vault.retry]\ninitial = "1h"\nmax = "1h"'
@@ -411,6 +422,7 @@ def test_status_reports_why_a_destination_is_paused(stage: Stage) -> None:
     assert "next retry in" in done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("running", [True, False])
 def test_list_and_show_report_each_delivery(stage: Stage, receiver: RunningReceiver, running: bool) -> None:
     daemon = a_delivered_archive(stage, receiver, "one.tar.gz", "two.tar.gz")
@@ -437,6 +449,7 @@ def test_list_and_show_report_each_delivery(stage: Stage, receiver: RunningRecei
     ]
 
 
+@pytest.mark.long
 def test_show_and_retry_refuse_unknown_and_ambiguous_ids(stage: Stage, receiver: RunningReceiver) -> None:
     names = [f"sw-{number}.tar.gz" for number in range(17)]  # two ids begin with the same hexadecimal digit
     a_delivered_archive(stage, receiver, *names)
@@ -451,6 +464,7 @@ def test_show_and_retry_refuse_unknown_and_ambiguous_ids(stage: Stage, receiver:
         assert "no delivery has the id 'xyz'" in unknown.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["show", "retry", "forget"])
 def test_an_id_that_is_not_utf_8_is_unknown(stage: Stage, receiver: RunningReceiver, command: str) -> None:
     a_delivered_archive(stage, receiver, "sw-1.tar.gz")
@@ -460,6 +474,7 @@ def test_an_id_that_is_not_utf_8_is_unknown(stage: Stage, receiver: RunningRecei
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_show_has_a_hint_for_a_rejected_archive(stage: Stage) -> None:
     with RunningReceiver(stage.store, _tls(stage.pki), max_size=1000) as receiver:
         stage.configure(receiver.url)
@@ -478,6 +493,7 @@ def test_show_has_a_hint_for_a_rejected_archive(stage: Stage) -> None:
 HOSTILE = b"bad\xff\n\r\x1b[2Jdelivered\xe2\x80\xae\x07 [bold]{x}%s \xf0\x9f\x92\xbe.tar.gz"
 
 
+@pytest.mark.long
 def test_hostile_names_forge_no_output_on_a_terminal(stage: Stage, receiver: RunningReceiver) -> None:
     daemon = a_delivered_archive(stage, receiver, HOSTILE)
     [record] = json.loads(stage.backupd("list", "--json").stdout)
@@ -512,6 +528,7 @@ def test_characters_that_the_locale_lacks_are_escaped(
     assert done.stdout.startswith(r"router.tar.gz \u2192 vault: delivered")
 
 
+@pytest.mark.long
 def test_a_closed_pipe_causes_no_traceback(stage: Stage, receiver: RunningReceiver) -> None:
     a_delivered_archive(stage, receiver, *(f"sw-{number}.tar.gz" for number in range(300)))
     command = f"{sys.executable} -m backupd list --json -n 1000 --config {stage.config} | head -n 1"
@@ -531,6 +548,7 @@ def test_reports_a_full_disk_under_standard_output_without_a_traceback(stage: St
 # --- init, config -------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_check_accepts_the_configuration_of_init_once_it_is_filled_in(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
@@ -555,6 +573,7 @@ def test_check_accepts_the_configuration_of_init_once_it_is_filled_in(
     assert done.returncode == 0, output(done)
 
 
+@pytest.mark.long
 def test_init_never_overwrites_a_file(stage: Stage) -> None:
     stage.config.write_text("mine")
     done = stage.backupd("init", str(stage.config))
@@ -573,6 +592,7 @@ def test_prints_a_json_schema_that_editors_can_use(stage: Stage) -> None:
     assert wanted == set(schema["$defs"])
 
 
+@pytest.mark.long
 def test_the_effective_configuration_has_no_secrets_and_can_be_loaded(stage: Stage) -> None:
     stage.configure(
         "https://127.0.0.1:9/upload?site=7&token=geheim1",
@@ -591,6 +611,7 @@ def test_the_effective_configuration_has_no_secrets_and_can_be_loaded(stage: Sta
 # --- receive, demo ------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_receive_stores_a_pushed_file(stage: Stage, archive: Path) -> None:
     p = stage.pki
     files = ["--cert", str(p.server_cert), "--key", str(p.server_key), "--client-ca", str(p.ca_pem)]
@@ -615,6 +636,7 @@ def test_receive_stores_a_pushed_file(stage: Stage, archive: Path) -> None:
     assert log.read_text() == found[0]
 
 
+@pytest.mark.long
 def test_receive_prints_its_url_at_once_even_into_a_file(stage: Stage) -> None:
     p = stage.pki
     files = ["--cert", str(p.server_cert), "--key", str(p.server_key), "--client-ca", str(p.ca_pem)]
@@ -630,6 +652,7 @@ def test_receive_prints_its_url_at_once_even_into_a_file(stage: Stage) -> None:
         process.wait()
 
 
+@pytest.mark.long
 def test_receive_names_the_file_that_it_cannot_read(stage: Stage) -> None:
     p = stage.pki
     done = stage.backupd(
@@ -640,6 +663,7 @@ def test_receive_names_the_file_that_it_cannot_read(stage: Stage) -> None:
     assert f"--key: {stage.base / 'none.key'} can't be read" in done.stderr
 
 
+@pytest.mark.long
 def test_the_demo_delivers_its_archives(stage: Stage) -> None:
     done = stage.backupd("demo", environ={"TMPDIR": str(stage.base)})
 
@@ -661,6 +685,7 @@ def test_the_demo_delivers_its_archives(stage: Stage) -> None:
     assert "Traceback" not in done.stdout
 
 
+@pytest.mark.long
 def test_the_demo_ignores_the_configuration_in_the_environment(stage: Stage) -> None:
     mine = {
         "BACKUPD_STATE_DIR": "relative",
@@ -681,6 +706,7 @@ def test_the_demo_names_the_missing_extra(stage: Stage) -> None:
     assert "pip install 'backupd[receiver]'" in done.stderr
 
 
+@pytest.mark.long
 def test_the_demo_reports_a_full_disk(stage: Stage) -> None:
     no_files = ["prlimit", "--fsize=0", "--", *COMMAND, "demo"]
     environ = {**os.environ, "TMPDIR": str(stage.base), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -691,6 +717,7 @@ def test_the_demo_reports_a_full_disk(stage: Stage) -> None:
     assert "Traceback" not in output(done)
 
 
+@pytest.mark.long
 def test_the_demo_stops_its_daemon_on_sigterm(tmp_path: Path) -> None:
     demo = subprocess.Popen(
         [sys.executable, "-m", "backupd", "demo", "--keep"],

@@ -1,4 +1,4 @@
-"""The installed command as a process: archives go through."""
+"""The daemon as a process delivers archives, by any way to create a file."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ def test_an_archive_is_delivered_verified_and_moved(stage: Stage, receiver: Runn
     assert daemon.stop() == 0
 
 
-@pytest.mark.parametrize("where", ["before the start", "while it runs"])
-def test_every_one_of_two_thousand_files_arrives_exactly_once(
-    stage: Stage, receiver: RunningReceiver, where: str
+@pytest.mark.long
+@pytest.mark.parametrize("when", ["before the start", "while it runs"])
+def test_each_of_two_thousand_files_is_delivered_exactly_once(
+    stage: Stage, receiver: RunningReceiver, when: str
 ) -> None:
     stage.configure(receiver.url)
     contents = {f"sw-{number}.tar.gz": b"%d " % number + os.urandom(20_000) for number in range(2000)}
-    daemon = None if where == "before the start" else stage.daemon().ready()
+    daemon = None if when == "before the start" else stage.daemon().ready()
     for name, content in contents.items():
         stage.put(name, content)
     daemon = daemon or stage.daemon()
@@ -75,15 +76,16 @@ def _moved_in(drop: Path) -> None:
 def _linked_unnamed(drop: Path) -> None:
     fd = os.open(drop, os.O_TMPFILE | os.O_RDWR, 0o640)
     os.write(fd, b"x" * 5000)
-    root = os.open("/", os.O_RDONLY)  # with a descriptor os.link follows the link, by linkat(2)
+    root = os.open("/", os.O_RDONLY)  # with src_dir_fd, os.link follows the symbolic link, see linkat(2)
     os.link(f"/proc/self/fd/{fd}", drop / "a.tar.gz", src_dir_fd=root)
     os.close(root)
     os.close(fd)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [_written, _renamed, _hard_linked, _moved_in, _linked_unnamed])
 @pytest.mark.parametrize("stable_for", ["0s", "0.2s"])
-def test_each_way_to_make_a_file_is_noticed_by_its_event(
+def test_each_way_to_create_a_file_causes_an_event(
     stage: Stage, receiver: RunningReceiver, make: object, stable_for: str
 ) -> None:
     stage.configure(receiver.url, drop=f'stable_for = "{stable_for}"\nrescan_every = "1h"')
@@ -97,7 +99,9 @@ def test_each_way_to_make_a_file_is_noticed_by_its_event(
     assert [path.read_bytes() for path in stage.stored()] == [b"x" * 5000]
 
 
-def test_folders_made_and_moved_in_are_looked_into(stage: Stage, receiver: RunningReceiver) -> None:
+def test_archives_in_folders_that_are_created_or_moved_in_are_delivered(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
     stage.configure(receiver.url, drop='rescan_every = "1h"')
     daemon = stage.daemon().ready()
     deep = stage.drop / "a" / "b"
@@ -115,7 +119,9 @@ def test_folders_made_and_moved_in_are_looked_into(stage: Stage, receiver: Runni
     assert len(stage.archives(stage.sent / "c")) == 50
 
 
-def test_a_tree_that_is_renamed_is_followed_without_a_word(stage: Stage, receiver: RunningReceiver) -> None:
+def test_archives_in_a_renamed_folder_are_delivered_without_a_warning(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
     stage.configure(receiver.url, drop='rescan_every = "1h"')
     for number in range(200):
         (stage.drop / "berlin" / f"rack-{number}").mkdir(parents=True)
@@ -128,14 +134,14 @@ def test_a_tree_that_is_renamed_is_followed_without_a_word(stage: Stage, receive
     assert daemon.stop() == 0
 
 
-def test_a_hidden_or_temporary_name_never_counts_until_it_is_renamed(
+def test_a_file_with_a_hidden_or_temporary_name_is_delivered_once_it_is_renamed(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
     stage.configure(receiver.url, drop='rescan_every = "0.3s"')
     daemon = stage.daemon().ready()
     for name in ("x.tar.gz.part", ".x.tar.gz", "x.tar.gz.filepart", "x.tar.gz~", "x.tar.gz.tmp"):
         (stage.drop / name).write_bytes(b"half")
-    stage.put("proof.tar.gz", b"the others had their chance")
+    stage.put("proof.tar.gz", b"delivered after a look at the others")
     daemon.wait_for("archive.disposed", archive="proof.tar.gz")
     assert len(daemon.events("archive.queued")) == 1
 
@@ -144,7 +150,9 @@ def test_a_hidden_or_temporary_name_never_counts_until_it_is_renamed(
     daemon.wait_for("archive.disposed", archive="x.tar.gz")
 
 
-def test_the_same_name_dropped_again_overwrites_nothing(stage: Stage, receiver: RunningReceiver) -> None:
+def test_a_second_archive_with_the_same_name_overwrites_no_file(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
     stage.configure(receiver.url)
     daemon = stage.daemon().ready()
     for number in range(3):
@@ -156,7 +164,7 @@ def test_the_same_name_dropped_again_overwrites_nothing(stage: Stage, receiver: 
     assert len(list(stage.sent.glob("*.receipt.json"))) == 3
 
 
-def test_what_is_kept_in_place_is_delivered_once_even_after_a_restart(
+def test_an_archive_that_is_kept_in_place_is_delivered_once_across_a_restart(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
     stage.configure(receiver.url, drop='on_delivered = "keep"\nrescan_every = "0.2s"')
@@ -174,7 +182,7 @@ def test_what_is_kept_in_place_is_delivered_once_even_after_a_restart(
     assert len(stage.stored()) == 2
 
 
-def test_what_is_to_be_deleted_is_gone_after_its_delivery(stage: Stage, receiver: RunningReceiver) -> None:
+def test_an_archive_is_deleted_after_its_delivery(stage: Stage, receiver: RunningReceiver) -> None:
     stage.configure(receiver.url, drop='on_delivered = "delete"')
     daemon = stage.daemon().ready()
     stage.put("a.tar.gz", b"to be deleted")
@@ -185,7 +193,9 @@ def test_what_is_to_be_deleted_is_gone_after_its_delivery(stage: Stage, receiver
     assert [path.read_bytes() for path in stage.stored()] == [b"to be deleted"]
 
 
-def test_a_second_daemon_on_the_same_state_is_refused(stage: Stage, receiver: RunningReceiver) -> None:
+def test_a_second_daemon_with_the_same_state_folder_does_not_start(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
     stage.configure(receiver.url)
     first = stage.daemon().ready()
 

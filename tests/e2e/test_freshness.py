@@ -6,6 +6,8 @@ import contextlib
 import signal
 import sqlite3
 
+import pytest
+
 from backupd.receiver.serve import RunningReceiver
 from tests.stage import TIMEOUT, Stage, until
 
@@ -13,6 +15,7 @@ TOP = 'heartbeat_every = "0.2s"'
 EXPECT = 'label_pattern = \'(?P<device>[^-]+)-.*\'\nexpect = { every = "1s", by = "{device}" }'
 
 
+@pytest.mark.long
 def test_an_overdue_device_is_logged_again_after_a_kill_until_it_sends_an_archive(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
@@ -33,6 +36,7 @@ def test_an_overdue_device_is_logged_again_after_a_kill_until_it_sends_an_archiv
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 def test_a_forgotten_device_is_no_longer_overdue(stage: Stage, receiver: RunningReceiver) -> None:
     stage.configure(receiver.url, top=TOP, drop=EXPECT)
     daemon = stage.daemon().ready()
@@ -52,6 +56,7 @@ def test_a_forgotten_device_is_no_longer_overdue(stage: Stage, receiver: Running
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 def test_a_listed_device_that_never_sent_an_archive_is_overdue(
     stage: Stage, receiver: RunningReceiver
 ) -> None:

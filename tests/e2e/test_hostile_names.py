@@ -1,4 +1,4 @@
-"""Names and things in a drop folder that break careless programs."""
+"""Hostile file names and special files in a drop folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from backupd.ledger.sqlite.connection import open_for_reading
 from backupd.ledger.sqlite.queries import LedgerQueries
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.privileges import IS_ROOT
-from tests.scripted import ScriptedServer, server_context, take_all
+from tests.scripted import ScriptedServer, accept_all, server_context
 from tests.stage import Daemon, Stage, a_stage
 
 NAMES = [
@@ -63,7 +63,7 @@ def names_in(folder: Path) -> set[bytes]:
 
 @pytest.fixture(scope="module")
 def delivered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    """A stage on which all the hostile names were delivered; the content of each file is its name."""
+    """A stage where all hostile names were delivered; the content of each file is its name."""
     for stage in a_stage(tmp_path_factory.mktemp("stage")):
         tls = ServerTls(stage.pki.server_cert, stage.pki.server_key, stage.pki.ca_pem)
         with RunningReceiver(stage.store, tls) as receiver:
@@ -76,6 +76,7 @@ def delivered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         yield stage
 
 
+@pytest.mark.long
 def test_every_name_is_delivered_and_keeps_its_bytes(delivered: Stage) -> None:
     stage = delivered
     sent = {name: Path(os.fsdecode(os.path.join(os.fsencode(stage.sent), name))) for name in NAMES}
@@ -88,11 +89,12 @@ def test_every_name_is_delivered_and_keeps_its_bytes(delivered: Stage) -> None:
     assert all(len(name) <= 255 for name in records)
     short = [name for name in NAMES if len(name) < 200]
     assert {name + b".receipt.json" for name in short} < set(records)
-    said = [json.loads((stage.sent / os.fsdecode(name)).read_bytes())["archive"] for name in records]
-    assert sorted(said) == sorted(map(as_text, NAMES))
+    recorded = [json.loads((stage.sent / os.fsdecode(name)).read_bytes())["archive"] for name in records]
+    assert sorted(recorded) == sorted(map(as_text, NAMES))
 
 
-def test_every_name_makes_whole_log_lines_and_no_others(delivered: Stage) -> None:
+@pytest.mark.long
+def test_no_name_forges_or_splits_a_line_of_the_log(delivered: Stage) -> None:
     raw = (delivered.base / "daemon.log").read_bytes()
     assert raw.isascii()
     events = [json.loads(line) for line in raw.rstrip(b"\n").split(b"\n")]
@@ -101,7 +103,8 @@ def test_every_name_makes_whole_log_lines_and_no_others(delivered: Stage) -> Non
     assert count == Counter((kind, as_text(name)) for kind in kinds for name in NAMES)
 
 
-def test_every_name_reads_back_from_the_ledger_as_the_same_bytes(delivered: Stage) -> None:
+@pytest.mark.long
+def test_the_ledger_returns_every_name_with_the_same_bytes(delivered: Stage) -> None:
     connection = open_for_reading(delivered.state)
     records = LedgerQueries(connection).deliveries(None, 1000)
     connection.close()
@@ -118,7 +121,8 @@ def test_every_name_reads_back_from_the_ledger_as_the_same_bytes(delivered: Stag
         assert delivered.backupd("show", record.id).returncode == 0
 
 
-def test_the_receiver_reads_every_form_as_it_was_meant(delivered: Stage) -> None:
+@pytest.mark.long
+def test_the_receiver_parses_every_form_correctly(delivered: Stage) -> None:
     index = sqlite3.connect(delivered.store / "index.sqlite")
     rows = index.execute("SELECT name, fields, size FROM archive").fetchall()
     index.close()
@@ -131,9 +135,9 @@ def test_the_receiver_reads_every_form_as_it_was_meant(delivered: Stage) -> None
     assert escapable <= {name for name, _, _ in rows}
 
 
-def test_another_parser_reads_the_same_form(stage: Stage) -> None:
+def test_werkzeug_parses_the_same_forms(stage: Stage) -> None:
     formparser = pytest.importorskip("werkzeug.formparser")
-    with ScriptedServer(take_all, server_context(stage.pki)) as server:
+    with ScriptedServer(accept_all, server_context(stage.pki)) as server:
         stage.configure(server.url, drop=ALL, destination=TEMPLATES)
         daemon = stage.daemon().ready()
         for name in NAMES:
@@ -160,7 +164,7 @@ def test_another_parser_reads_the_same_form(stage: Stage) -> None:
     assert sorted(contents) == sorted(NAMES)
 
 
-def test_a_hidden_name_is_left_alone_without_a_word(stage: Stage, receiver: RunningReceiver) -> None:
+def test_a_file_with_a_hidden_name_is_ignored_and_not_logged(stage: Stage, receiver: RunningReceiver) -> None:
     hidden = [b"..tar.gz", b"...", b".\xff.tar.gz"]
     stage.configure(receiver.url, drop=ALL, more=DEBUG)
     for name in hidden:
@@ -169,14 +173,14 @@ def test_a_hidden_name_is_left_alone_without_a_word(stage: Stage, receiver: Runn
     stage.put("proof.tar.gz", b"seen")
 
     daemon.wait_for("archive.disposed", archive="proof.tar.gz")
-    see_rescans(daemon)
+    wait_for_scans(daemon)
 
     assert [event["archive"] for event in daemon.events() if "archive" in event] == ["proof.tar.gz"] * 4
     assert names_in(stage.drop) == {*hidden, b"sent"}
 
 
-def see_rescans(daemon: Daemon) -> None:
-    """Wait until the folder was looked through a few times more."""
+def wait_for_scans(daemon: Daemon) -> None:
+    """Wait for a few further scans of the folder."""
     daemon.wait_for("drop.scanned", count=len(daemon.events("drop.scanned")) + 4)
 
 
@@ -201,7 +205,7 @@ def a_device(path: Path) -> None:
 
 def a_symlink(path: Path) -> None:
     outside = path.parent.parent / "outside"
-    outside.write_bytes(b"what a link leads to is not ours to send")
+    outside.write_bytes(b"the target of a link must not be uploaded")
     path.symlink_to(outside)
 
 
@@ -212,7 +216,7 @@ def a_dangling_symlink(path: Path) -> None:
 def a_symlink_to_a_folder(path: Path) -> None:
     outside = path.parent.parent / "folder"
     outside.mkdir()
-    (outside / "inner.tar.gz").write_bytes(b"not ours to send")
+    (outside / "inner.tar.gz").write_bytes(b"must not be uploaded")
     path.symlink_to(outside)
 
 
@@ -225,7 +229,7 @@ def an_oversized_file(path: Path) -> None:
     os.truncate(path, 1_000_001)
 
 
-THINGS = {
+SPECIAL_FILES = {
     a_directory: None,
     a_fifo: "not_a_regular_file",
     a_socket: "not_a_regular_file",
@@ -238,34 +242,39 @@ THINGS = {
 }
 
 
-@pytest.mark.parametrize("where", ["before the start", "while it runs"])
-def test_what_is_no_archive_is_said_once_and_stops_no_other(
-    stage: Stage, receiver: RunningReceiver, where: str
+@pytest.mark.long
+@pytest.mark.parametrize("when", ["before the start", "while it runs"])
+def test_a_special_file_is_logged_once_and_stops_no_archive(
+    stage: Stage, receiver: RunningReceiver, when: str
 ) -> None:
     stage.configure(receiver.url, drop=ALL + '\nmax_size = "1MB"', more=DEBUG)
-    things = {
-        make.__name__ + ".tar.gz": why for make, why in THINGS.items() if make is not a_device or IS_ROOT
+    special = {
+        make.__name__ + ".tar.gz": why
+        for make, why in SPECIAL_FILES.items()
+        if make is not a_device or IS_ROOT
     }
-    daemon = stage.daemon().ready() if where == "while it runs" else None
-    for make in THINGS:
+    daemon = stage.daemon().ready() if when == "while it runs" else None
+    for make in SPECIAL_FILES:
         if make is not a_device or IS_ROOT:
             make(stage.drop / f"{make.__name__}.tar.gz")
         stage.put(f"beside-{make.__name__}.tar.gz", make.__name__.encode())
     daemon = daemon or stage.daemon()
 
-    daemon.wait_for("archive.disposed", count=len(THINGS))
-    see_rescans(daemon)
+    daemon.wait_for("archive.disposed", count=len(SPECIAL_FILES))
+    wait_for_scans(daemon)
 
     ignored = [(event["archive"], event["reason"]) for event in daemon.events("archive.ignored")]
-    assert sorted(ignored) == sorted((name, why) for name, why in things.items() if why)
-    assert sorted(path.read_bytes() for path in stage.stored()) == sorted(m.__name__.encode() for m in THINGS)
-    assert {os.fsencode(name) for name in things} == names_in(stage.drop) - {b"sent"}
+    assert sorted(ignored) == sorted((name, why) for name, why in special.items() if why)
+    assert sorted(path.read_bytes() for path in stage.stored()) == sorted(
+        m.__name__.encode() for m in SPECIAL_FILES
+    )
+    assert {os.fsencode(name) for name in special} == names_in(stage.drop) - {b"sent"}
     assert not daemon.events("attempt.failed")
 
 
 @pytest.fixture
 def no_privileges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let root's daemons read no more than others: without the capabilities that pass over permissions."""
+    """Run the daemons of root without the capabilities that override file permissions."""
     if not IS_ROOT:
         return
     if not shutil.which("setpriv"):
@@ -277,7 +286,8 @@ def no_privileges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(python))
 
 
-def test_what_can_not_be_read_is_said_once_and_delivered_once_it_can(
+@pytest.mark.long
+def test_an_unreadable_file_is_logged_once_and_delivered_once_it_is_readable(
     stage: Stage, receiver: RunningReceiver, no_privileges: None
 ) -> None:
     stage.configure(receiver.url, drop=ALL, more=DEBUG)
@@ -291,7 +301,7 @@ def test_what_can_not_be_read_is_said_once_and_delivered_once_it_can(
     stage.put("other.tar.gz", b"other")
 
     daemon.wait_for("archive.disposed", archive="other.tar.gz")
-    see_rescans(daemon)
+    wait_for_scans(daemon)
     ignored = [(event["archive"], event["reason"]) for event in daemon.events("archive.ignored")]
     assert sorted(ignored) == [("folder", "unreadable"), ("unreadable.tar.gz", "unreadable")]
 

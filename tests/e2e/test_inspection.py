@@ -1,4 +1,4 @@
-"""The daemon looks into archives and heeds checksum files before anything is sent."""
+"""The daemon inspects archives and verifies checksum files before any upload."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import pytest
 from backupd.receiver.serve import RunningReceiver
 from tests.stage import Daemon, Stage
 
-QUICKLY = 'rescan_every = "0.3s"\ninspect_grace = "1s"\n'
-PATIENTLY = 'rescan_every = "0.3s"\ninspect_grace = "1h"\n'
+SHORT_GRACE = 'rescan_every = "0.3s"\ninspect_grace = "1s"\n'
+LONG_GRACE = 'rescan_every = "0.3s"\ninspect_grace = "1h"\n'
 
 
 def a_backup(size: int = 40_000) -> bytes:
@@ -34,11 +34,11 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def rejected(stage: Stage, daemon: Daemon, name: str, reason: str) -> None:
-    """Assert that an archive was rejected before any request, told once, and is in quarantine."""
+def assert_rejected(stage: Stage, daemon: Daemon, name: str, reason: str) -> None:
+    """Assert that an archive was rejected before any request, logged once, and moved to quarantine."""
     daemon.wait_for("archive.disposed", archive=name)
-    (told,) = daemon.events("archive.rejected")
-    assert (told["archive"], told["reason"]) == (name, reason)
+    (event,) = daemon.events("archive.rejected")
+    assert (event["archive"], event["reason"]) == (name, reason)
     assert not daemon.events("archive.queued")
     assert (stage.rejected / name).exists()
     record = json.loads((stage.rejected / f"{name}.reason.json").read_text())
@@ -48,23 +48,24 @@ def rejected(stage: Stage, daemon: Daemon, name: str, reason: str) -> None:
     assert json.loads(stage.backupd("show", shown["id"], "--json").stdout)["attempts"] == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("restarted", [False, True])
-def test_a_truncated_archive_is_held_and_then_rejected_once(
+def test_a_truncated_archive_waits_and_is_then_rejected_once(
     stage: Stage, receiver: RunningReceiver, restarted: bool
 ) -> None:
-    drop = 'inspect = "full"\n' + (PATIENTLY if restarted else QUICKLY)
+    drop = 'inspect = "full"\n' + (LONG_GRACE if restarted else SHORT_GRACE)
     stage.configure(receiver.url, drop=drop, top='[log]\nlevel = "debug"')
     if restarted:
         stage.put("r1.tar.gz", a_backup()[:-3000])
         first = stage.daemon().ready()
         first.wait_for("drop.scanned", unfinished_files=1)
         first.kill()
-        stage.configure(receiver.url, drop='inspect = "full"\n' + QUICKLY)
+        stage.configure(receiver.url, drop='inspect = "full"\n' + SHORT_GRACE)
     daemon = stage.daemon().ready()
     if not restarted:
         stage.put("r1.tar.gz", a_backup()[:-3000])
 
-    rejected(stage, daemon, "r1.tar.gz", "truncated")
+    assert_rejected(stage, daemon, "r1.tar.gz", "truncated")
 
     assert len(daemon.events("archive.waiting")) <= 1
     again = stage.daemon() if daemon.stop() == 0 else daemon
@@ -75,9 +76,12 @@ def test_a_truncated_archive_is_held_and_then_rejected_once(
     assert not again.events("watch.degraded")
 
 
-def test_what_was_rejected_can_be_sent_all_the_same(stage: Stage, receiver: RunningReceiver) -> None:
+@pytest.mark.long
+def test_a_rejected_archive_can_be_delivered_with_the_retry_command(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
     content = a_backup()[:-3000]
-    stage.configure(receiver.url, drop='inspect = "full"\n' + QUICKLY)
+    stage.configure(receiver.url, drop='inspect = "full"\n' + SHORT_GRACE)
     stage.put("r1.tar.gz", content)
     daemon = stage.daemon().ready()
     daemon.wait_for("archive.disposed")
@@ -90,14 +94,17 @@ def test_what_was_rejected_can_be_sent_all_the_same(stage: Stage, receiver: Runn
     assert [path.read_bytes() for path in stage.stored()] == [content]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["appended to", "replaced"])
-def test_what_is_completed_in_time_is_delivered(stage: Stage, receiver: RunningReceiver, how: str) -> None:
+def test_an_archive_that_is_completed_in_time_is_delivered(
+    stage: Stage, receiver: RunningReceiver, how: str
+) -> None:
     stage.configure(receiver.url, drop='inspect = "full"\n' + 'rescan_every = "0.3s"\n')
     daemon = stage.daemon().ready()
     whole = a_backup()
     stage.put("r1.tar.gz", whole[:-3000])
-    (said,) = daemon.wait_for("archive.waiting")
-    assert (said["archive"], said["reason"]) == ("r1.tar.gz", "truncated")
+    (waiting,) = daemon.wait_for("archive.waiting")
+    assert (waiting["archive"], waiting["reason"]) == ("r1.tar.gz", "truncated")
     assert daemon.events("archive.queued") == []
 
     if how == "replaced":
@@ -112,10 +119,10 @@ def test_what_is_completed_in_time_is_delivered(stage: Stage, receiver: RunningR
     assert not daemon.events("watch.degraded")
 
 
-def test_a_quick_look_holds_back_what_has_no_end_and_lets_the_unknown_pass(
+def test_a_quick_inspection_rejects_a_truncated_archive_and_accepts_unknown_formats(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
-    stage.configure(receiver.url, drop='inspect = "quick"\n' + QUICKLY)
+    stage.configure(receiver.url, drop='inspect = "quick"\n' + SHORT_GRACE)
     daemon = stage.daemon().ready()
     stage.put("r1.cfg", b"hostname r1\n")
     stage.put("r3.bz2", bz2.compress(os.urandom(5000)))
@@ -128,7 +135,8 @@ def test_a_quick_look_holds_back_what_has_no_end_and_lets_the_unknown_pass(
     assert len(stage.stored()) == 2
 
 
-def test_a_bomb_is_looked_at_within_bounds_and_keeps_no_other_waiting(
+@pytest.mark.long
+def test_a_decompression_bomb_takes_little_memory_and_delays_no_other_archive(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
     stage.configure(receiver.url, drop='inspect = "full"', top='[log]\nlevel = "debug"')
@@ -147,10 +155,10 @@ def test_a_bomb_is_looked_at_within_bounds_and_keeps_no_other_waiting(
     assert [event["archive"] for event in daemon.events("archive.queued")][-1] == "bomb.gz"
 
 
-def test_what_states_the_right_checksum_is_delivered_and_takes_it_along(
+def test_an_archive_with_a_matching_checksum_is_delivered_and_moved_with_its_checksum_file(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
-    stage.configure(receiver.url, drop='checksum_file = "required"\n' + PATIENTLY)
+    stage.configure(receiver.url, drop='checksum_file = "required"\n' + LONG_GRACE)
     content = os.urandom(5000)
     daemon = stage.daemon().ready()
     stage.put("r1.cfg.SHA512", hashlib.sha512(content).hexdigest().encode())
@@ -166,22 +174,24 @@ def test_what_states_the_right_checksum_is_delivered_and_takes_it_along(
     assert not daemon.events("archive.ignored")
 
 
-def test_what_states_another_checksum_is_rejected_without_a_request(
+@pytest.mark.long
+def test_an_archive_with_another_checksum_is_rejected_without_a_request(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
-    stage.configure(receiver.url, drop='checksum_file = "auto"\n' + QUICKLY)
+    stage.configure(receiver.url, drop='checksum_file = "auto"\n' + SHORT_GRACE)
     stage.put("r1.cfg.sha256", sha256(b"another").encode() + b"  r1.cfg\n")
     stage.put("r1.cfg", b"hostname r1\n")
     daemon = stage.daemon().ready()
 
-    rejected(stage, daemon, "r1.cfg", "checksum_mismatch")
+    assert_rejected(stage, daemon, "r1.cfg", "checksum_mismatch")
 
     assert (stage.rejected / "r1.cfg.sha256").exists()
     assert not (stage.drop / "r1.cfg.sha256").exists()
 
 
-def test_what_is_put_back_has_its_checksum_file_again(stage: Stage, receiver: RunningReceiver) -> None:
-    stage.configure(receiver.url, drop='checksum_file = "required"\n' + QUICKLY)
+@pytest.mark.long
+def test_retry_moves_the_checksum_file_back_with_its_archive(stage: Stage, receiver: RunningReceiver) -> None:
+    stage.configure(receiver.url, drop='checksum_file = "required"\n' + SHORT_GRACE)
     stage.put("r1.cfg.sha256", sha256(b"another").encode())
     stage.put("r1.cfg", b"hostname r1\n")
     daemon = stage.daemon().ready()
@@ -197,13 +207,11 @@ def test_what_is_put_back_has_its_checksum_file_again(stage: Stage, receiver: Ru
     assert (stage.sent / "r1.cfg.sha256").exists()
 
 
-def test_where_archives_are_deleted_their_checksum_files_are_too(
-    stage: Stage, receiver: RunningReceiver
-) -> None:
+def test_a_checksum_file_is_deleted_with_its_archive(stage: Stage, receiver: RunningReceiver) -> None:
     stage.configure(receiver.url, drop='checksum_file = "auto"\non_delivered = "delete"')
     stage.put("r1.cfg.sha256sum", sha256(b"r1").encode() + b"  r1.cfg\n")
     stage.put("r1.cfg", b"r1")
-    (stage.drop / "r2.cfg.md5").write_text("another's")
+    (stage.drop / "r2.cfg.md5").write_text("of another archive")
     daemon = stage.daemon().ready()
 
     daemon.wait_for("archive.disposed", disposition="deleted")
@@ -211,7 +219,9 @@ def test_where_archives_are_deleted_their_checksum_files_are_too(
     assert [path.name for path in stage.drop.iterdir()] == ["r2.cfg.md5"]
 
 
-def test_yesterdays_checksum_waits_for_todays(stage: Stage, receiver: RunningReceiver) -> None:
+def test_an_archive_with_an_old_checksum_file_waits_for_the_new_one(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
     stage.configure(receiver.url, drop='checksum_file = "auto"\nrescan_every = "1h"\ninspect_grace = "1h"')
     daemon = stage.daemon().ready()
     stage.put("r1.cfg.sha256", sha256(b"yesterday").encode())
@@ -225,14 +235,12 @@ def test_yesterdays_checksum_waits_for_todays(stage: Stage, receiver: RunningRec
     assert not daemon.events("archive.rejected")
 
 
-def test_a_required_checksum_is_waited_for_and_that_is_said_once(
-    stage: Stage, receiver: RunningReceiver
-) -> None:
-    stage.configure(receiver.url, drop='checksum_file = "required"\n' + QUICKLY)
+def test_waiting_for_a_required_checksum_is_logged_once(stage: Stage, receiver: RunningReceiver) -> None:
+    stage.configure(receiver.url, drop='checksum_file = "required"\n' + SHORT_GRACE)
     daemon = stage.daemon().ready()
     stage.put("r1.cfg", b"hostname r1\n")
-    (said,) = daemon.wait_for("archive.waiting")
-    assert (said["archive"], said["reason"]) == ("r1.cfg", "checksum_missing")
+    (waiting,) = daemon.wait_for("archive.waiting")
+    assert (waiting["archive"], waiting["reason"]) == ("r1.cfg", "checksum_missing")
     stage.put("r0.cfg.md5", hashlib.md5(b"r0").hexdigest().encode())
     stage.put("r0.cfg", b"r0")
     daemon.wait_for("archive.disposed", archive="r0.cfg")
@@ -265,12 +273,13 @@ def _garbage(path: Path) -> None:
     path.write_bytes(os.urandom(3000))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [_a_fifo, _a_link, _a_folder, _huge, _garbage])
 @pytest.mark.parametrize("name", ["r1.cfg.sha256", "SHA256SUMS"])
-def test_whatever_lies_where_a_checksum_file_should_keeps_nothing_for_ever(
+def test_a_special_file_in_place_of_a_checksum_file_delays_no_archive_indefinitely(
     stage: Stage, receiver: RunningReceiver, make: object, name: str
 ) -> None:
-    stage.configure(receiver.url, drop='checksum_file = "auto"\n' + QUICKLY)
+    stage.configure(receiver.url, drop='checksum_file = "auto"\n' + SHORT_GRACE)
     assert callable(make)
     make(stage.drop / name)
     stage.put("r1.cfg", gzip.compress(b"hostname r1\n"))

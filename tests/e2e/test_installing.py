@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from backupd.cli.install import INSTALLED_FILES
 
 
@@ -39,6 +41,7 @@ def test_the_units_start_the_backupd_that_installed_them(tmp_path: Path) -> None
     assert f"ExecStart={Path(sys.executable).parent}/backupd run\n" in unit
 
 
+@pytest.mark.long
 def test_uninstall_removes_the_installed_files_only(tmp_path: Path) -> None:
     backupd("install", "--root", str(tmp_path))
     mine = tmp_path / "etc/systemd/system/backupd.service.d/mine.conf"

@@ -1,4 +1,4 @@
-"""`kill -9` at any moment: nothing is lost, and nothing arrives twice."""
+"""After `kill -9` at any moment no archive is lost, and none is stored twice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.stage import TIMEOUT, Daemon, Stage, until
 KILLS = 20
 ARCHIVES_A_KILL = 10
 BIG = 12_000_000
-"""Bytes of an archive whose upload takes a while."""
+"""Bytes of an archive with an upload that takes a while."""
 
 
 def sha256(path: Path) -> str:
@@ -33,7 +33,7 @@ def sha256(path: Path) -> str:
 
 
 def rows(stage: Stage, query: str) -> list[tuple[Any, ...]]:
-    """Ask the ledger, whether or not a daemon has it open."""
+    """Query the ledger, also while a daemon has it open."""
     with contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=TIMEOUT)) as ledger:
         return ledger.execute(query).fetchall()
 
@@ -44,14 +44,14 @@ def waiting(stage: Stage) -> list[Path]:
 
 
 def uploading(stage: Stage) -> bool:
-    """Tell whether the receiver is in the middle of an archive."""
+    """Return whether the receiver is in the middle of an archive."""
     with contextlib.suppress(FileNotFoundError):
         return any(path.stat().st_size for path in (stage.store / "incoming").iterdir())
     return False
 
 
-def assert_all_is_well(stage: Stage, digests: dict[str, str]) -> None:
-    """Check drop folder, receiver, receipts and ledger against each other."""
+def assert_all_delivered(stage: Stage, digests: dict[str, str]) -> None:
+    """Assert that drop folder, receiver, receipt files and ledger agree that all archives are delivered."""
     assert waiting(stage) == []
     assert {path.name: sha256(path) for path in stage.archives(stage.sent)} == digests
     assert sorted(map(sha256, stage.stored())) == sorted(digests.values())
@@ -73,7 +73,7 @@ def assert_all_is_well(stage: Stage, digests: dict[str, str]) -> None:
 
 
 def put_some(stage: Stage, chance: random.Random, begin: int) -> dict[str, str]:
-    """Drop a big archive among small ones, and return their digests by name."""
+    """Put a big archive and small ones into the drop folder, and return their digests by name."""
     digests = {}
     big = chance.randrange(ARCHIVES_A_KILL)
     for number in range(ARCHIVES_A_KILL):
@@ -85,18 +85,19 @@ def put_some(stage: Stage, chance: random.Random, begin: int) -> dict[str, str]:
     return digests
 
 
-def kill_at_a_bad_moment(stage: Stage, daemon: Daemon, chance: random.Random) -> bool:
-    """Wait for progress, then for an upload in every other case, then a little; return if one was cut."""
+def kill_at_a_random_moment(stage: Stage, daemon: Daemon, chance: random.Random) -> bool:
+    """Wait for a queued archive and, in most cases, for an upload, then kill; return if an upload was cut."""
     daemon.wait_for("archive.queued")
     if chance.random() < 0.6:
-        with contextlib.suppress(AssertionError):  # it was too quick for us: any other moment will do
+        with contextlib.suppress(AssertionError):  # the uploads were too quick: any other moment will do
             until(lambda: uploading(stage) or not waiting(stage), "an upload", timeout=5)
     time.sleep(chance.random() ** 2 * 0.2)
     daemon.kill()
     return bool(rows(stage, "SELECT 1 FROM delivery WHERE state = 'claimed'"))
 
 
-def test_twenty_kills_lose_nothing_and_store_nothing_twice(stage: Stage, receiver: RunningReceiver) -> None:
+@pytest.mark.long
+def test_twenty_kills_lose_no_archive_and_store_none_twice(stage: Stage, receiver: RunningReceiver) -> None:
     seed = random.randrange(1_000_000)
     print(f"seed {seed}")
     chance = random.Random(seed)
@@ -115,7 +116,7 @@ def test_twenty_kills_lose_nothing_and_store_nothing_twice(stage: Stage, receive
         if not early:
             daemon.ready()
             digests |= put_some(stage, chance, number * ARCHIVES_A_KILL)
-        cut += kill_at_a_bad_moment(stage, daemon, chance)
+        cut += kill_at_a_random_moment(stage, daemon, chance)
 
     last = stage.daemon().ready()
     until(lambda: not waiting(stage), f"all archives, seed {seed}\n{last.text()[-3000:]}")
@@ -124,16 +125,16 @@ def test_twenty_kills_lose_nothing_and_store_nothing_twice(stage: Stage, receive
     print(f"{cut} of {KILLS} kills cut an upload")
     assert cut >= KILLS // 4
     assert len(digests) == 200
-    assert_all_is_well(stage, digests)
+    assert_all_delivered(stage, digests)
     assert first is not None
-    told = Counter(event["archive"] for event in first.events("archive.delivered"))
-    assert set(told) == set(digests)
+    logged = Counter(event["archive"] for event in first.events("archive.delivered"))
+    assert set(logged) == set(digests)
     assert not first.events("archive.rejected")
     assert not first.events("ledger.recreated")
 
 
-class Holding:
-    """A TCP proxy that passes everything on, but no answer once a connection has sent `after` bytes."""
+class HoldingProxy:
+    """A TCP proxy that holds back the response once a connection has sent `after` bytes."""
 
     def __init__(self, port: int, after: int) -> None:
         self._behind = port
@@ -178,13 +179,13 @@ class Holding:
 
 
 @pytest.fixture
-def holding(receiver: RunningReceiver) -> Iterator[Holding]:
-    with Holding(receiver.port, after=100_000) as proxy:
+def holding(receiver: RunningReceiver) -> Iterator[HoldingProxy]:
+    with HoldingProxy(receiver.port, after=100_000) as proxy:
         yield proxy
 
 
-def test_a_kill_between_the_store_and_the_answer_leaves_one_copy(
-    stage: Stage, receiver: RunningReceiver, holding: Holding
+def test_a_kill_between_the_store_and_the_response_leaves_one_copy(
+    stage: Stage, receiver: RunningReceiver, holding: HoldingProxy
 ) -> None:
     stage.configure(receiver.url.replace(str(receiver.port), str(holding.port)))
     daemon = stage.daemon().ready()
@@ -201,12 +202,14 @@ def test_a_kill_between_the_store_and_the_answer_leaves_one_copy(
     again.wait_for("archive.disposed")
 
     assert again.events("daemon.ready")[0]["released_claims"] == 1
-    assert [event["http_status"] for event in verified] == [200]  # it had it already
+    assert [event["http_status"] for event in verified] == [200]  # the receiver has it already
     assert again.stop() == 0
-    assert_all_is_well(stage, {"core.tar.gz": hashlib.sha256(content).hexdigest()})
+    assert_all_delivered(stage, {"core.tar.gz": hashlib.sha256(content).hexdigest()})
 
 
-def test_a_kill_between_the_commit_and_the_move_is_made_good(stage: Stage, receiver: RunningReceiver) -> None:
+def test_a_kill_between_the_commit_and_the_move_is_completed_by_the_next_start(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
     stage.configure(receiver.url)
     daemon = stage.daemon().ready()
     stage.sent.write_bytes(b"in the way")
@@ -222,14 +225,14 @@ def test_a_kill_between_the_commit_and_the_move_is_made_good(stage: Stage, recei
     again.wait_for("archive.disposed", disposition="moved")
 
     assert again.events("daemon.ready")[0]["pending_dispositions"] == 1
-    assert not again.events("delivery.verified")  # it is not sent again
+    assert not again.events("delivery.verified")  # no second upload
     assert daemon.events("archive.delivered")
     assert again.stop() == 0
-    assert_all_is_well(stage, {"core.tar.gz": hashlib.sha256(content).hexdigest()})
+    assert_all_delivered(stage, {"core.tar.gz": hashlib.sha256(content).hexdigest()})
 
 
 def with_other_device_numbers(stage: Stage) -> None:
-    """Have the ledger look as after a boot that gave the disk another number."""
+    """Change the device numbers in the ledger, as if a boot had changed those of the disk."""
     with (
         contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=TIMEOUT)) as ledger,
         ledger,
@@ -237,7 +240,8 @@ def with_other_device_numbers(stage: Stage) -> None:
         ledger.execute("UPDATE archive SET device = device + 1")
 
 
-def test_a_disk_with_another_number_has_what_was_delivered_moved(
+@pytest.mark.long
+def test_a_delivered_archive_is_moved_after_the_device_number_changed(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
     stage.configure(receiver.url)
@@ -250,14 +254,15 @@ def test_a_disk_with_another_number_has_what_was_delivered_moved(
 
     stage.sent.unlink()
     again = stage.daemon().ready()
-    (told,) = again.wait_for("archive.disposed")
+    (disposed,) = again.wait_for("archive.disposed")
 
-    assert (told["disposition"], told["moved_to"]) == ("moved", "sent/core.tar.gz")
+    assert (disposed["disposition"], disposed["moved_to"]) == ("moved", "sent/core.tar.gz")
     assert again.stop() == 0
     assert rows(stage, "SELECT count(*) FROM archive") == [(1,)]
 
 
-def test_a_disk_with_another_number_has_what_is_pending_delivered(
+@pytest.mark.long
+def test_a_pending_archive_is_delivered_after_the_device_number_changed(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
     stage.configure("https://127.0.0.1:1/v1/upload")
@@ -276,8 +281,9 @@ def test_a_disk_with_another_number_has_what_is_pending_delivered(
     assert rows(stage, "SELECT count(*) FROM archive") == [(1,)]
 
 
-@pytest.mark.parametrize("left", ["no receipt", "half of it, under its hidden name", "all of it"])
-def test_a_kill_between_the_move_and_its_record_leaves_one_whole_receipt(
+@pytest.mark.long
+@pytest.mark.parametrize("left", ["no receipt file", "half of a temporary one", "a complete one"])
+def test_a_kill_between_the_move_and_its_commit_leaves_one_complete_receipt_file(
     stage: Stage, receiver: RunningReceiver, left: str
 ) -> None:
     stage.configure(receiver.url)
@@ -288,7 +294,7 @@ def test_a_kill_between_the_move_and_its_record_leaves_one_whole_receipt(
     daemon.kill()
     receipt = stage.sent / "core.tar.gz.receipt.json"
     whole = receipt.read_bytes()
-    # what a kill leaves between the rename and the last commit
+    # the state after a kill between the rename and the last commit
     with (
         contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=TIMEOUT)) as ledger,
         ledger,
@@ -297,9 +303,9 @@ def test_a_kill_between_the_move_and_its_record_leaves_one_whole_receipt(
             "UPDATE archive SET disposition = 'due', disposed_to = NULL, disposed_at = NULL, live = 1"
         )
     match left:
-        case "no receipt":
+        case "no receipt file":
             receipt.unlink()
-        case "half of it, under its hidden name":
+        case "half of a temporary one":
             receipt.rename(part := receipt.with_name(f".{receipt.name}.part"))
             os.truncate(part, len(whole) // 2)
 
@@ -308,4 +314,4 @@ def test_a_kill_between_the_move_and_its_record_leaves_one_whole_receipt(
 
     assert receipt.read_bytes() == whole
     assert again.stop() == 0
-    assert_all_is_well(stage, {"core.tar.gz": hashlib.sha256(content).hexdigest()})
+    assert_all_delivered(stage, {"core.tar.gz": hashlib.sha256(content).hexdigest()})

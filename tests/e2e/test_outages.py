@@ -1,4 +1,4 @@
-"""Destinations that are down, refuse an archive or break on it: nothing is lost, nobody waits for another."""
+"""Destinations that are down, refuse an archive or fail on it lose no archive and delay no other one."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.pki import Pki
 from tests.stage import TIMEOUT, Daemon, Stage, until
 
-QUICK = '[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.5s"'
+FAST_RETRY = '[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.5s"'
 
 
 class Endpoint:
-    """Takes archives over mTLS and answers as told; `status_of` gives the status for a name."""
+    """Accepts uploads over mTLS; `status_of` returns the status of the response for a file name."""
 
     def __init__(self, pki: Pki, status_of: Callable[[str], int]) -> None:
         self.status_of = status_of
@@ -48,7 +48,7 @@ class Endpoint:
         self._server.server_close()
 
     def names(self) -> list[str]:
-        """Return the names of what was sent, in order."""
+        """Return the names of the uploaded files, in order."""
         return [name for name, _, _ in self.seen]
 
 
@@ -61,12 +61,12 @@ class _Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """Shake hands in the request's own thread, so that nobody holds up the others."""
+        """Do the TLS handshake in the thread of the request, so that no client delays another."""
         with contextlib.suppress(OSError), self._context.wrap_socket(request, server_side=True) as secure:
             super().finish_request(secure, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of clients that went away."""
+        """Print nothing about clients that closed the connection."""
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -83,23 +83,23 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         name, content = found[1].decode(), content.removesuffix(b"\r\n")
         endpoint = self.server.endpoint
         status = endpoint.status_of(name)
-        answer = {"detail": f"{name} is not welcome"}
+        receipt = {"detail": f"{name} is refused"}
         if status < 300:
             endpoint.stored[name] = content
-            answer = {"sha256": hashlib.sha256(content).hexdigest()}
+            receipt = {"sha256": hashlib.sha256(content).hexdigest()}
         endpoint.seen.append((name, status, self.headers["Idempotency-Key"]))
-        said = json.dumps(answer).encode()
+        content = json.dumps(receipt).encode()
         self.send_response(status)
-        self.send_header("Content-Length", str(len(said)))
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(said)
+        self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:
-        """Keep quiet."""
+        """Print nothing."""
 
 
 def ledger(stage: Stage, query: str) -> list[tuple[Any, ...]]:
-    """Ask the ledger beside the daemon."""
+    """Query the ledger while the daemon runs."""
     with contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=TIMEOUT)) as connection:
         return connection.execute(query).fetchall()
 
@@ -110,14 +110,14 @@ def a_receiver(stage: Stage, port: int = 0, store: str = "store") -> RunningRece
 
 
 def order_of(daemon: Daemon, *names: str) -> list[str]:
-    """Return the events of these names in their order, repetitions left out."""
+    """Return the events of these names in order, without repetitions."""
     found = [event["event"] for event in daemon.events() if event["event"] in names]
     return [name for number, name in enumerate(found) if number == 0 or found[number - 1] != name]
 
 
-def test_a_destination_that_is_down_at_the_start_gets_everything_once_it_is_up(stage: Stage) -> None:
+def test_a_destination_that_is_down_at_the_start_gets_all_archives_once_it_is_up(stage: Stage) -> None:
     port = stage.a_free_port()
-    stage.configure(f"https://127.0.0.1:{port}/v1/upload", destination=QUICK)
+    stage.configure(f"https://127.0.0.1:{port}/v1/upload", destination=FAST_RETRY)
     contents = {f"sw-{number}.tar.gz": os.urandom(5000) for number in range(20)}
     for name, content in contents.items():
         stage.put(name, content)
@@ -145,23 +145,25 @@ def test_a_destination_that_is_down_at_the_start_gets_everything_once_it_is_up(s
     assert daemon.stop() == 0
 
 
-def test_while_a_destination_is_down_one_archive_at_a_time_is_tried(stage: Stage) -> None:
-    stage.configure(f"https://127.0.0.1:{stage.a_free_port()}/", destination=f"workers = 8\n{QUICK}")
+@pytest.mark.long
+def test_while_a_destination_is_down_only_one_archive_at_a_time_is_tried(stage: Stage) -> None:
+    stage.configure(f"https://127.0.0.1:{stage.a_free_port()}/", destination=f"workers = 8\n{FAST_RETRY}")
     daemon = stage.daemon().ready()
     for number in range(50):
         stage.put(f"sw-{number}.tar.gz", b"x")
     daemon.wait_for("destination.paused", count=6)
 
     tried = len(daemon.events("attempt.failed"))
-    # up to eight under way when it went down, three short attempts each, then one at a time
+    # up to eight were in progress, with three short attempts each, then one at a time
     assert tried <= 8 * 3 + len(daemon.events("destination.paused")) * 3
     assert daemon.stop() == 0
 
 
-def test_a_destination_that_goes_away_and_comes_back_is_taken_up_again(stage: Stage) -> None:
+@pytest.mark.long
+def test_uploads_resume_after_an_outage_of_the_destination(stage: Stage) -> None:
     receiver = a_receiver(stage)
     with receiver:
-        stage.configure(receiver.url, destination=QUICK)
+        stage.configure(receiver.url, destination=FAST_RETRY)
         daemon = stage.daemon().ready()
         stage.put("one.tar.gz", b"1")
         daemon.wait_for("archive.disposed", archive="one.tar.gz")
@@ -182,9 +184,9 @@ def test_a_destination_that_goes_away_and_comes_back_is_taken_up_again(stage: St
 @pytest.mark.parametrize(
     ("status", "reason"), [(422, "archive_refused"), (409, "conflict"), (413, "too_large")]
 )
-def test_a_poisonous_archive_is_rejected_alone(stage: Stage, status: int, reason: str) -> None:
+def test_a_refused_archive_is_rejected_alone(stage: Stage, status: int, reason: str) -> None:
     with Endpoint(stage.pki, lambda name: status if "poison" in name else 201) as endpoint:
-        stage.configure(endpoint.url, destination=QUICK)
+        stage.configure(endpoint.url, destination=FAST_RETRY)
         stage.put("a-poison.tar.gz", b"poison")
         daemon = stage.daemon().ready()
         daemon.wait_for("archive.rejected", archive="a-poison.tar.gz")
@@ -197,18 +199,18 @@ def test_a_poisonous_archive_is_rejected_alone(stage: Stage, status: int, reason
     assert not daemon.events("destination.paused")
     assert not daemon.events("attempt.failed")
     assert stage.archives(stage.rejected) == [stage.rejected / "a-poison.tar.gz"]
-    told = json.loads((stage.rejected / "a-poison.tar.gz.reason.json").read_bytes())
-    assert told["deliveries"][0]["reason"] == reason
-    assert "a-poison.tar.gz is not welcome" in told["deliveries"][0]["error"]
+    record = json.loads((stage.rejected / "a-poison.tar.gz.reason.json").read_bytes())
+    assert record["deliveries"][0]["reason"] == reason
+    assert "a-poison.tar.gz is refused" in record["deliveries"][0]["error"]
     event = daemon.events("archive.rejected")[0]
     assert (event["reason"], event["http_status"]) == (reason, status)
     assert event["hint"]
     assert len(stage.archives(stage.sent)) == 10
 
 
-def test_an_archive_that_breaks_the_destination_does_not_hold_up_the_others(stage: Stage) -> None:
+def test_an_archive_on_which_the_destination_fails_does_not_delay_the_others(stage: Stage) -> None:
     with Endpoint(stage.pki, lambda name: 500 if "poison" in name else 201) as endpoint:
-        stage.configure(endpoint.url, destination=QUICK)
+        stage.configure(endpoint.url, destination=FAST_RETRY)
         stage.put("a-poison.tar.gz", b"poison")
         daemon = stage.daemon().ready()
         daemon.wait_for("destination.paused")
@@ -228,7 +230,7 @@ def test_an_archive_that_breaks_the_destination_does_not_hold_up_the_others(stag
 
 @pytest.fixture
 def two(stage: Stage) -> Iterator[RunningReceiver]:
-    """A receiver that is up; `second` is a destination beside it."""
+    """A receiver that is up; `second` configures another destination."""
     with a_receiver(stage, store="store") as receiver:
         yield receiver
 
@@ -247,7 +249,9 @@ max = "0.5s"
 """
 
 
-def test_an_archive_stays_until_both_destinations_have_it(stage: Stage, two: RunningReceiver) -> None:
+def test_an_archive_stays_in_the_drop_folder_until_both_destinations_have_it(
+    stage: Stage, two: RunningReceiver
+) -> None:
     port = stage.a_free_port()
     stage.configure(two.url, more=second(stage, f"https://127.0.0.1:{port}/v1/upload"))
     daemon = stage.daemon().ready()
@@ -272,7 +276,7 @@ def test_an_archive_stays_until_both_destinations_have_it(stage: Stage, two: Run
     assert [each["destination"] for each in record["deliveries"]] == ["cellar", "vault"]
 
 
-def test_what_one_of_two_destinations_rejects_is_rejected_after_both_have_answered(
+def test_an_archive_that_one_of_two_destinations_refuses_is_rejected_after_both_have_responded(
     stage: Stage, two: RunningReceiver
 ) -> None:
     with Endpoint(stage.pki, lambda name: 422) as endpoint:
@@ -285,32 +289,33 @@ def test_what_one_of_two_destinations_rejects_is_rejected_after_both_have_answer
     assert len(daemon.events("archive.rejected")) == 1
     assert not daemon.events("archive.delivered")
     assert stage.archives(stage.rejected) == [stage.rejected / "sw.tar.gz"]
-    told = json.loads((stage.rejected / "sw.tar.gz.reason.json").read_bytes())
-    assert [each["state"] for each in told["deliveries"]] == ["rejected", "delivered"]
+    record = json.loads((stage.rejected / "sw.tar.gz.reason.json").read_bytes())
+    assert [each["state"] for each in record["deliveries"]] == ["rejected", "delivered"]
 
 
 @contextlib.contextmanager
 def mounted_over(folder: Path) -> Iterator[None]:
-    """Have a folder look for a while as before its filesystem is mounted."""
+    """Mount an empty filesystem over a folder for a while."""
     if subprocess.run(["mount", "-t", "tmpfs", "none", str(folder)], check=False).returncode:
-        pytest.skip("this root may not mount")
+        pytest.skip("no filesystem can be mounted here")
     try:
         yield
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.long
 @pytest.mark.root
-def test_what_is_pending_waits_while_its_filesystem_is_not_mounted(stage: Stage) -> None:
+def test_a_pending_archive_waits_while_its_filesystem_is_not_mounted(stage: Stage) -> None:
     port = stage.a_free_port()
-    stage.configure(f"https://127.0.0.1:{port}/v1/upload", destination=QUICK, drop='rescan_every = "1s"')
+    stage.configure(f"https://127.0.0.1:{port}/v1/upload", destination=FAST_RETRY, drop='rescan_every = "1s"')
     daemon = stage.daemon().ready()
     stage.put("core.tar.gz", b"content")
     daemon.wait_for("archive.queued")
     daemon.wait_for("destination.paused")
     with mounted_over(stage.drop):
-        (told,) = daemon.wait_for("attempt.failed", reason="archive_unreadable")[:1]
-        assert told["error"] == "its filesystem is not mounted on the drop folder"
+        failed = daemon.wait_for("attempt.failed", reason="archive_unreadable")[0]
+        assert failed["error"] == "its filesystem is not mounted on the drop folder"
         assert daemon.stop() == 0
         daemon = stage.daemon().ready()
         daemon.wait_for("attempt.failed", reason="archive_unreadable")
@@ -321,8 +326,9 @@ def test_what_is_pending_waits_while_its_filesystem_is_not_mounted(stage: Stage)
     assert ledger(stage, "SELECT count(*) FROM archive") == [(1,)]
 
 
+@pytest.mark.long
 @pytest.mark.root
-def test_what_was_delivered_is_not_gone_while_its_filesystem_is_not_mounted(
+def test_a_delivered_archive_is_moved_once_its_filesystem_is_mounted_again(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
     stage.configure(receiver.url)
@@ -334,8 +340,8 @@ def test_what_was_delivered_is_not_gone_while_its_filesystem_is_not_mounted(
     stage.sent.unlink()
     with mounted_over(stage.drop):
         again = stage.daemon().ready()
-        (told,) = again.wait_for("disposition.failed")
-        assert told["hint"].startswith("mount the filesystem")
+        (failed,) = again.wait_for("disposition.failed")
+        assert failed["hint"].startswith("mount the filesystem")
         assert again.stop() == 0
         assert list(stage.drop.iterdir()) == []
     again = stage.daemon().ready()
@@ -343,9 +349,10 @@ def test_what_was_delivered_is_not_gone_while_its_filesystem_is_not_mounted(
     assert ledger(stage, "SELECT count(*) FROM archive") == [(1,)]
 
 
-def test_rejected_archives_are_put_back_and_delivered_once_the_cause_is_gone(stage: Stage) -> None:
+@pytest.mark.long
+def test_retried_archives_are_delivered_once_the_destination_accepts_them(stage: Stage) -> None:
     with Endpoint(stage.pki, lambda name: 422) as endpoint:
-        stage.configure(endpoint.url, destination=QUICK)
+        stage.configure(endpoint.url, destination=FAST_RETRY)
         daemon = stage.daemon().ready()
         for number in range(6):
             stage.put(f"sw-{number}.tar.gz", b"content %d" % number)
@@ -367,7 +374,7 @@ def test_rejected_archives_are_put_back_and_delivered_once_the_cause_is_gone(sta
         assert every.returncode == 0
         assert every.stdout.startswith("5 archives put back")
         daemon.wait_for("archive.delivered", count=6)
-        until(lambda: len(stage.archives(stage.sent)) == 6, "all in sent/")
+        until(lambda: len(stage.archives(stage.sent)) == 6, "all archives in sent/")
 
     assert list(stage.rejected.iterdir()) == []
     assert len(endpoint.stored) == 6
@@ -375,13 +382,13 @@ def test_rejected_archives_are_put_back_and_delivered_once_the_cause_is_gone(sta
     assert again.returncode == 2
     assert "not in quarantine" in again.stderr
     assert "nothing put back" in stage.backupd("retry", "--all").stdout
-    [told] = json.loads(stage.backupd("status", "--json").stdout)["destinations"]
-    assert told["rejected"] == 0
+    [destination] = json.loads(stage.backupd("status", "--json").stdout)["destinations"]
+    assert destination["rejected"] == 0
 
 
 @pytest.fixture
 def refused(stage: Stage) -> Iterator[Stage]:
-    """A stage on which an archive was rejected; no daemon runs."""
+    """A stage where an archive was rejected; no daemon runs."""
     with Endpoint(stage.pki, lambda name: 422) as endpoint:
         stage.configure(endpoint.url)
         daemon = stage.daemon().ready()
@@ -392,14 +399,13 @@ def refused(stage: Stage) -> Iterator[Stage]:
 
 
 def rejections(stage: Stage) -> int:
-    [told] = json.loads(stage.backupd("status", "--json").stdout)["destinations"]
-    return int(told["rejected"])
+    [destination] = json.loads(stage.backupd("status", "--json").stdout)["destinations"]
+    return int(destination["rejected"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["by its id", "all"])
-def test_what_was_removed_from_quarantine_by_hand_counts_as_rejected_no_more_once_it_is_retried(
-    refused: Stage, how: str
-) -> None:
+def test_retry_stops_counting_archives_that_were_removed_from_quarantine(refused: Stage, how: str) -> None:
     (refused.rejected / "sw.tar.gz").unlink()
     [record] = json.loads(refused.backupd("list", "--json").stdout)
     assert rejections(refused) == 1
@@ -409,7 +415,8 @@ def test_what_was_removed_from_quarantine_by_hand_counts_as_rejected_no_more_onc
     assert list(refused.rejected.iterdir()) == []
 
 
-def test_while_the_ledger_is_held_by_another_nothing_is_put_back(refused: Stage) -> None:
+@pytest.mark.long
+def test_retry_moves_no_archive_while_another_process_locks_the_ledger(refused: Stage) -> None:
     [record] = json.loads(refused.backupd("list", "--json").stdout)
     with contextlib.closing(sqlite3.connect(refused.state / "ledger.sqlite3")) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -423,8 +430,9 @@ def test_while_the_ledger_is_held_by_another_nothing_is_put_back(refused: Stage)
     assert list(refused.rejected.iterdir()) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("all_of_them", [False, True])
-def test_while_the_drop_folder_is_away_nothing_is_put_back(refused: Stage, all_of_them: bool) -> None:
+def test_retry_moves_no_archive_while_the_drop_folder_is_missing(refused: Stage, all_of_them: bool) -> None:
     [record] = json.loads(refused.backupd("list", "--json").stdout)
     away = refused.drop.rename(refused.base / "away")
     done = refused.backupd("retry", "--all" if all_of_them else record["id"])
@@ -436,7 +444,8 @@ def test_while_the_drop_folder_is_away_nothing_is_put_back(refused: Stage, all_o
     assert refused.backupd("retry", "--all").stdout.startswith("1 archive put back")
 
 
-def test_what_is_put_back_while_the_daemon_is_down_is_delivered_when_it_runs(stage: Stage) -> None:
+@pytest.mark.long
+def test_an_archive_that_is_retried_without_a_daemon_is_delivered_by_the_next_one(stage: Stage) -> None:
     with Endpoint(stage.pki, lambda name: 422) as endpoint:
         stage.configure(endpoint.url)
         daemon = stage.daemon().ready()
@@ -453,7 +462,8 @@ def test_what_is_put_back_while_the_daemon_is_down_is_delivered_when_it_runs(sta
     assert stage.archives(stage.sent) == [stage.sent / "sw.tar.gz"]
 
 
-def test_an_archive_that_is_named_like_a_record_stays_when_another_is_put_back(stage: Stage) -> None:
+@pytest.mark.long
+def test_retry_leaves_an_archive_that_is_named_like_a_reason_file(stage: Stage) -> None:
     with Endpoint(stage.pki, lambda name: 422) as endpoint:
         stage.configure(endpoint.url)
         daemon = stage.daemon().ready()
@@ -472,7 +482,8 @@ def test_an_archive_that_is_named_like_a_record_stays_when_another_is_put_back(s
     assert (stage.rejected / other).exists()
 
 
-def test_nothing_is_overwritten_by_what_is_put_back(stage: Stage) -> None:
+@pytest.mark.long
+def test_retry_overwrites_no_file(stage: Stage) -> None:
     with Endpoint(stage.pki, lambda name: 422) as endpoint:
         stage.configure(endpoint.url)
         daemon = stage.daemon().ready()
@@ -492,7 +503,8 @@ def test_nothing_is_overwritten_by_what_is_put_back(stage: Stage) -> None:
     assert (stage.drop / "other.tar.gz").exists()
 
 
-def test_a_pending_delivery_can_be_hastened(stage: Stage) -> None:
+@pytest.mark.long
+def test_retry_makes_a_pending_delivery_due_at_once(stage: Stage) -> None:
     port = stage.a_free_port()
     wait = '[destination.vault.retry]\ninitial = "1h"\nmax = "1h"'
     stage.configure(f"https://127.0.0.1:{port}/v1/upload", destination=wait)
@@ -504,12 +516,12 @@ def test_a_pending_delivery_can_be_hastened(stage: Stage) -> None:
     done = stage.backupd("retry", pending["id"])
 
     assert (done.returncode, done.stderr) == (0, "")
-    [hastened] = json.loads(stage.backupd("list", "--json").stdout)
-    assert hastened["due_at"] < pending["due_at"]
+    [retried] = json.loads(stage.backupd("list", "--json").stdout)
+    assert retried["due_at"] < pending["due_at"]
 
 
 def test_an_archive_older_than_give_up_after_is_rejected(stage: Stage) -> None:
-    retry = f'{QUICK}\ngive_up_after = "1s"'
+    retry = f'{FAST_RETRY}\ngive_up_after = "1s"'
     stage.configure(f"https://127.0.0.1:{stage.a_free_port()}/", destination=retry)
     daemon = stage.daemon().ready()
     stage.put("sw.tar.gz", b"content")
@@ -520,5 +532,5 @@ def test_an_archive_older_than_give_up_after_is_rejected(stage: Stage) -> None:
     assert event["reason"] == "gave_up"
     assert "Connection refused" in event["error"]
     assert stage.archives(stage.rejected) == [stage.rejected / "sw.tar.gz"]
-    [told] = json.loads((stage.rejected / "sw.tar.gz.reason.json").read_bytes())["deliveries"]
-    assert told["reason"] == "gave_up"
+    [delivery] = json.loads((stage.rejected / "sw.tar.gz.reason.json").read_bytes())["deliveries"]
+    assert delivery["reason"] == "gave_up"

@@ -50,6 +50,7 @@ def micros(ago: timedelta) -> int:
 # a ledger that is damaged, or in use
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "damage",
     [
@@ -92,6 +93,7 @@ def test_commands_report_damaged_values_in_the_ledger_without_a_traceback(
     assert checked.stdout.startswith(("UNKNOWN - the ledger can't be read", "CRITICAL"))
 
 
+@pytest.mark.long
 def test_status_does_not_block_on_a_pipe_in_place_of_the_lock_file(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
@@ -142,6 +144,7 @@ def on_a_terminal(stage: Stage, *arguments: str, until_seen: str = "", **environ
     return written.decode()
 
 
+@pytest.mark.long
 def test_status_is_coloured_on_a_terminal_without_no_color(stage: Stage, receiver: RunningReceiver) -> None:
     a_sent_archive(stage, receiver, "one.cfg")
     assert "\x1b[32mdaemon: running" in on_a_terminal(stage, "status")
@@ -177,6 +180,7 @@ def test_check_is_ok_with_a_running_daemon_and_critical_without(
     assert line.startswith("CRITICAL - the daemon is not running")
 
 
+@pytest.mark.long
 def test_check_warns_of_a_paused_destination_and_of_an_old_archive(stage: Stage) -> None:
     stage.configure("https://127.0.0.1:9/", destination=STUCK)
     daemon = stage.daemon().ready()
@@ -190,6 +194,7 @@ def test_check_warns_of_a_paused_destination_and_of_an_old_archive(stage: Stage)
     assert checked(stage)[0] == 2
 
 
+@pytest.mark.long
 def test_check_warns_of_a_rejected_archive(stage: Stage) -> None:
     tls = ServerTls(stage.pki.server_cert, stage.pki.server_key, stage.pki.ca_pem)
     with RunningReceiver(stage.store, tls, max_size=1000) as receiver:
@@ -201,6 +206,7 @@ def test_check_warns_of_a_rejected_archive(stage: Stage) -> None:
     assert "rejected: 1 archive;" in stage.backupd("status").stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("days", "code"), [(10, 1), (2, 2)])
 def test_check_warns_of_an_expiring_certificate(
     stage: Stage, receiver: RunningReceiver, days: int, code: int
@@ -214,6 +220,7 @@ def test_check_warns_of_an_expiring_certificate(
     assert "the certificate of vault expires in" in line
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("days", "code", "level"), [(4, 1, "WARNING"), (2, 2, "CRITICAL")])
 def test_status_and_the_daemon_report_the_certificate_of_a_chain_that_expires_first(
     stage: Stage, receiver: RunningReceiver, days: int, code: int, level: str
@@ -236,6 +243,7 @@ def test_status_and_the_daemon_report_the_certificate_of_a_chain_that_expires_fi
     assert f"certificate_days={days};14:;3:" in line
 
 
+@pytest.mark.long
 def test_check_is_unknown_without_a_ledger_or_a_valid_configuration(stage: Stage) -> None:
     stage.configure("https://127.0.0.1:9/")
     code, line = checked(stage)
@@ -249,6 +257,7 @@ def test_check_is_unknown_without_a_ledger_or_a_valid_configuration(stage: Stage
 # list, show
 
 
+@pytest.mark.long
 def test_list_filters_by_drop_device_destination_time_and_name(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
@@ -284,6 +293,7 @@ def test_list_filters_by_drop_device_destination_time_and_name(
         assert (done.returncode, "hint: " in done.stderr) == (2, True)
 
 
+@pytest.mark.long
 def test_show_lists_all_deliveries_of_an_archive(stage: Stage, receiver: RunningReceiver) -> None:
     other = f'[destination.annex]\nurl = "{receiver.url}"\nca = "{stage.pki.ca_pem}"\n'
     other += f'cert = "{stage.pki.client_cert}"\nkey = "{stage.pki.client_key}"\n'
@@ -321,6 +331,7 @@ def audited(stage: Stage, *arguments: str) -> tuple[int, dict[str, dict[str, int
     return done.returncode, result["counts"], result["wrong"]
 
 
+@pytest.mark.long
 def test_audit_reports_missing_changed_unreadable_and_intact_files(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
@@ -357,6 +368,7 @@ def test_audit_ignores_a_deeply_nested_receipt_file(stage: Stage, receiver: Runn
     assert audited(stage)[1]["kept"]["ok"] == 1
 
 
+@pytest.mark.long
 def test_audit_ignores_archives_that_the_daemon_removed(stage: Stage, receiver: RunningReceiver) -> None:
     daemon = a_sent_archive(stage, receiver, "a.cfg", drop='keep_sent_for = "1s"')
     daemon.wait_for("archive.expired")
@@ -366,6 +378,7 @@ def test_audit_ignores_archives_that_the_daemon_removed(stage: Stage, receiver: 
     assert re.search(r"^removed +\d{4}-", stage.backupd("show", record["id"]).stdout, re.MULTILINE)
 
 
+@pytest.mark.long
 def test_audit_remote_reports_an_archive_that_the_destination_lost(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
@@ -385,6 +398,7 @@ def test_audit_remote_reports_an_archive_that_the_destination_lost(
     assert [(w["path"], w["destination"]) for w in wrong] == [("b.cfg", "vault")]
 
 
+@pytest.mark.long
 def test_audit_remote_reports_a_destination_that_cannot_be_queried(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
@@ -400,6 +414,7 @@ def test_audit_remote_reports_a_destination_that_cannot_be_queried(
 # a large ledger
 
 
+@pytest.mark.long
 def test_queries_scan_no_table_of_a_hundred_thousand_archives(stage: Stage) -> None:
     """Counts SQLite's steps, which do not depend on the load of the machine."""
     stage.configure("https://127.0.0.1:9/")

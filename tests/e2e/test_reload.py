@@ -1,4 +1,4 @@
-"""A new configuration, and new certificates, while the daemon runs: nothing is lost, nothing waits."""
+"""Changes of the configuration and of certificates while the daemon runs lose and delay no archive."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ import pytest
 
 from backupd.receiver.serve import RunningReceiver
 from tests.pki import KeyPair, in_days
-from tests.scripted import Peer, ScriptedServer, in_turn, receipt_for, server_context, take_all
+from tests.scripted import Peer, ScriptedServer, accept_all, in_turn, receipt_for, server_context
 from tests.stage import TIMEOUT, Daemon, Stage, until
 
-SOON = 'heartbeat_every = "0.5s"'
-"""So that certificates are looked at twice a second."""
+FREQUENT_HEARTBEAT = 'heartbeat_every = "0.5s"'
+"""Have the certificates checked twice a second."""
 
 
 def reload(daemon: Daemon, event: str = "config.reloaded") -> dict[str, Any]:
-    """Have the configuration taken, and wait for what is said of it."""
+    """Send SIGHUP, wait for the event, and return it."""
     before = len(daemon.events(event))
     daemon.process.send_signal(signal.SIGHUP)
     return daemon.wait_for(event, before + 1)[-1]
 
 
-def answers_when_told(peer: Peer) -> None:
+def responds_after_resume(peer: Peer) -> None:
     request = peer.read_request()
     peer.pause()
     peer.send(receipt_for(request.archive))
 
 
-def put_in_place(stage: Stage, pair: KeyPair) -> None:
-    """Renew the client's files as certbot does: by renames, one after the other."""
+def renew_client_files(stage: Stage, pair: KeyPair) -> None:
+    """Replace the files of the client as certbot does: by renames, one after the other."""
     for new, old in ((pair.cert, stage.pki.client_cert), (pair.key, stage.pki.client_key)):
         part = Path(f"{old}.part")
         shutil.copy(new, part)
@@ -43,7 +43,8 @@ def put_in_place(stage: Stage, pair: KeyPair) -> None:
         part.rename(old)
 
 
-def test_what_is_pending_waits_for_its_drop_to_be_configured_again(
+@pytest.mark.long
+def test_pending_archives_wait_until_their_drop_is_configured_again(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
     other = stage.base / "other"
@@ -61,8 +62,8 @@ def test_what_is_pending_waits_for_its_drop_to_be_configured_again(
     stage.configure(receiver.url, more=quick)
     daemon = stage.daemon().ready()
     daemon.wait_for("delivery.deferred", 2)
-    (told,) = daemon.events("config.warning")
-    assert told["path"] == "drop.other"
+    (warning,) = daemon.events("config.warning")
+    assert warning["path"] == "drop.other"
     stage.configure(receiver.url, more=quick + with_other)
     reload(daemon)
 
@@ -71,8 +72,9 @@ def test_what_is_pending_waits_for_its_drop_to_be_configured_again(
     assert len(daemon.events("delivery.verified")) == 2
 
 
-def test_claims_that_a_retired_destination_cannot_give_back_at_once_are_not_lost(stage: Stage) -> None:
-    with ScriptedServer(in_turn(answers_when_told, take_all), server_context(stage.pki)) as server:
+@pytest.mark.long
+def test_claims_of_a_retired_destination_are_released_once_the_ledger_is_unlocked(stage: Stage) -> None:
+    with ScriptedServer(in_turn(responds_after_resume, accept_all), server_context(stage.pki)) as server:
         stage.configure(server.url, drop='stable_for = "0s"', destination="workers = 1")
         for number in range(4):
             stage.put(f"r{number}.cfg", b"content %d" % number)
@@ -83,22 +85,22 @@ def test_claims_that_a_retired_destination_cannot_give_back_at_once_are_not_lost
         path = stage.state / "ledger.sqlite3"
         with closing(sqlite3.connect(path, timeout=TIMEOUT, isolation_level=None)) as ledger:
             claimed = "SELECT count(*) FROM delivery WHERE state = 'claimed'"
-            until(lambda: ledger.execute(claimed).fetchone() == (4,), "all to be claimed")
+            until(lambda: ledger.execute(claimed).fetchone() == (4,), "all archives to be claimed")
             ledger.execute("BEGIN IMMEDIATE")
             server.resumed.set()
-            daemon.wait_for("ledger.failed", 3)  # the worker had its turn, too
+            daemon.wait_for("ledger.failed", 3)  # the worker has failed as well
             ledger.execute("ROLLBACK")
         daemon.wait_for("archive.disposed", 4)
         assert len(server.requests) == 4
         assert daemon.stop() == 0
 
 
-def test_drops_and_destinations_come_and_go(stage: Stage) -> None:
+def test_a_reload_adds_and_removes_drops_and_destinations(stage: Stage) -> None:
     other = stage.base / "firewalls"
     other.mkdir()
     with (
-        ScriptedServer(take_all, server_context(stage.pki)) as first,
-        ScriptedServer(take_all, server_context(stage.pki)) as second,
+        ScriptedServer(accept_all, server_context(stage.pki)) as first,
+        ScriptedServer(accept_all, server_context(stage.pki)) as second,
     ):
         stage.configure(first.url)
         daemon = stage.daemon().ready()
@@ -108,9 +110,9 @@ def test_drops_and_destinations_come_and_go(stage: Stage) -> None:
             more=f'[drop.firewalls]\npath = "{other}"\nstable_for = "0s"\n'
             f'[destination.second]\nurl = "{second.url}"\n{tls}\n',
         )
-        told = reload(daemon)
-        assert told["drops_changed"] == ["firewalls", "switches"]  # the old one has a new destination, too
-        assert told["destinations_changed"] == ["second"]
+        reloaded = reload(daemon)
+        assert reloaded["drops_changed"] == ["firewalls", "switches"]  # switches has a new destination
+        assert reloaded["destinations_changed"] == ["second"]
         stage.put("new.cfg", b"for two", into=other)
         stage.put("old.cfg", b"for two, too")
         daemon.wait_for("archive.disposed", 2)
@@ -123,39 +125,42 @@ def test_drops_and_destinations_come_and_go(stage: Stage) -> None:
         assert daemon.stop() == 0
 
 
-def test_archives_of_a_destination_that_is_no_more_are_told(stage: Stage) -> None:
-    with ScriptedServer(take_all, server_context(stage.pki)) as server:
+@pytest.mark.long
+def test_archives_pending_for_a_removed_destination_are_logged_and_in_the_status(stage: Stage) -> None:
+    with ScriptedServer(accept_all, server_context(stage.pki)) as server:
         tls = f'ca = "{stage.pki.ca_pem}"\ncert = "{stage.pki.client_cert}"\nkey = "{stage.pki.client_key}"'
         gone = f'[destination.gone]\nurl = "https://localhost:1/"\n{tls}\n'
-        stage.configure(server.url, top=SOON, more=gone)
+        stage.configure(server.url, top=FREQUENT_HEARTBEAT, more=gone)
         daemon = stage.daemon().ready()
         stage.put("a.cfg", b"abc")
         daemon.wait_for("delivery.verified")
         daemon.wait_for("destination.paused", destination="gone")
-        stage.configure(server.url, top=SOON)
+        stage.configure(server.url, top=FREQUENT_HEARTBEAT)
         reload(daemon)
-        told = daemon.wait_for("config.warning", path="destination.gone")[0]
-        assert told["error"].startswith("1 archives are pending")
+        warning = daemon.wait_for("config.warning", path="destination.gone")[0]
+        assert warning["error"].startswith("1 archives are pending")
         assert daemon.wait_for("destination.status", destination="gone")[-1]["pending"] == 1
         status = json.loads(stage.backupd("status", "--json").stdout)
         assert {d["name"]: d["pending"] for d in status["destinations"]} == {"vault": 0, "gone": 1}
         stage.configure(
-            server.url, top=SOON, more=gone.replace("localhost:1/", server.url.partition("//")[2])
+            server.url,
+            top=FREQUENT_HEARTBEAT,
+            more=gone.replace("localhost:1/", server.url.partition("//")[2]),
         )
         reload(daemon)
         daemon.wait_for("archive.disposed", archive="a.cfg")
         assert daemon.stop() == 0
 
 
-def test_an_upload_under_way_ends_by_the_old_configuration(stage: Stage) -> None:
-    with ScriptedServer(in_turn(answers_when_told, take_all), server_context(stage.pki)) as server:
+def test_an_upload_in_progress_ends_with_the_old_configuration(stage: Stage) -> None:
+    with ScriptedServer(in_turn(responds_after_resume, accept_all), server_context(stage.pki)) as server:
         stage.configure(server.url)
         daemon = stage.daemon().ready()
         stage.put("slow.cfg", b"slow")
         assert server.paused.wait(TIMEOUT)
         stage.configure(server.url, destination='fields = { note = "new" }')
         assert reload(daemon)["destinations_changed"] == ["vault"]
-        stage.put("quick.cfg", b"quick")  # waits for nobody
+        stage.put("quick.cfg", b"quick")  # not delayed by the other upload
         daemon.wait_for("archive.disposed", archive="quick.cfg")
         server.resumed.set()
         daemon.wait_for("archive.disposed", archive="slow.cfg")
@@ -165,27 +170,29 @@ def test_an_upload_under_way_ends_by_the_old_configuration(stage: Stage) -> None
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "error"),
     [
         ("[drop.switches]\npaht = 3", "paht"),
         ('[drop.switches]\npath = "/nowhere"\n[destination.vault]\nurl = "https://localhost/"', "/nowhere"),
         ("nonsense", "nonsense"),
     ],
 )
-def test_a_bad_configuration_changes_nothing(stage: Stage, text: str, says: str) -> None:
-    with ScriptedServer(take_all, server_context(stage.pki)) as server:
+def test_an_invalid_configuration_is_refused_and_the_daemon_continues(
+    stage: Stage, text: str, error: str
+) -> None:
+    with ScriptedServer(accept_all, server_context(stage.pki)) as server:
         stage.configure(server.url)
         daemon = stage.daemon().ready()
         stage.config.write_text(text)
         refused = reload(daemon, "config.refused")
-        assert says in refused["error"]
+        assert error in refused["error"]
         assert refused["hint"]
         stage.put("a.cfg", b"abc")
         daemon.wait_for("archive.disposed", archive="a.cfg")
         assert daemon.stop() == 0
 
 
-def test_another_state_dir_needs_a_restart(stage: Stage) -> None:
+def test_a_reload_refuses_another_state_dir(stage: Stage) -> None:
     stage.configure("https://localhost:1/")
     daemon = stage.daemon().ready()
     config = stage.config.read_text().replace(str(stage.state), str(stage.base / "elsewhere"))
@@ -193,8 +200,9 @@ def test_another_state_dir_needs_a_restart(stage: Stage) -> None:
     assert "state_dir" in reload(daemon, "config.refused")["error"]
 
 
-def test_twenty_reloads_under_load_lose_nothing_and_send_nothing_twice(stage: Stage) -> None:
-    with ScriptedServer(take_all, server_context(stage.pki)) as server:
+@pytest.mark.long
+def test_twenty_reloads_under_load_lose_no_archive_and_upload_none_twice(stage: Stage) -> None:
+    with ScriptedServer(accept_all, server_context(stage.pki)) as server:
         stage.configure(server.url)
         daemon = stage.daemon().ready()
         for number in range(20):
@@ -210,13 +218,13 @@ def test_twenty_reloads_under_load_lose_nothing_and_send_nothing_twice(stage: St
         assert daemon.stop() == 0
 
 
-def test_renewed_certificates_are_taken_up_between_archives(stage: Stage) -> None:
-    with ScriptedServer(in_turn(answers_when_told, take_all), server_context(stage.pki)) as server:
-        stage.configure(server.url, top=SOON)
+def test_a_renewed_certificate_is_used_from_the_next_archive_on(stage: Stage) -> None:
+    with ScriptedServer(in_turn(responds_after_resume, accept_all), server_context(stage.pki)) as server:
+        stage.configure(server.url, top=FREQUENT_HEARTBEAT)
         daemon = stage.daemon().ready()
         stage.put("slow.cfg", b"slow")
         assert server.paused.wait(TIMEOUT)
-        put_in_place(stage, stage.pki.issue_client("renewed", not_after=in_days(200.5)))
+        renew_client_files(stage, stage.pki.issue_client("renewed", not_after=in_days(200.5)))
         renewed = daemon.wait_for("certificate.renewed")[0]
         assert (renewed["destination"], renewed["days_left"]) == ("vault", 200)
         server.resumed.set()
@@ -230,9 +238,10 @@ def test_renewed_certificates_are_taken_up_between_archives(stage: Stage) -> Non
         assert daemon.stop() == 0
 
 
-def test_a_pair_that_does_not_fit_is_refused_and_the_last_good_one_goes_on(stage: Stage) -> None:
-    with ScriptedServer(take_all, server_context(stage.pki)) as server:
-        stage.configure(server.url, top=SOON)
+@pytest.mark.long
+def test_a_certificate_with_another_key_is_refused_and_the_last_valid_pair_stays(stage: Stage) -> None:
+    with ScriptedServer(accept_all, server_context(stage.pki)) as server:
+        stage.configure(server.url, top=FREQUENT_HEARTBEAT)
         daemon = stage.daemon().ready()
         shutil.copy(stage.pki.issue_client("other").cert, stage.pki.client_cert)
         refused = daemon.wait_for("certificate.refused")[0]
@@ -244,16 +253,17 @@ def test_a_pair_that_does_not_fit_is_refused_and_the_last_good_one_goes_on(stage
         assert daemon.stop() == 0
 
 
-def test_certificates_that_end_soon_are_told_at_every_start(stage: Stage) -> None:
-    put_in_place(stage, stage.pki.issue_client("short", not_after=in_days(5.5)))
+@pytest.mark.long
+def test_certificates_that_expire_soon_are_logged_at_each_start(stage: Stage) -> None:
+    renew_client_files(stage, stage.pki.issue_client("short", not_after=in_days(5.5)))
     pair = stage.pki.issue_server("brief", not_after=in_days(2.5))
-    with ScriptedServer(take_all, server_context(stage.pki, pair)) as server:
-        stage.configure(server.url, top=SOON)
+    with ScriptedServer(accept_all, server_context(stage.pki, pair)) as server:
+        stage.configure(server.url, top=FREQUENT_HEARTBEAT)
         for number in range(2):
             daemon = stage.daemon().ready()
-            (ours,) = daemon.wait_for("certificate.expiring", certificate_role="client")
-            assert (ours["destination"], ours["days_left"]) == ("vault", 5)
+            (client,) = daemon.wait_for("certificate.expiring", certificate_role="client")
+            assert (client["destination"], client["days_left"]) == ("vault", 5)
             stage.put(f"{number}.cfg", b"abc")
-            (theirs,) = daemon.wait_for("certificate.expiring", certificate_role="server")
-            assert theirs["days_left"] == 2
+            (server_certificate,) = daemon.wait_for("certificate.expiring", certificate_role="server")
+            assert server_certificate["days_left"] == 2
             assert daemon.stop() == 0

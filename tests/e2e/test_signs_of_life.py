@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripted import Peer, ScriptedServer, server_context, take_all
+from tests.scripted import Peer, ScriptedServer, accept_all, server_context
 from tests.stage import TIMEOUT, Stage, until
 
 HANGS = """
@@ -64,6 +64,7 @@ def never_answers(peer: Peer) -> None:
     peer.pause()
 
 
+@pytest.mark.long
 def test_a_slow_upload_is_no_hanging_thread(stage: Stage, systemd: Systemd) -> None:
     with ScriptedServer(never_answers, server_context(stage.pki)) as server:
         stage.configure(server.url, top='shutdown_grace = "0s"')
@@ -80,11 +81,12 @@ def test_a_slow_upload_is_no_hanging_thread(stage: Stage, systemd: Systemd) -> N
         assert daemon.stop() == 0
 
 
+@pytest.mark.long
 def test_a_hanging_worker_is_logged_and_stops_the_watchdog_messages(
     stage: Stage, systemd: Systemd, tmp_path: Path
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(HANGS)
-    with ScriptedServer(take_all, server_context(stage.pki)) as server:
+    with ScriptedServer(accept_all, server_context(stage.pki)) as server:
         stage.configure(server.url)
         path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
         daemon = stage.daemon({**systemd.environ(2), "PYTHONPATH": path}).ready()

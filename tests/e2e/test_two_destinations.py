@@ -1,4 +1,4 @@
-"""One destination that is down holds up neither the other one nor itself for longer than it must."""
+"""A destination that is down delays neither the other destination nor, later, itself."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.stage import Stage, until
+
+pytestmark = pytest.mark.long
 
 COUNT = 1000
 
 
 def _seconds_to_vault(stage: Stage, receiver: RunningReceiver, names: list[str], more: str) -> float:
-    """Deliver archives to the vault and return how long it took; the daemon goes on."""
+    """Deliver archives to the vault and return the seconds that it took; the daemon keeps running."""
     stage.configure(receiver.url, more=more)
     daemon = stage.daemon().ready()
     began = time.monotonic()
@@ -24,7 +28,7 @@ def _seconds_to_vault(stage: Stage, receiver: RunningReceiver, names: list[str],
     return time.monotonic() - began
 
 
-def test_one_that_is_down_does_not_slow_the_other_and_gets_everything_later(
+def test_a_destination_that_is_down_does_not_delay_the_other_and_gets_all_archives_later(
     stage: Stage, receiver: RunningReceiver, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     alone = _seconds_to_vault(stage, receiver, [f"alone-{n}.cfg" for n in range(COUNT)], "")
@@ -49,5 +53,5 @@ def test_one_that_is_down_does_not_slow_the_other_and_gets_everything_later(
     assert len(stored) == COUNT
     assert len(daemon.events("archive.delivered")) == COUNT
     assert until(lambda: len(stage.archives(stage.sent)) == 2 * COUNT, "the moves")
-    record_property("seconds", f"alone {alone:.1f}, beside one that is down {beside:.1f}")
+    record_property("seconds", f"alone {alone:.1f}, beside a destination that is down {beside:.1f}")
     print(f"{COUNT} archives: alone {alone:.1f} s, beside a destination that is down {beside:.1f} s")

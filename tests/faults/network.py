@@ -195,7 +195,7 @@ def _wait_until_delivered(stage: Stage, proxies: Sequence[FaultProxy], digests: 
             if seen > refused:
                 refused = seen
                 for proxy in proxies:
-                    proxy.take_again()
+                    proxy.accept_again()
         with closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=60)) as ledger:
             row = ledger.execute("SELECT count(*) FROM archive WHERE disposition = 'done'").fetchone()
         return int(row[0]) >= len(digests)

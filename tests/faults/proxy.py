@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from tests.pki import Pki
-from tests.scripted import EndedError, Peer, ScriptedServer, answer, server_context
+from tests.scripted import EndedError, Peer, ScriptedServer, http_response, server_context
 
 _PIECE = 64 * 1024
 _HANDSHAKE_BYTES = 1_000
@@ -128,18 +128,18 @@ class FaultProxy:
 
     @property
     def is_refusing(self) -> bool:
-        """Whether connections are refused, until `take_again`."""
+        """Whether connections are refused, until `accept_again`."""
         return self._server.is_refusing
 
-    def take_again(self) -> None:
+    def accept_again(self) -> None:
         """Accept connections again."""
-        self._server.take_again()
+        self._server.accept_again()
 
     def close_clean_connections(self) -> None:
         """Close the idle connections without a fault, so that new ones get the remaining faults."""
         with self._lock:
             for peer in self._clean:
-                peer.hang_up()
+                peer.interrupt()
             self._clean.clear()
 
     def _serve(self, peer: Peer) -> None:
@@ -176,14 +176,14 @@ class FaultProxy:
                 self._reset_in_handshake(peer, fault)
             case Kind.HANG:
                 self._record(peer, fault)
-                peer.drain_nothing()
+                peer.stop_reading()
             case Kind.WRONG_CERTIFICATE:
                 self._record(peer, fault)
-                peer.shake_hands(self._wrong_context)
+                peer.do_handshake(self._wrong_context)
             case kind if kind in _IN_THE_BODY:
                 self._relay(peer, fault)
             case _:
-                peer.shake_hands(self._tls_context)
+                peer.do_handshake(self._tls_context)
                 self._serve_responses(peer, fault)
 
     def _record(self, peer: Peer, fault: Fault) -> None:
@@ -246,7 +246,7 @@ class FaultProxy:
             case Kind.RESET_IN_BODY:
                 peer.reset()
             case Kind.STALL_IN_BODY:
-                peer.drain_nothing()
+                peer.stop_reading()
             case Kind.ALERT_IN_BODY:
                 near.sendall(_ALERT)
                 peer.drain()
@@ -283,7 +283,7 @@ class FaultProxy:
                     peer.send(response[: fault.after % len(response)])
                     peer.reset()
                 case Kind.BAD_GATEWAY:
-                    peer.send(answer(502))
+                    peer.send(http_response(502))
                 case Kind.SLOW_RESPONSE:
                     peer.drip(response, fault.pace)
                 case Kind.RESPONSE_TWICE:

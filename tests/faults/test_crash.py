@@ -13,6 +13,8 @@ from tests.faults.delivery import DELETED, KEPT, MOVED, REJECTED, Harness
 from tests.faults.shim import Mode
 from tests.faults.stepping import STEPS
 
+pytestmark = pytest.mark.long
+
 SEED = random.randrange(1_000_000)
 
 

@@ -43,6 +43,7 @@ def queue_an_archive(stage: Stage, receiver: RunningReceiver, shim: Shim, ahead:
     return daemon
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("days", [3, 400])
 def test_a_clock_that_is_set_back_delays_no_archive(
     stage: Stage, receiver: RunningReceiver, shim: Shim, days: int
@@ -57,6 +58,7 @@ def test_a_clock_that_is_set_back_delays_no_archive(
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 def test_a_start_with_an_earlier_clock_delays_no_archive(
     stage: Stage, receiver: RunningReceiver, shim: Shim
 ) -> None:
@@ -97,6 +99,7 @@ def assert_kept_and_listed(stage: Stage, daemon: Daemon, *names: str) -> None:
     assert not daemon.events("archive.expired")
 
 
+@pytest.mark.long
 def test_a_clock_that_is_set_forward_is_logged_and_expires_nothing(
     stage: Stage, receiver: RunningReceiver, shim: Shim
 ) -> None:
@@ -110,6 +113,7 @@ def test_a_clock_that_is_set_forward_is_logged_and_expires_nothing(
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lost", [False, True], ids=["with its ledger", "without the ledger"])
 def test_a_start_with_a_later_clock_expires_nothing(
     stage: Stage, receiver: RunningReceiver, shim: Shim, lost: bool
@@ -134,6 +138,7 @@ def test_a_start_with_a_later_clock_expires_nothing(
         assert again.stop() == 0
 
 
+@pytest.mark.long
 def test_a_clock_skew_ends_although_the_daemon_runs_only_for_short_times(
     stage: Stage, receiver: RunningReceiver, shim: Shim
 ) -> None:
@@ -178,7 +183,7 @@ def test_an_archive_is_delivered_although_the_host_sleeps_during_the_upload(stag
         stage.put("core.tar.gz", content)
         assert server.paused.wait(TIMEOUT)
         daemon.process.send_signal(signal.SIGSTOP)
-        server.go_on()
+        server.resume()
         until(server.peers[0].closed.is_set, "the server to close the connection")
         daemon.process.send_signal(signal.SIGCONT)
         daemon.wait_for("archive.disposed", archive="core.tar.gz")
@@ -233,6 +238,7 @@ def test_a_lack_of_descriptors_for_the_sent_index_does_not_end_the_daemon(
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("limit", [5, 8, 12, 16, 20])
 def test_too_few_descriptors_at_the_start_are_reported_or_are_enough(
     stage: Stage, receiver: RunningReceiver, limit: int
@@ -278,12 +284,14 @@ def assert_delivers_many(stage: Stage, process: subprocess.Popen[bytes]) -> None
     assert process.wait(TIMEOUT) == 0
 
 
+@pytest.mark.long
 def test_a_full_disk_of_the_output_stops_no_delivery(stage: Stage, receiver: RunningReceiver) -> None:
     stage.configure(receiver.url, drop='stable_for = "0s"')
     with Path("/dev/full").open("wb", buffering=0) as full, writing_to(stage, full) as process:
         assert_delivers_many(stage, process)
 
 
+@pytest.mark.long
 def test_an_output_without_a_reader_stops_no_delivery(stage: Stage, receiver: RunningReceiver) -> None:
     stage.configure(receiver.url, drop='stable_for = "0s"')
     reader, writer = os.pipe()
@@ -295,6 +303,7 @@ def test_an_output_without_a_reader_stops_no_delivery(stage: Stage, receiver: Ru
         os.close(writer)
 
 
+@pytest.mark.long
 def test_an_output_that_is_never_read_stops_no_delivery(stage: Stage, receiver: RunningReceiver) -> None:
     stage.configure(receiver.url, drop='stable_for = "0s"')
     reader, writer = os.pipe()
@@ -306,6 +315,7 @@ def test_an_output_that_is_never_read_stops_no_delivery(stage: Stage, receiver: 
         os.close(reader)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("closed", "log_format"), [(">&-", "json"), ("<&- >&- 2>&-", "json"), ("<&- >&- 2>&-", "auto")]
 )

@@ -88,6 +88,7 @@ def a_folder(path: Path, outside: Outside) -> None:
     path.mkdir()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [a_link, a_pipe, a_folder])
 def test_files_swapped_for_links_pipes_and_folders_stop_no_other_archive(
     stage: Stage, receiver: RunningReceiver, kind: Callable[[Path, Outside], None]
@@ -116,6 +117,7 @@ def test_files_swapped_for_links_pipes_and_folders_stop_no_other_archive(
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 def test_a_directory_swapped_for_a_link_during_moves_leads_to_no_file_outside(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
@@ -148,6 +150,7 @@ def test_a_directory_swapped_for_a_link_during_moves_leads_to_no_file_outside(
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("folder", ["sent", "rejected"])
 def test_a_sent_or_rejected_folder_that_is_a_link_is_not_followed(
     stage: Stage, receiver: RunningReceiver, folder: str
@@ -172,6 +175,7 @@ def test_a_sent_or_rejected_folder_that_is_a_link_is_not_followed(
     assert again.stop() == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("plant", [a_link, a_pipe, Path.touch], ids=["link", "pipe", "file"])
 def test_a_file_in_place_of_the_sent_folder_does_not_keep_the_daemon_from_starting(
     stage: Stage, receiver: RunningReceiver, plant: Callable[..., None]
@@ -220,6 +224,7 @@ def test_a_hard_link_to_a_file_outside_leaves_that_file_unchanged(
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 @pytest.mark.root
 def test_a_sparse_file_of_eight_exbibytes_stops_no_other_archive(
     stage: Stage, receiver: RunningReceiver
@@ -244,6 +249,7 @@ def test_a_sparse_file_of_eight_exbibytes_stops_no_other_archive(
         subprocess.run(["umount", "--lazy", str(stage.drop)], check=True)
 
 
+@pytest.mark.long
 def test_each_of_20000_ignored_files_is_logged_once_and_no_archive_is_missed(
     stage: Stage, receiver: RunningReceiver
 ) -> None:

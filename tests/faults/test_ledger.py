@@ -17,7 +17,7 @@ import pytest
 
 from backupd.ledger.sqlite.connection import FILE_NAME
 from backupd.receiver.serve import RunningReceiver
-from tests.scripted import Peer, ScriptedServer, answer, receipt_for, server_context
+from tests.scripted import Peer, ScriptedServer, http_response, receipt_for, server_context
 from tests.stage import TIMEOUT, Daemon, Stage, until
 
 FAST_RETRY = '[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.5s"'
@@ -86,6 +86,7 @@ def assert_delivered(stage: Stage, *names: str) -> None:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", [header, inner_pages, emptied, cut, missing, all_missing])
 def test_a_lost_ledger_is_recreated_from_the_folders(
     stage: Stage, waiting: Daemon, damage: Callable[[Path], None]
@@ -119,11 +120,12 @@ def listed(stage: Stage) -> list[dict[str, Any]]:
     return sorted(deliveries, key=lambda delivery: str(delivery["id"]))
 
 
+@pytest.mark.long
 def test_a_new_ledger_restores_its_history_from_the_receipt_files(stage: Stage) -> None:
     def script(peer: Peer) -> None:
         while True:
             content = peer.read_request().archive
-            peer.send(answer(422) if content == b"bad" else receipt_for(content))
+            peer.send(http_response(422) if content == b"bad" else receipt_for(content))
 
     with ScriptedServer(script, server_context(stage.pki)) as server:
         expected = """label_pattern = '(?P<device>[^-]+)-.*'\nexpect = { every = "1s", by = "{device}" }"""
@@ -165,6 +167,7 @@ def test_the_first_ledger_is_not_logged_as_recreated(stage: Stage, receiver: Run
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 def test_pages_damaged_under_the_daemon_end_it_and_the_next_start_recreates_the_ledger(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
@@ -229,6 +232,7 @@ def the_log(ledger: Path) -> None:
         overwrite(log, 32 + frame * (24 + PAGE) + 32, PAGE - 8)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", [a_table, an_index, half, the_log])
 def test_damage_under_the_daemon_is_logged_and_loses_no_archive(
     stage: Stage, damage: Callable[[Path], None]
@@ -239,7 +243,7 @@ def test_damage_under_the_daemon_is_logged_and_loses_no_archive(
     def script(peer: Peer) -> None:
         while True:
             content = peer.read_request().archive
-            peer.send(answer(503) if down.is_set() else receipt_for(content))
+            peer.send(http_response(503) if down.is_set() else receipt_for(content))
 
     with ScriptedServer(script, server_context(stage.pki)) as server:
         stage.configure(
@@ -290,6 +294,7 @@ def no_version(db: sqlite3.Connection) -> None:
     db.execute("PRAGMA user_version = 0")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", [no_text, no_column, no_version])
 def test_damage_that_no_integrity_check_finds_costs_at_most_one_start(
     stage: Stage, waiting: Daemon, damage: Callable[[sqlite3.Connection], None]
@@ -314,6 +319,7 @@ def test_damage_that_no_integrity_check_finds_costs_at_most_one_start(
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 def test_a_ledger_removed_under_the_daemon_loses_no_archive(stage: Stage, waiting: Daemon) -> None:
     daemon = stage.daemon().ready()
     daemon.wait_for("archive.disposed", archive="pending.tar.gz")
@@ -341,6 +347,7 @@ def replaced(ledger: Path) -> None:
     copy.rename(ledger)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("remove", [missing, log_missing, all_missing, replaced])
 def test_a_ledger_removed_under_the_daemon_is_logged_at_each_heartbeat(
     stage: Stage, receiver: RunningReceiver, remove: Callable[[Path], None]
@@ -403,6 +410,7 @@ def test_the_daemon_waits_for_a_ledger_locked_by_another_process(
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 def test_the_daemon_does_not_start_while_another_process_locks_the_ledger(
     stage: Stage, waiting: Daemon
 ) -> None:
@@ -426,6 +434,7 @@ def own_disk(stage: Stage) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", stage.state], check=True)
 
 
+@pytest.mark.long
 @pytest.mark.root
 def test_a_full_disk_of_the_ledger_is_logged_and_archives_wait(
     stage: Stage, receiver: RunningReceiver, own_disk: Path
@@ -452,6 +461,7 @@ def fill(disk: Path) -> None:
             stream.write(bytes(PAGE))
 
 
+@pytest.mark.long
 @pytest.mark.root
 def test_a_read_only_state_folder_keeps_the_daemon_from_starting_and_changes_no_file(
     stage: Stage, waiting: Daemon
@@ -471,6 +481,7 @@ def test_a_read_only_state_folder_keeps_the_daemon_from_starting_and_changes_no_
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 def test_rejected_archives_stay_in_quarantine_when_the_ledger_is_lost(
     stage: Stage, receiver: RunningReceiver
 ) -> None:

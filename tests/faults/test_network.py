@@ -24,6 +24,7 @@ LOSE_THE_RESPONSE = (
 HARMLESS = (Kind.RESPONSE_TWICE, Kind.CLOSED_TWICE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [*Kind], ids=lambda kind: kind.value)
 def test_a_fault_loses_no_archive_and_stores_none_twice(tmp_path: Path, kind: Kind) -> None:
     result = deliver(
@@ -42,6 +43,7 @@ def test_a_wrong_server_certificate_loses_no_archive_and_repeats_no_upload(tmp_p
     assert 1 <= result.sent_completely <= 1 + result.failed_without_fault
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", LOSE_THE_RESPONSE, ids=lambda kind: kind.value)
 def test_a_query_after_a_lost_response_avoids_a_second_upload(tmp_path: Path, kind: Kind) -> None:
     """The response to the upload is lost, then the response to the query."""
@@ -56,6 +58,7 @@ def test_a_query_after_a_lost_response_avoids_a_second_upload(tmp_path: Path, ki
     assert result.archives == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", BELOW_HTTP, ids=lambda kind: kind.value)
 def test_a_fault_below_http2_loses_no_archive_and_stores_none_twice(tmp_path: Path, kind: Kind) -> None:
     result = deliver(
@@ -82,6 +85,7 @@ def test_faults_of_two_destinations_lose_no_archive_of_either(tmp_path: Path) ->
     assert result.attempts_failed > 0
 
 
+@pytest.mark.long
 def test_a_random_schedule_ends_with_all_archives_delivered_once() -> None:
     print(f"seed {SEED}")
     tally = NetworkTally()

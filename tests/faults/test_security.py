@@ -16,7 +16,15 @@ from pathlib import Path
 import pytest
 
 from backupd.receiver.serve import RunningReceiver
-from tests.scripted import Peer, ScriptedServer, answer, header_of, receipt_for, server_context, take_all
+from tests.scripted import (
+    Peer,
+    ScriptedServer,
+    accept_all,
+    header_of,
+    http_response,
+    receipt_for,
+    server_context,
+)
 from tests.stage import Stage, until
 
 FAST_RETRY = '[destination.{name}.retry]\ninitial = "0.1s"\nmax = "0.3s"\n'
@@ -75,16 +83,18 @@ class Echo:
             if status == 201:
                 good = json.loads(receipt_for(request.archive).partition(b"\r\n\r\n")[2])
                 good["echo"] = echoed.decode("latin-1")
-                peer.send(answer(201, json.dumps(good).encode()))
+                peer.send(http_response(201, json.dumps(good).encode()))
             else:
-                peer.send(answer(status, echoed, Location=f"https://x.invalid/{quoted}", X_Echo=quoted))
+                peer.send(
+                    http_response(status, echoed, Location=f"https://x.invalid/{quoted}", X_Echo=quoted)
+                )
 
     def _token(self, request: bytes) -> bytes:
         self.tokens += 1
         if self.tokens == 1:
             error = {"error": "invalid_client", "error_description": request.decode("latin-1")}
-            return answer(401, json.dumps(error).encode())
-        return answer(200, json.dumps({"access_token": SECRETS["access_token"]}).encode())
+            return http_response(401, json.dumps(error).encode())
+        return http_response(200, json.dumps({"access_token": SECRETS["access_token"]}).encode())
 
 
 def destination(stage: Stage, url: str, name: str, lines: str) -> str:
@@ -103,6 +113,7 @@ def secrets(stage: Stage) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_no_secret_that_an_endpoint_echoes_leaves_the_process(stage: Stage, secrets: Path) -> None:
     echo = Echo()
     with ScriptedServer(echo, server_context(stage.pki)) as server:
@@ -164,7 +175,7 @@ def test_no_secret_that_an_endpoint_echoes_leaves_the_process(stage: Stage, secr
 
 def test_a_bug_is_logged_without_a_secret_and_loses_no_archive(stage: Stage, secrets: Path) -> None:
     auth = f'[destination.bearer.auth]\ntype = "bearer"\ntoken_file = "{secrets}/token"'
-    with ScriptedServer(take_all, server_context(stage.pki)) as server:
+    with ScriptedServer(accept_all, server_context(stage.pki)) as server:
         stage.config.write_text(
             f'state_dir = "{stage.state}"\n[log]\nlevel = "debug"\n'
             f'[drop.switches]\npath = "{stage.drop}"\nstable_for = "0s"\n'
@@ -184,6 +195,7 @@ def test_a_bug_is_logged_without_a_secret_and_loses_no_archive(stage: Stage, sec
     assert len({header_of(request.head, "Idempotency-Key") for request in server.requests}) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("content", [b"", b"two\nlines MARKER\n", b"\xff\xfeMARKER", b"MARKER " * 20_000])
 def test_an_unusable_secret_file_is_reported_without_its_content(
     stage: Stage, receiver: RunningReceiver, content: bytes
@@ -235,18 +247,18 @@ def slow_header(peer: Peer) -> None:
 def a_bomb(peer: Peer) -> None:
     """Send a compressed response that expands to a thousand times its size."""
     body = gzip.compress(bytes(200_000_000), 1)
-    peer.send(answer(201, body, Content_Encoding="gzip", Content_Type="application/json"))
+    peer.send(http_response(201, body, Content_Encoding="gzip", Content_Type="application/json"))
     peer.drain()
 
 
 def deep_json(peer: Peer) -> None:
-    peer.send(answer(201, b"[" * 60_000))
+    peer.send(http_response(201, b"[" * 60_000))
     peer.drain()
 
 
 def odd_json(peer: Peer) -> None:
     body = b'{"sha256": "\\ud800", "sha256": NaN, "size": 1e999, "id": %s}' % (b"9" * 5000)
-    peer.send(answer(201, body))
+    peer.send(http_response(201, body))
     peer.drain()
 
 
@@ -287,6 +299,7 @@ def before(done: threading.Event, harm: Callable[[Peer], None]) -> Callable[[Pee
     return script
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("harm", HARMFUL)
 def test_a_harmful_response_costs_little_memory_and_loses_no_archive(
     stage: Stage, harm: Callable[[Peer], None]
@@ -333,6 +346,7 @@ def test_a_response_of_one_byte_at_a_time_is_abandoned_without_a_deadline(
         assert daemon.stop() == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_no_redirect_is_followed_with_an_archive(stage: Stage, status: int) -> None:
     with ScriptedServer(lambda peer: peer.drain()) as elsewhere:
@@ -341,7 +355,9 @@ def test_no_redirect_is_followed_with_an_archive(stage: Stage, status: int) -> N
             while True:
                 peer.read_request()
                 peer.send(
-                    answer(status, b"over there", Location=elsewhere.url, Set_Cookie="a=b", Refresh="0")
+                    http_response(
+                        status, b"over there", Location=elsewhere.url, Set_Cookie="a=b", Refresh="0"
+                    )
                 )
 
         with ScriptedServer(script, server_context(stage.pki)) as server:
@@ -361,7 +377,9 @@ def test_no_redirect_is_followed_with_an_archive(stage: Stage, status: int) -> N
 def receipt_with(**changed: object) -> Callable[[bytes], bytes]:
     def receipt(content: bytes) -> bytes:
         good = json.loads(receipt_for(content).partition(b"\r\n\r\n")[2])
-        return answer(201, json.dumps({k: v for k, v in (good | changed).items() if v is not None}).encode())
+        return http_response(
+            201, json.dumps({k: v for k, v in (good | changed).items() if v is not None}).encode()
+        )
 
     return receipt
 
@@ -374,9 +392,9 @@ FALSE_RECEIPTS: dict[str, Callable[[bytes], bytes]] = {
     "half a digest": lambda content: receipt_with(sha256=hex_of(content)[:32])(content),
     "a digest that is no string": receipt_with(sha256=["a"]),
     "a byte less": lambda content: receipt_with(size=len(content) - 1)(content),
-    "an empty body": lambda _: answer(201),
-    "no content": lambda _: answer(204),
-    "a page": lambda _: answer(200, b"<html>Welcome! Please sign in.</html>"),
+    "an empty body": lambda _: http_response(201),
+    "no content": lambda _: http_response(204),
+    "a page": lambda _: http_response(200, b"<html>Welcome! Please sign in.</html>"),
 }
 
 
@@ -384,6 +402,7 @@ def hex_of(content: bytes) -> str:
     return str(json.loads(receipt_for(content).partition(b"\r\n\r\n")[2])["sha256"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("receipt", FALSE_RECEIPTS.values(), ids=FALSE_RECEIPTS)
 def test_a_false_receipt_is_never_accepted(stage: Stage, receipt: Callable[[bytes], bytes]) -> None:
     def script(peer: Peer) -> None:

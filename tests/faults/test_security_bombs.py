@@ -20,6 +20,8 @@ from backupd.core.archive_formats import Damage
 from backupd.dropfolder.decompress import LimitReachedError
 from backupd.dropfolder.inspect import inspect
 
+pytestmark = pytest.mark.long
+
 MIB = 1 << 20
 
 

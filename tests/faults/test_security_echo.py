@@ -18,7 +18,7 @@ import pytest
 
 from backupd.core.model import Deferred, Delivered, Outcome, Rejected
 from backupd.upload.registry import probe_all
-from tests.scripted import Peer, ScriptedServer, answer, header_of
+from tests.scripted import Peer, ScriptedServer, header_of, http_response
 from tests.uploading import a_destination, a_sender, an_archive
 
 SECRET = "s3cr'et/<MARKER>&\"four\\five +=~"
@@ -34,18 +34,20 @@ def raw(text: str) -> bytes:
 
 
 PLACES: dict[str, Response] = {
-    "the body": lambda secret: answer(500, raw(secret)),
+    "the body": lambda secret: http_response(500, raw(secret)),
     "the reason phrase": lambda secret: raw(f"HTTP/1.1 500 {secret}\r\nContent-Length: 0\r\n\r\n"),
-    "a location that is cut": lambda secret: answer(302, Location="/" + "x" * 180 + secret),
-    "a body that is cut": lambda secret: answer(500, b"x" * 285 + raw(secret)),
+    "a location that is cut": lambda secret: http_response(302, Location="/" + "x" * 180 + secret),
+    "a body that is cut": lambda secret: http_response(500, b"x" * 285 + raw(secret)),
     "a header without a colon": lambda secret: raw(f"HTTP/1.1 500 No\r\n{secret}\r\n\r\n"),
     "a header with a control character": lambda secret: raw(f"HTTP/1.1 500 No\r\nX: {secret}\x00\r\n\r\n"),
     "a malformed status line": lambda secret: raw(f"HTTP/1.1 {secret} No\r\n\r\n"),
     "a transfer encoding": lambda secret: raw(f"HTTP/1.1 201 OK\r\nTransfer-Encoding: {secret}\r\n\r\n"),
     "a content length": lambda secret: raw(f"HTTP/1.1 201 OK\r\nContent-Length: {secret}\r\n\r\n"),
-    "the digest": lambda secret: answer(201, json.dumps({"sha256": secret}).encode()),
-    "a digest that is cut": lambda secret: answer(201, json.dumps({"sha256": "x" * 185 + secret}).encode()),
-    "the size": lambda secret: answer(201, json.dumps({"size": secret}).encode()),
+    "the digest": lambda secret: http_response(201, json.dumps({"sha256": secret}).encode()),
+    "a digest that is cut": lambda secret: http_response(
+        201, json.dumps({"sha256": "x" * 185 + secret}).encode()
+    ),
+    "the size": lambda secret: http_response(201, json.dumps({"size": secret}).encode()),
 }
 
 FORMS: dict[str, Callable[[str], str]] = {
@@ -116,7 +118,7 @@ def test_an_error_hides_a_secret_in_any_part_of_a_response(
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_an_error_hides_a_secret_in_any_encoding(tmp_path: Path, form: Callable[[str], str]) -> None:
     for name in ("bearer", "basic", "header"):
-        with ScriptedServer(always(answer(400, raw(form(SECRET))))) as server:
+        with ScriptedServer(always(http_response(400, raw(form(SECRET))))) as server:
             with a_sender(a_destination(server.url, **scheme(name, tmp_path))) as sender:
                 error = error_of(sender.send(an_archive(tmp_path, b"content")))
         assert_clean(error)
@@ -127,10 +129,10 @@ TOKEN = "Tk" + "".join(random.Random(7).choices("abcdefghijklmnopqrstuvwxyz01234
 """A secret without characters that an encoding escapes."""
 
 CUTS: dict[str, Callable[[int], bytes]] = {
-    "a digest": lambda left: answer(
+    "a digest": lambda left: http_response(
         201, json.dumps({"sha256": "z" * (1024 - 9 * len(TOKEN) - left) + TOKEN * 10}).encode()
     ),
-    "a refusal": lambda left: answer(503, b"z" * ((65536 - left) % len(TOKEN)) + TOKEN.encode() * 700),
+    "a refusal": lambda left: http_response(503, b"z" * ((65536 - left) % len(TOKEN)) + TOKEN.encode() * 700),
 }
 
 
@@ -155,7 +157,7 @@ def test_a_receipt_keeps_no_part_of_a_secret_at_its_end(tmp_path: Path) -> None:
     file.write_text(TOKEN)
     digest = hashlib.sha256(b"content").hexdigest()
     body = b"z" * ((65536 - 99) % len(TOKEN)) + TOKEN.encode() * 700
-    with ScriptedServer(always(answer(201, body, X_Digest=digest))) as server:
+    with ScriptedServer(always(http_response(201, body, X_Digest=digest))) as server:
         keys: dict[str, Any] = {"auth": {"type": "bearer", "token_file": file}}
         keys["receipt"] = {"digest": "header:X-Digest"}
         with a_sender(a_destination(server.url, **keys)) as sender:
@@ -164,7 +166,7 @@ def test_a_receipt_keeps_no_part_of_a_secret_at_its_end(tmp_path: Path) -> None:
     assert TOKEN[:8] not in outcome.receipt.body
 
 
-LONG = {**PLACES, "a size": lambda text: answer(201, raw(f'{{"size": {text}}}'))}
+LONG = {**PLACES, "a size": lambda text: http_response(201, raw(f'{{"size": {text}}}'))}
 
 
 @pytest.mark.parametrize("place", LONG.values(), ids=LONG)
@@ -176,11 +178,11 @@ def test_an_error_is_limited_in_length(tmp_path: Path, place: Response) -> None:
 
 TOKEN_PLACES: dict[str, Response] = {
     **PLACES,
-    "an error": lambda secret: answer(400, json.dumps({"error": secret}).encode()),
-    "a description that is cut": lambda secret: answer(
+    "an error": lambda secret: http_response(400, json.dumps({"error": secret}).encode()),
+    "a description that is cut": lambda secret: http_response(
         400, json.dumps({"error": "no", "error_description": "x" * 985 + secret}).encode()
     ),
-    "an error that is an object": lambda secret: answer(
+    "an error that is an object": lambda secret: http_response(
         400, json.dumps({"error": {"text": secret}}).encode()
     ),
 }
@@ -233,7 +235,7 @@ def test_a_check_hides_a_secret_in_any_part_of_a_response(tmp_path: Path, place:
 
 def test_an_error_hides_values_that_are_named_like_a_secret(tmp_path: Path) -> None:
     """The headers and query values that `config show` hides as well."""
-    quoted = answer(500, b"POST /up?api_key=MARKER-in-url&site=north; X-Auth-Token: MARKER-in-header")
+    quoted = http_response(500, b"POST /up?api_key=MARKER-in-url&site=north; X-Auth-Token: MARKER-in-header")
     with ScriptedServer(always(quoted)) as server:
         keys: dict[str, Any] = {"headers": {"X-Auth-Token": "MARKER-in-header"}}
         with a_sender(a_destination(f"{server.url}?api_key=MARKER-in-url&site=north", **keys)) as sender:
@@ -252,9 +254,9 @@ def test_an_upload_error_hides_a_client_secret(tmp_path: Path) -> None:
             while True:
                 request = peer.read_request()
                 if b"grant_type" in request.body:
-                    peer.send(answer(200, json.dumps({"access_token": "t0ken"}).encode()))
+                    peer.send(http_response(200, json.dumps({"access_token": "t0ken"}).encode()))
                 else:
-                    peer.send(answer(503, raw(f"you signed in with {SECRET}")))
+                    peer.send(http_response(503, raw(f"you signed in with {SECRET}")))
 
     with ScriptedServer(script) as server:
         auth = {
@@ -270,7 +272,7 @@ def test_an_upload_error_hides_a_client_secret(tmp_path: Path) -> None:
 
 
 def test_an_error_hides_a_form_field_that_is_named_like_a_secret(tmp_path: Path) -> None:
-    with ScriptedServer(always(answer(400, b"bad api_key MARKER-core, site north"))) as server:
+    with ScriptedServer(always(http_response(400, b"bad api_key MARKER-core, site north"))) as server:
         fields = {"api_key": "MARKER-core", "site": "north"}
         with a_sender(a_destination(server.url, fields=fields)) as sender:
             error = error_of(sender.send(an_archive(tmp_path, b"content")))

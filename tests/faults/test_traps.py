@@ -46,6 +46,7 @@ def wait_until_disposed(daemon: Daemon, *names: str) -> None:
         daemon.wait_for("archive.disposed", archive=name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("trap", [a_pipe, a_link, a_hard_link])
 def test_a_trap_with_the_name_of_a_temporary_receipt_file_is_neither_opened_nor_written(
     stage: Stage, receiver: RunningReceiver, outside: Outside, trap: Trap
@@ -63,6 +64,7 @@ def test_a_trap_with_the_name_of_a_temporary_receipt_file_is_neither_opened_nor_
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 def test_a_folder_with_the_name_of_a_temporary_receipt_file_is_logged_and_stops_no_other_archive(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
@@ -85,6 +87,7 @@ def test_a_folder_with_the_name_of_a_temporary_receipt_file_is_logged_and_stops_
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("trap", [a_pipe, a_link, a_folder, a_hard_link])
 @pytest.mark.parametrize("action", ["move", "delete"])
 def test_a_trap_with_a_hidden_name_of_the_daemon_is_renamed(
@@ -106,6 +109,7 @@ def test_a_trap_with_a_hidden_name_of_the_daemon_is_renamed(
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("trap", [a_pipe, a_link, a_folder])
 def test_an_archive_replaced_by_a_trap_before_its_upload_is_missing_until_it_is_back(
     stage: Stage, receiver: RunningReceiver, outside: Outside, trap: Trap
@@ -129,6 +133,7 @@ def test_an_archive_replaced_by_a_trap_before_its_upload_is_missing_until_it_is_
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 def test_a_sent_folder_swapped_for_a_link_during_moves_leads_to_no_file_outside(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
@@ -171,6 +176,7 @@ def nest(top: Path, *stretches: tuple[int, str, bytes]) -> None:
     os.close(here)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("when", ["before the start", "while it runs"])
 def test_directories_nested_beyond_the_limits_do_not_end_the_daemon(
     stage: Stage, receiver: RunningReceiver, when: str
@@ -212,6 +218,7 @@ def a_huge_file(path: Path) -> None:
         os.truncate(stream.fileno(), 2**63 - 1)
 
 
+@pytest.mark.long
 @pytest.mark.root
 @pytest.mark.parametrize(
     "destination", ['workers = 1\ndeadline = "1s"', 'workers = 2\ndigest_at = "before"'], ids=["sent", "read"]

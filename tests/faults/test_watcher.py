@@ -93,6 +93,7 @@ def mount(folder: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "backupd-test", folder], check=True)
 
 
+@pytest.mark.long
 @pytest.mark.root
 @pytest.mark.usefixtures("mounts")
 def test_a_mount_over_the_drop_folder_is_detected(stage: Stage, receiver: RunningReceiver) -> None:
@@ -123,6 +124,7 @@ def test_a_mount_over_the_drop_folder_is_detected(stage: Stage, receiver: Runnin
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 @pytest.mark.root
 @pytest.mark.usefixtures("mounts")
 def test_archives_on_an_unmounted_filesystem_are_delivered_later(
@@ -158,6 +160,7 @@ def test_archives_on_an_unmounted_filesystem_are_delivered_later(
         subprocess.run(["umount", "--lazy", image], check=True)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("own_limits")
 @pytest.mark.parametrize("limit", ["max_inotify_instances", "max_inotify_watches"])
 def test_an_inotify_limit_is_logged_and_scans_find_the_archives(
@@ -179,6 +182,7 @@ def test_an_inotify_limit_is_logged_and_scans_find_the_archives(
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("own_limits")
 def test_an_inotify_limit_for_some_directories_is_logged(stage: Stage, receiver: RunningReceiver) -> None:
     stage.configure(receiver.url, top='heartbeat_every = "1s"', drop=FREQUENT_SCANS, more=SCANS_LOGGED)
@@ -249,6 +253,7 @@ def test_a_drop_folder_that_is_removed_and_created_again_is_watched_again(
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 @pytest.mark.root
 def test_a_drop_folder_without_permissions_is_logged(stage: Stage, receiver: RunningReceiver) -> None:
     stage.configure(receiver.url, top='heartbeat_every = "1s"', drop=FREQUENT_SCANS, more=SCANS_LOGGED)
@@ -273,6 +278,7 @@ def test_a_drop_folder_without_permissions_is_logged(stage: Stage, receiver: Run
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 def test_an_overflow_of_the_inotify_queue_loses_no_archive(stage: Stage, receiver: RunningReceiver) -> None:
     """The daemon is stopped while the queue of the kernel overflows, and then continues."""
     queue_length = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())

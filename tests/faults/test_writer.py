@@ -35,6 +35,7 @@ def wait_until_sent(stage: Stage, daemon: Daemon, count: int) -> list[bytes]:
     return sorted(path.read_bytes() for path in stage.archives(stage.sent))
 
 
+@pytest.mark.long
 @pytest.mark.root  # detecting a file that another user has open takes CAP_LEASE
 def test_a_file_that_is_still_open_for_writing_is_not_queued(stage: Stage, receiver: RunningReceiver) -> None:
     stage.configure(receiver.url, top='[log]\nlevel = "debug"', drop=FREQUENT_SCANS)
@@ -63,6 +64,7 @@ def test_content_appended_after_the_delivery_is_a_new_archive(
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 @pytest.mark.root
 @pytest.mark.parametrize("action", ["move", "delete"])
 def test_a_queued_file_opened_again_is_moved_after_its_close(
@@ -156,6 +158,7 @@ class PausesFirstRequest:
             peer.send(receipt_for(content))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_during_the_upload_delivers_only_the_new_content(
     stage: Stage, change: Callable[[Path], bytes]
@@ -173,7 +176,7 @@ def test_a_change_during_the_upload_delivers_only_the_new_content(
         path = stage.put("core.tar.gz", old)
         assert server.paused.wait(TIMEOUT)
         new = change(path)
-        server.go_on()
+        server.resume()
 
         assert wait_until_sent(stage, daemon, 1) == [new]
         assert endpoint.contents == [new]  # the first request never completes
@@ -215,6 +218,7 @@ def test_each_content_under_a_reused_name_is_delivered(stage: Stage, receiver: R
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 def test_every_file_of_a_folder_that_is_moved_in_is_delivered(
     stage: Stage, receiver: RunningReceiver
 ) -> None:

@@ -770,6 +770,7 @@ def test_files_that_the_ledger_refused_are_queued_later_and_not_taken_for_missed
         assert degraded_reasons(scene) == []
 
 
+@pytest.mark.long
 def test_after_an_overflow_of_the_event_queue_every_file_is_queued(events_only: RunningIntake) -> None:
     scene = events_only
     (scene.root / "below").mkdir()

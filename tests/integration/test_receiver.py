@@ -558,6 +558,7 @@ def test_a_confirmed_archive_survives_a_kill_and_an_incomplete_one_is_removed(
         assert len(stored(restarted)) == 1
 
 
+@pytest.mark.long
 def test_memory_does_not_depend_on_the_size_of_the_archive(
     tmp_path: Path, pki: Pki, client: httpx.Client
 ) -> None:

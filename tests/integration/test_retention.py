@@ -54,6 +54,7 @@ def test_an_expired_archive_is_removed_with_its_receipt_file_and_no_other_file(s
     assert site.removals() == {"old.cfg": "expired", "new.cfg": None, "refused.cfg": None}
 
 
+@pytest.mark.long
 def test_receipt_files_of_other_users_cost_little_at_the_removal(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:

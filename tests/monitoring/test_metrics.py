@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from backupd.receiver.serve import RunningReceiver
 from tests.e2e.test_outages import Endpoint
 from tests.monitoring.tools import lnav, metrics_of
 from tests.stage import Stage
+
+pytestmark = pytest.mark.long
 
 BEATS = 'heartbeat_every = "0.2s"'
 ANNEX = """

@@ -253,6 +253,7 @@ def _bombs() -> dict[str, bytes]:
     return {"b.gz": gz, "b.zip": out.getvalue()}
 
 
+@pytest.mark.long
 def test_a_decompression_bomb_reaches_the_limit_in_bounded_memory(file: File) -> None:
     for name, content in _bombs().items():
         tracemalloc.start()

@@ -1,23 +1,26 @@
-"""Sent archives are removed by a real daemon when their time has come."""
+"""The daemon removes expired archives from `sent`."""
 
 from __future__ import annotations
+
+import pytest
 
 from backupd.receiver.serve import RunningReceiver
 from tests.stage import Stage, until
 
 
-def test_what_was_sent_is_removed_in_time_with_its_receipt(stage: Stage, receiver: RunningReceiver) -> None:
+def test_an_expired_archive_is_removed_with_its_receipt_file(stage: Stage, receiver: RunningReceiver) -> None:
     stage.configure(receiver.url, drop='keep_sent_for = "1s"')
     daemon = stage.daemon().ready()
     stage.put("sw.tar.gz", b"content")
-    [said] = daemon.wait_for("archive.expired")
-    assert (said["archive"], said["reason"]) == ("sw.tar.gz", "too_old")
+    [expired] = daemon.wait_for("archive.expired")
+    assert (expired["archive"], expired["reason"]) == ("sw.tar.gz", "too_old")
     until(lambda: list(stage.sent.iterdir()) == [], "an empty sent folder")
     assert [path.read_bytes() for path in stage.stored()] == [b"content"]
     assert daemon.stop() == 0
 
 
-def test_a_restart_applies_a_new_order_to_what_was_sent_before(
+@pytest.mark.long
+def test_a_restart_applies_a_new_retention_policy_to_earlier_archives(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
     stage.configure(receiver.url)
@@ -28,7 +31,7 @@ def test_a_restart_applies_a_new_order_to_what_was_sent_before(
     daemon.stop()
     stage.configure(receiver.url, drop="keep_sent_last = 2")
     again = stage.daemon().ready()
-    [said] = again.wait_for("archive.expired")
-    assert (said["archive"], said["reason"]) == ("0.tar.gz", "too_many")
+    [expired] = again.wait_for("archive.expired")
+    assert (expired["archive"], expired["reason"]) == ("0.tar.gz", "too_many")
     assert len(stage.archives(stage.sent)) == 2
     assert again.stop() == 0
