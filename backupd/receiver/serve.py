@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from backupd.core.errors import ConfigError, UnavailableError
-from backupd.receiver.app import DEFAULT_PATH, create_app
+from backupd.receiver.routes import DEFAULT_PATH, create_app
 
 
 @dataclass(frozen=True, slots=True)
