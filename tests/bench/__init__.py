@@ -1,1 +1,1 @@
-"""The real daemon, measured beside what people would use instead: `python -m tests.bench`."""
+"""Measure the daemon beside curl and rclone: `python -m tests.bench`."""

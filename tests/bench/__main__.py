@@ -1,4 +1,4 @@
-"""`python -m tests.bench`: measure, show a table, write JSON."""
+"""Measure, print a table, and write JSON: `python -m tests.bench`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tests.bench import far, large, resting, small
-from tests.bench.ends import Nginx, missing
+from tests.bench.programs import Nginx, missing
 from tests.bench.setting import Setting
 from tests.bench.table import Row, machine
 from tests.pki import Pki
@@ -34,22 +34,22 @@ KEYS = [key for keys in GROUPS for key in keys]
 
 
 def main() -> int:
-    """Run the rows asked for; 1 if one of them broke."""
+    """Measure the selected rows; return 1 if one of them failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--runs", type=int, default=5, help="of each competitor (5)")
-    parser.add_argument("--rows", default=",".join(KEYS), help="which, as P1,P2 (all)")
-    parser.add_argument("--json", type=Path, help="file to write all figures to")
-    parser.add_argument("--dir", type=Path, help="folder to work in, on the filesystem to measure")
-    parser.add_argument("--idle-seconds", type=float, default=300.0, help="length of P6 (300)")
-    parser.add_argument("--short", action="store_true", help="small sizes, one run, nothing judged")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each program (5)")
+    parser.add_argument("--rows", default=",".join(KEYS), help="rows to measure, such as P1,P2 (all)")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--dir", type=Path, help="work in this folder, on the filesystem to measure")
+    parser.add_argument("--idle-seconds", type=float, default=300.0, help="duration of P6 (300)")
+    parser.add_argument("--short", action="store_true", help="small sizes, one run, no goal is checked")
     options = parser.parse_args()
     rows = [key.strip().upper() for key in options.rows.split(",")]
     if unknown := set(rows) - set(KEYS):
         parser.error(f"no such row: {', '.join(sorted(unknown))}")
-    if why := missing("nginx"):
-        print(f"skipped: {why}, and every row needs it")
+    if reason := missing("nginx"):
+        print(f"skipped: {reason}, and every row needs it")
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and so clear up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and so remove the folder
     base = Path(tempfile.mkdtemp(prefix="backupd-bench-", dir=options.dir))
     try:
         measured = _measure(base, options, rows)
@@ -58,25 +58,25 @@ def main() -> int:
     return 1 if any(row.broken for row in measured) else 0
 
 
-def _measure(base: Path, options: argparse.Namespace, wanted: list[str]) -> list[Row]:
-    about = machine()
+def _measure(base: Path, options: argparse.Namespace, selected: list[str]) -> list[Row]:
+    properties = machine()
     pki = Pki(base / "pki")
     nginx = Nginx(base / "nginx", pki)
-    about["nginx drains by"] = nginx.drains
-    for name, value in about.items():
+    properties["nginx reads the body with"] = nginx.body_reader
+    for name, value in properties.items():
         print(f"{name}: {value}")
     runs = 1 if options.short else options.runs
     setting = Setting(base, runs, options.short, options.idle_seconds, pki, nginx)
     measured: list[Row] = []
     try:
         for keys, measure in GROUPS.items():
-            if not set(keys) & set(wanted):
+            if not set(keys) & set(selected):
                 continue
             start = time.monotonic()
             rows = _guarded(keys, measure, setting)
             print(f"\n-- {', '.join(keys)}: {time.monotonic() - start:.0f} s")
             for row in rows:
-                if row.key in wanted:
+                if row.key in selected:
                     print(row, flush=True)
                     measured.append(row)
     finally:
@@ -84,7 +84,7 @@ def _measure(base: Path, options: argparse.Namespace, wanted: list[str]) -> list
         if options.json:
             report = {
                 "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "machine": about,
+                "machine": properties,
                 "runs": runs,
                 "short": options.short,
                 "rows": [row.as_json() for row in measured],
@@ -96,9 +96,9 @@ def _measure(base: Path, options: argparse.Namespace, wanted: list[str]) -> list
 def _guarded(keys: tuple[str, ...], measure: Callable[[Setting], list[Row]], setting: Setting) -> list[Row]:
     try:
         return measure(setting)
-    except Exception as error:  # noqa: BLE001 -- told in the table; the other rows go on
-        what = str(error).replace(str(setting.base), "…")
-        return [Row(key, "", [], [], broken=f"{type(error).__name__}: {what}") for key in keys]
+    except Exception as error:  # noqa: BLE001 -- printed in the table; the other rows continue
+        description = str(error).replace(str(setting.base), "…")
+        return [Row(key, "", [], [], broken=f"{type(error).__name__}: {description}") for key in keys]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A TCP relay that holds everything back for a while: `python -m tests.bench.relay PORT TARGET SECONDS`.
+"""A TCP relay that delays all data: `python -m tests.bench.relay PORT TARGET SECONDS`.
 
-Delay without loss: both ends still talk TCP to something near, so congestion control sees no distance.
-A new connection waits for one round trip more, which its handshake would have taken.
+The delay is without loss, and both sides have a TCP connection to a near host, so their congestion control
+does not see the distance. A new connection waits for one more round trip, the time of a TCP handshake.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all rows share: sizes, folders, certificates and the endpoint."""
+"""The options, folders, certificates and endpoint that all rows share."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.bench.ends import MIB, Nginx, Ours
+from tests.bench.programs import MIB, Backupd, Nginx
 from tests.pki import Pki
 
 
 @dataclass
 class Setting:
-    """One invocation of the bench."""
+    """The setting of one invocation of the bench."""
 
     base: Path
     runs: int
@@ -25,15 +25,15 @@ class Setting:
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
     def folder(self) -> Path:
-        """Return the path of a folder that is not there yet."""
+        """Return the path of a new folder, which does not exist yet."""
         return self.base / f"work{next(self._numbers)}"
 
-    def ours(self, *, url: str = "", workers: int | None = None, drops: int = 1) -> Ours:
+    def backupd(self, *, url: str = "", workers: int | None = None, drops: int = 1) -> Backupd:
         """Return a daemon with folders of its own, not started."""
-        return Ours(self.folder(), self.pki, url or self.nginx.url, workers=workers, drops=drops)
+        return Backupd(self.folder(), self.pki, url or self.nginx.url, workers=workers, drops=drops)
 
     def small(self, count: int) -> list[Path]:
-        """Make a folder of archives of 20 kB."""
+        """Create a folder with archives of 20 kB; return their paths."""
         folder = self.folder()
         folder.mkdir()
         paths = [folder / f"small-{number:06}.tar.gz" for number in range(count)]
@@ -43,7 +43,7 @@ class Setting:
 
 
 def large(path: Path, mib: int) -> str:
-    """Make an archive of random content; return its digest."""
+    """Create an archive of random content; return its SHA-256."""
     digest = hashlib.sha256()
     with path.open("wb") as stream:
         for _ in range(mib):
@@ -54,13 +54,13 @@ def large(path: Path, mib: int) -> str:
 
 
 def sparse(path: Path, mib: int) -> None:
-    """Make an archive that is one hole."""
+    """Create a sparse archive without data."""
     with path.open("wb") as stream:
         stream.truncate(mib * MIB)
 
 
 def warm(*paths: Path) -> None:
-    """Read files, so that everyone finds them in the page cache."""
+    """Read files, so that every program finds them in the page cache."""
     for path in paths:
         with path.open("rb", buffering=0) as stream:
             while stream.read(4 * MIB):

@@ -1,4 +1,4 @@
-"""What was measured: rows of columns, the claims on them, and how they are shown."""
+"""The results of the bench: rows of columns with goals, and their output as text and JSON."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import backupd
 
 
 class BrokenError(Exception):
-    """A row could not be measured as meant: an archive was not delivered, a program failed."""
+    """A row could not be measured: an archive was not delivered, or a program failed."""
 
 
 @dataclass
 class Column:
-    """The samples of one competitor, or why there are none."""
+    """The samples of one program, or the reason why there are none."""
 
     name: str
     unit: str
@@ -40,18 +40,18 @@ class Column:
 
 
 @dataclass
-class Claim:
-    """A figure and its bound; without a figure there is nothing to judge."""
+class Goal:
+    """A figure and its goal; without a figure the goal is not checked."""
 
     text: str
     value: float | None
     at_most: float | None = None
     at_least: float | None = None
-    judged: bool = True
+    checked: bool = True
 
     @property
     def met(self) -> bool | None:
-        if self.value is None or not self.judged:
+        if self.value is None or not self.checked:
             return None
         if self.at_most is not None:
             return self.value <= self.at_most
@@ -60,39 +60,39 @@ class Claim:
     def __str__(self) -> str:
         value = "none" if self.value is None else f"{self.value:.4g}"
         bound = f"at most {self.at_most:g}" if self.at_most is not None else f"at least {self.at_least:g}"
-        return f"{self.text}: {value}, wanted {bound}: {MET[self.met]}"
+        return f"{self.text}: {value}, goal {bound}: {MET[self.met]}"
 
 
-MET = {True: "met", False: "NOT MET", None: "not judged"}
+MET = {True: "met", False: "NOT MET", None: "not checked"}
 
 
 @dataclass
 class Row:
-    """One piece of work."""
+    """A piece of work, with the figures of each program."""
 
     key: str
     work: str
     columns: list[Column]
-    claims: list[Claim]
+    goals: list[Goal]
     notes: list[str] = field(default_factory=list)
     broken: str | None = None
 
     @property
     def met(self) -> bool | None:
-        verdicts = {claim.met for claim in self.claims}
+        verdicts = {goal.met for goal in self.goals}
         return False if self.broken or False in verdicts else None if None in verdicts else True
 
     def __str__(self) -> str:
         width = max((len(c.name) for c in self.columns), default=0)
         lines = [f"{self.key}  {self.work}"]
         lines += [f"      {c.name:{width}} {c}" for c in self.columns]
-        lines += [f"      -> {claim}" for claim in self.claims]
+        lines += [f"      -> {goal}" for goal in self.goals]
         lines += [f"      ({note})" for note in self.notes]
         lines += [f"      BROKEN: {self.broken}"] if self.broken else []
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
-        """Return all of it, in plain types."""
+        """Return the row in types of JSON."""
         return {
             "row": self.key,
             "work": self.work,
@@ -108,7 +108,7 @@ class Row:
                 }
                 for c in self.columns
             ],
-            "wanted": [
+            "goals": [
                 {
                     "figure": c.text,
                     "value": c.value,
@@ -116,7 +116,7 @@ class Row:
                     "at_least": c.at_least,
                     "met": c.met,
                 }
-                for c in self.claims
+                for c in self.goals
             ],
             "met": self.met,
             "notes": self.notes,
@@ -125,14 +125,14 @@ class Row:
 
 
 Figures = Mapping[str, float]
-"""What one run of a competitor yields, by unit."""
+"""The figures of one run, by unit."""
 
 Competitor = Callable[[], Figures] | str
-"""Runs once; or says why it can't."""
+"""A function that runs a program once, or the reason to skip the program."""
 
 
 class Race:
-    """Runs competitors in turn, so that what disturbs the machine disturbs all of them."""
+    """Runs programs in turn, so that a disturbance of the machine affects all of them."""
 
     def __init__(self, runs: int, competitors: Mapping[str, Competitor]) -> None:
         self._skipped = {name: c for name, c in competitors.items() if isinstance(c, str)}
@@ -145,25 +145,25 @@ class Race:
                     self._results[name].append(competitor())
 
     def columns(self, unit: str) -> list[Column]:
-        """Return a column for each competitor."""
+        """Return a column for each program."""
         return [
             Column(name, unit, [f[unit] for f in self._results[name] if unit in f], self._skipped.get(name))
             for name in self._names
         ]
 
     def median(self, name: str, unit: str) -> float | None:
-        """Return a competitor's median, if it ran."""
+        """Return the median of a program, or None if it did not run."""
         samples = [figures[unit] for figures in self._results[name] if unit in figures]
         return statistics.median(samples) if samples else None
 
     def ratio(self, unit: str, name: str, to: str) -> float | None:
-        """Return the ratio of two medians, if both ran."""
+        """Return the ratio of two medians, or None if a program did not run."""
         one, other = self.median(name, unit), self.median(to, unit)
         return None if one is None or not other else one / other
 
 
 def machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
+    """Return the properties of the machine that the figures depend on."""
     models = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The programs that are measured: our daemon, and nginx, curl, openssl and rclone around it."""
+"""The programs that are measured: the daemon, and nginx, curl, openssl and rclone."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ _MODULES = Path(os.environ.get("NGINX_MODULES", "/usr/lib/nginx/modules"))
 
 
 def missing(*programs: str) -> str | None:
-    """Return what to say where a program is not installed."""
+    """Return the reason to skip a row if a program is not installed."""
     absent = [name for name in programs if shutil.which(name) is None]
     return f"{', '.join(absent)} not installed" if absent else None
 
 
 def free_port() -> int:
-    """Return a port of the loopback interface that nobody has now."""
+    """Return a free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
-    """Wait until a server listens."""
-    until(lambda: _listens(port), f"port {port}", process, patience=20, every=0.02)
+    """Wait until a server listens on a port."""
+    until(lambda: _listens(port), f"port {port}", process, timeout=20, every=0.02)
 
 
 def _listens(port: int) -> bool:
@@ -54,24 +54,24 @@ def _listens(port: int) -> bool:
 
 def until(
     done: Callable[[], bool],
-    what: str,
+    description: str,
     process: subprocess.Popen[bytes],
     *,
-    patience: float = TIMEOUT,
+    timeout: float = TIMEOUT,
     every: float = 0.005,
 ) -> None:
-    """Wait for a condition while a process lives."""
-    end = time.monotonic() + patience
+    """Wait for a condition while a process runs."""
+    deadline = time.monotonic() + timeout
     while not done():
         if process.poll() is not None:
-            raise BrokenError(f"waited for {what}, but the process ended with {process.returncode}")
-        if time.monotonic() > end:
-            raise BrokenError(f"waited {patience:g} s in vain for {what}")
+            raise BrokenError(f"waited for {description}, but the process ended with {process.returncode}")
+        if time.monotonic() > deadline:
+            raise BrokenError(f"timed out after {timeout:g} s waiting for {description}")
         time.sleep(every)
 
 
 def end(process: subprocess.Popen[bytes]) -> int:
-    """Terminate a process that was started here."""
+    """Send SIGTERM to a process, wait for its end, and return the exit code."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
     try:
@@ -82,7 +82,7 @@ def end(process: subprocess.Popen[bytes]) -> int:
 
 
 def run(*command: str, stdin: bytes = b"") -> tuple[float, float, str]:
-    """Run a program to its end; return its seconds, its CPU seconds and what it printed."""
+    """Run a program to its end; return the seconds, the CPU seconds and the output."""
     with tempfile.TemporaryFile() as feed, tempfile.TemporaryFile() as output:
         feed.write(stdin)
         feed.seek(0)
@@ -99,17 +99,17 @@ def run(*command: str, stdin: bytes = b"") -> tuple[float, float, str]:
 
 
 class Nginx:
-    """An endpoint that takes a POST over mTLS, reads all of it and answers 201.
+    """An endpoint that accepts a POST over mTLS, reads the whole body and responds with 201.
 
-    A plain `return 201` would answer before it has read the body, which proves nothing. Where the Lua module
-    is installed the body is read and dropped, which is cheapest; else nginx spools it to memory, as it does
-    for any backend, and asks an empty backend of its own. Curl and we meet the same one worker process.
+    A plain `return 201` would respond before it has read the body. With the Lua module the body is read and
+    discarded, which is cheapest. Without it nginx spools the body to memory, as for any backend, and passes
+    the request on to an empty backend of its own. All programs use the same single worker process.
     """
 
     def __init__(self, base: Path, pki: Pki, prefix: Sequence[str] = ()) -> None:
         self.port = free_port()
         self.url = f"https://127.0.0.1:{self.port}/v1/upload"
-        self.drains = "lua" if (_MODULES / "ngx_http_lua_module.so").exists() else "spool"
+        self.body_reader = "lua" if (_MODULES / "ngx_http_lua_module.so").exists() else "spool"
         base.mkdir()
         memory = Path("/dev/shm")
         self._spool = Path(
@@ -123,7 +123,7 @@ class Nginx:
         )
         try:
             if prefix:
-                until((base / "pid").exists, "nginx", self._process, patience=20)
+                until((base / "pid").exists, "nginx", self._process, timeout=20)
             else:
                 wait_for_port(self.port, self._process)
         except BaseException:
@@ -132,7 +132,7 @@ class Nginx:
 
     def _config(self, base: Path, pki: Pki) -> str:
         load, location = "", _SPOOL
-        if self.drains == "lua":
+        if self.body_reader == "lua":
             load = "".join(
                 f"load_module {_MODULES}/{name}_module.so;\n" for name in ("ndk_http", "ngx_http_lua")
             )
@@ -169,14 +169,14 @@ http {{
 }}
 """
 
-    def no_room(self, mib: int) -> str | None:
-        """Return what to say where an archive is too large to be spooled."""
-        if self.drains == "lua" or shutil.disk_usage(self._spool).free > (mib + 256) * MIB:
+    def cannot_spool(self, mib: int) -> str | None:
+        """Return the reason to skip a row if an archive is too large to be spooled."""
+        if self.body_reader == "lua" or shutil.disk_usage(self._spool).free > (mib + 256) * MIB:
             return None
-        return f"nginx has no room in memory for {mib} MiB"
+        return f"nginx can't spool {mib} MiB in memory"
 
     def stop(self) -> None:
-        """End it, and give the memory back."""
+        """Stop nginx, and remove the spool folder."""
         end(self._process)
         shutil.rmtree(self._spool)
 
@@ -203,27 +203,27 @@ _LUA = """
 
 
 def curl_command(pki: Pki, url: str, archive: str, prefix: Sequence[str] = ()) -> list[str]:
-    """Return the curl that posts one archive as a form and prints the status on a line."""
+    """Return the curl command that uploads one archive as a form and prints the status on a line."""
     tls = ["--cacert", str(pki.ca_pem), "--cert", str(pki.client_cert), "--key", str(pki.client_key)]
-    wanted = ["-sS", "-o", os.devnull, "-w", "%{http_code}\\n"]
-    return [*prefix, "curl", *wanted, *tls, "-F", f"file=@{archive}", url]
+    output = ["-sS", "-o", os.devnull, "-w", "%{http_code}\\n"]
+    return [*prefix, "curl", *output, *tls, "-F", f"file=@{archive}", url]
 
 
 def curl(pki: Pki, url: str, archive: Path, prefix: Sequence[str] = ()) -> tuple[float, float]:
-    """Post one archive; return the seconds and CPU seconds."""
+    """Upload one archive with curl; return the seconds and CPU seconds."""
     seconds, used, text = run(*curl_command(pki, url, str(archive), prefix))
     if text != "201\n":
-        raise BrokenError(f"curl was answered {text!r}")
+        raise BrokenError(f"curl got the status {text!r}")
     return seconds, used
 
 
 def curl_each(pki: Pki, url: str, archives: Sequence[Path], prefix: Sequence[str] = ()) -> float:
-    """Post archives with a process for each, one after the other; return the seconds."""
+    """Upload archives with one curl process for each, one after the other; return the seconds."""
     names = "".join(f"{path}\n" for path in archives).encode()
     command = curl_command(pki, url, "{}", prefix)
     seconds, _, text = run("xargs", "-I{}", *command, stdin=names)
     if text != "201\n" * len(archives):
-        raise BrokenError(f"curl was answered {text[-200:]!r}")
+        raise BrokenError(f"curl got the statuses {text[-200:]!r}")
     return seconds
 
 
@@ -257,7 +257,7 @@ class Rclone:
             raise
 
     def copy(self, folder: Path, count: int) -> float:
-        """Copy a folder's files to an empty one; return the seconds."""
+        """Copy the files of a folder into an empty one; return the seconds."""
         pki = self._pki
         tls = ["--ca-cert", str(pki.ca_pem), "--client-cert", str(pki.client_cert)]
         remote = ["--webdav-url", self._url, "--webdav-vendor", "other", *tls]
@@ -270,12 +270,12 @@ class Rclone:
         return seconds
 
     def stop(self) -> None:
-        """End it."""
+        """Stop the server, and remove its folder."""
         end(self._process)
         shutil.rmtree(self._store)
 
 
-class Ours:
+class Backupd:
     """`backupd run` as a process with folders of its own; `start` it, measure, `stop` it."""
 
     def __init__(
@@ -316,67 +316,67 @@ class Ours:
         return self._process
 
     def start(self) -> float:
-        """Start it; return the seconds until it says READY=1 as systemd is told."""
+        """Start the daemon; return the seconds until it sends READY=1 to systemd."""
         self._log.write_bytes(b"")
         self._seen, self._read_to, self._tail = {}, 0, b""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ear, self._log.open("ab") as log:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify_socket, self._log.open("ab") as log:
             name = f"backupd-bench-{os.getpid()}-{time.monotonic_ns()}"
-            ear.bind(f"\0{name}")
-            ear.settimeout(0.5)
+            notify_socket.bind(f"\0{name}")
+            notify_socket.settimeout(0.5)
             environ = {**os.environ, "NOTIFY_SOCKET": f"@{name}"}
             environ.pop("WATCHDOG_USEC", None)
             began = time.perf_counter()
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log, env=environ)
             while time.perf_counter() - began < TIMEOUT:
                 try:
-                    if b"READY=1" in ear.recv(4096):
+                    if b"READY=1" in notify_socket.recv(4096):
                         return time.perf_counter() - began
                 except TimeoutError:
                     if self._process.poll() is not None:
                         break
-        raise BrokenError(f"the daemon did not start: {self._why()}")
+        raise BrokenError(f"the daemon did not start: {self._first_error()}")
 
     def count(self, event: str) -> int:
-        """Return how often it said something since it started."""
+        """Return how often an event was logged since the start."""
         with self._log.open("rb") as log:
             log.seek(self._read_to)
-            fresh = log.read()
-        self._read_to += len(fresh)
-        *lines, self._tail = (self._tail + fresh).split(b"\n")
+            new = log.read()
+        self._read_to += len(new)
+        *lines, self._tail = (self._tail + new).split(b"\n")
         for line in lines:
             name = line.partition(b'"event"')[2].partition(b'"')[2].partition(b'"')[0]
             self._seen[name] = self._seen.get(name, 0) + 1
-        for bad in (b"archive.rejected", b"attempt.failed", b"daemon.failed", b"ledger.failed"):
-            if bad in self._seen:
-                raise BrokenError(f"the daemon says {bad.decode()}: {self._why()}")
+        for failure in (b"archive.rejected", b"attempt.failed", b"daemon.failed", b"ledger.failed"):
+            if failure in self._seen:
+                raise BrokenError(f"the daemon logged {failure.decode()}: {self._first_error()}")
         return self._seen.get(event.encode(), 0)
 
     def wait_for(self, event: str, count: int, every: float = 0.005) -> None:
-        """Wait until it said something that often."""
+        """Wait until an event was logged that often."""
         until(lambda: self.count(event) >= count, f"{count} x {event}", self.process, every=every)
 
-    def wait_settled(self, count: int) -> None:
-        """Wait until that many archives are in sent/, with receipts, all synced: the ledger says so last."""
+    def wait_until_recorded(self, count: int) -> None:
+        """Wait until so many archives are in sent/ with their receipt files, and in the ledger."""
         self.wait_for("archive.disposed", count)
         ledger = open_for_reading(self.state)
         try:
-            until(lambda: _settled(ledger), "the ledger", self.process)
+            until(lambda: _is_recorded(ledger), "the ledger", self.process)
         finally:
             ledger.close()
 
     def line(self, event: str) -> str:
-        """Return the last line with an event."""
+        """Return the last log line of an event."""
         lines = [line for line in self._log.read_text().splitlines() if f'"{event}"' in line]
         return lines[-1] if lines else ""
 
-    def _why(self) -> str:
-        """Return the first of its complaints, without what differs from machine to machine."""
+    def _first_error(self) -> str:
+        """Return the event and error of the first line above level info."""
         for line in self._log.read_text("utf-8", "replace").splitlines():
             with suppress(ValueError):
-                told = json.loads(line)
-                if told["level"] != "info":
-                    return f"{told['event']}: {told.get('error')}"
-        return "it gave no reason"
+                fields = json.loads(line)
+                if fields["level"] != "info":
+                    return f"{fields['event']}: {fields.get('error')}"
+        return "no error was logged"
 
     def cpu(self) -> float:
         """Return the CPU seconds used so far."""
@@ -390,35 +390,35 @@ class Ours:
                 return int(line.split()[1]) / 1024
         raise BrokenError(f"no {field}")
 
-    def take_back(self, into: Path) -> list[Path]:
-        """Move what was sent to a folder, and the receipts out of the way; return the archives.
+    def move_back(self, into: Path) -> list[Path]:
+        """Move the archives in sent/ to a folder, and the receipt files elsewhere; return the archives.
 
-        Nothing is removed: for minutes ext4 looks at every inode freed before it gives out another, which
-        costs whoever makes files then half of his time.
+        No file is removed: ext4 then checks every freed inode for minutes before it reuses one, which doubles
+        the time to create a file.
         """
         back = []
-        aside = self.state.parent / f"receipts-{time.monotonic_ns()}"
-        aside.mkdir()
+        receipts = self.state.parent / f"receipts-{time.monotonic_ns()}"
+        receipts.mkdir()
         for drop in self.drops:
             for entry in os.scandir(drop / "sent"):
                 if entry.name.endswith(".receipt.json"):
-                    os.rename(entry.path, aside / entry.name)
+                    os.rename(entry.path, receipts / entry.name)
                 else:
                     os.rename(entry.path, into / entry.name)
                     back.append(into / entry.name)
         return sorted(back)
 
     def stop(self) -> None:
-        """End it; it has to end well."""
+        """Stop the daemon; raise BrokenError if it fails."""
         if self._process is not None:
             process, self._process = self._process, None
             code = end(process)
             if code:
-                raise BrokenError(f"the daemon ended with {code}: {self._why()}")
+                raise BrokenError(f"the daemon ended with {code}: {self._first_error()}")
 
     @contextmanager
-    def running(self) -> Iterator[Ours]:
-        """Start it, and end it afterwards."""
+    def running(self) -> Iterator[Backupd]:
+        """Start the daemon, and stop it afterwards."""
         try:
             self.start()
             yield self
@@ -426,13 +426,13 @@ class Ours:
             self.stop()
 
 
-def _settled(ledger: sqlite3.Connection) -> bool:
+def _is_recorded(ledger: sqlite3.Connection) -> bool:
     query = "SELECT count(*) FROM archive WHERE disposition = 'due' OR state = 'pending'"
     return bool(ledger.execute(query).fetchone()[0] == 0)
 
 
-class Notices:
-    """inotify on one folder: the names of files that were moved in or closed after writing."""
+class FolderWatch:
+    """An inotify watch on a folder, for files that are moved in or closed after writing."""
 
     _CLOSE_WRITE, _MOVED_TO = 0x8, 0x80
 
@@ -441,17 +441,17 @@ class Notices:
         self._fd: int = libc.inotify_init1(os.O_CLOEXEC)
         mask = self._CLOSE_WRITE | self._MOVED_TO
         if self._fd < 0 or libc.inotify_add_watch(self._fd, os.fsencode(folder), mask) < 0:
-            raise BrokenError(f"no inotify: {os.strerror(ctypes.get_errno())}")
+            raise BrokenError(f"inotify failed: {os.strerror(ctypes.get_errno())}")
 
     def wait(self, name: str, process: subprocess.Popen[bytes]) -> None:
-        """Wait until a file of that name is there, while the process that makes it lives."""
+        """Wait until a file of that name appears, while the process that creates it runs."""
         for _ in range(60):
             while select.select([self._fd], [], [], 1.0)[0]:
                 if name.encode() in self._names(os.read(self._fd, 65536)):
                     return
             if process.poll() is not None:
                 break
-        raise BrokenError(f"waited in vain for {name}")
+        raise BrokenError(f"timed out waiting for {name}")
 
     @staticmethod
     def _names(data: bytes) -> Iterable[bytes]:
@@ -462,5 +462,5 @@ class Notices:
             at += 16 + length
 
     def close(self) -> None:
-        """Watch no more."""
+        """Close the inotify descriptor."""
         os.close(self._fd)
