@@ -1,4 +1,4 @@
-"""HTTP/2: what an endpoint may say at any time, and what it can't do to us by it."""
+"""HTTP/2: GOAWAY, RST_STREAM, SETTINGS and flow control, and protection against floods of frames."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from tests.stage import TIMEOUT, Stage, until
 from tests.uploading import MIB, a_destination, a_sender, an_archive
 
 CONTENT = b"the content of an archive" * 1000
-QUICK = 'retry = { initial = "0.1s", max = "0.3s" }'
+FAST_RETRY = 'retry = { initial = "0.1s", max = "0.3s" }'
 WINDOW = 65_535
-"""Bytes that may be sent before the other side has opened the window further."""
+"""The initial flow-control window in bytes."""
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def failed(outcome: Outcome) -> Reason:
 
 
 @dataclass
-class Talk:
-    """A connection as an endpoint has it, and the request on it."""
+class Exchange:
+    """A connection from the point of view of an endpoint, and the request on it."""
 
     peer: Peer
     connection: h2.connection.H2Connection
@@ -64,11 +64,11 @@ class Talk:
         self.peer.send(self.connection.data_to_send())
 
     def send(self, *frames: Frame) -> None:
-        """Send what the library would not."""
+        """Send frames that the library would refuse to send."""
         self.flush()
         self.peer.send(b"".join(frame.serialize() for frame in frames))
 
-    def answer(self, *fields: tuple[str, str], end: bool = False) -> None:
+    def respond(self, *fields: tuple[str, str], end: bool = False) -> None:
         self.connection.send_headers(self.stream, fields, end_stream=end)
 
     @property
@@ -77,8 +77,8 @@ class Talk:
         return Request(head.encode(), bytes(self.body)).archive
 
 
-class Endpoint:
-    """An endpoint that takes archives; `archives` are what it was sent."""
+class Http2Server:
+    """A script that stores archives over HTTP/2; subclasses override single steps."""
 
     def __init__(self) -> None:
         self.archives: list[bytes] = []
@@ -88,44 +88,44 @@ class Endpoint:
     def __call__(self, peer: Peer) -> None:
         self.connections += 1
         config = h2.config.H2Configuration(client_side=False, validate_outbound_headers=False)
-        talk = Talk(peer, h2.connection.H2Connection(config))
-        talk.connection.initiate_connection()
-        self.begun(talk)
+        exchange = Exchange(peer, h2.connection.H2Connection(config))
+        exchange.connection.initiate_connection()
+        self.connected(exchange)
         while True:
-            talk.flush()
-            for event in talk.connection.receive_data(peer._piece()):
-                self.heard(talk, event)
+            exchange.flush()
+            for event in exchange.connection.receive_data(peer._piece()):
+                self.received(exchange, event)
 
-    def begun(self, talk: Talk) -> None:
+    def connected(self, exchange: Exchange) -> None:
         """Do nothing."""
 
-    def heard(self, talk: Talk, event: h2.events.Event) -> None:
+    def received(self, exchange: Exchange, event: h2.events.Event) -> None:
         if isinstance(event, h2.events.RequestReceived):
-            talk.stream, talk.body = event.stream_id, bytearray()
-            talk.head = {name.decode(): value.decode() for name, value in event.headers}
-            self.heads.append(talk.head)
-            self.asked(talk)
+            exchange.stream, exchange.body = event.stream_id, bytearray()
+            exchange.head = {name.decode(): value.decode() for name, value in event.headers}
+            self.heads.append(exchange.head)
+            self.request_started(exchange)
         elif isinstance(event, h2.events.DataReceived):
-            talk.body += event.data
-            self.given(talk, event.flow_controlled_length)
+            exchange.body += event.data
+            self.data_received(exchange, event.flow_controlled_length)
         elif isinstance(event, h2.events.StreamEnded):
-            self.archives.append(talk.archive)
-            self.has_all(talk)
+            self.archives.append(exchange.archive)
+            self.request_complete(exchange)
 
-    def asked(self, talk: Talk) -> None:
+    def request_started(self, exchange: Exchange) -> None:
         """Do nothing."""
 
-    def given(self, talk: Talk, size: int) -> None:
-        talk.connection.acknowledge_received_data(size, talk.stream)
+    def data_received(self, exchange: Exchange, size: int) -> None:
+        exchange.connection.acknowledge_received_data(size, exchange.stream)
 
-    def has_all(self, talk: Talk) -> None:
+    def request_complete(self, exchange: Exchange) -> None:
         receipt = receipt_for(self.archives[-1]).partition(b"\r\n\r\n")[2]
-        talk.answer((":status", "201"), ("content-length", str(len(receipt))))
-        talk.connection.send_data(talk.stream, receipt, end_stream=True)
+        exchange.respond((":status", "201"), ("content-length", str(len(receipt))))
+        exchange.connection.send_data(exchange.stream, receipt, end_stream=True)
 
 
-def assert_takes(endpoint: Endpoint, contents: list[bytes], folder: Path, pki: Pki) -> None:
-    """Assert that an endpoint gets each of some archives at the first attempt."""
+def assert_delivered_at_once(endpoint: Http2Server, contents: list[bytes], folder: Path, pki: Pki) -> None:
+    """Assert that an endpoint receives each archive at the first attempt."""
     with ScriptedServer(endpoint, http2_context(pki)) as server:
         with a_sender(a_destination(server.url, pki, http2=True)) as sender:
             outcomes = [sender.send(an_archive(folder, content)) for content in contents]
@@ -133,23 +133,23 @@ def assert_takes(endpoint: Endpoint, contents: list[bytes], folder: Path, pki: P
     assert endpoint.archives == contents
 
 
-def test_archives_of_all_sizes_go_over_one_connection(tmp_path: Path, pki: Pki) -> None:
-    endpoint = Endpoint()
+def test_archives_of_all_sizes_use_one_connection(tmp_path: Path, pki: Pki) -> None:
+    endpoint = Http2Server()
     contents = [b"", b"x", os.urandom(100_000), os.urandom(5 * MIB)]
-    assert_takes(endpoint, contents, tmp_path, pki)
+    assert_delivered_at_once(endpoint, contents, tmp_path, pki)
     assert endpoint.connections == 1
     assert {head[":method"] for head in endpoint.heads} == {"POST"}
     assert {head["idempotency-key"] for head in endpoint.heads} == {"the-delivery"}
 
 
-def test_an_endpoint_without_it_is_spoken_to_in_http_1(tmp_path: Path, pki: Pki) -> None:
+def test_an_endpoint_without_http2_gets_http_1_1(tmp_path: Path, pki: Pki) -> None:
     with ScriptedServer(accept_all, server_context(pki)) as server:
         with a_sender(a_destination(server.url, pki, http2=True)) as sender:
             assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
     assert server.requests[0].head.startswith(b"POST /v1/upload HTTP/1.1\r\n")
 
 
-def test_it_is_not_spoken_unless_asked_for(tmp_path: Path, pki: Pki) -> None:
+def test_http2_is_off_by_default(tmp_path: Path, pki: Pki) -> None:
     context = server_context(pki)
     context.set_alpn_protocols(["h2", "http/1.1"])
     with ScriptedServer(accept_all, context) as server:
@@ -157,8 +157,8 @@ def test_it_is_not_spoken_unless_asked_for(tmp_path: Path, pki: Pki) -> None:
             assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
 
 
-def test_many_archives_go_through_the_daemon(stage: Stage) -> None:
-    endpoint = Endpoint()
+def test_the_daemon_delivers_many_archives_over_http2(stage: Stage) -> None:
+    endpoint = Http2Server()
     with ScriptedServer(endpoint, http2_context(stage.pki)) as server:
         stage.configure(server.url, destination="http2 = true\nworkers = 4")
         contents = {f"{number}.tar.gz": os.urandom(50_000) for number in range(100)}
@@ -175,43 +175,45 @@ def test_many_archives_go_through_the_daemon(stage: Stage) -> None:
 # The end of a connection
 
 
-@pytest.mark.parametrize("warnings", [0, 1], ids=["at once", "after a warning"])
-def test_a_goaway_lets_the_archive_under_way_end(tmp_path: Path, pki: Pki, warnings: int) -> None:
-    class Leaving(Endpoint):
-        def asked(self, talk: Talk) -> None:
-            lasts = [2**31 - 1] * warnings + [talk.stream]
-            talk.send(*(GoAwayFrame(0, last_stream_id=last) for last in lasts))
+@pytest.mark.parametrize("warnings", [0, 1], ids=["immediate", "after a warning"])
+def test_a_goaway_does_not_interrupt_the_running_upload(tmp_path: Path, pki: Pki, warnings: int) -> None:
+    class Leaving(Http2Server):
+        def request_started(self, exchange: Exchange) -> None:
+            last_streams = [2**31 - 1] * warnings + [exchange.stream]
+            exchange.send(*(GoAwayFrame(0, last_stream_id=last) for last in last_streams))
 
     endpoint, contents = Leaving(), [os.urandom(MIB) for _ in range(3)]
-    assert_takes(endpoint, contents, tmp_path, pki)
+    assert_delivered_at_once(endpoint, contents, tmp_path, pki)
     assert endpoint.connections == 3
 
 
-def test_what_met_a_goaway_on_its_way_is_sent_at_once_on_another_connection(tmp_path: Path, pki: Pki) -> None:
-    class OneEach(Endpoint):
-        def asked(self, talk: Talk) -> None:
-            if talk.stream > 1:
-                talk.send(GoAwayFrame(0, last_stream_id=1))
+def test_a_request_that_a_goaway_excludes_is_sent_on_a_new_connection_immediately(
+    tmp_path: Path, pki: Pki
+) -> None:
+    class OneEach(Http2Server):
+        def request_started(self, exchange: Exchange) -> None:
+            if exchange.stream > 1:
+                exchange.send(GoAwayFrame(0, last_stream_id=1))
 
     endpoint, contents = OneEach(), [os.urandom(MIB) for _ in range(3)]
-    assert_takes(endpoint, contents, tmp_path, pki)
+    assert_delivered_at_once(endpoint, contents, tmp_path, pki)
     assert endpoint.connections == 3
 
 
 @pytest.mark.parametrize("code", [0, 2])
-def test_a_goaway_in_the_middle_of_an_answer_leaves_open_whether_it_arrived(
+def test_a_goaway_within_a_response_leaves_the_upload_unconfirmed(
     tmp_path: Path, pki: Pki, code: int
 ) -> None:
-    class Fickle(Endpoint):
-        def has_all(self, talk: Talk) -> None:
-            if talk.stream == 1:
-                super().has_all(talk)
+    class Fickle(Http2Server):
+        def request_complete(self, exchange: Exchange) -> None:
+            if exchange.stream == 1:
+                super().request_complete(exchange)
                 return
-            talk.answer((":status", "201"), ("content-length", "100"))
-            talk.connection.send_data(talk.stream, b"a part")
-            talk.flush()
-            server.stopping.wait(0.2)  # for the answer's beginning to be heard by itself
-            talk.send(GoAwayFrame(0, last_stream_id=1, error_code=code))
+            exchange.respond((":status", "201"), ("content-length", "100"))
+            exchange.connection.send_data(exchange.stream, b"a part")
+            exchange.flush()
+            server.stopping.wait(0.2)  # so that the client receives the beginning separately
+            exchange.send(GoAwayFrame(0, last_stream_id=1, error_code=code))
             raise EndedError
 
     with ScriptedServer(Fickle(), http2_context(pki)) as server:
@@ -223,13 +225,13 @@ def test_a_goaway_in_the_middle_of_an_answer_leaves_open_whether_it_arrived(
     assert outcome.unconfirmed_digest is not None
 
 
-def test_a_request_that_is_refused_unprocessed_is_sent_at_once_on_another_connection(
+def test_a_request_with_refused_stream_is_sent_on_a_new_connection_immediately(
     tmp_path: Path, pki: Pki
 ) -> None:
-    class Choosy(Endpoint):
-        def asked(self, talk: Talk) -> None:
-            if talk.stream > 1:
-                talk.connection.reset_stream(talk.stream, error_code=7)
+    class Choosy(Http2Server):
+        def request_started(self, exchange: Exchange) -> None:
+            if exchange.stream > 1:
+                exchange.connection.reset_stream(exchange.stream, error_code=7)
 
     endpoint = Choosy()
     with ScriptedServer(endpoint, http2_context(pki)) as server:
@@ -240,17 +242,19 @@ def test_a_request_that_is_refused_unprocessed_is_sent_at_once_on_another_connec
 
 
 @pytest.mark.parametrize("size", [100_000, 2 * MIB])
-def test_what_is_left_of_an_answer_is_no_trouble_of_the_next(tmp_path: Path, pki: Pki, size: int) -> None:
-    class Wordy(Endpoint):
-        """Says all in a header, and goes on in a body that nobody needs."""
+def test_the_unread_rest_of_a_response_does_not_affect_the_next_request(
+    tmp_path: Path, pki: Pki, size: int
+) -> None:
+    class Wordy(Http2Server):
+        """Sends the digest in a header, and a body that the client does not read."""
 
-        def has_all(self, talk: Talk) -> None:
+        def request_complete(self, exchange: Exchange) -> None:
             digest = hashlib.sha256(self.archives[-1]).hexdigest()
-            talk.answer((":status", "201"), ("x-digest", digest))
+            exchange.respond((":status", "201"), ("x-digest", digest))
             for _ in range(size // 10_000):
-                if talk.connection.local_flow_control_window(talk.stream) >= 10_000:
-                    talk.connection.send_data(talk.stream, bytes(10_000))
-            talk.connection.end_stream(talk.stream)
+                if exchange.connection.local_flow_control_window(exchange.stream) >= 10_000:
+                    exchange.connection.send_data(exchange.stream, bytes(10_000))
+            exchange.connection.end_stream(exchange.stream)
 
     with ScriptedServer(Wordy(), http2_context(pki)) as server:
         destination = a_destination(server.url, pki, http2=True, receipt={"digest": "header:X-Digest"})
@@ -260,10 +264,10 @@ def test_what_is_left_of_an_answer_is_no_trouble_of_the_next(tmp_path: Path, pki
                 assert isinstance(outcome, Delivered), (number, outcome)
 
 
-def test_who_takes_no_request_at_all_costs_one_connection_an_attempt(tmp_path: Path, pki: Pki) -> None:
-    class Closing(Endpoint):
-        def begun(self, talk: Talk) -> None:
-            talk.send(GoAwayFrame(0, last_stream_id=0))
+def test_a_server_that_accepts_no_request_costs_one_connection_per_attempt(tmp_path: Path, pki: Pki) -> None:
+    class Closing(Http2Server):
+        def connected(self, exchange: Exchange) -> None:
+            exchange.send(GoAwayFrame(0, last_stream_id=0))
 
     endpoint = Closing()
     with ScriptedServer(endpoint, http2_context(pki)) as server:
@@ -272,11 +276,11 @@ def test_who_takes_no_request_at_all_costs_one_connection_an_attempt(tmp_path: P
     assert endpoint.connections == 1
 
 
-def test_a_connection_that_ended_between_two_archives_is_not_used_again(tmp_path: Path, pki: Pki) -> None:
-    class Ending(Endpoint):
-        def has_all(self, talk: Talk) -> None:
-            super().has_all(talk)
-            talk.flush()
+def test_a_connection_that_ended_between_two_archives_is_not_reused(tmp_path: Path, pki: Pki) -> None:
+    class Ending(Http2Server):
+        def request_complete(self, exchange: Exchange) -> None:
+            super().request_complete(exchange)
+            exchange.flush()
             raise EndedError
 
     endpoint = Ending()
@@ -289,19 +293,21 @@ def test_a_connection_that_ended_between_two_archives_is_not_used_again(tmp_path
     assert endpoint.connections == 5
 
 
-def test_what_is_said_between_two_archives_does_not_end_a_connection(tmp_path: Path, pki: Pki) -> None:
-    class Lively(Endpoint):
+def test_frames_between_two_archives_do_not_end_the_connection(tmp_path: Path, pki: Pki) -> None:
+    class Lively(Http2Server):
         acknowledged = 0
 
-        def has_all(self, talk: Talk) -> None:
-            super().has_all(talk)
-            talk.flush()
-            talk.connection.ping(b"anybody?")
-            talk.connection.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: WINDOW + len(self.archives)})
+        def request_complete(self, exchange: Exchange) -> None:
+            super().request_complete(exchange)
+            exchange.flush()
+            exchange.connection.ping(b"between!")
+            exchange.connection.update_settings(
+                {SettingCodes.INITIAL_WINDOW_SIZE: WINDOW + len(self.archives)}
+            )
 
-        def heard(self, talk: Talk, event: h2.events.Event) -> None:
+        def received(self, exchange: Exchange, event: h2.events.Event) -> None:
             self.acknowledged += isinstance(event, h2.events.PingAckReceived)
-            super().heard(talk, event)
+            super().received(exchange, event)
 
     endpoint = Lively()
     with ScriptedServer(endpoint, http2_context(pki)) as server:
@@ -312,12 +318,12 @@ def test_what_is_said_between_two_archives_does_not_end_a_connection(tmp_path: P
     assert endpoint.acknowledged >= 4
 
 
-def test_who_talks_on_after_the_receipt_does_not_keep_us(tmp_path: Path, pki: Pki) -> None:
-    class Endless(Endpoint):
-        def has_all(self, talk: Talk) -> None:
-            super().has_all(talk)
-            talk.flush()
-            _send_for_ever(talk, server, pause=0)
+def test_endless_frames_after_the_receipt_do_not_delay_the_worker(tmp_path: Path, pki: Pki) -> None:
+    class Endless(Http2Server):
+        def request_complete(self, exchange: Exchange) -> None:
+            super().request_complete(exchange)
+            exchange.flush()
+            _send_endlessly(exchange, server, pause=0)
 
     with (
         ThreadPoolExecutor(1) as pool,
@@ -328,14 +334,16 @@ def test_who_talks_on_after_the_receipt_does_not_keep_us(tmp_path: Path, pki: Pk
     assert isinstance(outcome, Delivered)
 
 
-def test_an_archive_that_changes_while_it_is_sent_leaves_nothing_open(tmp_path: Path, pki: Pki) -> None:
+def test_an_archive_that_changes_during_its_upload_leaves_no_connection_open(
+    tmp_path: Path, pki: Pki
+) -> None:
     path = an_archive(tmp_path, size=MIB)
 
-    class Changing(Endpoint):
-        def given(self, talk: Talk, size: int) -> None:
+    class Changing(Http2Server):
+        def data_received(self, exchange: Exchange, size: int) -> None:
             if path.stat().st_size == MIB:
                 os.truncate(path, 10)
-            super().given(talk, size)
+            super().data_received(exchange, size)
 
     endpoint = Changing()
     with ScriptedServer(endpoint, http2_context(pki)) as server:
@@ -346,88 +354,88 @@ def test_an_archive_that_changes_while_it_is_sent_leaves_nothing_open(tmp_path: 
     assert endpoint.archives == [bytes(10)]
 
 
-# Answers that are none
+# Invalid responses
 
-Answer = Callable[[Talk], None]
-
-
-def a_word(talk: Talk) -> None:
-    talk.answer((":status", "abc"), end=True)
+Respond = Callable[[Exchange], None]
 
 
-def a_long_number(talk: Talk) -> None:
-    talk.answer((":status", "9" * 30), end=True)
+def a_status_of_letters(exchange: Exchange) -> None:
+    exchange.respond((":status", "abc"), end=True)
 
 
-def no_status(talk: Talk) -> None:
-    talk.answer(("server", "none"), end=True)
+def a_status_of_30_digits(exchange: Exchange) -> None:
+    exchange.respond((":status", "9" * 30), end=True)
 
 
-def two_statuses(talk: Talk) -> None:
-    talk.answer((":status", "200"), (":status", "201"), end=True)
+def no_status(exchange: Exchange) -> None:
+    exchange.respond(("server", "none"), end=True)
 
 
-def less_than_it_says(talk: Talk) -> None:
-    talk.answer((":status", "201"), ("content-length", "100"))
-    talk.connection.send_data(talk.stream, b"less", end_stream=True)
+def two_statuses(exchange: Exchange) -> None:
+    exchange.respond((":status", "200"), (":status", "201"), end=True)
 
 
-def more_than_it_says(talk: Talk) -> None:
-    talk.answer((":status", "201"), ("content-length", "2"))
-    talk.connection.send_data(talk.stream, b"more", end_stream=True)
+def a_body_below_content_length(exchange: Exchange) -> None:
+    exchange.respond((":status", "201"), ("content-length", "100"))
+    exchange.connection.send_data(exchange.stream, b"less", end_stream=True)
 
 
-def too_large_a_frame(talk: Talk) -> None:
-    talk.answer((":status", "201"))
-    talk.send(DataFrame(talk.stream, bytes(17_000)))
+def a_body_above_content_length(exchange: Exchange) -> None:
+    exchange.respond((":status", "201"), ("content-length", "2"))
+    exchange.connection.send_data(exchange.stream, b"more", end_stream=True)
 
 
-def no_header_at_all(talk: Talk) -> None:
-    talk.send(HeadersFrame(talk.stream, b"\xff\xff\xff\xff\xff", flags=["END_HEADERS"]))
+def a_frame_above_the_limit(exchange: Exchange) -> None:
+    exchange.respond((":status", "201"))
+    exchange.send(DataFrame(exchange.stream, bytes(17_000)))
 
 
-def a_trailer_that_is_none(talk: Talk) -> None:
-    talk.answer((":status", "201"))
-    talk.send(HeadersFrame(talk.stream, b"\xff\xff\xff\xff\xff", flags=["END_HEADERS", "END_STREAM"]))
+def invalid_headers(exchange: Exchange) -> None:
+    exchange.send(HeadersFrame(exchange.stream, b"\xff\xff\xff\xff\xff", flags=["END_HEADERS"]))
 
 
-def a_reset(talk: Talk) -> None:
-    talk.answer((":status", "201"))
-    talk.send(RstStreamFrame(talk.stream, error_code=2))
+def invalid_trailers(exchange: Exchange) -> None:
+    exchange.respond((":status", "201"))
+    exchange.send(HeadersFrame(exchange.stream, b"\xff\xff\xff\xff\xff", flags=["END_HEADERS", "END_STREAM"]))
 
 
-def a_goaway_by_error(talk: Talk) -> None:
-    talk.answer((":status", "201"))
-    talk.send(GoAwayFrame(0, last_stream_id=talk.stream, error_code=2))
+def a_reset(exchange: Exchange) -> None:
+    exchange.respond((":status", "201"))
+    exchange.send(RstStreamFrame(exchange.stream, error_code=2))
+
+
+def a_goaway_with_an_error(exchange: Exchange) -> None:
+    exchange.respond((":status", "201"))
+    exchange.send(GoAwayFrame(0, last_stream_id=exchange.stream, error_code=2))
 
 
 @pytest.mark.parametrize(
-    "said",
+    "respond",
     [
-        a_word,
-        a_long_number,
+        a_status_of_letters,
+        a_status_of_30_digits,
         no_status,
         two_statuses,
-        less_than_it_says,
-        more_than_it_says,
-        too_large_a_frame,
-        no_header_at_all,
-        a_trailer_that_is_none,
+        a_body_below_content_length,
+        a_body_above_content_length,
+        a_frame_above_the_limit,
+        invalid_headers,
+        invalid_trailers,
         a_reset,
-        a_goaway_by_error,
+        a_goaway_with_an_error,
     ],
 )
-def test_an_answer_that_is_none_leaves_open_whether_it_arrived(
-    tmp_path: Path, pki: Pki, said: Answer
+def test_an_invalid_response_leaves_the_upload_unconfirmed(
+    tmp_path: Path, pki: Pki, respond: Respond
 ) -> None:
-    class Lying(Endpoint):
-        def has_all(self, talk: Talk) -> None:
+    class Invalid(Http2Server):
+        def request_complete(self, exchange: Exchange) -> None:
             if len(self.archives) == 1:
-                said(talk)
+                respond(exchange)
             else:
-                super().has_all(talk)
+                super().request_complete(exchange)
 
-    with ScriptedServer(Lying(), http2_context(pki)) as server:
+    with ScriptedServer(Invalid(), http2_context(pki)) as server:
         with a_sender(a_destination(server.url, pki, http2=True)) as sender:
             outcome = sender.send(an_archive(tmp_path, CONTENT))
             assert failed(outcome) is Reason.PROTOCOL
@@ -436,38 +444,38 @@ def test_an_answer_that_is_none_leaves_open_whether_it_arrived(
             assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
 
 
-def test_a_status_that_is_none_costs_no_more_than_the_attempt(stage: Stage) -> None:
-    class Lying(Endpoint):
-        def has_all(self, talk: Talk) -> None:
-            a_long_number(talk)
+def test_an_invalid_status_fails_the_attempt_only(stage: Stage) -> None:
+    class Invalid(Http2Server):
+        def request_complete(self, exchange: Exchange) -> None:
+            a_status_of_30_digits(exchange)
 
-    with ScriptedServer(Lying(), http2_context(stage.pki)) as server:
-        stage.configure(server.url, destination=f"http2 = true\n{QUICK}")
+    with ScriptedServer(Invalid(), http2_context(stage.pki)) as server:
+        stage.configure(server.url, destination=f"http2 = true\n{FAST_RETRY}")
         daemon = stage.daemon().ready()
         path = stage.put("r1.cfg", CONTENT)
-        (said, *_) = daemon.wait_for("attempt.failed", count=2)
-        assert said["reason"] == "protocol_error"
+        (failure, *_) = daemon.wait_for("attempt.failed", count=2)
+        assert failure["reason"] == "protocol_error"
         assert path.read_bytes() == CONTENT
         assert daemon.stop() == 0
     assert not daemon.events("daemon.failed")
 
 
-# Windows, and what comes beside the answer
+# Flow control, and frames other than the response
 
 
-def test_a_window_that_is_less_than_nothing_is_waited_for(tmp_path: Path, pki: Pki) -> None:
-    class Shrinking(Endpoint):
-        def given(self, talk: Talk, size: int) -> None:
-            if len(talk.body) == WINDOW:  # all of it is used up: from here on there is a debt
-                talk.connection.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 0})
-            elif len(talk.body) > WINDOW:
-                super().given(talk, size)
+def test_waits_for_a_negative_flow_control_window(tmp_path: Path, pki: Pki) -> None:
+    class Shrinking(Http2Server):
+        def data_received(self, exchange: Exchange, size: int) -> None:
+            if len(exchange.body) == WINDOW:  # the window is used up, so that it becomes negative
+                exchange.connection.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 0})
+            elif len(exchange.body) > WINDOW:
+                super().data_received(exchange, size)
 
-        def heard(self, talk: Talk, event: h2.events.Event) -> None:
-            if isinstance(event, h2.events.SettingsAcknowledged) and len(talk.body) == WINDOW:
-                talk.connection.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: WINDOW})
-                talk.connection.acknowledge_received_data(WINDOW, talk.stream)
-            super().heard(talk, event)
+        def received(self, exchange: Exchange, event: h2.events.Event) -> None:
+            if isinstance(event, h2.events.SettingsAcknowledged) and len(exchange.body) == WINDOW:
+                exchange.connection.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: WINDOW})
+                exchange.connection.acknowledge_received_data(WINDOW, exchange.stream)
+            super().received(exchange, event)
 
     endpoint, content = Shrinking(), os.urandom(MIB)
     with ScriptedServer(endpoint, http2_context(pki)) as server:
@@ -477,36 +485,36 @@ def test_a_window_that_is_less_than_nothing_is_waited_for(tmp_path: Path, pki: P
     assert endpoint.archives == [content]
 
 
-def test_a_window_that_stays_shut_is_waited_for_as_long_as_a_write(tmp_path: Path, pki: Pki) -> None:
-    class Shut(Endpoint):
-        def given(self, talk: Talk, size: int) -> None:
-            """Open no window."""
+def test_the_write_timeout_ends_the_wait_for_a_closed_window(tmp_path: Path, pki: Pki) -> None:
+    class Closed(Http2Server):
+        def data_received(self, exchange: Exchange, size: int) -> None:
+            """Do not open the window."""
 
     timeout = {"write": "1s", "read": "10m"}
     with (
         ThreadPoolExecutor(1) as pool,
-        ScriptedServer(Shut(), http2_context(pki)) as server,
+        ScriptedServer(Closed(), http2_context(pki)) as server,
         a_sender(a_destination(server.url, pki, http2=True, timeout=timeout)) as sender,
     ):
         outcome = pool.submit(sender.send, an_archive(tmp_path, size=MIB)).result(timeout=TIMEOUT)
     assert failed(outcome) is Reason.WRITE_TIMEOUT
 
 
-def test_the_least_rate_is_that_of_the_archive_alone(
+def test_only_bytes_of_the_archive_count_for_the_min_rate(
     tmp_path: Path, pki: Pki, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Grudging(Endpoint):
-        def given(self, talk: Talk, size: int) -> None:
-            if len(talk.body) < WINDOW:
+    class Grudging(Http2Server):
+        def data_received(self, exchange: Exchange, size: int) -> None:
+            if len(exchange.body) < WINDOW:
                 return
             while not server.stopping.wait(0.02):
-                talk.connection.increment_flow_control_window(1)
-                talk.connection.increment_flow_control_window(1, talk.stream)
+                exchange.connection.increment_flow_control_window(1)
+                exchange.connection.increment_flow_control_window(1, exchange.stream)
                 for _ in range(20):
-                    talk.connection.ping(b"progress")
-                talk.flush()
-                while select.select([talk.peer.socket], [], [], 0)[0]:
-                    talk.peer._piece()
+                    exchange.connection.ping(b"progress")
+                exchange.flush()
+                while select.select([exchange.peer.socket], [], [], 0)[0]:
+                    exchange.peer._piece()
 
     monkeypatch.setattr(limits, "RATE_WINDOW", 1.0)
     with (
@@ -518,11 +526,11 @@ def test_the_least_rate_is_that_of_the_archive_alone(
     assert failed(outcome) is Reason.TOO_SLOW
 
 
-def test_an_early_answer_without_an_end_is_not_waited_for_while_pings_come(tmp_path: Path, pki: Pki) -> None:
-    class Early(Endpoint):
-        def asked(self, talk: Talk) -> None:
-            talk.answer((":status", "413"))
-            _send_for_ever(talk, server, pause=0.02)
+def test_the_idle_timeout_ends_an_endless_early_response_with_pings(tmp_path: Path, pki: Pki) -> None:
+    class Early(Http2Server):
+        def request_started(self, exchange: Exchange) -> None:
+            exchange.respond((":status", "413"))
+            _send_endlessly(exchange, server, pause=0.02)
 
     with (
         ThreadPoolExecutor(1) as pool,
@@ -535,81 +543,83 @@ def test_an_early_answer_without_an_end_is_not_waited_for_while_pings_come(tmp_p
     assert outcome.reason is Reason.TOO_LARGE
 
 
-def _send_for_ever(talk: Talk, server: ScriptedServer, pause: float, settings: bool = False) -> None:
-    """Send pings, or new settings, every so many seconds; with no pause thousands at a time."""
+def _send_endlessly(exchange: Exchange, server: ScriptedServer, pause: float, settings: bool = False) -> None:
+    """Send pings, or new settings, every `pause` seconds; without a pause, thousands at a time."""
     for number in range(1000 if pause == 0 else 1):
         if settings:
-            talk.connection.update_settings({SettingCodes.HEADER_TABLE_SIZE: number % 2})
+            exchange.connection.update_settings({SettingCodes.HEADER_TABLE_SIZE: number % 2})
         else:
-            talk.connection.ping(b"endless!")
-    frames = talk.connection.data_to_send()  # made once: to be faster than who has to answer them
+            exchange.connection.ping(b"endless!")
+    frames = (
+        exchange.connection.data_to_send()
+    )  # made once, to be faster than the client that acknowledges them
     while not server.stopping.wait(pause):
-        talk.peer.send(frames)
-        while select.select([talk.peer.socket], [], [], 0)[0]:
-            talk.peer._piece()
+        exchange.peer.send(frames)
+        while select.select([exchange.peer.socket], [], [], 0)[0]:
+            exchange.peer._piece()
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("settings", [False, True], ids=["pings", "settings"])
 @pytest.mark.parametrize(
-    ("pause", "shut", "expected"),
+    ("pause", "is_closed", "expected"),
     [
         (0, False, Reason.PROTOCOL),
         (0, True, Reason.PROTOCOL),
         (0.05, False, Reason.READ_TIMEOUT),
         (0.05, True, Reason.WRITE_TIMEOUT),
     ],
-    ids=["for an answer-in a flood", "for a window-in a flood", "for an answer", "for a window"],
+    ids=["response-flood", "window-flood", "response", "window"],
 )
-def test_frames_without_an_end_end_the_attempt_without_a_deadline_too(
-    tmp_path: Path, pki: Pki, pause: float, shut: bool, expected: Reason, settings: bool
+def test_endless_frames_end_the_attempt_without_a_deadline(
+    tmp_path: Path, pki: Pki, pause: float, is_closed: bool, expected: Reason, settings: bool
 ) -> None:
-    class Busy(Endpoint):
-        def asked(self, talk: Talk) -> None:
-            if shut:
-                _send_for_ever(talk, server, pause, settings)
+    class Busy(Http2Server):
+        def request_started(self, exchange: Exchange) -> None:
+            if is_closed:
+                _send_endlessly(exchange, server, pause, settings)
 
-        def has_all(self, talk: Talk) -> None:
-            talk.flush()
-            _send_for_ever(talk, server, pause, settings)
+        def request_complete(self, exchange: Exchange) -> None:
+            exchange.flush()
+            _send_endlessly(exchange, server, pause, settings)
 
-    # without the ten minutes to connect, and where there is a flood with more time than it may take
-    timeout = {"write": "1s" if pause else "5m"} if shut else {"read": "1s" if pause else "5m"}
+    # a flood must end by its own limit, long before these time-outs
+    timeout = {"write": "1s" if pause else "5m"} if is_closed else {"read": "1s" if pause else "5m"}
     with (
         ThreadPoolExecutor(1) as pool,
         ScriptedServer(Busy(), http2_context(pki)) as server,
         a_sender(a_destination(server.url, pki, http2=True, timeout=timeout)) as sender,
     ):
-        sender._uploader._limits._idle_timeout = None if shut or not pause else 3.0
+        sender._uploader._limits._idle_timeout = None if is_closed or not pause else 3.0
         outcome = pool.submit(sender.send, an_archive(tmp_path, size=MIB)).result(timeout=TIMEOUT)
     assert failed(outcome) is expected
 
 
-def test_frames_that_wait_to_be_read_cost_no_time_while_the_other_side_takes_nothing(
+def test_unread_frames_cause_no_busy_loop_while_the_server_reads_nothing(
     tmp_path: Path, pki: Pki, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Stuck(Endpoint):
-        def begun(self, talk: Talk) -> None:
-            talk.connection.increment_flow_control_window(2**30)
+    class Stuck(Http2Server):
+        def connected(self, exchange: Exchange) -> None:
+            exchange.connection.increment_flow_control_window(2**30)
 
-        def asked(self, talk: Talk) -> None:
-            talk.connection.increment_flow_control_window(2**30, talk.stream)
+        def request_started(self, exchange: Exchange) -> None:
+            exchange.connection.increment_flow_control_window(2**30, exchange.stream)
 
-        def given(self, talk: Talk, size: int) -> None:
-            talk.peer.pause()
-            talk.connection.ping(b"unread!!")
-            talk.flush()
+        def data_received(self, exchange: Exchange, size: int) -> None:
+            exchange.peer.pause()
+            exchange.connection.ping(b"unread!!")
+            exchange.flush()
             server.stopping.wait(TIMEOUT)
 
-    turns: list[None] = []
+    calls: list[None] = []
     check, send = AttemptLimits._check_limits, TlsSocket.send
 
     def counted_check(self: AttemptLimits, now: float) -> None:
-        turns.append(None)
+        calls.append(None)
         check(self, now)
 
     def counted_send(self: TlsSocket, view: memoryview) -> int:
-        turns.append(None)
+        calls.append(None)
         return send(self, view)
 
     monkeypatch.setattr(AttemptLimits, "_check_limits", counted_check)
@@ -622,10 +632,10 @@ def test_frames_that_wait_to_be_read_cost_no_time_while_the_other_side_takes_not
         sending = pool.submit(sender.send, an_archive(tmp_path, size=64 * MIB))
         assert server.paused.wait(TIMEOUT)
         until(sender.is_stuck, "the client to be stuck")
-        before = len(turns)
+        before = len(calls)
         server.resume()
         server.stopping.wait(0.5)
-        taken = len(turns) - before
+        made = len(calls) - before
         sender.abort.set()
         assert failed(sending.result(timeout=TIMEOUT)) is Reason.STOPPED
-    assert taken < 20
+    assert made < 20

@@ -1,4 +1,4 @@
-"""What `backupd check` finds out about a destination without sending it an archive."""
+"""The probe of destinations by `backupd check`, which sends no archive."""
 
 from __future__ import annotations
 
@@ -29,43 +29,43 @@ def pki(tmp_path: Path) -> Pki:
     return Pki(tmp_path / "pki")
 
 
-def answering(status: int = 204, said: bytes = b"", *, off: float = 0.0, **headers: str) -> Script:
-    """Return a script whose clock is so many seconds ahead."""
+def respond_with(status: int = 204, body: bytes = b"", *, clock_ahead: float = 0.0, **headers: str) -> Script:
+    """Return a script with a fixed response and a clock that is `clock_ahead` seconds ahead."""
 
     def script(peer: Peer) -> None:
         while True:
             peer.read_request()
-            date = formatdate(time.time() + off, usegmt=True)
-            peer.send(http_response(status, said, Date=date, **headers))
+            date = formatdate(time.time() + clock_ahead, usegmt=True)
+            peer.send(http_response(status, body, Date=date, **headers))
 
     return script
 
 
-def checking(value: str, name: str = "authorization") -> Script:
-    """Return a script that wants a header field to have this value."""
+def require_header(value: str, name: str = "authorization") -> Script:
+    """Return a script that responds 401 unless a header field has this value."""
 
     def script(peer: Peer) -> None:
         while True:
-            good = peer.read_request().header(name) == value
-            peer.send(http_response(204 if good else 401))
+            is_valid = peer.read_request().header(name) == value
+            peer.send(http_response(204 if is_valid else 401))
 
     return script
 
 
 def probe(url: str, pki: Pki, **keys: Any) -> ProbeResult:
-    (found,) = probe_all({"vault": a_destination(url, pki, **keys)})
-    return found
+    (result,) = probe_all({"vault": a_destination(url, pki, **keys)})
+    return result
 
 
-def open_to_all(pki: Pki) -> ssl.SSLContext:
+def without_client_certificates(pki: Pki) -> ssl.SSLContext:
     context = server_context(pki)
     context.verify_mode = ssl.CERT_NONE
     return context
 
 
-def test_a_good_destination_is_described(pki: Pki) -> None:
+def test_a_working_destination_is_described(pki: Pki) -> None:
     server_pair = pki.issue_server("ninety", not_after=in_days(90.5))
-    with ScriptedServer(answering(405), server_context(pki, server_pair)) as server:
+    with ScriptedServer(respond_with(405), server_context(pki, server_pair)) as server:
         found = probe(server.url, pki)
     assert found.reason is None
     assert found.hint == ""
@@ -81,25 +81,25 @@ def test_a_good_destination_is_described(pki: Pki) -> None:
     assert all(header_of(head, "content-length") in (None, "0") for head in server.heads)
 
 
-def test_an_endpoint_that_would_do_without_our_certificate_is_told(pki: Pki) -> None:
-    with ScriptedServer(answering(), open_to_all(pki)) as server:
+def test_an_endpoint_that_requires_no_client_certificate_is_identified(pki: Pki) -> None:
+    with ScriptedServer(respond_with(), without_client_certificates(pki)) as server:
         assert probe(server.url, pki).certificate_required is False
         assert probe(server.url, pki, cert=None, key=None).certificate_required is None
 
 
-def test_a_sign_in_is_not_taken_for_a_certificate(pki: Pki, tmp_path: Path) -> None:
+def test_a_successful_sign_in_does_not_count_as_a_required_certificate(pki: Pki, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("good")
-    with ScriptedServer(checking("Bearer good"), open_to_all(pki)) as server:
+    with ScriptedServer(require_header("Bearer good"), without_client_certificates(pki)) as server:
         found = probe(server.url, pki, auth={"type": "bearer", "token_file": token})
     assert found.reason is None
     assert found.signed_in is True
     assert found.certificate_required is False
 
 
-def test_another_authority_is_told_with_the_certificate_that_was_shown(pki: Pki, tmp_path: Path) -> None:
+def test_a_certificate_of_another_ca_is_reported_with_its_facts(pki: Pki, tmp_path: Path) -> None:
     other = Pki(tmp_path / "other")
-    with ScriptedServer(answering(), server_context(pki)) as server:
+    with ScriptedServer(respond_with(), server_context(pki)) as server:
         found = probe(server.url, pki, ca=other.ca_pem)
     assert found.reason is Reason.TLS
     assert str(other.ca_pem) in found.hint
@@ -108,24 +108,26 @@ def test_another_authority_is_told_with_the_certificate_that_was_shown(pki: Pki,
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_an_untrusted_client_certificate_is_told(pki: Pki, tmp_path: Path, version: ssl.TLSVersion) -> None:
-    stranger = Pki(tmp_path / "stranger")
-    with ScriptedServer(answering(), server_context(pki, version=version)) as server:
-        found = probe(server.url, pki, cert=stranger.client_cert, key=stranger.client_key)
+def test_an_untrusted_client_certificate_is_reported(
+    pki: Pki, tmp_path: Path, version: ssl.TLSVersion
+) -> None:
+    other = Pki(tmp_path / "other")
+    with ScriptedServer(respond_with(), server_context(pki, version=version)) as server:
+        found = probe(server.url, pki, cert=other.client_cert, key=other.client_key)
     assert found.reason is Reason.TLS_CLIENT
     assert "`cert`" in found.hint
 
 
-def test_nobody_listening_is_told_from_a_port_that_swallows_everything(pki: Pki) -> None:
-    with ScriptedServer(answering()) as gone:
-        gone.refuse()
-        refusing = probe(f"https://127.0.0.1:{gone.port}/", pki)
+def test_a_closed_port_is_distinguished_from_one_that_drops_packets(pki: Pki) -> None:
+    with ScriptedServer(respond_with()) as server:
+        server.refuse()
+        refusing = probe(f"https://127.0.0.1:{server.port}/", pki)
     with a_full_listener() as port:
-        swallowing = probe(f"https://127.0.0.1:{port}/", pki, timeout={"connect": "1s"})
+        dropping = probe(f"https://127.0.0.1:{port}/", pki, timeout={"connect": "1s"})
     assert refusing.reason is Reason.CONNECT
-    assert swallowing.reason is Reason.CONNECT_TIMEOUT
-    assert "firewall" in swallowing.hint
-    assert swallowing.took_s >= 1
+    assert dropping.reason is Reason.CONNECT_TIMEOUT
+    assert "firewall" in dropping.hint
+    assert dropping.took_s >= 1
 
 
 @pytest.mark.parametrize(
@@ -141,10 +143,10 @@ def test_nobody_listening_is_told_from_a_port_that_swallows_everything(pki: Pki)
         (200, None),
     ],
 )
-def test_what_it_answers_tells_whether_an_upload_could_work(
+def test_the_status_decides_whether_an_upload_could_work(
     pki: Pki, status: int, reason: Reason | None
 ) -> None:
-    with ScriptedServer(answering(status, Location="/x"), server_context(pki)) as server:
+    with ScriptedServer(respond_with(status, Location="/x"), server_context(pki)) as server:
         found = probe(server.url, pki)
     assert found.reason is reason
     assert found.http_status == status
@@ -152,33 +154,33 @@ def test_what_it_answers_tells_whether_an_upload_could_work(
 
 
 @pytest.mark.parametrize("scheme", ["basic", "bearer", "header"])
-@pytest.mark.parametrize("right", [True, False])
-def test_credentials_are_tried(pki: Pki, tmp_path: Path, scheme: str, right: bool) -> None:
+@pytest.mark.parametrize("is_valid", [True, False])
+def test_credentials_are_verified(pki: Pki, tmp_path: Path, scheme: str, is_valid: bool) -> None:
     secret = tmp_path / "secret"
-    secret.write_text("right" if right else "wrong")
+    secret.write_text("right" if is_valid else "wrong")
     all_keys: dict[str, dict[str, Any]] = {
         "basic": {"auth": {"type": "basic", "user": "me", "password_file": secret}},
         "bearer": {"auth": {"type": "bearer", "token_file": secret}},
         "header": {"header_files": {"X-API-Key": secret}},
     }
     script = {
-        "basic": checking("Basic bWU6cmlnaHQ="),
-        "bearer": checking("Bearer right"),
-        "header": checking("right", "x-api-key"),
+        "basic": require_header("Basic bWU6cmlnaHQ="),
+        "bearer": require_header("Bearer right"),
+        "header": require_header("right", "x-api-key"),
     }[scheme]
     with ScriptedServer(script, server_context(pki)) as server:
         found = probe(server.url, pki, **all_keys[scheme])
-    assert found.reason is (None if right else Reason.UNAUTHORIZED)
-    assert found.signed_in is right
+    assert found.reason is (None if is_valid else Reason.UNAUTHORIZED)
+    assert found.signed_in is is_valid
     assert "wrong" not in repr(found)
 
 
-@pytest.mark.parametrize("said", [None, oauth_error("invalid_client", "no", 401)])
-def test_a_token_is_fetched_as_for_an_upload(pki: Pki, tmp_path: Path, said: bytes | None) -> None:
+@pytest.mark.parametrize("failure", [None, oauth_error("invalid_client", "no", 401)])
+def test_a_token_is_fetched_as_for_an_upload(pki: Pki, tmp_path: Path, failure: bytes | None) -> None:
     secret = tmp_path / "secret"
     secret.write_text(CLIENT_SECRET)
     login = Login()
-    login.instead = said
+    login.instead = failure
 
     def script(peer: Peer) -> None:
         while True:
@@ -198,36 +200,38 @@ def test_a_token_is_fetched_as_for_an_upload(pki: Pki, tmp_path: Path, said: byt
             "key": pki.client_key,
         }
         found = probe(server.url, pki, auth=auth)
-    assert found.reason is (None if said is None else Reason.SIGN_IN)
-    assert found.signed_in is (said is None)
+    assert found.reason is (None if failure is None else Reason.SIGN_IN)
+    assert found.signed_in is (failure is None)
     assert len(login.issued_at) == 1
-    if said:
+    if failure:
         assert "invalid_client" in found.detail
 
 
 @pytest.mark.parametrize(
-    ("keys", "right"),
+    ("keys", "is_accepted"),
     [({}, False), ({"server_name": "vault.test"}, True), ({"server_name": "other.test"}, False)],
 )
-def test_a_certificate_for_another_name_is_told_with_its_names(
-    pki: Pki, keys: dict[str, Any], right: bool
+def test_a_certificate_for_another_name_is_reported_with_its_names(
+    pki: Pki, keys: dict[str, Any], is_accepted: bool
 ) -> None:
-    with ScriptedServer(answering(), server_context(pki, pki.issue_server("v", ("vault.test",)))) as server:
+    with ScriptedServer(
+        respond_with(), server_context(pki, pki.issue_server("v", ("vault.test",)))
+    ) as server:
         found = probe(server.url, pki, **keys)
     assert found.server_names == ("vault.test",)
-    if right:
+    if is_accepted:
         assert found.reason is None
     else:
         assert found.reason is Reason.TLS
         assert "`server_name`" in found.hint
 
 
-def test_the_way_there_is_that_of_an_upload(pki: Pki) -> None:
-    seen: list[str] = []
+def test_the_probe_connects_as_an_upload_does(pki: Pki) -> None:
+    addresses: list[str] = []
 
     def script(peer: Peer) -> None:
-        seen.append(peer._sock.getpeername()[0])
-        answering()(peer)
+        addresses.append(peer._sock.getpeername()[0])
+        respond_with()(peer)
 
     with ScriptedServer(script, server_context(pki, pki.issue_server("v", ("vault.test",)))) as server:
         found = probe(
@@ -239,21 +243,21 @@ def test_the_way_there_is_that_of_an_upload(pki: Pki) -> None:
             digest_at="header",
         )
     assert found.reason is None
-    assert set(seen) == {"127.0.0.3"}
+    assert set(addresses) == {"127.0.0.3"}
     assert Request(server.heads[0], b"").path == "/v1/check?x=check"
     assert header_of(server.heads[0], "host") == "vault.test"
     assert header_of(server.heads[0], "x-host") == "check"
 
 
-def test_a_proxy_that_is_down_is_told_as_that(pki: Pki) -> None:
-    with ScriptedServer(answering()) as gone:
-        gone.refuse()
-        found = probe("https://vault.example.net/", pki, proxy=f"http://127.0.0.1:{gone.port}")
+def test_a_proxy_that_is_down_is_reported(pki: Pki) -> None:
+    with ScriptedServer(respond_with()) as server:
+        server.refuse()
+        found = probe("https://vault.example.net/", pki, proxy=f"http://127.0.0.1:{server.port}")
     assert found.reason is Reason.PROXY
 
 
-def test_an_expired_certificate_is_told_with_its_date(pki: Pki) -> None:
-    with ScriptedServer(answering(), server_context(pki, pki.issue_expired_server())) as server:
+def test_an_expired_certificate_is_reported_with_its_date(pki: Pki) -> None:
+    with ScriptedServer(respond_with(), server_context(pki, pki.issue_expired_server())) as server:
         found = probe(server.url, pki)
     assert found.reason is Reason.TLS
     assert found.server_days_left is not None
@@ -261,24 +265,22 @@ def test_an_expired_certificate_is_told_with_its_date(pki: Pki) -> None:
     assert "out of date" in found.hint
 
 
-def test_a_wrong_pin_is_told_with_the_one_that_was_seen_before_anything_is_sent(
-    pki: Pki, tmp_path: Path
-) -> None:
+def test_a_wrong_pin_is_reported_with_the_real_one_before_any_request(pki: Pki, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("secret-token")
     wrong = "A" * 43 + "="
-    with ScriptedServer(answering(), server_context(pki)) as server:
+    with ScriptedServer(respond_with(), server_context(pki)) as server:
         auth = {"type": "bearer", "token_file": token}
         found = probe(server.url, pki, pin_sha256=[wrong], auth=auth)
         assert not server.heads
         assert found.reason is Reason.TLS
         assert "`pin_sha256`" in found.hint
-        shown = found.detail.rpartition(" ")[2]
-        assert probe(server.url, pki, pin_sha256=[wrong, shown], auth=auth).reason is None
+        real = found.detail.rpartition(" ")[2]
+        assert probe(server.url, pki, pin_sha256=[wrong, real], auth=auth).reason is None
 
 
-def test_an_endpoint_that_is_too_old_is_told(pki: Pki) -> None:
-    with ScriptedServer(answering(), server_context(pki, version=ssl.TLSVersion.TLSv1_2)) as server:
+def test_an_endpoint_with_an_old_tls_version_is_reported(pki: Pki) -> None:
+    with ScriptedServer(respond_with(), server_context(pki, version=ssl.TLSVersion.TLSv1_2)) as server:
         assert probe(server.url, pki).tls == "TLSv1.2"
         found = probe(server.url, pki, tls_min="1.3")
     assert found.reason is Reason.TLS
@@ -286,7 +288,7 @@ def test_an_endpoint_that_is_too_old_is_told(pki: Pki) -> None:
 
 
 @pytest.mark.parametrize("date", ["nonsense", "Mon, 99 Foo 9999 99:99:99 GMT", "1", ""])
-def test_a_date_that_is_none_says_nothing_of_the_clock(pki: Pki, date: str) -> None:
+def test_an_invalid_date_is_ignored(pki: Pki, date: str) -> None:
     def script(peer: Peer) -> None:
         while True:
             peer.read_request()
@@ -298,7 +300,9 @@ def test_a_date_that_is_none_says_nothing_of_the_clock(pki: Pki, date: str) -> N
     assert found.clock_ahead_s is None
 
 
-def test_one_that_never_answers_ends_in_time(pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_that_never_responds_ends_with_the_read_timeout(
+    pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("backupd.upload.http.probe._MAX_READ_TIMEOUT", 3600.0)
 
     def silent(peer: Peer) -> None:
@@ -310,16 +314,16 @@ def test_one_that_never_answers_ends_in_time(pki: Pki, monkeypatch: pytest.Monke
     assert found.reason is Reason.READ_TIMEOUT
 
 
-def test_a_secret_that_is_not_there_is_told_with_its_file(pki: Pki, tmp_path: Path) -> None:
-    with ScriptedServer(answering(), server_context(pki)) as server:
-        found = probe(server.url, pki, auth={"type": "bearer", "token_file": tmp_path / "gone"})
+def test_a_missing_secret_is_reported_with_its_file(pki: Pki, tmp_path: Path) -> None:
+    with ScriptedServer(respond_with(), server_context(pki)) as server:
+        found = probe(server.url, pki, auth={"type": "bearer", "token_file": tmp_path / "missing"})
     assert found.reason is Reason.LOCAL_FILES
-    assert str(tmp_path / "gone") in found.detail
-    assert "backupd check" not in found.hint  # that is what was done
+    assert str(tmp_path / "missing") in found.detail
+    assert "backupd check" not in found.hint  # the user runs it already
 
 
-def test_several_take_no_longer_than_the_slowest(pki: Pki) -> None:
-    """None of eight answers before all have been asked."""
+def test_all_destinations_are_probed_at_the_same_time(pki: Pki) -> None:
+    """None of eight servers responds before all have a request."""
     together = threading.Barrier(8)
 
     def slow(peer: Peer) -> None:
@@ -329,15 +333,15 @@ def test_several_take_no_longer_than_the_slowest(pki: Pki) -> None:
 
     with ExitStack() as stack:
         servers = [stack.enter_context(ScriptedServer(slow, server_context(pki))) for _ in range(8)]
-        swallowing = stack.enter_context(a_full_listener())
+        dropping = stack.enter_context(a_full_listener())
         destinations = {str(number): a_destination(each.url, pki) for number, each in enumerate(servers)}
-        destinations["8"] = a_destination(f"https://127.0.0.1:{swallowing}/", pki, timeout={"connect": "1s"})
+        destinations["8"] = a_destination(f"https://127.0.0.1:{dropping}/", pki, timeout={"connect": "1s"})
         found = probe_all(destinations)
     assert [each.destination for each in found] == list(destinations)
     assert [each.reason for each in found] == [None] * 8 + [Reason.CONNECT_TIMEOUT]
 
 
-def test_no_destination_is_no_trouble() -> None:
+def test_without_destinations_there_are_no_results() -> None:
     assert probe_all({}) == []
 
 
@@ -355,14 +359,14 @@ key = "{pki.client_key}"
 """
 
 
-def test_the_command_shows_what_was_found_in_lines_that_fit(stage: Stage) -> None:
+def test_the_command_prints_the_facts_in_short_lines(stage: Stage) -> None:
     token = stage.base / "token"
     token.write_text("the-token")
     names = tuple(f"host-{number}.vault.example.net" for number in range(9))
     pair = stage.pki.issue_server("many", ("127.0.0.1", *names), not_after=in_days(7.5))
     with (
-        ScriptedServer(answering(off=3700), server_context(stage.pki, pair)) as server,
-        ScriptedServer(answering(404), server_context(stage.pki)) as wrong,
+        ScriptedServer(respond_with(clock_ahead=3700), server_context(stage.pki, pair)) as server,
+        ScriptedServer(respond_with(404), server_context(stage.pki)) as wrong,
     ):
         more = f'[destination.vault.auth]\ntype = "bearer"\ntoken_file = "{token}"'
         stage.configure(server.url, more=more + table("other", wrong.url, stage.pki))
@@ -372,7 +376,7 @@ def test_the_command_shows_what_was_found_in_lines_that_fit(stage: Stage) -> Non
     facts = [line for line in done.stdout.splitlines() if line.startswith("  ")]
     assert all(len(line) <= 100 for line in facts)
     text = " ".join(done.stdout.split())
-    for words in (
+    for expected in (
         f"ok: destination.vault: {server.url}: TLSv1.3, responded 204 to OPTIONS",
         "connection TLSv1.3 HTTP/1.1",
         "server certificate 7 days left, for 127.0.0.1, host-0.vault.example.net",
@@ -383,12 +387,14 @@ def test_the_command_shows_what_was_found_in_lines_that_fit(stage: Stage) -> Non
         f"failed: destination.other: {wrong.url}: responded 404 to OPTIONS (not_found)",
         "server clock same as this host's",
     ):
-        assert words in text
+        assert expected in text
     assert "the-token" not in done.stdout
 
 
-def test_the_same_as_json(stage: Stage, record_property: Callable[[str, object], None]) -> None:
-    with ScriptedServer(answering(), server_context(stage.pki)) as server:
+def test_the_command_prints_the_facts_as_json(
+    stage: Stage, record_property: Callable[[str, object], None]
+) -> None:
+    with ScriptedServer(respond_with(), server_context(stage.pki)) as server:
         stage.configure(server.url, more=table("down", "https://127.0.0.1:9/", stage.pki))
         done = stage.backupd("check", "--json")
     assert done.returncode == 69

@@ -1,4 +1,4 @@
-"""Django, Express, FastAPI, nginx and our receiver as they are in the field, reached over mTLS."""
+"""Deliveries over mTLS to Django, Express, FastAPI, nginx and the receiver, as documented."""
 
 from __future__ import annotations
 
@@ -58,18 +58,18 @@ def nginx(stage: Stage) -> Iterator[Nginx]:
 
 @pytest.fixture
 def server(request: pytest.FixtureRequest, stage: Stage) -> Iterator[str]:
-    """The address of a server that the page about destinations shows, or of its like."""
+    """The URL of an example server of docs/destinations.md, or of a similar one."""
     kind, folder, pki, store = request.param, stage.base / "server", stage.pki, stage.store
     with ExitStack() as cleanup:
         match kind:
             case "receiver":
                 url = cleanup.enter_context(_receiver(stage)).url.removesuffix("/v1/upload")
             case "nginx":
-                our = cleanup.enter_context(_receiver(stage))
-                front: Nginx = request.getfixturevalue("nginx")
+                receiver = cleanup.enter_context(_receiver(stage))
+                proxy: Nginx = request.getfixturevalue("nginx")
                 conf = block(PAGE, "nginx in front", "nginx")
-                cleanup.enter_context(front.serving_documented(conf, f"https://127.0.0.1:{our.port}"))
-                url = front.url
+                cleanup.enter_context(proxy.serving_documented(conf, f"https://127.0.0.1:{receiver.port}"))
+                url = proxy.url
             case "express":
                 modules = request.getfixturevalue("node_modules")
                 url = cleanup.enter_context(documented.express(folder, pki, store, modules))
@@ -84,7 +84,7 @@ def _receiver(stage: Stage, port: int = 0, **options: Any) -> RunningReceiver:
 
 
 def _configure(stage: Stage, text: str, url: str, *, more: str = "") -> None:
-    """Write a configuration of the page, its hosts, certificates and secrets replaced by those here."""
+    """Write a documented configuration with the hosts, certificates and secrets of the test."""
     secrets = stage.base / "secrets"
     secrets.mkdir(exist_ok=True)
     for name, secret in SECRETS.items():
@@ -105,7 +105,7 @@ def _configure(stage: Stage, text: str, url: str, *, more: str = "") -> None:
 
 
 def _deliver(stage: Stage, archives: dict[str, bytes] = ARCHIVES) -> Daemon:
-    """Drop archives and wait until all of them are delivered."""
+    """Put archives into the drop folder, and wait until all are delivered."""
     daemon = stage.daemon().ready()
     for name, content in archives.items():
         stage.put(name, content)
@@ -123,11 +123,11 @@ def _contents(paths: list[Path]) -> list[str]:
 
 
 def _stored(stage: Stage) -> list[Path]:
-    """Return the archives that any of the servers stored."""
+    """Return the archives that the server stored."""
     return [path for path in stage.archives(stage.store) if not path.name.startswith("index.sqlite")]
 
 
-# What the page shows works: each configuration, and each server
+# Every documented configuration and server
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def _stored(stage: Stage) -> list[Path]:
     ],
     indirect=["server"],
 )
-def test_what_the_page_shows_delivers_byte_for_byte(stage: Stage, server: str, heading: str) -> None:
+def test_every_documented_endpoint_stores_archives_unchanged(stage: Stage, server: str, heading: str) -> None:
     _configure(stage, block(PAGE, heading, "toml"), server)
 
     daemon = _deliver(stage)
@@ -162,7 +162,7 @@ def test_what_the_page_shows_delivers_byte_for_byte(stage: Stage, server: str, h
     [("fastapi", "%22"), ("django", "%22"), ("express", '"'), ("receiver", "_")],
     indirect=["server"],
 )
-def test_a_name_arrives_as_it_is_but_for_its_quotes(stage: Stage, server: str, quotes: str) -> None:
+def test_a_file_name_arrives_unchanged_except_for_quotes(stage: Stage, server: str, quotes: str) -> None:
     path = "/v1/upload" if quotes == "_" else "/upload"
     archive = an_archive(stage.base, b"content", name='Zürich-"a"-b.tar.gz')
     with a_sender(a_destination(f"{server}{path}", stage.pki)) as sender:
@@ -176,14 +176,14 @@ def test_a_name_arrives_as_it_is_but_for_its_quotes(stage: Stage, server: str, q
 @pytest.mark.parametrize(
     ("server", "reasons"),
     [
-        ("receiver", {Reason.TLS_CLIENT, Reason.CONNECTION_LOST}),  # uvicorn seldom says why it hangs up
+        ("receiver", {Reason.TLS_CLIENT, Reason.CONNECTION_LOST}),  # uvicorn seldom sends an alert
         ("fastapi", {Reason.TLS_CLIENT, Reason.CONNECTION_LOST}),
         ("django", {Reason.TLS_CLIENT}),
         ("express", {Reason.TLS_CLIENT}),
     ],
     indirect=["server"],
 )
-def test_no_archive_is_charged_for_a_certificate_that_is_not_shown(
+def test_a_missing_client_certificate_rejects_no_archive(
     stage: Stage, server: str, reasons: set[Reason]
 ) -> None:
     with a_sender(a_destination(f"{server}/upload", ca=stage.pki.ca_pem)) as sender:
@@ -194,9 +194,7 @@ def test_no_archive_is_charged_for_a_certificate_that_is_not_shown(
     assert _stored(stage) == []
 
 
-def test_multer_s_limit_rejects_the_archive_that_is_larger_and_no_other(
-    stage: Stage, node_modules: Path
-) -> None:
+def test_the_limit_of_multer_rejects_only_the_larger_archive(stage: Stage, node_modules: Path) -> None:
     with documented.express(stage.base / "server", stage.pki, stage.store, node_modules, "1000") as url:
         _configure(stage, block(PAGE, "Express with multer", "toml"), url)
         daemon = stage.daemon().ready()
@@ -211,7 +209,7 @@ def test_multer_s_limit_rejects_the_archive_that_is_larger_and_no_other(
 
 
 @pytest.mark.parametrize("server", ["django"], indirect=True)
-def test_a_host_that_django_does_not_allow_is_a_400(stage: Stage, server: str) -> None:
+def test_a_host_that_django_does_not_allow_gets_a_400(stage: Stage, server: str) -> None:
     url = server.replace("localhost", "127.0.0.1")
     with a_sender(a_destination(f"{url}/upload", stage.pki)) as sender:
         outcome = sender.send(an_archive(stage.base, b"x"))
@@ -220,7 +218,7 @@ def test_a_host_that_django_does_not_allow_is_a_400(stage: Stage, server: str) -
     assert outcome.http_status == 400
 
 
-def test_webdav_by_the_page_stores_every_archive_under_its_path(stage: Stage, nginx: Nginx) -> None:
+def test_documented_webdav_stores_each_archive_under_its_path(stage: Stage, nginx: Nginx) -> None:
     stage.store.mkdir()
     _configure(stage, block(PAGE, "WebDAV", "toml"), nginx.url)
     (stage.drop / "zürich").mkdir()
@@ -237,12 +235,12 @@ def test_webdav_by_the_page_stores_every_archive_under_its_path(stage: Stage, ng
         assert (root / "plain.cfg").read_bytes() == b"second"
 
 
-def test_an_appliance_by_the_page_wants_user_password_and_key(stage: Stage, nginx: Nginx) -> None:
+def test_the_documented_appliance_requires_user_password_and_api_key(stage: Stage, nginx: Nginx) -> None:
     users = stage.base / "users"
     users.write_text("ers-admin:{PLAIN}a-password\n")
     _configure(stage, block(PAGE, "An appliance's API with user, password and API key", "toml"), nginx.url)
     with _receiver(stage, path="/api/v1/archives") as receiver:
-        requires_sign_in = f"""
+        location = f"""
             client_max_body_size 0;
             {nginx.upstream_tls}
             location / {{
@@ -251,7 +249,7 @@ def test_an_appliance_by_the_page_wants_user_password_and_key(stage: Stage, ngin
                 proxy_pass https://127.0.0.1:{receiver.port};
             }}
         """
-        with nginx.serving(requires_sign_in):
+        with nginx.serving(location):
             daemon = _deliver(stage)
 
     assert _contents(stage.stored()) == _digests(ARCHIVES)
@@ -260,13 +258,13 @@ def test_an_appliance_by_the_page_wants_user_password_and_key(stage: Stage, ngin
     assert "an-api-key" not in daemon.text()
 
 
-def test_a_gateway_by_the_page_wants_a_token_that_is_fetched_once(stage: Stage, nginx: Nginx) -> None:
+def test_the_documented_gateway_requires_a_token_that_is_fetched_once(stage: Stage, nginx: Nginx) -> None:
     _configure(stage, block(PAGE, "A gateway with OAuth2", "toml"), nginx.url)
-    secret = "a+client%27s+secret"  # RFC 6749 has it encoded before it is put into Basic
+    secret = "a+client%27s+secret"  # encoded as RFC 6749 section 2.3.1 requires
     client = base64.b64encode(f"backupd:{secret}".encode()).decode()
     token = '{"access_token":"the-token","token_type":"Bearer","expires_in":3600}'
     with _receiver(stage) as receiver:
-        requires_sign_in = f"""
+        location = f"""
             client_max_body_size 0;
             {nginx.upstream_tls}
             location = /oauth2/token {{
@@ -279,7 +277,7 @@ def test_a_gateway_by_the_page_wants_a_token_that_is_fetched_once(stage: Stage, 
                 proxy_pass https://127.0.0.1:{receiver.port};
             }}
         """
-        with nginx.serving(requires_sign_in):
+        with nginx.serving(location):
             daemon = _deliver(stage)
 
     assert _contents(stage.stored()) == _digests(ARCHIVES)
@@ -287,7 +285,7 @@ def test_a_gateway_by_the_page_wants_a_token_that_is_fetched_once(stage: Stage, 
     assert "the-token" not in daemon.text()
 
 
-def test_a_proxy_by_the_page_connects_us(stage: Stage) -> None:
+def test_the_documented_proxy_connects(stage: Stage) -> None:
     with documented.connect_proxy(stage.base / "proxy") as proxy, _receiver(stage) as receiver:
         text = block(PAGE, "Through a proxy", "toml").replace("http://proxy.example.net:3128", proxy)
         _configure(stage, text, f"https://localhost:{receiver.port}")
@@ -296,7 +294,7 @@ def test_a_proxy_by_the_page_connects_us(stage: Stage) -> None:
     assert _contents(stage.stored()) == _digests(ARCHIVES)
 
 
-def test_a_pinned_endpoint_by_the_page_is_found_at_another_address(stage: Stage) -> None:
+def test_the_documented_pinned_endpoint_is_reached_at_another_address(stage: Stage) -> None:
     pair = stage.pki.issue_server("vault-1", ("vault-1.example.net",))
     der = x509.load_pem_x509_certificate(pair.cert.read_bytes())
     pin = spki_pin(der.public_bytes(Encoding.DER))

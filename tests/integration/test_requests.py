@@ -1,4 +1,4 @@
-"""What goes over the wire for an archive, and what is made of the answer."""
+"""The requests for an archive, the evaluation of the receipt, and queries after a lost response."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.stage import Stage, until
 from tests.uploading import MIB, a_destination, an_archive
 
 CONTENT = b"the content of an archive" * 1000
-QUICK = 'retry = { initial = "0.1s", max = "0.3s" }'
+FAST_RETRY = 'retry = { initial = "0.1s", max = "0.3s" }'
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def pki(tmp_path: Path) -> Pki:
     return Pki(tmp_path / "pki")
 
 
-def once(reply: bytes | Callable[[Request], bytes]) -> Script:
-    """Return a script that answers every request in the same way."""
+def always(reply: bytes | Callable[[Request], bytes]) -> Script:
+    """Return a script that responds to every request in the same way."""
 
     def script(peer: Peer) -> None:
         while True:
@@ -56,7 +56,7 @@ def once(reply: bytes | Callable[[Request], bytes]) -> Script:
     return script
 
 
-def sent(
+def upload(
     folder: Path,
     pki: Pki,
     script: Script,
@@ -64,24 +64,24 @@ def sent(
     variables: Mapping[str, str] | None = None,
     **keys: Any,
 ) -> tuple[Outcome, list[Request]]:
-    """Send an archive and return what became of it, and the requests that it took."""
+    """Upload an archive; return the outcome and the requests."""
     with ScriptedServer(script, server_context(pki)) as server:
         url = server.url + keys.pop("path", "")
         if "query_path" in keys:
             keys["query_url"] = server.url + keys.pop("query_path")
-        with a_courier(a_destination(url, pki, **keys)) as courier:
-            courier.variables = variables
-            outcome = courier.send(archive or an_archive(folder, CONTENT))
+        with a_ledger_sender(a_destination(url, pki, **keys)) as sender:
+            sender.variables = variables
+            outcome = sender.send(archive or an_archive(folder, CONTENT))
     return outcome, server.requests
 
 
-class Courier:
-    """Sends files by one uploader as a worker does, with what the ledger may hold about them."""
+class LedgerSender:
+    """Sends files through one uploader, with the variables and unconfirmed digest that a worker passes."""
 
     def __init__(self, uploader: HttpUploader) -> None:
         self._uploader = uploader
         self.variables: Mapping[str, str] | None = None
-        self.unknown: Digest | None = None
+        self.unconfirmed: Digest | None = None
         self.before_upload: Callable[[], object] = int
 
     def send(self, path: Path) -> Outcome:
@@ -90,25 +90,25 @@ class Courier:
             variables = {"name": path.name} if self.variables is None else self.variables
             fingerprint = fingerprint_of(os.fstat(fd))
             self.before_upload()
-            cargo = UploadJob(
+            job = UploadJob(
                 "the-delivery",
                 os.fsencode(path.name),
                 fd,
                 fingerprint,
                 variables,
-                unconfirmed_digest=self.unknown,
+                unconfirmed_digest=self.unconfirmed,
             )
-            return self._uploader.upload(cargo)
+            return self._uploader.upload(job)
         finally:
             os.close(fd)
 
 
 @contextmanager
-def a_courier(destination: HttpDestinationConfig) -> Iterator[Courier]:
+def a_ledger_sender(destination: HttpDestinationConfig) -> Iterator[LedgerSender]:
     abort = Abort()
     uploader = HttpEndpoint.open(destination, abort).make_uploader()
     try:
-        yield Courier(uploader)
+        yield LedgerSender(uploader)
     finally:
         uploader.close()
         abort.close()
@@ -123,11 +123,11 @@ def digest_of(content: bytes, algorithm: str = "sha256") -> str:
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH"])
 @pytest.mark.parametrize("body", ["multipart", "raw"])
-def test_each_method_carries_each_form_of_body(tmp_path: Path, pki: Pki, method: str, body: str) -> None:
+def test_every_method_works_with_every_form_of_body(tmp_path: Path, pki: Pki, method: str, body: str) -> None:
     def reply(request: Request) -> bytes:
         return receipt_for(request.body if body == "raw" else request.archive)
 
-    outcome, (request,) = sent(tmp_path, pki, once(reply), method=method, body=body)
+    outcome, (request,) = upload(tmp_path, pki, always(reply), method=method, body=body)
     assert isinstance(outcome, Delivered)
     assert request.head.startswith(f"{method} /v1/upload HTTP/1.1\r\n".encode())
     assert request.header("idempotency-key") == "the-delivery"
@@ -143,11 +143,11 @@ def test_each_method_carries_each_form_of_body(tmp_path: Path, pki: Pki, method:
 @pytest.mark.parametrize(
     "content", [b"\r\n\r\n", b"x" * 100 + b"\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n", os.urandom(600_000)]
 )
-def test_a_raw_body_arrives_as_it_is_whatever_it_looks_like(tmp_path: Path, pki: Pki, content: bytes) -> None:
-    outcome, (request,) = sent(
+def test_a_raw_body_arrives_unchanged(tmp_path: Path, pki: Pki, content: bytes) -> None:
+    outcome, (request,) = upload(
         tmp_path,
         pki,
-        once(lambda request: receipt_for(request.body)),
+        always(lambda request: receipt_for(request.body)),
         an_archive(tmp_path, content),
         body="raw",
     )
@@ -158,13 +158,13 @@ def test_a_raw_body_arrives_as_it_is_whatever_it_looks_like(tmp_path: Path, pki:
 @pytest.mark.parametrize(
     ("algorithm", "name"), [("sha256", "sha-256"), ("sha512", "sha-512"), ("sha1", "sha"), ("md5", "md5")]
 )
-def test_a_raw_body_states_its_digest_in_the_head(
+def test_the_digest_of_a_raw_body_is_in_the_headers(
     tmp_path: Path, pki: Pki, algorithm: str, name: str
 ) -> None:
-    outcome, (request,) = sent(
+    outcome, (request,) = upload(
         tmp_path,
         pki,
-        once(lambda request: http_response(201, Repr_Digest=request.header("repr-digest") or "")),
+        always(lambda request: http_response(201, Repr_Digest=request.header("repr-digest") or "")),
         body="raw",
         method="PUT",
         digest_at="header",
@@ -177,11 +177,11 @@ def test_a_raw_body_states_its_digest_in_the_head(
     assert isinstance(outcome, Delivered)
 
 
-def test_blake2b_has_no_name_in_repr_digest_but_still_a_placeholder(tmp_path: Path, pki: Pki) -> None:
-    outcome, (request,) = sent(
+def test_blake2b_is_available_as_a_placeholder_and_not_in_repr_digest(tmp_path: Path, pki: Pki) -> None:
+    outcome, (request,) = upload(
         tmp_path,
         pki,
-        once(lambda request: http_response(201, X_Stored=request.header("x-digest") or "")),
+        always(lambda request: http_response(201, X_Stored=request.header("x-digest") or "")),
         body="raw",
         digest_at="header",
         headers={"X-Digest": "{digest}"},
@@ -192,11 +192,11 @@ def test_blake2b_has_no_name_in_repr_digest_but_still_a_placeholder(tmp_path: Pa
 
 
 @pytest.mark.parametrize("digest_at", ["before", "after"])
-def test_the_digest_stands_where_it_is_asked_for(tmp_path: Path, pki: Pki, digest_at: str) -> None:
-    outcome, (request,) = sent(
+def test_the_digest_field_is_where_digest_at_puts_it(tmp_path: Path, pki: Pki, digest_at: str) -> None:
+    outcome, (request,) = upload(
         tmp_path,
         pki,
-        once(lambda request: receipt_for(request.archive)),
+        always(lambda request: receipt_for(request.archive)),
         digest_at=digest_at,
         digest_field="sum",
         fields={"note": "n"},
@@ -215,27 +215,29 @@ def test_a_file_that_is_rewritten_between_its_two_reads_is_superseded(
     archive = an_archive(tmp_path, CONTENT)
     read_once = RequestBuilder.digest_of
 
-    def digest_then_rewrite(self: RequestBuilder, cargo: Any) -> Any:
-        digest = read_once(self, cargo)
+    def digest_then_rewrite(self: RequestBuilder, job: Any) -> Any:
+        digest = read_once(self, job)
         archive.write_bytes(CONTENT[::-1])
-        if undetected:  # as on a filesystem whose times are coarse
-            cargo.fingerprint = fingerprint_of(os.fstat(cargo.fd))
+        if undetected:  # as on a filesystem with coarse timestamps
+            job.fingerprint = fingerprint_of(os.fstat(job.fd))
         return digest
 
     monkeypatch.setattr(RequestBuilder, "digest_of", digest_then_rewrite)
-    outcome, requests = sent(
-        tmp_path, pki, once(lambda request: receipt_for(request.archive)), archive, **keys
+    outcome, requests = upload(
+        tmp_path, pki, always(lambda request: receipt_for(request.archive)), archive, **keys
     )
     assert isinstance(outcome, Superseded)
     assert requests == []
 
 
-def test_a_file_that_is_cut_while_it_is_read_for_its_digest_is_superseded(tmp_path: Path, pki: Pki) -> None:
+def test_a_file_that_is_truncated_while_its_digest_is_calculated_is_superseded(
+    tmp_path: Path, pki: Pki
+) -> None:
     archive = an_archive(tmp_path, CONTENT)
     with ScriptedServer(accept_all, server_context(pki)) as server:
-        with a_courier(a_destination(server.url, pki, digest_at="before")) as courier:
-            courier.before_upload = lambda: os.truncate(archive, 5)
-            assert isinstance(courier.send(archive), Superseded)
+        with a_ledger_sender(a_destination(server.url, pki, digest_at="before")) as sender:
+            sender.before_upload = lambda: os.truncate(archive, 5)
+            assert isinstance(sender.send(archive), Superseded)
         assert not server.heads
 
 
@@ -260,11 +262,11 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("value", HOSTILE)
-def test_hostile_values_are_escaped_for_where_they_stand(tmp_path: Path, pki: Pki, value: str) -> None:
-    outcome, (request,) = sent(
+def test_hostile_values_are_escaped_for_their_place(tmp_path: Path, pki: Pki, value: str) -> None:
+    outcome, (request,) = upload(
         tmp_path,
         pki,
-        once(lambda request: receipt_for(request.archive)),
+        always(lambda request: receipt_for(request.archive)),
         variables={"name": value, "device": value, "relpath": f"folder/{value or 'x'}"},
         path="/{device}/{name}?n={name}&f={{x}}",
         headers={"X-Name": "{name}", "X-Both": "of {device} {name}"},
@@ -277,32 +279,32 @@ def test_hostile_values_are_escaped_for_where_they_stand(tmp_path: Path, pki: Pk
         *("content-length", "content-type", "x-name", "x-both"),
     }
     path, _, query = request.path.partition("?")
-    prefix, upload, *segments = path.split("/")[1:]
-    assert (prefix, upload) == ("v1", "upload")
+    first, second, *segments = path.split("/")[1:]
+    assert (first, second) == ("v1", "upload")
     assert len(segments) == 2
-    decoded = base_of(segments[0])
+    decoded = unescape(segments[0])
     assert segments[0] == segments[1]
     if value.strip("."):
         assert decoded == value
-    else:  # as a segment of its own it would lead elsewhere
+    else:  # as a whole segment it would lead to another folder
         assert decoded == value.replace(".", "%2E")
     assert query.split("&")[0] == f"n={segments[0]}"
     assert query.count("&") == 1
-    assert base_of(request.header("x-name") or "") == value
+    assert unescape(request.header("x-name") or "") == value
     assert f'name="note"\r\n\r\n{value}\r\n'.encode() in request.body
     assert f'name="twice"\r\n\r\n{value}{value}\r\n'.encode() in request.body
 
 
-def base_of(escaped: str) -> str:
-    """Return what `%NN` spells, once."""
+def unescape(escaped: str) -> str:
+    """Return a text with `%NN` decoded once."""
     return urllib.parse.unquote(escaped)
 
 
-def test_a_relative_path_keeps_its_folders_in_an_address(tmp_path: Path, pki: Pki) -> None:
-    outcome, (request,) = sent(
+def test_a_relative_path_keeps_its_folders_in_a_url(tmp_path: Path, pki: Pki) -> None:
+    outcome, (request,) = upload(
         tmp_path,
         pki,
-        once(lambda request: receipt_for(request.archive)),
+        always(lambda request: receipt_for(request.archive)),
         variables={"name": "c d", "relpath": "a/b&/c d"},
         path="/{relpath}?p={name}",
     )
@@ -310,7 +312,7 @@ def test_a_relative_path_keeps_its_folders_in_an_address(tmp_path: Path, pki: Pk
     assert request.path == "/v1/upload/a/b%26/c%20d?p=c%20d"
 
 
-def test_a_hostile_name_reaches_the_endpoint_through_the_daemon(stage: Stage) -> None:
+def test_the_daemon_delivers_archives_with_hostile_names(stage: Stage) -> None:
     names = [
         b"a\r\nX-Injected: 1.tar.gz",
         b" b.tar.gz",
@@ -392,10 +394,10 @@ def in_json(value: object) -> bytes:
         ),
     ],
 )
-def test_a_receipt_that_states_what_was_sent_is_taken(
+def test_a_matching_receipt_is_accepted(
     tmp_path: Path, pki: Pki, receipt: dict[str, Any], reply: bytes
 ) -> None:
-    outcome, _ = sent(tmp_path, pki, once(reply), receipt=receipt)
+    outcome, _ = upload(tmp_path, pki, always(reply), receipt=receipt)
     assert isinstance(outcome, Delivered), outcome
     assert outcome.verified
 
@@ -426,23 +428,23 @@ def test_a_receipt_that_states_what_was_sent_is_taken(
         ({"size": "body:/n", "digest": "none"}, in_json({"n": 5}), Reason.MISMATCH),
     ],
 )
-def test_a_success_without_the_right_receipt_is_no_delivery(
+def test_a_success_without_a_matching_receipt_is_not_a_delivery(
     tmp_path: Path, pki: Pki, receipt: dict[str, Any], reply: bytes, reason: Reason
 ) -> None:
-    outcome, _ = sent(tmp_path, pki, once(reply), receipt=receipt)
+    outcome, _ = upload(tmp_path, pki, always(reply), receipt=receipt)
     assert isinstance(outcome, Deferred), outcome
     assert outcome.reason is reason
 
 
-def test_where_no_receipt_is_wanted_a_success_is_taken_but_not_called_verified(
+def test_without_a_configured_receipt_a_success_is_delivered_and_not_verified(
     tmp_path: Path, pki: Pki
 ) -> None:
-    outcome, _ = sent(tmp_path, pki, once(http_response(204)), receipt={"digest": "none"})
+    outcome, _ = upload(tmp_path, pki, always(http_response(204)), receipt={"digest": "none"})
     assert isinstance(outcome, Delivered)
     assert not outcome.verified
 
 
-def test_what_is_not_verified_is_sent_again_and_never_disposed_of(stage: Stage) -> None:
+def test_an_unverified_archive_is_sent_again_and_stays_in_its_place(stage: Stage) -> None:
     replies = [http_response(200), http_response(200, b'{"sha256":"%s"}' % digest_of(b"else").encode())] * 2
 
     def script(peer: Peer) -> None:
@@ -455,7 +457,7 @@ def test_what_is_not_verified_is_sent_again_and_never_disposed_of(stage: Stage) 
                 peer.send(receipt_for(request.archive))
 
     with ScriptedServer(script, server_context(stage.pki)) as server:
-        stage.configure(server.url, destination=QUICK, drop='on_delivered = "delete"')
+        stage.configure(server.url, destination=FAST_RETRY, drop='on_delivered = "delete"')
         daemon = stage.daemon().ready()
         stage.put("a.tar.gz", CONTENT)
         daemon.wait_for("archive.disposed", disposition="deleted")
@@ -470,7 +472,7 @@ def test_what_is_not_verified_is_sent_again_and_never_disposed_of(stage: Stage) 
 
 
 def early(reply: bytes) -> Script:
-    """Return a script that answers as soon as it has read a request's head, and hears no more."""
+    """Return a script that responds after the head of a request, and reads no further request."""
 
     def script(peer: Peer) -> None:
         peer.read_head()
@@ -481,42 +483,42 @@ def early(reply: bytes) -> Script:
     return script
 
 
-@pytest.mark.parametrize("answered", ["complete", "early"])
+@pytest.mark.parametrize("response", ["complete", "early"])
 @pytest.mark.parametrize("size", [len(CONTENT), 20 * MIB])
 class TestDuplicates:
     @staticmethod
-    def _sent(
-        folder: Path, pki: Pki, answered: str, size: int, said: bytes, **keys: Any
+    def _upload(
+        folder: Path, pki: Pki, response: str, size: int, body: bytes, **keys: Any
     ) -> tuple[Outcome, bytes]:
         content = (CONTENT * (size // len(CONTENT) + 1))[:size]
-        said = said.replace(b"DIGEST", digest_of(content).encode())
-        reply = http_response(409, said)
-        script = once(reply) if answered == "complete" else early(reply)
-        outcome, _ = sent(folder, pki, script, an_archive(folder, content), **keys)
+        body = body.replace(b"DIGEST", digest_of(content).encode())
+        reply = http_response(409, body)
+        script = always(reply) if response == "complete" else early(reply)
+        outcome, _ = upload(folder, pki, script, an_archive(folder, content), **keys)
         return outcome, content
 
-    def test_a_409_with_the_receipt_of_the_same_content_is_a_delivery(
-        self, tmp_path: Path, pki: Pki, answered: str, size: int
+    def test_a_409_with_a_matching_receipt_is_a_delivery(
+        self, tmp_path: Path, pki: Pki, response: str, size: int
     ) -> None:
-        outcome, content = self._sent(tmp_path, pki, answered, size, b'{"sha256":"DIGEST"}')
+        outcome, content = self._upload(tmp_path, pki, response, size, b'{"sha256":"DIGEST"}')
         assert isinstance(outcome, Delivered), outcome
         assert outcome.digest.hex == digest_of(content)
         assert outcome.receipt.http_status == 409
 
-    @pytest.mark.parametrize("said", [b'{"sha256":"1234"}', b'{"title":"taken"}', b""])
-    def test_a_409_without_it_rejects_the_archive_in_the_words_of_the_endpoint(
-        self, tmp_path: Path, pki: Pki, answered: str, size: int, said: bytes
+    @pytest.mark.parametrize("body", [b'{"sha256":"1234"}', b'{"title":"taken"}', b""])
+    def test_a_409_without_a_matching_receipt_rejects_the_archive_with_the_text_of_the_endpoint(
+        self, tmp_path: Path, pki: Pki, response: str, size: int, body: bytes
     ) -> None:
-        outcome, _ = self._sent(tmp_path, pki, answered, size, said)
+        outcome, _ = self._upload(tmp_path, pki, response, size, body)
         assert isinstance(outcome, Rejected), outcome
         assert outcome.reason is Reason.CONFLICT
-        assert said.decode() in outcome.error
+        assert body.decode() in outcome.error
 
     @pytest.mark.parametrize("keys", [{"on_duplicate": "reject"}, {"receipt": {"digest": "none"}}])
-    def test_a_409_is_a_rejection_where_no_receipt_is_to_count(
-        self, tmp_path: Path, pki: Pki, answered: str, size: int, keys: dict[str, Any]
+    def test_a_409_is_a_rejection_if_no_receipt_is_evaluated(
+        self, tmp_path: Path, pki: Pki, response: str, size: int, keys: dict[str, Any]
     ) -> None:
-        outcome, _ = self._sent(tmp_path, pki, answered, size, b'{"sha256":"DIGEST"}', **keys)
+        outcome, _ = self._upload(tmp_path, pki, response, size, b'{"sha256":"DIGEST"}', **keys)
         assert isinstance(outcome, Rejected), outcome
 
 
@@ -531,21 +533,21 @@ def test_a_file_that_changes_before_an_early_409_is_compared_is_superseded(tmp_p
         peer.half_close()
         peer.drain()
 
-    outcome, _ = sent(tmp_path, pki, script, archive)
+    outcome, _ = upload(tmp_path, pki, script, archive)
     assert isinstance(outcome, Superseded), outcome
 
 
-# Unknown outcomes
+# Lost responses
 
 
 class Vault:
-    """An endpoint that stores, may lose its answer, and tells what it has to whoever asks."""
+    """An endpoint that stores archives, loses `lose` responses, and responds to queries."""
 
-    def __init__(self, lose: int = 1, *, knows: bool = True) -> None:
+    def __init__(self, lose: int = 1, *, finds: bool = True) -> None:
         self.lose = lose
-        self.knows = knows
+        self.finds = finds
         self.stored: list[bytes] = []
-        self.asked: list[str] = []
+        self.queries: list[str] = []
         self.keys: list[str | None] = []
         self.log: list[str] = []
 
@@ -553,8 +555,8 @@ class Vault:
         while True:
             request = peer.read_request()
             if request.head.startswith(b"GET"):
-                self.log.append("asked")
-                self.asked.append(request.path)
+                self.log.append("queried")
+                self.queries.append(request.path)
                 peer.send(self._found(request.path.rpartition("/")[2]))
                 continue
             self.log.append("sent")
@@ -567,94 +569,92 @@ class Vault:
 
     def _found(self, digest: str) -> bytes:
         for content in self.stored:
-            if self.knows and digest_of(content) == digest:
+            if self.finds and digest_of(content) == digest:
                 return receipt_for(content, 200)
         return http_response(404)
 
 
-def test_an_archive_whose_answer_was_lost_is_asked_about_and_not_sent_again(tmp_path: Path, pki: Pki) -> None:
+def test_an_archive_with_a_lost_response_is_queried_and_not_sent_again(tmp_path: Path, pki: Pki) -> None:
     vault = Vault()
-    outcome, _ = sent(tmp_path, pki, vault, query_path="/{digest}")
+    outcome, _ = upload(tmp_path, pki, vault, query_path="/{digest}")
     assert isinstance(outcome, Delivered), outcome
-    assert vault.log == ["sent", "asked"]
-    assert vault.asked == [f"/v1/upload/{digest_of(CONTENT)}"]
+    assert vault.log == ["sent", "queried"]
+    assert vault.queries == [f"/v1/upload/{digest_of(CONTENT)}"]
 
 
-def test_one_that_the_endpoint_does_not_have_is_sent_again_under_the_same_key(stage: Stage) -> None:
-    vault = Vault(knows=False)
+def test_an_archive_that_the_endpoint_does_not_have_is_sent_again_with_the_same_key(stage: Stage) -> None:
+    vault = Vault(finds=False)
     with ScriptedServer(vault, server_context(stage.pki)) as server:
-        stage.configure(server.url, destination=f'{QUICK}\nquery_url = "{server.url}/{{digest}}"')
+        stage.configure(server.url, destination=f'{FAST_RETRY}\nquery_url = "{server.url}/{{digest}}"')
         daemon = stage.daemon().ready()
         stage.put("a.tar.gz", CONTENT)
         daemon.wait_for("archive.disposed")
         assert daemon.stop() == 0
     assert vault.log[0] == "sent"
-    assert vault.log[-2:] == ["asked", "sent"]
+    assert vault.log[-2:] == ["queried", "sent"]
     assert vault.log.count("sent") == 2
     assert len(set(vault.keys)) == 1
     assert vault.stored == [CONTENT, CONTENT]
 
 
-def test_one_that_can_not_be_asked_about_is_not_sent_again_before_it_can(tmp_path: Path, pki: Pki) -> None:
-    """The endpoint takes the body and dies; while it can't be reached, nothing is sent anew."""
+def test_an_archive_is_not_sent_again_before_the_query_succeeds(tmp_path: Path, pki: Pki) -> None:
+    """The endpoint stores the archive and fails; while it is unreachable, nothing is sent again."""
     vault = Vault()
 
-    def shut(peer: Peer) -> None:
+    def unreachable(peer: Peer) -> None:
         peer.reset()
 
-    with ScriptedServer(in_turn(vault, shut, shut, vault), server_context(pki)) as server:
+    with ScriptedServer(in_turn(vault, unreachable, unreachable, vault), server_context(pki)) as server:
         destination = a_destination(server.url, pki, query_url=f"{server.url}/{{digest}}")
-        with a_courier(destination) as courier:
+        with a_ledger_sender(destination) as sender:
             archive = an_archive(tmp_path, CONTENT)
-            first = courier.send(archive)
+            first = sender.send(archive)
             assert isinstance(first, Deferred)
             assert first.unconfirmed_digest is not None
-            courier.unknown = first.unconfirmed_digest
-            second = courier.send(archive)
+            sender.unconfirmed = first.unconfirmed_digest
+            second = sender.send(archive)
             assert isinstance(second, Deferred)
             assert second.unconfirmed_digest == first.unconfirmed_digest
-            assert isinstance(courier.send(archive), Delivered)
-    assert vault.log == ["sent", "asked"]
+            assert isinstance(sender.send(archive), Delivered)
+    assert vault.log == ["sent", "queried"]
 
 
-def test_push_asks_too_before_it_sends_again(stage: Stage) -> None:
+def test_push_queries_before_it_sends_again(stage: Stage) -> None:
     vault = Vault()
 
-    def shut(peer: Peer) -> None:
+    def unreachable(peer: Peer) -> None:
         peer.reset()
 
-    with ScriptedServer(in_turn(vault, shut, vault), server_context(stage.pki)) as server:
+    with ScriptedServer(in_turn(vault, unreachable, vault), server_context(stage.pki)) as server:
         stage.configure(server.url, destination=f'query_url = "{server.url}/{{digest}}"')
         done = stage.backupd("push", str(an_archive(stage.base, CONTENT)))
     assert done.returncode == 0, done.stdout
-    assert vault.log == ["sent", "asked"]
+    assert vault.log == ["sent", "queried"]
 
 
-def test_a_question_that_no_address_can_be_made_of_keeps_no_archive_from_arriving(
-    tmp_path: Path, pki: Pki
-) -> None:
+def test_an_invalid_query_url_does_not_prevent_the_upload(tmp_path: Path, pki: Pki) -> None:
     vault = Vault()
     with ScriptedServer(vault, server_context(pki)) as server:
         too_long = f"{server.url}/{'x' * 70_000}{{digest}}"
-        with a_courier(a_destination(server.url, pki, query_url=too_long)) as courier:
+        with a_ledger_sender(a_destination(server.url, pki, query_url=too_long)) as sender:
             archive = an_archive(tmp_path, CONTENT)
-            first = courier.send(archive)
+            first = sender.send(archive)
             assert isinstance(first, Deferred)
             assert first.reason is Reason.CONNECTION_LOST
             assert first.unconfirmed_digest is not None
-            courier.unknown = first.unconfirmed_digest
-            assert isinstance(courier.send(archive), Delivered)
+            sender.unconfirmed = first.unconfirmed_digest
+            assert isinstance(sender.send(archive), Delivered)
     assert vault.log == ["sent", "sent"]
 
 
-def ask_in_vain(tmp_path: Path, pki: Pki, status: int) -> tuple[Vault, list[Outcome]]:
-    """Have an answer lost, and the question for the archive answered by a status, twice; then all is well."""
+def fail_queries(tmp_path: Path, pki: Pki, status: int) -> tuple[Vault, list[Outcome]]:
+    """Lose a response, respond to two queries with a status, and then work normally."""
     vault, refusals = Vault(), [http_response(status, Retry_After="7")] * 2
 
     def script(peer: Peer) -> None:
         if peer.number in (1, 2):
             peer.read_request()
-            vault.log.append(f"answered {status}")  # before the next connection can come
+            vault.log.append(f"responded {status}")  # before the next connection can arrive
             peer.send(refusals.pop())
         vault(peer)
 
@@ -663,18 +663,18 @@ def ask_in_vain(tmp_path: Path, pki: Pki, status: int) -> tuple[Vault, list[Outc
         destination = a_destination(server.url, pki, query_url=f"{server.url}/{{digest}}")
         archive = an_archive(tmp_path, CONTENT)
         for _ in range(3):
-            with a_courier(destination) as courier:  # as after a restart: nothing but the ledger knows
+            with a_ledger_sender(destination) as sender:  # as after a restart: only the ledger has the digest
                 last = outcomes[-1] if outcomes else None
-                courier.unknown = last.unconfirmed_digest if isinstance(last, Deferred) else None
-                outcomes.append(courier.send(archive))
+                sender.unconfirmed = last.unconfirmed_digest if isinstance(last, Deferred) else None
+                outcomes.append(sender.send(archive))
             if isinstance(outcomes[-1], Delivered):
                 break
     return vault, outcomes
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
-def test_while_the_question_meets_trouble_nothing_is_sent_anew(tmp_path: Path, pki: Pki, status: int) -> None:
-    vault, (first, second, third) = ask_in_vain(tmp_path, pki, status)
+def test_nothing_is_sent_again_while_queries_fail_temporarily(tmp_path: Path, pki: Pki, status: int) -> None:
+    vault, (first, second, third) = fail_queries(tmp_path, pki, status)
 
     assert isinstance(first, Deferred)
     assert isinstance(second, Deferred)
@@ -683,38 +683,38 @@ def test_while_the_question_meets_trouble_nothing_is_sent_anew(tmp_path: Path, p
     assert second.retry_after == timedelta(seconds=7)
     assert str(status) in second.error
     assert isinstance(third, Delivered)
-    assert vault.log == ["sent", f"answered {status}", f"answered {status}", "asked"]
+    assert vault.log == ["sent", f"responded {status}", f"responded {status}", "queried"]
 
 
 @pytest.mark.parametrize("status", [302, 400, 401, 403, 405, 409, 422, 501])
-def test_where_the_question_is_never_answered_the_archive_is_sent_again(
+def test_the_archive_is_sent_again_if_queries_are_not_supported(
     tmp_path: Path, pki: Pki, status: int
 ) -> None:
-    """An endpoint that takes archives but no questions may not keep them from arriving."""
-    vault, outcomes = ask_in_vain(tmp_path, pki, status)
+    """An endpoint that accepts archives and no queries still gets the archive."""
+    vault, outcomes = fail_queries(tmp_path, pki, status)
 
     assert isinstance(outcomes[-1], Delivered)
-    assert vault.log == ["sent", f"answered {status}", f"answered {status}", "sent"]
+    assert vault.log == ["sent", f"responded {status}", f"responded {status}", "sent"]
     assert len(set(vault.keys)) == 1
 
 
-@pytest.mark.parametrize("query", ["asked", "not asked"])
-def test_an_unknown_outcome_survives_a_kill_of_the_daemon(stage: Stage, query: str) -> None:
+@pytest.mark.parametrize("query", ["with query_url", "without"])
+def test_an_unconfirmed_upload_survives_sigkill_of_the_daemon(stage: Stage, query: str) -> None:
     vault = Vault(lose=1)
-    up = [True]
+    is_up = [True]
 
     def script(peer: Peer) -> None:
-        if not up[0]:
+        if not is_up[0]:
             peer.reset()
             return
         try:
             vault(peer)
         finally:
-            up[0] = False
+            is_up[0] = False
 
     with ScriptedServer(script, server_context(stage.pki)) as server:
-        query_url = f'query_url = "{server.url}/{{digest}}"' if query == "asked" else ""
-        stage.configure(server.url, destination=f"{QUICK}\n{query_url}")
+        query_url = f'query_url = "{server.url}/{{digest}}"' if query == "with query_url" else ""
+        stage.configure(server.url, destination=f"{FAST_RETRY}\n{query_url}")
         daemon = stage.daemon().ready()
         stage.put("a.tar.gz", CONTENT)
         daemon.wait_for("destination.paused")
@@ -722,26 +722,26 @@ def test_an_unknown_outcome_survives_a_kill_of_the_daemon(stage: Stage, query: s
         daemon.kill()
         again_sent = [event["sent_bytes"] for event in daemon.events("attempt.failed")][1:]
         assert again_sent
-        assert query == "not asked" or set(again_sent) == {0}
+        assert query == "without" or set(again_sent) == {0}
         assert (stage.drop / "a.tar.gz").exists()
-        up[0] = True
+        is_up[0] = True
         again = stage.daemon().ready()
         again.wait_for("archive.disposed")
         assert again.stop() == 0
-    assert vault.log == (["sent", "asked"] if query == "asked" else ["sent", "sent"])
+    assert vault.log == (["sent", "queried"] if query == "with query_url" else ["sent", "sent"])
     assert len(set(vault.keys)) == 1
     assert not stage.archives(stage.rejected)
 
 
-def test_a_receipt_for_other_content_does_not_settle_an_unknown_outcome(tmp_path: Path, pki: Pki) -> None:
+def test_a_query_with_the_receipt_of_other_content_confirms_nothing(tmp_path: Path, pki: Pki) -> None:
     vault = Vault()
-    lied: list[str] = []
+    queries: list[str] = []
 
     def script(peer: Peer) -> None:
         while True:
             request = peer.read_request()
             if request.head.startswith(b"GET"):
-                lied.append(request.path)
+                queries.append(request.path)
                 peer.send(receipt_for(b"something else", 200))
             elif vault.lose:
                 vault.lose -= 1
@@ -749,8 +749,8 @@ def test_a_receipt_for_other_content_does_not_settle_an_unknown_outcome(tmp_path
             else:
                 peer.send(receipt_for(request.archive))
 
-    outcome, requests = sent(tmp_path, pki, script, query_path="/{digest}")
+    outcome, requests = upload(tmp_path, pki, script, query_path="/{digest}")
     assert isinstance(outcome, Deferred)
     assert outcome.unconfirmed_digest is not None
     assert len(requests) == 2
-    until(lambda: lied, "the question")
+    until(lambda: queries, "the query")

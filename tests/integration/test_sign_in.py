@@ -1,4 +1,4 @@
-"""Signing in: every scheme against an endpoint that checks, over real TLS."""
+"""Sign-in: every scheme against an endpoint that verifies it, over real TLS."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from tests.scripted import Peer, Request, ScriptedServer, http_response, receipt
 from tests.stage import TIMEOUT, Stage, until
 from tests.uploading import MIB, Sender, a_destination, a_sender, an_archive
 
-QUICK = 'retry = { initial = "0.1s", max = "0.3s" }'
+FAST_RETRY = 'retry = { initial = "0.1s", max = "0.3s" }'
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def pki(tmp_path: Path) -> Pki:
 
 @pytest.fixture
 def login_pki(tmp_path: Path) -> Pki:
-    """One that has nothing in common with the endpoint's."""
+    """A PKI that is independent of the endpoint's."""
     return Pki(tmp_path / "login-pki")
 
 
@@ -72,7 +72,7 @@ def reason_of(outcome: Outcome) -> Reason:
 
 
 class TestBearer:
-    def test_the_token_is_what_the_file_holds_at_the_time(self, tmp_path: Path, pki: Pki) -> None:
+    def test_the_token_is_read_from_its_file_before_each_request(self, tmp_path: Path, pki: Pki) -> None:
         token_file = a_secret(tmp_path, "one\n")
         good = {"Bearer one"}
         archive = an_archive(tmp_path, b"content")
@@ -85,10 +85,10 @@ class TestBearer:
                 token_file.write_text("two")
                 good = {"Bearer two"}
                 assert isinstance(sender.send(archive), Delivered)
-        assert len(server.requests) == 2  # no refusal was needed for it to be noticed
+        assert len(server.requests) == 2  # the new token was used without a 401
         assert len(server.peers) == 1
 
-    def test_a_token_that_changes_while_the_body_is_sent_is_used_for_a_second_request(
+    def test_a_token_that_changes_during_the_upload_is_used_for_a_second_request(
         self, tmp_path: Path, pki: Pki
     ) -> None:
         token_file = a_secret(tmp_path, "old")
@@ -112,9 +112,7 @@ class TestBearer:
         assert [request.archive for request in server.requests] == [content, content]
         assert len({request.header("idempotency-key") for request in server.requests}) == 1
 
-    def test_a_token_refused_before_the_body_is_read_costs_no_whole_body(
-        self, tmp_path: Path, pki: Pki
-    ) -> None:
+    def test_an_early_401_ends_the_upload_before_the_second_request(self, tmp_path: Path, pki: Pki) -> None:
         token_file = a_secret(tmp_path, "old")
 
         def script(peer: Peer) -> None:
@@ -134,7 +132,7 @@ class TestBearer:
                 assert isinstance(sender.send(archive), Delivered)
             assert server.peers[0].received < 8 * MIB
 
-    def test_a_token_that_stays_the_same_is_not_tried_twice(self, tmp_path: Path, pki: Pki) -> None:
+    def test_an_unchanged_token_is_not_tried_twice(self, tmp_path: Path, pki: Pki) -> None:
         with ScriptedServer(requires_sign_in(lambda _: False), server_context(pki)) as server:
             auth = {"type": "bearer", "token_file": a_secret(tmp_path, "wrong-token")}
             with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
@@ -143,7 +141,7 @@ class TestBearer:
         assert "wrong-token" not in repr(outcome)
         assert len(server.requests) == 1
 
-    def test_a_401_whose_encoding_is_garbage_is_still_a_401(self, tmp_path: Path, pki: Pki) -> None:
+    def test_a_401_with_an_invalid_content_encoding_is_still_a_401(self, tmp_path: Path, pki: Pki) -> None:
         token_file = a_secret(tmp_path, "old")
 
         def script(peer: Peer) -> None:
@@ -159,7 +157,7 @@ class TestBearer:
         assert reason_of(outcome) is Reason.UNAUTHORIZED
 
 
-def test_a_basic_sign_in_shows_user_and_password(tmp_path: Path, pki: Pki) -> None:
+def test_basic_authentication_sends_user_and_password(tmp_path: Path, pki: Pki) -> None:
     expected = "Basic " + base64.b64encode(b"jos\xc3\xa9:p:a ss").decode()
     with ScriptedServer(requires_sign_in(has(expected)), server_context(pki)) as server:
         auth = {"type": "basic", "user": "josé", "password_file": a_secret(tmp_path, "p:a ss\n")}
@@ -167,27 +165,27 @@ def test_a_basic_sign_in_shows_user_and_password(tmp_path: Path, pki: Pki) -> No
             assert isinstance(sender.send(an_archive(tmp_path, b"content")), Delivered)
 
 
-def charged(stage: Stage) -> list[tuple[str, int]]:
-    """Return state and charged attempts of every delivery in the ledger."""
+def archive_failures(stage: Stage) -> list[tuple[str, int]]:
+    """Return the state of each delivery, and its number of failures that count against the archive."""
     with closing(sqlite3.connect(stage.state / FILE_NAME)) as db:
         rows = db.execute("SELECT state, charged FROM delivery").fetchall()
     return [(str(state), int(count)) for state, count in rows]
 
 
-def test_a_wrong_password_pauses_the_destination_and_charges_no_archive(stage: Stage) -> None:
+def test_a_wrong_password_pauses_the_destination_and_counts_against_no_archive(stage: Stage) -> None:
     password = a_secret(stage.base, "wrong-password")
     expected = "Basic " + base64.b64encode(b"me:right").decode()
     with ScriptedServer(requires_sign_in(has(expected)), server_context(stage.pki)) as server:
         stage.configure(
             server.url,
-            destination=QUICK,
+            destination=FAST_RETRY,
             more=f'[destination.vault.auth]\ntype = "basic"\nuser = "me"\npassword_file = "{password}"',
         )
         daemon = stage.daemon().ready()
         stage.put("a.tar.gz", b"content")
         paused = daemon.wait_for("destination.paused", count=3)
         assert {event["reason"] for event in paused} == {"unauthorized"}
-        assert charged(stage) in ([("pending", 0)], [("claimed", 0)])
+        assert archive_failures(stage) in ([("pending", 0)], [("claimed", 0)])
         assert (stage.drop / "a.tar.gz").exists()
 
         password.write_text("right")
@@ -199,7 +197,7 @@ def test_a_wrong_password_pauses_the_destination_and_charges_no_archive(stage: S
         assert daemon.stop() == 0
 
 
-def test_a_bearer_token_is_rotated_while_the_daemon_runs(stage: Stage) -> None:
+def test_a_bearer_token_can_be_rotated_while_the_daemon_runs(stage: Stage) -> None:
     token = a_secret(stage.base, "token-0")
     good = ["token-0"]
     with ScriptedServer(
@@ -208,7 +206,7 @@ def test_a_bearer_token_is_rotated_while_the_daemon_runs(stage: Stage) -> None:
     ) as server:
         stage.configure(
             server.url,
-            destination=f"workers = 4\n{QUICK}",
+            destination=f"workers = 4\n{FAST_RETRY}",
             more=f'[destination.vault.auth]\ntype = "bearer"\ntoken_file = "{token}"',
         )
         daemon = stage.daemon().ready()
@@ -245,7 +243,7 @@ def a_token_endpoint(login: Login, pki: Pki) -> Iterator[ScriptedServer]:
 
 class TestOAuth2:
     @pytest.mark.parametrize("secret_in", ["basic", "post"])
-    def test_a_token_is_fetched_over_mtls_of_its_own_and_kept(
+    def test_a_token_is_fetched_over_its_own_mtls_and_cached(
         self, tmp_path: Path, pki: Pki, login_pki: Pki, secret_in: str
     ) -> None:
         login = Login()
@@ -264,15 +262,15 @@ class TestOAuth2:
         assert len(login.issued_at) == 1
         assert len(server.requests) == 5
 
-    def test_who_waits_for_a_name_or_a_token_is_slow_and_not_hung(
+    def test_a_worker_that_waits_for_a_name_or_a_token_counts_as_idle(
         self, tmp_path: Path, pki: Pki, login_pki: Pki, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Nobody can bound the wait for the name service: a worker must not be held for hung in it."""
-        look_up, ages = socket.getaddrinfo, []
+        """The wait for the name service is unbounded: the watchdog must not take the worker for hung."""
+        getaddrinfo, ages = socket.getaddrinfo, []
 
-        def looked_up(*args: Any, **keys: Any) -> Any:
+        def record_age(*args: Any, **keys: Any) -> Any:
             ages.append(sender.watchdog.age())
-            return look_up(*args, **keys)
+            return getaddrinfo(*args, **keys)
 
         login = Login()
         with (
@@ -280,7 +278,7 @@ class TestOAuth2:
             ScriptedServer(requires_sign_in(login.is_good), server_context(pki)) as server,
             a_sender(a_destination(server.url, pki, auth=grant(tokens, login_pki, tmp_path))) as sender,
         ):
-            monkeypatch.setattr(socket, "getaddrinfo", looked_up)
+            monkeypatch.setattr(socket, "getaddrinfo", record_age)
             assert isinstance(sender.send(an_archive(tmp_path, b"content")), Delivered)
         assert ages == [0.0, 0.0]
         assert sender.watchdog.age() > 0.0
@@ -305,10 +303,10 @@ class TestOAuth2:
                     now[0] += 5.0
         assert 4 <= len(login.issued_at) <= 5
         assert login.shortest_wait > 80
-        assert len(server.requests) == 80  # none of them with a token that has expired
+        assert len(server.requests) == 80  # none of them with an expired token
         assert not [request for request in server.requests if request.header("authorization") is None]
 
-    def test_a_revoked_token_is_replaced_and_the_body_sent_once_more(
+    def test_a_revoked_token_is_replaced_and_the_body_sent_again(
         self, tmp_path: Path, pki: Pki, login_pki: Pki
     ) -> None:
         login = Login()
@@ -326,7 +324,7 @@ class TestOAuth2:
         assert [request.archive for request in server.requests] == [content] * 3
         assert len(login.issued_at) == 2
 
-    def test_a_token_that_is_given_again_after_it_was_refused_is_not_tried_again(
+    def test_a_refused_token_that_is_issued_again_is_not_tried_again(
         self, tmp_path: Path, pki: Pki, login_pki: Pki
     ) -> None:
         login = Login()
@@ -343,29 +341,29 @@ class TestOAuth2:
         assert len(server.requests) == 1
 
     @pytest.mark.parametrize("works", [True, False])
-    def test_eight_workers_that_find_no_token_fetch_one_together(
+    def test_eight_workers_without_a_token_fetch_one_in_total(
         self, tmp_path: Path, pki: Pki, login_pki: Pki, works: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        asking: set[int] = set()
+        waiting: set[int] = set()
 
         class Lock:
-            """Tells who has come to it."""
+            """Records the threads that acquire it."""
 
             def __init__(self) -> None:
                 self._lock = threading.Lock()
 
             def __enter__(self) -> None:
-                asking.add(threading.get_ident())
+                waiting.add(threading.get_ident())
                 self._lock.acquire()
 
             def __exit__(self, *_: object) -> None:
                 self._lock.release()
 
         class Late(Login):
-            """Answers when all are waiting for it."""
+            """Responds when all workers wait."""
 
             def _respond(self, request: Request) -> bytes:
-                until(lambda: len(asking) == 8, "all of them to ask")
+                until(lambda: len(waiting) == 8, "all workers to wait")
                 return super()._respond(request)
 
         monkeypatch.setattr("backupd.upload.http.auth.threading", SimpleNamespace(Lock=Lock))
@@ -386,7 +384,7 @@ class TestOAuth2:
             assert {reason_of(outcome) for outcome in outcomes} == {Reason.SIGN_IN}
         assert len(login.issued_at) == 1
 
-    def test_eight_workers_whose_token_is_refused_fetch_a_new_one_together(
+    def test_eight_workers_with_a_refused_token_fetch_one_in_total(
         self, tmp_path: Path, pki: Pki, login_pki: Pki
     ) -> None:
         login = Login(delay=0.2)
@@ -398,13 +396,13 @@ class TestOAuth2:
             outcomes = send_together(
                 a_destination(server.url, pki, auth=grant(tokens, login_pki, tmp_path)),
                 archives,
-                before_the_second_round=login.revoke_all,
+                between_rounds=login.revoke_all,
             )
         assert all(isinstance(outcome, Delivered) for outcome in outcomes)
         assert len(login.issued_at) == 2
 
     @pytest.mark.parametrize(
-        ("said", "words"),
+        ("response", "error"),
         [
             (oauth_error("invalid_client", status=401), "401: invalid_client"),
             (oauth_error("invalid_scope", "no such scope"), "400: invalid_scope: no such scope"),
@@ -429,11 +427,11 @@ class TestOAuth2:
             (b"SSH-2.0-OpenSSH_9.6\r\n\r\n", "the token endpoint"),
         ],
     )
-    def test_what_the_token_endpoint_says_instead_of_a_token_is_told(
-        self, tmp_path: Path, pki: Pki, login_pki: Pki, said: bytes, words: str | None
+    def test_an_invalid_token_response_is_reported(
+        self, tmp_path: Path, pki: Pki, login_pki: Pki, response: bytes, error: str | None
     ) -> None:
         login = Login()
-        login.instead = said
+        login.instead = response
         with (
             a_token_endpoint(login, login_pki) as tokens,
             ScriptedServer(requires_sign_in(has("Bearer x")), server_context(pki)) as server,
@@ -442,15 +440,15 @@ class TestOAuth2:
             with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
                 outcome = sender.send(an_archive(tmp_path, b"content"))
         assert CLIENT_SECRET not in repr(outcome)
-        if words is None:
+        if error is None:
             assert isinstance(outcome, Delivered)
         else:
             assert isinstance(outcome, Deferred)
             assert outcome.reason is Reason.SIGN_IN
-            assert words in outcome.error
-            assert not server.peers  # nothing goes to the endpoint without a token
+            assert error in outcome.error
+            assert not server.peers  # without a token there is no connection to the endpoint
 
-    def test_a_token_endpoint_that_is_down_is_told_as_that(
+    def test_a_token_endpoint_that_is_down_is_reported(
         self, tmp_path: Path, pki: Pki, login_pki: Pki
     ) -> None:
         with (
@@ -466,12 +464,12 @@ class TestOAuth2:
         assert f"port {tokens.port}" in outcome.error
         assert "refused" in outcome.error
 
-    @pytest.mark.parametrize("ours", ["ca", "cert"])
-    def test_the_trust_of_the_endpoint_is_not_that_of_the_token_endpoint(
-        self, tmp_path: Path, pki: Pki, login_pki: Pki, ours: str
+    @pytest.mark.parametrize("taken_over", ["ca", "cert"])
+    def test_the_token_endpoint_has_its_own_ca_and_client_certificate(
+        self, tmp_path: Path, pki: Pki, login_pki: Pki, taken_over: str
     ) -> None:
         keys: dict[str, Any] = (
-            {"ca": pki.ca_pem} if ours == "ca" else {"cert": pki.client_cert, "key": pki.client_key}
+            {"ca": pki.ca_pem} if taken_over == "ca" else {"cert": pki.client_cert, "key": pki.client_key}
         )
         login = Login()
         with (
@@ -485,7 +483,9 @@ class TestOAuth2:
         assert "certificate" in repr(outcome) or "unknown ca" in repr(outcome)
         assert not login.issued_at
 
-    def test_a_stop_ends_the_wait_for_a_token_at_once(self, tmp_path: Path, pki: Pki, login_pki: Pki) -> None:
+    def test_an_abort_ends_the_wait_for_a_token_immediately(
+        self, tmp_path: Path, pki: Pki, login_pki: Pki
+    ) -> None:
         def silent(peer: Peer) -> None:
             peer.read_request()
             peer.pause()
@@ -506,20 +506,20 @@ class TestOAuth2:
 
 
 def send_together(
-    destination: Any, archives: list[Path], before_the_second_round: Callable[[], None] | None = None
+    destination: Any, archives: list[Path], between_rounds: Callable[[], None] | None = None
 ) -> list[Outcome]:
-    """Send each archive by a worker of its own, all at the same moment; in two rounds, if so asked."""
+    """Send each archive in a thread of its own, all at the same time; twice with `between_rounds`."""
     abort = Abort()
     endpoint = HttpEndpoint.open(destination, abort)
     uploaders = [HttpUploader(endpoint) for _ in archives]
     start = threading.Barrier(len(archives))
-    again = threading.Barrier(len(archives), before_the_second_round)
+    again = threading.Barrier(len(archives), between_rounds)
 
     def send(uploader: HttpUploader, archive: Path) -> list[Outcome]:
         sender = Sender(uploader, abort)
         start.wait()
         outcomes = [sender.send(archive)]
-        if before_the_second_round:
+        if between_rounds:
             again.wait()
             outcomes.append(sender.send(archive))
         return outcomes
@@ -532,7 +532,7 @@ def send_together(
     return [outcome for outcomes in results for outcome in outcomes]
 
 
-def test_a_header_of_our_own_comes_from_a_file_and_is_read_each_time(tmp_path: Path, pki: Pki) -> None:
+def test_the_value_of_a_header_file_is_read_before_each_request(tmp_path: Path, pki: Pki) -> None:
     key = a_secret(tmp_path, "key-1\n")
     with ScriptedServer(requires_sign_in(lambda _: True), server_context(pki)) as server:
         destination = a_destination(server.url, pki, header_files={"X-API-Key": key})
@@ -546,7 +546,7 @@ def test_a_header_of_our_own_comes_from_a_file_and_is_read_each_time(tmp_path: P
 
 @pytest.mark.parametrize("where", ["basic", "bearer", "oauth2", "header"])
 @pytest.mark.parametrize("content", [None, b"", b"\n", b"two\nlines", "käse".encode(), b"x" * 70_000])
-def test_a_secret_that_can_not_be_used_is_told_with_its_file_and_not_its_content(
+def test_an_unusable_secret_is_reported_with_its_file_and_without_its_content(
     tmp_path: Path, pki: Pki, login_pki: Pki, where: str, content: bytes | None
 ) -> None:
     secret = tmp_path / "the.secret" if content is None else a_secret(tmp_path, content, "the.secret")
@@ -576,9 +576,9 @@ def test_the_password_of_a_key_is_read_from_its_file(
     tmp_path: Path, pki: Pki, password: bytes | None
 ) -> None:
     key = load_pem_private_key(pki.client_key.read_bytes(), None)
-    locked = BestAvailableEncryption(b"right")
-    pki.client_key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, locked))
-    secret = tmp_path / "gone" if password is None else a_secret(tmp_path, password)
+    encryption = BestAvailableEncryption(b"right")
+    pki.client_key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption))
+    secret = tmp_path / "missing" if password is None else a_secret(tmp_path, password)
     with ScriptedServer(requires_sign_in(lambda _: True), server_context(pki)) as server:
         with a_sender(a_destination(server.url, pki, key_password_file=secret)) as sender:
             outcome = sender.send(an_archive(tmp_path, b"content"))
@@ -602,7 +602,7 @@ def test_no_secret_is_ever_logged(stage: Stage) -> None:
         stage.configure(
             server.url,
             top='[log]\nlevel = "debug"',
-            destination=QUICK,
+            destination=FAST_RETRY,
             more=oauth2_table(tokens, login_pki, secret),
         )
         daemon = stage.daemon().ready()
@@ -611,15 +611,15 @@ def test_no_secret_is_ever_logged(stage: Stage) -> None:
         assert "invalid_client" in paused[0]["error"]
         login.instead = None
         daemon.wait_for("archive.disposed")
-        shown = stage.backupd("list", "--json").stdout + stage.backupd("config", "show").stdout
+        output = stage.backupd("list", "--json").stdout + stage.backupd("config", "show").stdout
         assert daemon.stop() == 0
     sent = base64.b64encode(f"{CLIENT_ID}:{CLIENT_SECRET}".encode()).decode()
     for forbidden in (CLIENT_SECRET, sent, "token-2", "Bearer "):
-        assert forbidden not in daemon.text() + shown
+        assert forbidden not in daemon.text() + output
 
 
 @pytest.mark.long
-def test_a_token_endpoint_whose_words_are_no_unicode_ends_no_daemon(stage: Stage) -> None:
+def test_an_error_with_an_unpaired_surrogate_does_not_end_the_daemon(stage: Stage) -> None:
     login_pki = Pki(stage.base / "login-pki")
     login = Login()
     login.instead = oauth_error("\ud800")
@@ -629,19 +629,19 @@ def test_a_token_endpoint_whose_words_are_no_unicode_ends_no_daemon(stage: Stage
     ):
         stage.configure(
             server.url,
-            destination=QUICK,
+            destination=FAST_RETRY,
             more=oauth2_table(tokens, login_pki, a_secret(stage.base, CLIENT_SECRET)),
         )
         daemon = stage.daemon().ready()
         archive = stage.put("a.tar.gz", b"content")
         daemon.wait_for("destination.paused", count=2, reason="sign_in_failed")
-        shown = [stage.backupd(*c) for c in (["status"], ["list"], ["push", str(archive), "--json"])]
+        results = [stage.backupd(*c) for c in (["status"], ["list"], ["push", str(archive), "--json"])]
         login.instead = None
         daemon.wait_for("archive.disposed")
         assert daemon.stop() == 0
     assert not daemon.events("daemon.failed")
-    assert "\\ud800" in shown[0].stdout
-    assert [(one.returncode, one.stderr) for one in shown] == [(0, ""), (0, ""), (69, "")]
+    assert "\\ud800" in results[0].stdout
+    assert [(one.returncode, one.stderr) for one in results] == [(0, ""), (0, ""), (69, "")]
 
 
 def oauth2_table(tokens: ScriptedServer, pki: Pki, secret: Path) -> str:
@@ -657,21 +657,21 @@ key = "{pki.client_key}"
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("told", [True, False])
-def test_under_load_a_token_that_expires_every_second_is_fetched_once_each_time(
-    stage: Stage, told: bool, record_property: Callable[[str, object], None]
+@pytest.mark.parametrize("states_lifetime", [True, False])
+def test_under_load_each_expired_token_is_replaced_by_a_single_fetch(
+    stage: Stage, states_lifetime: bool, record_property: Callable[[str, object], None]
 ) -> None:
-    """Told of the life of its tokens, the daemon fetches ahead; untold, all workers run into a 401."""
+    """With a stated lifetime the daemon fetches ahead; without it, all workers get a 401."""
     count = 500
     login_pki = Pki(stage.base / "login-pki")
-    login = Login(lifetime=1.0, states_lifetime=told)
+    login = Login(lifetime=1.0, states_lifetime=states_lifetime)
     with (
         a_token_endpoint(login, login_pki) as tokens,
         ScriptedServer(requires_sign_in(login.is_good, delay=0.1), server_context(stage.pki)) as server,
     ):
         stage.configure(
             server.url,
-            destination=f"workers = 8\n{QUICK}",
+            destination=f"workers = 8\n{FAST_RETRY}",
             more=oauth2_table(tokens, login_pki, a_secret(stage.base, CLIENT_SECRET)),
         )
         for number in range(count):
@@ -681,20 +681,20 @@ def test_under_load_a_token_that_expires_every_second_is_fetched_once_each_time(
         elapsed = login.issued_at[-1] - login.issued_at[0]
         refusals = len(server.requests) - count
         fetches = len(login.issued_at)
-        told_as = "stated" if told else "not stated"
+        lifetime = "stated" if states_lifetime else "not stated"
         print(
-            f"life {told_as}: {count} archives, {fetches} tokens in {elapsed:.1f} s, "
-            f"at least {login.shortest_wait:.2f} s apart, {refusals} requests answered 401"
+            f"lifetime {lifetime}: {count} archives, {fetches} tokens in {elapsed:.1f} s, "
+            f"at least {login.shortest_wait:.2f} s apart, {refusals} requests refused with 401"
         )
         record_property("tokens", f"{fetches} in {elapsed:.1f} s")
         assert not daemon.events("archive.rejected")
-        # on a machine that stands still two tokens in a row expire on their way
+        # on a machine under load, two tokens in a row can expire before they are used
         assert {event["reason"] for event in daemon.events("attempt.failed")} <= {"unauthorized"}
         assert len(daemon.events("attempt.failed")) <= count // 10
         assert daemon.stop() == 0
-    assert fetches >= 4  # else it showed nothing
-    assert (fetches - 1) * 0.9 <= elapsed + 5  # the clock of a token starts when it is asked for
-    if not told:
+    assert fetches >= 4  # otherwise the test proves nothing
+    assert (fetches - 1) * 0.9 <= elapsed + 5  # the lifetime of a token starts with its request
+    if not states_lifetime:
         assert 0 < refusals <= 8 * fetches
     assert len(stage.archives(stage.sent)) == count
     assert len({event["archive"] for event in daemon.events("delivery.verified")}) == count

@@ -1,4 +1,4 @@
-"""What each answer of a destination comes to: a table, with the network left out."""
+"""The outcome of each response of a destination, as a table, without a network."""
 
 from __future__ import annotations
 
@@ -29,30 +29,28 @@ HEX = hashlib.sha256(CONTENT).hexdigest()
 RECEIPT = json.dumps({"sha256": HEX}).encode()
 URL = "https://vault.test/v1/upload"
 
-Answer = httpx.Response | Exception
+Response = httpx.Response | Exception
 
 
-def uploaded(
-    folder: Path, answer: Answer, *, name: str = "a.tar.gz", **keys: Any
+def upload(
+    folder: Path, response: Response, *, name: str = "a.tar.gz", **keys: Any
 ) -> tuple[Outcome, httpx.Request]:
-    """Upload an archive to a destination that gives this answer; return the outcome and the request."""
+    """Upload an archive to a destination with this response; return the outcome and the request."""
     router = respx.MockRouter()
     route = router.post(url__startswith="https://vault.test/")
-    route.mock(return_value=answer if isinstance(answer, httpx.Response) else httpx.Response(500))
+    route.mock(return_value=response if isinstance(response, httpx.Response) else httpx.Response(500))
 
     def handle(request: httpx.Request) -> httpx.Response:
-        answered = router.handler(request)  # which reads the answer; ours is read as it comes
-        if isinstance(answer, Exception):
-            raise answer
-        return httpx.Response(
-            answered.status_code, headers=answered.headers, content=iter([answered.content])
-        )
+        read = router.handler(request)  # which reads the body; a real response is streamed
+        if isinstance(response, Exception):
+            raise response
+        return httpx.Response(read.status_code, headers=read.headers, content=iter([read.content]))
 
     transport = httpx.MockTransport(handle)
     with closing(Abort()) as abort:
         destination = a_destination(keys.pop("url", URL), **keys)
         with closing(
-            HttpUploader(HttpEndpoint.open(destination, abort), lambda _line: transport)
+            HttpUploader(HttpEndpoint.open(destination, abort), lambda _limits: transport)
         ) as uploader:
             outcome = Sender(uploader, abort).send(an_archive(folder, CONTENT, name=name))
     assert route.call_count == 1
@@ -77,8 +75,8 @@ REJECTING = {Reason.REFUSED, Reason.CONFLICT, Reason.TOO_LARGE}
 @pytest.mark.parametrize(
     ("status", "reason"), [(status, reason) for reason, each in STATUSES.items() for status in each]
 )
-def test_a_status_that_is_no_success_has_its_reason(tmp_path: Path, status: int, reason: Reason) -> None:
-    outcome, _ = uploaded(tmp_path, httpx.Response(status, content=b"because"))
+def test_a_status_other_than_success_has_its_reason(tmp_path: Path, status: int, reason: Reason) -> None:
+    outcome, _ = upload(tmp_path, httpx.Response(status, content=b"because"))
 
     assert isinstance(outcome, Rejected if reason in REJECTING else Deferred)
     assert (outcome.reason, outcome.http_status) == (reason, status)
@@ -86,13 +84,13 @@ def test_a_status_that_is_no_success_has_its_reason(tmp_path: Path, status: int,
     assert outcome.error.endswith(": because")
 
 
-def test_only_what_the_archive_is_to_blame_for_is_rejected() -> None:
+def test_only_failures_caused_by_the_archive_reject_it() -> None:
     assert {reason for reason in STATUSES if rule_of(reason).action is Action.REJECT} == REJECTING
 
 
 @pytest.mark.parametrize("status", [200, 201, 202])
-def test_a_usual_success_with_a_matching_receipt_is_a_delivery(tmp_path: Path, status: int) -> None:
-    outcome, request = uploaded(tmp_path, httpx.Response(status, content=RECEIPT))
+def test_a_success_with_a_matching_receipt_is_a_delivery(tmp_path: Path, status: int) -> None:
+    outcome, request = upload(tmp_path, httpx.Response(status, content=RECEIPT))
 
     assert isinstance(outcome, Delivered)
     assert outcome.verified
@@ -105,9 +103,9 @@ def test_a_usual_success_with_a_matching_receipt_is_a_delivery(tmp_path: Path, s
     assert CONTENT in request.content
 
 
-def test_only_the_configured_successes_are_any(tmp_path: Path) -> None:
-    not_listed, _ = uploaded(tmp_path, httpx.Response(201, content=RECEIPT), success=[200])
-    listed, _ = uploaded(tmp_path, httpx.Response(207, content=RECEIPT), success=[207])
+def test_only_the_configured_statuses_are_successes(tmp_path: Path) -> None:
+    not_listed, _ = upload(tmp_path, httpx.Response(201, content=RECEIPT), success=[200])
+    listed, _ = upload(tmp_path, httpx.Response(207, content=RECEIPT), success=[207])
 
     assert isinstance(not_listed, Deferred)
     assert not_listed.reason is Reason.UNEXPECTED_STATUS
@@ -116,7 +114,7 @@ def test_only_the_configured_successes_are_any(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", [429, 503, 401, 302])
 @pytest.mark.parametrize(
-    ("asked", "wait"),
+    ("retry_after", "wait"),
     [
         ("0", 0),
         ("120", 120),
@@ -137,27 +135,27 @@ def test_only_the_configured_successes_are_any(tmp_path: Path) -> None:
         ("Wed, 99 Oct 2015 07:28:00 GMT", None),
     ],
 )
-def test_a_wait_that_is_asked_for_is_kept_within_reason(
-    tmp_path: Path, status: int, asked: str, wait: int | None
+def test_retry_after_is_honoured_up_to_an_hour(
+    tmp_path: Path, status: int, retry_after: str, wait: int | None
 ) -> None:
-    outcome, _ = uploaded(tmp_path, httpx.Response(status, headers={"Retry-After": asked}))
+    outcome, _ = upload(tmp_path, httpx.Response(status, headers={"Retry-After": retry_after}))
 
     assert isinstance(outcome, Deferred)
     assert outcome.retry_after == (None if wait is None else timedelta(seconds=wait))
 
 
-def test_a_wait_may_be_a_date(tmp_path: Path) -> None:
-    asked = format_datetime(datetime.now(UTC) + timedelta(minutes=30), usegmt=True)
+def test_retry_after_can_be_a_date(tmp_path: Path) -> None:
+    retry_after = format_datetime(datetime.now(UTC) + timedelta(minutes=30), usegmt=True)
 
-    outcome, _ = uploaded(tmp_path, httpx.Response(503, headers={"Retry-After": asked}))
+    outcome, _ = upload(tmp_path, httpx.Response(503, headers={"Retry-After": retry_after}))
 
     assert isinstance(outcome, Deferred)
     assert outcome.retry_after is not None
     assert timedelta(minutes=29) < outcome.retry_after <= timedelta(minutes=30)
 
 
-def test_a_wait_is_nothing_to_an_archive_that_is_refused(tmp_path: Path) -> None:
-    outcome, _ = uploaded(tmp_path, httpx.Response(413, headers={"Retry-After": "120"}))
+def test_retry_after_is_ignored_for_a_rejected_archive(tmp_path: Path) -> None:
+    outcome, _ = upload(tmp_path, httpx.Response(413, headers={"Retry-After": "120"}))
 
     assert outcome == Rejected(Reason.TOO_LARGE, "413 Request Entity Too Large", 413)
 
@@ -167,7 +165,7 @@ def encoded(algorithm: str, encode: Callable[[bytes], bytes]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("receipt", "answer"),
+    ("receipt", "response"),
     [
         ({}, httpx.Response(201, json={"sha256": HEX.upper()})),
         ({}, httpx.Response(201, json={"sha256": f"sha256:{HEX}"})),
@@ -186,10 +184,10 @@ def encoded(algorithm: str, encode: Callable[[bytes], bytes]) -> str:
         ({"algorithm": "md5"}, httpx.Response(201, json={"sha256": hashlib.md5(CONTENT).hexdigest()})),
     ],
 )
-def test_a_receipt_is_found_and_read_where_it_is_said_to_be(
-    tmp_path: Path, receipt: dict[str, Any], answer: httpx.Response
+def test_a_receipt_is_read_from_its_configured_place(
+    tmp_path: Path, receipt: dict[str, Any], response: httpx.Response
 ) -> None:
-    outcome, _ = uploaded(tmp_path, answer, receipt=receipt)
+    outcome, _ = upload(tmp_path, response, receipt=receipt)
 
     assert isinstance(outcome, Delivered)
     assert outcome.verified
@@ -207,8 +205,8 @@ def test_a_receipt_is_found_and_read_where_it_is_said_to_be(
         base64.b64encode(bytes.fromhex(HEX)).decode(),
     ],
 )
-def test_a_receipt_of_something_else_is_a_mismatch(tmp_path: Path, stated: str) -> None:
-    outcome, _ = uploaded(tmp_path, httpx.Response(201, content=json.dumps({"sha256": stated}).encode()))
+def test_a_receipt_of_other_content_is_a_mismatch(tmp_path: Path, stated: str) -> None:
+    outcome, _ = upload(tmp_path, httpx.Response(201, content=json.dumps({"sha256": stated}).encode()))
 
     assert isinstance(outcome, Deferred)
     assert (outcome.reason, outcome.http_status) == (Reason.MISMATCH, 201)
@@ -235,15 +233,15 @@ def test_a_receipt_of_something_else_is_a_mismatch(tmp_path: Path, stated: str) 
         b" " * 70_000 + RECEIPT,
     ],
 )
-def test_a_success_without_a_receipt_is_no_delivery(tmp_path: Path, body: bytes) -> None:
-    outcome, _ = uploaded(tmp_path, httpx.Response(201, content=body))
+def test_a_success_without_a_receipt_is_not_a_delivery(tmp_path: Path, body: bytes) -> None:
+    outcome, _ = upload(tmp_path, httpx.Response(201, content=body))
 
     assert isinstance(outcome, Deferred)
     assert (outcome.reason, outcome.http_status) == (Reason.UNVERIFIED, 201)
 
 
-def test_an_answer_without_a_receipt_is_a_delivery_only_where_none_is_asked_for(tmp_path: Path) -> None:
-    outcome, _ = uploaded(tmp_path, httpx.Response(204), receipt={"digest": "none"})
+def test_a_response_without_a_receipt_is_a_delivery_only_if_none_is_configured(tmp_path: Path) -> None:
+    outcome, _ = upload(tmp_path, httpx.Response(204), receipt={"digest": "none"})
 
     assert isinstance(outcome, Delivered)
     assert outcome.verified is False
@@ -275,8 +273,8 @@ def caused_by(error: Exception, cause: Exception) -> Exception:
         (httpx.UnsupportedProtocol("gopher"), Reason.PROTOCOL),
     ],
 )
-def test_a_failure_of_the_transport_has_its_reason(tmp_path: Path, error: Exception, reason: Reason) -> None:
-    outcome, _ = uploaded(tmp_path, error)
+def test_a_transport_error_has_its_reason(tmp_path: Path, error: Exception, reason: Reason) -> None:
+    outcome, _ = upload(tmp_path, error)
 
     assert isinstance(outcome, Deferred)
     assert outcome.reason is reason
@@ -293,20 +291,20 @@ def test_a_failure_of_the_transport_has_its_reason(tmp_path: Path, error: Except
         ("ü?#&.gz", "of %C3%BC?#&.gz", "/%C3%BC%3F%23%26.gz"),
     ],
 )
-def test_a_name_fits_into_a_header_and_into_the_address(
+def test_a_name_is_escaped_for_a_header_and_for_the_url(
     tmp_path: Path, name: str, header: str, path: str
 ) -> None:
     keys = {"url": "https://vault.test/{name}", "headers": {"X-Of": "of {name}", "X-Name": "{name}"}}
 
-    _, request = uploaded(tmp_path, httpx.Response(503), name=name, **keys)
+    _, request = upload(tmp_path, httpx.Response(503), name=name, **keys)
 
     assert request.headers["X-Of"] == header
     assert request.headers["X-Name"] == header.removeprefix("of ")
     assert request.url.raw_path.decode() == path
 
 
-def test_every_status_that_has_a_name_has_a_rule(tmp_path: Path) -> None:
+def test_every_registered_status_has_a_rule(tmp_path: Path) -> None:
     for status in HTTPStatus:
         if status >= 300:
-            outcome, _ = uploaded(tmp_path, httpx.Response(status))
+            outcome, _ = upload(tmp_path, httpx.Response(status))
             assert isinstance(outcome, Deferred | Rejected)

@@ -1,4 +1,4 @@
-"""TLS with real handshakes: whose certificate is shown, whose is believed, and what diverts nothing."""
+"""TLS with real handshakes: client and server certificates, versions, and the environment."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    """A CA that nobody trusts."""
+    """A CA that is not trusted."""
     return Pki(tmp_path_factory.mktemp("foreign"))
 
 
@@ -62,7 +62,7 @@ def version(request: pytest.FixtureRequest) -> ssl.TLSVersion:
 def upload(
     context: ssl.SSLContext, pki: Pki, folder: Path, *, host: str = "127.0.0.1", size: int = 1000, **keys: Any
 ) -> tuple[Outcome, ScriptedServer]:
-    """Upload once to a server with a context; return the outcome and what the server saw."""
+    """Upload once to a server with a TLS context; return the outcome and the server."""
     with ScriptedServer(accept_all, context) as server:
         url = server.url.replace("127.0.0.1", host)
         with a_sender(a_destination(url, pki, **keys)) as sender:
@@ -74,7 +74,7 @@ def failed(outcome: Outcome) -> Deferred:
     return outcome
 
 
-def test_our_certificate_is_shown_and_theirs_is_verified(
+def test_the_client_certificate_is_presented_and_the_server_verified(
     tmp_path: Path, pki: Pki, version: ssl.TLSVersion
 ) -> None:
     outcome, server = upload(server_context(pki, version=version), pki, tmp_path)
@@ -86,7 +86,7 @@ def test_our_certificate_is_shown_and_theirs_is_verified(
 
 @pytest.mark.parametrize("size", [1000, 20 * MIB])
 @pytest.mark.parametrize("fault", ["expired", "unknown CA"])
-def test_a_refused_client_certificate_is_told_apart_from_the_network(
+def test_a_refused_client_certificate_is_not_a_network_error(
     tmp_path: Path, pki: Pki, foreign: Pki, version: ssl.TLSVersion, fault: str, size: int
 ) -> None:
     expired = fault == "expired"
@@ -105,9 +105,9 @@ def test_a_refused_client_certificate_is_told_apart_from_the_network(
 @pytest.mark.parametrize(
     ("version", "expected"),
     [(ssl.TLSVersion.TLSv1_2, Reason.TLS), (ssl.TLSVersion.TLSv1_3, Reason.TLS_CLIENT)],
-    ids=["tls 1.2: a plain handshake failure", "tls 1.3: an alert of its own"],
+    ids=["tls 1.2: handshake_failure", "tls 1.3: certificate_required"],
 )
-def test_a_server_that_misses_our_certificate_is_no_network_fault(
+def test_a_missing_client_certificate_is_not_a_network_error(
     tmp_path: Path, pki: Pki, version: ssl.TLSVersion, expected: Reason, size: int
 ) -> None:
     context = server_context(pki, version=version)
@@ -117,7 +117,7 @@ def test_a_server_that_misses_our_certificate_is_no_network_fault(
 
 
 @pytest.mark.parametrize("fault", ["host name", "unknown CA", "expired"])
-def test_a_server_that_can_not_prove_who_it_is_gets_nothing(
+def test_an_unverified_server_receives_no_data(
     tmp_path: Path, pki: Pki, foreign: Pki, version: ssl.TLSVersion, fault: str
 ) -> None:
     pair = KeyPair(foreign.server_cert, foreign.server_key)
@@ -134,7 +134,7 @@ def test_a_server_that_can_not_prove_who_it_is_gets_nothing(
     assert server.received == 0
 
 
-def test_a_host_name_is_verified_as_well_as_an_address(tmp_path: Path, pki: Pki) -> None:
+def test_both_host_names_and_addresses_are_verified(tmp_path: Path, pki: Pki) -> None:
     only_name = pki.issue_server("only-name", ("localhost",))
 
     by_name, _ = upload(server_context(pki, only_name), pki, tmp_path, host="localhost")
@@ -157,7 +157,7 @@ def test_a_server_of_tls_1_1_is_refused(tmp_path: Path, pki: Pki) -> None:
     assert server.received == 0
 
 
-def test_a_server_that_speaks_no_tls_is_no_mystery(tmp_path: Path, pki: Pki) -> None:
+def test_a_server_without_tls_is_identified(tmp_path: Path, pki: Pki) -> None:
     def plain(peer: Any) -> None:
         peer.send(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
         peer.drain()
@@ -170,8 +170,8 @@ def test_a_server_that_speaks_no_tls_is_no_mystery(tmp_path: Path, pki: Pki) -> 
     assert failed(outcome).reason is Reason.TLS
 
 
-@pytest.mark.parametrize("ended_by", ["deadline", "stop"])
-def test_a_handshake_of_records_without_an_end_can_be_ended(tmp_path: Path, pki: Pki, ended_by: str) -> None:
+@pytest.mark.parametrize("ended_by", ["deadline", "abort"])
+def test_an_endless_tls_handshake_can_be_ended(tmp_path: Path, pki: Pki, ended_by: str) -> None:
     hello_requests = b"\x16\x03\x03\x00\x04\x00\x00\x00\x00" * 10_000
 
     def script(peer: Peer) -> None:
@@ -188,22 +188,20 @@ def test_a_handshake_of_records_without_an_end_can_be_ended(tmp_path: Path, pki:
     ):
         sending = pool.submit(sender.send, an_archive(tmp_path, size=1000))
         assert flooding.wait(TIMEOUT)
-        if ended_by == "stop":
+        if ended_by == "abort":
             sender.abort.set()
         outcome = sending.result(timeout=TIMEOUT)
     assert failed(outcome).reason is (Reason.DEADLINE if ended_by == "deadline" else Reason.STOPPED)
 
 
-def test_a_host_name_that_nobody_knows_and_a_port_that_nobody_serves_are_told_apart(
-    tmp_path: Path, pki: Pki
-) -> None:
+def test_an_unknown_host_name_is_distinguished_from_a_closed_port(tmp_path: Path, pki: Pki) -> None:
     archive = an_archive(tmp_path, b"x")
-    with socket.socket() as unserved:
-        unserved.bind(("127.0.0.1", 0))
-        port = unserved.getsockname()[1]
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
         with a_sender(a_destination(f"https://127.0.0.1:{port}/", pki)) as sender:
             no_port = sender.send(archive)
-    with a_sender(a_destination("https://nobody.invalid/", pki)) as sender:
+    with a_sender(a_destination("https://unknown.invalid/", pki)) as sender:
         no_name = sender.send(archive)
 
     assert failed(no_port).reason is Reason.CONNECT
@@ -211,19 +209,19 @@ def test_a_host_name_that_nobody_knows_and_a_port_that_nobody_serves_are_told_ap
     assert failed(no_name).reason is Reason.DNS
 
 
-def test_a_private_ca_with_plain_extensions_is_believed_by_every_python(tmp_path: Path, pki: Pki) -> None:
-    ca_pem, pair = _made_by_hand(tmp_path)
+def test_a_private_ca_with_few_extensions_is_accepted_by_every_python(tmp_path: Path, pki: Pki) -> None:
+    ca_pem, pair = _minimal_ca(tmp_path)
 
     outcome, _ = upload(server_context(pki, pair), pki, tmp_path, ca=ca_pem)
 
     assert isinstance(outcome, Delivered)
 
 
-def _made_by_hand(folder: Path) -> tuple[Path, KeyPair]:
-    """Return a CA as many have been made with openssl(1) for years, and a server's certificate from it.
+def _minimal_ca(folder: Path) -> tuple[Path, KeyPair]:
+    """Return a CA as openssl(1) has made many for years, and a server certificate that it issued.
 
     Its basicConstraints are not critical, there is no key usage, and no key identifiers: Python 3.13's
-    `create_default_context` takes offence at that, earlier ones do not.
+    `create_default_context` refuses that, earlier ones do not.
     """
     now = datetime.now(UTC)
 
@@ -252,14 +250,14 @@ def _made_by_hand(folder: Path) -> tuple[Path, KeyPair]:
         return builder.sign(signer, hashes.SHA256())
 
     ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    ca_pem, pair = folder / "by-hand-ca.pem", KeyPair(folder / "by-hand.pem", folder / "by-hand.key")
-    ca_pem.write_bytes(certificate("by hand", "by hand", ca_key, ca_key, ca=True).public_bytes(Encoding.PEM))
-    pair.cert.write_bytes(certificate("server", "by hand", key, ca_key, ca=False).public_bytes(Encoding.PEM))
+    ca_pem, pair = folder / "minimal-ca.pem", KeyPair(folder / "minimal.pem", folder / "minimal.key")
+    ca_pem.write_bytes(certificate("minimal", "minimal", ca_key, ca_key, ca=True).public_bytes(Encoding.PEM))
+    pair.cert.write_bytes(certificate("server", "minimal", key, ca_key, ca=False).public_bytes(Encoding.PEM))
     pair.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     return ca_pem, pair
 
 
-def test_a_refused_certificate_makes_no_fast_loop(stage: Stage, foreign: Pki) -> None:
+def test_a_refused_certificate_leads_to_exponential_backoff(stage: Stage, foreign: Pki) -> None:
     with ScriptedServer(accept_all, server_context(stage.pki, client_ca=foreign.ca_pem)) as server:
         stage.configure(server.url, destination='retry = { initial = "0.1s", max = "5s" }\nworkers = 2')
         for number in range(10):
@@ -270,20 +268,20 @@ def test_a_refused_certificate_makes_no_fast_loop(stage: Stage, foreign: Pki) ->
         connections = len(server.peers)
         daemon.kill()
 
-    said = [event for event in daemon.events() if event.get("reason") == "client_certificate_refused"]
-    pauses = [event for event in said if event["event"] == "destination.paused"]
-    attempts = [event for event in said if event["event"] == "attempt.failed"]
+    events = [event for event in daemon.events() if event.get("reason") == "client_certificate_refused"]
+    pauses = [event for event in events if event["event"] == "destination.paused"]
+    attempts = [event for event in events if event["event"] == "attempt.failed"]
     assert attempts == daemon.events("attempt.failed")
     assert [event["failures"] for event in pauses[:5]] == [1, 2, 3, 4, 5]
     for event in pauses:
         step = 0.1 * 2 ** (event["failures"] - 1)
         assert step * 0.1 - 0.002 <= event["paused_for_s"] <= step + 0.002
-    assert len(attempts) <= len(pauses) + 2  # the second worker, before the gate was shut; and the end
+    assert len(attempts) <= len(pauses) + 2  # the second worker before the circuit opened, and the end
     assert connections <= len(attempts) + 1
     assert len(stage.archives(stage.drop)) == 10
 
 
-def test_an_expired_certificate_is_said_before_anything_runs(stage: Stage) -> None:
+def test_an_expired_certificate_is_reported_before_the_daemon_runs(stage: Stage) -> None:
     expired = stage.pki.issue_expired_client("client")
     assert expired.cert == stage.pki.client_cert
     stage.configure("https://127.0.0.1:1/v1/upload")
@@ -296,33 +294,33 @@ def test_an_expired_certificate_is_said_before_anything_runs(stage: Stage) -> No
 
 
 def encrypt(key: Path, password: bytes) -> None:
-    """Encrypt a key's file in place."""
+    """Encrypt the key in a file."""
     loaded = load_pem_private_key(key.read_bytes(), None)
     key.write_bytes(
         loaded.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(password))
     )
 
 
-@pytest.mark.parametrize("written", [b"a secret", b"a secret\n", b"a secret\r\n"])
-def test_an_encrypted_key_is_unlocked_by_the_password_in_its_file(tmp_path: Path, written: bytes) -> None:
+@pytest.mark.parametrize("content", [b"a secret", b"a secret\n", b"a secret\r\n"])
+def test_an_encrypted_key_is_decrypted_with_the_password_in_its_file(tmp_path: Path, content: bytes) -> None:
     own = Pki(tmp_path / "pki")
     encrypt(own.client_key, b"a secret")
     password_file = tmp_path / "password"
-    password_file.write_bytes(written)
+    password_file.write_bytes(content)
 
     outcome, _ = upload(server_context(own), own, tmp_path, key_password_file=password_file)
 
     assert isinstance(outcome, Delivered)
 
 
-@pytest.mark.parametrize("given", ["nothing", "a wrong one", "a missing file"])
-def test_an_encrypted_key_without_its_password_is_said_clearly(tmp_path: Path, given: str) -> None:
+@pytest.mark.parametrize("password", ["none", "wrong", "missing file"])
+def test_an_encrypted_key_without_its_password_is_reported(tmp_path: Path, password: str) -> None:
     own = Pki(tmp_path / "pki")
     encrypt(own.client_key, b"a secret")
     password_file = tmp_path / "password"
-    if given == "a wrong one":
+    if password == "wrong":
         password_file.write_bytes(b"guessed")
-    named = None if given == "nothing" else password_file
+    named = None if password == "none" else password_file
 
     outcome, server = upload(server_context(own), own, tmp_path, key_password_file=named)
 
@@ -333,12 +331,12 @@ def test_an_encrypted_key_without_its_password_is_said_clearly(tmp_path: Path, g
 
 
 @pytest.mark.skipif(not shutil.which("setsid"), reason="needs setsid(1)")
-@pytest.mark.parametrize("what", ["run", "check", "the uploader"])
-def test_nobody_is_asked_for_a_password_on_the_terminal(stage: Stage, what: str) -> None:
+@pytest.mark.parametrize("caller", ["run", "check", "the uploader"])
+def test_no_password_is_prompted_for_on_the_terminal(stage: Stage, caller: str) -> None:
     encrypt(stage.pki.client_key, b"a secret")
     config = stage.configure("https://127.0.0.1:1/v1/upload")
-    command = [sys.executable, "-m", "backupd", what, "--config", str(config)]
-    if what == "the uploader":
+    command = [sys.executable, "-m", "backupd", caller, "--config", str(config)]
+    if caller == "the uploader":
         program = (
             "import pathlib, sys; from backupd.config.load import load\n"
             "from backupd.upload.http.tls import *\n"
@@ -347,16 +345,16 @@ def test_nobody_is_asked_for_a_password_on_the_terminal(stage: Stage, what: str)
         )
         command = [sys.executable, "-c", program, str(config)]
 
-    said = on_a_terminal(command)
+    output = on_a_terminal(command)
 
-    assert "is encrypted" in " ".join(said.split())
-    assert "PEM pass phrase" not in said
+    assert "is encrypted" in " ".join(output.split())
+    assert "PEM pass phrase" not in output
 
 
 def on_a_terminal(command: list[str]) -> str:
-    """Run a command that has a terminal to ask at, and return all that it writes there."""
+    """Run a command with a controlling terminal, and return its output there."""
     master, slave = pty.openpty()
-    said = b""
+    output = b""
     with (
         subprocess.Popen(["setsid", "--ctty", *command], stdin=slave, stdout=slave, stderr=slave) as process,
         os.fdopen(master, "rb", buffering=0) as terminal,
@@ -364,14 +362,14 @@ def on_a_terminal(command: list[str]) -> str:
         os.close(slave)
         try:
             while select.select([terminal], [], [], TIMEOUT)[0]:
-                said += os.read(master, 4096)
-        except OSError:  # the other side is closed
+                output += os.read(master, 4096)
+        except OSError:  # the command closed its side
             pass
         process.kill()
-    return said.decode()
+    return output.decode()
 
 
-def test_no_session_keys_are_written_down(stage: Stage, receiver: RunningReceiver) -> None:
+def test_no_tls_session_keys_are_logged(stage: Stage, receiver: RunningReceiver) -> None:
     keys = stage.base / "session-keys"
     stage.configure(receiver.url)
     daemon = stage.daemon({"SSLKEYLOGFILE": str(keys)}).ready()
@@ -385,14 +383,14 @@ def test_no_session_keys_are_written_down(stage: Stage, receiver: RunningReceive
 
 
 def test_nothing_in_the_environment_diverts_an_upload(stage: Stage, foreign: Pki) -> None:
-    (stage.base / ".netrc").write_text("default login somebody password secret\n")
+    (stage.base / ".netrc").write_text("default login user password secret\n")
     with (
         ScriptedServer(accept_all, server_context(stage.pki)) as server,
         ScriptedServer(accept_all) as elsewhere,
     ):
         proxy = f"http://127.0.0.1:{elsewhere.port}"
         names = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
-        environ = {name: proxy for both in names for name in (both, both.lower())}
+        environ = {name: proxy for each in names for name in (each, each.lower())}
         environ |= {"NO_PROXY": "", "no_proxy": "", "HOME": str(stage.base)}
         environ |= {"NETRC": str(stage.base / ".netrc"), "SSL_CERT_FILE": str(foreign.ca_pem)}
         environ |= {"SSL_CERT_DIR": str(foreign.folder), "REQUESTS_CA_BUNDLE": str(foreign.ca_pem)}
@@ -409,7 +407,7 @@ def test_nothing_in_the_environment_diverts_an_upload(stage: Stage, foreign: Pki
     assert checked.returncode == 0, checked.stdout
 
 
-def test_a_ca_in_the_environment_is_not_believed(
+def test_a_ca_in_the_environment_is_not_trusted(
     tmp_path: Path, pki: Pki, foreign: Pki, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(foreign.ca_pem))

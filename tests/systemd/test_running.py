@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from backupd.receiver.serve import RunningReceiver
-from tests.scripted import Peer, ScriptedServer, in_turn, receipt_for, server_context, take_all
+from tests.scripted import Peer, ScriptedServer, accept_all, in_turn, receipt_for, server_context
 from tests.stage import until
 from tests.systemd.conftest import UNIT, Site
 
@@ -83,13 +83,13 @@ def test_the_next_upload_uses_certificates_that_were_renewed_during_an_upload(si
         request = peer.read_request()
         peer.pause()
         peer.send(receipt_for(request.archive))
-        take_all(peer)
+        accept_all(peer)
 
     def names(server: ScriptedServer) -> list[str]:
         subjects = [dict(pair[0] for pair in peer.client_certificate["subject"]) for peer in server.peers]
         return [subject["commonName"] for subject in subjects]
 
-    with ScriptedServer(in_turn(answers_late, take_all), server_context(site.stage.pki)) as server:
+    with ScriptedServer(in_turn(answers_late, accept_all), server_context(site.stage.pki)) as server:
         site.configure(server.url, destination="workers = 1")
         site.start()
         site.put("before.tar.gz", b"before")
@@ -104,7 +104,7 @@ def test_the_next_upload_uses_certificates_that_were_renewed_during_an_upload(si
             part.rename(there)
         site.machine.systemctl("reload", UNIT)
         site.wait_for("certificate.renewed")
-        server.go_on()
+        server.resume()
         site.sent("before.tar.gz")
         site.put("after.tar.gz", b"after")
         site.sent("after.tar.gz")

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from backupd.receiver.serve import RunningReceiver
-from tests.scripted import Peer, ScriptedServer, in_turn, server_context, take_all
+from tests.scripted import Peer, ScriptedServer, accept_all, in_turn, server_context
 from tests.systemd.conftest import ROOT, UNIT, Site
 from tests.uploading import MIB
 
@@ -129,7 +129,7 @@ def test_a_key_that_only_root_can_read_is_passed_as_a_credential(
 
 
 def test_a_restart_after_a_kill_repeats_the_upload(site: Site) -> None:
-    with ScriptedServer(in_turn(stops_reading, take_all), server_context(site.stage.pki)) as server:
+    with ScriptedServer(in_turn(stops_reading, accept_all), server_context(site.stage.pki)) as server:
         site.configure(server.url)
         site.start()
         archive = site.put("core.tar.gz", LARGE)
@@ -148,7 +148,7 @@ def test_a_restart_after_a_kill_repeats_the_upload(site: Site) -> None:
 
 
 def test_the_unit_stops_in_time_while_an_upload_hangs(site: Site) -> None:
-    with ScriptedServer(in_turn(stops_reading, take_all), server_context(site.stage.pki)) as server:
+    with ScriptedServer(in_turn(stops_reading, accept_all), server_context(site.stage.pki)) as server:
         site.configure(server.url, top='shutdown_grace = "0.5s"')
         site.start()
         archive = site.put("core.tar.gz", LARGE)
@@ -168,7 +168,7 @@ def test_the_unit_stops_in_time_while_an_upload_hangs(site: Site) -> None:
 
 
 def test_a_power_cut_during_an_upload_loses_nothing(site: Site) -> None:
-    with ScriptedServer(in_turn(stops_reading, take_all), server_context(site.stage.pki)) as server:
+    with ScriptedServer(in_turn(stops_reading, accept_all), server_context(site.stage.pki)) as server:
         site.configure(server.url)
         site.machine.systemctl("enable", "--now", UNIT)
         site.put("core.tar.gz", LARGE)

@@ -1,4 +1,4 @@
-"""Secrets are taken out of a text in every form, and what is no secret stays."""
+"""Redaction: secrets are removed from a text in every form, and nothing else is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ a_secret = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E, exclude
 
 
 @given(a_secret, st.text(), st.text())
-def test_no_form_of_a_secret_is_left(secret: str, before: str, after: str) -> None:
+def test_a_secret_is_removed_in_every_form(secret: str, before: str, after: str) -> None:
     for form in (
         secret,
         json.dumps(secret)[1:-1],
@@ -54,23 +54,23 @@ ESCAPES = [
     st.text("abc019-._~ !#$'()+,/:;<=>?@[]^`{|}\"", min_size=4, max_size=20).filter(lambda s: s.strip()),
     st.lists(st.sampled_from(ESCAPES), min_size=20, max_size=20),
 )
-def test_each_character_may_be_escaped_in_its_own_way(
+def test_a_secret_is_removed_if_each_character_is_escaped_differently(
     secret: str, escapes: list[Callable[[str], str]]
 ) -> None:
     escaped = [
         char if char.isalnum() else escape(char) for char, escape in zip(secret, escapes, strict=False)
     ]
-    assert redact(f"it was {''.join(escaped)}", [secret]) == "it was ***"
+    assert redact(f"value: {''.join(escaped)}", [secret]) == "value: ***"
 
 
 @pytest.mark.parametrize("secret", ["%" * 40, "&" * 40, "\\" * 40, '\\"' * 20, "%&" * 20, "# +" * 20])
-def test_no_text_takes_long_to_be_searched(secret: str) -> None:
+def test_no_text_takes_long_to_search(secret: str) -> None:
     for filler in ("%25", "&amp;", "\\", "&#0", "%", "&"):
         text = (secret[:-1] + filler * 20) * 300
         assert len(redact(text, [secret])) <= len(text)
 
 
-def test_what_is_no_secret_is_left_as_it_is() -> None:
+def test_other_text_stays_unchanged() -> None:
     assert redact("the disk is full", ["token-1", "", "is"]) == "the disk is full"
 
 
@@ -84,7 +84,9 @@ def test_what_is_no_secret_is_left_as_it_is() -> None:
         ({"X-Api-Key": "k1", "X-Other": "o"}, ("x-api-key",), {"k1", ""}),
     ],
 )
-def test_the_secrets_of_a_request(headers: dict[str, str], named: tuple[str, ...], secrets: set[str]) -> None:
+def test_the_secrets_of_a_request_are_found(
+    headers: dict[str, str], named: tuple[str, ...], secrets: set[str]
+) -> None:
     request = httpx.Request(
         "POST", "https://vault.test/", headers=headers, extensions={SECRET_HEADERS: named}
     )
