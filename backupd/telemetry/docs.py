@@ -34,9 +34,9 @@ backupd logs one JSON object per line to standard output. Each line is an event 
 "archive":"core-1/running.cfg","size_bytes":9012,"destinations":["vault"]}
 ```
 
-Every line has %s; a key without a value is missing from its line.
-The tables give the meaning of each event, the template of its message and its other keys. A part of a
-template in square brackets is left out if its key is missing. Messages have rounded durations and sizes.
+Every line has %s. A key without a value is missing from
+its line. The tables give the meaning of each event, the template of its message and its other keys. A part of
+a template in square brackets is left out if its key is missing. Messages have rounded durations and sizes.
 
 In the journal, each key is a field: `journalctl BACKUPD_EVENT=archive.rejected BACKUPD_DESTINATION=vault`.
 
