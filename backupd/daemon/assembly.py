@@ -138,9 +138,9 @@ class Assembly:
         return Drop.of(name, table, folder, destinations_of(config, table))
 
     def _build_drop(self, name: str) -> RunningDrop:
-        on_rejected = self.runtime.recorder.recheck_dispositions
+        on_due = self.runtime.recorder.recheck_dispositions
         drop, tracker = self._drops[name], self.device_tracker
-        return RunningDrop(drop, Intake(drop, self._ledger, self._log, self._notify, on_rejected, tracker))
+        return RunningDrop(drop, Intake(drop, self._ledger, self._log, self._notify, on_due, tracker))
 
     def _build_destination(self, name: str, config: DestinationConfig) -> RunningDestination:
         destination, notifier = Destination.of(name, config), Notifier()

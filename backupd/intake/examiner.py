@@ -154,8 +154,8 @@ _MAX_WORK_TIME = 600.0
 """Seconds of work after which the inspection, or the digest, of an archive is abandoned."""
 
 
-class _FileChangedError(Exception):
-    """The file is gone or has changed; an event or the next scan brings the new content."""
+class _AbandonedError(Exception):
+    """The file is gone, has changed or can't be read; an event or the next scan brings it again."""
 
 
 class Examiner:
@@ -202,7 +202,7 @@ class Examiner:
         return True
 
     def recheck(self, relpath: bytes) -> None:
-        """Examine the held archives again to which a path belongs as a checksum file, if it does."""
+        """If a path is a checksum file, examine again the held archives that it applies to."""
         if not self._on_hold:
             return
         parent, slash, name = relpath.rpartition(b"/")
@@ -264,7 +264,7 @@ class Examiner:
         except StopIteration as stop:
             job.steps = None
             return self._decide(job, stop.value)
-        except _FileChangedError:
+        except _AbandonedError:
             job.steps = None
             self._remove(job)
             return None
@@ -279,10 +279,10 @@ class Examiner:
         except OSError as error:
             if not isinstance(error, FileNotFoundError):
                 self._on_unreadable(candidate.relpath, error)
-            raise _FileChangedError from error
+            raise _AbandonedError from error
         try:
             if fingerprint_of(os.fstat(fd)) != candidate.fingerprint:
-                raise _FileChangedError
+                raise _AbandonedError
             if self._config.inspect != "off" and not job.inspected:
                 job.damage = yield from self._inspect(job, fd)
                 job.inspected = True
@@ -290,10 +290,10 @@ class Examiner:
             if found is None and self._config.checksum_file != "off":
                 found = yield from self._compare(job, fd)
             if fingerprint_of(os.fstat(fd)) != candidate.fingerprint:
-                raise _FileChangedError
+                raise _AbandonedError
         except OSError as error:
             self._on_unreadable(candidate.relpath, error)
-            raise _FileChangedError from error
+            raise _AbandonedError from error
         finally:
             os.close(fd)
         return found

@@ -15,9 +15,9 @@ from backupd.core.errors import LedgerError
 from backupd.core.model import fingerprint_of
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.folder import walk
-from backupd.intake.candidates import Candidates
 from backupd.intake.device_tracker import DeviceTracker
 from backupd.intake.examiner import Examiner
+from backupd.intake.unfinished_files import UnfinishedFiles
 from backupd.intake.watch_health import WatchHealth
 from backupd.ledger.port import FileCandidate, KnownFiles, Ledger, content_key
 from backupd.telemetry import events
@@ -33,12 +33,12 @@ _EVENT_TIMEOUT = 5.0
 NotifyWorkers = Callable[[Sequence[str]], None]
 """Called with the names of the destinations that have new deliveries."""
 
-OnRejected = Callable[[], None]
-"""Called when archives were rejected before any upload, so that the recorder moves their files."""
+OnDispositionsDue = Callable[[], None]
+"""Called when dispositions are due: of rejected archives, or of delivered ones that reappeared."""
 
 
 class Intake:
-    """Watches one drop folder; `run` is the body of its thread.
+    """Queues the finished files of one drop folder in the ledger; `run` is the body of its thread.
 
     All of its state in memory is rebuilt by a scan.
     """
@@ -49,7 +49,7 @@ class Intake:
         ledger: Ledger,
         log: EventLog,
         notify_workers: NotifyWorkers,
-        on_rejected: OnRejected,
+        on_dispositions_due: OnDispositionsDue,
         device_tracker: DeviceTracker | None = None,
     ) -> None:
         self.name = drop.name
@@ -59,13 +59,13 @@ class Intake:
         self._ledger = ledger
         self._log = log
         self._notify_workers = notify_workers
-        self._on_rejected = on_rejected
+        self._on_dispositions_due = on_dispositions_due
         self._device_tracker = device_tracker or DeviceTracker(ledger, log)
         self._prefix = os.fsencode(drop.config.path).rstrip(b"/") + b"/"
         self._events: queue.SimpleQueue[_PathEvent | None] = queue.SimpleQueue()
         """Events that have not been handled; None ends a wait."""
-        self._candidates = Candidates(drop, log)
-        self._examiner = Examiner(drop, log, self._candidates.log_unreadable)
+        self._unfinished_files = UnfinishedFiles(drop, log)
+        self._examiner = Examiner(drop, log, self._unfinished_files.log_unreadable)
         self._skip = frozenset((drop.sent_dir, drop.rejected_dir))
         self._watch_health = WatchHealth(drop, log, self._on_event, self._is_ignored)
         self._batch: list[FileCandidate] = []
@@ -91,8 +91,8 @@ class Intake:
             while not stop.is_set():
                 self.watchdog.alive()
                 now = time.monotonic()
-                if self._watch_health.has_missed_events() or now >= next_scan:
-                    watched = self._watch_health.check()
+                if self._watch_health.recover_lost_events() or now >= next_scan:
+                    watched = self._watch_health.check_and_restart()
                     self.register_folder()
                     self._scan(b"", stop, detect_lost_events=watched and self.ready.is_set())
                     next_scan = time.monotonic() + self._watch_health.scan_every()
@@ -125,16 +125,20 @@ class Intake:
 
     def recheck(self, relpath: bytes) -> None:
         """Have a path checked, as an event would."""
-        self._events.put(_PathEvent(os.fsencode(self._config.path) + b"/" + relpath, is_directory=False))
+        self._events.put(_PathEvent(self._prefix + relpath, is_directory=False))
 
     def _on_event(self, path: bytes, is_directory: bool) -> None:
         self._watch_health.event_received()
-        if path != self._prefix:
+        if not self._is_test_event(path):
             self._events.put(_PathEvent(path, is_directory))
+
+    def _is_test_event(self, path: bytes) -> bool:
+        # `DropWatches` reports the opening of the drop folder, which tests the watcher, under `path/`
+        return path == self._prefix
 
     def _wait(self, next_scan: float) -> None:
         """Wait for an event until something is due, and handle the events that have arrived."""
-        due_times = (self._candidates.next_due(), self._examiner.next_due())
+        due_times = (self._unfinished_files.next_due(), self._examiner.next_due())
         until = min([next_scan, *(due for due in due_times if due is not None)])
         timeout = max(until - time.monotonic(), 0.0)
         try:
@@ -171,19 +175,23 @@ class Intake:
         return any(relpath == skip or relpath.startswith(skip + b"/") for skip in self._skip)
 
     def _check(self, relpath: bytes, status: os.stat_result | None = None) -> None:
-        candidate = self._candidates.check(relpath, time.monotonic(), status)
-        if candidate is not None and not self._examiner.add(candidate):
-            self._batch.append(candidate)
-            if len(self._batch) >= _BATCH_SIZE:
-                self._enqueue()
+        candidate = self._unfinished_files.check(relpath, time.monotonic(), status)
+        if candidate is None:
+            return
+        is_examined = self._examiner.add(candidate)
+        if is_examined:
+            return
+        self._batch.append(candidate)
+        if len(self._batch) >= _BATCH_SIZE:
+            self._enqueue()
 
     def _check_due(self) -> None:
-        for relpath in self._candidates.due(time.monotonic()):
+        for relpath in self._unfinished_files.due(time.monotonic()):
             self._check(relpath)
 
     def _scan(self, below: bytes, stop: threading.Event | None, *, detect_lost_events: bool) -> None:
-        """Check every file below a directory that the ledger does not know."""
-        started, found, missed = time.monotonic(), 0, None
+        """Check the files below a directory, except those that the ledger knows."""
+        started, found, lost = time.monotonic(), 0, None
         try:
             known = self._ledger.known_files(self.name, below)
         except LedgerError as error:
@@ -207,35 +215,35 @@ class Intake:
                 break
             if content_key(relpath, fingerprint_of(status)) in known.content_keys:
                 continue
-            if detect_lost_events and missed is None and self._was_missed(relpath, status, known):
-                missed = relpath
+            if detect_lost_events and lost is None and self._is_event_lost(relpath, status, known):
+                lost = relpath
             self._check(relpath, status)
         if not should_continue():
             return
-        if missed is not None and self._events.empty():
-            self._watch_health.missed_event(missed)
+        if lost is not None and self._events.empty():
+            self._watch_health.lost_event(lost)
         self._log.emit(
             events.DROP_SCANNED,
             drop=self.name,
             found_files=found,
-            unfinished_files=len(self._candidates) + len(self._examiner),
+            unfinished_files=len(self._unfinished_files) + len(self._examiner),
             duration_s=time.monotonic() - started,
         )
 
-    def _was_missed(self, relpath: bytes, status: os.stat_result, known: KnownFiles) -> bool:
+    def _is_event_lost(self, relpath: bytes, status: os.stat_result, known: KnownFiles) -> bool:
         """Return whether the event of a file is lost: the file is new, and older than the time-out."""
         if time.time() - status.st_ctime <= _EVENT_TIMEOUT:
             return False
         path = hash(relpath)
         if path in known.paths or path in self._not_enqueued or relpath in self._examiner:
             return False
-        return self._candidates.is_new(relpath)
+        return self._unfinished_files.is_new(relpath)
 
     def _on_unreadable(self, relpath: bytes, error: OSError) -> None:
         if not relpath:
             self._watch_health.root_failed(error)
         else:
-            self._candidates.log_unreadable(relpath, error)
+            self._unfinished_files.log_unreadable(relpath, error)
 
     def _enqueue(self) -> None:
         batch, self._batch = self._batch, []
@@ -271,7 +279,7 @@ class Intake:
         if result.queued:
             self._notify_workers(self._destinations)
         if result.rejected or result.reappeared:
-            self._on_rejected()
+            self._on_dispositions_due()
         if result.has_unusual_size:
             with suppress(LedgerError):  # logged at the next heartbeat instead
                 self._device_tracker.log_unusual_sizes()

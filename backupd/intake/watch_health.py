@@ -15,14 +15,17 @@ from backupd.telemetry.log import EventLog
 _POLL_EVERY = 5.0
 """Seconds between scans of a folder without events, unless `rescan_every` is shorter."""
 
-_SIGN_OF_LIFE_TIMEOUT = 5.0
-"""Seconds after which a requested event that has not arrived is lost."""
+_TEST_EVENT_TIMEOUT = 5.0
+"""Seconds after which a test event that has not arrived is lost."""
 
-_NO_ACTION_HINT = "no action needed: the rescan finds the missed files, and the watcher is restarted"
+_NO_ACTION_HINT = "no action needed: the rescan finds the files of lost events, and the watcher is restarted"
 
 
 class WatchHealth:
-    """Watches one drop folder: by inotify where it works, else by frequent scans."""
+    """Detects lost events of one drop folder, and restarts a watcher that does not work.
+
+    It also chooses between the watcher, which uses inotify, and frequent scans where inotify does not work.
+    """
 
     def __init__(self, drop: Drop, log: EventLog, on_event: OnEvent, is_ignored: IsIgnored) -> None:
         self._drop = drop.name
@@ -38,7 +41,7 @@ class WatchHealth:
         """The reason of the last `watch.degraded`; empty while events arrive."""
         self._root_failing = False
         self._requested_at: float | None = None
-        """When a sign of life was requested that has not arrived yet (monotonic)."""
+        """When the test event was requested that has not arrived yet (monotonic)."""
 
     @property
     def is_degraded(self) -> bool:
@@ -79,17 +82,20 @@ class WatchHealth:
         return min(every, _POLL_EVERY) if self._is_polling or self.is_degraded else every
 
     def max_wait(self) -> float:
-        """Return the seconds after which `has_missed_events` must be called again."""
+        """Return the seconds after which `recover_lost_events` must be called again."""
         return 1.0 if not self._is_polling else self.scan_every()
 
     def event_received(self) -> None:
         """Record that an event arrived, which proves that the watcher works."""
         self._requested_at = None
 
-    def has_missed_events(self) -> bool:
-        """Return whether events were lost since the last call, so that a scan is due; log it."""
-        if self._requested_at is not None and time.monotonic() - self._requested_at > _SIGN_OF_LIFE_TIMEOUT:
-            self._log_degraded("silent", "the watcher reported no event when the folder was opened")
+    def recover_lost_events(self) -> bool:
+        """Return whether events were lost since the last call, so that a scan is due.
+
+        A loss is logged. If the test event is lost, the watcher is restarted.
+        """
+        if self._requested_at is not None and time.monotonic() - self._requested_at > _TEST_EVENT_TIMEOUT:
+            self._log_degraded("test_event_lost", "the watcher reported no event when the folder was opened")
             self._restart()
             return True
         if self._watcher is None or not self._watcher.pop_overflow():
@@ -102,7 +108,7 @@ class WatchHealth:
         self._log_watch_state(self._watcher)
         return True
 
-    def check(self) -> bool:
+    def check_and_restart(self) -> bool:
         """Restart a watcher that does not work; return whether it has worked since the last check."""
         if not self._folder.is_in_place():
             self._log_degraded("replaced", "the folder was moved, deleted, unmounted or mounted over")
@@ -125,15 +131,15 @@ class WatchHealth:
         if self._watcher.is_partial():
             self._restart()
             return False
-        return self._request_sign_of_life(self._watcher)
+        return self._request_test_event(self._watcher)
 
-    def missed_event(self, relpath: bytes) -> None:
+    def lost_event(self, relpath: bytes) -> None:
         """Log that a scan found a file for which no event arrived, and restart the watcher."""
-        self._log_degraded("missed", f"no event arrived for {as_text(relpath)}")
+        self._log_degraded("event_lost", f"no event arrived for {as_text(relpath)}")
         self._restart()
 
     def root_failed(self, error: OSError) -> None:
-        """Log, once, that the folder can't be read; `check` recovers once it can be."""
+        """Log, once, that the folder can't be read; `check_and_restart` recovers once it can be."""
         if not self._root_failing:
             self._log.emit(
                 events.DROP_FAILED,
@@ -145,13 +151,16 @@ class WatchHealth:
         self._root_failing = True
         self._degraded_reason = self._degraded_reason or "unreadable"
 
-    def _request_sign_of_life(self, watcher: Watcher) -> bool:
-        """Request an event unless one is pending: only that tells a quiet folder from a broken watcher."""
+    def _request_test_event(self, watcher: Watcher) -> bool:
+        """Request a test event unless one is pending; return False if the folder is no longer watched.
+
+        Without it, a quiet folder looks like a broken watcher.
+        """
         if self._requested_at is not None:
             return True
         self._requested_at = time.monotonic()  # before the request: the event arrives in another thread
         try:
-            is_watched = watcher.request_sign_of_life()
+            is_watched = watcher.request_test_event()
         except OSError:
             self._requested_at = None  # the scan logs a folder that can't be read
             return True

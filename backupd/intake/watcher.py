@@ -1,4 +1,7 @@
-"""Events of a drop folder, by inotify through watchdog. They make it fast, the scan makes it complete."""
+"""The events of a drop folder, by inotify through watchdog.
+
+Events make the intake fast; the scan makes sure that no file is missed.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,11 @@ class WatchError(BackupdError):
 
 
 class Watcher:
-    """Watches one drop folder by inotify; each drop has its own, so that a failure affects no other drop."""
+    """Reports the events of one drop folder by inotify, with threads and an event queue of its own.
+
+    A failure of these affects no other drop. An overflow, however, is reported for every drop: watchdog only
+    logs it, to loggers that all watchers share.
+    """
 
     def __init__(
         self, folder: DropFolder, on_event: OnEvent, is_ignored: IsIgnored, *, recursive: bool
@@ -120,8 +127,8 @@ class Watcher:
         reader = getattr(observer, "_inotify_fd", None)
         return all(e.is_alive() for e in observer.emitters) and (reader is None or reader.is_alive())
 
-    def request_sign_of_life(self) -> bool:
-        """Provoke an event of `path/`; return False if the folder is no longer watched.
+    def request_test_event(self) -> bool:
+        """Provoke the test event, an event of `path/`; return False if the folder is no longer watched.
 
         Raises OSError if the folder can't be opened.
         """
@@ -132,7 +139,7 @@ class Watcher:
         return any(watches is not None and watches.is_partial for watches in self._all_watches())
 
     def pop_overflow(self) -> bool:
-        """Return whether the kernel's event queue has overflowed since the last call."""
+        """Return whether the event queue of this or another drop has overflowed since the last call."""
         return self._overflow.pop()
 
     def _all_watches(self) -> list[DropWatches | None]:
@@ -146,6 +153,7 @@ class _Handler(FileSystemEventHandler):
     def __init__(self, on_event: OnEvent) -> None:
         self._on_event = on_event
 
+    # overrides FileSystemEventHandler
     def on_any_event(self, event: FileSystemEvent) -> None:
         self._on_event(os.fsencode(event.src_path), event.is_directory)
 
@@ -156,6 +164,7 @@ class DropObserver(InotifyObserver):
     def __init__(self, folder: DropFolder, is_ignored: IsIgnored) -> None:
         super().__init__()
         attributes = {"folder": folder, "is_ignored": staticmethod(is_ignored)}
+        # watchdog creates the emitter itself, from this class and with its own arguments only
         self._emitter_class = type("_EmitterOfFolder", (DropEmitter,), attributes)
 
 
@@ -166,6 +175,7 @@ class DropEmitter(InotifyEmitter):
     is_ignored: IsIgnored
     _inotify: DropWatches | None
 
+    # overrides InotifyEmitter
     def on_thread_start(self) -> None:
         """Add the watches; raise OSError if the kernel refuses."""
         self._inotify = DropWatches(
@@ -177,10 +187,12 @@ class DropEmitter(InotifyEmitter):
             is_ignored=self.is_ignored,
         )
 
+    # overrides InotifyEmitter
     def get_event_mask_from_filter(self) -> Mask:
         """Return the mask of the events that the kernel reports."""
         return _MASK
 
+    # overrides InotifyEmitter
     def build_and_queue_event(self, event: GroupedInotifyEvent, *, full_events: bool = False) -> None:
         """Queue an event as `InotifyEmitter` does, but one event only for a directory that was moved in.
 
@@ -209,12 +221,13 @@ class DropWatches(InotifyWatchGroup):
     # A moved directory keeps its watch. watchdog learns of the move by IN_MOVED_FROM, which the mask leaves
     # out; the methods below keep one path for each watch and one watch for each path instead.
 
+    # overrides InotifyWatchGroup
     def __post_init__(self) -> None:
         self._move_event_grouper = _NoMoveGrouping()
         super().__post_init__()
 
     def provoke_event(self) -> bool:
-        """Open the folder so that an IN_OPEN event arrives; return False if its watch is gone.
+        """Open the folder so that the test event arrives; return False if its watch is gone.
 
         For a directory that is already watched the kernel returns the same watch and changes its mask, so
         openings are reported for a moment. The lock is needed because watchdog renews all watches after an
@@ -235,8 +248,9 @@ class DropWatches(InotifyWatchGroup):
                 inotify_add_watch(queue, folder, self._mask)
         return True
 
+    # overrides InotifyWatchGroup
     def on_event(self, event: InotifyEvent) -> None:
-        """Handle an event as `WatchCallback` does; an opening of the folder becomes an event of `path/`."""
+        """Handle an event as watchdog does; an opening of the folder becomes the test event."""
         if not event.is_open:
             super().on_event(event)
         elif not event.name:
@@ -248,6 +262,7 @@ class DropWatches(InotifyWatchGroup):
         """The event mask for a directory that is named by its descriptor, which is a link in /proc."""
         return Mask(self.event_mask & ~InotifyConstants.IN_DONT_FOLLOW)
 
+    # overrides InotifyWatchGroup
     def _add_all_callbacks(self, path: bytes) -> None:
         if path != self.path and self.is_ignored(path):
             return
@@ -284,6 +299,7 @@ class DropWatches(InotifyWatchGroup):
             watch.callbacks[self._id] = self._callback
             return watch.wd
 
+    # overrides InotifyWatchGroup
     def _remove_watch_internally(self, wd: WatchDescriptor) -> None:
         path = self._active_callbacks_by_watch.pop(wd, None)
         if path is not None and self._active_callbacks_by_path.get(path) == wd:
@@ -301,6 +317,7 @@ class DropWatches(InotifyWatchGroup):
                 if entry.is_dir(follow_symlinks=False) and not self.is_ignored(below):
                     yield below
 
+    # overrides InotifyWatchGroup
     def _recursive_simulate(self, src_path: bytes) -> list[InotifyEvent]:  # noqa: ARG002
         """Simulate no events: the intake scans a new directory, which is watched by then."""
         return []
@@ -309,15 +326,17 @@ class DropWatches(InotifyWatchGroup):
 class _NoMoveGrouping(InotifyMoveEventGrouper):
     """Queues events without a search for the other half of a move, which the mask leaves out."""
 
+    # overrides InotifyMoveEventGrouper
     def put_event(self, event: PathedInotifyEvent) -> None:
         self._queue.put(event)
 
+    # overrides InotifyMoveEventGrouper
     def get_queued_moved_from_event(self, cookie: int) -> PathedInotifyEvent | None:  # noqa: ARG002
         return None
 
 
 class _OverflowFlag(logging.Handler):
-    """Set when watchdog logs an overflow of the kernel's queue, which it reports in no other way."""
+    """Set when watchdog logs an overflow of a kernel queue of any drop, which it reports in no other way."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

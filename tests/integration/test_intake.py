@@ -452,7 +452,7 @@ def degraded_reasons(scene: RunningIntake) -> list[str]:
 def test_ignored_files_are_logged_up_to_a_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock_ahead: list[float]
 ) -> None:
-    monkeypatch.setattr("backupd.intake.candidates._MAX_LOGGED_FILES", 10)
+    monkeypatch.setattr("backupd.intake.unfinished_files._MAX_LOGGED_FILES", 10)
     with running_intake(tmp_path) as scene:
         for number in range(30):
             (scene.root / f"other-{number}.pdf").write_bytes(b"no archive")
@@ -637,7 +637,7 @@ def test_files_without_an_event_are_found_and_logged_as_one_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("backupd.intake.intake._EVENT_TIMEOUT", -1.0)
-    monkeypatch.setattr("backupd.intake.watch_health._SIGN_OF_LIFE_TIMEOUT", HOUR)
+    monkeypatch.setattr("backupd.intake.watch_health._TEST_EVENT_TIMEOUT", HOUR)
     with running_intake(tmp_path) as scene:
         disconnected = disconnect_handler(scene)
         tree = scene.base / "tree"
@@ -652,7 +652,7 @@ def test_files_without_an_event_are_found_and_logged_as_one_loss(
         scene.stop_scanning()
         scene.put("later.cfg")
         scene.wait_queued("later.cfg")
-        assert degraded_reasons(scene) == ["missed"]
+        assert degraded_reasons(scene) == ["event_lost"]
         assert len(scene.events("watch.recovered")) == 1
 
 
@@ -664,29 +664,29 @@ def test_a_broken_watcher_on_a_quiet_folder_is_detected(
     with running_intake(tmp_path) as scene:
         for _ in range(10):
             scene.wait_scan()
-            until(lambda: scene.intake._watch_health._requested_at is None, "a sign of life")
+            until(lambda: scene.intake._watch_health._requested_at is None, "the test event")
         assert degraded_reasons(scene) == []
         assert not scene.intake.is_degraded
 
         disconnected = disconnect_handler(scene)
         scene.wait_scan()
-        until(lambda: scene.intake._watch_health._requested_at is not None, "a sign of life to be requested")
+        until(lambda: scene.intake._watch_health._requested_at is not None, "a test event to be requested")
         now[0] += HOUR
         scene.wait_event("watch.recovered")
         assert scene.observer is not disconnected
-        assert degraded_reasons(scene) == ["silent"]
+        assert degraded_reasons(scene) == ["test_event_lost"]
         scene.stop_scanning()
         scene.put("later.cfg")
         scene.wait_queued("later.cfg")
 
 
-def test_late_signs_of_life_among_many_events_are_no_loss(
+def test_a_late_test_event_among_many_events_is_no_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may wait behind thousands of events, or be lost in an overflow; any event counts as one."""
+    """It may wait behind thousands of events, or be lost in an overflow; any event counts as its arrival."""
     now = [100.0]
     monkeypatch.setattr("backupd.intake.watch_health.time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr("backupd.intake.watcher.Watcher.request_sign_of_life", lambda _watcher: True)
+    monkeypatch.setattr("backupd.intake.watcher.Watcher.request_test_event", lambda _watcher: True)
     with running_intake(tmp_path, rescan_every=LONG) as scene:
         scene.put("r1.cfg")
         scene.wait_queued("r1.cfg")
@@ -708,8 +708,8 @@ def test_a_watch_that_the_kernel_removed_is_detected_by_the_next_scan(scene: Run
     scene.wait_queued("later.cfg")
 
 
-def test_a_sign_of_life_opens_no_file_and_ignores_readers_of_files(scene: RunningIntake) -> None:
-    """A file that is read meanwhile is neither a sign of life nor a new archive."""
+def test_a_test_event_opens_no_file_and_ignores_readers_of_files(scene: RunningIntake) -> None:
+    """A file that is read meanwhile is neither a test event nor a new archive."""
     path = scene.put("r1.cfg")
     scene.wait_queued("r1.cfg")
     before = path.stat(), scene.root.stat()
@@ -725,7 +725,7 @@ def test_a_sign_of_life_opens_no_file_and_ignores_readers_of_files(scene: Runnin
     assert degraded_reasons(scene) == []
 
 
-def test_files_with_an_event_are_not_taken_for_missed(tmp_path: Path, clock_ahead: list[float]) -> None:
+def test_events_that_arrived_are_not_taken_for_lost(tmp_path: Path, clock_ahead: list[float]) -> None:
     with running_intake(tmp_path) as scene:
         for number in range(300):
             scene.put(f"r{number}.cfg")
@@ -755,7 +755,7 @@ class RefusingLedger(SqliteLedger):
         return super().enqueue(candidates, destinations, now)
 
 
-def test_files_that_the_ledger_refused_are_queued_later_and_not_taken_for_missed(
+def test_files_that_the_ledger_refused_are_queued_later_and_their_events_not_taken_for_lost(
     tmp_path: Path, clock_ahead: list[float]
 ) -> None:
     with running_intake(tmp_path, RefusingLedger) as scene:
@@ -818,7 +818,7 @@ def test_watches_that_are_being_renewed_are_not_taken_for_removed(
     assert results == [True]
 
 
-def test_a_hundred_files_per_second_are_not_taken_for_missed(scene: RunningIntake) -> None:
+def test_events_of_a_hundred_files_per_second_are_not_taken_for_lost(scene: RunningIntake) -> None:
     """While they arrive, are delivered and are moved out of the folder."""
     for number in range(200):
         path = scene.put(f"r{number}.cfg")

@@ -1,4 +1,4 @@
-"""When a candidate is stable."""
+"""When a file is stable."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""Candidates: which files are finished, and which are logged as ignored."""
+"""`UnfinishedFiles`: which files are finished, and which are logged as ignored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from backupd.dropfolder.folder import DropFolder
-from backupd.intake.candidates import Candidates
+from backupd.intake.unfinished_files import UnfinishedFiles
 from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog
 from tests.factories import a_drop
@@ -38,10 +38,10 @@ def folder(tmp_path: Path) -> Iterator[Locked]:
 
 
 @pytest.fixture
-def candidates(folder: Locked) -> Iterator[Candidates]:
+def unfinished(folder: Locked) -> Iterator[UnfinishedFiles]:
     drop = a_drop(folder, stable_for=timedelta(seconds=5))
     with (log_of(folder)).open("wb") as stream:
-        yield Candidates(drop, EventLog(LineWriter(stream.fileno())))
+        yield UnfinishedFiles(drop, EventLog(LineWriter(stream.fileno())))
 
 
 def log_of(folder: Locked) -> Path:
@@ -54,57 +54,59 @@ def a_file(folder: Locked) -> Path:
     return path
 
 
-def test_a_file_that_becomes_a_folder_is_forgotten(folder: Locked, candidates: Candidates) -> None:
+def test_a_file_that_becomes_a_folder_is_forgotten(folder: Locked, unfinished: UnfinishedFiles) -> None:
     """Otherwise it would always be due and be checked in a busy loop."""
     path = a_file(folder)
-    assert candidates.check(b"r1.cfg", now=0.0) is None
-    assert candidates.next_due() == 5.0
+    assert unfinished.check(b"r1.cfg", now=0.0) is None
+    assert unfinished.next_due() == 5.0
     path.unlink()
     path.mkdir()
-    assert candidates.check(b"r1.cfg", now=5.0) is None
-    assert candidates.next_due() is None
+    assert unfinished.check(b"r1.cfg", now=5.0) is None
+    assert unfinished.next_due() is None
 
 
 def test_a_file_that_becomes_unreadable_is_retried_at_the_next_scan(
-    folder: Locked, candidates: Candidates
+    folder: Locked, unfinished: UnfinishedFiles
 ) -> None:
     a_file(folder)
-    assert candidates.check(b"r1.cfg", now=0.0) is None
+    assert unfinished.check(b"r1.cfg", now=0.0) is None
     folder.is_locked = True
-    assert candidates.check(b"r1.cfg", now=5.0) is None
-    assert candidates.next_due() is None
+    assert unfinished.check(b"r1.cfg", now=5.0) is None
+    assert unfinished.next_due() is None
     folder.is_locked = False
-    assert candidates.check(b"r1.cfg", now=6.0) is None
-    assert candidates.check(b"r1.cfg", now=11.0) is not None
+    assert unfinished.check(b"r1.cfg", now=6.0) is None
+    assert unfinished.check(b"r1.cfg", now=11.0) is not None
 
 
-def test_a_file_that_is_written_to_for_an_hour_is_logged_once(folder: Locked, candidates: Candidates) -> None:
+def test_a_file_that_is_written_to_for_an_hour_is_logged_once(
+    folder: Locked, unfinished: UnfinishedFiles
+) -> None:
     path = a_file(folder)
     for now in range(0, 9000, 4):
         with path.open("ab") as stream:
             stream.write(b"more")
-        assert candidates.check(b"r1.cfg", float(now)) is None
+        assert unfinished.check(b"r1.cfg", float(now)) is None
     (record,) = [json.loads(line) for line in log_of(folder).read_text().splitlines()]
     assert (record["event"], record["archive"], record["reason"]) == (
         "archive.waiting",
         "r1.cfg",
         "unfinished",
     )
-    assert candidates.check(b"r1.cfg", 9100.0) is not None
+    assert unfinished.check(b"r1.cfg", 9100.0) is not None
 
     with path.open("ab") as stream:
         stream.write(b"another one")
-    assert candidates.check(b"r1.cfg", 9200.0) is None
+    assert unfinished.check(b"r1.cfg", 9200.0) is None
     assert len(log_of(folder).read_text().splitlines()) == 1
 
 
-def test_a_write_lease_of_the_owner_is_named_in_the_hint(folder: Locked, candidates: Candidates) -> None:
+def test_a_write_lease_of_the_owner_is_named_in_the_hint(folder: Locked, unfinished: UnfinishedFiles) -> None:
     before = signal.signal(signal.SIGIO, signal.SIG_IGN)
     try:
         with a_file(folder).open("r+b") as stream:
             fcntl.fcntl(stream.fileno(), fcntl.F_SETLEASE, fcntl.F_WRLCK)
             for now in (0.0, 6.0):
-                assert candidates.check(b"r1.cfg", now) is None
+                assert unfinished.check(b"r1.cfg", now) is None
         (record,) = [json.loads(line) for line in log_of(folder).read_text().splitlines()]
         assert (record["archive"], record["reason"]) == ("r1.cfg", "unreadable")
         assert "write lease" in record["hint"]

@@ -39,7 +39,7 @@ _HINTS = {
 }
 
 
-class Candidates:
+class UnfinishedFiles:
     """The files of one drop that are not finished yet; `check` decides when a file becomes an archive."""
 
     def __init__(self, drop: Drop, log: EventLog) -> None:
