@@ -43,9 +43,11 @@ class Destination:
 
 @dataclass(slots=True)
 class DestinationQueue:
-    """The pending deliveries of one destination, shared by its workers.
+    """The source from which the workers of one destination get deliveries, and the objects that they share.
 
-    `drops` holds every drop by its name, those that are no longer configured included.
+    The pending deliveries themselves are in the ledger. This object buffers a few that are claimed but not
+    started, and holds the circuit breaker, notifier, drops and log of the workers. `drops` holds every drop
+    by its name, those that are no longer configured included.
     """
 
     destination: Destination

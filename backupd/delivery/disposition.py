@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
 import json
 import os
 import shlex
@@ -168,8 +167,9 @@ class Disposition:
     ) -> tuple[list[DispositionResult], list[int]]:
         """Dispose of the file of each archive; return the results, and the ids of those that failed.
 
-        The results are durable. `on_alive` is called before each file. Everything is logged at the end, right
-        before the caller's commit: after a crash in between it is logged twice.
+        The results are durable. `on_alive` is called before each file. A file that cannot be moved or deleted
+        is logged at once. The rest is logged at the end, right before the caller's commit: after a crash in
+        between it is logged twice.
         """
         reports: list[Callable[[], None]] = []
         done: list[tuple[CompletedArchive, DispositionResult, str]] = []
@@ -222,11 +222,14 @@ class Disposition:
         if action == "keep":
             return DispositionResult(archive.id, None, kept_in_place=True), "kept"
         if action == "delete":
+            # A deletion is a move, then an unlink. Like every move it goes through the name `.taken`, under
+            # which the file is checked again. A file named `.deleted` passed this check, so that it can be
+            # unlinked after a crash; one named `.taken` may be another file, which is moved back.
             target, name = parent, b".backupd-%d.deleted" % archive.id
         else:
             top = drop.sent_dir if action == "move" else drop.rejected_dir
             target = top + b"/" + parent if parent else top
-        moved_to = self._move(archive, folder, target, free_names(name, archive.queued_at))
+        moved_to = self._move(archive, folder, target, name)
         if moved_to is None and folder.is_unreachable(archive.relpath, archive.fingerprint.device):
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         if moved_to is None:
@@ -241,20 +244,18 @@ class Disposition:
         self._write_receipt_file(completed, folder, moved_to)
         return DispositionResult(archive.id, moved_to), "moved"
 
-    def _move(
-        self, archive: Archive, folder: CachedFolder, target: bytes, names: Iterator[bytes]
-    ) -> bytes | None:
+    def _move(self, archive: Archive, folder: CachedFolder, target: bytes, name: bytes) -> bytes | None:
         """Move the file and return its new path; None if it is gone or has changed."""
         expected, hidden = archive.fingerprint, b".backupd-%d.taken" % archive.id
-        names, names_of_retry, names_to_find = itertools.tee(names, 3)
+        names = partial(free_names, name, archive.queued_at)
         try:
             try:
-                return move(folder, archive.relpath, expected, target, names, hidden)
+                return move(folder, archive.relpath, expected, target, names(), hidden)
             except (FileNotFoundError, NotADirectoryError):
                 folder.close()  # a cached directory may have been removed
-                return move(folder, archive.relpath, expected, target, names_of_retry, hidden)
+                return move(folder, archive.relpath, expected, target, names(), hidden)
         except (FileNotFoundError, NotADirectoryError, FileChangedError):
-            return find_moved(folder, archive.relpath, expected, target, names_to_find, hidden)
+            return find_moved(folder, archive.relpath, expected, target, names(), hidden)
 
     def _write_receipt_file(self, completed: CompletedArchive, folder: CachedFolder, moved_to: bytes) -> None:
         kind = b"receipt" if completed.state is DeliveryState.DELIVERED else b"reason"

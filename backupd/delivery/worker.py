@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import tenacity
 
@@ -65,7 +66,7 @@ class Worker:
             self.watchdog.idle()
             self._uploader.close()
 
-    def attempt(self, delivery: Delivery, stop: threading.Event) -> list[Attempt]:
+    def make_attempts(self, delivery: Delivery, stop: threading.Event) -> list[Attempt]:
         """Make the attempts of one claim, one right after the other; the outcome of the last one counts."""
         attempts: list[Attempt] = []
 
@@ -85,7 +86,8 @@ class Worker:
         """Claim and deliver one archive; return False if nothing can be delivered now."""
         queue = self._queue
         if not queue.circuit.try_acquire():
-            queue.release_claims()  # the length of the pause is not known
+            # a pause can be extended; meanwhile other archives may become due first
+            queue.release_claims()
             return False
         delivery = None
         try:
@@ -96,7 +98,7 @@ class Worker:
             queue.circuit.release()
             return False
         self.current = delivery
-        attempts = self.attempt(delivery, stop)
+        attempts = self.make_attempts(delivery, stop)
         self._finish(delivery, attempts)
         self.current = None
         return True
@@ -123,27 +125,23 @@ class Worker:
 
     def _open_and_upload(self, delivery: Delivery) -> tuple[Outcome, int]:
         archive = delivery.archive
+        deferred = partial(Deferred, unconfirmed_digest=delivery.unconfirmed_digest)
         drop = self._queue.drops.get(archive.drop)
         if drop is None:
             self._queue.log_removed_drop(archive.drop)
             error = f"the drop {archive.drop} is no longer configured"
-            unconfirmed = delivery.unconfirmed_digest
-            return Deferred(Reason.UNREADABLE, error, None, _REMOVED_DROP_RETRY_AFTER, unconfirmed), 0
+            return deferred(Reason.UNREADABLE, error, retry_after=_REMOVED_DROP_RETRY_AFTER), 0
         try:
             fd = drop.folder.open(archive.relpath)
         except (FileNotFoundError, NotADirectoryError):
             if drop.folder.is_unreachable(archive.relpath, archive.fingerprint.device):
                 error = "its filesystem is not mounted on the drop folder"
-                return Deferred(Reason.UNREADABLE, error, unconfirmed_digest=delivery.unconfirmed_digest), 0
+                return deferred(Reason.UNREADABLE, error), 0
             return Superseded("the file is gone", missing=True), 0
         except OSError as error:
             if _is_not_a_file(drop, archive.relpath):
                 return Superseded("its path is no longer a regular file", missing=True), 0
-            return Deferred(
-                Reason.UNREADABLE,
-                error.strerror or str(error),
-                unconfirmed_digest=delivery.unconfirmed_digest,
-            ), 0
+            return deferred(Reason.UNREADABLE, error.strerror or str(error)), 0
         try:
             job = UploadJob(
                 delivery.id,
@@ -159,7 +157,7 @@ class Worker:
             return _refine_outcome(outcome, fd, drop, archive.relpath), job.sent_bytes
         except Exception as error:  # noqa: BLE001 -- a bug must cost neither the archive nor the worker
             self._queue.log.emit(events.DAEMON_FAILED, error=repr(error), exc_info=error)
-            return Deferred(Reason.INTERNAL, repr(error), unconfirmed_digest=delivery.unconfirmed_digest), 0
+            return deferred(Reason.INTERNAL, repr(error)), 0
         finally:
             os.close(fd)
 

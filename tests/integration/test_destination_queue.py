@@ -122,7 +122,7 @@ def test_an_unconfirmed_digest_is_kept_if_the_next_attempt_fails(
         queue = a_queue(ledger, EventLog(LineWriter(null.fileno())))
         queue.drops = {"switches": a_drop(folder)}
         worker = Worker(queue, FailingUploader(), lambda result: None)
-        attempts = worker.attempt(replace(delivery, unconfirmed_digest=a_digest()), threading.Event())
+        attempts = worker.make_attempts(replace(delivery, unconfirmed_digest=a_digest()), threading.Event())
     outcome = attempts[-1].outcome
     assert isinstance(outcome, Deferred)
     assert outcome.unconfirmed_digest == a_digest()
