@@ -91,9 +91,10 @@ class Uploader(Protocol):
 
 
 class Endpoint(Protocol):
-    """The state that the workers of one destination share, such as limits, sign-in and TLS files.
+    """The connection settings that the workers of one destination share: limits, sign-in and TLS files.
 
-    The defaults are those of a kind without certificates.
+    It is the local side, an object in this process. In the documents, "endpoint" is the remote server, to
+    which its uploaders connect. The defaults are those of a kind without certificates.
     """
 
     def make_uploader(self) -> Uploader:

@@ -472,7 +472,7 @@ def test_the_deadline_ends_an_endless_slow_response(tmp_path: Path, pki: Pki, pr
     assert reason_of(outcome) is Reason.DEADLINE
 
 
-def test_the_idle_timeout_ends_an_endless_early_refusal_without_a_min_rate(
+def test_the_outside_body_timeout_ends_an_endless_early_refusal_without_a_min_rate(
     tmp_path: Path, pki: Pki, protocol: str
 ) -> None:
     def script(peer: Peer) -> None:
@@ -482,7 +482,7 @@ def test_the_idle_timeout_ends_an_endless_early_refusal_without_a_min_rate(
             peer.drip(b"b" * 100, every=0.02)
 
     with ThreadPoolExecutor(1) as pool, sending_to(script, pki, protocol, min_rate="0B") as (sender, server):
-        sender._uploader._limits._idle_timeout = 3.0
+        sender._uploader._limits._outside_body_timeout = 3.0
         outcome = pool.submit(sender.send, an_archive(tmp_path, size=LARGE)).result(timeout=TIMEOUT)
 
     assert reason_of(outcome) is Reason.READ_TIMEOUT

@@ -526,7 +526,7 @@ def test_only_bytes_of_the_archive_count_for_the_min_rate(
     assert failed(outcome) is Reason.TOO_SLOW
 
 
-def test_the_idle_timeout_ends_an_endless_early_response_with_pings(tmp_path: Path, pki: Pki) -> None:
+def test_the_outside_body_timeout_ends_an_endless_early_response_with_pings(tmp_path: Path, pki: Pki) -> None:
     class Early(Http2Server):
         def request_started(self, exchange: Exchange) -> None:
             exchange.respond((":status", "413"))
@@ -537,7 +537,7 @@ def test_the_idle_timeout_ends_an_endless_early_response_with_pings(tmp_path: Pa
         ScriptedServer(Early(), http2_context(pki)) as server,
         a_sender(a_destination(server.url, pki, http2=True, min_rate="10B")) as sender,
     ):
-        sender._uploader._limits._idle_timeout = 3.0
+        sender._uploader._limits._outside_body_timeout = 3.0
         outcome = pool.submit(sender.send, an_archive(tmp_path, size=MIB)).result(timeout=TIMEOUT)
     assert isinstance(outcome, Rejected)
     assert outcome.reason is Reason.TOO_LARGE
@@ -590,7 +590,7 @@ def test_endless_frames_end_the_attempt_without_a_deadline(
         ScriptedServer(Busy(), http2_context(pki)) as server,
         a_sender(a_destination(server.url, pki, http2=True, timeout=timeout)) as sender,
     ):
-        sender._uploader._limits._idle_timeout = None if is_closed or not pause else 3.0
+        sender._uploader._limits._outside_body_timeout = None if is_closed or not pause else 3.0
         outcome = pool.submit(sender.send, an_archive(tmp_path, size=MIB)).result(timeout=TIMEOUT)
     assert failed(outcome) is expected
 

@@ -1,4 +1,4 @@
-"""The limits of an upload attempt: abort, deadline, idle time-out, minimum rate and bandwidth."""
+"""The limits of an upload attempt: abort, deadline, time-out outside the body, minimum rate and bandwidth."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class AttemptEndedError(Exception):
 class AttemptLimits:
     """The limits of one uploader's attempts; its connections wait for the network through this object.
 
-    `deadline` bounds a whole attempt, in seconds. `idle_timeout` bounds, in seconds, everything before the
-    body together, and again everything after it: a peer that sends one byte at a time would otherwise keep
-    the worker for days. `min_rate` is in bytes per second while the body is sent, 0 for no minimum.
-    `bandwidth` is shared with the other uploaders of the destination.
+    `deadline` limits a whole attempt, in seconds. `outside_body_timeout` limits the total time before the
+    body and, separately, the total time after it, in seconds: a peer that sends one byte at a time would
+    otherwise keep the worker for days. `min_rate` is in bytes per second while the body is sent, 0 for no
+    minimum. `bandwidth` is shared with the other uploaders of the destination.
     """
 
     def __init__(
@@ -48,17 +48,17 @@ class AttemptLimits:
         abort: Abort,
         *,
         deadline: float | None = None,
-        idle_timeout: float | None = None,
+        outside_body_timeout: float | None = None,
         min_rate: int = 0,
         bandwidth: BandwidthLimit | None = None,
     ) -> None:
         self._abort = abort
         self._bandwidth = bandwidth
         self._deadline = deadline
-        self._idle_timeout = idle_timeout
+        self._outside_body_timeout = outside_body_timeout
         self._min_rate = min_rate
         self._deadline_at: float | None = None
-        self._idle_until: float | None = None
+        self._outside_body_until: float | None = None
         self._measurement: _RateMeasurement | None = None
         self._is_uncounted = False
         self._on_alive: Callable[[], None] = lambda: None
@@ -74,17 +74,17 @@ class AttemptLimits:
         self._on_alive, self._on_idle = on_alive, on_idle
         self._deadline_at = None if self._deadline is None else now + self._deadline
         self._measurement = None
-        self._start_idle_timeout(now)
+        self._start_outside_body_timeout(now)
 
     def body_started(self) -> None:
-        """Start to measure the rate, and stop the idle time-out."""
+        """Start to measure the rate, and stop the time-out outside the body."""
         self._measurement = _RateMeasurement(time.monotonic()) if self._min_rate else None
-        self._idle_until = None
+        self._outside_body_until = None
 
     def body_sent(self) -> None:
-        """Stop to measure the rate, and start the idle time-out for the response."""
+        """Stop to measure the rate, and start the time-out for the response."""
         self._measurement = None
-        self._start_idle_timeout(time.monotonic())
+        self._start_outside_body_timeout(time.monotonic())
 
     def count_bytes(self, count: int) -> None:
         """Count bytes that the socket accepted; raises as `wait` does."""
@@ -150,12 +150,14 @@ class AttemptLimits:
             if until is not None and time.monotonic() >= until:
                 return False
 
-    def _start_idle_timeout(self, now: float) -> None:
-        self._idle_until = None if self._idle_timeout is None else now + self._idle_timeout
+    def _start_outside_body_timeout(self, now: float) -> None:
+        self._outside_body_until = (
+            None if self._outside_body_timeout is None else now + self._outside_body_timeout
+        )
 
     def _milliseconds(self, now: float, until: float | None) -> int:
         """Return the time to the next event: a limit, the end of the wait, or a call of `on_alive`."""
-        limits = (until, self._deadline_at, self._idle_until)
+        limits = (until, self._deadline_at, self._outside_body_until)
         ends = [now + _ALIVE_EVERY, *(end for end in limits if end is not None)]
         if self._measurement is not None:
             ends.append(self._measurement.started_at + RATE_WINDOW)
@@ -164,9 +166,9 @@ class AttemptLimits:
     def _check_limits(self, now: float) -> None:
         if self._deadline_at is not None and now >= self._deadline_at:
             raise AttemptEndedError(Reason.DEADLINE, f"not finished within {self._deadline:g} s")
-        if self._idle_until is not None and now >= self._idle_until:
+        if self._outside_body_until is not None and now >= self._outside_body_until:
             raise AttemptEndedError(
-                Reason.READ_TIMEOUT, f"no complete response within {self._idle_timeout:g} s"
+                Reason.READ_TIMEOUT, f"no complete response within {self._outside_body_timeout:g} s"
             )
         measurement = self._measurement
         if measurement is not None and now - measurement.started_at >= RATE_WINDOW:

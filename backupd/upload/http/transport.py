@@ -108,7 +108,10 @@ class _ResponseBody(httpx.SyncByteStream):
 
 @contextmanager
 def _as_httpx_errors(secrets: Collection[str]) -> Iterator[None]:
-    """Raise the exception of httpx with the name of httpcore's; its text may quote the server."""
+    """Convert an httpcore exception to the httpx exception of the same name.
+
+    The text is redacted, because it may quote the server.
+    """
     try:
         yield
     except (

@@ -80,13 +80,13 @@ class HttpEndpoint(Endpoint):
         config = self.config
         deadline = config.deadline.total_seconds() if config.deadline else None
         # to connect, for the response to begin, and for it to end
-        idle_timeout = (config.timeout.connect + 2 * config.timeout.read).total_seconds()
+        outside_body_timeout = (config.timeout.connect + 2 * config.timeout.read).total_seconds()
         if self.auth is not None:
-            idle_timeout += _TOKEN_TIMEOUT
+            outside_body_timeout += _TOKEN_TIMEOUT
         return AttemptLimits(
             self.abort,
             deadline=deadline,
-            idle_timeout=idle_timeout,
+            outside_body_timeout=outside_body_timeout,
             min_rate=config.min_rate,
             bandwidth=self.bandwidth,
         )
@@ -185,7 +185,7 @@ _BODY = "backupd.body"
 """Name of the request extension that holds the body."""
 
 _FAILURES = (BackupdError, SignInError, AttemptEndedError, httpx.InvalidURL, httpx.TransportError)
-"""The exceptions that `_deferred` converts."""
+"""The exceptions that `_outcome_of_error` converts."""
 
 
 class HttpUploader(Uploader):
@@ -228,7 +228,7 @@ class HttpUploader(Uploader):
         try:
             return self._query(self._open_client(), job, digest)
         except _FAILURES as error:
-            return _deferred(error)
+            return _outcome_of_error(error)
 
     def _upload(self, job: UploadJob) -> Outcome:
         self._limits.start(job.on_alive, job.on_idle)
@@ -240,7 +240,7 @@ class HttpUploader(Uploader):
         try:
             client = self._open_client()
             if job.unconfirmed_digest is not None and is_unchanged(os.fstat(job.fd), job.fingerprint):
-                found = self._query_before_upload(client, job, job.unconfirmed_digest)
+                found = self._query_safely(client, job, job.unconfirmed_digest)
                 if isinstance(found, Delivered):
                     return found
                 if isinstance(found, Deferred) and _is_temporary(found):
@@ -251,7 +251,7 @@ class HttpUploader(Uploader):
         except ReadFailedError as error:
             return Deferred(Reason.UNREADABLE, str(error))
         except _FAILURES as error:
-            return _deferred(error)
+            return _outcome_of_error(error)
         finally:
             if self._limits.server_certificate_expires is not None:
                 expires = self._limits.server_certificate_expires
@@ -292,7 +292,7 @@ class HttpUploader(Uploader):
         except (AttemptEndedError, httpx.TransportError) as error:
             if not body.complete:
                 raise
-            return self._after_lost_response(client, job, body.digest, _deferred(error))
+            return self._after_lost_response(client, job, body.digest, _outcome_of_error(error))
 
     def _evaluate(self, response: httpx.Response, body: UploadBody, job: UploadJob) -> Outcome:
         status, size = response.status_code, job.fingerprint.size
@@ -315,15 +315,15 @@ class HttpUploader(Uploader):
         """Query the destination, which may have stored the archive: every byte was sent."""
         if lost.reason is not Reason.STOPPED:
             try:
-                found = self._query_before_upload(client, job, digest)
+                found = self._query_safely(client, job, digest)
             except (BackupdError, SignInError, AttemptEndedError, httpx.TransportError):
                 found = None
             if isinstance(found, Delivered):
                 return found
         return replace(lost, unconfirmed_digest=digest)
 
-    def _query_before_upload(self, client: httpx.Client, job: UploadJob, digest: Digest) -> Outcome | None:
-        """Query a content before it is sent again; None as well if the values make no valid URL."""
+    def _query_safely(self, client: httpx.Client, job: UploadJob, digest: Digest) -> Outcome | None:
+        """Query a content; return None as well if the values make no valid URL."""
         with suppress(httpx.InvalidURL):
             return self._query(client, job, digest)
         return None
@@ -356,7 +356,7 @@ def _is_temporary(failed_query: Deferred) -> bool:
     return is_server_error and failed_query.http_status != _NOT_IMPLEMENTED
 
 
-def _deferred(error: Exception) -> Deferred:
+def _outcome_of_error(error: Exception) -> Deferred:
     match error:
         case AttemptEndedError():
             return Deferred(error.reason, error.error)
