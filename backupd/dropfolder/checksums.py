@@ -76,31 +76,31 @@ def move_checksum_files(folder: DropFolder, archive: Archive, moved_to: bytes | 
     """
     parent, _, name = archive.relpath.rpartition(b"/")
     target, _, new_name = (moved_to or archive.relpath).rpartition(b"/")
-    with folder.directory(parent) as source, folder.directory(target) as destination:
+    with folder.directory(parent) as from_fd, folder.directory(target) as to_fd:
         for file in checksum_file_names(name):
             with suppress(OSError):
-                status = os.stat(file, dir_fd=source, follow_symlinks=False)
+                status = os.stat(file, dir_fd=from_fd, follow_symlinks=False)
                 if not stat.S_ISREG(status.st_mode) or status.st_ctime > archive.queued_at.timestamp():
                     continue
                 if moved_to is None:
-                    os.unlink(file, dir_fd=source)
+                    os.unlink(file, dir_fd=from_fd)
                     continue
                 names = free_names(shortened(new_name, file[len(name) :]), archive.queued_at)
                 # an existing file is replaced: without a receipt it belonged to an archive that was removed
-                new = next(new for new in names if not _is_moved_archive(destination, new))
-                os.rename(file, new, src_dir_fd=source, dst_dir_fd=destination)
+                new = next(new for new in names if not _is_moved_archive(to_fd, new))
+                os.rename(file, new, src_dir_fd=from_fd, dst_dir_fd=to_fd)
 
 
 def restore_checksum_files(folder: DropFolder, relpath: bytes, moved_to: bytes) -> None:
     """Move the checksum files of the archive at `moved_to` back beside `relpath`; nothing is overwritten."""
     parent, _, name = relpath.rpartition(b"/")
-    target, _, new_name = moved_to.rpartition(b"/")
-    with folder.directory(parent) as source, folder.directory(target) as destination:
+    sent, _, new_name = moved_to.rpartition(b"/")
+    with folder.directory(parent) as to_fd, folder.directory(sent) as from_fd:
         for file in checksum_file_names(new_name):
             with suppress(OSError):
-                status = os.stat(file, dir_fd=destination, follow_symlinks=False)
-                if stat.S_ISREG(status.st_mode) and not _is_moved_archive(destination, file):
-                    rename_no_replace(destination, file, source, shortened(name, file[len(new_name) :]))
+                status = os.stat(file, dir_fd=from_fd, follow_symlinks=False)
+                if stat.S_ISREG(status.st_mode) and not _is_moved_archive(from_fd, file):
+                    rename_no_replace(from_fd, file, to_fd, shortened(name, file[len(new_name) :]))
 
 
 def remove_checksum_files(folder: DropFolder, relpath: bytes) -> None:
@@ -141,7 +141,7 @@ def _read_files(
 
 
 def _is_moved_archive(directory: int, name: bytes) -> bool:
-    """Return whether a moved file is an archive and no checksum file: it has a receipt or reason file."""
+    """Return whether a moved file is an archive and no checksum file: it has a receipt file."""
     for kind in (b"receipt", b"reason"):
         with suppress(FileNotFoundError):
             os.stat(receipt_file_name(name, kind), dir_fd=directory, follow_symlinks=False)

@@ -114,16 +114,16 @@ def move_to_hidden_name(source: int, name: bytes, target: int, hidden: bytes) ->
         rename_no_replace(source, name, target, hidden)
 
 
-def move_back(target: int, new_name: bytes, source: int, name: bytes) -> None:
+def move_back(from_fd: int, from_name: bytes, to_fd: int, to_name: bytes) -> None:
     """Undo the rename of a wrong file: it was never delivered, and the next scan has to find it.
 
     If its old name is taken meanwhile, it gets a number in front, so that its suffix stays.
     """
     for number in itertools.count(1):
         try:
-            rename_no_replace(target, new_name, source, name)
+            rename_no_replace(from_fd, from_name, to_fd, to_name)
         except FileExistsError:
-            name = b"%d-%s" % (number, name[-240:])
+            to_name = b"%d-%s" % (number, to_name[-240:])
         else:
             return
 
@@ -177,7 +177,7 @@ def is_expected_file(status: os.stat_result, expected: Fingerprint) -> bool:
 
 
 def write_receipt_file(folder: DropFolder, directory: bytes, names: Iterable[bytes], content: bytes) -> None:
-    """Write a receipt or reason file under the first of `names` that is free; the directory is not synced.
+    """Write a receipt file under the first of `names` that is free; the directory is not synced.
 
     The file is written and synced under a temporary name and then renamed. A file with the same content is
     from an earlier attempt and is kept instead. Raises FileExistsError if all names are taken.
@@ -200,7 +200,7 @@ def write_receipt_file(folder: DropFolder, directory: bytes, names: Iterable[byt
 
 
 def remove_receipt_file(folder: DropFolder, relpath: bytes, archive: Archive, kind: bytes) -> None:
-    """Remove the receipt or reason file of the archive at `relpath`; `kind` is `receipt` or `reason`.
+    """Remove the receipt file of the archive at `relpath`; `kind` is `receipt` or `reason`.
 
     It may have any of the numbered names, see `receipt_file_name`.
     """
@@ -222,7 +222,7 @@ def remove_receipt_file(folder: DropFolder, relpath: bytes, archive: Archive, ki
 
 
 def is_receipt_file_of(archive: Archive, content: bytes) -> bool:
-    """Return whether the content of a receipt or reason file names this archive."""
+    """Return whether the content of a receipt file names this archive."""
     try:
         fields = json.loads(content)
     except (ValueError, RecursionError):

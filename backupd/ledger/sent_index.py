@@ -23,7 +23,7 @@ class SentArchive:
 
 @dataclass(frozen=True, slots=True)
 class RestoredArchive:
-    """An archive that is restored from its receipt or reason file, under the id `archive_id`.
+    """An archive that is restored from its receipt file, under the id `archive_id`.
 
     `moved_to` is relative to its drop folder. `device` is its device, if the drop's devices are tracked.
     """
