@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import backupd.upload.registry  # noqa: F401 -- registers the kinds of destinations
 from backupd.config.load import load
 from backupd.core.policy import RULES, Reason, policy_table, reason_of_status
 from tests.documents import DOCS, Block, between, blocks
