@@ -60,7 +60,7 @@ def _print_archive(record: ArchiveRecord) -> None:
     removals = {
         "expired": "removed",
         "expiring": "being removed",
-        "gone": "found missing",
+        "missing": "found missing",
         "changed": "found changed",
     }
     removal = removals.get(record.removal or "", "removal")

@@ -18,7 +18,7 @@ class Fingerprint:
     file can restore its size and modification time, but not its change time.
     """
 
-    device: int
+    device_number: int
     inode: int
     size: int
     mtime_ns: int

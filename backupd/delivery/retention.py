@@ -370,11 +370,11 @@ def _removed_otherwise(folder: DropFolder, sent: SentArchive) -> RemovalReason |
     try:
         is_unchanged = is_expected_file(folder.stat(sent.moved_to), sent.archive.fingerprint)
     except (FileNotFoundError, NotADirectoryError):
-        return RemovalReason.GONE
+        return RemovalReason.MISSING
     except OSError:
         return None  # the removal fails with the same error and logs it
     return None if is_unchanged else RemovalReason.CHANGED
 
 
 def _is_reachable(folder: DropFolder, sent: SentArchive) -> bool:
-    return not folder.is_unreachable(sent.moved_to, sent.archive.fingerprint.device)
+    return not folder.is_unreachable(sent.moved_to, sent.archive.fingerprint.device_number)

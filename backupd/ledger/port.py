@@ -62,11 +62,11 @@ class KnownFiles:
 class EnqueueResult:
     """The effect of `Ledger.enqueue`; each group is in the order of the candidates.
 
-    `queued` are the new archives, except those that were `rejected` at once; `Ledger.pending_dispositions`
-    returns these. `superseded` are the archives with pending deliveries that ended, because a newer content
-    has their path. `has_unusual_size` is whether `Ledger.unusual_archives` has a new entry. `reappeared` is
-    whether a delivered archive that had been missing is in its drop folder again, so that
-    `Ledger.pending_dispositions` returns it once more.
+    `queued` are the new archives to upload. `rejected` are the new archives that were rejected at once;
+    `Ledger.pending_dispositions` returns them. `superseded` are the archives with pending deliveries that
+    ended, because a newer content has their path. `has_unusual_size` is whether `Ledger.unusual_archives` has
+    a new entry. `reappeared` is whether a delivered archive that had been missing is in its drop folder
+    again, so that `Ledger.pending_dispositions` returns it once more.
     """
 
     queued: tuple[Archive, ...] = ()
@@ -175,14 +175,18 @@ class ClockReading:
 
 
 class DeviceLedger(Protocol):
-    """The part of a ledger about devices, history and the clock; see `Ledger` for the common rules."""
+    """The devices of drops, and the records that the daemon maintains beside the queue.
+
+    These are the deletion of old archives (`prune`) and the last reading of the clock. See `Ledger` for the
+    common rules.
+    """
 
     def set_expectations(self, expectations: Mapping[str, DeviceExpectation], now: datetime) -> None:
         """Replace the expectations of all drops by those of the configuration, by the names of the drops.
 
-        To be called before the first `enqueue`. Listed devices that are new are known since `now`. Forgotten
-        are the devices of drops with another `DeviceExpectation.by` than before, and those that are no longer
-        listed and never sent an archive. Times later than `now` become `now`: the clock was ahead.
+        To be called before the first `enqueue`. Listed devices that are new are known since `now`. Forgets
+        the devices of drops whose `DeviceExpectation.by` changed, and devices that are no longer listed and
+        never sent an archive. Times later than `now` become `now`: the clock was ahead.
         """
         ...
 
@@ -217,9 +221,9 @@ class DeviceLedger(Protocol):
         """Delete up to `limit` archives that ended before a time, with their deliveries and attempts.
 
         Returns their number. `before` is called once no other connection can write, so that it takes into
-        account a clock reading that was saved before old history was added. Kept, however old, are archives
-        that have an open delivery or disposition, are in their drop folder or in quarantine, and the newest
-        archive, so that its id is never used again.
+        account a clock reading that was saved before old history was added. Never deletes,
+        whatever their age, archives that have an open delivery or disposition or are in their drop folder or
+        in quarantine, and the newest archive, so that its id is never used again.
         """
         ...
 
@@ -232,8 +236,8 @@ class Ledger(DeviceLedger, Protocol):
     daemon has to be restarted.
     """
 
-    def register_folder(self, drop: str, device: int, inode: int) -> None:
-        """Record the directory of a drop by its device and inode number, as stat(2) returns them.
+    def register_folder(self, drop: str, device_number: int, inode: int) -> None:
+        """Record the directory of a drop by its device number and inode number, as stat(2) returns them.
 
         If the same inode had another device number before, as after a boot or a mount, the archives in that
         drop folder get the new device number.

@@ -38,11 +38,11 @@ class RestoredArchive:
 class RemovalReason(StrEnum):
     """Why an archive is no longer in `sent_dir`.
 
-    It was removed by retention, its file was gone before that, or another file had its name.
+    It was removed by retention, its file was missing before that, or another file had its name.
     """
 
     EXPIRED = "expired"
-    GONE = "gone"
+    MISSING = "missing"
     CHANGED = "changed"
 
 

@@ -100,9 +100,7 @@ def _add_history(backupd: Backupd, count: int, *, files: bool) -> None:
         for _ in range(count // len(backupd.drops)):
             name = f"past-{next_id:06}.tar.gz"
             ident, sent = str(uuid.uuid4()), f"sent/{name}".encode()
-            _copy(
-                ledger, "archive", first, id=next_id, relpath=name.encode(), inode=next_id, disposed_to=sent
-            )
+            _copy(ledger, "archive", first, id=next_id, relpath=name.encode(), inode=next_id, moved_to=sent)
             _copy(ledger, "delivery", delivery, id=ident, archive_id=next_id)
             _copy(ledger, "attempt", attempt, delivery_id=ident)
             if files:

@@ -119,7 +119,7 @@ def end(
 
 def test_archives_get_the_current_device_number_of_their_drop_folder(ledger: Ledger) -> None:
     """After a boot or a mount, the device of the same directory may have another number."""
-    folder, other, here = 2, 77, a_candidate().fingerprint.device
+    folder, other, here = 2, 77, a_candidate().fingerprint.device_number
     enqueue(ledger, a_candidate(b"r1.cfg"), a_candidate(b"r2.cfg"))
     enqueue(ledger, replace(a_candidate(b"r3.cfg"), drop="firewalls"))
     first = claim(ledger)
@@ -130,7 +130,7 @@ def test_archives_get_the_current_device_number_of_their_drop_folder(ledger: Led
         claimed = ledger.claim("vault", LATER, limit=9)
         ledger.release_claims()
         found = [*(each.archive for each in claimed), *(one.archive for one in ledger.pending_dispositions())]
-        return [archive.fingerprint.device for archive in sorted(found, key=lambda archive: archive.id)]
+        return [one.fingerprint.device_number for one in sorted(found, key=lambda archive: archive.id)]
 
     ledger.register_folder("switches", here, folder)
     ledger.register_folder("switches", here + 1, folder)

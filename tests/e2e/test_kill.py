@@ -68,7 +68,9 @@ def assert_all_delivered(stage: Stage, digests: dict[str, str]) -> None:
     assert len(listed) == len(digests)
     assert {r["state"] for r in listed} == {"delivered"}
     assert {r["disposed_to"] for r in listed} == {f"sent/{name}" for name in digests}
-    assert rows(stage, "SELECT DISTINCT state, disposition, live FROM archive") == [("delivered", "done", 0)]
+    assert rows(stage, "SELECT DISTINCT state, disposition, has_entry FROM archive") == [
+        ("delivered", "done", 0)
+    ]
     assert rows(stage, "PRAGMA integrity_check") == [("ok",)]
 
 
@@ -237,7 +239,7 @@ def with_other_device_numbers(stage: Stage) -> None:
         contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=TIMEOUT)) as ledger,
         ledger,
     ):
-        ledger.execute("UPDATE archive SET device = device + 1")
+        ledger.execute("UPDATE archive SET device_number = device_number + 1")
 
 
 @pytest.mark.long
@@ -300,7 +302,7 @@ def test_a_kill_between_the_move_and_its_commit_leaves_one_complete_receipt_file
         ledger,
     ):
         ledger.execute(
-            "UPDATE archive SET disposition = 'due', disposed_to = NULL, disposed_at = NULL, live = 1"
+            "UPDATE archive SET disposition = 'due', moved_to = NULL, disposed_at = NULL, has_entry = 1"
         )
     match left:
         case "no receipt file":

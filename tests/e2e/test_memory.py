@@ -81,14 +81,14 @@ def add_history(stage: Stage, archives: int) -> None:
         f"""
         BEGIN;
         WITH RECURSIVE number (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM number WHERE n < {archives})
-        INSERT INTO archive (drop_name, relpath, device, inode, size, mtime_ns, ctime_ns, admitted_at, state,
-            digest, disposition, disposed_to, disposed_at, live)
+        INSERT INTO archive (drop_name, relpath, device_number, inode, size, mtime_ns, ctime_ns, queued_at,
+            state, digest, disposition, moved_to, disposed_at, has_entry)
         SELECT 'switches', CAST(printf('switch-%06d.tar.gz', n) AS BLOB), 1, n, 1000, 0, 0, {began} + n,
             'delivered', 'sha256:' || printf('%064d', n), 'done',
             CAST(printf('sent/switch-%06d.tar.gz', n) AS BLOB), {began} + n, 0
         FROM number;
-        INSERT INTO delivery (id, archive_id, destination, size, state, attempts, charged, ended_at, digest,
-            verified, http_status, receipt)
+        INSERT INTO delivery (id, archive_id, destination, size, state, attempts, archive_failures, ended_at,
+            digest, verified, http_status, receipt)
         SELECT printf('%036d', id), id, 'vault', size, 'delivered', 1, 1, disposed_at, digest, 1, 201,
             '{{"sha256": "' || substr(digest, 8) || '"}}' FROM archive;
         INSERT INTO attempt (delivery_id, number, started_at, duration_us, sent, outcome)

@@ -126,7 +126,7 @@ def test_a_destination_that_is_down_at_the_start_gets_all_archives_once_it_is_up
     daemon.wait_for("destination.paused", count=3)
     assert len(stage.archives(stage.drop)) == 20
     assert not stage.sent.exists()
-    assert ledger(stage, "SELECT DISTINCT charged FROM delivery") == [(0,)]
+    assert ledger(stage, "SELECT DISTINCT archive_failures FROM delivery") == [(0,)]
 
     with a_receiver(stage, port):
         daemon.wait_for("archive.disposed", count=20)
@@ -135,7 +135,7 @@ def test_a_destination_that_is_down_at_the_start_gets_all_archives_once_it_is_up
     assert sorted(path.read_bytes() for path in stage.stored()) == sorted(contents.values())
     assert not daemon.events("archive.rejected")
     assert not stage.rejected.exists()
-    assert ledger(stage, "SELECT DISTINCT charged, state FROM delivery") == [(0, "delivered")]
+    assert ledger(stage, "SELECT DISTINCT archive_failures, state FROM delivery") == [(0, "delivered")]
     paused, resumed = daemon.events("destination.paused"), daemon.events("destination.resumed")
     assert len(resumed) == 1
     assert {event["reason"] for event in paused} == {"connect_failed"}
@@ -225,7 +225,7 @@ def test_an_archive_on_which_the_destination_fails_does_not_delay_the_others(sta
     assert (stage.drop / "a-poison.tar.gz").exists()
     keys = {key for name, _, key in endpoint.seen if name == "a-poison.tar.gz"}
     assert len(keys) == 1
-    assert ledger(stage, "SELECT charged FROM delivery WHERE state <> 'delivered'") == [(0,)]
+    assert ledger(stage, "SELECT archive_failures FROM delivery WHERE state <> 'delivered'") == [(0,)]
 
 
 @pytest.fixture

@@ -54,8 +54,8 @@ def micros(ago: timedelta) -> int:
 @pytest.mark.parametrize(
     "damage",
     [
-        "archive SET admitted_at = 9000000000000000000",
-        "archive SET admitted_at = 'long ago'",
+        "archive SET queued_at = 9000000000000000000",
+        "archive SET queued_at = 'long ago'",
         "archive SET size = 'large'",
         "archive SET relpath = 5",
         "archive SET relpath = 'text'",
@@ -188,7 +188,7 @@ def test_check_warns_of_a_paused_destination_and_of_an_old_archive(stage: Stage)
     daemon.wait_for("destination.paused")
     code, line = checked(stage)
     assert (code, "vault has been paused for " in line) == (1, True)
-    change(stage, "UPDATE archive SET admitted_at = ?", micros(timedelta(hours=7)))
+    change(stage, "UPDATE archive SET queued_at = ?", micros(timedelta(hours=7)))
     code, line = checked(stage, "--warning-age", "6h", "--critical-age", "8h")
     assert (code, "oldest pending archive has waited for 7 h" in line) == (1, True)
     assert checked(stage)[0] == 2
@@ -263,7 +263,7 @@ def test_list_filters_by_drop_device_destination_time_and_name(
 ) -> None:
     pattern = """label_pattern = '(?P<site>[^/]+)/(?P<device>[^-]+)-.*'"""
     a_sent_archive(stage, receiver, "north/r1-a.cfg", "north/r2-a.cfg", "south/r1-b.tar", drop=pattern)
-    change(stage, "UPDATE archive SET admitted_at = ? WHERE id = 1", micros(timedelta(days=3)))
+    change(stage, "UPDATE archive SET queued_at = ? WHERE id = 1", micros(timedelta(days=3)))
 
     def listed(*arguments: str) -> list[str]:
         done = stage.backupd("list", "--json", *arguments)
@@ -423,8 +423,8 @@ def test_queries_scan_no_table_of_a_hundred_thousand_archives(stage: Stage) -> N
     count = 100_000
     connection.execute("BEGIN")
     connection.executemany(
-        "INSERT INTO archive (id, drop_name, relpath, device, inode, size, mtime_ns, ctime_ns, admitted_at,"
-        " state, disposition, disposed_to, disposed_at, live)"
+        "INSERT INTO archive (id, drop_name, relpath, device_number, inode, size, mtime_ns, ctime_ns,"
+        " queued_at, state, disposition, moved_to, disposed_at, has_entry)"
         " VALUES (?, 'switches', ?, 1, ?, 3, 1, 1, ?, 'delivered', 'done', ?, ?, 0)",
         ((n, b"r%d.cfg" % n, n, n * 10**6, b"sent/r%d.cfg" % n, n * 10**6) for n in range(1, count + 1)),
     )

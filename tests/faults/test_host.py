@@ -151,7 +151,7 @@ def test_a_clock_skew_ends_although_the_daemon_runs_only_for_short_times(
         time.sleep(1.0)  # a second that must be subtracted from the skew
         assert daemon.stop() == 0
         with contextlib.closing(sqlite3.connect(stage.state / FILE_NAME)) as ledger:
-            [(ahead, remaining)] = ledger.execute("SELECT ahead, remaining FROM doubt").fetchall()
+            [(ahead, remaining)] = ledger.execute("SELECT ahead, remaining FROM clock_skew").fetchall()
         assert 400 * DAYS * 10**6 - 10**9 < ahead < 400 * DAYS * 10**6 + 10**9
         return float(remaining) / 10**6
 

@@ -287,7 +287,7 @@ def no_text(db: sqlite3.Connection) -> None:
 
 def no_column(db: sqlite3.Connection) -> None:
     db.execute("PRAGMA writable_schema = ON")
-    db.execute("UPDATE sqlite_schema SET sql = replace(sql, 'charged', 'chanted')")
+    db.execute("UPDATE sqlite_schema SET sql = replace(sql, 'archive_failures', 'archive_futures')")
 
 
 def no_version(db: sqlite3.Connection) -> None:

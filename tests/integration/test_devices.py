@@ -13,7 +13,7 @@ import pytest
 
 from backupd.core.devices import DeviceExpectation
 from backupd.core.errors import LedgerError
-from backupd.core.model import Archive
+from backupd.core.model import Archive, Outcome
 from backupd.daemon.housekeeping import HistoryPruning
 from backupd.dropfolder.folder import DropFolder
 from backupd.intake.device_tracker import DeviceTracker
@@ -22,6 +22,7 @@ from backupd.ledger.sqlite import connection
 from backupd.ledger.sqlite.connection import FILE_NAME, open_for_reading, open_ledger
 from backupd.ledger.sqlite.deliveries import SqliteLedger
 from backupd.ledger.sqlite.queries import DeviceRecord, LedgerQueries
+from backupd.ledger.sqlite.sent_rows import open_sent_index
 from backupd.telemetry.events import Event
 from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog
@@ -34,6 +35,7 @@ from tests.factories import (
     a_fingerprint,
     deferred,
     delivered,
+    rejected,
 )
 
 HOUR = timedelta(hours=1)
@@ -264,9 +266,30 @@ def test_a_forgotten_device_that_is_listed_is_expected_from_then_on(
 # schema and pruning
 
 
+VALUES_BEFORE_VERSION_9 = {
+    "device": "device_number",
+    "admitted_at": "queued_at",
+    "disposed_to": "moved_to",
+    "announced": "already_logged",
+    "live": "has_entry",
+    "charged": "archive_failures",
+    "faults": "destination_failures",
+    "removal": "replace(removal, 'missing', 'gone')",
+}
+"""Columns before version 9 of the schema, and their values by the columns of today."""
+
+COLUMNS = {
+    "archive": "id, drop_name, relpath, device_number, inode, size, mtime_ns, ctime_ns, queued_at, state,"
+    " digest, disposition, moved_to, already_logged, disposed_at, has_entry, removal",
+    "delivery": "id, archive_id, destination, size, state, due_at, attempts, archive_failures,"
+    " destination_failures, ended_at, reason, error, digest, verified, http_status, receipt",
+    "attempt": "delivery_id, number, started_at, duration_us, sent, outcome, reason, error, http_status",
+}
+
+
 @pytest.fixture
 def version_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Archive]:
-    """A ledger with the first schema, before devices, with one archive delivered and one pending."""
+    """A ledger with the first schema, before devices: one archive delivered and one pending."""
     today = tmp_path / "today"
     today.mkdir()
     ledger = SqliteLedger(open_ledger(today).connection)
@@ -276,15 +299,63 @@ def version_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Ar
     ledger.record_dispositions([DispositionResult(old.id, b"sent/old.cfg")], [], NOW)
     ledger.enqueue([a_candidate(b"new.cfg")], ["vault"], NOW)
     ledger.close()
-    with monkeypatch.context() as earlier:
-        earlier.setattr(connection, "_MIGRATIONS", connection._MIGRATIONS[:1])
-        db = open_ledger(tmp_path).connection
-    db.execute("ATTACH ? AS today", (str(today / connection.FILE_NAME),))
-    for table in ("archive", "delivery", "attempt"):  # the columns of that schema
-        names = ", ".join(row[1] for row in db.execute(f"PRAGMA main.table_info({table})"))
-        db.execute(f"INSERT INTO main.{table} ({names}) SELECT {names} FROM today.{table}")
-    db.close()
+    copy_to_earlier_version(1, today, tmp_path, monkeypatch)
     return tmp_path, old
+
+
+def copy_to_earlier_version(version: int, today: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Create a ledger with the schema of an earlier version, with the archives of a ledger of today."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(connection, "_MIGRATIONS", connection._MIGRATIONS[:version])
+        db = open_ledger(state).connection
+    db.execute("ATTACH ? AS today", (str(today / connection.FILE_NAME),))
+    for table in ("archive", "delivery", "attempt"):
+        names = [row[1] for row in db.execute(f"PRAGMA main.table_info({table})")]
+        values = ", ".join(VALUES_BEFORE_VERSION_9.get(name, name) for name in names)
+        db.execute(f"INSERT INTO main.{table} ({', '.join(names)}) SELECT {values} FROM today.{table}")
+    db.close()
+
+
+@pytest.mark.parametrize("version", range(1, 9))
+def test_a_ledger_of_an_earlier_version_is_migrated_with_its_archives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, close_after: Close, version: int
+) -> None:
+    today = tmp_path / "today"
+    today.mkdir()
+    ledger = SqliteLedger(open_ledger(today).connection)
+    candidates = [
+        a_candidate(b"%s.cfg" % name) for name in (b"sent", b"refused", b"missing", b"failed", b"new")
+    ]
+    sent, refused, missing, failed, _ = ledger.enqueue(candidates, ["vault"], NOW).queued
+    outcomes: tuple[Outcome, ...] = (delivered(), rejected(), delivered(), deferred())
+    claims = [claim for _ in outcomes for claim in ledger.claim("vault", NOW)]
+    ledger.record([a_claim_result(c, one) for c, one in zip(claims, outcomes, strict=True)], NOW)
+    moved = (
+        DispositionResult(sent.id, b"sent/sent.cfg"),
+        DispositionResult(refused.id, b"rejected/refused.cfg"),
+    )
+    ledger.record_dispositions([*moved, DispositionResult(missing.id, None, missing=True)], [failed.id], NOW)
+    ledger.close()
+    copy_to_earlier_version(version, today, tmp_path, monkeypatch)
+    close_after(SqliteLedger(open_ledger(tmp_path).connection))
+
+    def rows(state: Path) -> list[list[tuple[Any, ...]]]:
+        """The contents of all tables with archives, except `removal` if the earlier version had none."""
+        with contextlib.closing(sqlite3.connect(state / FILE_NAME)) as db:
+            if version < 3:
+                db.execute("UPDATE archive SET removal = NULL")
+            return [
+                db.execute(f"SELECT {columns} FROM {table} ORDER BY 1, 2").fetchall()
+                for table, columns in COLUMNS.items()
+            ]
+
+    assert rows(tmp_path) == rows(today)
+    migrated = close_after(SqliteLedger(open_ledger(tmp_path).connection))
+    assert migrated.enqueue([candidates[2]], ["vault"], NOW).reappeared == (version >= 3)
+    assert migrated.backlog()["vault"].pending == (2 if version >= 3 else 3)
+    assert migrated.count_quarantined() == 1
+    index = close_after(open_sent_index(tmp_path))
+    assert [archive.moved_to for archive in index.without_series("switches", 9)] == [b"sent/sent.cfg"]
 
 
 def test_a_ledger_with_the_first_schema_is_migrated(

@@ -34,8 +34,8 @@ from tests.site import Site
 
 DAY = timedelta(days=1)
 ROWS = """
-    SELECT relpath, inode, archive.size, mtime_ns, admitted_at, archive.state, archive.digest, disposition,
-        live, disposed_to, delivery.id, destination, delivery.state, ended_at, reason, error,
+    SELECT relpath, inode, archive.size, mtime_ns, queued_at, archive.state, archive.digest, disposition,
+        has_entry, moved_to, delivery.id, destination, delivery.state, ended_at, reason, error,
         delivery.digest, verified, http_status, receipt
     FROM archive JOIN delivery ON archive_id = archive.id ORDER BY archive.id
 """

@@ -237,7 +237,8 @@ def test_known_files_below_a_directory_are_found_by_a_range_of_the_index(tmp_pat
     ledger.known_files("switches", b"site")
     ledger._db.set_trace_callback(None)
     plan = [row[3] for row in ledger._db.execute(f"EXPLAIN QUERY PLAN {statements[0]}")]
-    assert plan == ["SEARCH archive USING INDEX archive_live (drop_name=? AND relpath>? AND relpath<?)"], plan
+    search = "SEARCH archive USING INDEX archive_with_entry (drop_name=? AND relpath>? AND relpath<?)"
+    assert plan == [search], plan
     ledger.close()
 
 
@@ -382,7 +383,7 @@ def test_damage_in_a_page_that_opening_does_not_read_is_detected_by_the_check(tm
     "damage",
     [
         "UPDATE archive SET drop_name = CAST(x'ff' AS TEXT)",
-        "UPDATE archive SET admitted_at = 1 << 62",
+        "UPDATE archive SET queued_at = 1 << 62",
         "UPDATE archive SET inode = 'none'",
         "UPDATE delivery SET archive_id = archive_id + 900",
         "UPDATE delivery SET due_at = due_at - (1 << 62)",

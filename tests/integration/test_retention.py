@@ -213,10 +213,10 @@ def test_a_link_in_place_of_a_sent_folder_is_not_followed(site: Site, tmp_path: 
     assert site.events("archive.expired") == []
 
 
-def test_a_file_that_an_operator_removed_is_recorded_as_gone(site: Site) -> None:
+def test_a_file_that_an_operator_removed_is_recorded_as_missing(site: Site) -> None:
     site.send("old.cfg", NOW - 91 * DAY).unlink()
     site.apply(keep_for=90 * DAY)
-    assert site.removals() == {"old.cfg": "gone"}
+    assert site.removals() == {"old.cfg": "missing"}
 
 
 def test_without_the_sent_folder_no_archive_is_taken_for_removed(site: Site) -> None:

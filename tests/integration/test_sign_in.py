@@ -168,7 +168,7 @@ def test_basic_authentication_sends_user_and_password(tmp_path: Path, pki: Pki) 
 def archive_failures(stage: Stage) -> list[tuple[str, int]]:
     """Return the state of each delivery, and its number of failures that count against the archive."""
     with closing(sqlite3.connect(stage.state / FILE_NAME)) as db:
-        rows = db.execute("SELECT state, charged FROM delivery").fetchall()
+        rows = db.execute("SELECT state, archive_failures FROM delivery").fetchall()
     return [(str(state), int(count)) for state, count in rows]
 
 

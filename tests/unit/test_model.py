@@ -30,7 +30,7 @@ def test_a_renamed_file_is_the_same_and_another_device_number_is_no_change(
     path = tmp_path / "a"
     path.write_bytes(b"abc")
     status = os.stat(path)
-    fingerprint = replace(fingerprint_of(status), device=status.st_dev + 1)
+    fingerprint = replace(fingerprint_of(status), device_number=status.st_dev + 1)
     assert is_unchanged(status, fingerprint)
     assert not is_unchanged(status, replace(fingerprint, ctime_ns=1))
     assert is_same_file(status, replace(fingerprint, ctime_ns=1))

@@ -35,7 +35,7 @@ from backupd.ledger.port import ClaimResult, DeliveryResult
 FILE_NAME = "ledger.sqlite3"
 LOCK_NAME = "backupd.lock"
 
-ARCHIVE_COLUMNS = "id, drop_name, relpath, device, inode, size, mtime_ns, ctime_ns, admitted_at"
+ARCHIVE_COLUMNS = "id, drop_name, relpath, device_number, inode, size, mtime_ns, ctime_ns, queued_at"
 
 LOCK_TIMEOUT = 5.0
 """Seconds for which a transaction waits for another process that holds the ledger."""
@@ -152,8 +152,8 @@ def daemon_pid(state_dir: Path) -> int | None:
 class OpenedLedger:
     """A connection to the ledger.
 
-    `quarantined_path` is the new name of a damaged ledger that was replaced. `is_new` is whether there was no
-    ledger before.
+    `quarantined_path` is the path to which a damaged ledger was renamed, None if none was. `is_new` is
+    whether there was no ledger before.
     """
 
     connection: sqlite3.Connection
@@ -164,22 +164,22 @@ class OpenedLedger:
 def open_ledger(state_dir: Path, *, check: str = "", must_replace: bool = False) -> OpenedLedger:
     """Open or create the ledger and bring its schema up to date.
 
-    A ledger that SQLite can't read, that has no bytes, or for which `must_replace` is set, is renamed, never
-    deleted, and replaced by a new one; its pending archives are found again in the drop folders. `check` is
-    the name of the PRAGMA by which SQLite checks the ledger, empty for none. Raises LedgerError for a schema
-    of a newer version, and if a person has to act: missing permissions, a full disk.
+    A damaged ledger is renamed, never deleted, and replaced by a new one: a ledger that SQLite can't read,
+    that has no bytes, or for which `must_replace` is set. Its pending archives are found again in the drop
+    folders. `check` is the name of the PRAGMA by which SQLite checks the ledger, empty for none. Raises
+    LedgerError for a schema of a newer version, and if a person has to act: missing permissions, a full disk.
     """
     path = state_dir / FILE_NAME
     try:
         is_new = not path.exists()
         is_lost = _is_empty(path) or (is_new and _wal_of(path).exists()) or (must_replace and not is_new)
-        quarantined_path = _quarantine(path) if is_lost else None
+        quarantined_path = _rename_damaged(path) if is_lost else None
         try:
             return OpenedLedger(_connect(path, check=check), quarantined_path, is_new)
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             if not is_damage(error):
                 raise
-        quarantined_path = _quarantine(path)
+        quarantined_path = _rename_damaged(path)
         return OpenedLedger(_connect(path, check=""), quarantined_path)
     except (sqlite3.DatabaseError, OSError) as error:
         raise LedgerError(f"{path}: {error}", "check the disk and the owner of `state_dir`") from error
@@ -222,8 +222,8 @@ def _wal_of(path: Path) -> Path:
     return path.with_name(f"{path.name}-wal")
 
 
-def _quarantine(path: Path) -> Path:
-    """Rename a ledger and its WAL; return the new path."""
+def _rename_damaged(path: Path) -> Path:
+    """Rename a damaged or empty ledger and its WAL; return the new path."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
     new_path = path.with_name(f"{path.name}.damaged-{stamp}")
     for suffix in ("", "-wal", "-shm"):
@@ -500,8 +500,8 @@ def storable_text(text: str) -> str:
 
 
 def fingerprint_columns(f: Fingerprint) -> Row:
-    """Return the stored values of device, inode, size, mtime_ns and ctime_ns."""
-    return tuple(map(storable_int, (f.device, f.inode, f.size, f.mtime_ns, f.ctime_ns)))
+    """Return the stored values of device number, inode, size, mtime_ns and ctime_ns."""
+    return tuple(map(storable_int, (f.device_number, f.inode, f.size, f.mtime_ns, f.ctime_ns)))
 
 
 @row_converter

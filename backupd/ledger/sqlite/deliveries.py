@@ -55,22 +55,26 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
     undoes are found again by the scan, and claims end at the next start by `release_claims`.
     """
 
-    def register_folder(self, drop: str, device: int, inode: int) -> None:
+    def register_folder(self, drop: str, device_number: int, inode: int) -> None:
         """See `Ledger.register_folder`."""
-        current, key = storable_int(device), (drop, storable_int(inode))
+        current, key = storable_int(device_number), (drop, storable_int(inode))
         with self._reading() as db:
-            before = db.execute("SELECT device FROM folder WHERE (drop_name, inode) = (?, ?)", key).fetchone()
+            query = "SELECT device_number FROM folder WHERE (drop_name, inode) = (?, ?)"
+            before = db.execute(query, key).fetchone()
         if before == (current,):
             return
         with self._transaction(durable=False) as db:
             if before is not None:
-                update = "UPDATE archive SET device = ? WHERE drop_name = ? AND device = ? AND live"
-                db.execute(update, (current, drop, *before))
+                db.execute(
+                    "UPDATE archive SET device_number = ?"
+                    " WHERE drop_name = ? AND device_number = ? AND has_entry",
+                    (current, drop, *before),
+                )
             db.execute("INSERT OR REPLACE INTO folder VALUES (?, ?, ?)", (*key, current))
 
     def known_files(self, drop: str, below: bytes = b"") -> KnownFiles:
         """See `Ledger.known_files`."""
-        query = f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE drop_name = ? AND live"  # noqa: S608 -- own columns
+        query = f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE drop_name = ? AND has_entry"  # noqa: S608 -- own columns
         values: tuple[str | bytes, ...] = (drop,)
         if below:  # a range of the index, so that many new directories don't each read all entries
             query += " AND relpath > ? AND relpath < ?"
@@ -92,11 +96,11 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         has_unusual_size = reappeared = False
         with self._transaction(durable=any(c.rejected is not None for c in candidates)) as db:
             for candidate in candidates:
-                live = _live_archives(db, candidate)
+                known = _known_archives(db, candidate)
                 key = content_key(candidate.relpath, candidate.fingerprint)
-                if any(content_key(a.relpath, a.fingerprint) == key for a in live):
+                if any(content_key(a.relpath, a.fingerprint) == key for a in known):
                     continue
-                superseded += [a for a in live if _supersede(db, a, now)]
+                superseded += [a for a in known if _supersede(db, a, now)]
                 if _resume_disposition(db, candidate):
                     reappeared = True
                     continue
@@ -146,9 +150,9 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         with self._transaction(durable=True) as db:
             for result in results:
                 db.execute(
-                    "UPDATE delivery SET state = ?, due_at = ?, charged = ?, faults = ?, attempts = ?,"
-                    " ended_at = ?, reason = ?, error = ?, digest = ?, verified = ?, http_status = ?,"
-                    " receipt = ? WHERE id = ?",
+                    "UPDATE delivery SET state = ?, due_at = ?, archive_failures = ?,"
+                    " destination_failures = ?, attempts = ?, ended_at = ?, reason = ?, error = ?,"
+                    " digest = ?, verified = ?, http_status = ?, receipt = ? WHERE id = ?",
                     delivery_update(result, now),
                 )
                 first = result.delivery.attempts + 1
@@ -178,15 +182,22 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         """See `Ledger.record_dispositions`."""
         with self._transaction(durable=False) as db:
             db.executemany(
-                "UPDATE archive SET disposition = 'done', disposed_to = ?, disposed_at = ?, live = ?,"
+                "UPDATE archive SET disposition = 'done', moved_to = ?, disposed_at = ?, has_entry = ?,"
                 " removal = ? WHERE id = ?",
                 [
-                    (r.moved_to, to_micros(now), r.kept_in_place, "gone" if r.missing else None, r.archive_id)
+                    (
+                        r.moved_to,
+                        to_micros(now),
+                        r.kept_in_place,
+                        "missing" if r.missing else None,
+                        r.archive_id,
+                    )
                     for r in done
                 ],
             )
             db.executemany(
-                "UPDATE archive SET announced = 1 WHERE id = ?", [(archive_id,) for archive_id in still_due]
+                "UPDATE archive SET already_logged = 1 WHERE id = ?",
+                [(archive_id,) for archive_id in still_due],
             )
 
     def release_claims(self, delivery_ids: Sequence[str] | None = None) -> int:
@@ -203,7 +214,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         """See `Ledger.backlog`."""
         with self._reading() as db:
             rows = db.execute(
-                "SELECT destination, count(*), sum(archive.size), min(admitted_at)"
+                "SELECT destination, count(*), sum(archive.size), min(queued_at)"
                 # one query for each state, as each has its own index without the ended deliveries
                 " FROM (SELECT destination, archive_id FROM delivery WHERE state = 'pending'"
                 " UNION ALL SELECT destination, archive_id FROM delivery WHERE state = 'claimed')"
@@ -217,7 +228,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
             row = db.execute(
                 "SELECT count(DISTINCT archive_id) FROM delivery INDEXED BY delivery_rejected"
                 " JOIN archive ON archive.id = archive_id"
-                " WHERE delivery.state = 'rejected' AND disposed_to IS NOT NULL"
+                " WHERE delivery.state = 'rejected' AND moved_to IS NOT NULL"
             ).fetchone()
         return int(row[0])
 
@@ -239,18 +250,27 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
 
 @row_converter
 def _claim(db: sqlite3.Connection, delivery_id: str) -> Delivery:
-    row = db.execute(
+    archive_id, destination, attempts, archive_failures, destination_failures, digest = db.execute(
         "UPDATE delivery SET state = 'claimed' WHERE id = ?"
-        " RETURNING id, archive_id, destination, attempts, charged, faults, digest",
+        " RETURNING archive_id, destination, attempts, archive_failures, destination_failures, digest",
         (delivery_id,),
     ).fetchone()
-    unconfirmed_digest = Digest.parse(row[6]) if row[6] else None
-    return Delivery(row[0], _load_archive(db, row[1]), row[2], row[3], row[4], row[5], unconfirmed_digest)
+    return Delivery(
+        delivery_id,
+        _load_archive(db, archive_id),
+        destination,
+        attempts,
+        archive_failures,
+        destination_failures,
+        # of an open delivery, the digest of content that was sent without a response; of a delivered one, the
+        # digest of the content that was delivered
+        Digest.parse(digest) if digest else None,
+    )
 
 
-def _live_archives(db: sqlite3.Connection, candidate: FileCandidate) -> list[Archive]:
+def _known_archives(db: sqlite3.Connection, candidate: FileCandidate) -> list[Archive]:
     """Return the archives under a candidate's path for which `Ledger.known_files` has an entry."""
-    query = f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE drop_name = ? AND relpath = ? AND live"  # noqa: S608
+    query = f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE drop_name = ? AND relpath = ? AND has_entry"  # noqa: S608
     return [as_archive(row) for row in db.execute(query, (candidate.drop, candidate.relpath))]
 
 
@@ -264,22 +284,22 @@ def _supersede(db: sqlite3.Connection, archive: Archive, now: datetime) -> bool:
         (to_micros(now), archive.id),
     ).rowcount
     _complete(db, archive.id)
-    db.execute("UPDATE archive SET live = 0 WHERE id = ? AND disposition = 'done'", (archive.id,))
+    db.execute("UPDATE archive SET has_entry = 0 WHERE id = ? AND disposition = 'done'", (archive.id,))
     return bool(ended)
 
 
 def _resume_disposition(db: sqlite3.Connection, candidate: FileCandidate) -> bool:
-    """Make the disposition of a delivered file due again that was missing and has come back unchanged.
+    """Make the disposition of a delivered file due again if the file is back; return whether it is.
 
-    Returns whether the candidate is such a file.
+    The file is back if the candidate is a delivered file that was missing at its disposition, unchanged.
     """
     query = (
         f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE drop_name = ? AND relpath = ?"  # noqa: S608 -- own columns
-        " AND removal = 'gone' AND disposed_to IS NULL AND state = 'delivered'"
+        " AND removal = 'missing' AND moved_to IS NULL AND state = 'delivered'"
     )
     for archive in map(as_archive, db.execute(query, (candidate.drop, candidate.relpath)).fetchall()):
         if identity(archive.fingerprint) == identity(candidate.fingerprint):
-            due = "disposition = 'due', announced = 1, live = 1, removal = NULL"
+            due = "disposition = 'due', already_logged = 1, has_entry = 1, removal = NULL"
             db.execute(f"UPDATE archive SET {due} WHERE id = ?", (archive.id,))  # noqa: S608 -- own columns
             return True
     return False
@@ -290,7 +310,7 @@ def _insert(
 ) -> Archive:
     at, fingerprint = to_micros(now), candidate.fingerprint
     archive_id = db.execute(
-        "INSERT INTO archive (drop_name, relpath, device, inode, size, mtime_ns, ctime_ns, admitted_at)"
+        "INSERT INTO archive (drop_name, relpath, device_number, inode, size, mtime_ns, ctime_ns, queued_at)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         (candidate.drop, candidate.relpath, *fingerprint_columns(fingerprint), at),
     ).lastrowid
@@ -322,7 +342,7 @@ def _complete(db: sqlite3.Connection, archive_id: int) -> list[CompletedArchive]
         return []
     is_superseded = state is DeliveryState.SUPERSEDED
     changed = db.execute(
-        "UPDATE archive SET state = ?, disposition = ?, live = ?,"
+        "UPDATE archive SET state = ?, disposition = ?, has_entry = ?,"
         " digest = (SELECT max(digest) FROM delivery WHERE archive_id = archive.id)"
         " WHERE id = ? AND state = 'pending'",
         (state, "done" if is_superseded else "due", not is_superseded, archive_id),
@@ -331,7 +351,9 @@ def _complete(db: sqlite3.Connection, archive_id: int) -> list[CompletedArchive]
 
 
 def _load_completed(db: sqlite3.Connection, archive_id: int) -> CompletedArchive:
-    row = db.execute("SELECT state, digest, announced FROM archive WHERE id = ?", (archive_id,)).fetchone()
+    row = db.execute(
+        "SELECT state, digest, already_logged FROM archive WHERE id = ?", (archive_id,)
+    ).fetchone()
     results = db.execute(
         "SELECT id, destination, state, ended_at, digest, verified, http_status, reason, error, receipt"
         " FROM delivery WHERE archive_id = ? ORDER BY destination",

@@ -23,7 +23,7 @@ _RESET = "UPDATE device SET known_at = ?, last_at = NULL, archives = 0, sizes = 
 _DELETE_FORGOTTEN = "DELETE FROM device WHERE NOT (listed OR archives OR alarmed)"
 """A forgotten device keeps its row until its alarm is cleared, so that its recovery is logged."""
 
-_PRUNABLE = "disposition = 'done' AND NOT live AND (state <> 'rejected' OR disposed_to IS NULL)"
+_PRUNABLE = "disposition = 'done' AND NOT has_entry AND (state <> 'rejected' OR moved_to IS NULL)"
 
 
 class SqliteDeviceLedger(Transactions, DeviceLedger):
@@ -84,7 +84,7 @@ class SqliteDeviceLedger(Transactions, DeviceLedger):
         """See `DeviceLedger.last_clock_reading`."""
         with self._reading() as db:
             seen = db.execute("SELECT seen_at FROM clock").fetchone()
-            skews = db.execute("SELECT ahead, remaining FROM doubt ORDER BY id").fetchall()
+            skews = db.execute("SELECT ahead, remaining FROM clock_skew ORDER BY id").fetchall()
             if seen is None:
                 return None
             return ClockReading(
@@ -97,14 +97,14 @@ class SqliteDeviceLedger(Transactions, DeviceLedger):
         with self._transaction(durable=bool(skews), lock_timeout=lock_timeout) as db:
             db.execute("DELETE FROM clock")
             db.execute("INSERT INTO clock VALUES (?)", (to_micros(reading.seen_at),))
-            db.execute("DELETE FROM doubt")
-            db.executemany("INSERT INTO doubt (ahead, remaining) VALUES (?, ?)", skews)
+            db.execute("DELETE FROM clock_skew")
+            db.executemany("INSERT INTO clock_skew (ahead, remaining) VALUES (?, ?)", skews)
 
     def prune(self, before: Callable[[], datetime], limit: int) -> int:
         """See `DeviceLedger.prune`."""
         old = (
             f"SELECT id FROM archive INDEXED BY archive_over WHERE {_PRUNABLE}"  # noqa: S608 -- own clause
-            " AND coalesce(disposed_at, admitted_at) < ?"
+            " AND coalesce(disposed_at, queued_at) < ?"
             " AND id < (SELECT max(id) FROM archive)"  # the id of the newest archive must never be used again
             " LIMIT ?"
         )

@@ -35,7 +35,7 @@ class ArchiveRecord:
     `state` is a `DeliveryState` other than claimed. `digest` is that of the content that was sent, as
     `algorithm:hex`. `disposition` is `due` or `done`, None while a delivery is open. `disposed_to` is the new
     path of the file, relative to its drop folder, None if it was not moved. `removal` is None while the file
-    is there, then `expiring`, `expired`, `gone` or `changed`, see `RemovalReason`.
+    is there, then `expiring`, `expired`, `missing` or `changed`, see `RemovalReason`.
     """
 
     archive: Archive
@@ -157,18 +157,18 @@ PathFilter = Callable[[str, bytes], bool]
 _CLAUSES = {
     "drop": "a.drop_name = ?",
     "destination": "d.destination = ?",
-    "since": "a.admitted_at >= ?",
-    "until": "a.admitted_at < ?",
+    "since": "a.queued_at >= ?",
+    "until": "a.queued_at < ?",
 }
 
 _COLUMNS = ", ".join(f"a.{column}" for column in ARCHIVE_COLUMNS.split(", "))
 _SELECT_DELIVERY = f"""
     SELECT d.id, d.destination, d.state, d.due_at, d.ended_at, d.attempts, d.reason, d.error, d.digest,
-        d.verified, d.http_status, d.receipt, a.disposed_to, {_COLUMNS}
+        d.verified, d.http_status, d.receipt, a.moved_to, {_COLUMNS}
 """
 _DELIVERY = f"{_SELECT_DELIVERY} FROM delivery d JOIN archive a ON a.id = d.archive_id"
 _ARCHIVE = f"""
-    SELECT a.state, a.digest, a.disposition, a.disposed_to, a.disposed_at, a.removal, a.removed_at, {_COLUMNS}
+    SELECT a.state, a.digest, a.disposition, a.moved_to, a.disposed_at, a.removal, a.removed_at, {_COLUMNS}
     FROM archive a
 """  # noqa: S608 -- own columns
 _PENDING = """
@@ -279,8 +279,8 @@ class LedgerQueries:
         """
         rows = self._query(
             f"{_ARCHIVE} WHERE a.id > ? AND a.drop_name = ? AND a.state = 'delivered'"
-            " AND a.disposed_to IS NOT NULL AND a.disposed_at >= ?"
-            " AND (a.removal IS NULL OR a.removal IN ('gone', 'changed')) ORDER BY a.id LIMIT ?",
+            " AND a.moved_to IS NOT NULL AND a.disposed_at >= ?"
+            " AND (a.removal IS NULL OR a.removal IN ('missing', 'changed')) ORDER BY a.id LIMIT ?",
             (_MIN_ID if after is None else after, drop, to_micros(since) if since else 0, limit),
         )
         return [_archive(row) for row in rows]
@@ -289,12 +289,12 @@ class LedgerQueries:
     def drop(self, name: str) -> DropRecord:
         """Return the queue and the last archive of a drop."""
         pending = self._query(
-            "SELECT count(*), coalesce(sum(size), 0), min(admitted_at) FROM archive"  # noqa: S608 -- own clause
+            "SELECT count(*), coalesce(sum(size), 0), min(queued_at) FROM archive"  # noqa: S608 -- own clause
             f" WHERE drop_name = ? AND id IN (SELECT archive_id FROM {_PENDING})",
             (name,),
         )[0]
         last = self._query(
-            "SELECT relpath, admitted_at FROM archive WHERE drop_name = ? ORDER BY id DESC LIMIT 1", (name,)
+            "SELECT relpath, queued_at FROM archive WHERE drop_name = ? ORDER BY id DESC LIMIT 1", (name,)
         )
         path, at = last[0] if last else (None, None)
         return DropRecord(
@@ -305,13 +305,13 @@ class LedgerQueries:
     def destination(self, name: str) -> DestinationRecord:
         """Return the queue and the circuit of a destination."""
         pending = self._query(
-            "SELECT count(*), coalesce(sum(archive.size), 0), min(admitted_at)"  # noqa: S608 -- own clause
+            "SELECT count(*), coalesce(sum(archive.size), 0), min(queued_at)"  # noqa: S608 -- own clause
             f" FROM {_PENDING} JOIN archive ON archive.id = archive_id WHERE destination = ?",
             (name,),
         )[0]
         rejected = self._query(
             "SELECT count(*) FROM delivery JOIN archive ON archive.id = archive_id"
-            " WHERE delivery.state = 'rejected' AND destination = ? AND disposed_to IS NOT NULL",
+            " WHERE delivery.state = 'rejected' AND destination = ? AND moved_to IS NOT NULL",
             (name,),
         )[0][0]
         last = self._query(
@@ -351,7 +351,7 @@ class LedgerQueries:
         return int(
             self._query(
                 "SELECT count(DISTINCT archive_id) FROM delivery JOIN archive ON archive.id = archive_id"
-                " WHERE delivery.state = 'rejected' AND disposed_to IS NOT NULL",
+                " WHERE delivery.state = 'rejected' AND moved_to IS NOT NULL",
                 (),
             )[0][0]
         )
@@ -382,7 +382,7 @@ class LedgerQueries:
             self._db.execute("PRAGMA query_only = OFF")
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                self._db.execute("UPDATE archive SET disposed_to = NULL WHERE id = ?", (archive_id,))
+                self._db.execute("UPDATE archive SET moved_to = NULL WHERE id = ?", (archive_id,))
                 yield
                 self._db.execute("COMMIT")
             finally:

@@ -24,8 +24,8 @@ from backupd.ledger.sqlite.connection import (
     translate_errors,
 )
 
-_COLUMNS = f"{ARCHIVE_COLUMNS}, disposed_to, disposed_at"
-_SENT = "state = 'delivered' AND disposed_to IS NOT NULL"
+_COLUMNS = f"{ARCHIVE_COLUMNS}, moved_to, disposed_at"
+_SENT = "state = 'delivered' AND moved_to IS NOT NULL"
 _KEPT = f"{_SENT} AND removal IS NULL"
 _IN_SERIES = "series IS NOT NULL AND removal IS NULL"
 
@@ -52,7 +52,7 @@ class SqliteSentIndex(SentIndex):
     def without_series(self, drop: str, limit: int) -> list[SentArchive]:
         """See `SentIndex.without_series`."""
         return self._archives(
-            f"INDEXED BY archive_unsorted WHERE drop_name = ? AND {_KEPT} AND series IS NULL"
+            f"INDEXED BY archive_without_series WHERE drop_name = ? AND {_KEPT} AND series IS NULL"
             " ORDER BY id LIMIT ?",
             (drop, limit),
         )
@@ -182,8 +182,8 @@ def _restore(db: sqlite3.Connection, one: RestoredArchive) -> bool:
     if _is_known(db, one):
         return False
     db.execute(
-        "INSERT INTO archive (id, drop_name, relpath, device, inode, size, mtime_ns, ctime_ns, admitted_at,"
-        " state, digest, disposition, announced, live, disposed_to, disposed_at)"
+        "INSERT INTO archive (id, drop_name, relpath, device_number, inode, size, mtime_ns, ctime_ns,"
+        " queued_at, state, digest, disposition, already_logged, has_entry, moved_to, disposed_at)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'done', 1, 0, ?, ?)",
         (
             one.archive_id,
