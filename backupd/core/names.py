@@ -45,7 +45,10 @@ def receipt_file_name(name: bytes, kind: bytes, number: int = 1) -> bytes:
 
 
 def free_names(name: bytes, when: datetime) -> Iterator[bytes]:
-    """Yield a name, then the name with a time and a rising number appended, until one is not in use."""
+    """Yield, without end, the name, the name with a time, then with a time and a rising number.
+
+    The caller takes the first free one.
+    """
     yield name
     stamp = when.strftime(".%Y%m%dT%H%M%SZ").encode("ascii")
     yield shortened(name, stamp)
