@@ -389,6 +389,7 @@ def test_commands_report_the_missing_ledger_before_the_first_start(stage: Stage,
     assert not stage.state.exists()
 
 
+@pytest.mark.long
 def test_status_reports_whether_the_daemon_runs(stage: Stage, receiver: RunningReceiver) -> None:
     daemon = a_delivered_archive(stage, receiver)
     running = stage.backupd("status")

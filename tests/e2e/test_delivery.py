@@ -164,6 +164,7 @@ def test_a_second_archive_with_the_same_name_overwrites_no_file(
     assert len(list(stage.sent.glob("*.receipt.json"))) == 3
 
 
+@pytest.mark.long
 def test_an_archive_that_is_kept_in_place_is_delivered_once_across_a_restart(
     stage: Stage, receiver: RunningReceiver
 ) -> None:

@@ -26,6 +26,7 @@ def files_below(root: Path) -> set[str]:
     return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 def test_a_dry_run_prints_the_steps_that_a_first_run_does(tmp_path: Path) -> None:
     root = str(tmp_path)
     dry = backupd("install", "--root", root, "--dry-run")

@@ -106,6 +106,7 @@ def test_status_does_not_block_on_a_pipe_in_place_of_the_lock_file(
 # status
 
 
+@pytest.mark.long
 def test_status_shows_each_drop(stage: Stage, receiver: RunningReceiver) -> None:
     a_sent_archive(stage, receiver, "one.cfg")
     text = stage.backupd("status").stdout
@@ -167,6 +168,7 @@ def checked(stage: Stage, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.long
 def test_check_is_ok_with_a_running_daemon_and_critical_without(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
@@ -360,6 +362,7 @@ def test_audit_reports_missing_changed_unreadable_and_intact_files(
     assert audited(stage, "--drop", "switches", "--since", "7d")[0] == 3
 
 
+@pytest.mark.long
 def test_audit_ignores_a_deeply_nested_receipt_file(stage: Stage, receiver: RunningReceiver) -> None:
     a_sent_archive(stage, receiver, "a.cfg").stop()
     receipt = stage.sent / "a.cfg.receipt.json"

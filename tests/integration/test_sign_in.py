@@ -590,6 +590,7 @@ def test_the_password_of_a_key_is_read_from_its_file(
         assert "wrong" not in repr(outcome)
 
 
+@pytest.mark.long
 def test_no_secret_is_ever_logged(stage: Stage) -> None:
     login_pki = Pki(stage.base / "login-pki")
     secret = a_secret(stage.base, CLIENT_SECRET)
