@@ -228,31 +228,23 @@ def _print_drops(drops: list[DropStatus]) -> None:
 
 
 def _print_destinations(records: list[DestinationRecord]) -> None:
-    headings = (
-        "destination",
-        "state",
-        "pending",
-        "bytes",
-        "oldest",
-        "rejected",
-        "last delivered",
-        "why paused",
-    )
     rows = [
         (r.name, r.circuit or "working", r.pending, human_size(r.pending_bytes), relative_time(r.oldest),
-         r.rejected, relative_time(r.last_delivered), _pause(r))
+         r.rejected, relative_time(r.last_delivered))
         for r in records
     ]  # fmt: skip
-    print_table(headings, rows)
+    print_table(("destination", "state", "pending", "bytes", "oldest", "rejected", "last delivered"), rows)
+    for record in records:
+        if record.reason:
+            _print_pause(record)
 
 
-def _pause(record: DestinationRecord) -> str:
-    if not record.reason:
-        return ""
+def _print_pause(record: DestinationRecord) -> None:
     now = datetime.now(UTC)
-    retry = relative_time(record.until) if record.until and record.until > now else "at any moment"
     duration = human_duration(now - record.since) if record.since else "-"
-    return f"{record.reason}: {record.error} (for {duration}; next retry {retry})"
+    retry = relative_time(record.until) if record.until and record.until > now else "at any moment"
+    print_line(f"{record.circuit}: {record.name}: {record.reason}: {record.error}", "bold red")
+    print_line(f"  for {duration}; next retry {retry}")
 
 
 def _print_overdue(devices: list[OverdueDevice]) -> None:
