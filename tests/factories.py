@@ -49,10 +49,10 @@ def a_fingerprint(
     size: int = 3,
     mtime_ns: int = 10**18,
     ctime_ns: int = 10**18,
-    device: int = 2049,
+    device_number: int = 2049,
 ) -> Fingerprint:
     """Return a fingerprint; its inode is a new one unless `inode` is given."""
-    return Fingerprint(device, next(_inodes) if inode is None else inode, size, mtime_ns, ctime_ns)
+    return Fingerprint(device_number, next(_inodes) if inode is None else inode, size, mtime_ns, ctime_ns)
 
 
 def an_archive(

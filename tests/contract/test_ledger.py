@@ -190,8 +190,8 @@ def test_the_same_content_under_another_name_is_another_archive(ledger: Ledger) 
 
 
 def test_a_changed_device_number_alone_is_no_new_content(ledger: Ledger) -> None:
-    enqueue(ledger, a_candidate(fingerprint=a_fingerprint(inode=7, device=1)))
-    assert enqueue(ledger, a_candidate(fingerprint=a_fingerprint(inode=7, device=2))) == ()
+    enqueue(ledger, a_candidate(fingerprint=a_fingerprint(inode=7, device_number=1)))
+    assert enqueue(ledger, a_candidate(fingerprint=a_fingerprint(inode=7, device_number=2))) == ()
 
 
 @pytest.mark.parametrize(

@@ -262,8 +262,8 @@ def _claim(db: sqlite3.Connection, delivery_id: str) -> Delivery:
         attempts,
         archive_failures,
         destination_failures,
-        # of an open delivery, the digest of content that was sent without a response; of a delivered one, the
-        # digest of the content that was delivered
+        # the column holds two digests: while a delivery is open, that of content that was sent completely but
+        # not confirmed by the destination; once it is delivered, that of the delivered content
         Digest.parse(digest) if digest else None,
     )
 
