@@ -133,7 +133,7 @@ def _stored(stage: Stage) -> list[Path]:
 @pytest.mark.parametrize(
     ("server", "heading"),
     [
-        ("receiver", "The receiver that comes with it"),
+        ("receiver", "The reference receiver"),
         ("fastapi", "FastAPI"),
         ("django", "Django"),
         ("express", "Express with multer"),
