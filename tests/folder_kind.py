@@ -16,7 +16,7 @@ from pydantic import Field
 from backupd.cli import main
 from backupd.config.models import DestinationConfig
 from backupd.config.problems import ConfigFault
-from backupd.config.types import AbsolutePath
+from backupd.config.types import AbsolutePath, TlsPath
 from backupd.core.failure import failure
 from backupd.core.model import Digest, Outcome, Receipt
 from backupd.core.policy import Reason
@@ -29,6 +29,7 @@ class FolderConfig(DestinationConfig):
     """A directory that archives are copied into."""
 
     path: AbsolutePath = Field(description="Directory to copy archives into.")
+    password_file: TlsPath | None = Field(default=None, description="File with a password; not used.")
     temporary_suffix: str = Field(default=".part", description="Suffix of a copy that is not complete.")
 
     @property

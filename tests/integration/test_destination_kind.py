@@ -89,6 +89,18 @@ class TestARegisteredKind:
             'destination.nas.temporary_suffix: expected a suffix such as ".part"'
         ]
 
+    def test_can_name_a_systemd_credential(
+        self, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+        (tmp_path / "nas.password").touch()
+        text = a_config(stage, Path("/srv/nas"), 'password_file = "nas.password"')
+        config = validate(tomllib.loads(text))
+        assert isinstance(config, Config)
+        destination = config.destination["nas"]
+        assert isinstance(destination, FolderConfig)
+        assert destination.password_file == tmp_path / "nas.password"
+
     def test_is_shown_with_its_keys(self, stage: Stage) -> None:
         config = validate(tomllib.loads(a_config(stage, Path("/srv/nas"))))
         assert isinstance(config, Config)
