@@ -185,7 +185,7 @@ class DeviceLedger(Protocol):
         """Replace the expectations of all drops by those of the configuration, by the names of the drops.
 
         To be called before the first `enqueue`. Listed devices that are new are known since `now`. Forgets
-        the devices of drops whose `DeviceExpectation.by` changed, and devices that are no longer listed and
+        the devices of drops with a changed `DeviceExpectation.by`, and devices that are no longer listed and
         never sent an archive. Times later than `now` become `now`: the clock was ahead.
         """
         ...
