@@ -49,7 +49,7 @@ class FolderUploader(Uploader):
         target = os.path.join(self._config.path, os.fsdecode(job.name))
         size = job.fingerprint.size
         try:
-            content = os.pread(job.fd, size + 1, 0)
+            content = job.read_at(0, size + 1)
             with open(target + self._config.temporary_suffix, "wb") as copy:
                 copy.write(content)
             os.replace(copy.name, target)

@@ -56,7 +56,7 @@ class Pki:
         return self._issue(name, (f"{name}.test",), not_before, not_after)
 
     def issue_client_below_intermediate(self, not_after: datetime) -> KeyPair:
-        """Issue a client certificate by an intermediate CA that expires at `not_after`; the chain holds both."""
+        """Issue a client certificate by an intermediate CA that ends at `not_after`; the file holds both."""
         intermediate = self._ca.create_child_ca()
         issued = intermediate.issue_cert("chained.test", common_name="chained")
         endless = x509.load_pem_x509_certificate(intermediate.cert_pem.bytes())

@@ -119,7 +119,10 @@ class RemoteVerifier:
         """Open an uploader for each such destination; raise UsageError if there is none."""
         queryable = {name: d for name, d in config.destination.items() if d.can_query}
         if not queryable:
-            raise UsageError("no destination has a `query_url`", "set it for a destination, or omit --remote")
+            raise UsageError(
+                "no destination can be queried for archives",
+                "set `query_url` for a destination, or omit --remote",
+            )
         self._uploaders = {name: make_uploader(destination) for name, destination in queryable.items()}
         self._patterns = {
             name: re.compile(drop.label_pattern) if drop.label_pattern else None

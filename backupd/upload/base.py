@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from backupd.core.model import Digest, Fingerprint, Outcome
+from backupd.core.model import Digest, Fingerprint, Outcome, is_unchanged
 from backupd.core.policy import Reason, rule_of
 
 OnProgress = Callable[[int], None]
@@ -25,11 +25,19 @@ def _ignore() -> None:
     return
 
 
+class FileChangedDuringUploadError(Exception):
+    """The file changed after it was queued."""
+
+
+class ReadFailedError(Exception):
+    """The file can't be read."""
+
+
 @dataclass(slots=True)
 class UploadJob:
     """One archive, open for reading, to upload to one destination.
 
-    The uploader reads `fd` with pread(2) and does not close it. `variables` are the values of the
+    The uploader reads it with `read_at` and does not close `fd`. `variables` are the values of the
     placeholders in templates. `unconfirmed_digest` is the digest of an earlier attempt with a lost
     response. The uploader calls `on_alive` at least once a second while it works or waits for the network,
     and `on_idle` before a wait that it cannot bound, such as that for the name service. It sets
@@ -46,6 +54,25 @@ class UploadJob:
     on_idle: OnAlive = _ignore
     unconfirmed_digest: Digest | None = None
     sent_bytes: int = field(default=0, init=False)
+
+    def read_at(self, offset: int, count: int) -> bytes:
+        """Return up to `count` bytes at `offset`, none at the end of the file; raises ReadFailedError."""
+        try:
+            return os.pread(self.fd, count, offset)
+        except OSError as error:
+            raise ReadFailedError(error.strerror) from error
+
+    def check_unchanged(self) -> None:
+        """Raise FileChangedDuringUploadError if the file changed after it was queued, or ReadFailedError."""
+        try:
+            status = os.fstat(self.fd)
+        except OSError as error:
+            raise ReadFailedError(error.strerror) from error
+        if not is_unchanged(status, self.fingerprint):
+            raise FileChangedDuringUploadError(
+                f"the file changed: {self.fingerprint.size} bytes when it was queued,"
+                f" {status.st_size} bytes now"
+            )
 
 
 class Abort:

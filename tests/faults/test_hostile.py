@@ -284,12 +284,12 @@ def test_an_ancestor_replaced_by_a_link_leads_to_no_file_outside(
     daemon: Daemon = stage.daemon().ready()
     (outside.folder / "drop").mkdir()
     (outside.folder / "drop" / "r1.cfg").write_bytes(SECRET)
-    stage.put("r1.cfg", b"ours")
+    stage.put("r1.cfg", b"inside")
     parent.rename(stage.base / "moved")
     parent.symlink_to(outside.folder)
     daemon.wait_for("archive.disposed", archive="r1.cfg")
     assert (outside.folder / "drop" / "r1.cfg").read_bytes() == SECRET
-    assert [p.read_bytes() for p in stage.stored()] == [b"ours"]
-    assert (stage.base / "moved" / "drop" / "sent" / "r1.cfg").read_bytes() == b"ours"
+    assert [p.read_bytes() for p in stage.stored()] == [b"inside"]
+    assert (stage.base / "moved" / "drop" / "sent" / "r1.cfg").read_bytes() == b"inside"
     assert not before.exists()
     assert daemon.stop() == 0

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from backupd.core.model import Digest, is_unchanged
-from backupd.upload.base import UploadJob
+from backupd.core.model import Digest
+from backupd.upload.base import FileChangedDuringUploadError, UploadJob
 from backupd.upload.http.limits import AttemptLimits
 
 CHUNK = 256 * 1024
@@ -16,14 +15,6 @@ CHUNK = 256 * 1024
 
 _CHECK_EVERY = 16 * CHUNK
 """Bytes between two checks that the file is unchanged."""
-
-
-class FileChangedDuringUploadError(Exception):
-    """The file changed after it was queued."""
-
-
-class ReadFailedError(Exception):
-    """The file can't be read."""
 
 
 class UploadBody:
@@ -73,7 +64,7 @@ class UploadBody:
                 self._report_progress(offset + len(chunk))
             else:
                 pending += chunk
-        check_unchanged(self._job)  # before the last bytes: an incomplete request stores nothing
+        self._job.check_unchanged()  # before the last bytes: an incomplete request stores nothing
         self.digest = Digest(self._algorithm, hasher.hexdigest())
         if self._expected not in (None, self.digest):
             raise FileChangedDuringUploadError("the file was rewritten after its digest was calculated")
@@ -91,32 +82,12 @@ class UploadBody:
         offset, size = 0, self._job.fingerprint.size
         while offset < size:
             if offset % _CHECK_EVERY == 0:  # do not upload the rest of a file that was removed or changed
-                check_unchanged(self._job)
-            chunk = read_at(self._job.fd, min(CHUNK, size - offset), offset)
+                self._job.check_unchanged()
+            chunk = self._job.read_at(offset, min(CHUNK, size - offset))
             if not chunk:
                 raise FileChangedDuringUploadError(f"the file ends after {offset} of {size} bytes")
             yield offset, chunk
             offset += len(chunk)
-
-
-def read_at(fd: int, count: int, offset: int) -> bytes:
-    """Return up to `count` bytes at an offset, none at the end of the file; raises ReadFailedError."""
-    try:
-        return os.pread(fd, count, offset)
-    except OSError as error:
-        raise ReadFailedError(error.strerror) from error
-
-
-def check_unchanged(job: UploadJob) -> None:
-    """Raise FileChangedDuringUploadError if the file changed after it was queued; raises ReadFailedError."""
-    try:
-        status = os.fstat(job.fd)
-    except OSError as error:
-        raise ReadFailedError(error.strerror) from error
-    if not is_unchanged(status, job.fingerprint):
-        raise FileChangedDuringUploadError(
-            f"the file changed: {job.fingerprint.size} bytes when it was queued, {status.st_size} bytes now"
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from backupd.core.model import Digest
 from backupd.core.names import TextTemplate
 from backupd.core.verify import RFC_9530_NAMES
 from backupd.upload.base import UploadJob
-from backupd.upload.http.body import CHUNK, MultipartFraming, UploadBody, check_unchanged, frame, raw, read_at
+from backupd.upload.http.body import CHUNK, MultipartFraming, UploadBody, frame, raw
 from backupd.upload.http.limits import UNBOUNDED_WAIT, AttemptLimits
 from backupd.upload.http.redact import SECRET_HEADERS, SECRETS, read_secret
 
@@ -75,12 +75,12 @@ class RequestBuilder:
         offset, size = 0, job.fingerprint.size
         while offset < size:
             self._limits.check()
-            chunk = read_at(job.fd, min(CHUNK, size - offset), offset)
+            chunk = job.read_at(offset, min(CHUNK, size - offset))
             if not chunk:
                 break
             hasher.update(chunk)
             offset += len(chunk)
-        check_unchanged(job)
+        job.check_unchanged()
         return Digest(algorithm, hasher.hexdigest())
 
     def query_request(self, job: UploadJob, digest: Digest) -> str | None:

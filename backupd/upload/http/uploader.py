@@ -18,9 +18,16 @@ from backupd.core.errors import BackupdError
 from backupd.core.failure import failure
 from backupd.core.model import Deferred, Delivered, Digest, Outcome, Superseded, is_unchanged
 from backupd.core.policy import Reason
-from backupd.upload.base import Abort, Endpoint, Uploader, UploadJob
+from backupd.upload.base import (
+    Abort,
+    Endpoint,
+    FileChangedDuringUploadError,
+    ReadFailedError,
+    Uploader,
+    UploadJob,
+)
 from backupd.upload.http.auth import BasicFile, BearerFile, Grant, OAuth2, SignInError, TokenSource
-from backupd.upload.http.body import FileChangedDuringUploadError, ReadFailedError, UploadBody
+from backupd.upload.http.body import UploadBody
 from backupd.upload.http.limits import AttemptEndedError, AttemptLimits, BandwidthLimit
 from backupd.upload.http.redact import read_secret
 from backupd.upload.http.request import PreparedRequest, RequestBuilder
