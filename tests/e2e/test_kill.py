@@ -22,6 +22,8 @@ from backupd.receiver.serve import RunningReceiver
 from tests.stage import TIMEOUT, Daemon, Stage, until
 
 KILLS = 20
+MAX_KILLS = 60
+"""Further kills, where the first ones cut too few uploads."""
 ARCHIVES_A_KILL = 10
 BIG = 12_000_000
 """Bytes of an archive with an upload that takes a while."""
@@ -108,25 +110,26 @@ def test_twenty_kills_lose_no_archive_and_store_none_twice(stage: Stage, receive
     )
     first: Daemon | None = None
     digests: dict[str, str] = {}
-    cut = 0
-    for number in range(KILLS):
+    kills = cut = 0
+    while kills < KILLS or (cut < KILLS // 4 and kills < MAX_KILLS):
         early = chance.random() < 0.5
         if early:
-            digests |= put_some(stage, chance, number * ARCHIVES_A_KILL)
+            digests |= put_some(stage, chance, kills * ARCHIVES_A_KILL)
         daemon = stage.daemon()
         first = first or daemon
         if not early:
             daemon.ready()
-            digests |= put_some(stage, chance, number * ARCHIVES_A_KILL)
+            digests |= put_some(stage, chance, kills * ARCHIVES_A_KILL)
         cut += kill_at_a_random_moment(stage, daemon, chance)
+        kills += 1
 
     last = stage.daemon().ready()
     until(lambda: not waiting(stage), f"all archives, seed {seed}\n{last.text()[-3000:]}")
     assert last.stop() == 0
 
-    print(f"{cut} of {KILLS} kills cut an upload")
+    print(f"{cut} of {kills} kills cut an upload")
     assert cut >= KILLS // 4
-    assert len(digests) == 200
+    assert len(digests) == kills * ARCHIVES_A_KILL
     assert_all_delivered(stage, digests)
     assert first is not None
     logged = Counter(event["archive"] for event in first.events("archive.delivered"))

@@ -155,10 +155,16 @@ def test_a_clock_skew_ends_although_the_daemon_runs_only_for_short_times(
         assert 400 * DAYS * 10**6 - 10**9 < ahead < 400 * DAYS * 10**6 + 10**9
         return float(remaining) / 10**6
 
-    first = remaining_after_a_run()
-    assert first < 25 * 3600 - 1.0
-    # a daemon too slow to record it at its end leaves the skew as it is, and the next one subtracts it
-    until(lambda: remaining_after_a_run() < first - 1.0, "a run that subtracts a second from the skew")
+    remaining = 25 * 3600.0
+    for _ in range(2):
+
+        def is_subtracted(before: float = remaining) -> bool:
+            nonlocal remaining
+            remaining = remaining_after_a_run()
+            return remaining < before - 1.0
+
+        # a daemon too slow to record it at its end leaves the skew as it is, and the next one subtracts it
+        until(is_subtracted, "a run that subtracts a second from the skew")
 
 
 def test_an_archive_is_delivered_although_the_host_sleeps_during_the_upload(stage: Stage) -> None:
