@@ -18,7 +18,7 @@ from backupd.receiver.serve import RunningReceiver
 from tests.stage import Daemon, Stage, until
 
 FREQUENT_SCANS = 'stable_for = "0s"\nrescan_every = "1s"'
-SECRET = b"a secret of another user " * 40
+SECRET = b"a secret of another user " * 80
 _EXCHANGE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
