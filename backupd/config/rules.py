@@ -26,7 +26,16 @@ _MIN_PREFIX: Final = 8
 
 
 def check(config: Config) -> Iterator[ConfigFault]:
-    """Yield each fault of values that contradict each other, with the full path of its key."""
+    """Yield each fault of values that contradict each other, with the full path of its key.
+
+    Tables are checked against each other only once each is right in itself, so that a fault of one table
+    causes no others.
+    """
+    of_tables = list(_faults_within_tables(config))
+    yield from of_tables or _faults_between_tables(config)
+
+
+def _faults_within_tables(config: Config) -> Iterator[ConfigFault]:
     for name, drop in config.drop.items():
         yield from _below(("drop", name), _drop_faults(drop))
     for name, destination in config.destination.items():
@@ -35,7 +44,6 @@ def check(config: Config) -> Iterator[ConfigFault]:
             yield from _below(table, _http_faults(destination))
         yield from _below(table, destination.faults())
         yield from _below((*table, "retry"), _retry_faults(destination.retry))
-    yield from _config_faults(config)
 
 
 def _below(table: Place, faults: Iterator[ConfigFault]) -> Iterator[ConfigFault]:
@@ -190,7 +198,7 @@ def _auth_faults(auth: AuthConfig) -> Iterator[ConfigFault]:
             yield ConfigFault((key,), f'expected "{companion}" to be set too', ((companion,),))
 
 
-def _config_faults(config: Config) -> Iterator[ConfigFault]:
+def _faults_between_tables(config: Config) -> Iterator[ConfigFault]:
     """Yield the contradictions between drops and destinations."""
     for name, drop in config.drop.items():
         yield from _unknown_destinations(name, drop, config)

@@ -13,7 +13,16 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, FailFast, Field, StringConstraints, ValidationError
+from pydantic import (
+    AliasChoices,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 from backupd.core.model import DIGEST_BYTES, Archive, DeliveryState
 from backupd.core.names import (
@@ -69,7 +78,8 @@ class ReceiptFile(BaseModel):
     drop: _Name
     size: int
     digest: _Digest | None
-    queued_at: _Time
+    # the receipt files of development versions have the second key
+    queued_at: Annotated[_Time, Field(validation_alias=AliasChoices("queued_at", "admitted_at"))]
     deliveries: Annotated[list[_ReceiptFileDelivery], FailFast(), Field(min_length=1, max_length=64)]
 
     @property

@@ -230,7 +230,7 @@ def is_receipt_file_of(archive: Archive, content: bytes) -> bool:
     return isinstance(fields, dict) and (
         fields.get("archive"),
         fields.get("drop"),
-        fields.get("queued_at"),
+        fields.get("queued_at", fields.get("admitted_at")),  # the second is of development versions
     ) == (as_text(archive.relpath), archive.drop, archive.queued_at.isoformat())
 
 

@@ -136,7 +136,7 @@ KEYS: dict[str, Key] = {
         Key("stalled_s", NUMBER, "seconds since the thread's last sign of life"),
         Key("certificate_role", TEXT, "client or server"),
         Key("expires_at", TIME, "expiry of the certificate"),
-        Key("days_left", INTEGER, "whole days until the client certificate expires"),
+        Key("days_left", INTEGER, "whole days until the certificate expires"),
         Key(
             "days_left_by_destination",
             per_destination(INTEGER),
@@ -268,7 +268,7 @@ CERTIFICATE_RENEWED = _event(
     "certificate.renewed",
     "info",
     "destination days_left",
-    "the client certificate of {destination} was renewed[, {days_left} left]",
+    "the client certificate of {destination} was renewed[, {days_left}]",
     "new certificate files are used from the next upload on",
 )
 CERTIFICATE_REFUSED = _event(
@@ -282,7 +282,7 @@ CERTIFICATE_EXPIRING = _event(
     "certificate.expiring",
     "warning",
     "destination certificate_role days_left expires_at hint",
-    "the {certificate_role} certificate of {destination} expires at {expires_at} ({days_left} left)",
+    "the {certificate_role} certificate of {destination} expires at {expires_at} ({days_left})",
     "a certificate expires in fewer than 30, 14, 7, 3 or 1 days; logged at each step and at every start",
 )
 
@@ -499,6 +499,6 @@ DESTINATION_STATUS = _event(
     "info",
     "destination circuit pending pending_bytes oldest_s days_left",
     "{destination}[ is {circuit}]: {pending} pending ({pending_bytes}[, oldest {oldest_s}])"
-    "[, certificate: {days_left} left]",
+    "[, certificate: {days_left}]",
     "the state of a destination, after each heartbeat",
 )

@@ -111,7 +111,9 @@ def _bytes(value: object) -> str:
 
 
 def _days(value: object) -> str:
-    return f"{value} day" if value == 1 else f"{value} days"
+    if isinstance(value, int) and value < 0:
+        return f"expired {-value} days ago" if value < -1 else "expired"
+    return f"{value} day left" if value == 1 else f"{value} days left"
 
 
 def _text(value: object) -> str:

@@ -14,8 +14,6 @@ from typing import Any, Generic, TypeVar
 
 from backupd.config.models import DESTINATION_MODELS, DestinationConfig, HttpDestinationConfig
 from backupd.upload.base import Abort, Endpoint, ProbeResult, Uploader
-from backupd.upload.http.probe import probe as probe_http
-from backupd.upload.http.uploader import HttpEndpoint
 
 ConfigT = TypeVar("ConfigT", bound=DestinationConfig)
 
@@ -72,4 +70,17 @@ async def _probe_all(destinations: Mapping[str, DestinationConfig], abort: Abort
         raise
 
 
-register(DestinationKind("http", HttpDestinationConfig, HttpEndpoint.open, probe_http))
+def _open_http(config: HttpDestinationConfig, abort: Abort) -> Endpoint:
+    from backupd.upload.http.uploader import HttpEndpoint  # noqa: PLC0415 -- see below
+
+    return HttpEndpoint.open(config, abort)
+
+
+async def _probe_http(name: str, config: HttpDestinationConfig, abort: Abort) -> ProbeResult:
+    from backupd.upload.http.probe import probe  # noqa: PLC0415 -- see below
+
+    return await probe(name, config, abort)
+
+
+# every command imports this module for the configuration; only those that upload need an HTTP client
+register(DestinationKind("http", HttpDestinationConfig, _open_http, _probe_http))

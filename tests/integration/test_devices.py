@@ -316,6 +316,20 @@ def copy_to_earlier_version(version: int, today: Path, state: Path, monkeypatch:
     db.close()
 
 
+@pytest.mark.parametrize("version", [7, 8])
+def test_a_command_on_a_ledger_of_an_earlier_version_asks_for_a_restart_of_the_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, close_after: Close, version: int
+) -> None:
+    today = tmp_path / "today"
+    today.mkdir()
+    close_after(SqliteLedger(open_ledger(today).connection)).enqueue([a_candidate(b"r1")], ["vault"], NOW)
+    copy_to_earlier_version(version, today, tmp_path, monkeypatch)
+    queries = LedgerQueries(close_after(open_for_reading(tmp_path)))
+    with pytest.raises(LedgerError, match="schema of an earlier version") as raised:
+        queries.deliveries(None, 10)
+    assert raised.value.hint == "restart the daemon, which migrates it"
+
+
 @pytest.mark.parametrize("version", range(1, 9))
 def test_a_ledger_of_an_earlier_version_is_migrated_with_its_archives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, close_after: Close, version: int

@@ -416,6 +416,17 @@ def test_a_device_is_restored_from_archives_that_arrived_whole(site: RestorableS
     assert (device.device, device.last_at, device.archives) == ("r1", NOW + timedelta(minutes=3), 3)
 
 
+def test_the_receipt_file_of_a_development_version_is_read_and_removed(site: RestorableSite) -> None:
+    sent = site.send("r1.cfg", NOW)
+    receipt = sent.with_name("r1.cfg.receipt.json")
+    receipt.write_text(receipt.read_text().replace('"queued_at"', '"admitted_at"'))
+    site.lose_ledger()
+    site.restore()
+    assert [row[0] for row in site.rows()] == [b"r1.cfg"]
+    site.keep(NOW + timedelta(days=9), keep_for=timedelta(days=1))
+    assert list(sent.parent.iterdir()) == []
+
+
 def changed(**fields: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda receipt: receipt | fields
 

@@ -289,6 +289,18 @@ def test_each_fault_is_reported_once_with_its_key(text: str, message: str) -> No
     assert not lines[0].endswith(".")
 
 
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        (a_file('on_delivered = "delete"\nkeep_sent_for = "500d"'), ["drop.switches.keep_sent_for"]),
+        (a_file('destinations = ["x", "x"]'), ["drop.switches.destinations"]),
+        (a_file(destination='headers = {A = "1", a = "{zz}"}'), ["destination.vault.headers.a"]),
+    ],
+)
+def test_a_fault_within_a_table_causes_no_fault_between_tables(text: str, places: list[str]) -> None:
+    assert [fault.split(": ")[0] for fault in faults_in(text)] == places
+
+
 @pytest.mark.parametrize("key", ["checksum_files", "keep_sent", "inspection"])
 def test_similar_keys_are_unknown(key: str) -> None:
     assert faults_in(a_file(drop=f'{key} = "x"'))[0].startswith(f"drop.switches.{key}: unknown key")

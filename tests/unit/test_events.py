@@ -244,3 +244,8 @@ def test_no_cell_of_the_page_breaks_its_table() -> None:
     rows = [line for line in events_page().splitlines() if line.startswith("|")]
     assert len(rows) > len(CATALOGUE) + len(KEYS)
     assert {row.count("|") for row in rows} == {4}
+
+
+def test_each_key_is_declared_once() -> None:
+    source = (PACKAGE / "telemetry" / "events.py").read_text("utf-8")
+    assert len(re.findall(r"\bKey\(\s*\"", source)) == len(KEYS) > 70

@@ -188,6 +188,10 @@ def _query_errors(operation: str) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, UnicodeDecodeError) as error:
+        if str(error).startswith(("no such column", "no such table")):
+            raise LedgerError(
+                "the ledger has the schema of an earlier version", "restart the daemon, which migrates it"
+            ) from error
         raise LedgerError(f"the ledger can't be {operation}: {error}", _hint(error)) from error
 
 
