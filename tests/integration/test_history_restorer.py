@@ -423,7 +423,7 @@ def test_the_receipt_file_of_a_development_version_is_read_and_removed(site: Res
     site.lose_ledger()
     site.restore()
     assert [row[0] for row in site.rows()] == [b"r1.cfg"]
-    site.keep(NOW + timedelta(days=9), keep_for=timedelta(days=1))
+    site.apply(NOW + timedelta(days=9), keep_for=timedelta(days=1))
     assert list(sent.parent.iterdir()) == []
 
 
