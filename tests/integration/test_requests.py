@@ -141,7 +141,9 @@ def test_every_method_works_with_every_form_of_body(tmp_path: Path, pki: Pki, me
 
 
 @pytest.mark.parametrize(
-    "content", [b"\r\n\r\n", b"x" * 100 + b"\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n", os.urandom(600_000)]
+    "content",
+    [b"\r\n\r\n", b"x" * 100 + b"\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n", os.urandom(600_000)],
+    ids=["line_ends", "text", "response", "random_bytes"],
 )
 def test_a_raw_body_arrives_unchanged(tmp_path: Path, pki: Pki, content: bytes) -> None:
     outcome, (request,) = upload(
