@@ -196,7 +196,11 @@ def test_a_bug_is_logged_without_a_secret_and_loses_no_archive(stage: Stage, sec
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("content", [b"", b"two\nlines MARKER\n", b"\xff\xfeMARKER", b"MARKER " * 20_000])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"two\nlines MARKER\n", b"\xff\xfeMARKER", b"MARKER " * 20_000],
+    ids=["empty", "two_lines", "not_utf_8", "too_long"],  # an id is in the environment of all processes
+)
 def test_an_unusable_secret_file_is_reported_without_its_content(
     stage: Stage, receiver: RunningReceiver, content: bytes
 ) -> None:
