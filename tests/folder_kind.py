@@ -61,7 +61,7 @@ class FolderUploader(Uploader):
         return verify_receipt(sent, size, Receipt(None, stored, size), ReceiptExpectation())
 
     def query(self, job: UploadJob, digest: Digest) -> Outcome | None:
-        raise NotImplementedError
+        raise AssertionError("a folder is never queried: its configuration says that it can't be")
 
     def close(self) -> None:
         pass

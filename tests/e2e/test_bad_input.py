@@ -394,10 +394,10 @@ def test_warnings_are_logged_and_the_daemon_starts(stage: Stage) -> None:
     stage.pki.client_key.chmod(0o644)
     stage.configure(UNREACHABLE_URL)
     daemon = stage.daemon().ready()
-    told = {event["path"]: event["error"] for event in daemon.events("config.warning")}
-    assert set(told) == {"destination.vault.cert", "destination.vault.key"}
-    assert "expires on" in told["destination.vault.cert"]
-    assert "accessible to group or others" in told["destination.vault.key"]
+    warnings = {event["path"]: event["error"] for event in daemon.events("config.warning")}
+    assert set(warnings) == {"destination.vault.cert", "destination.vault.key"}
+    assert "expires on" in warnings["destination.vault.cert"]
+    assert "accessible to group or others" in warnings["destination.vault.key"]
     assert daemon.stop() == 0
 
 
@@ -411,9 +411,9 @@ def test_pipes_sockets_links_and_empty_files_in_a_drop_folder_are_ignored(stage:
     (stage.drop / "link.tar.gz").symlink_to("/dev/zero")
     (stage.drop / "empty.tar.gz").touch()
     daemon = stage.daemon().ready()
-    told = daemon.wait_for("archive.ignored", count=4)
+    ignored = daemon.wait_for("archive.ignored", count=4)
 
-    assert {(event["archive"], event["reason"]) for event in told} == {
+    assert {(event["archive"], event["reason"]) for event in ignored} == {
         ("pipe.tar.gz", "not_a_regular_file"),
         ("socket.tar.gz", "not_a_regular_file"),
         ("link.tar.gz", "symlink"),

@@ -367,7 +367,9 @@ def test_endless_interim_responses_end_the_attempt(
 
 
 @pytest.mark.parametrize(
-    "garbage", [b"\x00", b"SSH-2.0-OpenSSH_9.9\r\n", b"\xff" * 200_000, b"HTTP/1.1 2x0 No\r\n\r\n"]
+    "garbage",
+    [b"\x00", b"SSH-2.0-OpenSSH_9.9\r\n", b"\xff" * 200_000, b"HTTP/1.1 2x0 No\r\n\r\n"],
+    ids=["nul", "ssh", "long", "bad_status"],
 )
 @pytest.mark.parametrize("after_body", [True, False], ids=["after the body", "early"])
 def test_a_response_that_is_not_http_is_a_protocol_error(
