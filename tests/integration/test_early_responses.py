@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import select
 import ssl
 import threading
 from collections.abc import Iterator
@@ -13,13 +12,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import httpcore
 import pytest
 
 from backupd.core.model import Deferred, Delivered, Outcome, Rejected
 from backupd.core.policy import Reason
+from backupd.upload.http import transport
 from backupd.upload.http.body import CHUNK
-from backupd.upload.http.transport import StreamBackend
+from backupd.upload.http.stream import Stream, connect
 from tests.pki import Pki
 from tests.scripted import (
     Peer,
@@ -147,16 +146,12 @@ UNVERIFIED: dict[str, Any] = {"body": "raw", "receipt": {"digest": "none"}}
 
 
 def wait_for_a_response_before_any_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    connect = StreamBackend.connect_tcp
+    def connect_and_wait(*args: Any, **keys: Any) -> Stream:
+        opened = connect(*args, **keys)
+        until(opened.is_readable, "the response")
+        return opened
 
-    def connect_and_wait(*args: Any, **keys: Any) -> httpcore.NetworkStream:
-        stream = connect(*args, **keys)
-        poller = select.poll()
-        poller.register(stream.get_extra_info("socket").fileno(), select.POLLIN)
-        assert poller.poll(TIMEOUT * 1000)
-        return stream
-
-    monkeypatch.setattr(StreamBackend, "connect_tcp", connect_and_wait)
+    monkeypatch.setattr(transport, "connect", connect_and_wait)
 
 
 def test_a_success_before_the_first_byte_is_not_a_delivery_of_a_body_that_ends_like_a_head(

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-import httpcore
 import httpx
 from cryptography import x509
 
@@ -24,9 +23,9 @@ from backupd.upload.http.auth import OAuth2, SignInError
 from backupd.upload.http.limits import AttemptEndedError, AttemptLimits
 from backupd.upload.http.request import RequestBuilder
 from backupd.upload.http.response import reason_from_error, reason_from_refusal
-from backupd.upload.http.stream import PIN_MISMATCH
+from backupd.upload.http.stream import PIN_MISMATCH, Stream, connect
 from backupd.upload.http.tls import ReloadingTlsContext
-from backupd.upload.http.transport import StreamBackend
+from backupd.upload.http.transport import TLS
 from backupd.upload.http.uploader import HEADERS, HttpEndpoint, timeouts
 
 _ACCEPTABLE = frozenset({200, 201, 202, 204, 400, 405, 411, 415, 422, 501})
@@ -167,8 +166,8 @@ _BODY_HEADERS = (b"content-encoding", b"content-length", b"transfer-encoding")
 
 
 def _connection_facts(response: httpx.Response) -> ConnectionFacts:
-    tls = response.extensions["network_stream"].get_extra_info("ssl_object")
-    if not isinstance(tls, ssl.SSLObject):
+    tls = response.extensions[TLS]
+    if tls is None:
         return ConnectionFacts()
     return ConnectionFacts(tls.version(), tls.getpeercert(binary_form=True))
 
@@ -258,14 +257,14 @@ def _with_untrusted_certificate(result: ProbeResult, endpoint: HttpEndpoint) -> 
         return result
     try:
         with _unverified_connection(endpoint) as stream:
-            der = stream.get_extra_info("ssl_object").getpeercert(binary_form=True)
-    except (httpcore.NetworkError, httpcore.TimeoutException, AttemptEndedError):
+            der = stream.tls.getpeercert(binary_form=True) if stream.tls else None
+    except (httpx.TransportError, AttemptEndedError):
         return result
     return _with_certificate(result, der, datetime.now(UTC)) if der else result
 
 
 @contextmanager
-def _unverified_connection(endpoint: HttpEndpoint) -> Iterator[httpcore.NetworkStream]:
+def _unverified_connection(endpoint: HttpEndpoint) -> Iterator[Stream]:
     """Yield a TLS connection without verification of the server certificate."""
     config, timeout = endpoint.config, endpoint.config.timeout.connect.total_seconds()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -273,11 +272,9 @@ def _unverified_connection(endpoint: HttpEndpoint) -> Iterator[httpcore.NetworkS
     limits = AttemptLimits(endpoint.abort, deadline=2 * timeout)
     limits.start()
     url = httpx.URL(TextTemplate.parse(config.url).render(_placeholder_values(config)))
-    backend = StreamBackend(limits, replace(endpoint.connect_options, pins=frozenset()))
-    with (
-        closing(backend.connect_tcp(url.host, url.port or 443, timeout)) as plain,
-        closing(plain.start_tls(context, url.host, timeout)) as stream,
-    ):
+    options = replace(endpoint.connect_options, pins=frozenset())
+    with closing(connect(url.host, url.port or 443, timeout, limits, options)) as stream:
+        stream.start_tls(context, url.host, timeout, options)
         yield stream
 
 

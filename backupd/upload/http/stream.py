@@ -1,45 +1,57 @@
-"""The network stream below httpcore: it notices a response while it sends, and every wait can be aborted.
-
-httpcore's own stream does not read while it sends: a response that comes before the body is complete is lost
-with the connection, and nothing interrupts a stalled write.
-"""
+"""The network stream below HTTP: a TCP or TLS connection on which every wait keeps to an attempt's limits."""
 
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
+import os
 import select
 import socket
 import ssl
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import httpcore
+import httpx
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from backupd.upload.http.limits import AttemptEndedError, AttemptLimits
+from backupd.upload.http.limits import AttemptLimits
 
 PIN_MISMATCH = "pin mismatch"
 """The beginning of the error for a certificate with a public key that is not in `pin_sha256`."""
 
 _READ_BYTES = 64 * 1024
-"""Bytes that are read from the socket at a time, and the limit for interim responses."""
+"""Bytes that are read from the socket at a time."""
 
 _ENCRYPT_BYTES = 256 * 1024
 """Bytes that are encrypted before they are sent."""
 
-_MAX_HEAD_BYTES = 16 * 1024
-"""Longest request head in bytes that is sent together with the first bytes of the body."""
-
-_MAX_RESPONSE_BYTES = 1024 * 1024
-"""Bytes that are read for one request; a server could send interim responses indefinitely."""
+_MAX_RECEIVED_BYTES = 1024 * 1024
+"""Bytes that are received for one request; a server could send interim responses or frames indefinitely."""
 
 _SENT_PER_RECEIVED = 8
-"""Bytes of an HTTP/2 upload that permit one more byte from the server, such as of WINDOW_UPDATE frames."""
+"""Bytes of an upload that permit one more byte from the server, such as of WINDOW_UPDATE frames."""
 
-_WANT_READ = (ssl.SSLWantReadError,)
+_MAX_UNSENT_BYTES = 512 * 1024
+"""Bytes in the socket's send buffer: enough for every network, and few after an early refusal."""
+
+_SOCKET_OPTIONS = (
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT_BYTES),
+    # firewalls forget a connection that is silent for some minutes, such as while a server stores an archive
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 45),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 8),
+)
+
+_LOCAL_ERRORS = (errno.EAFNOSUPPORT, errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EMFILE, errno.ENFILE)
+"""Errors of this host, such as that it has no IPv6 or no free descriptor."""
+
+_WANT_READ = (ssl.SSLWantReadError, BlockingIOError)
 _WANT_WRITE = (ssl.SSLWantWriteError,)
 
 
@@ -61,116 +73,79 @@ class ConnectOptions:
 DIRECT = ConnectOptions()
 
 
-class Stream(httpcore.NetworkStream):
-    """A plain or TLS connection on a non-blocking socket, within the limits of an attempt.
+class Stream:
+    """A plain or TLS connection on a non-blocking socket, for the requests of one worker.
 
-    With `is_http2` the frames of the server are part of sending, and the connection has to call
-    `begin_request`.
+    All timeouts are in seconds and for each wait without progress; None is no limit. Every method that waits
+    raises AttemptEndedError if the attempt is aborted or exceeds a limit.
     """
 
-    def __init__(
-        self,
-        sock: socket.socket | TlsSocket,
-        limits: AttemptLimits,
-        connect_options: ConnectOptions = DIRECT,
-    ) -> None:
-        self._sock = sock
+    def __init__(self, sock: socket.socket, limits: AttemptLimits) -> None:
+        self._sock: socket.socket | TlsSocket = sock
+        self._received_bytes = 0
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
         self.limits = limits
-        self._connect_options = connect_options
-        self._held_head = b""
-        self._begins_request = True
-        self._received = bytearray()
-        self._is_closed_by_peer = False
-        self._error: OSError | None = None
-        self._response_bytes = 0
-        self.is_http2 = isinstance(sock, TlsSocket) and sock.tls.selected_alpn_protocol() == "h2"
+
+    @property
+    def tls(self) -> ssl.SSLObject | None:
+        """Return the TLS session; None for a plain connection."""
+        return self._sock.tls if isinstance(self._sock, TlsSocket) else None
 
     def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.NetworkStream:
-        """Return a stream after the TLS handshake; `timeout` is for each of its waits, in seconds."""
+        self, context: ssl.SSLContext, host: str, timeout: float | None, options: ConnectOptions
+    ) -> None:
+        """Do the TLS handshake with `host`; raises ConnectError or ConnectTimeout."""
+        assert isinstance(self._sock, socket.socket)  # noqa: S101 -- TLS starts once
         try:
-            if isinstance(self._sock, TlsSocket):
-                raise httpcore.ConnectError("TLS within TLS is not supported")
-            name = self._connect_options.server_name or server_hostname
-            sock = TlsSocket(ssl_context, self._sock, name, self.limits)
+            sock = TlsSocket(context, self._sock, options.server_name or host, self.limits)
             self._do_handshake(sock, timeout)
-            self._check_pins(sock)
+            _check_pins(sock, options.pins)
             self.limits.server_certificate_expires = _expiry(sock.tls)
         except (OSError, ValueError) as error:
-            self.close()
-            raise httpcore.ConnectError(str(error)) from error
-        except BaseException:
-            self.close()
-            raise
-        return Stream(sock, self.limits, self._connect_options)
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Send a buffer; `timeout` is for each wait without progress, in seconds.
-
-        Holds the head of a request back, to send it with the first bytes of the body in one write. Raises
-        WriteError as soon as the server starts to respond or closes the connection; `read` then
-        returns the response.
-        """
-        if self._held_head:
-            buffer, self._held_head = self._held_head + buffer, b""
-        is_head, self._begins_request = self._begins_request, False  # a body can end with an empty line, too
-        if is_head and not self.is_http2 and len(buffer) < _MAX_HEAD_BYTES and buffer.endswith(b"\r\n\r\n"):
-            self._held_head = buffer
-            return
-        self._send(buffer, timeout)
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """Return received bytes, `b""` at the end of the connection; `timeout` is in seconds.
-
-        The next `write` begins a request.
-        """
-        if not (self._begins_request or self.is_http2):  # reading an early response ends the sending as well
-            self.limits.body_sent()
-        self._begins_request = True
-        if self._held_head:
-            head, self._held_head = self._held_head, b""
-            with suppress(httpcore.WriteError):  # the response that caused it is read below
-                self._send(head, timeout)
-        if self._received:
-            data = bytes(self._received[:max_bytes])
-            del self._received[:max_bytes]
-            return self._count_response(data)
-        if self.is_http2:  # frames can arrive without a pause and without a response, so that no wait checks
-            self.limits.check()
-        while not self._is_closed_by_peer:
-            try:
-                return self._count_response(self._sock.recv(max_bytes))
-            except (*_WANT_READ, BlockingIOError):
-                is_ready = self.limits.wait(self._sock.fileno(), select.POLLIN, timeout)
-            except _WANT_WRITE:
-                is_ready = self.limits.wait(self._sock.fileno(), select.POLLOUT, timeout)
-            except OSError as error:
-                raise httpcore.ReadError(str(error)) from error
-            if not is_ready:
-                raise httpcore.ReadTimeout("no response")
-        self._raise_earlier_error()
-        return b""
+            raise httpx.ConnectError(str(error)) from error
+        self._sock = sock
 
     def begin_request(self) -> None:
         """Start to count the bytes received for another request."""
-        self._response_bytes = 0
+        self._received_bytes = 0
+
+    def send(self, data: bytes, timeout: float | None, on_readable: Callable[[], None] | None = None) -> None:
+        """Send all bytes; raises WriteError, WriteTimeout, or what `on_readable` raises.
+
+        `on_readable` is called before each piece and in each wait, if the server has sent something. Without
+        it, nothing that the server sends ends a wait.
+        """
+        self._received_bytes = max(0, self._received_bytes - len(data) // _SENT_PER_RECEIVED)
+        view = memoryview(data)
+        if on_readable and self.is_readable():
+            on_readable()
+        while view:
+            piece = view[: self._acquire_bandwidth(len(view), on_readable)]
+            self._send_piece(piece, timeout, on_readable)
+            view = view[len(piece) :]
+
+    def receive(self, timeout: float | None) -> bytes:
+        """Return received bytes, none at the end of the connection; raises ReadError or ReadTimeout."""
+        while True:
+            data, events = self._receive()
+            if data is not None:
+                return data
+            if not self.limits.wait(self._sock.fileno(), events, timeout):
+                raise httpx.ReadTimeout("no response")
+
+    def receive_now(self) -> bytes | None:
+        """Return as `receive` does, or None if nothing arrived yet; raises ReadError."""
+        return self._receive()[0]
+
+    def is_readable(self) -> bool:
+        """Return whether `receive_now` may return bytes; a TLS session ticket looks as if it does."""
+        has_buffered_data = isinstance(self._sock, TlsSocket) and self._sock.has_buffered_data
+        return has_buffered_data or bool(self._readable.poll(0))
 
     def close(self) -> None:
         """Close the connection at once."""
         self._sock.close()
-
-    def get_extra_info(self, info: str) -> Any:
-        """See `httpcore.NetworkStream.get_extra_info`."""
-        match info:
-            case "ssl_object":
-                return self._sock.tls if isinstance(self._sock, TlsSocket) else None
-            case "is_readable":
-                return self._is_readable()
-            case "socket":
-                return self._sock
-            case _:
-                return None
 
     def _do_handshake(self, sock: TlsSocket, timeout: float | None) -> None:
         while True:
@@ -183,114 +158,131 @@ class Stream(httpcore.NetworkStream):
             else:
                 return
             if not is_ready:
-                raise httpcore.ConnectTimeout("no response in the TLS handshake")
+                raise httpx.ConnectTimeout("no response in the TLS handshake")
 
-    def _check_pins(self, sock: TlsSocket) -> None:
-        if not self._connect_options.pins:
-            return
-        pin = spki_pin(sock.tls.getpeercert(binary_form=True) or b"")
-        if pin not in self._connect_options.pins:
-            raise httpcore.ConnectError(f"{PIN_MISMATCH}: the SHA-256 of the endpoint's public key is {pin}")
-
-    def _send(self, buffer: bytes, timeout: float | None) -> None:
-        view = memoryview(buffer)
-        if self.is_http2:
-            self._response_bytes -= min(self._response_bytes, len(view) // _SENT_PER_RECEIVED)
-        elif view:
-            self.begin_request()
-            self._check_response()
-        while view:
-            piece = view[: self._acquire_bandwidth(len(view))]
-            self._send_piece(piece, timeout)
-            view = view[len(piece) :]
-
-    def _acquire_bandwidth(self, wanted: int) -> int:
+    def _acquire_bandwidth(self, wanted: int, on_readable: Callable[[], None] | None) -> int:
         """Return how many bytes the bandwidth limit permits now, after a wait if necessary."""
         while True:
             granted, wait = self.limits.acquire_bandwidth(wanted)
             if granted:
                 return granted
-            fd = -1 if self.is_http2 else self._sock.fileno()
-            if self.limits.wait(fd, select.POLLIN, wait):
-                self._check_response()
+            if self.limits.wait(self._sock.fileno() if on_readable else -1, select.POLLIN, wait):
+                assert on_readable is not None  # noqa: S101 -- no descriptor, no event
+                on_readable()
 
-    def _send_piece(self, view: memoryview, timeout: float | None) -> None:
+    def _send_piece(
+        self, view: memoryview, timeout: float | None, on_readable: Callable[[], None] | None
+    ) -> None:
         while view:
             try:
                 count = self._sock.send(view)
             except (*_WANT_WRITE, BlockingIOError):
-                self._wait_to_send(select.POLLOUT, timeout)
+                events = select.POLLOUT
             except _WANT_READ:
-                self._wait_to_send(0, timeout)
+                events = select.POLLIN
             except OSError as error:
-                self._receive_after_error()
-                raise httpcore.WriteError(str(error)) from error
+                raise httpx.WriteError(str(error)) from error
             else:
                 view = view[count:]
                 if not isinstance(self._sock, TlsSocket):  # which counts by itself, after each system call
                     self.limits.count_bytes(count)
+                continue
+            events |= select.POLLIN if on_readable else 0
+            if not self.limits.wait(self._sock.fileno(), events, timeout):
+                raise httpx.WriteTimeout("the destination has stopped reading")
+            if on_readable and self.is_readable():
+                on_readable()
 
-    def _wait_to_send(self, events: int, timeout: float | None) -> None:
-        if not self.is_http2 or not events:  # HTTP/2 frames are not read here: they would end every wait
-            events |= select.POLLIN
-        if not self.limits.wait(self._sock.fileno(), events, timeout):
-            raise httpcore.WriteTimeout("the destination has stopped reading")
-        if not self.is_http2:
-            self._check_response()
-
-    def _check_response(self) -> None:
-        """Receive without a wait; raise WriteError on a response or at the end of the connection."""
-        poller = select.poll()
-        poller.register(self._sock.fileno(), select.POLLIN)
-        if (isinstance(self._sock, TlsSocket) and self._sock.has_buffered_data) or poller.poll(0):
-            self._receive()
-        if self._is_closed_by_peer or _has_final_response(self._received):
-            raise httpcore.WriteError("the destination responded before it had the whole request")
-        if len(self._received) >= _READ_BYTES:
-            raise httpcore.RemoteProtocolError("interim responses exceed 64 KiB")
-
-    def _receive(self) -> None:
+    def _receive(self) -> tuple[bytes | None, int]:
+        """Return received bytes, or None and the poll(2) events to wait for."""
         try:
-            while not self._is_closed_by_peer and len(self._received) < _READ_BYTES:
-                data = self._sock.recv(_READ_BYTES)
-                self._received += data
-                self._is_closed_by_peer = not data
-        except (*_WANT_READ, *_WANT_WRITE, BlockingIOError):
-            return
+            data = self._sock.recv(_READ_BYTES)
+        except _WANT_READ:
+            return None, select.POLLIN
+        except _WANT_WRITE:
+            return None, select.POLLOUT
         except OSError as error:
-            self._is_closed_by_peer, self._error = True, error
+            raise httpx.ReadError(str(error)) from error
+        self._received_bytes += len(data)
+        if self._received_bytes > _MAX_RECEIVED_BYTES:
+            raise httpx.RemoteProtocolError("the response exceeds 1 MiB")
+        return data, 0
 
-    def _receive_after_error(self) -> None:
-        """Receive the response or TLS alert that explains a failed send, if there is one."""
-        self._receive()
-        is_silent = not (self._received or self._is_closed_by_peer)
-        if is_silent and self.limits.wait(self._sock.fileno(), select.POLLIN, 0.2):
-            self._receive()
-        self._is_closed_by_peer = True
 
-    def _raise_earlier_error(self) -> None:
-        """Raise the error that ended the connection during a write: httpcore ignores that of the write."""
-        if self._error is not None:
-            try:
-                raise self._error
-            except OSError as error:  # kept as the context: httpcore removes the cause of an exception
-                raise httpcore.ReadError(str(error)) from error
+def connect(
+    host: str, port: int, timeout: float | None, limits: AttemptLimits, options: ConnectOptions
+) -> Stream:
+    """Connect to the first address that accepts; `timeout` is for each address, in seconds.
 
-    def _count_response(self, data: bytes) -> bytes:
-        self._response_bytes += len(data)
-        if self._response_bytes > _MAX_RESPONSE_BYTES:
-            raise httpcore.RemoteProtocolError("the response exceeds 1 MiB")
-        return data
-
-    def _is_readable(self) -> bool:
-        """Return whether an idle connection has ended; a TLS session ticket does not count."""
-        if self._sock.fileno() < 0:
-            return True
+    Raises ConnectError or ConnectTimeout.
+    """
+    host, port = options.connect_to or (host, port)
+    try:
+        with limits.unbounded_wait():
+            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise httpx.ConnectError(str(error)) from error
+    failures: list[httpx.ConnectError | httpx.ConnectTimeout] = []
+    for family, kind, protocol, _, address in addresses:
         try:
-            self._check_response()
-        except (httpcore.WriteError, httpcore.RemoteProtocolError, AttemptEndedError):
-            return True
-        return bool(self._received)
+            sock = socket.socket(family, kind, protocol)
+        except OSError as error:  # this host has no such addresses, or no free descriptor
+            failures.append(_connect_error(error))
+            continue
+        try:
+            _connect(sock, address, timeout, limits, options.local_address)
+        except OSError as error:
+            failures.append(_connect_error(error))
+        except httpx.ConnectTimeout as error:
+            failures.append(error)
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return Stream(sock, limits)
+        sock.close()
+    # a failure at another address explains more than that this host has no IPv6
+    raise min(failures, key=_is_local, default=httpx.ConnectError(f"no address for {host}"))
+
+
+def _connect(
+    sock: socket.socket, address: Any, timeout: float | None, limits: AttemptLimits, local_address: str
+) -> None:
+    sock.setblocking(False)
+    for option in _SOCKET_OPTIONS:
+        sock.setsockopt(*option)
+    if local_address:
+        try:
+            sock.bind((local_address, 0))
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror} (local_address {local_address})") from error
+    code = sock.connect_ex(address)
+    if code == errno.EINPROGRESS:
+        if not limits.wait(sock.fileno(), select.POLLOUT, timeout):
+            raise httpx.ConnectTimeout(f"no response from {address[0]} port {address[1]}")
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        raise OSError(code, f"{os.strerror(code)} ({address[0]} port {address[1]})")
+
+
+def _connect_error(cause: OSError) -> httpx.ConnectError:
+    error = httpx.ConnectError(cause.strerror or str(cause))
+    error.__cause__ = cause
+    return error
+
+
+def _is_local(failure: Exception) -> bool:
+    """Return whether a failure to connect is caused by this host."""
+    cause = failure.__cause__
+    return isinstance(cause, OSError) and cause.errno in _LOCAL_ERRORS
+
+
+def _check_pins(sock: TlsSocket, pins: frozenset[str]) -> None:
+    if not pins:
+        return
+    pin = spki_pin(sock.tls.getpeercert(binary_form=True) or b"")
+    if pin not in pins:
+        raise httpx.ConnectError(f"{PIN_MISMATCH}: the SHA-256 of the endpoint's public key is {pin}")
 
 
 def spki_pin(certificate: bytes) -> str:
@@ -304,19 +296,6 @@ def _expiry(tls: ssl.SSLObject) -> float | None:
     """Return when the server's certificate expires, in seconds since the epoch; None if not verified."""
     not_after = (tls.getpeercert() or {}).get("notAfter")
     return ssl.cert_time_to_seconds(not_after) if isinstance(not_after, str) else None
-
-
-def _has_final_response(received: bytearray) -> bool:
-    """Return whether a final response has started, after any interim (1xx) ones (RFC 9110 section 15.2)."""
-    at = 0
-    while received.startswith(b"HTTP/1.1 1", at):
-        end = received.find(b"\r\n\r\n", at)
-        if end < 0:
-            return False
-        at = end + 4
-    return len(received) - at >= len(b"HTTP/1.1 2") or (
-        len(received) > at and not b"HTTP/1.1 1".startswith(received[at:])
-    )
 
 
 class TlsSocket:

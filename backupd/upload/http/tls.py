@@ -56,7 +56,7 @@ class ReloadingTlsContext:
 
     def _make_context(self) -> ssl.SSLContext:
         config = self._config
-        return make_context(config, http2=config.http2, tls_min=config.tls_min)
+        return make_context(config, http2=config.http2 and not config.proxy, tls_min=config.tls_min)
 
     def _stat_files(self) -> tuple[_FileState, ...]:
         config = self._config

@@ -1,22 +1,24 @@
-"""The httpx transport over the network stream of `stream`, through httpcore's connection pool."""
+"""The httpx transport of one worker: a single connection, opened again when it cannot be reused."""
 
 from __future__ import annotations
 
-import errno
-import os
-import select
-import socket
+import base64
 import ssl
-from collections.abc import Collection, Iterable, Iterator
+import time
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
-import httpcore
 import httpx
 
+from backupd.upload.http.connection import HttpConnection, RequestRefusedError
+from backupd.upload.http.http1 import Http1Connection
 from backupd.upload.http.limits import AttemptLimits
 from backupd.upload.http.redact import redact, secrets_of
-from backupd.upload.http.stream import DIRECT, ConnectOptions, Stream
+from backupd.upload.http.stream import DIRECT, ConnectOptions, Stream, connect
+
+TLS = "backupd.tls"
+"""Name of the response extension that holds the `ssl.SSLObject` of the connection; None without TLS."""
 
 MAX_RESPONSE_BYTES = 1024 * 1024
 """Bytes of a response body that are passed on; the rest is not read."""
@@ -24,260 +26,223 @@ MAX_RESPONSE_BYTES = 1024 * 1024
 _MAX_ERROR_LENGTH = 500
 """Characters of an error text: h11 quotes the received bytes in it."""
 
-_KEEPALIVE = 30.0
+_MAX_IDLE = 30.0
 """Seconds for which an idle connection is kept; most servers close theirs after 60 or more."""
 
-_MAX_UNSENT_BYTES = 512 * 1024
-"""Bytes in the socket's send buffer: enough for every network, and few after an early refusal."""
+_MAX_AGE = 300.0
+"""Seconds after which a connection is not used again, so that changes of the name service take effect."""
 
-_LOCAL_ERRORS = (errno.EAFNOSUPPORT, errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EMFILE, errno.ENFILE)
-"""Errors of this host, such as that it has no IPv6 or no free descriptor."""
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """An HTTP proxy; an empty `user` is none."""
+
+    host: str
+    port: int
+    user: str = ""
+    password: str = ""
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Return the texts that no error may contain."""
+        return (self.password, f"{self.user}:{self.password}") if self.user else ()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Return the header fields that sign in to the proxy (RFC 9110 section 11.7.2)."""
+        if not self.user:
+            return {}
+        encoded = base64.b64encode(f"{self.user}:{self.password}".encode()).decode("ascii")
+        return {"Proxy-Authorization": f"Basic {encoded}"}
+
+
+@dataclass(slots=True)
+class _Open:
+    """The open connection, and the server to which it leads."""
+
+    connection: HttpConnection
+    origin: tuple[str, str, int]
+    tls: ssl.SSLObject | None
+    opened_at: float
+    used_at: float
+    is_new: bool = True
 
 
 class HttpTransport(httpx.BaseTransport):
-    """An httpx transport that keeps to the limits of an attempt in every wait."""
+    """An httpx transport that keeps to the limits of an attempt in every wait; for one thread."""
 
     def __init__(
         self,
         context: ssl.SSLContext,
         limits: AttemptLimits,
         *,
-        http2: bool = False,
         connect_options: ConnectOptions = DIRECT,
-        proxy: httpcore.Proxy | None = None,
+        proxy: Proxy | None = None,
     ) -> None:
-        self._proxy_secrets = _secrets_of_proxy(proxy)
-        self._pool = EarlyResponsePool(
-            ssl_context=context,
-            max_connections=2,
-            keepalive_expiry=_KEEPALIVE,
-            http2=http2 and proxy is None,
-            network_backend=StreamBackend(limits, connect_options, to_proxy=proxy is not None),
-            proxy=proxy,
-        )
+        self._context = context
+        self._limits = limits
+        self._connect_options = connect_options
+        self._proxy = proxy
+        self._open: _Open | None = None
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request; raises httpx's exceptions, with error texts that contain no secret."""
-        secrets = (*secrets_of(request), *self._proxy_secrets)
-        with _as_httpx_errors(secrets):
-            response = self._pool.handle_request(
-                httpcore.Request(
-                    method=request.method,
-                    url=httpcore.URL(
-                        scheme=request.url.raw_scheme,
-                        host=request.url.raw_host,
-                        port=request.url.port,
-                        target=request.url.raw_path,
-                    ),
-                    headers=request.headers.raw,
-                    content=request.stream,
-                    extensions=request.extensions,
-                )
+        if self._proxy and request.url.scheme == "http":
+            request.headers.update(self._proxy.headers)
+        secrets = (*secrets_of(request), *(self._proxy.secrets if self._proxy else ()))
+        while True:
+            try:
+                with _redacted_errors(secrets):
+                    opened = self._reusable(request.url) or self._connect(request)
+                    self._open = opened
+                    head = opened.connection.send(request, _target(request.url, self._proxy))
+            except BaseException as error:
+                self.close()
+                if isinstance(error, RequestRefusedError) and not opened.is_new:
+                    continue
+                raise
+            return httpx.Response(
+                status_code=head.status,
+                # the request accepts no encoding: a body that is encoded anyway is not decoded, because a
+                # small body could become a large one
+                headers=[(key, value) for key, value in head.headers if key.lower() != b"content-encoding"],
+                stream=_ResponseBody(self, opened.connection, request.extensions["timeout"]["read"], secrets),
+                extensions={
+                    "http_version": head.http_version,
+                    "reason_phrase": head.reason,
+                    TLS: opened.tls,
+                },
             )
-        return httpx.Response(
-            status_code=response.status,
-            # the request accepts no encoding: a body that is encoded anyway is not decoded, because a small
-            # body could become a large one
-            headers=[(key, value) for key, value in response.headers if key.lower() != b"content-encoding"],
-            stream=_ResponseBody(response, secrets),
-            extensions=response.extensions,
-        )
+
+    def end_response(self) -> None:
+        """Keep the connection for another request, or close it."""
+        if self._open is None:
+            return
+        try:
+            if self._open.connection.end_response():
+                self._open.is_new, self._open.used_at = False, time.monotonic()
+                return
+        except httpx.TransportError:
+            pass
+        self.close()
 
     def close(self) -> None:
-        """Close all connections."""
-        self._pool.close()
+        """Close the connection."""
+        if self._open is not None:
+            self._open.connection.close()
+            self._open = None
+
+    def _reusable(self, url: httpx.URL) -> _Open | None:
+        """Return the open connection if it can take a request to a URL, else close it."""
+        now, opened = time.monotonic(), self._open
+        if (
+            opened is not None
+            and opened.origin == _origin(url)
+            and now < opened.used_at + _MAX_IDLE
+            and now < opened.opened_at + _MAX_AGE
+            and opened.connection.is_reusable()
+        ):
+            return opened
+        self.close()
+        return None
+
+    def _connect(self, request: httpx.Request) -> _Open:
+        origin = scheme, host, port = _origin(request.url)
+        timeout = request.extensions["timeout"]["connect"]
+        if self._proxy:
+            try:
+                stream = connect(
+                    self._proxy.host, self._proxy.port, timeout, self._limits, self._connect_options
+                )
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                raise httpx.ProxyError(f"no connection to the proxy: {error}") from error
+        else:
+            stream = connect(host, port, timeout, self._limits, self._connect_options)
+        try:
+            if scheme == "https":
+                if self._proxy:
+                    _open_tunnel(stream, host, port, self._proxy, request)
+                stream.start_tls(self._context, host, timeout, self._connect_options)
+            connection = _http_connection(stream)
+        except BaseException:
+            stream.close()
+            raise
+        now = time.monotonic()
+        return _Open(connection, origin, stream.tls, now, now)
 
 
 class _ResponseBody(httpx.SyncByteStream):
-    def __init__(self, response: httpcore.Response, secrets: Collection[str]) -> None:
-        self._response = response
+    def __init__(
+        self,
+        transport: HttpTransport,
+        connection: HttpConnection,
+        timeout: float | None,
+        secrets: Collection[str],
+    ) -> None:
+        self._transport = transport
+        self._connection = connection
+        self._timeout = timeout
         self._secrets = secrets
 
     def __iter__(self) -> Iterator[bytes]:
         received = 0
-        with _as_httpx_errors(self._secrets):
-            for chunk in self._response.iter_stream():
-                received += len(chunk)
-                if received > MAX_RESPONSE_BYTES:
-                    return
-                yield chunk
+        try:
+            with _redacted_errors(self._secrets):
+                for chunk in self._connection.chunks(self._timeout):
+                    received += len(chunk)
+                    if received > MAX_RESPONSE_BYTES:
+                        return
+                    yield chunk
+        except GeneratorExit:
+            raise
+        except BaseException:
+            self._transport.close()
+            raise
 
     def close(self) -> None:
-        self._response.close()
+        self._transport.end_response()
+
+
+def _http_connection(stream: Stream) -> HttpConnection:
+    """Return a connection with the HTTP version that the TLS handshake selected."""
+    if stream.tls is None or stream.tls.selected_alpn_protocol() != "h2":
+        return Http1Connection(stream)
+    try:
+        from backupd.upload.http.http2 import Http2Connection  # noqa: PLC0415 -- h2 is an extra
+    except OSError as error:  # no free descriptor
+        raise httpx.ConnectError(error.strerror or str(error)) from error
+    return Http2Connection(stream)
+
+
+def _open_tunnel(stream: Stream, host: str, port: int, proxy: Proxy, request: httpx.Request) -> None:
+    """Ask a proxy for a connection to the destination (RFC 9110 section 9.3.6)."""
+    authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    connect_request = httpx.Request(
+        "CONNECT",
+        request.url,
+        headers={"Host": authority, "Accept": "*/*", **proxy.headers},
+        extensions={"timeout": request.extensions["timeout"]},
+    )
+    head = Http1Connection(stream).send(connect_request, authority.encode("ascii"))
+    if not 200 <= head.status < 300:
+        raise httpx.ProxyError(f"{head.status} {head.reason.decode('ascii', 'replace')}".strip())
+
+
+def _origin(url: httpx.URL) -> tuple[str, str, int]:
+    return url.scheme, url.raw_host.decode("ascii"), url.port or _DEFAULT_PORTS[url.scheme]
+
+
+def _target(url: httpx.URL, proxy: Proxy | None) -> bytes:
+    """Return the request target: the whole URL for a plain request to a proxy (RFC 9112 section 3.2.2)."""
+    return str(url).encode("ascii") if proxy and url.scheme == "http" else url.raw_path
 
 
 @contextmanager
-def _as_httpx_errors(secrets: Collection[str]) -> Iterator[None]:
-    """Convert an httpcore exception to the httpx exception of the same name.
-
-    The text is redacted, because it may quote the server.
-    """
+def _redacted_errors(secrets: Collection[str]) -> Iterator[None]:
+    """Remove the secrets from the text of an exception, because it may quote the server."""
     try:
         yield
-    except (
-        httpcore.TimeoutException,
-        httpcore.NetworkError,
-        httpcore.ProtocolError,
-        httpcore.ProxyError,
-        httpcore.UnsupportedProtocol,
-    ) as error:
-        raised: type[httpx.TransportError] = getattr(httpx, type(error).__name__)
-        raise raised(redact(str(error), secrets)[:_MAX_ERROR_LENGTH]) from error
-
-
-def _secrets_of_proxy(proxy: httpcore.Proxy | None) -> tuple[str, ...]:
-    if proxy is None or proxy.auth is None:
-        return ()
-    user, password = (part.decode("utf-8") for part in proxy.auth)
-    return password, f"{user}:{password}"
-
-
-class EarlyResponsePool(httpcore.ConnectionPool):
-    """A pool of connections that notice a response while they send; through a proxy only HTTP/1.1."""
-
-    def create_connection(self, origin: httpcore.Origin) -> httpcore.ConnectionInterface:
-        """See `httpcore.ConnectionPool.create_connection`."""
-        if not self._http2:
-            return super().create_connection(origin)
-        return _Connection(
-            origin,
-            ssl_context=self._ssl_context,
-            keepalive_expiry=self._keepalive_expiry,
-            http2=True,
-            network_backend=self._network_backend,
-        )
-
-
-class _Connection(httpcore.HTTPConnection):
-    """A connection with the HTTP version that the TLS handshake selected."""
-
-    def handle_request(self, request: httpcore.Request) -> httpcore.Response:
-        with self._request_lock:
-            if self._connection is None:
-                self._connection = self._open(request)
-        return super().handle_request(request)
-
-    def _open(self, request: httpcore.Request) -> httpcore.ConnectionInterface:
-        try:
-            stream = self._connect(request)
-        except BaseException:
-            self._connect_failed = True
-            raise
-        if isinstance(stream, Stream) and stream.is_http2:
-            try:
-                from backupd.upload.http.http2 import Http2Connection  # noqa: PLC0415 -- h2 is an extra
-            except OSError as error:  # no free descriptor
-                stream.close()
-                raise httpcore.ConnectError(error.strerror or str(error)) from error
-            return Http2Connection(self._origin, stream, self._keepalive_expiry)
-        return httpcore.HTTP11Connection(self._origin, stream, self._keepalive_expiry)
-
-
-class StreamBackend(httpcore.NetworkBackend):
-    """Opens `Stream`s that share the limits of an attempt.
-
-    With `to_proxy` it connects to a proxy, and a failure is raised as ProxyError.
-    """
-
-    def __init__(
-        self, limits: AttemptLimits, connect_options: ConnectOptions = DIRECT, *, to_proxy: bool = False
-    ) -> None:
-        self._limits = limits
-        self._connect_options = connect_options
-        self._to_proxy = to_proxy
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,  # noqa: ARG002 -- httpcore's signature; see ConnectOptions
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.NetworkStream:
-        """Connect to the first address that accepts; `timeout` is for each address, in seconds."""
-        target = self._connect_options.connect_to or (host, port)
-        try:
-            return self._connect_tcp(*target, timeout, socket_options or ())
-        except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-            if self._to_proxy:
-                raise httpcore.ProxyError(f"no connection to the proxy: {error}") from error
-            raise
-
-    def _connect_tcp(
-        self, host: str, port: int, timeout: float | None, options: Iterable[httpcore.SOCKET_OPTION]
-    ) -> httpcore.NetworkStream:
-        try:
-            with self._limits.unbounded_wait():
-                addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            raise httpcore.ConnectError(str(error)) from error
-        failures: list[httpcore.ConnectError | httpcore.ConnectTimeout] = []
-        for family, kind, protocol, _, address in addresses:
-            try:
-                sock = _make_socket(family, kind, protocol)
-                self._connect_or_close(sock, address, timeout, options)
-            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-                failures.append(error)
-            else:
-                return Stream(sock, self._limits, self._connect_options)
-        # a failure at another address explains more than that this host has no IPv6
-        raise min(failures, key=_is_local, default=httpcore.ConnectError(f"no address for {host}"))
-
-    def _connect_or_close(
-        self,
-        sock: socket.socket,
-        address: Any,
-        timeout: float | None,
-        options: Iterable[httpcore.SOCKET_OPTION],
-    ) -> None:
-        try:
-            self._connect(sock, address, timeout, options)
-        except BaseException:
-            sock.close()
-            raise
-
-    def _connect(
-        self,
-        sock: socket.socket,
-        address: Any,
-        timeout: float | None,
-        options: Iterable[httpcore.SOCKET_OPTION],
-    ) -> None:
-        sock.setblocking(False)
-        try:
-            self._bind(sock)
-            for option in options:
-                sock.setsockopt(*option)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT_BYTES)
-            code = sock.connect_ex(address)
-            if code == errno.EINPROGRESS:
-                if not self._limits.wait(sock.fileno(), select.POLLOUT, timeout):
-                    raise httpcore.ConnectTimeout(f"no response from {address[0]} port {address[1]}")
-                code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if code:
-                raise OSError(code, f"{os.strerror(code)} ({address[0]} port {address[1]})")
-        except OSError as error:
-            raise httpcore.ConnectError(error.strerror or str(error)) from error
-
-    def _bind(self, sock: socket.socket) -> None:
-        address = self._connect_options.local_address
-        try:
-            if address:
-                sock.bind((address, 0))
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror} (local_address {address})") from error
-
-
-def _make_socket(family: int, kind: int, protocol: int) -> socket.socket:
-    try:
-        return socket.socket(family, kind, protocol)
-    except OSError as error:  # this host has no such addresses, or no free descriptor
-        raise httpcore.ConnectError(error.strerror or str(error)) from error
-
-
-def _is_local(failure: Exception) -> bool:
-    """Return whether a failure to connect is caused by this host."""
-    cause = failure.__cause__
-    return isinstance(cause, OSError) and cause.errno in _LOCAL_ERRORS
+    except httpx.TransportError as error:
+        raise type(error)(redact(str(error), secrets)[:_MAX_ERROR_LENGTH]) from error

@@ -7,9 +7,9 @@ import urllib.parse
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from http.cookiejar import CookieJar, DefaultCookiePolicy
+from http.cookiejar import CookieJar
+from typing import Any
 
-import httpcore
 import httpx
 
 from backupd import __version__
@@ -34,7 +34,7 @@ from backupd.upload.http.request import PreparedRequest, RequestBuilder
 from backupd.upload.http.response import ResponseEvaluator, failure_from_response, reason_from_error
 from backupd.upload.http.stream import ConnectOptions
 from backupd.upload.http.tls import ReloadingTlsContext, make_context
-from backupd.upload.http.transport import HttpTransport
+from backupd.upload.http.transport import HttpTransport, Proxy
 
 HEADERS = {
     "User-Agent": f"backupd/{__version__}",
@@ -115,7 +115,6 @@ class HttpEndpoint(Endpoint):
         return HttpTransport(
             self.tls_context.context(),
             limits,
-            http2=self.config.http2,
             connect_options=self.connect_options,
             proxy=_proxy(self.config),
         )
@@ -160,20 +159,12 @@ def _token_client(auth: AuthConfig, config: HttpDestinationConfig, abort: Abort)
     )
 
 
-def _proxy(config: HttpDestinationConfig) -> httpcore.Proxy | None:
+def _proxy(config: HttpDestinationConfig) -> Proxy | None:
     if not config.proxy:
         return None
-    split, auth = urllib.parse.urlsplit(config.proxy), _proxy_auth(config)
-    return httpcore.Proxy(
-        httpcore.URL(scheme=split.scheme, host=split.hostname or "", port=split.port, target="/"),
-        (auth[0].encode("utf-8"), auth[1].encode("ascii")) if auth else None,
-    )
-
-
-def _proxy_auth(config: HttpDestinationConfig) -> tuple[str, str] | None:
-    if not config.proxy_user:
-        return None
-    return config.proxy_user, read_secret(config.proxy_password_file) if config.proxy_password_file else ""
+    split = urllib.parse.urlsplit(config.proxy)
+    password = read_secret(config.proxy_password_file) if config.proxy_password_file else ""
+    return Proxy(split.hostname or "", split.port or 80, config.proxy_user, password)
 
 
 _GATEWAY_ERRORS = (502, 504)
@@ -270,7 +261,7 @@ class HttpUploader(Uploader):
             return self._client
         self._reloads = self._endpoint.tls_context.reloads
         self._client = httpx.Client(
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # requests are independent
+            cookies=_NoCookies(),
             transport=self._make_transport(self._limits),
             auth=self._endpoint.auth,
             timeout=timeouts(self._config),
@@ -348,6 +339,13 @@ class HttpUploader(Uploader):
             if response.status_code != 200:
                 return failure_from_response(response)
             return self._evaluator.evaluate_success(response, digest, job.fingerprint.size)
+
+
+class _NoCookies(CookieJar):
+    """Keeps no cookies: requests are independent of each other."""
+
+    def extract_cookies(self, response: Any, request: Any) -> None:
+        """Do nothing."""
 
 
 def _reset_body(request: httpx.Request) -> None:

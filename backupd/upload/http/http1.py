@@ -1,0 +1,143 @@
+"""HTTP/1.1 over a `Stream`, by h11: one request at a time, whose early response ends the sending."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import h11
+import httpx
+
+from backupd.upload.http.connection import HttpConnection, ResponseHead
+from backupd.upload.http.stream import Stream
+
+_MAX_HEAD_BYTES = 100 * 1024
+"""Bytes of the head of a response."""
+
+_WAIT_FOR_RESPONSE = 0.2
+"""Seconds to wait for the response or TLS alert that explains why the server closed the connection."""
+
+
+class Http1Connection(HttpConnection):
+    """An HTTP/1.1 connection."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD_BYTES)
+
+    def send(self, request: httpx.Request, target: bytes) -> ResponseHead:
+        """See `HttpConnection.send`."""
+        timeout = request.extensions["timeout"]
+        self._stream.begin_request()
+        with _httpx_errors():
+            try:
+                self._send_request(request, target, timeout["write"])
+                response = self._receive_response(timeout["read"])
+            except _EarlyResponseError as early:
+                self._stream.limits.body_sent()
+                response = early.response
+        version = b"HTTP/" + response.http_version
+        return ResponseHead(response.status_code, response.reason, version, [*response.headers])
+
+    def chunks(self, timeout: float | None) -> Iterator[bytes]:
+        """See `HttpConnection.chunks`."""
+        with _httpx_errors():
+            while isinstance(event := self._next_event(timeout), h11.Data):
+                yield bytes(event.data)
+
+    def end_response(self) -> bool:
+        """See `HttpConnection.end_response`."""
+        with _httpx_errors():
+            while self._h11.their_state is h11.SEND_BODY and self._h11.next_event() is not h11.NEED_DATA:
+                pass
+            is_complete = self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE
+            if not is_complete or self._h11.trailing_data[0]:
+                return False
+            self._h11.start_next_cycle()
+            return True
+
+    def is_reusable(self) -> bool:
+        """Return whether another request can be sent: nothing came after the last response."""
+        try:
+            return self._stream.receive_now() is None
+        except httpx.TransportError:
+            return False
+
+    def close(self) -> None:
+        """See `HttpConnection.close`."""
+        self._stream.close()
+
+    def _send_request(self, request: httpx.Request, target: bytes, timeout: float | None) -> None:
+        assert isinstance(request.stream, httpx.SyncByteStream)  # noqa: S101 -- the client is not async
+        unsent = self._h11.send(
+            h11.Request(method=request.method, target=target, headers=request.headers.raw)
+        )
+        for chunk in request.stream:  # the head and the first bytes of the body are sent together
+            data = self._h11.send_with_data_passthrough(h11.Data(data=chunk))
+            self._write(b"".join((unsent or b"", *(data or ()))), timeout)
+            unsent = b""
+        self._write((unsent or b"") + (self._h11.send(h11.EndOfMessage()) or b""), timeout)
+
+    def _write(self, data: bytes, timeout: float | None) -> None:
+        if not data:
+            return
+        try:
+            self._stream.send(data, timeout, self._check_response)
+        except httpx.WriteError as error:
+            self._explain(error)
+
+    def _check_response(self) -> None:
+        """Read what has arrived; raise _EarlyResponseError if it is a response."""
+        data = self._stream.receive_now()
+        if data is not None:
+            self._received(data)
+            self._raise_response()
+
+    def _explain(self, error: httpx.WriteError) -> NoReturn:
+        """Raise the response or TLS alert that explains a failed write, else the error."""
+        try:
+            while True:
+                self._received(self._stream.receive(_WAIT_FOR_RESPONSE))
+                self._raise_response()
+        except (httpx.ReadTimeout, httpx.RemoteProtocolError):
+            raise error from error.__cause__
+
+    def _raise_response(self) -> None:
+        """Raise _EarlyResponseError if a response has been received, after any interim ones."""
+        while (event := self._h11.next_event()) is not h11.NEED_DATA:
+            if isinstance(event, h11.Response):
+                raise _EarlyResponseError(event)
+
+    def _receive_response(self, timeout: float | None) -> h11.Response:
+        while not isinstance(event := self._next_event(timeout), h11.Response):
+            pass
+        return event
+
+    def _next_event(self, timeout: float | None) -> object:
+        while (event := self._h11.next_event()) is h11.NEED_DATA:
+            self._received(self._stream.receive(timeout))
+        return event
+
+    def _received(self, data: bytes) -> None:
+        if not data and self._h11.their_state is h11.SEND_RESPONSE:
+            raise httpx.RemoteProtocolError("disconnected without a response")
+        self._h11.receive_data(data)
+
+
+class _EarlyResponseError(Exception):
+    """The server responded before it had the whole request."""
+
+    def __init__(self, response: h11.Response) -> None:
+        super().__init__()
+        self.response = response
+
+
+@contextmanager
+def _httpx_errors() -> Iterator[None]:
+    try:
+        yield
+    except h11.RemoteProtocolError as error:
+        raise httpx.RemoteProtocolError(str(error)) from error
+    except h11.LocalProtocolError as error:
+        raise httpx.LocalProtocolError(str(error)) from error
