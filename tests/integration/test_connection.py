@@ -8,6 +8,7 @@ import hashlib
 import socket
 import ssl
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from backupd.core.model import Deferred, Delivered, Outcome
 from backupd.core.policy import Reason
+from backupd.upload.base import Abort
+from backupd.upload.http import transport
+from backupd.upload.http.limits import AttemptLimits
+from backupd.upload.http.stream import DIRECT, connect
 from tests.endpoints import a_full_listener
 from tests.pki import Pki
 from tests.scripted import (
@@ -31,7 +36,7 @@ from tests.scripted import (
     receipt_for,
     server_context,
 )
-from tests.stage import Stage, until
+from tests.stage import TIMEOUT, Stage, until
 from tests.uploading import MIB, a_destination, a_sender, an_archive
 
 CONTENT = b"the content of an archive" * 1000
@@ -465,3 +470,63 @@ def test_a_connection_that_ends_as_the_next_upload_starts_is_replaced_immediatel
         assert daemon.stop() == 0
     stored = sorted(request.archive for request in server.requests)
     assert stored == [b"content %d" % number for number in range(10)]
+
+
+FORGED = http_response(201, b'{"sha256": "' + b"0" * 64 + b'"}', **{"Content-Type": "application/json"})
+
+
+@pytest.mark.parametrize("surplus", [b"\n", b"HTTP/1.1 ", FORGED], ids=["line end", "begin", "response"])
+@pytest.mark.parametrize("is_delayed", [False, True], ids=["in one piece", "later"])
+def test_a_connection_with_bytes_after_a_response_is_not_reused(
+    tmp_path: Path, pki: Pki, surplus: bytes, is_delayed: bool
+) -> None:
+    """Else the next archive would be given the response to another request."""
+    may_send = threading.Event()
+    sent = threading.Event()
+
+    def script(peer: Peer) -> None:
+        while True:
+            receipt = receipt_for(peer.read_request().archive)
+            if is_delayed:
+                peer.send(receipt)
+                may_send.wait()
+                peer.send(surplus)
+            else:
+                peer.send(receipt + surplus)
+            sent.set()
+
+    with ScriptedServer(script, server_context(pki)) as server:
+        with a_sender(a_destination(server.url, pki)) as sender:
+            for number in range(3):
+                sent.clear()
+                assert isinstance(sender.send(an_archive(tmp_path, b"%d" % number)), Delivered)
+                may_send.set()
+                assert sent.wait(TIMEOUT)
+                may_send.clear()
+        may_send.set()
+    assert [request.archive for request in server.requests] == [b"0", b"1", b"2"]
+    assert len(server.peers) == 3
+
+
+def test_a_connection_is_replaced_after_its_maximum_age(
+    tmp_path: Path, pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ScriptedServer(accept_all, server_context(pki)) as server:
+        with a_sender(a_destination(server.url, pki)) as sender:
+            for maximum, connections in ((300.0, 1), (300.0, 1), (0.0, 2), (300.0, 2)):
+                monkeypatch.setattr(transport, "_MAX_AGE", maximum)
+                assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
+                assert len(server.peers) == connections
+
+
+def test_a_silent_connection_is_kept_alive_from_45_seconds_on() -> None:
+    abort = Abort()
+    with ScriptedServer(accept_all) as server:
+        port = urllib.parse.urlsplit(server.url).port or 0
+        stream = connect("127.0.0.1", port, TIMEOUT, AttemptLimits(abort), DIRECT)
+        sock = stream._sock
+        assert isinstance(sock, socket.socket)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 45
+        stream.close()
+    abort.close()

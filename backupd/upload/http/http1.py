@@ -15,6 +15,9 @@ from backupd.upload.http.stream import Stream
 _MAX_HEAD_BYTES = 100 * 1024
 """Bytes of the head of a response."""
 
+_INTERIM = b"HTTP/1.1 1"
+"""The beginning of an interim response."""
+
 _WAIT_FOR_RESPONSE = 0.2
 """Seconds to wait for the response or TLS alert that explains why the server closed the connection."""
 
@@ -36,7 +39,7 @@ class Http1Connection(HttpConnection):
                 response = self._receive_response(timeout["read"])
             except _EarlyResponseError as early:
                 self._stream.limits.body_sent()
-                response = early.response
+                response = early.response or self._receive_response(timeout["read"])
         version = b"HTTP/" + response.http_version
         return ResponseHead(response.status_code, response.reason, version, [*response.headers])
 
@@ -104,10 +107,13 @@ class Http1Connection(HttpConnection):
             raise error from error.__cause__
 
     def _raise_response(self) -> None:
-        """Raise _EarlyResponseError if a response has been received, after any interim ones."""
+        """Raise _EarlyResponseError if a response has begun, after any interim ones (RFC 9110 section 15.2)."""
         while (event := self._h11.next_event()) is not h11.NEED_DATA:
             if isinstance(event, h11.Response):
                 raise _EarlyResponseError(event)
+        begun = self._h11.trailing_data[0][: len(_INTERIM)]
+        if not _INTERIM.startswith(begun):
+            raise _EarlyResponseError(None)
 
     def _receive_response(self, timeout: float | None) -> h11.Response:
         while not isinstance(event := self._next_event(timeout), h11.Response):
@@ -126,9 +132,9 @@ class Http1Connection(HttpConnection):
 
 
 class _EarlyResponseError(Exception):
-    """The server responded before it had the whole request."""
+    """The server responded before it had the whole request; `response` is None until its head is complete."""
 
-    def __init__(self, response: h11.Response) -> None:
+    def __init__(self, response: h11.Response | None) -> None:
         super().__init__()
         self.response = response
 

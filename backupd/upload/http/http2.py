@@ -255,8 +255,10 @@ class _GoAwayFilter:
         kept, start = [], 0
         while len(data) - start >= _FRAME_HEAD_BYTES:
             length = int.from_bytes(data[start : start + 3])
+            if length > _MAX_FRAME_BYTES:
+                raise httpx.RemoteProtocolError("the server sent a frame of more than 16 KiB")
             end = start + _FRAME_HEAD_BYTES + length
-            if end > len(data) and length <= _MAX_FRAME_BYTES:  # h2 refuses a longer one by its head
+            if end > len(data):
                 break
             if not self._is_graceful_goaway(data[start:end]):
                 kept.append(data[start:end])

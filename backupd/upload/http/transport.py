@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import ssl
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -91,10 +91,9 @@ class HttpTransport(httpx.BaseTransport):
         """Send a request; raises httpx's exceptions, with error texts that contain no secret."""
         if self._proxy and request.url.scheme == "http":
             request.headers.update(self._proxy.headers)
-        secrets = (*secrets_of(request), *(self._proxy.secrets if self._proxy else ()))
         while True:
             try:
-                with _redacted_errors(secrets):
+                with self.redacted_errors(request):
                     opened = self._reusable(request.url) or self._connect(request)
                     self._open = opened
                     head = opened.connection.send(request, _target(request.url, self._proxy))
@@ -108,7 +107,7 @@ class HttpTransport(httpx.BaseTransport):
                 # the request accepts no encoding: a body that is encoded anyway is not decoded, because a
                 # small body could become a large one
                 headers=[(key, value) for key, value in head.headers if key.lower() != b"content-encoding"],
-                stream=_ResponseBody(self, opened.connection, request.extensions["timeout"]["read"], secrets),
+                stream=_ResponseBody(self, opened.connection, request),
                 extensions={
                     "http_version": head.http_version,
                     "reason_phrase": head.reason,
@@ -133,6 +132,15 @@ class HttpTransport(httpx.BaseTransport):
         if self._open is not None:
             self._open.connection.close()
             self._open = None
+
+    @contextmanager
+    def redacted_errors(self, request: httpx.Request) -> Iterator[None]:
+        """Remove the secrets of a request from the texts of errors, which may quote the server."""
+        try:
+            yield
+        except httpx.TransportError as error:
+            secrets = (*secrets_of(request), *(self._proxy.secrets if self._proxy else ()))
+            raise type(error)(redact(str(error), secrets)[:_MAX_ERROR_LENGTH]) from error
 
     def _reusable(self, url: httpx.URL) -> _Open | None:
         """Return the open connection if it can take a request to a URL, else close it."""
@@ -174,23 +182,16 @@ class HttpTransport(httpx.BaseTransport):
 
 
 class _ResponseBody(httpx.SyncByteStream):
-    def __init__(
-        self,
-        transport: HttpTransport,
-        connection: HttpConnection,
-        timeout: float | None,
-        secrets: Collection[str],
-    ) -> None:
+    def __init__(self, transport: HttpTransport, connection: HttpConnection, request: httpx.Request) -> None:
         self._transport = transport
         self._connection = connection
-        self._timeout = timeout
-        self._secrets = secrets
+        self._request = request
 
     def __iter__(self) -> Iterator[bytes]:
         received = 0
         try:
-            with _redacted_errors(self._secrets):
-                for chunk in self._connection.chunks(self._timeout):
+            with self._transport.redacted_errors(self._request):
+                for chunk in self._connection.chunks(self._request.extensions["timeout"]["read"]):
                     received += len(chunk)
                     if received > MAX_RESPONSE_BYTES:
                         return
@@ -237,12 +238,3 @@ def _origin(url: httpx.URL) -> tuple[str, str, int]:
 def _target(url: httpx.URL, proxy: Proxy | None) -> bytes:
     """Return the request target: the whole URL for a plain request to a proxy (RFC 9112 section 3.2.2)."""
     return str(url).encode("ascii") if proxy and url.scheme == "http" else url.raw_path
-
-
-@contextmanager
-def _redacted_errors(secrets: Collection[str]) -> Iterator[None]:
-    """Remove the secrets from the text of an exception, because it may quote the server."""
-    try:
-        yield
-    except httpx.TransportError as error:
-        raise type(error)(redact(str(error), secrets)[:_MAX_ERROR_LENGTH]) from error
