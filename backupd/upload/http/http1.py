@@ -107,7 +107,7 @@ class Http1Connection(HttpConnection):
             raise error from error.__cause__
 
     def _raise_response(self) -> None:
-        """Raise _EarlyResponseError if a response has begun, after any interim ones (RFC 9110 section 15.2)."""
+        """Raise _EarlyResponseError if a response has begun, after any interim (1xx) ones."""
         while (event := self._h11.next_event()) is not h11.NEED_DATA:
             if isinstance(event, h11.Response):
                 raise _EarlyResponseError(event)

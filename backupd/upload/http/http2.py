@@ -154,8 +154,7 @@ class Http2Connection(HttpConnection):
         """Return how many bytes the flow-control windows permit; raise _EarlyResponseError on a response."""
         until = None if self._write_timeout is None else time.monotonic() + self._write_timeout
         while True:
-            data = self._stream.receive_now() if self._stream.is_readable() else None
-            if data is not None:
+            if (data := self._stream.receive_now()) is not None:
                 self._received(data)
             if self._events:
                 raise _EarlyResponseError

@@ -127,25 +127,28 @@ class Stream:
 
     def receive(self, timeout: float | None) -> bytes:
         """Return received bytes, none at the end of the connection; raises ReadError or ReadTimeout."""
-        while True:
-            data, events = self._receive()
-            if data is not None:
-                return data
-            if not self.limits.wait(self._sock.fileno(), events, timeout):
+        data, events = None, 0 if self._has_buffered_data else select.POLLIN
+        while data is None:
+            if events and not self.limits.wait(self._sock.fileno(), events, timeout):
                 raise httpx.ReadTimeout("no response")
+            data, events = self._receive()
+        return data
 
     def receive_now(self) -> bytes | None:
         """Return as `receive` does, or None if nothing arrived yet; raises ReadError."""
-        return self._receive()[0]
+        return self._receive()[0] if self.is_readable() else None
 
     def is_readable(self) -> bool:
         """Return whether `receive_now` may return bytes; a TLS session ticket looks as if it does."""
-        has_buffered_data = isinstance(self._sock, TlsSocket) and self._sock.has_buffered_data
-        return has_buffered_data or bool(self._readable.poll(0))
+        return self._has_buffered_data or bool(self._readable.poll(0))
 
     def close(self) -> None:
         """Close the connection at once."""
         self._sock.close()
+
+    @property
+    def _has_buffered_data(self) -> bool:
+        return isinstance(self._sock, TlsSocket) and self._sock.has_buffered_data
 
     def _do_handshake(self, sock: TlsSocket, timeout: float | None) -> None:
         while True:

@@ -7,6 +7,7 @@ import urllib.parse
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from http.cookiejar import CookieJar
 from typing import Any
 
@@ -182,6 +183,9 @@ _RELOAD_AFTER = frozenset({Reason.TLS, Reason.TLS_CLIENT, Reason.PROXY, Reason.L
 _BODY = "backupd.body"
 """Name of the request extension that holds the body."""
 
+_parse_url = lru_cache(maxsize=64)(httpx.URL)
+"""Parses a URL; most destinations have the same for every archive."""
+
 _FAILURES = (BackupdError, SignInError, AttemptEndedError, httpx.InvalidURL, httpx.TransportError)
 """The exceptions that `_outcome_of_error` converts."""
 
@@ -276,7 +280,7 @@ class HttpUploader(Uploader):
         body = prepared.body
         request = client.build_request(
             prepared.method,
-            prepared.url,
+            _parse_url(prepared.url),
             content=body,
             headers=prepared.headers,
             extensions={**self._builder.extensions(job), _BODY: body},
