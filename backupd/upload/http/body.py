@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import cast
 
 from backupd.core.model import Digest
 from backupd.upload.base import FileChangedDuringUploadError, UploadJob
@@ -16,9 +20,17 @@ CHUNK = 256 * 1024
 _CHECK_EVERY = 16 * CHUNK
 """Bytes between two checks that the file is unchanged."""
 
+_HASH_BESIDE_FROM = 8 * 1024 * 1024
+"""Size in bytes from which on a second thread hashes the archive while it is sent."""
+
+_BUFFERS = 4
+"""Buffers of `CHUNK` bytes for an archive that is hashed beside the sending."""
+
 
 class UploadBody:
     """The body of a request as an iterable of chunks; each iteration starts at the first byte.
+
+    A chunk is valid until the next one is requested.
 
     `complete` is whether the last chunk was handed over; from then on `digest` is that of the file.
     `expected` is the digest that the request has stated already, if any.
@@ -56,10 +68,10 @@ class UploadBody:
         hasher = hashlib.new(self._algorithm)
         size = self._job.fingerprint.size
         pending = self._framing.before
-        for offset, chunk in self._chunks():
-            hasher.update(chunk)
+        hash_chunks = self._hash_beside if size >= _HASH_BESIDE_FROM else self._hash
+        for offset, chunk in hash_chunks(hasher.update):
             if offset + len(chunk) < size:
-                yield pending + chunk if pending else chunk
+                yield pending + chunk if pending else cast("bytes", chunk)
                 pending = b""
                 self._report_progress(offset + len(chunk))
             else:
@@ -77,17 +89,41 @@ class UploadBody:
         self._job.sent_bytes = sent_bytes
         self._job.on_progress(sent_bytes)
 
-    def _chunks(self) -> Iterator[tuple[int, bytes]]:
-        """Yield the chunks of the file with their offsets."""
+    def _hash(self, update: Callable[[memoryview], None]) -> Iterator[tuple[int, memoryview]]:
+        """Yield the chunks of the file with their offsets, each after it was hashed."""
+        for offset, chunk in self._chunks(
+            itertools.repeat(memoryview(bytearray(min(CHUNK, self._job.fingerprint.size))))
+        ):
+            update(chunk)
+            yield offset, chunk
+
+    def _hash_beside(self, update: Callable[[memoryview], None]) -> Iterator[tuple[int, memoryview]]:
+        """Yield the chunks of the file with their offsets, while another thread hashes them.
+
+        A buffer is used again when it is sent, and hashed.
+        """
+        buffers = itertools.cycle(memoryview(bytearray(CHUNK)) for _ in range(_BUFFERS))
+        hashing: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(1, "hash") as thread:
+            for offset, chunk in self._chunks(buffers):
+                hashing.append(thread.submit(update, chunk))
+                yield offset, chunk
+                if len(hashing) == _BUFFERS:
+                    hashing.popleft().result()
+
+    def _chunks(self, buffers: Iterable[memoryview]) -> Iterator[tuple[int, memoryview]]:
+        """Yield the chunks of the file with their offsets, each in the next of the buffers."""
         offset, size = 0, self._job.fingerprint.size
-        while offset < size:
+        for buffer in buffers:
+            if offset >= size:
+                return
             if offset % _CHECK_EVERY == 0:  # do not upload the rest of a file that was removed or changed
                 self._job.check_unchanged()
-            chunk = self._job.read_at(offset, min(CHUNK, size - offset))
-            if not chunk:
+            count = self._job.read_into(buffer[: size - offset], offset)
+            if not count:
                 raise FileChangedDuringUploadError(f"the file ends after {offset} of {size} bytes")
-            yield offset, chunk
-            offset += len(chunk)
+            yield offset, buffer[:count]
+            offset += count
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,16 +73,17 @@ class Http1Connection(HttpConnection):
 
     def _send_request(self, request: httpx.Request, target: bytes, timeout: float | None) -> None:
         assert isinstance(request.stream, httpx.SyncByteStream)  # noqa: S101 -- the client is not async
-        unsent = self._h11.send(
-            h11.Request(method=request.method, target=target, headers=request.headers.raw)
-        )
+        head = h11.Request(method=request.method, target=target, headers=request.headers.raw)
+        pieces = self._h11.send_with_data_passthrough(head) or []
         for chunk in request.stream:  # the head and the first bytes of the body are sent together
-            data = self._h11.send_with_data_passthrough(h11.Data(data=chunk))
-            self._write(b"".join((unsent or b"", *(data or ()))), timeout)
-            unsent = b""
-        self._write((unsent or b"") + (self._h11.send(h11.EndOfMessage()) or b""), timeout)
+            pieces += self._h11.send_with_data_passthrough(h11.Data(data=chunk)) or ()
+            self._write(pieces, timeout)
+            pieces = []
+        pieces += self._h11.send_with_data_passthrough(h11.EndOfMessage()) or ()
+        self._write(pieces, timeout)
 
-    def _write(self, data: bytes, timeout: float | None) -> None:
+    def _write(self, pieces: list[bytes], timeout: float | None) -> None:
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         if not data:
             return
         try:
