@@ -132,7 +132,7 @@ class TokenSource:
         self._fetches = 0
         self._failure: str | None = None
         self.secrets: tuple[str, ...] = ()
-        """The client secret of the last fetch, in its encodings."""
+        """The client secret of the last fetch."""
 
     def token(self, refused: str | None = None) -> str:
         """Return a token, if possible not the one that the destination `refused`.
@@ -170,7 +170,7 @@ class TokenSource:
             form |= {"client_id": grant.client_id, "client_secret": secret}
         else:
             auth = httpx.BasicAuth(_form_encoded(grant.client_id), _form_encoded(secret))
-        self.secrets = (secret, _form_encoded(secret))
+        self.secrets = (secret,)
         requested_at = time.monotonic()
         response, body = self._request(form, auth)
         return _parse_token(response, body, requested_at)

@@ -101,8 +101,9 @@ async def _request(endpoint: HttpEndpoint) -> _ProbeResponse:
         trust_env=False,
         follow_redirects=False,
     ) as client:
-        url, headers = RequestBuilder(config, limits).probe_request(_placeholder_values(config))
-        response = await client.options(url, headers=headers)
+        builder = RequestBuilder(config, limits)
+        url, headers = builder.probe_request(_placeholder_values(config))
+        response = await client.options(url, headers=headers, extensions=builder.extensions(headers))
     facts = response.extensions["connection_facts"]
     return _ProbeResponse(
         response.status_code,

@@ -8,7 +8,7 @@ import hashlib
 import re
 import urllib.parse
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from backupd.config.models import HttpDestinationConfig
@@ -19,7 +19,10 @@ from backupd.core.verify import RFC_9530_NAMES
 from backupd.upload.base import UploadJob
 from backupd.upload.http.body import CHUNK, MultipartFraming, UploadBody, frame, raw
 from backupd.upload.http.limits import UNBOUNDED_WAIT, AttemptLimits
-from backupd.upload.http.redact import SECRET_HEADERS, SECRETS, read_secret
+from backupd.upload.http.redact import SECRETS, read_secret
+
+_GAP = "\0"
+"""Takes the place of a placeholder's value where only the text around it counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ class RequestBuilder:
         self._query_url = TextTemplate.parse(config.query_url) if config.query_url else None
         self._fields = {key: TextTemplate.parse(value) for key, value in config.fields.items()}
         self._headers = {key: TextTemplate.parse(value) for key, value in config.headers.items()}
+        self._secrets = tuple(self._secrets_in_templates())
 
     def build(self, job: UploadJob) -> PreparedRequest:
         """Return the request for an upload.
@@ -100,17 +104,20 @@ class RequestBuilder:
         }
         return plain | {key: read_secret(path) for key, path in self._config.header_files.items()}
 
-    def extensions(self, job: UploadJob) -> dict[str, object]:
-        """Return the request extensions: the secrets to redact from responses, and `unbounded_wait`."""
-        return {
-            SECRET_HEADERS: tuple(self._config.header_files),
-            SECRETS: tuple(
-                template.render({"digest": "", **job.variables})
-                for name, template in self._fields.items()
-                if names_a_credential(name)
-            ),
-            UNBOUNDED_WAIT: self._limits.unbounded_wait,
-        }
+    def extensions(self, headers: Mapping[str, str]) -> dict[str, object]:
+        """Return the extensions of a request with these `own_headers`: its secrets, and `unbounded_wait`."""
+        from_files = [headers[name] for name in self._config.header_files]
+        return {SECRETS: (*self._secrets, *from_files), UNBOUNDED_WAIT: self._limits.unbounded_wait}
+
+    def _secrets_in_templates(self) -> Iterator[str]:
+        """Yield the constant text of headers, fields and query parameters that are named like a credential."""
+        values = [(name, _with_gaps(text)) for name, text in (*self._headers.items(), *self._fields.items())]
+        for url in (self._url, self._query_url):
+            if url is not None:
+                values += urllib.parse.parse_qsl(urllib.parse.urlsplit(_with_gaps(url)).query)
+        for name, value in values:
+            if names_a_credential(name):
+                yield from value.split(_GAP)
 
     def _framing(self, job: UploadJob, values: Mapping[str, str], digest: Digest | None) -> MultipartFraming:
         config = self._config
@@ -121,6 +128,10 @@ class RequestBuilder:
         if digest and config.digest_at == "before" and config.digest_field:
             fields[config.digest_field] = digest.hex
         return frame(uuid.uuid4().hex, fields, config.file_field, job.name, after)
+
+
+def _with_gaps(template: TextTemplate) -> str:
+    return template.render(dict.fromkeys(template.names, _GAP))
 
 
 def _render_url(template: TextTemplate, values: Mapping[str, str]) -> str:

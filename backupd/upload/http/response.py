@@ -175,8 +175,7 @@ def _describe(response: httpx.Response, body: bytes) -> str:
 
 def _body_text(response: httpx.Response, body: bytes, max_length: int) -> str:
     """Return the beginning of a body without the request's secrets, which the endpoint may echo."""
-    text = body.decode("utf-8", "backslashreplace")
-    return quotable(text, response.request, max_length, is_cut=len(body) == _MAX_BODY_BYTES)
+    return quotable(body.decode("utf-8", "backslashreplace"), response.request, max_length)
 
 
 def _read_body(response: httpx.Response) -> bytes:

@@ -283,7 +283,7 @@ class HttpUploader(Uploader):
             _parse_url(prepared.url),
             content=body,
             headers=prepared.headers,
-            extensions={**self._builder.extensions(job), _BODY: body},
+            extensions={**self._builder.extensions(prepared.headers), _BODY: body},
         )
         try:
             response = client.send(request, stream=True)
@@ -336,7 +336,7 @@ class HttpUploader(Uploader):
         if url is None or self._config.receipt.digest == "none":  # a response would verify nothing
             return None
         headers = self._builder.own_headers({**job.variables, "digest": digest.hex})
-        extensions = self._builder.extensions(job)
+        extensions = self._builder.extensions(headers)
         with client.stream("GET", url, headers=headers, extensions=extensions) as response:
             if response.status_code in _NOT_STORED:
                 return None
