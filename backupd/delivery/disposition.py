@@ -112,6 +112,10 @@ class ReceiptFile(BaseModel):
         return CompletedArchive(archive, self.state, self.digest, results, already_logged=True)
 
 
+_JSON = json.JSONEncoder(separators=(",\n ", ": "))
+"""Writes a line for each key. With `indent`, json would use its encoder in Python, which is several times slower."""
+
+
 def receipt_file_content(completed: CompletedArchive) -> bytes:
     """Return the content of the receipt file of an archive."""
     archive = completed.archive
@@ -137,7 +141,7 @@ def receipt_file_content(completed: CompletedArchive) -> bytes:
             for result in completed.results
         ],
     }
-    return (json.dumps(fields, indent=2) + "\n").encode("ascii")
+    return (_JSON.encode(fields) + "\n").encode("ascii")
 
 
 def parse_receipt_file(content: bytes) -> ReceiptFile | None:
