@@ -97,9 +97,9 @@ def add_history(stage: Stage, archives: int) -> None:
         """
     )
     db.close()
-    shelf = open_sent_index(stage.state)  # as if the daemon had seen their delivery
-    shelf.mark_restored("switches", b"sent")
-    shelf.close()
+    index = open_sent_index(stage.state)  # as if the daemon had seen their delivery
+    index.mark_restored("switches", b"sent")
+    index.close()
 
 
 def idle(stage: Stage) -> tuple[int, int]:

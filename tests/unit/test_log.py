@@ -205,14 +205,17 @@ def test_a_stack_trace_is_a_key_of_the_catalogue(pipe: Pipe) -> None:
 # lines that can't be written
 
 
-def test_a_log_that_cannot_be_written_never_raises() -> None:
+def test_a_log_that_cannot_be_written_never_raises_and_counts_the_lost_lines() -> None:
     reader, fd = os.pipe()
     os.close(reader)
-    log = EventLog(LineWriter(fd))
-    for _ in range(3):
+    writer = LineWriter(fd)
+    log = EventLog(writer)
+    for _ in range(3):  # EPIPE
         log.emit(events.DAEMON_STARTED, pid=1)
+    assert writer.lost == 3
     os.close(fd)
-    log.emit(events.DAEMON_STARTED, pid=1)
+    log.emit(events.DAEMON_STARTED, pid=1)  # EBADF
+    assert writer.lost == 4
 
 
 def test_lost_lines_are_logged_once_lines_can_be_written_again() -> None:
