@@ -51,24 +51,24 @@ def load(path: Path = DEFAULT_PATH) -> Config:
 def validate(data: Table) -> Config | Sequence[ConfigFault]:
     """Return the configuration in parsed TOML, or all its faults in the order of the file.
 
-    Each value is checked on its own first, then all against each other. A bad value is replaced by its
-    default and the rest checked again, until a round finds no new fault.
+    The models check each value on its own, then the rules check the values against each other: those that
+    are valid, and defaults in place of the others. A fault that may follow from an earlier one is left out.
     """
     faults: list[ConfigFault] = []
-    replaced: list[Place] = []
-    rest = copy.deepcopy(data)
-    for _ in range(_MAX_ROUNDS):
-        config, found = _check(rest)
-        if config is not None and not found:
-            return config if not faults else _in_file_order(faults, data)
-        earlier = tuple(replaced)
-        for fault, error_type in found:
-            places = (fault.place, *fault.rests_on)
-            if not _are_related(earlier, places):
-                faults.append(fault)
-            replaced += places
-            _replace_values(rest, places, error_type)
-    return _in_file_order(faults, data)
+    config: Config | None
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        faults = [_to_fault(details, data) for details in errors]
+        config = _valid_rest(data, faults, errors)
+    if config is not None:
+        for check in (rules.within_tables, rules.between_tables):
+            bad = [place for fault in faults for place in _places(fault)]
+            faults += [fault for fault in check(config) if not _are_related(bad, _places(fault))]
+        if not faults:
+            return config
+    return sorted(faults, key=lambda fault: position(data, fault.place))
 
 
 # The file
@@ -180,48 +180,41 @@ def _fault_line(fault: ConfigFault, overrides: Mapping[Place, str]) -> str:
 
 # Faults
 
-_VALUES_FOR_MISSING: Final[Mapping[str, object]] = {
-    "path": "/missing",
-    "url": "https://missing.invalid/",
-    "drop": {"missing": {"path": "/missing"}},
-    "destination": {"missing": {"url": "https://missing.invalid/"}},
-}
-_MAX_ROUNDS: Final = 6
+_REQUIRED: Final = {"path": "/missing", "url": "https://missing.invalid/"}
+"""The keys without a default, and the values with which the rules check the rest of their table."""
+
 _KEYS_WITH_SECRETS: Final = frozenset(
     {"fields", "headers", "key", "key_password_file", "query_url", "token_url", "url"}
 )
 
 
-def _check(data: Table) -> tuple[Config | None, Sequence[tuple[ConfigFault, str]]]:
-    """Return the configuration if each value on its own is valid, and the faults with pydantic's types."""
+def _valid_rest(
+    data: Table, faults: Sequence[ConfigFault], errors: Sequence[ErrorDetails]
+) -> Config | None:
+    """Return the configuration with defaults in place of the faulty values; None if a whole table is missing."""
+    rest = copy.deepcopy(data)
+    for fault, details in zip(faults, errors, strict=True):
+        for place in _places(fault):
+            keys = [key for key in place if isinstance(key, str)]
+            table = table_at(rest, keys[:-1])
+            if table is None:
+                continue
+            table.pop(keys[-1], None)
+            if keys[-1] in _REQUIRED and details["type"] != "extra_forbidden":
+                table[keys[-1]] = _REQUIRED[keys[-1]]
     try:
-        config = Config.model_validate(data)
-    except ValidationError as error:
-        return None, [
-            (_to_fault(details, data), details["type"]) for details in error.errors(include_url=False)
-        ]
-    return config, [(fault, FAULT) for fault in rules.check(config)]
+        return Config.model_validate(rest)
+    except ValidationError:
+        return None
 
 
-def _in_file_order(faults: Sequence[ConfigFault], data: Table) -> Sequence[ConfigFault]:
-    return sorted(faults, key=lambda fault: position(data, fault.place))
+def _places(fault: ConfigFault) -> tuple[Place, ...]:
+    return fault.place, *fault.rests_on
 
 
-def _are_related(earlier: Sequence[Place], places: Sequence[Place]) -> bool:
-    """Return whether one of the places is, contains or is within one of the earlier ones."""
-    return any(one[: len(other)] == other[: len(one)] for one in earlier for other in places)
-
-
-def _replace_values(data: Table, places: Sequence[Place], error_type: str) -> None:
-    """Remove bad values, so that their defaults apply, and insert required values that are missing."""
-    for place in places:
-        keys = [key for key in place if isinstance(key, str)]
-        table = table_at(data, keys[:-1])
-        if table is None:
-            continue
-        table.pop(keys[-1], None)
-        if keys[-1] in _VALUES_FOR_MISSING and error_type in {"missing", "too_short"}:
-            table[keys[-1]] = copy.deepcopy(_VALUES_FOR_MISSING[keys[-1]])
+def _are_related(bad: Sequence[Place], places: Sequence[Place]) -> bool:
+    """Return whether one of the places is, contains or is within one of the bad ones."""
+    return any(one[: len(other)] == other[: len(one)] for one in bad for other in places)
 
 
 def _to_fault(details: ErrorDetails, data: Table) -> ConfigFault:

@@ -25,17 +25,8 @@ PLACEHOLDERS: Final = frozenset({"name", "stem", "relpath", "drop", "host", "siz
 _MIN_PREFIX: Final = 8
 
 
-def check(config: Config) -> Iterator[ConfigFault]:
-    """Yield each fault of values that contradict each other, with the full path of its key.
-
-    Tables are checked against each other only once each is right in itself, so that a fault of one table
-    causes no others.
-    """
-    of_tables = list(_faults_within_tables(config))
-    yield from of_tables or _faults_between_tables(config)
-
-
-def _faults_within_tables(config: Config) -> Iterator[ConfigFault]:
+def within_tables(config: Config) -> Iterator[ConfigFault]:
+    """Yield the contradictions within each drop and each destination, with the full path of their key."""
     for name, drop in config.drop.items():
         yield from _below(("drop", name), _drop_faults(drop))
     for name, destination in config.destination.items():
@@ -198,7 +189,7 @@ def _auth_faults(auth: AuthConfig) -> Iterator[ConfigFault]:
             yield ConfigFault((key,), f'expected "{companion}" to be set too', ((companion,),))
 
 
-def _faults_between_tables(config: Config) -> Iterator[ConfigFault]:
+def between_tables(config: Config) -> Iterator[ConfigFault]:
     """Yield the contradictions between drops and destinations."""
     for name, drop in config.drop.items():
         yield from _unknown_destinations(name, drop, config)
