@@ -34,7 +34,7 @@ class Incoming:
         """The SHA-256 of the bytes received so far, in hex."""
         return self._hash.hexdigest()
 
-    def write(self, pieces: Iterable[bytes | memoryview]) -> None:
+    def write(self, pieces: Iterable[bytes]) -> None:
         """Append the pieces; raise StoreFullError if the disk is full."""
         with self._lock, full_disk_reported():
             fd = self._open()

@@ -12,13 +12,13 @@ import anyio
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from python_multipart.multipart import parse_options_header
+from multipart import parse_options_header  # type: ignore[import-untyped]
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from backupd.receiver.form import MAX_FIELD_BYTES, FormReader, MalformedFormError
 from backupd.receiver.incoming import Incoming, StoreFullError
-from backupd.receiver.multipart import MAX_FIELD_BYTES, FormReader, MalformedFormError
-from backupd.receiver.store import Arrival, DigestMismatchError, KeyReusedError, Store, Stored
+from backupd.receiver.store import DigestMismatchError, KeyReusedError, Store, Stored
 
 DEFAULT_PATH = "/v1/upload"
 BATCH_BYTES = 1024 * 1024
@@ -132,7 +132,7 @@ class _Endpoint:
                 f"{self.digest_field} is {stated[:64]!r}, "
                 f"but the {incoming.size} received bytes have the digest {incoming.sha256}"
             )
-        stored = self.store.keep(Arrival(incoming, name, key, form.fields))
+        stored = self.store.keep(incoming, name, key, form.fields)
         incoming.discard()
         return stored
 
@@ -148,12 +148,13 @@ class _Endpoint:
 
 
 def _boundary(request: Request) -> bytes:
-    kind, options = parse_options_header(request.headers.get("content-type"))
-    if kind != b"multipart/form-data":
+    kind, parameters = parse_options_header(request.headers.get("content-type", ""))
+    if kind != "multipart/form-data":
         raise UnsupportedTypeError("the body must be multipart/form-data")
-    if not options.get(b"boundary"):
+    boundary: str = parameters.get("boundary", "")
+    if not boundary:
         raise MalformedFormError("the Content-Type has no boundary")
-    return options[b"boundary"]
+    return boundary.encode("latin-1")
 
 
 def _idempotency_key(request: Request) -> str | None:

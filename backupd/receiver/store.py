@@ -20,10 +20,9 @@ import os
 import re
 import sqlite3
 import unicodedata
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
@@ -72,18 +71,6 @@ class Stored:
     new: bool
 
 
-@dataclass(slots=True)
-class Arrival:
-    """A complete upload that is to be stored; `outcome` is the result, None until then."""
-
-    incoming: Incoming
-    name: str
-    key: str | None = None
-    fields: Mapping[str, str] = field(default_factory=dict)
-    sha256: str = ""
-    outcome: Stored | Exception | None = None
-
-
 class Store:
     """Stores archives, each one once, and finds them by digest; one process at a time has it open."""
 
@@ -91,7 +78,6 @@ class Store:
         self.archives = folder / "archives"
         self._incoming = folder / "incoming"
         self._lock = Lock()
-        self._waiting: deque[Arrival] = deque()
         self._folder_fd = _open_locked(folder)
         try:
             self._prepare()
@@ -105,21 +91,17 @@ class Store:
         """Start a new upload."""
         return Incoming(self._incoming)
 
-    def keep(self, arrival: Arrival) -> Stored:
-        """Store an arrival durably, unless it was stored before; raise KeyReusedError or StoreFullError.
+    def keep(self, incoming: Incoming, name: str, key: str | None, fields: Mapping[str, str]) -> Stored:
+        """Store a complete upload durably, unless it was stored before.
 
-        The first of the threads that call this at the same time stores the arrivals of all of them, with one
-        sync of the folder and one commit.
+        Raises KeyReusedError, StoreFullError or OSError, and has then changed nothing in the index.
         """
-        arrival.incoming.sync()
-        arrival.sha256 = arrival.incoming.sha256
-        self._waiting.append(arrival)
-        with self._lock:
-            if arrival.outcome is None:
-                self._store_all([self._waiting.popleft() for _ in range(len(self._waiting))])
-        if isinstance(arrival.outcome, Stored):
-            return arrival.outcome
-        raise arrival.outcome or AssertionError("an arrival without an outcome")
+        incoming.sync()
+        with self._lock, full_disk_reported(), _transaction(self._index):
+            stored = self._store(incoming, name, key, fields)
+            if stored.new:
+                _sync_folder(self.archives)
+        return stored
 
     def find(self, sha256: str) -> StoredReceipt | None:
         """Return the receipt of a stored archive with this SHA-256, in lower-case hex."""
@@ -141,47 +123,33 @@ class Store:
         for leftover in self._incoming.iterdir():
             leftover.unlink(missing_ok=True)
 
-    def _store_all(self, arrivals: list[Arrival]) -> None:
-        try:
-            with full_disk_reported(), _transaction(self._index):
-                for arrival in arrivals:
-                    arrival.outcome = self._store(arrival)
-                if any(isinstance(arrival.outcome, Stored) and arrival.outcome.new for arrival in arrivals):
-                    _sync_folder(self.archives)
-        except Exception as error:  # noqa: BLE001 -- raised in each of the waiting threads
-            for arrival in arrivals:
-                arrival.outcome = error
-
-    def _store(self, arrival: Arrival) -> Stored | Exception:
-        key, sha256 = arrival.key, arrival.sha256
+    def _store(self, incoming: Incoming, name: str, key: str | None, fields: Mapping[str, str]) -> Stored:
+        sha256 = incoming.sha256
         used = self._index.execute(
             "SELECT archive, sha256 FROM idempotency_key WHERE key = ?", (key,)
         ).fetchone()
         if used and used[1] != sha256:
-            return KeyReusedError(f"the idempotency key was used for content with sha256 {used[1]}")
-        receipt = self._find("sha256 = ? AND (id = ? OR name = ?)", sha256, used and used[0], arrival.name)
-        try:
-            stored = Stored(receipt, new=False) if receipt else Stored(self._add(arrival), new=True)
-        except OSError as error:
-            return error  # concerns this archive only; the others of the batch are stored
+            raise KeyReusedError(f"the idempotency key was used for content with sha256 {used[1]}")
+        receipt = self._find("sha256 = ? AND (id = ? OR name = ?)", sha256, used and used[0], name)
+        stored = Stored(receipt or self._add(incoming, name, fields), new=receipt is None)
         if key is not None:
             self._index.execute(
                 "INSERT OR REPLACE INTO idempotency_key VALUES (?, ?, ?)", (key, stored.receipt.id, sha256)
             )
         return stored
 
-    def _add(self, arrival: Arrival) -> StoredReceipt:
+    def _add(self, incoming: Incoming, name: str, fields: Mapping[str, str]) -> StoredReceipt:
         """Rename the archive to its final name and add it to the index."""
-        sha256 = arrival.sha256
-        target = self.archives / stored_name(arrival.name, sha256[:16])
+        sha256 = incoming.sha256
+        target = self.archives / stored_name(name, sha256[:16])
         if target.exists() and _digest_of(target) != sha256:
             # The stored archive was changed, or its digest has the same first digits: do not overwrite it.
-            target = self.archives / stored_name(arrival.name, sha256)
-        os.rename(arrival.incoming.path, target)
-        receipt = StoredReceipt(target.name, arrival.name, arrival.incoming.size, sha256)
+            target = self.archives / stored_name(name, sha256)
+        os.rename(incoming.path, target)
+        receipt = StoredReceipt(target.name, name, incoming.size, sha256)
         self._index.execute(
             "INSERT OR REPLACE INTO archive (id, name, size, sha256, fields) VALUES (?, ?, ?, ?, ?)",
-            (receipt.id, receipt.name, receipt.size, receipt.sha256, json.dumps(dict(arrival.fields))),
+            (receipt.id, receipt.name, receipt.size, receipt.sha256, json.dumps(dict(fields))),
         )
         return receipt
 

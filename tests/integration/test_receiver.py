@@ -24,7 +24,7 @@ import pytest
 
 from backupd.core.errors import ConfigError, UnavailableError
 from backupd.receiver import store
-from backupd.receiver.multipart import MAX_FIELD_BYTES, FormReader
+from backupd.receiver.form import MAX_FIELD_BYTES, MAX_HEADER_BYTES, MAX_PARTS, FormReader
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.pki import KeyPair, Pki, in_days
 from tests.stage import TIMEOUT
@@ -182,6 +182,24 @@ def test_accepts_a_form_of_httpx(receiver: RunningReceiver, client: httpx.Client
     assert response.json()["name"] == 'sw"1\n.tar.gz'
 
 
+def test_accepts_text_before_and_after_the_form(receiver: RunningReceiver, client: httpx.Client) -> None:
+    """RFC 2046 section 5.1.1 calls them preamble and epilogue."""
+    form = iter([b"This is a\r\n", b"multipart form.\r\n", a_form(b"data"), b"The end.\r\n" * 1000])
+
+    response = post(client, receiver, form)
+
+    assert (response.status_code, response.json()["size"]) == (201, 4)
+
+
+def test_stores_a_multipart_archive_as_it_is(receiver: RunningReceiver, client: httpx.Client) -> None:
+    inner = b"--inner\r\nContent-Disposition: form-data; name=\"file\"; filename=\"b\"\r\n\r\nx\r\n--inner--\r\n"
+    head = b'--%s\r\nContent-Disposition: form-data; name="file"; filename="a.eml"\r\n' % BOUNDARY
+    form = head + b"Content-Type: multipart/mixed; boundary=inner\r\n\r\n%s\r\n--%s--\r\n" % (inner, BOUNDARY)
+
+    assert post(client, receiver, form).status_code == 201
+    assert [archive.read_bytes() for archive in stored(receiver)] == [inner]
+
+
 def test_accepts_a_form_without_the_digest_field(receiver: RunningReceiver, client: httpx.Client) -> None:
     form = a_part(b"file", b"data", b"sw1.tgz") + b"--%s--\r\n" % BOUNDARY
 
@@ -263,7 +281,12 @@ def test_a_key_that_was_used_for_other_content_is_a_conflict(
         (a_part(b"upload", b"x", b"a.tgz") + b"--%s--" % BOUNDARY, "belongs in the part 'file'"),
         (a_part(b"file", b"x", b"a.tgz") * 2 + b"--%s--" % BOUNDARY, "more than one"),
         (a_part(b"note", b"x" * (MAX_FIELD_BYTES + 1)) + b"--%s--" % BOUNDARY, "longer than"),
+        (a_part(b"note", b"x") * MAX_PARTS + a_part(b"file", b"x", b"a.tgz") + b"--%s--" % BOUNDARY, "count"),
         (a_part(b"n" * 20_000, b"x") + b"--%s--" % BOUNDARY, "eader"),
+        (b"--%s\r\n%s" % (BOUNDARY, b"X: y\r\n" * 9), "header count"),
+        (b"--%s\r\nX: %s" % (BOUNDARY, b"y" * 10 * MAX_HEADER_BYTES), "header length"),
+        (a_part(b"file", b"one\r\n--a-boundary-two", b"a.tgz") + b"--%s--" % BOUNDARY, "after boundary"),
+        (b"x" + a_form(), "in front of first boundary"),
         (
             b"--%s\r\nContent-Type: text/plain\r\n\r\nx\r\n--%s--" % (BOUNDARY, BOUNDARY),
             "Content-Disposition",
@@ -681,7 +704,7 @@ def test_reports_a_key_that_does_not_match_the_certificate(tmp_path: Path, pki: 
 
 
 def test_parses_a_form_in_chunks_of_any_size() -> None:
-    content = b"\r\n--a-boundar\r\n--a-boundary!\r\n--a-boundary-!--\r\r\n" * 3 + b"\r\n--a-bound"
+    content = b"\r\n--a-boundar\r\n-a-boundary\r\n --a-boundary--\r\r\n" * 3 + b"\r\n--a-bound"
     form = a_form(content, b"sw1.tgz")
 
     for size in range(1, len(form) + 1):
