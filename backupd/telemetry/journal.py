@@ -5,9 +5,6 @@ The journal's protocol: https://systemd.io/JOURNAL_NATIVE_PROTOCOL
 
 from __future__ import annotations
 
-import array
-import errno
-import fcntl
 import json
 import os
 import select
@@ -33,9 +30,6 @@ _READER_TIMEOUT = 5.0
 _INFO: LogRecord = MappingProxyType({"level": "info"})
 _WITHOUT_FIELD = frozenset(("timestamp", "level", "event", "host"))
 """Keys that the journal has in fields of its own."""
-
-_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-
 
 class LineWriter:
     """Writes whole lines to a descriptor and never raises; `lost` counts the lines that could not be written.
@@ -96,7 +90,7 @@ class LineWriter:
 class JournalWriter:
     """Writes entries to the journal, or lines to its stream if the journal accepts no entries; never raises.
 
-    An entry has the line in `MESSAGE`, the event in `BACKUPD_EVENT`, and a field for each key of the event.
+    An entry larger than a datagram, about 200 KiB, becomes a line as well. An entry has the line in `MESSAGE`, the event in `BACKUPD_EVENT`, and a field for each key of the event.
     """
 
     def __init__(self, lines: LineWriter, path: str = JOURNAL_SOCKET) -> None:
@@ -132,7 +126,9 @@ class JournalWriter:
     def _send(self, entry: bytes) -> bool:
         for _ in range(2):  # the second time over a new connection: the journal may have been restarted
             try:
-                self._send_once(self._connect(), entry)
+                connection = self._connect()
+                connection.settimeout(self._next_timeout)
+                connection.send(entry)
             except TimeoutError:
                 self._next_timeout = 0.0
                 return False
@@ -144,15 +140,6 @@ class JournalWriter:
                 self._next_timeout = _JOURNAL_TIMEOUT
                 return True
         return False
-
-    def _send_once(self, connection: socket.socket, entry: bytes) -> None:
-        connection.settimeout(self._next_timeout)
-        try:
-            connection.send(entry)
-        except OSError as error:
-            if error.errno not in (errno.EMSGSIZE, errno.ENOBUFS):
-                raise
-            _send_in_memory_file(connection, entry)
 
     def _connect(self) -> socket.socket:
         if self._socket is None:
@@ -205,14 +192,3 @@ def _fields(text: str, record: LogRecord) -> Iterator[tuple[str, str]]:
         if key not in _WITHOUT_FIELD:
             for item in value if isinstance(value, list) else [value]:
                 yield f"BACKUPD_{key.upper()}", item if isinstance(item, str) else json.dumps(item)
-
-
-def _send_in_memory_file(connection: socket.socket, entry: bytes) -> None:
-    """Send an entry that is too large for a datagram as a sealed file in memory."""
-    fd = os.memfd_create("backupd-journal", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with open(fd, "wb", buffering=0) as file:
-        rest = memoryview(entry)
-        while rest:
-            rest = rest[file.write(rest) :]
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-        connection.sendmsg([], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])

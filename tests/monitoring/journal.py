@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import json
 import os
 import shutil
@@ -28,23 +27,15 @@ class JournalSocket:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(path))
         self._socket.setblocking(False)
-        self.in_memory = 0
 
     def entries(self) -> list[Entry]:
         """Return the entries that arrived since the last call."""
         found: list[Entry] = []
         while True:
             try:
-                data, passed, _, _ = self._socket.recvmsg(1 << 20, socket.CMSG_LEN(4))
+                found.append(parsed(self._socket.recv(1 << 20)))
             except BlockingIOError:
                 return found
-            if not data:
-                (fd,) = array.array("i", passed[0][2])
-                self.in_memory += 1
-                with os.fdopen(fd, "rb") as file:
-                    file.seek(0)
-                    data = file.read()
-            found.append(parsed(data))
 
     def close(self) -> None:
         self._socket.close()

@@ -94,13 +94,15 @@ def test_no_name_forges_a_field(log: EventLog, journal: JournalSocket) -> None:
     assert dict(entry)["BACKUPD_MESSAGE"].isprintable()
 
 
-def test_an_entry_that_is_too_large_for_a_datagram_arrives_whole(
-    log: EventLog, journal: JournalSocket
+def test_an_entry_that_is_too_large_for_a_datagram_becomes_a_line(
+    log: EventLog, journal: JournalSocket, lines: Path
 ) -> None:
     log.emit(events.ARCHIVE_REJECTED, error="x" * 3_000_000)
+    log.emit(events.DAEMON_STARTED, pid=1)
     (entry,) = journal.entries()
-    assert dict(entry)["BACKUPD_ERROR"] == "x" * 3_000_000
-    assert journal.in_memory == 1
+    assert dict(entry)["BACKUPD_PID"] == "1"
+    (line,) = lines.read_bytes().splitlines()
+    assert json.loads(line.removeprefix(b"<3>"))["error"] == "x" * 3_000_000
 
 
 def test_a_journal_that_reads_nothing_gets_lines_and_then_entries_again(
