@@ -48,6 +48,7 @@ def require_receiver() -> None:
     """Raise UsageError with the command to install the extra `receiver` if it is missing."""
     try:
         import fastapi  # noqa: F401, PLC0415
+        import multipart  # type: ignore[import-untyped]  # noqa: F401, PLC0415
         import trustme  # noqa: F401, PLC0415
         import uvicorn  # noqa: F401, PLC0415
     except ImportError as error:

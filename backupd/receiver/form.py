@@ -33,15 +33,14 @@ class FormReader:
     """An incremental parser: it is fed the chunks of the body, and returns the fields and the file.
 
     Call `feed` with each chunk, `pop_file_data` often enough to bound the memory, and `finish` at the end.
-    `file_size` and `pending_size` are bytes: of the file so far, and of its data not yet popped.
+    `file_size` is the number of bytes of the file so far.
     """
 
     def __init__(self, boundary: bytes, file_field: str) -> None:
         self.fields: dict[str, str] = {}
         self.file_name: str | None = None
         self.file_size = 0
-        self.pending_size = 0
-        self._pieces: list[bytes] = []
+        self._file_data = bytearray()
         self._file_field = file_field
         self._field_name: str | None = None
         """The field of the current part; None for the file."""
@@ -70,15 +69,14 @@ class FormReader:
             raise MalformedFormError(f"not multipart/form-data: {error}") from error
 
     @property
-    def pending_pieces(self) -> int:
-        """The number of pieces of file data not yet popped."""
-        return len(self._pieces)
+    def pending_size(self) -> int:
+        """The number of bytes of the file that were not popped yet."""
+        return len(self._file_data)
 
-    def pop_file_data(self) -> list[bytes]:
-        """Return the file data that was parsed since the last call, in order."""
-        pieces, self._pieces = self._pieces, []
-        self.pending_size = 0
-        return pieces
+    def pop_file_data(self) -> bytearray:
+        """Return the file data that was parsed since the last call."""
+        data, self._file_data = self._file_data, bytearray()
+        return data
 
     def finish(self) -> str:
         """Return the file's name; raise MalformedFormError if the form is incomplete or has no file."""
@@ -113,8 +111,7 @@ class FormReader:
 
     def _add_data(self, data: bytes) -> None:
         if self._field_name is None:
-            self._pieces.append(data)
-            self.pending_size += len(data)
+            self._file_data += data
             self.file_size += len(data)
             return
         self._field_bytes += len(data)

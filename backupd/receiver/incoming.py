@@ -5,7 +5,7 @@ import hashlib
 import os
 import sqlite3
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -34,16 +34,15 @@ class Incoming:
         """The SHA-256 of the bytes received so far, in hex."""
         return self._hash.hexdigest()
 
-    def write(self, pieces: Iterable[bytes]) -> None:
-        """Append the pieces; raise StoreFullError if the disk is full."""
+    def write(self, data: bytearray) -> None:
+        """Append data; raise StoreFullError if the disk is full."""
         with self._lock, full_disk_reported():
             fd = self._open()
-            for piece in pieces:
-                self._hash.update(piece)
-                self.size += len(piece)
-                unwritten = memoryview(piece)
-                while unwritten:
-                    unwritten = unwritten[os.write(fd, unwritten) :]
+            self._hash.update(data)
+            self.size += len(data)
+            unwritten = memoryview(data)
+            while unwritten:
+                unwritten = unwritten[os.write(fd, unwritten) :]
 
     def sync(self) -> None:
         """Sync the file to disk; raise StoreFullError if the disk is full."""

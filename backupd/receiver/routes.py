@@ -23,7 +23,6 @@ from backupd.receiver.store import DigestMismatchError, KeyReusedError, Store, S
 DEFAULT_PATH = "/v1/upload"
 BATCH_BYTES = 1024 * 1024
 """Bytes of file data that are passed to a writing thread at once; smaller archives are passed as a whole."""
-BATCH_PIECES = 64
 MAX_KEY_LENGTH = 255
 
 
@@ -115,7 +114,7 @@ class _Endpoint:
             async for chunk in request.stream():
                 form.feed(chunk)
                 self._refuse_large(form.file_size)
-                if form.pending_size >= BATCH_BYTES or form.pending_pieces >= BATCH_PIECES:
+                if form.pending_size >= BATCH_BYTES:
                     if writing:
                         await writing
                     writing = asyncio.create_task(run_sync(incoming.write, form.pop_file_data()))

@@ -31,6 +31,7 @@ _INFO: LogRecord = MappingProxyType({"level": "info"})
 _WITHOUT_FIELD = frozenset(("timestamp", "level", "event", "host"))
 """Keys that the journal has in fields of its own."""
 
+
 class LineWriter:
     """Writes whole lines to a descriptor and never raises; `lost` counts the lines that could not be written.
 

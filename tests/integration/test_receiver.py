@@ -712,7 +712,7 @@ def test_parses_a_form_in_chunks_of_any_size() -> None:
         received = b""
         for start in range(0, len(form), size):
             reader.feed(form[start : start + size])
-            received += b"".join(reader.pop_file_data())
+            received += reader.pop_file_data()
         assert (reader.finish(), received) == ("sw1.tgz", content)
         assert reader.fields == {
             "description": "Config backup",

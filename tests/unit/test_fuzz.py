@@ -174,7 +174,7 @@ def by_python_multipart(content_type: str, body: bytes) -> Parsed:
 def by_receiver(content_type: str, body: bytes) -> Parsed:
     reader = FormReader(content_type.partition("; boundary=")[2].encode(), "file")
     reader.feed(body)
-    return dict(reader.fields), reader.finish(), b"".join(reader.pop_file_data())
+    return dict(reader.fields), reader.finish(), bytes(reader.pop_file_data())
 
 
 def by_werkzeug(content_type: str, body: bytes) -> Parsed:
