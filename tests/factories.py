@@ -49,10 +49,9 @@ def a_fingerprint(
     size: int = 3,
     mtime_ns: int = 10**18,
     ctime_ns: int = 10**18,
-    device_number: int = 2049,
 ) -> Fingerprint:
     """Return a fingerprint; its inode is a new one unless `inode` is given."""
-    return Fingerprint(device_number, next(_inodes) if inode is None else inode, size, mtime_ns, ctime_ns)
+    return Fingerprint(next(_inodes) if inode is None else inode, size, mtime_ns, ctime_ns)
 
 
 def an_archive(
@@ -82,10 +81,14 @@ def a_delivery(
 
 
 def a_candidate(
-    relpath: bytes = b"router-1.tar.gz", *, drop: str = "switches", fingerprint: Fingerprint | None = None
+    relpath: bytes = b"router-1.tar.gz",
+    *,
+    drop: str = "switches",
+    fingerprint: Fingerprint | None = None,
+    folder_inode: int = 0,
 ) -> FileCandidate:
     """Return a candidate for a new file."""
-    return FileCandidate(drop, relpath, fingerprint or a_fingerprint())
+    return FileCandidate(drop, relpath, fingerprint or a_fingerprint(), folder_inode=folder_inode)
 
 
 def a_digest(content: bytes = b"abc", algorithm: str = "sha256") -> Digest:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Protocol
@@ -15,10 +15,10 @@ class Fingerprint:
     """The identity, size and times of a file, by which a change is detected without reading the content.
 
     Times are nanoseconds since the epoch. The change time is included because a program that rewrites a
-    file can restore its size and modification time, but not its change time.
+    file can restore its size and modification time, but not its change time. The number of the device is
+    not, because a boot or a mount may change it.
     """
 
-    device_number: int
     inode: int
     size: int
     mtime_ns: int
@@ -27,11 +27,6 @@ class Fingerprint:
 
 class StatResult(Protocol):
     """The fields of an `os.stat_result` that make a fingerprint."""
-
-    @property
-    def st_dev(self) -> int:
-        """Return the number of the filesystem's device."""
-        ...
 
     @property
     def st_ino(self) -> int:
@@ -56,20 +51,12 @@ class StatResult(Protocol):
 
 def fingerprint_of(status: StatResult) -> Fingerprint:
     """Return the fingerprint of the file with this stat result."""
-    return Fingerprint(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-
-
-def identity(fingerprint: Fingerprint) -> tuple[int, int, int, int]:
-    """Return the part of a fingerprint that stays the same while the file is unchanged.
-
-    The device number is left out: it can change at a reboot or a mount.
-    """
-    return fingerprint.inode, fingerprint.size, fingerprint.mtime_ns, fingerprint.ctime_ns
+    return Fingerprint(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def is_unchanged(found: StatResult, expected: Fingerprint) -> bool:
     """Return whether a stat result shows the expected file, unchanged in content and metadata."""
-    return identity(fingerprint_of(found)) == identity(expected)
+    return fingerprint_of(found) == expected
 
 
 def is_same_file(found: StatResult, expected: Fingerprint) -> bool:
@@ -77,7 +64,7 @@ def is_same_file(found: StatResult, expected: Fingerprint) -> bool:
 
     The change time is not compared, because a rename sets it on some filesystems.
     """
-    return identity(fingerprint_of(found))[:3] == identity(expected)[:3]
+    return replace(fingerprint_of(found), ctime_ns=expected.ctime_ns) == expected
 
 
 DIGEST_BYTES = {"sha256": 32, "sha512": 64, "sha384": 48, "sha224": 28, "sha1": 20, "md5": 16, "blake2b": 64}
@@ -103,13 +90,18 @@ class Digest:
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """A finished backup file in the ledger; `relpath` is relative to its drop folder."""
+    """A finished backup file in the ledger; `relpath` is relative to its drop folder.
+
+    `folder_inode` is the inode of the drop folder that it was found in, 0 if unknown: it tells whether the
+    same directory is there when the file is missing.
+    """
 
     id: int
     drop: str
     relpath: bytes
     fingerprint: Fingerprint
     queued_at: datetime
+    folder_inode: int = 0
 
 
 class DeliveryState(StrEnum):

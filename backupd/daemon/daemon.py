@@ -114,8 +114,6 @@ class Daemon:
         self._housekeeping.bring_forward()
         self._housekeeping.check_clock()
         pending_dispositions = runtime.ledger.count_pending_dispositions()
-        for drop in runtime.drops.values():
-            drop.intake.register_folder()
         self._threads.start(runtime.recorder.run, self._abandon, runtime.recorder.watchdog)
         self._start_threads(runtime.drops, runtime.destinations)
         self._wait_for_first_scans(runtime.drops, self._started + _FIRST_SCAN_TIMEOUT)

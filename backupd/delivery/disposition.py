@@ -244,7 +244,7 @@ class Disposition:
             top = drop.sent_dir if action == "move" else drop.rejected_dir
             target = top + b"/" + parent if parent else top
         moved_to = self._move(archive, folder, target, name)
-        if moved_to is None and folder.is_unreachable(archive.relpath, archive.fingerprint.device_number):
+        if moved_to is None and folder.is_unmounted(archive.folder_inode):
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         if moved_to is None:
             return DispositionResult(archive.id, None, missing=True), "missing"

@@ -377,4 +377,4 @@ def _removed_otherwise(folder: DropFolder, sent: SentArchive) -> RemovalReason |
 
 
 def _is_reachable(folder: DropFolder, sent: SentArchive) -> bool:
-    return not folder.is_unreachable(sent.moved_to, sent.archive.fingerprint.device_number)
+    return not folder.is_unmounted(sent.archive.folder_inode)

@@ -153,7 +153,9 @@ class StoredFolder:
                 f"{as_text(relpath)} (its time is in the future: the clock of this host may be wrong)"
             )
         receipt, original_path = max(past, key=lambda each: each[0].ended_at)
-        archive = Archive(0, self.drop, original_path, fingerprint_of(status), receipt.queued_at)
+        archive = Archive(
+            0, self.drop, original_path, fingerprint_of(status), receipt.queued_at, self.folder.inode()
+        )
         # the ctime is the time of the move, or later if the files were restored from a backup
         return receipt.completed(archive), min(receipt.ended_at, changed_at, now)
 

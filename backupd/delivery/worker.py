@@ -134,7 +134,7 @@ class Worker:
         try:
             fd = drop.folder.open(archive.relpath)
         except (FileNotFoundError, NotADirectoryError):
-            if drop.folder.is_unreachable(archive.relpath, archive.fingerprint.device_number):
+            if drop.folder.is_unmounted(archive.folder_inode):
                 error = "its filesystem is not mounted on the drop folder"
                 return deferred(Reason.UNREADABLE, error), 0
             return Superseded("the file is gone", missing=True), 0

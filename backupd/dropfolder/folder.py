@@ -62,20 +62,18 @@ class DropFolder:
         finally:
             os.close(fd)
 
-    def is_unreachable(self, relpath: bytes, device: int) -> bool:
-        """Return whether a missing file may be on a filesystem that is not mounted now.
+    def inode(self) -> int:
+        """Return the inode number of the directory that is held open."""
+        return os.fstat(self._fd).st_ino
 
-        `device` is the device number that the file had. The result is True if the folder's path leads to
-        another directory, or if the last existing directory on the way to the file is empty and on another
-        device: an unused mount point. The device number alone proves nothing, as it may change with a mount.
+    def is_unmounted(self, folder_inode: int) -> bool:
+        """Return whether a file that is missing may be on a filesystem that is not mounted now.
+
+        `folder_inode` is the inode that this folder had when it held the file. The result is True if the
+        folder's path leads to another directory, or if this one is empty and has another inode: an unused
+        mount point.
         """
-        if not self.is_in_place():
-            return True
-        while relpath:
-            relpath = relpath.rpartition(b"/")[0]
-            with suppress(OSError), self.directory(relpath) as fd:
-                return os.fstat(fd).st_dev != device and _is_empty(fd)
-        return False
+        return not self.is_in_place() or (self.inode() != folder_inode and _is_empty(self._fd))
 
     @contextmanager
     def directory(self, relpath: bytes, *, create: bool = False) -> Iterator[int]:

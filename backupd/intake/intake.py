@@ -73,8 +73,6 @@ class Intake:
         self._ledger_failing = False
         self._not_enqueued: set[int] = set()
         """Hashes of the paths of finished files that the ledger could not queue."""
-        self._registered_folder: tuple[int, int] | None = None
-        """Device and inode of the directory that the ledger knows as this drop folder."""
         self.ready = threading.Event()
         self.watchdog = ThreadWatchdog(f"intake of {drop.name}")
 
@@ -93,7 +91,6 @@ class Intake:
                 now = time.monotonic()
                 if self._watch_health.recover_lost_events() or now >= next_scan:
                     watched = self._watch_health.check_and_restart()
-                    self.register_folder()
                     self._scan(b"", stop, detect_lost_events=watched and self.ready.is_set())
                     next_scan = time.monotonic() + self._watch_health.scan_every()
                     self.ready.set()
@@ -105,19 +102,6 @@ class Intake:
             self._examiner.close()
             self.watchdog.idle()
             self._watch_health.close()
-
-    def register_folder(self) -> None:
-        """Record in the ledger which directory the drop folder is; call it before each scan."""
-        status = os.fstat(self._folder.fileno())
-        current = status.st_dev, status.st_ino
-        if current == self._registered_folder:
-            return
-        try:
-            self._ledger.register_folder(self.name, *current)
-        except LedgerError as error:
-            self._log_ledger_failure(error)
-        else:
-            self._registered_folder = current
 
     def wake(self) -> None:
         """End a wait, so that the thread checks its stop event."""

@@ -152,7 +152,7 @@ class UnfinishedFiles:
             return None
         self._ignored.discard(hash(relpath))
         self._unreadable.discard(hash(relpath))
-        return FileCandidate(self._drop, relpath, opened)
+        return FileCandidate(self._drop, relpath, opened, folder_inode=self._folder.inode())
 
     def _log_unfinished(self, relpath: bytes, size: int, now: float) -> None:
         """Log, once, that a file has not been finished for an hour: it may never be."""

@@ -16,7 +16,7 @@ from typing import Protocol
 from backupd.core.circuit import Circuit
 from backupd.core.clock_skew import ClockSkew
 from backupd.core.devices import Device, DeviceExpectation
-from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint, Rejected, identity
+from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint, Rejected
 from backupd.core.transition import Priority, Transition
 
 
@@ -37,7 +37,7 @@ class FileCandidate:
     """A stable, eligible file in a drop folder that is to be queued.
 
     `tracked` is its device, if the drop's devices are tracked. `rejected` is set if an inspection found the
-    file damaged, so that it is not to be uploaded.
+    file damaged, so that it is not to be uploaded. `folder_inode` is the inode of the drop folder.
     """
 
     drop: str
@@ -45,6 +45,7 @@ class FileCandidate:
     fingerprint: Fingerprint
     tracked: TrackedDevice | None = None
     rejected: Rejected | None = None
+    folder_inode: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,14 +237,6 @@ class Ledger(DeviceLedger, Protocol):
     daemon has to be restarted.
     """
 
-    def register_folder(self, drop: str, device_number: int, inode: int) -> None:
-        """Record the directory of a drop by its device number and inode number, as stat(2) returns them.
-
-        If the same inode had another device number before, as after a boot or a mount, the archives in that
-        drop folder get the new device number.
-        """
-        ...
-
     def known_files(self, drop: str, below: bytes = b"") -> KnownFiles:
         """Return the files in a drop folder that have an entry, all or those below a directory.
 
@@ -350,4 +343,4 @@ def content_key(relpath: bytes, fingerprint: Fingerprint) -> int:
 
     It is valid within this process only. The device number does not count, as it may change with a mount.
     """
-    return hash((relpath, *identity(fingerprint)))
+    return hash((relpath, fingerprint))

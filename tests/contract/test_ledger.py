@@ -117,30 +117,14 @@ def end(
 # enqueue
 
 
-def test_archives_get_the_current_device_number_of_their_drop_folder(ledger: Ledger) -> None:
-    """After a boot or a mount, the device of the same directory may have another number."""
-    folder, other, here = 2, 77, a_candidate().fingerprint.device_number
-    enqueue(ledger, a_candidate(b"r1.cfg"), a_candidate(b"r2.cfg"))
-    enqueue(ledger, replace(a_candidate(b"r3.cfg"), drop="firewalls"))
-    first = claim(ledger)
+@pytest.mark.parametrize("inode", [2, 1 << 63])
+def test_an_archive_keeps_the_inode_of_its_drop_folder(ledger: Ledger, inode: int) -> None:
+    (archive,) = enqueue(ledger, a_candidate(folder_inode=inode))
+    assert archive.folder_inode == inode
+    assert claim(ledger).archive == archive
+    ledger.release_claims()
     end(ledger, delivered())
-    ledger.release_claims([first.id])
-
-    def devices() -> list[int]:
-        claimed = ledger.claim("vault", LATER, limit=9)
-        ledger.release_claims()
-        found = [*(each.archive for each in claimed), *(one.archive for one in ledger.pending_dispositions())]
-        return [one.fingerprint.device_number for one in sorted(found, key=lambda archive: archive.id)]
-
-    ledger.register_folder("switches", here, folder)
-    ledger.register_folder("switches", here + 1, folder)
-    assert devices() == [here + 1, here + 1, here]
-    ledger.register_folder("switches", here + 2, other)  # such as an empty mount point
-    assert devices() == [here + 1, here + 1, here]
-    ledger.register_folder("switches", here + 3, folder)
-    assert devices() == [here + 3, here + 3, here]
-    ledger.register_folder("switches", here, 1 << 63)
-    ledger.register_folder("switches", here, 1 << 63)
+    assert [one.archive for one in ledger.pending_dispositions()] == [archive]
 
 
 def test_a_new_file_becomes_a_pending_delivery_to_each_destination(ledger: Ledger) -> None:
@@ -187,11 +171,6 @@ def test_the_same_content_under_another_name_is_another_archive(ledger: Ledger) 
         )
         == 2
     )
-
-
-def test_a_changed_device_number_alone_is_no_new_content(ledger: Ledger) -> None:
-    enqueue(ledger, a_candidate(fingerprint=a_fingerprint(inode=7, device_number=1)))
-    assert enqueue(ledger, a_candidate(fingerprint=a_fingerprint(inode=7, device_number=2))) == ()
 
 
 @pytest.mark.parametrize(

@@ -236,56 +236,6 @@ def test_a_kill_between_the_commit_and_the_move_is_completed_by_the_next_start(
     assert_all_delivered(stage, {"core.tar.gz": hashlib.sha256(content).hexdigest()})
 
 
-def with_other_device_numbers(stage: Stage) -> None:
-    """Change the device numbers in the ledger, as if a boot had changed those of the disk."""
-    with (
-        contextlib.closing(sqlite3.connect(stage.state / "ledger.sqlite3", timeout=TIMEOUT)) as ledger,
-        ledger,
-    ):
-        ledger.execute("UPDATE archive SET device_number = device_number + 1")
-
-
-@pytest.mark.long
-def test_a_delivered_archive_is_moved_after_the_device_number_changed(
-    stage: Stage, receiver: RunningReceiver
-) -> None:
-    stage.configure(receiver.url)
-    daemon = stage.daemon().ready()
-    stage.sent.write_bytes(b"in the way")
-    stage.put("core.tar.gz", b"content")
-    daemon.wait_for("disposition.failed", archive="core.tar.gz")
-    daemon.kill()
-    with_other_device_numbers(stage)
-
-    stage.sent.unlink()
-    again = stage.daemon().ready()
-    (disposed,) = again.wait_for("archive.disposed")
-
-    assert (disposed["disposition"], disposed["moved_to"]) == ("moved", "sent/core.tar.gz")
-    assert again.stop() == 0
-    assert rows(stage, "SELECT count(*) FROM archive") == [(1,)]
-
-
-@pytest.mark.long
-def test_a_pending_archive_is_delivered_after_the_device_number_changed(
-    stage: Stage, receiver: RunningReceiver
-) -> None:
-    stage.configure("https://127.0.0.1:1/v1/upload")
-    daemon = stage.daemon().ready()
-    stage.put("core.tar.gz", b"content")
-    daemon.wait_for("destination.paused")
-    assert daemon.stop() == 0
-    with_other_device_numbers(stage)
-
-    stage.configure(receiver.url)
-    again = stage.daemon().ready()
-    again.wait_for("archive.disposed", disposition="moved")
-
-    assert not again.events("archive.superseded")
-    assert again.stop() == 0
-    assert rows(stage, "SELECT count(*) FROM archive") == [(1,)]
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("left", ["no receipt file", "half of a temporary one", "a complete one"])
 def test_a_kill_between_the_move_and_its_commit_leaves_one_complete_receipt_file(

@@ -267,7 +267,7 @@ def test_a_forgotten_device_that_is_listed_is_expected_from_then_on(
 
 
 VALUES_BEFORE_VERSION_9 = {
-    "device": "device_number",
+    "device": "folder_inode",
     "admitted_at": "queued_at",
     "disposed_to": "moved_to",
     "announced": "already_logged",
@@ -279,7 +279,7 @@ VALUES_BEFORE_VERSION_9 = {
 """Columns before version 9 of the schema, and their values by the columns of today."""
 
 COLUMNS = {
-    "archive": "id, drop_name, relpath, device_number, inode, size, mtime_ns, ctime_ns, queued_at, state,"
+    "archive": "id, drop_name, relpath, folder_inode, inode, size, mtime_ns, ctime_ns, queued_at, state,"
     " digest, disposition, moved_to, already_logged, disposed_at, has_entry, removal",
     "delivery": "id, archive_id, destination, size, state, due_at, attempts, archive_failures,"
     " destination_failures, ended_at, reason, error, digest, verified, http_status, receipt",
@@ -314,6 +314,23 @@ def copy_to_earlier_version(version: int, today: Path, state: Path, monkeypatch:
         values = ", ".join(VALUES_BEFORE_VERSION_9.get(name, name) for name in names)
         db.execute(f"INSERT INTO main.{table} ({', '.join(names)}) SELECT {values} FROM today.{table}")
     db.close()
+
+
+def test_the_inode_of_a_drop_folder_replaces_the_device_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, close_after: Close
+) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr(connection, "_MIGRATIONS", connection._MIGRATIONS[:9])
+        db = open_ledger(tmp_path).connection
+    db.execute("INSERT INTO folder (drop_name, inode, device_number) VALUES ('switches', 99, 7), ('other', 5, 7)")
+    db.executemany(
+        "INSERT INTO archive (drop_name, relpath, device_number, inode, size, mtime_ns, ctime_ns, queued_at)"
+        " VALUES ('switches', x'61', ?, 1, 1, 1, 1, 1)",
+        [(7,), (8,)],
+    )
+    db.close()
+    db = close_after(open_ledger(tmp_path).connection)
+    assert db.execute("SELECT folder_inode FROM archive ORDER BY id").fetchall() == [(99,), (0,)]
 
 
 @pytest.mark.parametrize("version", [7, 8])

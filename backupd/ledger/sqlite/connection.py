@@ -35,7 +35,7 @@ from backupd.ledger.port import ClaimResult, DeliveryResult
 FILE_NAME = "ledger.sqlite3"
 LOCK_NAME = "backupd.lock"
 
-ARCHIVE_COLUMNS = "id, drop_name, relpath, device_number, inode, size, mtime_ns, ctime_ns, queued_at"
+ARCHIVE_COLUMNS = "id, drop_name, relpath, folder_inode, inode, size, mtime_ns, ctime_ns, queued_at"
 
 LOCK_TIMEOUT = 5.0
 """Seconds for which a transaction waits for another process that holds the ledger."""
@@ -483,7 +483,8 @@ def as_archive(row: Row) -> Archive:
     """Return the archive of a row of `ARCHIVE_COLUMNS`."""
     if not (isinstance(row[1], str) and isinstance(row[2], bytes)):
         raise TypeError("a drop name is not a TEXT, or a path is not a BLOB")
-    return Archive(row[0], row[1], row[2], Fingerprint(*map(int, row[3:8])), as_time(row[8]))
+    folder_inode, *fingerprint = map(int, row[3:8])
+    return Archive(row[0], row[1], row[2], Fingerprint(*fingerprint), as_time(row[8]), folder_inode)
 
 
 def storable_int(number: int) -> int | bytes:
@@ -499,9 +500,9 @@ def storable_text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def fingerprint_columns(f: Fingerprint) -> Row:
-    """Return the stored values of device number, inode, size, mtime_ns and ctime_ns."""
-    return tuple(map(storable_int, (f.device_number, f.inode, f.size, f.mtime_ns, f.ctime_ns)))
+def fingerprint_columns(folder_inode: int, f: Fingerprint) -> Row:
+    """Return the stored values of the drop folder's inode, and of inode, size, mtime_ns and ctime_ns."""
+    return tuple(map(storable_int, (folder_inode, f.inode, f.size, f.mtime_ns, f.ctime_ns)))
 
 
 @row_converter

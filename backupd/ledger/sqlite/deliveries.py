@@ -9,7 +9,7 @@ from datetime import datetime
 from itertools import accumulate, takewhile
 
 from backupd.core.circuit import Circuit
-from backupd.core.model import Archive, Delivery, DeliveryState, Digest, Rejected, identity
+from backupd.core.model import Archive, Delivery, DeliveryState, Digest, Rejected
 from backupd.core.transition import Priority, archive_state
 from backupd.ledger.port import (
     Backlog,
@@ -31,7 +31,6 @@ from backupd.ledger.sqlite.connection import (
     delivery_update,
     fingerprint_columns,
     row_converter,
-    storable_int,
     storable_text,
     to_micros,
 )
@@ -54,23 +53,6 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
     Durable methods commit with `synchronous=FULL`. The others don't sync: new archives that a power loss
     undoes are found again by the scan, and claims end at the next start by `release_claims`.
     """
-
-    def register_folder(self, drop: str, device_number: int, inode: int) -> None:
-        """See `Ledger.register_folder`."""
-        current, key = storable_int(device_number), (drop, storable_int(inode))
-        with self._reading() as db:
-            query = "SELECT device_number FROM folder WHERE (drop_name, inode) = (?, ?)"
-            before = db.execute(query, key).fetchone()
-        if before == (current,):
-            return
-        with self._transaction(durable=False) as db:
-            if before is not None:
-                db.execute(
-                    "UPDATE archive SET device_number = ?"
-                    " WHERE drop_name = ? AND device_number = ? AND has_entry",
-                    (current, drop, *before),
-                )
-            db.execute("INSERT OR REPLACE INTO folder VALUES (?, ?, ?)", (*key, current))
 
     def known_files(self, drop: str, below: bytes = b"") -> KnownFiles:
         """See `Ledger.known_files`."""
@@ -298,7 +280,7 @@ def _resume_disposition(db: sqlite3.Connection, candidate: FileCandidate) -> boo
         " AND removal = 'missing' AND moved_to IS NULL AND state = 'delivered'"
     )
     for archive in map(as_archive, db.execute(query, (candidate.drop, candidate.relpath)).fetchall()):
-        if identity(archive.fingerprint) == identity(candidate.fingerprint):
+        if archive.fingerprint == candidate.fingerprint:
             due = "disposition = 'due', already_logged = 1, has_entry = 1, removal = NULL"
             db.execute(f"UPDATE archive SET {due} WHERE id = ?", (archive.id,))  # noqa: S608 -- own columns
             return True
@@ -308,17 +290,19 @@ def _resume_disposition(db: sqlite3.Connection, candidate: FileCandidate) -> boo
 def _insert(
     db: sqlite3.Connection, candidate: FileCandidate, destinations: Sequence[str], now: datetime
 ) -> Archive:
-    at, fingerprint = to_micros(now), candidate.fingerprint
+    at, fingerprint, folder_inode = to_micros(now), candidate.fingerprint, candidate.folder_inode
     archive_id = db.execute(
-        "INSERT INTO archive (drop_name, relpath, device_number, inode, size, mtime_ns, ctime_ns, queued_at)"
+        "INSERT INTO archive (drop_name, relpath, folder_inode, inode, size, mtime_ns, ctime_ns, queued_at)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (candidate.drop, candidate.relpath, *fingerprint_columns(fingerprint), at),
+        (candidate.drop, candidate.relpath, *fingerprint_columns(folder_inode, fingerprint), at),
     ).lastrowid
     db.executemany(
         "INSERT INTO delivery (id, archive_id, destination, size, due_at) VALUES (?, ?, ?, ?, ?)",
         [(str(uuid.uuid4()), archive_id, name, fingerprint.size, at) for name in destinations],
     )
-    return Archive(archive_id or 0, candidate.drop, candidate.relpath, fingerprint, as_time(at))
+    return Archive(
+        archive_id or 0, candidate.drop, candidate.relpath, fingerprint, as_time(at), folder_inode
+    )
 
 
 def _reject(db: sqlite3.Connection, archive: Archive, outcome: Rejected, now: datetime) -> None:

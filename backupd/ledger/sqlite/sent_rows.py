@@ -182,14 +182,14 @@ def _restore(db: sqlite3.Connection, one: RestoredArchive) -> bool:
     if _is_known(db, one):
         return False
     db.execute(
-        "INSERT INTO archive (id, drop_name, relpath, device_number, inode, size, mtime_ns, ctime_ns,"
+        "INSERT INTO archive (id, drop_name, relpath, folder_inode, inode, size, mtime_ns, ctime_ns,"
         " queued_at, state, digest, disposition, already_logged, has_entry, moved_to, disposed_at)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'done', 1, 0, ?, ?)",
         (
             one.archive_id,
             archive.drop,
             archive.relpath,
-            *fingerprint_columns(archive.fingerprint),
+            *fingerprint_columns(archive.folder_inode, archive.fingerprint),
             to_micros(archive.queued_at),
             completed.state,
             completed.digest,
