@@ -214,6 +214,22 @@ def test_a_replaced_drop_folder_is_detected_and_reopened(folder: DropFolder, roo
     assert not os.get_inheritable(number)
 
 
+def test_a_missing_file_may_be_on_an_unmounted_filesystem_if_its_folder_is_an_empty_one(
+    folder: DropFolder, root: Path
+) -> None:
+    earlier = folder.inode()
+    assert not folder.is_unmounted(earlier)
+    root.rename(root.parent / "away")
+    assert folder.is_unmounted(earlier)
+    root.mkdir()  # the mount point
+    assert folder.is_unmounted(earlier)
+    folder.reopen()
+    assert folder.is_unmounted(earlier)
+    assert not folder.is_unmounted(folder.inode())
+    put(root / "new.cfg")
+    assert not folder.is_unmounted(earlier)
+
+
 # walking
 
 
