@@ -188,10 +188,8 @@ _KEYS_WITH_SECRETS: Final = frozenset(
 )
 
 
-def _valid_rest(
-    data: Table, faults: Sequence[ConfigFault], errors: Sequence[ErrorDetails]
-) -> Config | None:
-    """Return the configuration with defaults in place of the faulty values; None if a whole table is missing."""
+def _valid_rest(data: Table, faults: Sequence[ConfigFault], errors: Sequence[ErrorDetails]) -> Config | None:
+    """Return the configuration with defaults for the faulty values; None if a whole table is missing."""
     rest = copy.deepcopy(data)
     for fault, details in zip(faults, errors, strict=True):
         for place in _places(fault):

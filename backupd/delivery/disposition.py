@@ -113,7 +113,7 @@ class ReceiptFile(BaseModel):
 
 
 _JSON = json.JSONEncoder(separators=(",\n ", ": "))
-"""Writes a line for each key. With `indent`, json would use its encoder in Python, which is several times slower."""
+"""Writes a line for each key; with `indent`, json would use its encoder in Python, which is much slower."""
 
 
 def receipt_file_content(completed: CompletedArchive) -> bytes:

@@ -125,7 +125,7 @@ class FormReader:
             self._field.clear()
 
 
-def _unquote(value: str, _is_file_name: bool = False) -> str:  # noqa: FBT001, FBT002 -- multipart's signature
+def _unquote(value: str, _is_file_name: bool = False) -> str:
     """Return the text of a parameter of Content-Disposition, in quotes or not (RFC 7578 section 4.2)."""
     if value.startswith('"'):
         value = value[1:-1]

@@ -91,7 +91,8 @@ class LineWriter:
 class JournalWriter:
     """Writes entries to the journal, or lines to its stream if the journal accepts no entries; never raises.
 
-    An entry larger than a datagram, about 200 KiB, becomes a line as well. An entry has the line in `MESSAGE`, the event in `BACKUPD_EVENT`, and a field for each key of the event.
+    An entry has the line in `MESSAGE`, the event in `BACKUPD_EVENT`, and a field for each key of the event.
+    One that is larger than a datagram, about 200 KiB, becomes a line.
     """
 
     def __init__(self, lines: LineWriter, path: str = JOURNAL_SOCKET) -> None:

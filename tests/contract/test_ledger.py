@@ -302,9 +302,9 @@ def test_a_path_is_read_back_as_the_same_bytes(bench: Bench, relpath: bytes) -> 
 @pytest.mark.parametrize(
     "fingerprint",
     [
-        Fingerprint((1 << 64) - 1, (1 << 64) - 1, (1 << 63) - 1, 253_402_300_800 * 10**9, 1 << 80),
-        Fingerprint(0, 0, 0, -1, -(1 << 80)),
-        Fingerprint(1, 1 << 63, 1, (1 << 63) - 1, -(1 << 63)),
+        Fingerprint((1 << 64) - 1, (1 << 63) - 1, 253_402_300_800 * 10**9, 1 << 80),
+        Fingerprint(0, 0, -1, -(1 << 80)),
+        Fingerprint(1 << 63, 1, (1 << 63) - 1, -(1 << 63)),
     ],
     ids=["largest", "smallest", "at the edge"],
 )

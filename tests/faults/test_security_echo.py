@@ -214,7 +214,9 @@ def test_an_error_hides_values_that_are_named_like_a_secret(tmp_path: Path) -> N
 
 
 def test_an_error_hides_the_constant_text_around_a_placeholder(tmp_path: Path) -> None:
-    with ScriptedServer(always(http_response(500, b"no user MARKER-a.tar.gz-END, k MARKER-q-a.tar.gz"))) as server:
+    with ScriptedServer(
+        always(http_response(500, b"no user MARKER-a.tar.gz-END, k MARKER-q-a.tar.gz"))
+    ) as server:
         keys: dict[str, Any] = {"headers": {"X-Token": "MARKER-{name}-END"}}
         with a_sender(a_destination(f"{server.url}?key=MARKER-q-{{name}}", **keys)) as sender:
             error = error_of(sender.send(an_archive(tmp_path, b"content")))

@@ -322,7 +322,9 @@ def test_the_inode_of_a_drop_folder_replaces_the_device_number(
     with monkeypatch.context() as earlier:
         earlier.setattr(connection, "_MIGRATIONS", connection._MIGRATIONS[:9])
         db = open_ledger(tmp_path).connection
-    db.execute("INSERT INTO folder (drop_name, inode, device_number) VALUES ('switches', 99, 7), ('other', 5, 7)")
+    db.execute(
+        "INSERT INTO folder (drop_name, inode, device_number) VALUES ('switches', 99, 7), ('other', 5, 7)"
+    )
     db.executemany(
         "INSERT INTO archive (drop_name, relpath, device_number, inode, size, mtime_ns, ctime_ns, queued_at)"
         " VALUES ('switches', x'61', ?, 1, 1, 1, 1, 1)",

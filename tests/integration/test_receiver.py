@@ -192,7 +192,7 @@ def test_accepts_text_before_and_after_the_form(receiver: RunningReceiver, clien
 
 
 def test_stores_a_multipart_archive_as_it_is(receiver: RunningReceiver, client: httpx.Client) -> None:
-    inner = b"--inner\r\nContent-Disposition: form-data; name=\"file\"; filename=\"b\"\r\n\r\nx\r\n--inner--\r\n"
+    inner = b'--inner\r\nContent-Disposition: form-data; name="file"; filename="b"\r\n\r\nx\r\n--inner--\r\n'
     head = b'--%s\r\nContent-Disposition: form-data; name="file"; filename="a.eml"\r\n' % BOUNDARY
     form = head + b"Content-Type: multipart/mixed; boundary=inner\r\n\r\n%s\r\n--%s--\r\n" % (inner, BOUNDARY)
 

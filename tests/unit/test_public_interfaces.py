@@ -7,6 +7,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -62,6 +63,16 @@ def accesses(path: Path) -> Iterator[tuple[int, str]]:
                     yield node.lineno, rest[0].value
 
 
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and name of each package, module and object that a module imports from another library."""
+    for node in ast.walk(tree_of(path)):
+        match node:
+            case ast.ImportFrom(module=str(module), names=names) if module.partition(".")[0] != "backupd":
+                yield from ((node.lineno, name) for name in (*module.split("."), *(a.name for a in names)))
+            case ast.Import(names=names):
+                yield from ((node.lineno, name) for alias in names for name in alias.name.split("."))
+
+
 def foreign_bases(cls: type) -> list[type]:
     return [base for base in cls.__mro__ if base is not object and not is_ours(base)]
 
@@ -82,10 +93,8 @@ def own_classes(path: Path) -> Iterator[tuple[ast.ClassDef, type]]:
 def private_names_of(cls: type) -> frozenset[str]:
     """Return the private methods and attributes of a foreign class, those in its source included."""
     names = set(vars(cls))
-    try:
+    with suppress(OSError, TypeError):  # a class in C
         names |= set(re.findall(r"\bself\.(_\w+)", inspect.getsource(cls)))
-    except (OSError, TypeError):
-        pass  # a class in C
     return frozenset(filter(is_private, names))
 
 
@@ -117,13 +126,9 @@ def faults(path: Path) -> Iterator[str]:
     for line, name in accesses(path):
         if is_private(name) and name not in known:
             yield f"{line}: {name} is not defined here"
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] != "backupd":
-            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
-            yield from (f"{node.lineno}: {name} is imported" for name in names if is_private(name))
-        if isinstance(node, ast.Import):
-            names = [part for alias in node.names for part in alias.name.split(".")]
-            yield from (f"{node.lineno}: {name} is imported" for name in names if is_private(name))
+    for line, name in imports(path):
+        if is_private(name):
+            yield f"{line}: {name} is imported"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT / "backupd")))

@@ -300,9 +300,7 @@ def _insert(
         "INSERT INTO delivery (id, archive_id, destination, size, due_at) VALUES (?, ?, ?, ?, ?)",
         [(str(uuid.uuid4()), archive_id, name, fingerprint.size, at) for name in destinations],
     )
-    return Archive(
-        archive_id or 0, candidate.drop, candidate.relpath, fingerprint, as_time(at), folder_inode
-    )
+    return Archive(archive_id or 0, candidate.drop, candidate.relpath, fingerprint, as_time(at), folder_inode)
 
 
 def _reject(db: sqlite3.Connection, archive: Archive, outcome: Rejected, now: datetime) -> None:

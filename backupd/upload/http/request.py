@@ -110,7 +110,7 @@ class RequestBuilder:
         return {SECRETS: (*self._secrets, *from_files), UNBOUNDED_WAIT: self._limits.unbounded_wait}
 
     def _secrets_in_templates(self) -> Iterator[str]:
-        """Yield the constant text of headers, fields and query parameters that are named like a credential."""
+        """Yield the constant text of headers, fields and query parameters named like a credential."""
         values = [(name, _with_gaps(text)) for name, text in (*self._headers.items(), *self._fields.items())]
         for url in (self._url, self._query_url):
             if url is not None:
