@@ -79,6 +79,7 @@ def _forms(secret: str) -> frozenset[str]:
     return frozenset(
         (
             secret,
+            secret.replace("\\", "\\\\").replace("'", "\\'"),  # as h11 quotes received bytes in its errors
             urllib.parse.quote(secret),
             urllib.parse.quote(secret, safe=""),
             urllib.parse.quote_plus(secret),
