@@ -18,8 +18,6 @@ MODULES = sorted(path for path in (ROOT / "backupd").rglob("*.py") if path.stem 
 PRIVATE = re.compile(r"_[^_]\w*")
 
 NOT_YET = {
-    "upload/http/transport.py": "overrides httpcore's pool and connection until it drives h11 and h2 itself",
-    "upload/http/http2.py": "overrides httpcore's and h2's connections, likewise",
     "intake/watcher.py": "overrides watchdog's emitter and buffer until it has an emitter of its own",
 }
 """Modules that still break the rule, and why."""
