@@ -1,4 +1,4 @@
-"""HTTP/1.1 over a `Stream`, by h11: one request at a time, whose early response ends the sending."""
+"""HTTP/1.1 over a `Stream`, by h11: one request at a time; an early response ends its sending."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NoReturn
 import h11
 import httpx
 
-from backupd.upload.http.connection import HttpConnection, ResponseHead
+from backupd.upload.http.http_connection import EarlyResponseError, HttpConnection, ResponseHead
 from backupd.upload.http.stream import Stream
 
 _MAX_HEAD_BYTES = 100 * 1024
@@ -28,6 +28,7 @@ class Http1Connection(HttpConnection):
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD_BYTES)
+        self._early_response: h11.Response | None = None
 
     def send(self, request: httpx.Request, target: bytes) -> ResponseHead:
         """See `HttpConnection.send`."""
@@ -37,9 +38,9 @@ class Http1Connection(HttpConnection):
             try:
                 self._send_request(request, target, timeout["write"])
                 response = self._receive_response(timeout["read"])
-            except _EarlyResponseError as early:
+            except EarlyResponseError:
                 self._stream.limits.body_sent()
-                response = early.response or self._receive_response(timeout["read"])
+                response = self._early_response or self._receive_response(timeout["read"])
         version = b"HTTP/" + response.http_version
         return ResponseHead(response.status_code, response.reason, version, [*response.headers])
 
@@ -92,7 +93,7 @@ class Http1Connection(HttpConnection):
             self._explain(error)
 
     def _check_response(self) -> None:
-        """Read what has arrived; raise _EarlyResponseError if it is a response."""
+        """Read what has arrived; raise EarlyResponseError if it is a response."""
         data = self._stream.receive_now()
         if data is not None:
             self._received(data)
@@ -108,13 +109,14 @@ class Http1Connection(HttpConnection):
             raise error from error.__cause__
 
     def _raise_response(self) -> None:
-        """Raise _EarlyResponseError if a response has begun, after any interim (1xx) ones."""
+        """Raise EarlyResponseError if a response has started, after any interim (1xx) ones."""
         while (event := self._h11.next_event()) is not h11.NEED_DATA:
             if isinstance(event, h11.Response):
-                raise _EarlyResponseError(event)
-        begun = self._h11.trailing_data[0][: len(_INTERIM)]
-        if not _INTERIM.startswith(begun):
-            raise _EarlyResponseError(None)
+                self._early_response = event
+                raise EarlyResponseError
+        beginning = self._h11.trailing_data[0][: len(_INTERIM)]
+        if not _INTERIM.startswith(beginning):
+            raise EarlyResponseError
 
     def _receive_response(self, timeout: float | None) -> h11.Response:
         while not isinstance(event := self._next_event(timeout), h11.Response):
@@ -130,14 +132,6 @@ class Http1Connection(HttpConnection):
         if not data and self._h11.their_state is h11.SEND_RESPONSE:
             raise httpx.RemoteProtocolError("disconnected without a response")
         self._h11.receive_data(data)
-
-
-class _EarlyResponseError(Exception):
-    """The server responded before it had the whole request; `response` is None until its head is complete."""
-
-    def __init__(self, response: h11.Response | None) -> None:
-        super().__init__()
-        self.response = response
 
 
 @contextmanager

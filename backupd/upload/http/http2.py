@@ -18,7 +18,12 @@ import httpx
 from hyperframe.exceptions import HyperframeError
 from hyperframe.frame import Frame, GoAwayFrame
 
-from backupd.upload.http.connection import HttpConnection, RequestRefusedError, ResponseHead
+from backupd.upload.http.http_connection import (
+    EarlyResponseError,
+    HttpConnection,
+    RequestRefusedError,
+    ResponseHead,
+)
 from backupd.upload.http.stream import Stream
 
 _MAX_IDLE_READS = 8
@@ -73,7 +78,7 @@ class Http2Connection(HttpConnection):
             self._raise_if_refused(self._is_ending)
             try:
                 self._send_request(request, target)
-            except _EarlyResponseError:
+            except EarlyResponseError:
                 self._is_ending = True
                 self._stream.limits.body_sent()
             return self._receive_head(read_timeout)
@@ -151,13 +156,13 @@ class Http2Connection(HttpConnection):
             data = data[size:]
 
     def _wait_for_window(self) -> int:
-        """Return how many bytes the flow-control windows permit; raise _EarlyResponseError on a response."""
+        """Return how many bytes the flow-control windows permit; raise EarlyResponseError on a response."""
         until = None if self._write_timeout is None else time.monotonic() + self._write_timeout
         while True:
             if (data := self._stream.receive_now()) is not None:
                 self._received(data)
             if self._events:
-                raise _EarlyResponseError
+                raise EarlyResponseError
             window = self._h2.local_flow_control_window(self._stream_id)
             flow = min(window, self._h2.max_outbound_frame_size)
             if flow > 0:  # new SETTINGS can make the window negative
@@ -231,10 +236,6 @@ class Http2Connection(HttpConnection):
         """Send the frames that are due; frames of the server do not end this wait."""
         with nullcontext() if counts_as_progress else self._stream.limits.uncounted():
             self._stream.send(self._h2.data_to_send(), self._write_timeout)
-
-
-class _EarlyResponseError(Exception):
-    """The server responded before it had the whole request."""
 
 
 class _GoAwayFilter:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import httpx
 
-from backupd.upload.http.connection import HttpConnection, RequestRefusedError
 from backupd.upload.http.http1 import Http1Connection
+from backupd.upload.http.http_connection import HttpConnection, RequestRefusedError
 from backupd.upload.http.limits import AttemptLimits
 from backupd.upload.http.redact import redact, secrets_of
 from backupd.upload.http.stream import DIRECT, ConnectOptions, Stream, connect

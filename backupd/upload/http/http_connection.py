@@ -21,6 +21,10 @@ class RequestRefusedError(httpx.RemoteProtocolError):
     """The server closes the connection and has not processed the request (RFC 9113 section 8.7)."""
 
 
+class EarlyResponseError(Exception):
+    """The server responds although it does not have the whole request."""
+
+
 class HttpConnection(Protocol):
     """A connection for one request at a time: `send`, `chunks`, `end_response`.
 
