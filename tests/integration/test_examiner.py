@@ -1,108 +1,119 @@
-"""The examiner: which job is worked on next, and for how long."""
+"""The intake with checks: large archives, archives that change while they are examined, and its end."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from backupd.core.model import fingerprint_of
-from backupd.dropfolder.folder import DropFolder
-from backupd.intake.examiner import Examiner, ExaminerJob, ExaminerQueue
-from backupd.ledger.port import FileCandidate
-from backupd.telemetry.journal import LineWriter
-from backupd.telemetry.log import EventLog
-from tests.factories import a_drop, a_fingerprint
+from tests.integration.test_intake import LONG, RunningIntake, running_intake
+from tests.stage import until
 
-LARGE = 10**12
+TERABYTE = 10**12
+LARGE = 65 << 20
+"""Bytes of an archive that counts as large."""
 
 
-def a_job(name: bytes, size: int) -> ExaminerJob:
-    return ExaminerJob(FileCandidate("switches", name, replace(a_fingerprint(), size=size)), 0.0)
+def a_tar(size: int) -> bytes:
+    """Return the header of a tar with one member of zeros; the whole tar has `size` bytes."""
+    header = bytearray(512)
+    header[:1], header[124:136] = b"a", b"\x80" + (size - 1536).to_bytes(11, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
 
 
-def activated(jobs: ExaminerQueue) -> list[bytes]:
-    return [job.candidate.relpath for job in jobs.activate()]
+def put_sparse(scene: RunningIntake, name: str, size: int, content: bytes = b"") -> Path:
+    """Rename a file that starts with `content` and has zeros up to its size into the folder."""
+    part = scene.base / "part"
+    with part.open("wb") as stream:
+        stream.write(content)
+        stream.truncate(size)
+    return part.rename(scene.root / name)
 
 
-def test_large_archives_never_occupy_all_places() -> None:
-    jobs = ExaminerQueue()
-    for number in range(9):
-        jobs.add(a_job(b"large-%d" % number, LARGE))
-    assert activated(jobs) == [b"large-0", b"large-1", b"large-2"]
-    jobs.add(a_job(b"small", 1))
-    assert activated(jobs) == [b"small"]
-    assert activated(jobs) == []
-
-
-def test_small_archives_leave_one_place_to_a_large_one() -> None:
-    jobs = ExaminerQueue()
-    for number in range(9):
-        jobs.add(a_job(b"small-%d" % number, 1))
-    jobs.add(a_job(b"large", LARGE))
-    assert activated(jobs) == [b"large", b"small-0", b"small-1", b"small-2"]
-    jobs.active.clear()
-    assert activated(jobs) == [b"small-3", b"small-4", b"small-5", b"small-6"]
-
-
-def test_a_removed_job_is_not_activated() -> None:
-    jobs = ExaminerQueue()
-    waiting, active = a_job(b"waiting", 1), a_job(b"active", LARGE)
-    jobs.add(active)
-    jobs.activate()
-    jobs.add(waiting)
-    jobs.remove(active)
-    jobs.remove(waiting)
-    assert not jobs
+def is_open(path: Path) -> bool:
+    """Return whether this process has a file open."""
+    return any(os.path.realpath(fd) == str(path) for fd in Path("/proc/self/fd").iterdir())
 
 
 @pytest.fixture
-def examiner(tmp_path: Path) -> Iterator[Examiner]:
-    folder = DropFolder(str(tmp_path))
-    with open(os.devnull, "wb") as null:
-        log = EventLog(LineWriter(null.fileno()))
-        examiner = Examiner(a_drop(folder, checksum_file="auto"), log, lambda _path, _error: None)
-        yield examiner
-        examiner.close()
-    folder.close()
+def full(tmp_path: Path) -> Iterator[RunningIntake]:
+    """A drop folder in which everything is checked, scanned once at the start."""
+    with running_intake(tmp_path, rescan_every=LONG, inspect="full", checksum_file="auto") as scene:
+        yield scene
 
 
-def add(examiner: Examiner, path: Path) -> None:
-    examiner.add(FileCandidate("switches", os.fsencode(path.name), fingerprint_of(path.stat())))
+def put_huge(scene: RunningIntake) -> Path:
+    """Put a tar of a terabyte into the folder, and wait until it is being read."""
+    path = put_sparse(scene, "huge.tar", TERABYTE, a_tar(TERABYTE))
+    until(lambda: is_open(path), "the tar to be examined")
+    return path
 
 
-def test_files_of_terabytes_with_checksums_do_not_delay_a_small_file(
-    tmp_path: Path, examiner: Examiner
-) -> None:
+def test_archives_of_terabytes_do_not_delay_small_ones(full: RunningIntake) -> None:
+    put_huge(full)
     for number in range(6):
-        path = tmp_path / f"hole-{number}.cfg"
-        with path.open("wb") as stream:
-            stream.truncate(LARGE)
-        path.with_name(f"{path.name}.sha256").write_text("0" * 64)
-        add(examiner, path)
-    for _ in range(20):
-        assert examiner.run_slice() == []
-    small = tmp_path / "small.cfg"
-    small.write_bytes(b"abc")
-    add(examiner, small)
-    done: list[FileCandidate] = []
-    for _ in range(20):
-        done += examiner.run_slice()
-    assert [candidate.relpath for candidate in done] == [b"small.cfg"]
+        put_sparse(full, f"huge-{number}.tar", TERABYTE, a_tar(TERABYTE))
+        full.put(f"hole-{number}.cfg.sha256", b"0" * 64)
+        put_sparse(full, f"hole-{number}.cfg", TERABYTE)
+    small = [f"r{number}.cfg" for number in range(20)]
+    for name in small:
+        full.put(name)
+
+    full.wait_queued(*small)
 
 
-def test_a_file_whose_digest_takes_too_long_is_held(
-    tmp_path: Path, examiner: Examiner, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("change", ["removed", "replaced", "rewritten"])
+def test_a_file_that_changes_during_its_examination_makes_room_for_the_next_one(
+    full: RunningIntake, change: str
+) -> None:
+    huge = put_huge(full)
+
+    if change == "removed":
+        huge.unlink()
+    elif change == "replaced":
+        put_sparse(full, "huge.tar", 4096, a_tar(4096))
+    else:
+        huge.write_bytes(a_tar(4096) + bytes(4096 - 512))
+    put_sparse(full, "large.tar", LARGE, a_tar(LARGE))
+
+    full.wait_queued("large.tar", *([] if change == "removed" else ["huge.tar"]))
+    assert not full.events("archive.ignored")
+    assert not full.events("archive.waiting")
+
+
+def test_the_intake_ends_during_an_examination(tmp_path: Path) -> None:
+    with running_intake(tmp_path, rescan_every=LONG, inspect="full") as scene:
+        put_huge(scene)
+    # that its threads have ended is asserted by `RunningIntake.stop`
+
+
+def test_an_archive_that_takes_too_long_to_inspect_is_queued(
+    full: RunningIntake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("backupd.intake.examiner._MAX_WORK_TIME", 0.0)
-    path = tmp_path / "r1.cfg"
-    path.write_bytes(b"abc")
-    path.with_name("r1.cfg.sha256").write_text("0" * 64)
-    add(examiner, path)
-    assert examiner.run_slice() == []
-    (job,) = examiner._on_hold.values()
-    assert job.candidate.relpath == b"r1.cfg"
-    assert job.digests == {}
+
+    put_sparse(full, "r1.tar", 4096, a_tar(4096))
+
+    full.wait_queued("r1.tar")
+    (ended,) = full.events("inspection.ended")
+    assert "longer than 0 s" in ended["error"]
+
+
+def test_an_archive_that_takes_too_long_to_hash_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backupd.intake.examiner._MAX_WORK_TIME", 0.0)
+    with running_intake(tmp_path, checksum_file="auto") as scene:
+        scene.put("r1.cfg.sha256", hashlib.sha256(b"abc").hexdigest().encode())
+        scene.put("r1.cfg")
+
+        (waiting,) = scene.wait_event("archive.waiting")
+
+        assert (waiting["archive"], waiting["reason"]) == ("r1.cfg", "checksum_unusable")
+        assert "longer than 0 s" in waiting["error"]
+        assert scene.queued() == []

@@ -8,6 +8,7 @@ import io
 import lzma
 import os
 import random
+import sys
 import tarfile
 import tracemalloc
 import zipfile
@@ -23,6 +24,11 @@ from backupd.core.archive_formats import Damage
 from backupd.core.policy import Reason
 from backupd.dropfolder.decompress import LimitReachedError
 from backupd.dropfolder.inspect import inspect
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 TEXT = b"".join(b"interface Gi1/0/%d\n description %d\n" % (n, n * n) for n in range(40))
 
@@ -55,28 +61,13 @@ def a_zip(method: int = zipfile.ZIP_DEFLATED) -> bytes:
     return out.getvalue()
 
 
-def a_zstd() -> bytes:
-    """Return three frames: one of a raw block, a skippable one, and one of raw and run-length blocks."""
-
-    def block(data: bytes, kind: int, size: int, *, last: bool) -> bytes:
-        return (size << 3 | kind << 1 | last).to_bytes(3, "little") + data
-
-    body = (
-        block(TEXT, 0, len(TEXT), last=False)
-        + block(b"x", 1, 5000, last=False)
-        + block(b"e", 0, 1, last=True)
-    )
-    frame = b"\x28\xb5\x2f\xfd" + bytes([0b00000100, 0x58]) + body + b"abcd"
-    return (
-        b"\x28\xb5\x2f\xfd"
-        + bytes([0b00100000, 3])
-        + block(b"abc", 0, 3, last=True)
-        + (b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"hello")
-        + frame
-    )
+def a_zstd(content: bytes, *, checksum: bool = True) -> bytes:
+    """Return a frame."""
+    return zstd.compress(content, options={zstd.CompressionParameter.checksum_flag: checksum})
 
 
 TAR = a_tar()
+SKIPPABLE = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"hello"
 WHOLE = {
     "r.tar": TAR,
     "gnu.tar": a_tar(tarfile.GNU_FORMAT),
@@ -91,7 +82,9 @@ WHOLE = {
     "two.xz": lzma.compress(TEXT) + bytes(8) + lzma.compress(b"more"),
     "r.zip": a_zip(),
     "stored.zip": a_zip(zipfile.ZIP_STORED),
-    "r.zst": a_zstd(),
+    "r.zst": a_zstd(TEXT),
+    "r.tar.zst": a_zstd(TAR),
+    "frames.zst": a_zstd(b"abc") + SKIPPABLE + a_zstd(TEXT, checksum=False),
 }
 
 
@@ -130,14 +123,13 @@ def test_a_whole_archive_has_no_damage_whatever_its_name(file: File, name: str, 
 def _valid_lengths(name: str) -> set[int]:
     """Return the lengths at which an archive can be cut and is still valid."""
     if name.startswith("two"):
-        first = {"two.gz": gzip.compress(TEXT), "two.bz2": bz2.compress(TEXT), "two.xz": lzma.compress(TEXT)}
-        whole = len(first[name])
+        of = {"two.gz": gzip.compress(TEXT), "two.bz2": bz2.compress(TEXT), "two.xz": lzma.compress(TEXT)}
+        whole = len(of[name])
         return set(range(whole, whole + (14 if name == "two.xz" else 10)))
-    if name == "r.zst":
-        return {
-            *range(12, 16),
-            *range(25, 29),
-        }  # between two frames, or within the next magic number
+    if name == "frames.zst":  # between two frames, or within the next magic number
+        first = len(a_zstd(b"abc"))
+        second = first + len(SKIPPABLE)
+        return {*range(first, first + 4), *range(second, second + 4)}
     return set()
 
 
@@ -322,7 +314,7 @@ def test_a_zip64_is_inspected(file: File, tmp_path: Path) -> None:
 def test_many_small_frames_are_followed_in_many_steps(tmp_path: Path) -> None:
     frame = b"\x50\x2a\x4d\x18" + bytes(4)
     path = tmp_path / "r.zst"
-    path.write_bytes(a_zstd() + frame * 10_000)
+    path.write_bytes(a_zstd(TEXT) + frame * 10_000)
     fd = os.open(path, os.O_RDONLY)
     try:
         assert sum(1 for _ in inspect(fd, path.stat().st_size, b"r.zst", full=False)) > 100
