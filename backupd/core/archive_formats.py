@@ -126,6 +126,7 @@ class TarError(Exception):
 
 
 _ZEROS = bytes(BLOCK)
+_ASCII = bytes(range(128))
 _KINDS_WITHOUT_DATA = frozenset(b"123456")  # links, devices, directories, FIFOs
 _MAX_PAX_BYTES = 1 << 20
 _PAX_SIZE = re.compile(rb"(?:^|\n)\d+ size=(\d{1,20})\n")
@@ -227,7 +228,7 @@ def is_tar_header(block: bytes) -> bool:
         return False
     rest = block[:148] + b" " * 8 + block[156:]
     unsigned = sum(rest)
-    signed = unsigned - 256 * sum(byte > 127 for byte in rest)
+    signed = unsigned - 256 * len(rest.translate(None, _ASCII))
     return _number(block[148:156]) in (unsigned, signed)
 
 
