@@ -532,7 +532,7 @@ class DropConfig(TableModel):
     )
     inspect: Inspect = Field(
         default="off",
-        description="Check archives before upload; quick checks start and end, full decompresses all.",
+        description="Check archives before upload; quick checks the ends (zstd all), full decompresses all.",
     )
     inspect_grace: Duration = Field(
         default=timedelta(minutes=10),

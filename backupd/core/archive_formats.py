@@ -54,6 +54,9 @@ _MAGIC = {
     ArchiveKind.ZIP: (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08PK\x03\x04", b"PK00PK\x03\x04"),
 }
 
+_ZSTD_SKIPPABLE = tuple(bytes([first]) + b"\x2a\x4d\x18" for first in range(0x50, 0x60))
+"""The magic numbers of zstd's skippable frames. LZ4 has the same, so that alone they identify no format."""
+
 _KIND_BY_SUFFIX = {
     b".gz": ArchiveKind.GZIP,
     b".tgz": ArchiveKind.GZIP,
@@ -67,15 +70,15 @@ _KIND_BY_SUFFIX = {
     b".zip": ArchiveKind.ZIP,
     b".tar": ArchiveKind.TAR,
 }
-_COMPRESSED_TAR_SUFFIXES = (b".tar.gz", b".tar.bz2", b".tar.xz", b".tgz", b".tbz", b".tbz2", b".txz")
+_COMPRESSED_TAR_SUFFIXES = tuple(b".tar.gz .tgz .tar.bz2 .tbz .tbz2 .tar.xz .txz .tar.zst .tzst".split())
 
 
 def magics(kind: ArchiveKind) -> tuple[bytes, ...]:
-    """Return the byte sequences that a file of this kind can start with.
+    """Return the byte sequences that a file of this kind, or one of its streams, can start with.
 
     Empty for a tar: its first block is recognized by its checksum, see `is_tar_header`.
     """
-    return _MAGIC.get(kind, ())
+    return _MAGIC.get(kind, ()) + (_ZSTD_SKIPPABLE if kind is ArchiveKind.ZSTD else ())
 
 
 def kind_from_name(name: bytes) -> ArchiveKind | None:
@@ -106,6 +109,8 @@ def kind_of(name: bytes, head: bytes) -> ArchiveKind | Damage | None:
     kind, expected = kind_from_content(head), kind_from_name(name)
     if kind is not None or expected is None:
         return kind
+    if head.startswith(magics(expected)):
+        return expected  # a zstd file that starts with a skippable frame
     if not head.strip(b"\0"):
         return Damage(Reason.TRUNCATED, "the archive contains only zeros" if head else "the archive is empty")
     if len(head) < HEAD and (

@@ -21,6 +21,7 @@ from backupd.delivery.retention import Retention, RetentionScope
 from backupd.delivery.worker import Worker
 from backupd.dropfolder.drop import Drop, open_folder
 from backupd.intake.device_tracker import DeviceTracker
+from backupd.intake.examiner import ExaminerPool
 from backupd.intake.intake import Intake
 from backupd.ledger.port import Ledger
 from backupd.ledger.sqlite.connection import StateLock, open_ledger
@@ -102,7 +103,9 @@ class Assembly:
             self._distrust_clock_since,
             log,
         )
-        self.runtime = Runtime(config, ledger, {}, {}, recorder, self._abort.set, retention, restorer)
+        self.runtime = Runtime(
+            config, ledger, {}, {}, ExaminerPool(), recorder, self._abort.set, retention, restorer
+        )
         self.runtime.destinations |= {n: self._build_destination(n, d) for n, d in config.destination.items()}
         self.runtime.drops |= {n: self._build_drop(n) for n in config.drop}
 
@@ -139,8 +142,8 @@ class Assembly:
 
     def _build_drop(self, name: str) -> RunningDrop:
         on_due = self.runtime.recorder.recheck_dispositions
-        drop, tracker = self._drops[name], self.device_tracker
-        return RunningDrop(drop, Intake(drop, self._ledger, self._log, self._notify, on_due, tracker))
+        drop, pool, tracker = self._drops[name], self.runtime.examiner_pool, self.device_tracker
+        return RunningDrop(drop, Intake(drop, self._ledger, self._log, pool, self._notify, on_due, tracker))
 
     def _build_destination(self, name: str, config: DestinationConfig) -> RunningDestination:
         destination, notifier = Destination.of(name, config), Notifier()

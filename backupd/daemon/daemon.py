@@ -115,6 +115,8 @@ class Daemon:
         self._housekeeping.check_clock()
         pending_dispositions = runtime.ledger.count_pending_dispositions()
         self._threads.start(runtime.recorder.run, self._abandon, runtime.recorder.watchdog)
+        for thread in runtime.examiner_pool.threads:
+            self._threads.start(thread.run, runtime.examiner_pool.stop, thread.watchdog)
         self._start_threads(runtime.drops, runtime.destinations)
         self._wait_for_first_scans(runtime.drops, self._started + _FIRST_SCAN_TIMEOUT)
         # one event stops both threads: the retention and the restorer run and stop together
@@ -279,6 +281,7 @@ class Daemon:
         self._log.emit(events.DAEMON_STOPPING, signal=received.name, in_flight=self._in_flight())
         self._systemd.send("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int((grace + 10) * 1_000_000)}")
         self._runtime.retention.stop.set()
+        self._runtime.examiner_pool.request_stop()
         for drop in self._runtime.drops.values():
             drop.request_stop()
         for destination in self._destinations():

@@ -14,6 +14,7 @@ from backupd.delivery.recorder import Recorder
 from backupd.delivery.retention import Retention
 from backupd.delivery.worker import Worker
 from backupd.dropfolder.drop import Drop
+from backupd.intake.examiner import ExaminerPool
 from backupd.intake.intake import Intake
 from backupd.ledger.port import Ledger
 from backupd.upload.base import Endpoint
@@ -61,6 +62,7 @@ class Runtime:
     ledger: Ledger
     drops: dict[str, RunningDrop]
     destinations: dict[str, RunningDestination]
+    examiner_pool: ExaminerPool
     recorder: Recorder
     abort: Callable[[], None]
     retention: Retention

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ from backupd.core.checksum import (
 )
 from backupd.core.model import Archive, Digest
 from backupd.core.names import free_names, receipt_file_name, shortened
-from backupd.dropfolder.decompress import CHUNK, BoundedFile
+from backupd.dropfolder.decompress import BoundedFile, ShouldStop
 from backupd.dropfolder.folder import CachedFolder, DropFolder
 from backupd.dropfolder.move import rename_no_replace
 
@@ -57,14 +57,14 @@ def read_checksum_files(folder: DropFolder, relpath: bytes) -> StatedDigests:
     return stated
 
 
-def digest_of(fd: int, size: int, algorithm: str) -> Generator[None, None, Digest]:
-    """Return the digest of an open file, in small steps; raises OSError if it can't be read."""
-    source, offset = BoundedFile(fd, size), 0
+def digest_of(fd: int, size: int, algorithm: str, should_stop: ShouldStop) -> Digest:
+    """Return the digest of the first `size` bytes of an open file.
+
+    Raises StoppedError once `should_stop` returns True, and OSError if the file can't be read.
+    """
     hasher = hashlib.new(algorithm, usedforsecurity=False)
-    while data := source.read(offset, CHUNK):
+    for data in BoundedFile(fd, size, should_stop).chunks():
         hasher.update(data)
-        offset += len(data)
-        yield
     return Digest(algorithm, hasher.hexdigest())
 
 

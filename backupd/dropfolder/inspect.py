@@ -1,13 +1,13 @@
-"""Checking in small steps whether an archive is whole, without unpacking it.
+"""Checking whether an archive is whole, without unpacking it.
 
-An inspection is a generator: each step reads a little, and the caller decides how many steps to run. Nothing
-is written, memory is bounded, and archives inside an archive are not inspected.
+Nothing is written, memory is bounded, and archives inside an archive, other than one compressed tar, are not
+inspected.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Generator
+from collections.abc import Iterable
 
 from backupd.core.archive_formats import (
     BLOCK,
@@ -18,35 +18,39 @@ from backupd.core.archive_formats import (
     TarWalk,
     UnsoundError,
     expects_tar_inside,
+    is_tar_header,
     kind_of,
 )
 from backupd.core.policy import Reason
-from backupd.dropfolder.decompress import CHUNK, BoundedFile, DecompressedOutput, decompress_streams
-from backupd.dropfolder.zipwalk import has_central_directory, walk_zip
-from backupd.dropfolder.zstdwalk import walk_zstd
-
-InspectionSteps = Generator[None, None, Damage | None]
+from backupd.dropfolder.decompress import (
+    BoundedFile,
+    ShouldStop,
+    UninspectableError,
+    decompress_streams,
+    max_output_bytes,
+)
+from backupd.dropfolder.zipwalk import check_zip, has_central_directory
 
 _BZIP2_END = 0x177245385090
 _MIN_GZIP_BYTES = 18
 _TAIL_BYTES = 4096
 
 
-def inspect(fd: int, size: int, name: bytes, *, full: bool) -> InspectionSteps:
+def inspect(fd: int, size: int, name: bytes, *, full: bool, should_stop: ShouldStop) -> Damage | None:
     """Return the damage of an archive that is open for reading, None if none was found.
 
     Without `full`, only the first and the last bytes are checked; if these are not right, the archive is read
-    in full, as only that is certain. Raises LimitReachedError if the inspection was given up, and OSError if
-    the archive can't be read.
+    in full, as only that is certain. Raises UninspectableError, StoppedError once `should_stop` returns True,
+    and OSError if the archive can't be read.
     """
-    source = BoundedFile(fd, size)
+    source = BoundedFile(fd, size, should_stop)
     kind = kind_of(name, source.read(0, HEAD))
     if kind is None or isinstance(kind, Damage):
         return kind
     if not full and has_valid_end(source, kind):
         return None
     try:
-        yield from _read_all(source, kind, tar=expects_tar_inside(name))
+        _read_all(source, kind, tar=expects_tar_inside(name))
     except UnsoundError as error:
         return error.damage
     except TarError as error:
@@ -72,7 +76,7 @@ def has_valid_end(source: BoundedFile, kind: ArchiveKind) -> bool:
         case ArchiveKind.ZIP:
             return has_central_directory(source)
         case _:
-            return False  # following the frames of a zstd file to its end is fast enough
+            return False  # the end of a zstd file can't be recognized, and decompressing it is fast
 
 
 def _has_bzip2_end(tail: bytes) -> bool:
@@ -91,24 +95,40 @@ def _has_xz_footer(tail: bytes) -> bool:
     )
 
 
-def _read_all(source: BoundedFile, kind: ArchiveKind, *, tar: bool) -> Generator[None, None, None]:
+def _read_all(source: BoundedFile, kind: ArchiveKind, *, tar: bool) -> None:
     match kind:
-        case ArchiveKind.TAR:
-            yield from _walk_tar(source)
         case ArchiveKind.ZIP:
-            yield from walk_zip(source)
-        case ArchiveKind.ZSTD:
-            yield from walk_zstd(source)
+            check_zip(source)
+        case ArchiveKind.TAR:
+            _check_data(source.chunks(), source.size, tar=True)
         case _:
-            output = DecompressedOutput(source.size, tar=tar)
-            yield from decompress_streams(source, kind, output)
-            output.finish()
+            _check_data(decompress_streams(source, kind), source.size, tar=tar)
 
 
-def _walk_tar(source: BoundedFile) -> Generator[None, None, None]:
-    walk, offset = TarWalk(), 0
-    while not walk.ended and (data := source.read(offset, CHUNK)):
-        walk.feed(data)
-        offset += len(data)
-        yield
-    walk.finish()
+def _check_data(pieces: Iterable[bytes], size: int, *, tar: bool) -> None:
+    """Check the data of a file of `size` bytes, and the tar in it; with `tar`, there must be one.
+
+    Raises UnsoundError or TarError if it is not whole, and UninspectableError if there is too much of it.
+    """
+    limit = max_output_bytes(size)
+    head, total, walk = b"", 0, None
+    for piece in pieces:
+        data, total = piece, total + len(piece)
+        if total > limit:
+            raise UninspectableError(f"the archive expands to more than {limit >> 20} MiB")
+        if len(head) < BLOCK:
+            data = head + piece
+            head = data[:BLOCK]
+            walk = TarWalk() if is_tar_header(head) else None
+        if walk is not None:
+            walk.feed(data)
+    if not total:
+        raise UnsoundError(Reason.TRUNCATED, "the archive contains no data")
+    if walk is not None:
+        walk.finish()
+    elif tar and not head.strip(b"\0"):
+        raise UnsoundError(Reason.TRUNCATED, "the tar in the archive is empty")
+    elif tar:
+        raise UnsoundError(
+            Reason.DAMAGED, "the archive has the name of a compressed tar, but contains no tar"
+        )

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Generator
 from dataclasses import dataclass
 
 from backupd.core.archive_formats import UnsoundError
 from backupd.core.policy import Reason
 from backupd.dropfolder.decompress import (
-    CHUNK,
     BoundedFile,
-    LimitReachedError,
+    UninspectableError,
     ZlibDecoder,
     decompress,
     max_output_bytes,
@@ -52,11 +50,12 @@ class _Entry:
     offset: int
 
 
-def walk_zip(source: BoundedFile) -> Generator[None, None, None]:
+def check_zip(source: BoundedFile) -> None:
     """Read every entry of a zip and compare its size and CRC with the central directory.
 
     Of entries that are encrypted or compressed with another method than deflate, only the place in the file
-    is checked. Raises UnsoundError for a damaged or incomplete zip, LimitReachedError and OSError.
+    is checked. Raises UnsoundError for a damaged or incomplete zip, UninspectableError, OSError and
+    StoppedError.
     """
     directory = _find_directory(source)
     if not directory.entries:
@@ -71,7 +70,7 @@ def walk_zip(source: BoundedFile) -> Generator[None, None, None]:
             )
         name, extra, comment = struct.unpack_from("<HHH", head, 28)
         entry = _parse_entry(head, source.read(offset + _ENTRY_BYTES + name, extra), directory.shift)
-        remaining = yield from _read_entry(source, entry, number, remaining)
+        remaining = _check_entry(source, entry, number, remaining)
         offset += _ENTRY_BYTES + name + extra + comment
 
 
@@ -142,9 +141,7 @@ def _zip64_fields(extra: bytes) -> list[int]:
     return []
 
 
-def _read_entry(
-    source: BoundedFile, entry: _Entry, number: int, remaining: int
-) -> Generator[None, None, int]:
+def _check_entry(source: BoundedFile, entry: _Entry, number: int, remaining: int) -> int:
     """Check one entry; return how many bytes the entries after it may expand to, all together."""
     head = source.read(min(entry.offset, source.size), _LOCAL_HEADER_BYTES)
     if len(head) < _LOCAL_HEADER_BYTES or head[:4] != _LOCAL_HEADER:
@@ -154,26 +151,16 @@ def _read_entry(
     end = offset + entry.compressed_size
     if end > source.size:
         raise UnsoundError(Reason.DAMAGED, f"entry {number} of the zip extends beyond the end of the file")
-    yield
     if entry.flags & _ENCRYPTED or entry.method not in (_STORED, _DEFLATED):
         return remaining
     crc = total = 0
     decoder = ZlibDecoder(-15) if entry.method == _DEFLATED else None
-    while offset < end or (decoder is not None and not decoder.needs_input and not decoder.eof):
-        data = b""
-        if decoder is None or decoder.needs_input:
-            data = source.read(offset, min(CHUNK, end - offset))
-        offset += len(data)
-        out = data if decoder is None else decompress(decoder, data, "zip")
-        crc, total = zlib.crc32(out, crc), total + len(out)
+    chunks = source.chunks(offset, end)
+    for piece in chunks if decoder is None else decompress(source, decoder, chunks, "zip"):
+        crc, total = zlib.crc32(piece, crc), total + len(piece)
         if total > remaining:
             limit = max_output_bytes(source.size) >> 20
-            raise LimitReachedError(f"the archive expands to more than {limit} MiB, at entry {number}")
-        yield
-        if decoder is not None and decoder.eof:
-            break
-        if decoder is None and not data:
-            break
+            raise UninspectableError(f"the archive expands to more than {limit} MiB, at entry {number}")
     if crc != entry.crc or total != entry.size or (decoder is not None and not decoder.eof):
         raise UnsoundError(
             Reason.DAMAGED, f"entry {number} of the zip does not match the CRC and size in its directory"

@@ -2,16 +2,21 @@
 
 It takes place here, not before each upload, because the result holds for all destinations and attempts: the
 fingerprint guarantees that the uploaded content is the examined one. Damage is logged before any request.
+
+The `Examiner` of a drop, in the thread of its intake, decides which files are examined and when; the
+`ExaminerThread`s of the daemon's `ExaminerPool` read them.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import queue
+import threading
 import time
-from collections import deque
-from collections.abc import Generator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from backupd.core.archive_formats import Damage
 from backupd.core.checksum import DIRECTORY_CHECKSUM_FILES, archive_name_of
@@ -19,13 +24,14 @@ from backupd.core.model import Digest, Rejected, fingerprint_of
 from backupd.core.names import as_text
 from backupd.core.policy import Reason
 from backupd.dropfolder.checksums import StatedDigests, digest_of, read_checksum_files
-from backupd.dropfolder.decompress import LimitReachedError
+from backupd.dropfolder.decompress import ShouldStop, StoppedError, UninspectableError
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.folder import OnUnreadable
 from backupd.dropfolder.inspect import inspect
 from backupd.ledger.port import FileCandidate
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
+from backupd.telemetry.thread_watchdog import ThreadWatchdog
 
 MISSING, UNUSABLE = "checksum_missing", "checksum_unusable"
 """Reasons for which a file is held, but never rejected."""
@@ -72,311 +78,315 @@ def compare_digests(
     return HoldReason(MISSING, "it has no checksum file") if required else None
 
 
-ExaminationSteps = Generator[None, None, HoldReason | None]
-"""An examination in small steps; returns why the file is not queued, None if it is."""
-
-_MAX_ACTIVE_JOBS = 4
-"""Jobs that are worked on in turns, so that a large archive does not delay the others."""
-
 _LARGE_BYTES = 64 * 1024 * 1024
-"""Size above which an archive counts as large; one active job is always kept free for smaller ones."""
+"""Size above which an archive is examined by the thread for large archives."""
+
+_MAX_SMALL_TIME = 5.0
+"""Seconds after which a smaller one moves to that thread, where its examination starts over."""
+
+_MAX_TIME = 600.0
+"""Seconds after which the inspection, or the digest, of an archive is abandoned."""
+
+
+Task = Callable[[ShouldStop], None]
+"""Ends soon after the function that it is called with returns True."""
+
+
+class ExaminerThread:
+    """The queue of one thread of the pool; `run` is the body of the thread.
+
+    Each task is stopped after `max_time` seconds.
+    """
+
+    def __init__(self, name: str, max_time: float) -> None:
+        self.watchdog = ThreadWatchdog(name)
+        self._max_time = max_time
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        """Tasks that wait; None ends a wait."""
+
+    def submit(self, task: Task) -> None:
+        """Append a task."""
+        self._tasks.put(task)
+
+    def wake(self) -> None:
+        """End a wait, so that the thread checks its stop event."""
+        self._tasks.put(None)
+
+    def run(self, stop: threading.Event) -> None:
+        """Run the tasks in their order until `stop` is set; call `wake` after setting it."""
+
+        def should_stop() -> bool:
+            self.watchdog.alive()
+            return stop.is_set() or time.monotonic() >= until
+
+        while not stop.is_set():
+            task = self._tasks.get()
+            if task is not None:
+                self.watchdog.alive()
+                until = time.monotonic() + self._max_time
+                task(should_stop)
+                self.watchdog.idle()
+
+
+class ExaminerPool:
+    """The two threads that examine the archives of all drops: one for large archives, one for all others.
+
+    So a large archive delays no small one, and small ones delay no large one.
+    """
+
+    def __init__(self) -> None:
+        self.small = ExaminerThread("examiner", _MAX_SMALL_TIME)
+        self.large = ExaminerThread("examiner of large archives", math.inf)
+        self.threads = (self.small, self.large)
+        self.stop = threading.Event()
+
+    def request_stop(self) -> None:
+        """Request both threads to stop; do not wait for them."""
+        self.stop.set()
+        for thread in self.threads:
+            thread.wake()
 
 
 @dataclass(slots=True, eq=False)
-class ExaminerJob:
-    """The examination of one content; finished parts of it are kept for later rounds.
+class Examination:
+    """The examination of one content, in one or more rounds; finished parts are kept for later rounds.
 
-    `added_at` and `due` are monotonic times, `work_time` the seconds spent on the current part.
+    `added_at` and `due` are monotonic times. `result` is that of the last round: why the file is not queued,
+    the error that ended the round, or None if the file is to be queued.
     """
 
     candidate: FileCandidate
     added_at: float
+    is_large: bool
     inspected: bool = False
     damage: Damage | None = None
     digests: dict[str, Digest] = field(default_factory=dict)
-    steps: ExaminationSteps | None = None
-    work_time: float = 0.0
+    result: HoldReason | OSError | StoppedError | None = None
     due: float = 0.0
     logged_reasons: set[str] = field(default_factory=set)
     must_repeat: bool = False
     """Whether a checksum file may have changed after it was read."""
 
-    @property
-    def is_large(self) -> bool:
-        """Whether its examination takes long."""
-        return self.candidate.fingerprint.size > _LARGE_BYTES
-
-
-class ExaminerQueue:
-    """The jobs that are worked on, in `active`, and two queues of waiting ones: small and large."""
-
-    def __init__(self) -> None:
-        self.active: deque[ExaminerJob] = deque()
-        self._small: dict[bytes, ExaminerJob] = {}
-        self._large: dict[bytes, ExaminerJob] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self.active or self._small or self._large)
-
-    def add(self, job: ExaminerJob) -> None:
-        """Append a job to the waiting ones."""
-        self._queue_of(job)[job.candidate.relpath] = job
-
-    def remove(self, job: ExaminerJob) -> None:
-        """Remove a job, whether it is active or waiting."""
-        with suppress(ValueError):
-            self.active.remove(job)
-        self._queue_of(job).pop(job.candidate.relpath, None)
-
-    def activate(self) -> list[ExaminerJob]:
-        """Activate and return waiting jobs up to the limit; large ones get at least one place, never all."""
-        activated = []
-        while len(self.active) < _MAX_ACTIVE_JOBS and (queue := self._next_queue()):
-            job = queue.pop(next(iter(queue)))
-            self.active.append(job)
-            activated.append(job)
-        return activated
-
-    def _next_queue(self) -> dict[bytes, ExaminerJob]:
-        large = sum(job.is_large for job in self.active)
-        if self._large and (not large or (not self._small and large < _MAX_ACTIVE_JOBS - 1)):
-            return self._large
-        return self._small
-
-    def _queue_of(self, job: ExaminerJob) -> dict[bytes, ExaminerJob]:
-        return self._large if job.is_large else self._small
-
-
-_SLICE_TIME = 0.05
-"""Seconds of one slice, during which the intake's thread handles no other file."""
-
-_MAX_WORK_TIME = 600.0
-"""Seconds of work after which the inspection, or the digest, of an archive is abandoned."""
-
-
-class _AbandonedError(Exception):
-    """The file is gone, has changed or can't be read; an event or the next scan brings it again."""
-
 
 class Examiner:
-    """Examines candidates in short slices and returns those that can be queued.
+    """Has the finished files of one drop examined, and decides which of them can be queued.
 
-    `on_unreadable` receives the files that can't be read; they are retried at the next rescan.
+    All methods are called by the intake's thread. `on_examined` is called by a thread of the pool, with an
+    examination to pass to `finish`. `on_unreadable` receives the files that can't be read; they are retried
+    at the next rescan.
     """
 
-    def __init__(self, drop: Drop, log: EventLog, on_unreadable: OnUnreadable) -> None:
+    def __init__(
+        self,
+        drop: Drop,
+        log: EventLog,
+        pool: ExaminerPool,
+        on_examined: Callable[[Examination], None],
+        on_unreadable: OnUnreadable,
+    ) -> None:
         config = drop.config
         self._drop = drop.name
         self._config = config
         self._folder = drop.folder
         self._log = log
+        self._pool = pool
+        self._on_examined = on_examined
         self._on_unreadable = on_unreadable
         self._required = config.checksum_file == "required"
         self._grace = config.inspect_grace.total_seconds()
         self._log_after = min(self._grace, config.rescan_every.total_seconds())
         """Seconds after which a held file is logged."""
-        self._jobs: dict[bytes, ExaminerJob] = {}
-        """Every job by its path: those in the queue and those on hold."""
-        self._queue = ExaminerQueue()
-        self._on_hold: dict[bytes, ExaminerJob] = {}
-        """The jobs that wait for a change of the file or of its checksum file."""
+        self._closed = threading.Event()
+        self._examinations: dict[bytes, Examination] = {}
+        """Every examination by the path of its file: those in the pool and those on hold."""
+        self._on_hold: dict[bytes, Examination] = {}
+        """Those that wait for a change of the file or of its checksum file."""
 
     def __len__(self) -> int:
-        return len(self._jobs)
+        return len(self._examinations)
 
     def __contains__(self, relpath: object) -> bool:
-        return relpath in self._jobs
+        return relpath in self._examinations
 
     def add(self, candidate: FileCandidate) -> bool:
         """Accept a finished file; return False if this drop's files are not examined."""
         if self._config.inspect == "off" and self._config.checksum_file == "off":
             return False
-        job = self._jobs.get(candidate.relpath)
-        if job is not None and job.candidate == candidate:
-            self._examine_again(job)
+        examination = self._examinations.get(candidate.relpath)
+        if examination is not None and examination.candidate == candidate:
+            self._examine_again(examination)
             return True
-        if job is not None:
-            self._remove(job)
-        self._jobs[candidate.relpath] = ExaminerJob(candidate, time.monotonic())
-        self._queue.add(self._jobs[candidate.relpath])
+        # that of an earlier content ends by itself, as its file has changed
+        self._on_hold.pop(candidate.relpath, None)
+        examination = Examination(candidate, time.monotonic(), candidate.fingerprint.size > _LARGE_BYTES)
+        self._examinations[candidate.relpath] = examination
+        self._submit(examination)
         return True
 
     def recheck(self, relpath: bytes) -> None:
-        """If a path is a checksum file, examine again the held archives that it applies to."""
-        if not self._on_hold:
-            return
+        """If a path is a checksum file, examine again the archives that it applies to."""
         parent, slash, name = relpath.rpartition(b"/")
         if name in DIRECTORY_CHECKSUM_FILES:
-            for job in [job for path, job in self._on_hold.items() if path.rpartition(b"/")[0] == parent]:
-                self._examine_again(job)
+            for path, examination in list(self._examinations.items()):
+                if path.rpartition(b"/")[0] == parent:
+                    self._examine_again(examination)
         elif (archive := archive_name_of(name)) is not None:
-            held = self._on_hold.get(parent + slash + archive)
-            if held is not None:
-                self._examine_again(held)
+            affected = self._examinations.get(parent + slash + archive)
+            if affected is not None:
+                self._examine_again(affected)
 
     def next_due(self) -> float | None:
-        """Return the monotonic time at which there is work, or None."""
-        if self._queue:
-            return 0.0
-        return min((job.due for job in self._on_hold.values()), default=None)
+        """Return the monotonic time at which a file on hold is to be examined again, or None."""
+        return min((examination.due for examination in self._on_hold.values()), default=None)
 
-    def run_slice(self) -> list[FileCandidate]:
-        """Work for one slice of time; return the files that are done, `rejected` set on the damaged ones."""
-        done: list[FileCandidate] = []
+    def examine_due(self) -> None:
+        """Examine again the files on hold that are due."""
         now = time.monotonic()
-        for job in [job for job in self._on_hold.values() if job.due <= now]:
-            self._examine_again(job)
-        until = now + _SLICE_TIME
-        while now < until and self._queue:
-            for job in self._queue.activate():
-                job.steps, job.must_repeat = self._examine(job), False
-            candidate = self._run_step(self._queue.active.popleft())
-            if candidate is not None:
-                done.append(candidate)
-            now = time.monotonic()
-        return done
+        for examination in [each for each in self._on_hold.values() if each.due <= now]:
+            self._examine_again(examination)
+
+    def finish(self, examination: Examination) -> FileCandidate | None:
+        """Return an examined file if it is to be queued, with `rejected` set if it is damaged.
+
+        None if it is held, examined again, unreadable, or has changed.
+        """
+        candidate, result = examination.candidate, examination.result
+        if self._examinations.get(candidate.relpath) is not examination:
+            return None  # the file was replaced meanwhile
+        if isinstance(result, StoppedError) and not examination.is_large:
+            examination.is_large = (
+                True  # it took too long for a small one; if the file has changed, this ends
+            )
+            self._submit(examination)
+            return None
+        if not isinstance(result, Exception):
+            if examination.must_repeat:
+                self._submit(examination)
+                return None
+            if result is not None and self._is_held(examination, result):
+                self._hold(examination, result)
+                return None
+        del self._examinations[candidate.relpath]
+        if isinstance(result, OSError):
+            self._on_unreadable(candidate.relpath, result)
+        if isinstance(result, Exception):
+            return None
+        if result is None or result.reason == UNUSABLE:
+            return candidate
+        return replace(candidate, rejected=Rejected(Reason(result.reason), result.error))
 
     def close(self) -> None:
-        """Abandon all active jobs and close their files."""
-        for job in self._queue.active:
-            if job.steps is not None:
-                job.steps.close()
+        """End all examinations of this drop; `on_examined` may still be called."""
+        self._closed.set()
 
-    def _examine_again(self, job: ExaminerJob) -> None:
-        if self._on_hold.pop(job.candidate.relpath, None) is not None:
-            self._queue.add(job)
+    def _submit(self, examination: Examination) -> None:
+        thread = self._pool.large if examination.is_large else self._pool.small
+        thread.submit(partial(self._run, examination))
+
+    def _examine_again(self, examination: Examination) -> None:
+        if self._on_hold.pop(examination.candidate.relpath, None) is not None:
+            self._submit(examination)
         else:
-            job.must_repeat = True  # its checksum file may have changed after it was read
+            examination.must_repeat = True
 
-    def _remove(self, job: ExaminerJob) -> None:
-        relpath = job.candidate.relpath
-        if job.steps is not None:
-            job.steps.close()
-        self._queue.remove(job)
-        self._on_hold.pop(relpath, None)
-        self._jobs.pop(relpath, None)
+    def _is_held(self, examination: Examination, why: HoldReason) -> bool:
+        """Return whether a file must wait: within its grace, or as long as a required digest is missing."""
+        if time.monotonic() < examination.added_at + self._grace or why.reason == MISSING:
+            return True
+        return why.reason == UNUSABLE and self._required
 
-    def _run_step(self, job: ExaminerJob) -> FileCandidate | None:
-        started = time.monotonic()
-        try:
-            if job.steps is not None:
-                next(job.steps)
-        except StopIteration as stop:
-            job.steps = None
-            return self._decide(job, stop.value)
-        except _AbandonedError:
-            job.steps = None
-            self._remove(job)
-            return None
-        job.work_time += time.monotonic() - started
-        self._queue.active.append(job)
-        return None
-
-    def _examine(self, job: ExaminerJob) -> ExaminationSteps:
-        candidate = job.candidate
-        try:
-            fd = self._folder.open(candidate.relpath)
-        except OSError as error:
-            if not isinstance(error, FileNotFoundError):
-                self._on_unreadable(candidate.relpath, error)
-            raise _AbandonedError from error
-        try:
-            if fingerprint_of(os.fstat(fd)) != candidate.fingerprint:
-                raise _AbandonedError
-            if self._config.inspect != "off" and not job.inspected:
-                job.damage = yield from self._inspect(job, fd)
-                job.inspected = True
-            found = None if job.damage is None else HoldReason(job.damage.reason, job.damage.error)
-            if found is None and self._config.checksum_file != "off":
-                found = yield from self._compare(job, fd)
-            if fingerprint_of(os.fstat(fd)) != candidate.fingerprint:
-                raise _AbandonedError
-        except OSError as error:
-            self._on_unreadable(candidate.relpath, error)
-            raise _AbandonedError from error
-        finally:
-            os.close(fd)
-        return found
-
-    def _inspect(self, job: ExaminerJob, fd: int) -> Generator[None, None, Damage | None]:
-        candidate = job.candidate
-        name = candidate.relpath.rpartition(b"/")[2]
-        steps = inspect(fd, candidate.fingerprint.size, name, full=self._config.inspect == "full")
-        job.work_time = 0.0
-        why = f"the inspection took longer than {_MAX_WORK_TIME:g} s"
-        try:
-            while job.work_time < _MAX_WORK_TIME:
-                try:
-                    next(steps)
-                except StopIteration as stop:
-                    found: Damage | None = stop.value
-                    return found
-                yield
-        except LimitReachedError as error:
-            why = str(error)
-        except OSError:
-            raise
-        except Exception as error:  # noqa: BLE001 -- a bug must cost neither the archive nor the daemon
-            self._log.emit(events.DAEMON_FAILED, error=repr(error), exc_info=error)
-            why = repr(error)
-        self._log.emit(
-            events.INSPECTION_ENDED,
-            drop=self._drop,
-            archive=candidate.relpath,
-            size_bytes=candidate.fingerprint.size,
-            error=why,
-        )
-        return None
-
-    def _compare(self, job: ExaminerJob, fd: int) -> ExaminationSteps:
-        candidate = job.candidate
-        stated = read_checksum_files(self._folder, candidate.relpath)
-        for algorithm in {digest.algorithm for digest in stated.digests.values()} - set(job.digests):
-            steps = digest_of(fd, candidate.fingerprint.size, algorithm)
-            job.work_time = 0.0
-            while job.work_time < _MAX_WORK_TIME:
-                try:
-                    next(steps)
-                except StopIteration as stop:
-                    job.digests[algorithm] = stop.value
-                    break
-                yield
-            else:
-                return HoldReason(UNUSABLE, f"its {algorithm} took longer than {_MAX_WORK_TIME:g} s")
-        return compare_digests(stated, job.digests, required=self._required)
-
-    def _decide(self, job: ExaminerJob, found: HoldReason | None) -> FileCandidate | None:
-        """Return the file if it is to be queued or rejected; None if it is held or examined again."""
-        candidate, now = job.candidate, time.monotonic()
-        in_grace = now < job.added_at + self._grace
-        if job.must_repeat:
-            self._queue.add(job)
-            return None
-        if found is None or (found.reason == UNUSABLE and not self._required and not in_grace):
-            self._remove(job)
-            return candidate
-        if found.reason in (MISSING, UNUSABLE) or in_grace:
-            self._hold(job, found, now)
-            return None
-        self._remove(job)
-        return replace(candidate, rejected=Rejected(Reason(found.reason), found.error))
-
-    def _hold(self, job: ExaminerJob, found: HoldReason, now: float) -> None:
+    def _hold(self, examination: Examination, why: HoldReason) -> None:
         """Keep a file back until the next rescan or the end of its grace, and log why, once."""
-        candidate, grace_end = job.candidate, job.added_at + self._grace
-        job.due = now + self._config.rescan_every.total_seconds()
-        if now < grace_end:
-            job.due = min(job.due, grace_end)
-        self._on_hold[candidate.relpath] = job
-        if now < job.added_at + self._log_after or found.reason in job.logged_reasons:
+        candidate, now = examination.candidate, time.monotonic()
+        examination.due = now + self._config.rescan_every.total_seconds()
+        if now < examination.added_at + self._grace:
+            examination.due = min(examination.due, examination.added_at + self._grace)
+        self._on_hold[candidate.relpath] = examination
+        if now < examination.added_at + self._log_after or why.reason in examination.logged_reasons:
             return
-        job.logged_reasons.add(found.reason)
+        examination.logged_reasons.add(why.reason)
         self._log.emit(
             events.ARCHIVE_WAITING,
             drop=self._drop,
             archive=candidate.relpath,
             size_bytes=candidate.fingerprint.size,
-            reason=found.reason,
-            error=found.error,
-            hint=found.hint,
+            reason=why.reason,
+            error=why.error,
+            hint=why.hint,
         )
+
+    def _run(self, examination: Examination, should_stop: ShouldStop) -> None:
+        """Run one round of an examination; called by a thread of the pool."""
+        examination.must_repeat = False
+        try:
+            examination.result = self._examine(examination, should_stop)
+        except (OSError, StoppedError) as error:
+            examination.result = error
+        self._on_examined(examination)
+
+    def _examine(self, examination: Examination, should_stop: ShouldStop) -> HoldReason | None:
+        """Return why a file is not to be queued; raise StoppedError if it has changed or is gone."""
+        candidate = examination.candidate
+        try:
+            fd = self._folder.open(candidate.relpath)
+        except FileNotFoundError as error:
+            raise StoppedError from error
+
+        def must_stop() -> bool:
+            has_changed = fingerprint_of(os.fstat(fd)) != candidate.fingerprint
+            return has_changed or self._closed.is_set() or should_stop()
+
+        try:
+            if self._config.inspect != "off" and not examination.inspected:
+                examination.damage = self._inspect(candidate, fd, must_stop)
+                examination.inspected = True
+            why = None
+            if examination.damage is not None:
+                why = HoldReason(examination.damage.reason, examination.damage.error)
+            elif self._config.checksum_file != "off":
+                why = self._compare(examination, fd, must_stop)
+            if must_stop():
+                raise StoppedError
+            return why
+        finally:
+            os.close(fd)
+
+    def _inspect(self, candidate: FileCandidate, fd: int, should_stop: ShouldStop) -> Damage | None:
+        size, name = candidate.fingerprint.size, candidate.relpath.rpartition(b"/")[2]
+        full, limited = self._config.inspect == "full", _with_time_limit(should_stop)
+        try:
+            return inspect(fd, size, name, full=full, should_stop=limited)
+        except UninspectableError as error:
+            why = str(error)
+        except (OSError, StoppedError):
+            raise
+        except Exception as error:  # noqa: BLE001 -- a bug must cost neither the archive nor the daemon
+            self._log.emit(events.DAEMON_FAILED, error=repr(error), exc_info=error)
+            why = repr(error)
+        self._log.emit(
+            events.INSPECTION_ENDED, drop=self._drop, archive=candidate.relpath, size_bytes=size, error=why
+        )
+        return None
+
+    def _compare(self, examination: Examination, fd: int, should_stop: ShouldStop) -> HoldReason | None:
+        candidate, digests = examination.candidate, examination.digests
+        stated = read_checksum_files(self._folder, candidate.relpath)
+        for algorithm in {digest.algorithm for digest in stated.digests.values()} - set(digests):
+            limited = _with_time_limit(should_stop)
+            try:
+                digests[algorithm] = digest_of(fd, candidate.fingerprint.size, algorithm, limited)
+            except UninspectableError as error:
+                return HoldReason(UNUSABLE, f"its {algorithm} is not known: {error}")
+        return compare_digests(stated, digests, required=self._required)
+
+
+def _with_time_limit(should_stop: ShouldStop) -> ShouldStop:
+    """Return a `should_stop` that raises UninspectableError once `_MAX_TIME` has passed from now on."""
+    until = time.monotonic() + _MAX_TIME
+
+    def limited() -> bool:
+        if time.monotonic() >= until:
+            raise UninspectableError(f"reading the archive takes longer than {_MAX_TIME:g} s")
+        return should_stop()
+
+    return limited

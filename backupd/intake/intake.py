@@ -16,7 +16,7 @@ from backupd.core.model import fingerprint_of
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.folder import walk
 from backupd.intake.device_tracker import DeviceTracker
-from backupd.intake.examiner import Examiner
+from backupd.intake.examiner import Examination, Examiner, ExaminerPool
 from backupd.intake.unfinished_files import UnfinishedFiles
 from backupd.intake.watch_health import WatchHealth
 from backupd.ledger.port import FileCandidate, KnownFiles, Ledger, content_key
@@ -48,6 +48,7 @@ class Intake:
         drop: Drop,
         ledger: Ledger,
         log: EventLog,
+        examiner_pool: ExaminerPool,
         notify_workers: NotifyWorkers,
         on_dispositions_due: OnDispositionsDue,
         device_tracker: DeviceTracker | None = None,
@@ -62,10 +63,12 @@ class Intake:
         self._on_dispositions_due = on_dispositions_due
         self._device_tracker = device_tracker or DeviceTracker(ledger, log)
         self._prefix = os.fsencode(drop.config.path).rstrip(b"/") + b"/"
-        self._events: queue.SimpleQueue[_PathEvent | None] = queue.SimpleQueue()
-        """Events that have not been handled; None ends a wait."""
+        self._events: queue.SimpleQueue[_PathEvent | Examination | None] = queue.SimpleQueue()
+        """Events and examinations that have not been handled; None ends a wait."""
         self._unfinished_files = UnfinishedFiles(drop, log)
-        self._examiner = Examiner(drop, log, self._unfinished_files.log_unreadable)
+        self._examiner = Examiner(
+            drop, log, examiner_pool, self._events.put, self._unfinished_files.log_unreadable
+        )
         self._skip = frozenset((drop.sent_dir, drop.rejected_dir))
         self._watch_health = WatchHealth(drop, log, self._on_event, self._is_ignored)
         self._batch: list[FileCandidate] = []
@@ -95,7 +98,7 @@ class Intake:
                     next_scan = time.monotonic() + self._watch_health.scan_every()
                     self.ready.set()
                 self._check_due()
-                self._batch += self._examiner.run_slice()
+                self._examiner.examine_due()
                 self._enqueue()
                 self._wait(next_scan)
         finally:
@@ -135,7 +138,12 @@ class Intake:
         except queue.Empty:
             pass
 
-    def _handle(self, event: _PathEvent | None) -> None:
+    def _handle(self, event: _PathEvent | Examination | None) -> None:
+        if isinstance(event, Examination):
+            candidate = self._examiner.finish(event)
+            if candidate is not None:
+                self._batch.append(candidate)
+            return
         if event is None or not event.path.startswith(self._prefix):
             return
         relpath = event.path[len(self._prefix) :]
@@ -204,7 +212,7 @@ class Intake:
             self._check(relpath, status)
         if not should_continue():
             return
-        if lost is not None and self._events.empty():
+        if lost is not None and not self._has_waiting_events():
             self._watch_health.lost_event(lost)
         self._log.emit(
             events.DROP_SCANNED,
@@ -213,6 +221,13 @@ class Intake:
             unfinished_files=len(self._unfinished_files) + len(self._examiner),
             duration_s=time.monotonic() - started,
         )
+
+    def _has_waiting_events(self) -> bool:
+        """Return whether events of paths have not been handled; examinations and wake-ups do not count."""
+        waiting = [self._events.get_nowait() for _ in range(self._events.qsize())]
+        for event in waiting:
+            self._events.put(event)
+        return any(isinstance(event, _PathEvent) for event in waiting)
 
     def _is_event_lost(self, relpath: bytes, status: os.stat_result, known: KnownFiles) -> bool:
         """Return whether the event of a file is lost: the file is new, and older than the time-out."""

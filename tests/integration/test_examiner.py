@@ -67,6 +67,19 @@ def test_archives_of_terabytes_do_not_delay_small_ones(full: RunningIntake) -> N
     full.wait_queued(*small)
 
 
+def test_a_small_archive_that_takes_long_delays_the_others_for_seconds_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backupd.intake.examiner._LARGE_BYTES", 2 * TERABYTE)
+    monkeypatch.setattr("backupd.intake.examiner._MAX_SMALL_TIME", 0.1)
+    with running_intake(tmp_path, rescan_every=LONG, inspect="full") as scene:
+        put_huge(scene)
+        put_sparse(scene, "huge-2.tar", TERABYTE, a_tar(TERABYTE))
+        scene.put("r1.cfg")
+
+        scene.wait_queued("r1.cfg")
+
+
 @pytest.mark.parametrize("change", ["removed", "replaced", "rewritten"])
 def test_a_file_that_changes_during_its_examination_makes_room_for_the_next_one(
     full: RunningIntake, change: str
@@ -95,7 +108,7 @@ def test_the_intake_ends_during_an_examination(tmp_path: Path) -> None:
 def test_an_archive_that_takes_too_long_to_inspect_is_queued(
     full: RunningIntake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backupd.intake.examiner._MAX_WORK_TIME", 0.0)
+    monkeypatch.setattr("backupd.intake.examiner._MAX_TIME", 0.0)
 
     put_sparse(full, "r1.tar", 4096, a_tar(4096))
 
@@ -107,7 +120,7 @@ def test_an_archive_that_takes_too_long_to_inspect_is_queued(
 def test_an_archive_that_takes_too_long_to_hash_is_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backupd.intake.examiner._MAX_WORK_TIME", 0.0)
+    monkeypatch.setattr("backupd.intake.examiner._MAX_TIME", 0.0)
     with running_intake(tmp_path, checksum_file="auto") as scene:
         scene.put("r1.cfg.sha256", hashlib.sha256(b"abc").hexdigest().encode())
         scene.put("r1.cfg")
@@ -117,3 +130,17 @@ def test_an_archive_that_takes_too_long_to_hash_is_held(
         assert (waiting["archive"], waiting["reason"]) == ("r1.cfg", "checksum_unusable")
         assert "longer than 0 s" in waiting["error"]
         assert scene.queued() == []
+
+
+def test_a_checksum_file_that_is_corrected_during_the_examination_is_used(tmp_path: Path) -> None:
+    digest = hashlib.md5()
+    for _ in range(512):
+        digest.update(bytes(1 << 20))
+    with running_intake(tmp_path, rescan_every=LONG, checksum_file="auto", inspect_grace="0s") as scene:
+        scene.put("r1.cfg.md5", b"0" * 32)
+        path = put_sparse(scene, "r1.cfg", 512 << 20)
+        until(lambda: is_open(path), "the file to be read")
+
+        scene.put("r1.cfg.md5", digest.hexdigest().encode())
+
+        scene.wait_queued("r1.cfg")

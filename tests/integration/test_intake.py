@@ -23,6 +23,7 @@ from backupd.config.models import DropConfig
 from backupd.core.errors import LedgerError
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.folder import DropFolder
+from backupd.intake.examiner import ExaminerPool
 from backupd.intake.intake import Intake
 from backupd.ledger.port import DispositionResult, EnqueueResult, FileCandidate
 from backupd.ledger.sqlite.connection import open_ledger
@@ -60,16 +61,21 @@ class RunningIntake:
         self.folder = DropFolder(str(self.root))
         self._log = os.open(base / "log", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self.notified: list[Sequence[str]] = []
+        self._pool = ExaminerPool()
         self.intake = Intake(
             Drop.of("switches", self.config, self.folder, ("vault",)),
             self.ledger,
             EventLog(LineWriter(self._log), level="debug"),
+            self._pool,
             self.notified.append,
             lambda: None,
         )
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run)
+        self._examiners = [
+            threading.Thread(target=each.run, args=[self._pool.stop]) for each in self._pool.threads
+        ]
 
     def _run(self) -> None:
         try:
@@ -78,14 +84,17 @@ class RunningIntake:
             self._failure = error
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in (self._thread, *self._examiners):
+            thread.start()
         assert self.intake.ready.wait(TIMEOUT)
 
     def stop(self) -> None:
         self._stop.set()
         self.intake.wake()
-        self._thread.join(TIMEOUT)
-        assert not self._thread.is_alive(), "the intake did not stop"
+        self._pool.request_stop()
+        for thread in (self._thread, *self._examiners):
+            thread.join(TIMEOUT)
+            assert not thread.is_alive(), "the intake did not stop"
         self.ledger.close()
         self.folder.close()
         os.close(self._log)

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from backupd.core.archive_formats import Damage
 from backupd.core.policy import Reason
-from backupd.dropfolder.decompress import LimitReachedError
+from backupd.dropfolder.checksums import digest_of
+from backupd.dropfolder.decompress import StoppedError, UninspectableError
 from backupd.dropfolder.inspect import inspect
 
 if sys.version_info >= (3, 14):
@@ -85,6 +86,7 @@ WHOLE = {
     "r.zst": a_zstd(TEXT),
     "r.tar.zst": a_zstd(TAR),
     "frames.zst": a_zstd(b"abc") + SKIPPABLE + a_zstd(TEXT, checksum=False),
+    "skippable-first.zst": SKIPPABLE + a_zstd(TEXT),
 }
 
 
@@ -97,13 +99,7 @@ class File:
     def inspected(self, content: bytes, name: str = "", *, full: bool = True) -> Damage | None:
         os.ftruncate(self.fd, 0)
         os.pwrite(self.fd, content, 0)
-        steps = inspect(self.fd, len(content), name.encode(), full=full)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as stop:
-                found: Damage | None = stop.value
-                return found
+        return inspect(self.fd, len(content), name.encode(), full=full, should_stop=lambda: False)
 
 
 @pytest.fixture
@@ -116,7 +112,10 @@ def file() -> Iterator[File]:
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("full", [False, True])
 def test_a_whole_archive_has_no_damage_whatever_its_name(file: File, name: str, full: bool) -> None:
-    for called in (name, name.upper(), "noname", "wrong.zip", "wrong.gz"):
+    names = [name, name.upper()]
+    if name != "skippable-first.zst":  # of which only the name shows that it is not LZ4
+        names += ["noname", "wrong.zip", "wrong.gz"]
+    for called in names:
         assert file.inspected(WHOLE[name], called, full=full) is None
 
 
@@ -162,7 +161,7 @@ def test_a_quick_inspection_detects_a_missing_end(file: File, name: str) -> None
     assert found.reason is Reason.TRUNCATED
 
 
-@pytest.mark.parametrize("name", ["r.gz", "r.bz2", "r.xz", "r.zip", "stored.zip"])
+@pytest.mark.parametrize("name", ["r.gz", "r.bz2", "r.xz", "r.zst", "r.zip", "stored.zip"])
 def test_a_changed_byte_in_the_middle_is_detected(file: File, name: str) -> None:
     content = WHOLE[name]
     for at in range(60, len(content) - 200, 7):
@@ -192,6 +191,12 @@ UNSOUND = {
     "text.tar": (TEXT, Reason.DAMAGED),
     "notar.tar.gz": (gzip.compress(TEXT), Reason.DAMAGED),
     "cut.tar.gz": (gzip.compress(TAR[:2000]), Reason.TRUNCATED),
+    "nothing.zst": (a_zstd(b""), Reason.TRUNCATED),
+    "skipped.zst": (SKIPPABLE, Reason.TRUNCATED),
+    "nothing.tar.zst": (a_zstd(bytes(10240)), Reason.TRUNCATED),
+    "notar.tzst": (a_zstd(TEXT), Reason.DAMAGED),
+    "cut.tar.zst": (a_zstd(TAR[:2000]), Reason.TRUNCATED),
+    "broken.tar.zst": (a_zstd(TAR[:512] + b"y" * 5000), Reason.DAMAGED),
     "broken.tar": (TAR[:100] + b"x" + TAR[101:512] + b"y" * 5000, Reason.DAMAGED),
 }
 
@@ -228,7 +233,7 @@ def test_an_archive_with_random_changes_never_fails_the_inspection(
     made = File()
     try:
         found = made.inspected(bytes(content), name, full=full)
-    except LimitReachedError:
+    except UninspectableError:
         found = None
     finally:
         os.close(made.fd)
@@ -249,7 +254,7 @@ def _bombs() -> dict[str, bytes]:
 def test_a_decompression_bomb_reaches_the_limit_in_bounded_memory(file: File) -> None:
     for name, content in _bombs().items():
         tracemalloc.start()
-        with pytest.raises(LimitReachedError):
+        with pytest.raises(UninspectableError):
             file.inspected(content, name)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -269,7 +274,7 @@ def test_the_size_in_a_pax_header_is_used(file: File) -> None:
 def test_an_xz_file_with_a_large_dictionary_reaches_the_limit(file: File) -> None:
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 256 << 20}]
     content = lzma.compress(TEXT, filters=filters)
-    with pytest.raises(LimitReachedError, match="dictionary"):
+    with pytest.raises(UninspectableError, match="dictionary"):
         file.inspected(content, "a.xz")
 
 
@@ -311,12 +316,76 @@ def test_a_zip64_is_inspected(file: File, tmp_path: Path) -> None:
     assert file.inspected(content[:-30], "a.zip") is not None
 
 
-def test_many_small_frames_are_followed_in_many_steps(tmp_path: Path) -> None:
-    frame = b"\x50\x2a\x4d\x18" + bytes(4)
-    path = tmp_path / "r.zst"
-    path.write_bytes(a_zstd(TEXT) + frame * 10_000)
-    fd = os.open(path, os.O_RDONLY)
+def test_a_changed_byte_in_a_large_zstd_block_is_detected(file: File) -> None:
+    content = random.Random(1).randbytes(300_000) + TEXT * 1000
+    archive = a_zstd(content)
+    for at in (20, 150_000, 290_000, len(archive) - 6):
+        changed = archive[:at] + bytes([archive[at] ^ 1]) + archive[at + 1 :]
+        for full in (True, False):
+            found = file.inspected(changed, "r.zst", full=full)
+            assert found is not None, at
+            assert found.reason is Reason.DAMAGED, at
+
+
+def test_a_changed_header_in_a_tar_is_detected_without_a_zstd_checksum(file: File) -> None:
+    tar = TAR[:1] + b"?" + TAR[2:]
+
+    found = file.inspected(a_zstd(tar, checksum=False), "r.tar.zst")
+
+    assert found is not None
+    assert found.reason is Reason.DAMAGED
+
+
+def a_zstd_frame(flags: int, window_log: int, more: bytes = b"") -> bytes:
+    """Return a frame of 3 bytes with a window size in its header; RFC 8878, section 3.1.1.1."""
+    block = (3 << 3 | 1).to_bytes(3, "little") + b"abc"
+    return b"\x28\xb5\x2f\xfd" + bytes([flags, (window_log - 10) << 3]) + more + block
+
+
+def test_a_zstd_window_of_128_mib_is_inspected(file: File) -> None:
+    assert file.inspected(a_zstd_frame(0, 27), "a.zst") is None
+
+
+@pytest.mark.parametrize("window_log", [28, 31, 41])
+def test_a_larger_zstd_window_is_not_called_damaged(file: File, window_log: int) -> None:
+    with pytest.raises(UninspectableError, match="128 MiB for its zstd window"):
+        file.inspected(a_zstd_frame(0, window_log), "a.zst")
+
+
+def test_a_zstd_file_that_needs_a_dictionary_is_not_called_damaged(file: File) -> None:
+    with pytest.raises(UninspectableError, match="dictionary"):
+        file.inspected(a_zstd_frame(1, 20, b"\x07"), "a.zst")
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("calls", [1, 2])
+def test_an_inspection_ends_when_it_is_to_stop(file: File, name: str, calls: int) -> None:
+    file.inspected(WHOLE[name])
+    asked = 0
+
+    def should_stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked >= calls
+
+    with pytest.raises(StoppedError):
+        inspect(file.fd, len(WHOLE[name]), name.encode(), full=True, should_stop=should_stop)
+    assert asked == calls
+
+
+def test_hashing_ends_when_it_is_to_stop(file: File) -> None:
+    file.inspected(TEXT)
+    with pytest.raises(StoppedError):
+        digest_of(file.fd, len(TEXT), "sha256", lambda: True)
+
+
+@pytest.mark.parametrize("name", ["r.gz", "r.zst", "r.zip", "r.tar"])
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(WHOLE[name])
+    fd = os.open(path, os.O_WRONLY)  # each read fails
     try:
-        assert sum(1 for _ in inspect(fd, path.stat().st_size, b"r.zst", full=False)) > 100
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            inspect(fd, len(WHOLE[name]), name.encode(), full=True, should_stop=lambda: False)
     finally:
         os.close(fd)
