@@ -279,24 +279,33 @@ def test_a_drop_folder_without_permissions_is_logged(stage: Stage, receiver: Run
 
 
 @pytest.mark.long
-def test_an_overflow_of_the_inotify_queue_loses_no_archive(stage: Stage, receiver: RunningReceiver) -> None:
+def test_an_overflow_of_the_inotify_queue_loses_no_archive(stage: Stage) -> None:
     """The daemon is stopped while the queue of the kernel overflows, and then continues."""
     queue_length = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
     if queue_length > 50_000:
         pytest.skip("the inotify queue is too long to be filled in a test")
-    stage.configure(receiver.url, drop='stable_for = "0s"\nrescan_every = "1h"', more=SCANS_LOGGED)
+    stage.configure(
+        f"https://localhost:{stage.a_free_port()}/",  # no receiver: the archives are queued only
+        drop='stable_for = "0s"\nrescan_every = "1h"',
+        more=SCANS_LOGGED,
+    )
+    (stage.drop / "below").mkdir()
     daemon = stage.daemon().ready()
     daemon.process.send_signal(signal.SIGSTOP)
     try:
         until(lambda: is_stopped(daemon.pid), "the daemon to stop")
-        noise = stage.drop / "noise.pdf"
-        for _ in range(queue_length):  # two events each: create and close
-            noise.write_bytes(b"")
-            noise.unlink()
-        stage.put("after.tar.gz", b"after")
+        count = queue_length // 2 + 1000  # two events each: create and close
+        for number in range(count):
+            (stage.drop / f"r{number}.tar.gz").write_bytes(b"x")
+        (stage.drop / "new").mkdir()
     finally:
         daemon.process.send_signal(signal.SIGCONT)
     daemon.wait_for("watch.degraded", reason="overflow")
-    daemon.wait_for("archive.disposed", archive="after.tar.gz")
-    wait_for_events(stage, daemon, "later")
+    queued = [line["archive"] for line in daemon.wait_for("archive.queued", count)]
+    assert len(set(queued)) == count
+    daemon.wait_for("watch.recovered")
+    for name in ("below/later.tar.gz", "new/later.tar.gz"):
+        stage.put(name, b"later")
+        daemon.wait_for("archive.queued", archive=name)
+    assert len(daemon.events("archive.queued")) == count + 2
     assert daemon.stop() == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import json
 import os
 import shutil
@@ -16,8 +18,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from watchdog.observers.inotify import InotifyObserver
-from watchdog.observers.inotify_c import InotifyConstants, inotify_rm_watch
 
 from backupd.config.models import DropConfig
 from backupd.core.errors import LedgerError
@@ -37,6 +37,9 @@ from tests.stage import TIMEOUT, until
 SHORT = timedelta(milliseconds=250)
 LONG = timedelta(hours=1)
 HOUR = 3600.0
+
+IN_MOVED_FROM, IN_DELETE_SELF = 0x40, 0x400  # sys/inotify.h
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class RunningIntake:
@@ -72,6 +75,7 @@ class RunningIntake:
         )
         self._stop = threading.Event()
         self._failure: BaseException | None = None
+        self._other_threads = set(threading.enumerate())
         self._thread = threading.Thread(target=self._run)
         self._examiners = [
             threading.Thread(target=each.run, args=[self._pool.stop]) for each in self._pool.threads
@@ -101,17 +105,17 @@ class RunningIntake:
         if self._failure is not None:
             raise self._failure
 
-    @property
-    def observer(self) -> InotifyObserver:
-        watcher = self.intake._watch_health._watcher
-        assert watcher is not None
-        assert isinstance(watcher._observer, InotifyObserver)
-        return watcher._observer
+    def watcher_threads(self) -> list[threading.Thread]:
+        """Return the threads that the intake has started."""
+        own = {self._thread, *self._examiners, *self._other_threads}
+        return [thread for thread in threading.enumerate() if thread not in own]
+
+    def log(self) -> list[dict[str, Any]]:
+        size = os.fstat(self._log).st_size
+        return [json.loads(line) for line in os.pread(self._log, size, 0).split(b"\n")[:-1]]
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        size = os.fstat(self._log).st_size
-        lines = os.pread(self._log, size, 0).split(b"\n")[:-1]
-        return [event for event in map(json.loads, lines) if event["event"] == name]
+        return [event for event in self.log() if event["event"] == name]
 
     def queued(self) -> list[str]:
         """Return the names of the queued archives, in order."""
@@ -139,10 +143,22 @@ class RunningIntake:
         before = len(self.events("drop.scanned"))
         self.wait_event("drop.scanned", before + 2)
 
-    def stop_scanning(self) -> None:
-        """Stop the scans, so that files are found only by events from now on."""
-        self.intake._watch_health._config = self.config.model_copy(update={"rescan_every": LONG})
-        self.wait_event("drop.scanned", len(self.events("drop.scanned")) + 1)
+    def wait_found_by_event(self, folder: str = "") -> None:
+        """Wait until a new archive is found by its event: no scan ends before it is queued.
+
+        An archive that a scan finds is queued after that scan, because it has to be stable first.
+        """
+        numbers = itertools.count(1)
+
+        def is_found_by_event() -> bool:
+            name = f"{folder}by-event-{next(numbers)}.cfg"
+            before = len(self.log())
+            self.put(name)
+            self.wait_queued(name)
+            lines = [(event["event"], event.get("archive")) for event in self.log()[before:]]
+            return ("drop.scanned", None) not in lines[: lines.index(("archive.queued", name))]
+
+        self._until(is_found_by_event, "an archive found by its event")
 
     def put(self, name: str, content: bytes = b"abc") -> Path:
         """Rename a finished file into the folder."""
@@ -261,7 +277,6 @@ def test_directories_that_swap_places_are_watched_under_their_new_names(tmp_path
         (scene.root / "sent" / "z").rmdir()
         scene.put("r2.cfg")
         scene.wait_queued("r2.cfg")
-        assert all(emitter.is_alive() for emitter in scene.observer.emitters)
     # and the intake has ended without an exception
 
 
@@ -287,7 +302,7 @@ def test_neither_own_folders_nor_moves_out_of_the_folder_are_watched(tmp_path: P
         masks = watched_inodes()
     wanted = [scene.root, *(scene.root / name for name in ("site", "site/sent", "site/later"))]
     assert set(masks) == {directory.stat().st_ino for directory in wanted}
-    assert not any(mask & InotifyConstants.IN_MOVED_FROM for mask in masks.values())
+    assert not any(mask & IN_MOVED_FROM for mask in masks.values())
 
 
 def test_directories_beyond_the_length_of_a_path_are_not_watched(tmp_path: Path) -> None:
@@ -308,16 +323,29 @@ def test_directories_beyond_the_length_of_a_path_are_not_watched(tmp_path: Path)
     scene.stop()
 
 
-def watched_inodes() -> dict[int, int]:
-    """Return the inodes of the directories that this process watches by inotify, with their event masks."""
-    masks = {}
+def inotify_watches() -> list[dict[str, int]]:
+    """Return the inotify watches of this process: descriptor `fd`, `wd`, inode `ino`, event `mask`."""
+    watches = []
     for info in Path("/proc/self/fdinfo").iterdir():
         with suppress(FileNotFoundError):
             for line in info.read_text().splitlines():
                 if line.startswith("inotify "):
                     fields = dict(field.split(":", 1) for field in line.split()[1:])
-                    masks[int(fields["ino"], 16)] = int(fields["mask"], 16)
-    return masks
+                    watch = {name: int(fields[name], 16) for name in ("wd", "ino", "mask")}
+                    watches.append({"fd": int(info.name), **watch})
+    return watches
+
+
+def watched_inodes() -> dict[int, int]:
+    """Return the inodes of the directories that this process watches by inotify, with their event masks."""
+    return {watch["ino"]: watch["mask"] for watch in inotify_watches()}
+
+
+def silence(directory: Path) -> None:
+    """Have the kernel report no arrivals in a watched directory, although it stays watched."""
+    (watch,) = (watch for watch in inotify_watches() if watch["ino"] == directory.stat().st_ino)
+    wd = LIBC.inotify_add_watch(watch["fd"], os.fsencode(directory), IN_DELETE_SELF)
+    assert wd == watch["wd"]
 
 
 def test_a_file_from_before_the_start_is_found(tmp_path: Path) -> None:
@@ -371,7 +399,8 @@ def test_without_recursion_no_file_in_a_subfolder_is_queued(tmp_path: Path) -> N
 
 def test_polling_finds_files_without_inotify(tmp_path: Path) -> None:
     with running_intake(tmp_path, observer="polling") as scene:
-        assert scene.intake._watch_health._watcher is None
+        assert watched_inodes() == {}
+        assert scene.watcher_threads() == []
         scene.put("r1.cfg")
         (scene.root / "below").mkdir()
         scene.put("below/r2.cfg")
@@ -533,11 +562,9 @@ def test_after_a_replacement_files_are_found_by_events_again(scene: RunningIntak
     scene.root.rename(scene.base / "away")
     scene.root.mkdir()
     scene.wait_event("watch.recovered")
-    scene.stop_scanning()
-    scene.put("r1.cfg")
+    scene.wait_found_by_event()
     (scene.root / "below").mkdir()
-    scene.put("below/r2.cfg")
-    scene.wait_queued("r1.cfg", "below/r2.cfg")
+    scene.wait_found_by_event("below/")
 
 
 def test_a_folder_that_was_unreadable_is_read_once_it_can_be() -> None:
@@ -583,43 +610,31 @@ def test_an_unreadable_directory_is_logged_once_and_hides_no_other_file() -> Non
         scene.wait_queued("closed/r1.cfg")
 
 
-def _emitter(observer: InotifyObserver) -> None:
-    for emitter in observer.emitters:
-        emitter.stop()
-        emitter.join()
+def end_thread(scene: RunningIntake, thread: threading.Thread) -> None:
+    """End a thread as an unhandled exception would, at its next event."""
+    assert thread.ident is not None
+    exception = ctypes.py_object(SystemExit)
+    assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), exception) == 1
+    numbers = itertools.count(1)
+
+    def has_ended() -> bool:
+        (scene.root / f"wake-{next(numbers)}.pdf").touch()
+        return not thread.is_alive()
+
+    until(has_ended, "the thread to end")
 
 
-def _reader(observer: InotifyObserver) -> None:
-    observer._inotify_fd.stop()
-    observer._inotify_fd.join()
-
-
-def _dispatcher(observer: InotifyObserver) -> None:
-    observer.stop()
-    observer.join()
-
-
-@pytest.mark.parametrize("end_thread", [_emitter, _reader, _dispatcher])
-def test_a_watcher_with_a_dead_thread_is_restarted(scene: RunningIntake, end_thread: Any) -> None:
-    end_thread(scene.observer)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the test ends one
+def test_a_watcher_with_a_dead_thread_is_restarted(scene: RunningIntake) -> None:
+    before = scene.watcher_threads()
+    end_thread(scene, before[0])
     scene.put("r1.cfg")
     scene.wait_queued("r1.cfg")
     scene.wait_event("watch.recovered")
-    scene.put("r2.cfg")
-    scene.wait_queued("r2.cfg")
-    scene.wait_scan()
+    assert len(scene.watcher_threads()) == len(before)
+    scene.wait_found_by_event()
     assert degraded_reasons(scene) == ["dead"]
     assert len(scene.events("watch.recovered")) == 1
-
-
-def disconnect_handler(scene: RunningIntake) -> InotifyObserver:
-    """Keep all events from the intake although every thread of the watcher runs."""
-    watcher = scene.intake._watch_health._watcher
-    assert watcher is not None
-    observer = scene.observer
-    for watch in set(observer._watches):
-        observer.remove_handler_for_watch(watcher._handler, watch)
-    return observer
 
 
 def test_without_threads_for_a_watcher_files_are_found_by_scans(
@@ -637,88 +652,40 @@ def test_without_threads_for_a_watcher_files_are_found_by_scans(
         scene.wait_queued("by-scan.cfg")
     scene.wait_event("watch.recovered")
     assert "limit of threads" in scene.events("watch.degraded")[-1]["hint"]
-    scene.stop_scanning()
-    scene.put("by-event.cfg")
-    scene.wait_queued("by-event.cfg")
+    scene.wait_found_by_event()
 
 
 def test_files_without_an_event_are_found_and_logged_as_one_loss(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scene: RunningIntake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backupd.intake.intake._EVENT_TIMEOUT", -1.0)
-    monkeypatch.setattr("backupd.intake.watch_health._TEST_EVENT_TIMEOUT", HOUR)
-    with running_intake(tmp_path) as scene:
-        disconnected = disconnect_handler(scene)
+    (scene.root / "site").mkdir()
+    scene.wait_found_by_event("site/")
+    silence(scene.root / "site")
+    with monkeypatch.context() as patched:
+        patched.setattr("backupd.intake.intake._EVENT_TIMEOUT", -1.0)
         tree = scene.base / "tree"
         tree.mkdir()
         names = [f"tree/r{number}.cfg" for number in range(3)]
         for name in names:
             (scene.base / name).write_bytes(b"abc")
-        tree.rename(scene.root / "tree")  # the same scan finds all of them
-        scene.wait_queued(*names)
+        tree.rename(scene.root / "site" / "tree")  # the same scan finds all of them
+        scene.wait_queued(*(f"site/{name}" for name in names))
         scene.wait_event("watch.recovered")
-        assert scene.observer is not disconnected
-        scene.stop_scanning()
-        scene.put("later.cfg")
-        scene.wait_queued("later.cfg")
-        assert degraded_reasons(scene) == ["event_lost"]
-        assert len(scene.events("watch.recovered")) == 1
-
-
-def test_a_broken_watcher_on_a_quiet_folder_is_detected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [100.0]
-    monkeypatch.setattr("backupd.intake.watch_health.time", SimpleNamespace(monotonic=lambda: now[0]))
-    with running_intake(tmp_path) as scene:
-        for _ in range(10):
-            scene.wait_scan()
-            until(lambda: scene.intake._watch_health._requested_at is None, "the test event")
-        assert degraded_reasons(scene) == []
-        assert not scene.intake.is_degraded
-
-        disconnected = disconnect_handler(scene)
-        scene.wait_scan()
-        until(lambda: scene.intake._watch_health._requested_at is not None, "a test event to be requested")
-        now[0] += HOUR
-        scene.wait_event("watch.recovered")
-        assert scene.observer is not disconnected
-        assert degraded_reasons(scene) == ["test_event_lost"]
-        scene.stop_scanning()
-        scene.put("later.cfg")
-        scene.wait_queued("later.cfg")
-
-
-def test_a_late_test_event_among_many_events_is_no_loss(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It may wait behind thousands of events, or be lost in an overflow; any event counts as its arrival."""
-    now = [100.0]
-    monkeypatch.setattr("backupd.intake.watch_health.time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr("backupd.intake.watcher.Watcher.request_test_event", lambda _watcher: True)
-    with running_intake(tmp_path, rescan_every=LONG) as scene:
-        scene.put("r1.cfg")
-        scene.wait_queued("r1.cfg")
-        now[0] += 3600
-        scene.put("r2.cfg")  # once it is queued, the watcher was checked at the new time
-        scene.wait_queued("r2.cfg")
-        assert degraded_reasons(scene) == []
+    scene.wait_found_by_event("site/tree/")
+    assert degraded_reasons(scene) == ["event_lost"]
+    assert len(scene.events("watch.recovered")) == 1
 
 
 def test_a_watch_that_the_kernel_removed_is_detected_by_the_next_scan(scene: RunningIntake) -> None:
-    reader = scene.observer._inotify_fd
-    assert reader is not None
-    for watch in [*reader._watch_for_wd]:
-        inotify_rm_watch(reader._inotify_fd, watch)
+    for watch in inotify_watches():
+        assert LIBC.inotify_rm_watch(watch["fd"], watch["wd"]) == 0
     scene.wait_event("watch.recovered")
     assert degraded_reasons(scene) == ["removed"]
-    scene.stop_scanning()
-    scene.put("later.cfg")
-    scene.wait_queued("later.cfg")
+    scene.wait_found_by_event()
 
 
-def test_a_test_event_opens_no_file_and_ignores_readers_of_files(scene: RunningIntake) -> None:
-    """A file that is read meanwhile is neither a test event nor a new archive."""
+def test_a_quiet_folder_is_not_taken_for_a_broken_watcher(scene: RunningIntake) -> None:
+    """Not even if many files in it are read meanwhile."""
     path = scene.put("r1.cfg")
     scene.wait_queued("r1.cfg")
     before = path.stat(), scene.root.stat()
@@ -777,54 +744,6 @@ def test_files_that_the_ledger_refused_are_queued_later_and_their_events_not_tak
         scene.ledger.failing = False
         scene.wait_queued("r1.cfg")
         assert degraded_reasons(scene) == []
-
-
-@pytest.mark.long
-def test_after_an_overflow_of_the_event_queue_every_file_is_queued(events_only: RunningIntake) -> None:
-    scene = events_only
-    (scene.root / "below").mkdir()
-    limit = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
-    if limit > 50_000:
-        pytest.skip("the event queue of the kernel is too long to be filled in a test")
-    count = max(20_000, limit + 1000)
-    with scene.observer._inotify_fd._lock:  # the reader stops reading
-        for number in range(count):
-            with open(scene.root / f"r{number}.cfg", "wb", buffering=0) as file:
-                file.write(b"x")
-    until(lambda: scene.pending() == count, f"{count} files to be queued")
-    until(
-        lambda: (
-            degraded_reasons(scene) and len(degraded_reasons(scene)) == len(scene.events("watch.recovered"))
-        ),
-        "recovery",
-    )
-    assert set(degraded_reasons(scene)) == {"overflow"}
-    assert len(set(scene.queued())) == len(scene.queued()) == count
-    scene.put("below/later.cfg")
-    scene.wait_queued("below/later.cfg")
-
-
-def test_watches_that_are_being_renewed_are_not_taken_for_removed(
-    events_only: RunningIntake, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A check waits while watchdog renews all watches after an overflow."""
-    watcher = events_only.intake._watch_health._watcher
-    assert watcher is not None
-    (watches,) = watcher._all_watches()
-    assert watches is not None
-    add_all = watches._add_all_callbacks
-    results: list[bool] = []
-    probing = threading.Thread(target=lambda: results.append(watches.provoke_event()))
-
-    def add_all_later(path: bytes) -> None:
-        probing.start()
-        probing.join(0.5)  # it has to wait for the lock
-        add_all(path)
-
-    monkeypatch.setattr(watches, "_add_all_callbacks", add_all_later)
-    watches.on_queue_overflow()
-    probing.join(TIMEOUT)
-    assert results == [True]
 
 
 def test_events_of_a_hundred_files_per_second_are_not_taken_for_lost(scene: RunningIntake) -> None:
