@@ -44,6 +44,11 @@ class Drop:
         )
 
     @property
+    def own_folders(self) -> frozenset[bytes]:
+        """The folders into which archives are moved; they are neither watched nor scanned."""
+        return frozenset((self.sent_dir, self.rejected_dir))
+
+    @property
     def uses_checksum_files(self) -> bool:
         """Whether checksum files belong to their archives; otherwise they are archives of their own."""
         return self.config.checksum_file != "off"

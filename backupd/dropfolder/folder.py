@@ -204,6 +204,11 @@ class DirectoryCache:
             os.close(last[1])
 
 
+def is_skipped(directory: bytes, skip: frozenset[bytes]) -> bool:
+    """Return whether a directory is not entered: it is hidden, or in `skip`; both relative to the folder."""
+    return directory in skip or directory.rpartition(b"/")[2].startswith(b".")
+
+
 def walk(
     folder: DropFolder,
     top: bytes,
@@ -229,7 +234,7 @@ def walk(
                         name = os.fsencode(entry.name)
                         relpath = directory + b"/" + name if directory else name
                         if entry.is_dir(follow_symlinks=False):
-                            if recursive and relpath not in skip and not name.startswith(b"."):
+                            if recursive and not is_skipped(relpath, skip):
                                 pending.append(relpath)
                             continue
                         try:

@@ -8,8 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
+
+from watchdog.events import FileModifiedEvent, FileSystemEvent
+from watchdog.observers.api import EventQueue
 
 from backupd.core.errors import LedgerError
 from backupd.core.model import fingerprint_of
@@ -19,6 +21,7 @@ from backupd.intake.device_tracker import DeviceTracker
 from backupd.intake.examiner import Examination, Examiner, ExaminerPool
 from backupd.intake.unfinished_files import UnfinishedFiles
 from backupd.intake.watch_health import WatchHealth
+from backupd.intake.watcher import WatchEndedEvent
 from backupd.ledger.port import FileCandidate, KnownFiles, Ledger, content_key
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
@@ -62,15 +65,16 @@ class Intake:
         self._notify_workers = notify_workers
         self._on_dispositions_due = on_dispositions_due
         self._device_tracker = device_tracker or DeviceTracker(ledger, log)
-        self._prefix = os.fsencode(drop.config.path).rstrip(b"/") + b"/"
-        self._events: queue.SimpleQueue[_PathEvent | Examination | None] = queue.SimpleQueue()
-        """Events and examinations that have not been handled; None ends a wait."""
+        self._events = EventQueue()
+        """Pairs of an event and its watch, and examinations, to be handled; None ends a wait."""
         self._unfinished_files = UnfinishedFiles(drop, log)
         self._examiner = Examiner(
             drop, log, examiner_pool, self._events.put, self._unfinished_files.log_unreadable
         )
-        self._skip = frozenset((drop.sent_dir, drop.rejected_dir))
-        self._watch_health = WatchHealth(drop, log, self._on_event, self._is_ignored)
+        self._skip = drop.own_folders
+        self._watch_health = WatchHealth(drop, log, self._events)
+        self._next_scan = 0.0
+        """When the next scan is due (monotonic)."""
         self._batch: list[FileCandidate] = []
         """Finished files that are queued by the next transaction."""
         self._ledger_failing = False
@@ -87,20 +91,18 @@ class Intake:
     def run(self, stop: threading.Event) -> None:
         """Queue finished files until `stop` is set; call `wake` after setting it."""
         self._watch_health.open()
-        next_scan = time.monotonic()
         try:
             while not stop.is_set():
                 self.watchdog.alive()
-                now = time.monotonic()
-                if self._watch_health.recover_lost_events() or now >= next_scan:
+                if time.monotonic() >= self._next_scan:
                     watched = self._watch_health.check_and_restart()
                     self._scan(b"", stop, detect_lost_events=watched and self.ready.is_set())
-                    next_scan = time.monotonic() + self._watch_health.scan_every()
+                    self._next_scan = time.monotonic() + self._watch_health.scan_every()
                     self.ready.set()
                 self._check_due()
                 self._examiner.examine_due()
                 self._enqueue()
-                self._wait(next_scan)
+                self._wait()
         finally:
             self._examiner.close()
             self.watchdog.idle()
@@ -112,59 +114,39 @@ class Intake:
 
     def recheck(self, relpath: bytes) -> None:
         """Have a path checked, as an event would."""
-        self._events.put(_PathEvent(self._prefix + relpath, is_directory=False))
+        self._events.put((FileModifiedEvent(relpath), None))
 
-    def _on_event(self, path: bytes, is_directory: bool) -> None:
-        self._watch_health.event_received()
-        if not self._is_test_event(path):
-            self._events.put(_PathEvent(path, is_directory))
-
-    def _is_test_event(self, path: bytes) -> bool:
-        # `DropWatches` reports the opening of the drop folder, which tests the watcher, under `path/`
-        return path == self._prefix
-
-    def _wait(self, next_scan: float) -> None:
+    def _wait(self) -> None:
         """Wait for an event until something is due, and handle the events that have arrived."""
         due_times = (self._unfinished_files.next_due(), self._examiner.next_due())
-        until = min([next_scan, *(due for due in due_times if due is not None)])
-        timeout = max(until - time.monotonic(), 0.0)
+        until = min([self._next_scan, *(due for due in due_times if due is not None)])
         try:
             self.watchdog.idle()
-            event = self._events.get(timeout=min(timeout, self._watch_health.max_wait()))
+            item = self._events.get(timeout=max(until - time.monotonic(), 0.0))
             self.watchdog.alive()
-            self._handle(event)
+            self._handle(item)
             for _ in range(_BATCH_SIZE):
                 self._handle(self._events.get_nowait())
         except queue.Empty:
             pass
 
-    def _handle(self, event: _PathEvent | Examination | None) -> None:
-        if isinstance(event, Examination):
-            candidate = self._examiner.finish(event)
+    def _handle(self, item: tuple[FileSystemEvent, object] | Examination | None) -> None:
+        if isinstance(item, Examination):
+            candidate = self._examiner.finish(item)
             if candidate is not None:
                 self._batch.append(candidate)
-            return
-        if event is None or not event.path.startswith(self._prefix):
-            return
-        relpath = event.path[len(self._prefix) :]
-        if self._is_skipped(relpath + b"/" if event.is_directory else relpath):
-            return
-        if event.is_directory:
-            if self._config.recursive:
-                self._scan(relpath, None, detect_lost_events=False)
-            return
-        self._examiner.recheck(relpath)
-        self._check(relpath)
+        elif item is not None:
+            self._handle_event(item[0])
 
-    def _is_ignored(self, directory: bytes) -> bool:
-        """Return whether a directory, given by its absolute path, is neither watched nor scanned."""
-        return self._is_skipped(directory[len(self._prefix) :] + b"/")
-
-    def _is_skipped(self, relpath: bytes) -> bool:
-        directories = relpath.split(b"/")[:-1]
-        if any(name.startswith(b".") for name in directories):
-            return True
-        return any(relpath == skip or relpath.startswith(skip + b"/") for skip in self._skip)
+    def _handle_event(self, event: FileSystemEvent) -> None:
+        relpath = os.fsencode(event.src_path)
+        if isinstance(event, WatchEndedEvent):
+            self._next_scan = time.monotonic()
+        elif event.is_directory:
+            self._scan(relpath, None, detect_lost_events=False)
+        else:
+            self._examiner.recheck(relpath)
+            self._check(relpath)
 
     def _check(self, relpath: bytes, status: os.stat_result | None = None) -> None:
         candidate = self._unfinished_files.check(relpath, time.monotonic(), status)
@@ -225,9 +207,9 @@ class Intake:
     def _has_waiting_events(self) -> bool:
         """Return whether events of paths have not been handled; examinations and wake-ups do not count."""
         waiting = [self._events.get_nowait() for _ in range(self._events.qsize())]
-        for event in waiting:
-            self._events.put(event)
-        return any(isinstance(event, _PathEvent) for event in waiting)
+        for item in waiting:
+            self._events.put(item)
+        return any(isinstance(item, tuple) for item in waiting)
 
     def _is_event_lost(self, relpath: bytes, status: os.stat_result, known: KnownFiles) -> bool:
         """Return whether the event of a file is lost: the file is new, and older than the time-out."""
@@ -236,7 +218,7 @@ class Intake:
         path = hash(relpath)
         if path in known.paths or path in self._not_enqueued or relpath in self._examiner:
             return False
-        return self._unfinished_files.is_new(relpath)
+        return self._unfinished_files.is_new(relpath) and self._watch_health.expects_event(relpath)
 
     def _on_unreadable(self, relpath: bytes, error: OSError) -> None:
         if not relpath:
@@ -288,11 +270,3 @@ class Intake:
         if not self._ledger_failing:
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
         self._ledger_failing = True
-
-
-@dataclass(frozen=True, slots=True)
-class _PathEvent:
-    """An event of an absolute path."""
-
-    path: bytes
-    is_directory: bool

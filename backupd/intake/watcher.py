@@ -1,369 +1,154 @@
-"""The events of a drop folder, by inotify through watchdog.
+"""The events of a drop folder, by inotify.
 
 Events make the intake fast; the scan makes sure that no file is missed.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import logging
 import os
-import threading
-from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from watchdog.events import (
-    DirCreatedEvent,
-    FileClosedEvent,
-    FileCreatedEvent,
-    FileSystemEvent,
-    FileSystemEventHandler,
-)
-from watchdog.observers.api import BaseObserver
-from watchdog.observers.inotify import InotifyEmitter, InotifyObserver, InotifyWatchGroup
-from watchdog.observers.inotify_c import (
-    InotifyConstants,
-    InotifyEvent,
-    Mask,
-    WatchDescriptor,
-    inotify_add_watch,
-)
-from watchdog.observers.inotify_move_event_grouper import (
-    GroupedInotifyEvent,
-    InotifyMoveEventGrouper,
-    PathedInotifyEvent,
-)
+from inotify_simple import INotify, flags
+from watchdog.events import DirCreatedEvent, FileModifiedEvent, FileSystemEvent
+from watchdog.observers.api import EventEmitter, EventQueue, ObservedWatch
 
-from backupd.core.errors import BackupdError
-from backupd.dropfolder.folder import DirectoryCache, DropFolder
+from backupd.dropfolder.drop import Drop
+from backupd.dropfolder.folder import DirectoryCache, is_skipped
 
-IsIgnored = Callable[[bytes], bool]
-"""Returns whether a directory, given by its absolute path, is not watched."""
+_MASK = flags.CLOSE_WRITE | flags.CREATE | flags.MOVED_TO | flags.MOVE_SELF
+"""Events of files that arrive, and the move of a directory that is watched.
 
-OnEvent = Callable[[bytes, bool], None]
-"""Called with the absolute path of an event and whether it is a directory."""
-
-LIMITS_HINT = "raise fs.inotify.max_user_watches and max_user_instances (sysctl) if a limit is reached"
-
-_THREADS_HINT = "raise the limit of threads (`TasksMax=` of the service, `ulimit -u`)"
-
-_EVENT_TYPES: list[type[FileSystemEvent]] = [FileClosedEvent, FileCreatedEvent, DirCreatedEvent]
-
-_MASK = Mask(
-    InotifyConstants.IN_CLOSE_WRITE
-    | InotifyConstants.IN_CREATE
-    | InotifyConstants.IN_MOVED_TO
-    | InotifyConstants.IN_DELETE_SELF
-)
-"""Events of files that arrive; the daemon must not be woken by its own reads and moves.
-
-Without IN_MOVED_FROM, watchdog reports a move into the folder as a creation. With it, watchdog would delay
-every event that follows a file's move out of the folder by half a second.
+The daemon must not be woken by its own reads and moves. The kernel reports an overflow and the removal of a
+watch, of a deleted or unmounted directory for example, without a bit in the mask.
 """
 
-_OVERFLOW_LOGGERS = ("watchdog.observers.inotify_c", "watchdog.observers.inotify")
-"""The loggers to which watchdog reports an overflow of the kernel's event queue."""
+
+@dataclass(frozen=True, slots=True)
+class WatchFault:
+    """Why events were lost, as it is logged."""
+
+    reason: str
+    error: str
+    hint: str = "no action needed: the rescan finds the files of lost events, and the watcher is restarted"
 
 
-class WatchError(BackupdError):
-    """A folder cannot be watched; only scans find its files."""
+class WatchEndedEvent(FileSystemEvent):
+    """The watcher has ended by itself: a scan is due, and then a new watcher."""
+
+    event_type = "watch_ended"
 
 
-class Watcher:
-    """Reports the events of one drop folder by inotify, with threads and an event queue of its own.
+class Watcher(EventEmitter):
+    """Queues the events of one drop folder, in a thread of its own.
 
-    A failure of these affects no other drop. An overflow, however, is reported for every drop: watchdog only
-    logs it, to loggers that all watchers share.
-    """
-
-    def __init__(
-        self, folder: DropFolder, on_event: OnEvent, is_ignored: IsIgnored, *, recursive: bool
-    ) -> None:
-        self._folder = folder
-        self._path = folder.path
-        self._is_ignored = is_ignored
-        self._handler = _Handler(on_event)
-        self._recursive = recursive
-        self._observer: BaseObserver | None = None
-        self._overflow = _OverflowFlag()
-
-    def start(self) -> None:
-        """Start watching; raise WatchError if inotify or a thread is not available."""
-        try:
-            self._observer = DropObserver(self._folder, self._is_ignored)
-            self._observer.schedule(
-                self._handler, self._path, recursive=self._recursive, event_filter=_EVENT_TYPES
-            )
-            self._observer.start()
-        except OSError as error:
-            self.stop()
-            message = f"inotify cannot watch {self._path} ({error.strerror or error})"
-            raise WatchError(message, LIMITS_HINT) from error
-        except RuntimeError as error:  # the limit of threads is reached
-            self.stop()
-            raise WatchError(f"no thread for the watcher of {self._path} ({error})", _THREADS_HINT) from error
-        self._overflow.attach()
-
-    def stop(self) -> None:
-        """Stop watching and wait for the threads."""
-        observer, self._observer = self._observer, None
-        self._overflow.detach()
-        logging.getLogger("watchdog.observers.inotify").addFilter(_is_no_stop_warning)
-        if observer is None:
-            return
-        if observer.is_alive():
-            observer.stop()
-            observer.join(5)
-        else:
-            observer.on_thread_stop()
-
-    def is_alive(self) -> bool:
-        """Return whether every thread that delivers events is running."""
-        observer = self._observer
-        if observer is None or not observer.is_alive() or not observer.emitters:
-            return False
-        reader = getattr(observer, "_inotify_fd", None)
-        return all(e.is_alive() for e in observer.emitters) and (reader is None or reader.is_alive())
-
-    def request_test_event(self) -> bool:
-        """Provoke the test event, an event of `path/`; return False if the folder is no longer watched.
-
-        Raises OSError if the folder can't be opened.
-        """
-        return all(watches is not None and watches.provoke_event() for watches in self._all_watches())
-
-    def is_partial(self) -> bool:
-        """Return whether some directories are not watched because a limit is reached."""
-        return any(watches is not None and watches.is_partial for watches in self._all_watches())
-
-    def pop_overflow(self) -> bool:
-        """Return whether the event queue of this or another drop has overflowed since the last call."""
-        return self._overflow.pop()
-
-    def _all_watches(self) -> list[DropWatches | None]:
-        emitters = self._observer.emitters if self._observer is not None else ()
-        return [emitter._inotify for emitter in emitters if isinstance(emitter, DropEmitter)]  # noqa: SLF001
-
-
-class _Handler(FileSystemEventHandler):
-    """Passes paths on, nothing else: it runs under the observer's lock."""
-
-    def __init__(self, on_event: OnEvent) -> None:
-        self._on_event = on_event
-
-    # overrides FileSystemEventHandler
-    def on_any_event(self, event: FileSystemEvent) -> None:
-        self._on_event(os.fsencode(event.src_path), event.is_directory)
-
-
-class DropObserver(InotifyObserver):
-    """watchdog's observer, with a `DropEmitter` for the folder."""
-
-    def __init__(self, folder: DropFolder, is_ignored: IsIgnored) -> None:
-        super().__init__()
-        attributes = {"folder": folder, "is_ignored": staticmethod(is_ignored)}
-        # watchdog creates the emitter itself, from this class and with its own arguments only
-        self._emitter_class = type("_EmitterOfFolder", (DropEmitter,), attributes)
-
-
-class DropEmitter(InotifyEmitter):
-    """watchdog's emitter, with `DropWatches` on the folder."""
-
-    folder: DropFolder
-    is_ignored: IsIgnored
-    _inotify: DropWatches | None
-
-    # overrides InotifyEmitter
-    def on_thread_start(self) -> None:
-        """Add the watches; raise OSError if the kernel refuses."""
-        self._inotify = DropWatches(
-            self._inotify_fd,
-            os.fsencode(self.watch.path),
-            event_mask=self.get_event_mask_from_filter(),
-            is_recursive=self.watch.is_recursive,
-            folder=self.folder,
-            is_ignored=self.is_ignored,
-        )
-
-    # overrides InotifyEmitter
-    def get_event_mask_from_filter(self) -> Mask:
-        """Return the mask of the events that the kernel reports."""
-        return _MASK
-
-    # overrides InotifyEmitter
-    def build_and_queue_event(self, event: GroupedInotifyEvent, *, full_events: bool = False) -> None:
-        """Queue an event as `InotifyEmitter` does, but one event only for a directory that was moved in.
-
-        The intake scans that directory. watchdog would queue an event for each entry, by a recursive call for
-        each level.
-        """
-        if isinstance(event, PathedInotifyEvent) and event.ev.is_moved_to and event.ev.is_directory:
-            self.queue_event(DirCreatedEvent(self._decode_path(event.path)))
-        else:
-            super().build_and_queue_event(event, full_events=full_events)
-
-
-@dataclass
-class DropWatches(InotifyWatchGroup):
-    """The inotify watches on a tree without its ignored directories: the size of `sent/` costs nothing.
+    The items of the queue are pairs of an event and the watch. The path of an event is in bytes and relative
+    to the drop folder. After a `DirCreatedEvent` the directory has to be scanned: files may have arrived
+    before it was watched.
 
     Directories are opened below the drop folder's descriptor and watched through that descriptor, so that a
-    directory that is replaced by a link cannot make the daemon watch a directory outside.
+    directory that is replaced by a link cannot make the daemon watch a directory outside. The drop's own
+    folders and hidden ones are not watched: the size of `sent/` costs nothing.
     """
 
-    folder: DropFolder = field(kw_only=True)
-    is_ignored: IsIgnored = lambda _: False
-    is_partial: bool = False
-    """Whether some directory is not watched because a limit of the kernel is reached."""
+    def __init__(self, drop: Drop, queue: EventQueue) -> None:
+        """Open an inotify instance; raise OSError if the kernel refuses. `close` closes it."""
+        super().__init__(queue, ObservedWatch(drop.folder.path, recursive=drop.config.recursive))
+        self.name = f"watcher of {drop.name}"
+        self._folder = drop.folder
+        self._skip = drop.own_folders
+        self._inotify = INotify()
+        self._root = -1
+        self._paths: dict[int, bytes] = {}
+        """The directory of each watch descriptor. A directory that is moved keeps its descriptor."""
+        self.refused: dict[bytes, int | None] = {}
+        """Directories that could not be watched, nor those below them, with their `errno`."""
+        self.fault = WatchFault("dead", "the thread of the watcher has ended")
+        """Why the watcher does not work, once it does not."""
 
-    # A moved directory keeps its watch. watchdog learns of the move by IN_MOVED_FROM, which the mask leaves
-    # out; the methods below keep one path for each watch and one watch for each path instead.
+    # overrides EventEmitter
+    def on_thread_start(self) -> None:
+        """Watch the drop folder; raise OSError if the kernel refuses."""
+        self._watch_tree(b"")
+        self._root = next(iter(self._paths))
 
-    # overrides InotifyWatchGroup
-    def __post_init__(self) -> None:
-        self._move_event_grouper = _NoMoveGrouping()
-        super().__post_init__()
+    # overrides EventEmitter
+    def on_thread_stop(self) -> None:
+        """Wake the thread: the removal of a watch is an event."""
+        with suppress(OSError):  # the kernel has removed the watch, and its event ends the thread
+            self._inotify.rm_watch(self._root)
 
-    def provoke_event(self) -> bool:
-        """Open the folder so that the test event arrives; return False if its watch is gone.
+    def close(self) -> None:
+        """Stop watching and wait for the thread."""
+        self.stop()
+        if self.is_alive():
+            self.join()
+        self._inotify.close()
 
-        For a directory that is already watched the kernel returns the same watch and changes its mask, so
-        openings are reported for a moment. The lock is needed because watchdog renews all watches after an
-        overflow.
-        """
-        queue = self._inotify_fd._inotify_fd  # noqa: SLF001 -- watchdog cannot change a mask
-        folder = _proc_path(self.folder.fileno())
-        with self._lock:
-            watch = inotify_add_watch(queue, folder, self._mask | InotifyConstants.IN_OPEN)
-            if watch == -1:
-                code = ctypes.get_errno()
-                raise OSError(code, os.strerror(code))
-            if watch != self._active_callbacks_by_path.get(self.path):
-                return False
-            try:
-                os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-            finally:
-                inotify_add_watch(queue, folder, self._mask)
-        return True
+    def is_working(self) -> bool:
+        """Return whether the thread runs and will go on to queue events."""
+        return self.is_alive() and self.should_keep_running()
 
-    # overrides InotifyWatchGroup
-    def on_event(self, event: InotifyEvent) -> None:
-        """Handle an event as watchdog does; an opening of the folder becomes the test event."""
-        if not event.is_open:
-            super().on_event(event)
-        elif not event.name:
-            closed = InotifyEvent(event.wd, InotifyConstants.IN_CLOSE_WRITE, 0, b"")
-            self._move_event_grouper.put_event(PathedInotifyEvent(closed, self.path + b"/"))
+    def is_limited(self) -> bool:
+        """Return whether some directories are not watched because a limit of the kernel is reached."""
+        return not {errno.ENOSPC, errno.ENOMEM}.isdisjoint(self.refused.values())
 
-    @property
-    def _mask(self) -> Mask:
-        """The event mask for a directory that is named by its descriptor, which is a link in /proc."""
-        return Mask(self.event_mask & ~InotifyConstants.IN_DONT_FOLLOW)
+    def retry(self) -> None:
+        """Watch the directories that were refused, as far as that is possible now; a scan has to follow."""
+        for relpath in list(self.refused):
+            del self.refused[relpath]
+            self._watch_tree(relpath)
 
-    # overrides InotifyWatchGroup
-    def _add_all_callbacks(self, path: bytes) -> None:
-        if path != self.path and self.is_ignored(path):
-            return
-        pending = [path]
-        with closing(DirectoryCache(self.folder)) as directories:
-            while pending:  # os.walk is recursive before Python 3.12
-                path = pending.pop()
+    # overrides EventEmitter
+    def queue_events(self, timeout: float) -> None:  # noqa: ARG002 -- `on_thread_stop` ends the wait
+        """Wait for events, and queue those that have arrived."""
+        for wd, mask, _, name in self._inotify.read():
+            directory = self._paths.get(wd)
+            if mask & flags.Q_OVERFLOW:
+                hint = "raise fs.inotify.max_queued_events (sysctl)"
+                self._end(WatchFault("overflow", "the event queue of the kernel overflowed", hint))
+            elif wd == self._root and mask & (flags.IGNORED | flags.MOVE_SELF):
+                self._end(WatchFault("removed", "the folder was moved, or the kernel no longer watches it"))
+            elif mask & flags.IGNORED:
+                self._paths.pop(wd, None)
+            elif name and directory is not None:
+                self._queue_path(os.path.join(directory, os.fsencode(name)), bool(mask & flags.ISDIR))
+
+    def _queue_path(self, relpath: bytes, is_directory: bool) -> None:
+        if not is_directory:
+            self.queue_event(FileModifiedEvent(relpath))
+        elif self.watch.is_recursive and not is_skipped(relpath, self._skip):
+            self._watch_tree(relpath)
+            self.queue_event(DirCreatedEvent(relpath))
+
+    def _end(self, fault: WatchFault) -> None:
+        """End the thread: only a new watcher and a scan make up for the lost events."""
+        if self.should_keep_running():
+            self.fault = fault
+            self.stop()
+            self.queue_event(WatchEndedEvent(b""))
+
+    def _watch_tree(self, top: bytes) -> None:
+        """Watch a directory, list it, and watch those below; later ones are events."""
+        pending = [top]
+        with closing(DirectoryCache(self._folder)) as directories:
+            while pending and self.should_keep_running():
+                relpath = pending.pop()
                 try:
-                    directory = directories.directory(path[len(self.path) :])
+                    directory = directories.directory(relpath)
+                    wd = self._inotify.add_watch(f"/proc/self/fd/{directory}", _MASK)
+                    self._paths[wd] = relpath
+                    if self.watch.is_recursive:
+                        pending += self._subdirectories(relpath, directory)
                 except OSError as error:
-                    self._on_refused(path, error)
-                    continue
-                self._watch(path, directory)
-                if self.is_recursive:
-                    pending += self._subdirectories(path, directory)
+                    if not relpath:
+                        raise
+                    if not isinstance(error, FileNotFoundError | NotADirectoryError):  # removed or replaced
+                        self.refused[relpath] = error.errno
 
-    def _watch(self, path: bytes, directory: int) -> None:
-        try:
-            watch = self._add_watch(directory)
-        except OSError as error:
-            self._on_refused(path, error)
-            return
-        former_path = self._active_callbacks_by_watch.get(watch)
-        if former_path is not None and self._active_callbacks_by_path.get(former_path) == watch:
-            del self._active_callbacks_by_path[former_path]
-        self._active_callbacks_by_path[path] = watch
-        self._active_callbacks_by_watch[watch] = path
-
-    def _add_watch(self, directory: int) -> WatchDescriptor:
-        """Add a watch as `add_callback` does, without its warning about a moved directory."""
-        queue = self._inotify_fd
-        with queue._lock:  # noqa: SLF001
-            watch = queue._get_or_create_watch(_proc_path(directory), self._mask)  # noqa: SLF001
-            watch.callbacks[self._id] = self._callback
-            return watch.wd
-
-    # overrides InotifyWatchGroup
-    def _remove_watch_internally(self, wd: WatchDescriptor) -> None:
-        path = self._active_callbacks_by_watch.pop(wd, None)
-        if path is not None and self._active_callbacks_by_path.get(path) == wd:
-            del self._active_callbacks_by_path[path]
-
-    def _on_refused(self, path: bytes, error: OSError) -> None:
-        if path == self.path:
-            raise error
-        self.is_partial |= error.errno in (errno.ENOSPC, errno.ENOMEM)
-
-    def _subdirectories(self, path: bytes, directory: int) -> Iterator[bytes]:
-        with suppress(OSError), os.scandir(directory) as entries:
-            for entry in entries:
-                below = path + b"/" + os.fsencode(entry.name)
-                if entry.is_dir(follow_symlinks=False) and not self.is_ignored(below):
-                    yield below
-
-    # overrides InotifyWatchGroup
-    def _recursive_simulate(self, src_path: bytes) -> list[InotifyEvent]:  # noqa: ARG002
-        """Simulate no events: the intake scans a new directory, which is watched by then."""
-        return []
-
-
-class _NoMoveGrouping(InotifyMoveEventGrouper):
-    """Queues events without a search for the other half of a move, which the mask leaves out."""
-
-    # overrides InotifyMoveEventGrouper
-    def put_event(self, event: PathedInotifyEvent) -> None:
-        self._queue.put(event)
-
-    # overrides InotifyMoveEventGrouper
-    def get_queued_moved_from_event(self, cookie: int) -> PathedInotifyEvent | None:  # noqa: ARG002
-        return None
-
-
-class _OverflowFlag(logging.Handler):
-    """Set when watchdog logs an overflow of a kernel queue of any drop, which it reports in no other way."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self._flag = threading.Event()
-
-    def attach(self) -> None:
-        for name in _OVERFLOW_LOGGERS:
-            logging.getLogger(name).addHandler(self)
-
-    def detach(self) -> None:
-        for name in _OVERFLOW_LOGGERS:
-            logging.getLogger(name).removeHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if "overflow" in record.getMessage().lower():
-            self._flag.set()
-
-    def pop(self) -> bool:
-        was_set = self._flag.is_set()
-        self._flag.clear()
-        return was_set
-
-
-def _proc_path(fd: int) -> bytes:
-    return b"/proc/self/fd/%d" % fd
-
-
-def _is_no_stop_warning(record: logging.LogRecord) -> bool:
-    """Filter the warning that watchdog logs for an emitter that is being stopped."""
-    return "when the thread is inactive" not in record.getMessage()
+    def _subdirectories(self, relpath: bytes, directory: int) -> list[bytes]:
+        with os.scandir(directory) as entries:
+            names = [os.fsencode(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)]
+        paths = (os.path.join(relpath, name) for name in names)
+        return [path for path in paths if not is_skipped(path, self._skip)]

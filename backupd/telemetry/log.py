@@ -57,7 +57,7 @@ class EventLog:
 def log_library_warnings(log: EventLog) -> None:
     """Log warnings and errors of libraries as events.
 
-    Lower levels are dropped: httpx logs whole URLs at INFO, and watchdog logs a line for each file at DEBUG.
+    Lower levels are dropped: httpx logs whole URLs at INFO.
     """
     root = logging.getLogger()
     root.handlers = [_LibraryHandler(log)]

@@ -280,16 +280,18 @@ def test_a_drop_folder_without_permissions_is_logged(stage: Stage, receiver: Run
 
 @pytest.mark.long
 def test_an_overflow_of_the_inotify_queue_loses_no_archive(stage: Stage) -> None:
-    """The daemon is stopped while the queue of the kernel overflows, and then continues."""
+    """The daemon is stopped while a queue of the kernel overflows, and then continues."""
+    other = stage.base / "routers"
     queue_length = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
     if queue_length > 50_000:
         pytest.skip("the inotify queue is too long to be filled in a test")
     stage.configure(
         f"https://localhost:{stage.a_free_port()}/",  # no receiver: the archives are queued only
         drop='stable_for = "0s"\nrescan_every = "1h"',
-        more=SCANS_LOGGED,
+        more=f'{SCANS_LOGGED}[drop.routers]\npath = "{other}"\nrescan_every = "1h"',
     )
     (stage.drop / "below").mkdir()
+    other.mkdir()
     daemon = stage.daemon().ready()
     daemon.process.send_signal(signal.SIGSTOP)
     try:
@@ -300,7 +302,7 @@ def test_an_overflow_of_the_inotify_queue_loses_no_archive(stage: Stage) -> None
         (stage.drop / "new").mkdir()
     finally:
         daemon.process.send_signal(signal.SIGCONT)
-    daemon.wait_for("watch.degraded", reason="overflow")
+    daemon.wait_for("watch.degraded", reason="overflow", drop="switches")
     queued = [line["archive"] for line in daemon.wait_for("archive.queued", count)]
     assert len(set(queued)) == count
     daemon.wait_for("watch.recovered")
@@ -308,4 +310,5 @@ def test_an_overflow_of_the_inotify_queue_loses_no_archive(stage: Stage) -> None
         stage.put(name, b"later")
         daemon.wait_for("archive.queued", archive=name)
     assert len(daemon.events("archive.queued")) == count + 2
+    assert not [line for line in daemon.events("watch.degraded") if line["drop"] == "routers"]
     assert daemon.stop() == 0

@@ -357,10 +357,26 @@ def test_a_file_from_before_the_start_is_found(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_not_valid_utf_8_is_queued(events_only: RunningIntake) -> None:
-    name = os.fsencode(events_only.root) + b"/bad\xff\n.cfg"
-    with open(name, "wb") as file:
-        file.write(b"abc")
-    events_only.wait_queued("bad\\xff\n.cfg")
+    root = os.fsencode(events_only.root)
+    os.mkdir(root + b"/r\xe4ck")
+    for name in (b"/bad\xff\n.cfg", b"/r\xe4ck/r1.cfg", b"/r\xe4ck/\xed\xb2\x80.cfg"):
+        with open(root + name, "wb") as file:
+            file.write(b"abc")
+    events_only.wait_queued("bad\\xff\n.cfg", "r\\xe4ck/r1.cfg", "r\\xe4ck/\\xed\\xb2\\x80.cfg")
+
+
+def test_a_file_with_the_name_of_an_own_folder_is_found_by_its_event(tmp_path: Path) -> None:
+    with running_intake(tmp_path, rescan_every=LONG, sent_dir="sent.cfg") as scene:
+        scene.put("sent.cfg")
+        scene.wait_queued("sent.cfg")
+
+
+def test_a_watched_folder_takes_one_thread_and_one_inotify_instance(events_only: RunningIntake) -> None:
+    (events_only.root / "site").mkdir()
+    events_only.put("site/r1.cfg")
+    events_only.wait_queued("site/r1.cfg")
+    assert len(events_only.watcher_threads()) == 1
+    assert len({watch["fd"] for watch in inotify_watches()}) == 1
 
 
 def test_files_in_own_and_hidden_folders_are_not_queued(scene: RunningIntake) -> None:
@@ -545,6 +561,12 @@ def test_a_folder_that_is_deleted_and_recreated_later_is_watched_again(scene: Ru
     assert len(scene.events("watch.degraded")) == len(scene.events("drop.failed")) == 1
 
 
+def test_a_renamed_folder_is_noticed_without_a_rescan(events_only: RunningIntake) -> None:
+    events_only.root.rename(events_only.base / "away")
+    events_only.wait_event("watch.degraded")
+    assert degraded_reasons(events_only) == ["replaced"]
+
+
 def test_a_polled_folder_recovers_from_each_replacement(tmp_path: Path) -> None:
     with running_intake(tmp_path, observer="polling") as scene:
         for number in range(1, 3):
@@ -608,6 +630,23 @@ def test_an_unreadable_directory_is_logged_once_and_hides_no_other_file() -> Non
         assert [event["reason"] for event in logged] == ["unreadable"]
         (scene.root / "closed").chmod(0o755)
         scene.wait_queued("closed/r1.cfg")
+
+
+def test_a_directory_that_cannot_be_read_for_a_while_is_watched_by_the_next_scan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A file that arrived in it meanwhile is not taken for one whose event was lost."""
+    with a_folder_of_nobody() as base, without_rights(), running_intake(base) as scene:
+        with monkeypatch.context() as patched:
+            patched.setattr("backupd.intake.intake._EVENT_TIMEOUT", -1.0)
+            (scene.root / "closed").mkdir(mode=0o300)  # files can be put into it
+            scene.put("closed/r1.cfg")
+            scene.wait_event("archive.ignored")
+            scene.wait_scan()
+            (scene.root / "closed").chmod(0o755)
+            scene.wait_queued("closed/r1.cfg")
+        scene.wait_found_by_event("closed/")
+        assert degraded_reasons(scene) == []
 
 
 def end_thread(scene: RunningIntake, thread: threading.Thread) -> None:
