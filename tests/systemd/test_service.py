@@ -65,6 +65,8 @@ def test_an_archive_is_delivered_with_full_hardening(
 
     assert sent.read_bytes() == content
     assert [path.read_bytes() for path in site.stage.stored()] == [content]
+    assert [event["BACKUPD_OBSERVER"] for event in site.events("drop.watched")] == ["inotify"]
+    assert not site.events("watch.degraded")
     folder = sent.parent.stat()
     assert (folder.st_gid, folder.st_mode & 0o7777) == (site.drop.stat().st_gid, 0o2770)
     daemon = process_status(site)
