@@ -18,7 +18,6 @@ from typing import Annotated
 import typer
 from rich.progress import MofNCompleteColumn, SpinnerColumn, TimeElapsedColumn
 
-from backupd.cli.history import open_history
 from backupd.cli.options import (
     DEFAULT_CONFIG,
     REJECTED,
@@ -30,13 +29,15 @@ from backupd.cli.options import (
     parse_time,
 )
 from backupd.cli.output import print_json, print_line, print_table, progress_bar
+from backupd.config.load import load
 from backupd.config.models import Config
 from backupd.core.errors import UsageError
 from backupd.core.model import Deferred, Delivered, Digest, Rejected
 from backupd.core.names import MAX_RECEIPT_FILE_BYTES, as_text, receipt_file_name, template_values
 from backupd.core.policy import Reason
 from backupd.dropfolder.folder import DropFolder
-from backupd.ledger.sqlite.queries import ArchiveRecord, DeliveryRecord, LedgerQueries
+from backupd.ledger.factory import open_history
+from backupd.ledger.history import ArchiveRecord, DeliveryRecord, History
 from backupd.upload.base import UploadJob
 from backupd.upload.registry import make_uploader
 
@@ -83,7 +84,8 @@ def audit(
     changed or unreadable, or a destination no longer has it. Files that the daemon removed
     (keep_sent_for, keep_sent_last, min_free) are not reported.
     """
-    loaded, history = open_history(config)
+    loaded = load(config)
+    history = open_history(loaded)
     start = parse_time("--since", since, datetime.now(UTC))
     only = configured_name("--drop", drop, list(loaded.drop))
     drops = [only] if only else list(loaded.drop)
@@ -163,7 +165,7 @@ class RemoteVerifier:
 
 def _audit_drops(
     config: Config,
-    history: LedgerQueries,
+    history: History,
     drops: list[str],
     since: datetime | None,
     verifier: RemoteVerifier | None,
@@ -190,14 +192,14 @@ def _audit_drops(
             folder.close()
 
 
-def _sent_archives(history: LedgerQueries, drop: str, since: datetime | None) -> Iterator[ArchiveRecord]:
+def _sent_archives(history: History, drop: str, since: datetime | None) -> Iterator[ArchiveRecord]:
     after = None
     while page := history.sent_archives(drop, since, after, _PAGE_SIZE):
         yield from page
         after = page[-1].archive.id
 
 
-def _was_expired(history: LedgerQueries, archive_id: int) -> bool:
+def _was_expired(history: History, archive_id: int) -> bool:
     """Return whether the daemon removed the file after the page with its record was read."""
     return history.archive(archive_id).removal in ("expiring", "expired")
 

@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from backupd.cli.history import open_history
 from backupd.cli.options import DEFAULT_CONFIG, ConfigPath
+from backupd.config.load import load
 from backupd.core.errors import UsageError
 from backupd.core.names import as_text, printable
+from backupd.ledger.factory import open_history
 
 
 def forget(
@@ -27,7 +28,7 @@ def forget(
 
     The device is expected again once an archive of it arrives.
     """
-    _, history = open_history(config)
+    history = open_history(load(config))
     name = as_text(os.fsencode(device))  # the form in which the ledger stores a name that is not UTF-8
     forgotten = history.forget_device(name, as_text(os.fsencode(drop)) or None, datetime.now(UTC))
     if not forgotten:

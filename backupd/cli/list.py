@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
-from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 
-from backupd.cli.history import open_history
 from backupd.cli.options import (
     DEFAULT_CONFIG,
     AsJson,
@@ -21,12 +18,14 @@ from backupd.cli.options import (
     parse_time,
 )
 from backupd.cli.output import print_json, print_table, relative_time
+from backupd.config.load import load
 from backupd.config.models import Config
 from backupd.core.errors import UsageError
 from backupd.core.model import DeliveryState
 from backupd.core.names import as_text
 from backupd.core.units import human_size
-from backupd.ledger.sqlite.queries import Search
+from backupd.ledger.factory import open_history
+from backupd.ledger.history import Search
 
 
 def list_deliveries(
@@ -60,22 +59,25 @@ def list_deliveries(
 
     --since and --until compare the time at which the archive was queued.
     """
-    loaded, history = open_history(config)
-    now = datetime.now(UTC)
+    loaded, now = load(config), datetime.now(UTC)
+    history = open_history(loaded)
+    labels = [*(label or ()), *([f"device={device}"] if device else ())]
     search = Search(
         state,
         configured_name("--drop", drop, list(loaded.drop)),
         configured_name("--destination", destination, list(loaded.destination)),
         parse_time("--since", since, now),
         parse_time("--until", until, now),
+        name,
+        dict(_parse_label(loaded, text) for text in labels),
+        {n: re.compile(d.label_pattern) for n, d in loaded.drop.items() if d.label_pattern} if labels else {},
     )
-    labels = [*(label or ()), *([f"device={device}"] if device else ())]
-    records = history.find(search, _archive_filter(loaded, name, labels), limit)
+    records = history.find(search, limit)
     if as_json:
         print_json(records)
         return
     if not records:
-        is_filtered = search != Search(state) or labels or name
+        is_filtered = search != Search(state)
         none = "no deliveries yet" if state is None else f"no {state} deliveries"
         typer.echo("no matching deliveries" if is_filtered else none)
         return
@@ -90,24 +92,6 @@ def list_deliveries(
     )
     if len(records) == limit:
         typer.echo(f"the newest {limit} deliveries; --limit shows more", err=True)
-
-
-def _archive_filter(config: Config, name: str, labels: Sequence[str]) -> Callable[[str, bytes], bool]:
-    """Return a predicate on the drop and path of an archive, for a glob and labels (`KEY=VALUE`)."""
-    glob = re.compile(fnmatch.translate(name), re.IGNORECASE) if name else None
-    wanted = dict(_parse_label(config, text) for text in labels)
-    patterns = {n: re.compile(d.label_pattern) for n, d in config.drop.items() if d.label_pattern}
-
-    def matches(drop: str, relpath: bytes) -> bool:
-        path = as_text(relpath)
-        if glob and not glob.match(path if "/" in name else path.rpartition("/")[2]):
-            return False
-        if not wanted:
-            return True
-        match = patterns[drop].fullmatch(path) if drop in patterns else None
-        return match is not None and all(match.groupdict().get(k) == v for k, v in wanted.items())
-
-    return matches
 
 
 def _parse_label(config: Config, text: str) -> tuple[str, str]:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from backupd.cli.history import open_history
 from backupd.cli.options import DEFAULT_CONFIG, ConfigPath
+from backupd.config.load import load
 from backupd.config.models import Config
 from backupd.core.errors import UsageError
 from backupd.core.model import DeliveryState
@@ -16,8 +16,8 @@ from backupd.core.names import as_text, printable
 from backupd.dropfolder.checksums import restore_checksum_files
 from backupd.dropfolder.folder import DropFolder
 from backupd.dropfolder.move import remove_receipt_file, rename_no_replace
-from backupd.ledger.sqlite.connection import daemon_pid
-from backupd.ledger.sqlite.queries import DeliveryRecord, LedgerQueries
+from backupd.ledger.factory import open_history
+from backupd.ledger.history import DeliveryRecord, History, Search
 
 _MAX_DELIVERIES = 1_000_000
 
@@ -37,8 +37,9 @@ def retry(
         raise UsageError(
             "give the id of one delivery, or --all", "`backupd list --state rejected` shows the ids"
         )
-    loaded, history = open_history(config)
-    when = "" if daemon_pid(loaded.state_dir) else " once the daemon runs"
+    loaded = load(config)
+    history = open_history(loaded)
+    when = "" if history.daemon_pid() else " once the daemon runs"
     if every:
         _restore_all(loaded, history, when)
         return
@@ -58,10 +59,10 @@ def retry(
         )
 
 
-def _restore_all(config: Config, history: LedgerQueries, when: str) -> None:
+def _restore_all(config: Config, history: History, when: str) -> None:
     """Put back all rejected archives, oldest first; raise UsageError for those that fail, at the end."""
     restored, failed = 0, []
-    for record in reversed(history.deliveries(DeliveryState.REJECTED, _MAX_DELIVERIES)):
+    for record in reversed(history.find(Search(DeliveryState.REJECTED), _MAX_DELIVERIES)):
         try:
             restored += _restore(config, history, record)
         except UsageError as error:
@@ -72,7 +73,7 @@ def _restore_all(config: Config, history: LedgerQueries, when: str) -> None:
         raise UsageError("some archives could not be put back:\n" + "\n".join(failed))
 
 
-def _restore(config: Config, history: LedgerQueries, record: DeliveryRecord) -> bool:
+def _restore(config: Config, history: History, record: DeliveryRecord) -> bool:
     """Move a file from rejected_dir to its place in the drop folder; return False if it is not there.
 
     Raises UsageError if the file can't be moved.
@@ -104,7 +105,7 @@ def _restore(config: Config, history: LedgerQueries, record: DeliveryRecord) -> 
 
 
 def _put_back(
-    history: LedgerQueries, record: DeliveryRecord, folder: DropFolder, moved_to: bytes, *, checksums: bool
+    history: History, record: DeliveryRecord, folder: DropFolder, moved_to: bytes, *, checksums: bool
 ) -> bool:
     archive = record.archive
     source, _, name = moved_to.rpartition(b"/")

@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
-from backupd.cli.history import open_history
 from backupd.cli.options import DEFAULT_CONFIG, AsJson, ConfigPath
 from backupd.cli.output import print_json, print_table, relative_time
+from backupd.config.load import load
 from backupd.core.errors import UsageError
 from backupd.core.names import as_text, printable
 from backupd.core.policy import Reason, rule_of
 from backupd.core.units import human_size
-from backupd.ledger.sqlite.queries import ArchiveRecord, AttemptRecord, DeliveryRecord
+from backupd.ledger.factory import open_history
+from backupd.ledger.history import ArchiveRecord, AttemptRecord, DeliveryRecord
 
 
 def show(
@@ -28,7 +29,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show the history of an archive: its state, and each delivery with its attempts and its receipt."""
-    _, history = open_history(config)
+    history = open_history(load(config))
     selected = None if ident.startswith("@") else history.delivery(ident)
     archive = history.archive(selected.archive.id if selected else _archive_number(ident))
     deliveries = [selected] if selected else []

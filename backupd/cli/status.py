@@ -24,8 +24,8 @@ from backupd.core.health import HealthFacts, HealthLevel, HealthLimits, plugin_l
 from backupd.core.names import as_text
 from backupd.core.units import human_duration, human_size
 from backupd.dropfolder.filesystem import filesystem_of, is_remote
-from backupd.ledger.sqlite.connection import daemon_pid, open_for_reading
-from backupd.ledger.sqlite.queries import DestinationRecord, DropRecord, LedgerQueries
+from backupd.ledger.factory import open_history
+from backupd.ledger.history import DestinationRecord, DropRecord, History
 
 _WATCH_INTERVAL = 2.0
 """Seconds between two refreshes of `--watch`."""
@@ -121,14 +121,12 @@ def collect_status(config: Path) -> DaemonStatus:
 
     Raises ConfigError for an unusable configuration, LedgerError for a missing or unreadable ledger.
     """
-    loaded = load(config)
-    pid = daemon_pid(loaded.state_dir)
-    now = datetime.now(UTC)
-    with closing(LedgerQueries(open_for_reading(loaded.state_dir))) as history:
+    loaded, now = load(config), datetime.now(UTC)
+    with closing(open_history(loaded)) as history:
         # archives may be pending for a destination that was removed from the configuration
         names = dict.fromkeys([*loaded.destination, *history.destinations_pending()])
         return DaemonStatus(
-            pid,
+            history.daemon_pid(),
             [
                 DropStatus(name, drop.path, _observer(drop.path, drop.observer), history.drop(name))
                 for name, drop in loaded.drop.items()
@@ -178,7 +176,7 @@ def _certificates(config: Config, now: datetime) -> Iterator[CertificateStatus]:
             yield CertificateStatus(name, files.cert, days_left(end, now))
 
 
-def _overdue_devices(config: Config, history: LedgerQueries, now: datetime) -> list[OverdueDevice]:
+def _overdue_devices(config: Config, history: History, now: datetime) -> list[OverdueDevice]:
     overdue = [d for d in history.devices(now) if d.overdue and d.drop in config.drop]
     return [OverdueDevice(d.drop, d.device, d.last_at) for d in overdue]
 

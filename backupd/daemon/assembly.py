@@ -1,4 +1,4 @@
-"""Builds the daemon from its configuration; the only module that names the concrete ledger."""
+"""Builds the daemon from its configuration."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ from backupd.dropfolder.drop import Drop, open_folder
 from backupd.intake.device_tracker import DeviceTracker
 from backupd.intake.examiner import ExaminerPool
 from backupd.intake.intake import Intake
+from backupd.ledger.factory import open_ledger
 from backupd.ledger.port import Ledger
-from backupd.ledger.sqlite.connection import StateLock, open_ledger
-from backupd.ledger.sqlite.deliveries import SqliteLedger
 from backupd.ledger.sqlite.sent_rows import open_sent_index
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
@@ -37,24 +36,11 @@ def run_daemon(
     config: Config, log: EventLog, config_path: Path, report: FilesReport, examine_files: ExamineFiles
 ) -> int:
     """Run the daemon on a configuration and the report of its files; return the exit code."""
-    with StateLock(config.state_dir) as lock:
-        opened = open_ledger(config.state_dir, check=lock.check, must_replace=lock.must_replace)
-        if opened.quarantined_path is not None:
-            log.emit(
-                events.LEDGER_RECREATED,
-                path=str(opened.quarantined_path),
-                error=f"the ledger was damaged and has been renamed to {opened.quarantined_path.name}",
-                hint="no action needed: pending archives are found again in the drop folders, sent and"
-                " rejected ones by their receipt files",
-            )
-        elif opened.is_new and not lock.is_first_start:
-            log.emit(
-                events.LEDGER_RECREATED,
-                path=str(config.state_dir),
-                error="the ledger was missing, so a new one was created",
-                hint="find out who removed it; pending archives are found again in the drop folders",
-            )
-        assembly = Assembly(config, SqliteLedger(opened.connection), log)
+    with open_ledger(config) as opened:
+        if opened.recreated is not None:
+            lost = opened.recreated
+            log.emit(events.LEDGER_RECREATED, path=lost.path, error=lost.error, hint=lost.hint)
+        assembly = Assembly(config, opened.ledger, log)
         certificates = Certificates(assembly.runtime, log, examine_files, report)
         housekeeping = Housekeeping(assembly.runtime, log, assembly.device_tracker, assembly.clock)
         daemon = Daemon(
@@ -67,7 +53,7 @@ def run_daemon(
             housekeeping,
         )
         code = daemon.run()
-        lock.ended_cleanly, lock.damage = code == 0, daemon.damage
+        opened.ended_cleanly, opened.damage = code == 0, daemon.damage
         return code
 
 

@@ -16,6 +16,7 @@ from typing import Protocol
 from backupd.core.circuit import Circuit
 from backupd.core.clock_skew import ClockSkew
 from backupd.core.devices import Device, DeviceExpectation
+from backupd.core.errors import LedgerDamagedError
 from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint, Rejected
 from backupd.core.transition import Priority, Transition
 
@@ -336,6 +337,32 @@ class Ledger(DeviceLedger, Protocol):
     def close(self) -> None:
         """Close the ledger; every later call raises LedgerError."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class RecreatedLedger:
+    """The loss of a ledger that was found when it was opened; a new one replaces it.
+
+    `path` is that of the damaged ledger, or where it should have been.
+    """
+
+    path: str
+    error: str
+    hint: str
+
+
+@dataclass(slots=True)
+class OpenedLedger:
+    """The ledger of a running daemon.
+
+    Before it is closed, the daemon sets `ended_cleanly` to False if it did not end as it should, and `damage`
+    if it found the ledger damaged: the next daemon then checks the ledger when it opens it.
+    """
+
+    ledger: Ledger
+    recreated: RecreatedLedger | None = None
+    ended_cleanly: bool = True
+    damage: LedgerDamagedError | None = None
 
 
 def content_key(relpath: bytes, fingerprint: Fingerprint) -> int:

@@ -17,10 +17,11 @@ from backupd.core.circuit import Circuit, CircuitState
 from backupd.core.errors import LedgerError
 from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint, Outcome, Superseded
 from backupd.core.policy import Reason
+from backupd.ledger.history import DestinationRecord
 from backupd.ledger.port import CompletedArchive, DispositionResult, FileCandidate, Ledger, content_key
 from backupd.ledger.sqlite.connection import _migrate, open_for_reading, open_ledger
 from backupd.ledger.sqlite.deliveries import SqliteLedger
-from backupd.ledger.sqlite.queries import DestinationRecord, LedgerQueries
+from backupd.ledger.sqlite.queries import LedgerQueries
 from tests.factories import (
     NOW,
     SECOND,

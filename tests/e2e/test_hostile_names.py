@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -17,9 +18,10 @@ from pathlib import Path
 
 import pytest
 
+from backupd.config.load import load
 from backupd.core.names import as_text
-from backupd.ledger.sqlite.connection import open_for_reading
-from backupd.ledger.sqlite.queries import LedgerQueries
+from backupd.ledger.factory import open_history
+from backupd.ledger.history import Search
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.privileges import IS_ROOT
 from tests.scripted import ScriptedServer, accept_all, server_context
@@ -105,9 +107,8 @@ def test_no_name_forges_or_splits_a_line_of_the_log(delivered: Stage) -> None:
 
 @pytest.mark.long
 def test_the_ledger_returns_every_name_with_the_same_bytes(delivered: Stage) -> None:
-    connection = open_for_reading(delivered.state)
-    records = LedgerQueries(connection).deliveries(None, 1000)
-    connection.close()
+    with contextlib.closing(open_history(load(delivered.config))) as history:
+        records = history.find(Search(), 1000)
     assert sorted(record.archive.relpath for record in records) == sorted(NAMES)
     assert {record.disposed_to for record in records} == {b"sent/" + name for name in NAMES}
 

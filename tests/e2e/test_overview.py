@@ -442,7 +442,8 @@ def test_queries_scan_no_table_of_a_hundred_thousand_archives(stage: Stage) -> N
 import sqlite3, sys
 from pathlib import Path
 from backupd.core.model import DeliveryState
-from backupd.ledger.sqlite.queries import LedgerQueries, Search
+from backupd.ledger.history import Search
+from backupd.ledger.sqlite.queries import LedgerQueries
 connection = sqlite3.connect(sys.argv[1])
 steps = [0]
 def step():
@@ -457,8 +458,8 @@ for ask in (
     lambda: history.archive(70_000),
     lambda: history.deliveries_of(70_000),
     lambda: history.sent_archives("switches", None, 50_000, 10),
-    lambda: history.find(Search(), lambda drop, path: True, 50),
-    *(lambda state=state: history.find(Search(state), lambda drop, path: True, 50)
+    lambda: history.find(Search(), 50),
+    *(lambda state=state: history.find(Search(state), 50)
       for state in DeliveryState if state != "superseded"),
 ):
     ask()

@@ -17,11 +17,12 @@ from backupd.core.model import Archive, Outcome
 from backupd.daemon.housekeeping import HistoryPruning
 from backupd.dropfolder.folder import DropFolder
 from backupd.intake.device_tracker import DeviceTracker
+from backupd.ledger.history import DeviceRecord, Search
 from backupd.ledger.port import ClockReading, DispositionResult, FileCandidate, UnusualArchive
 from backupd.ledger.sqlite import connection
 from backupd.ledger.sqlite.connection import FILE_NAME, open_for_reading, open_ledger
 from backupd.ledger.sqlite.deliveries import SqliteLedger
-from backupd.ledger.sqlite.queries import DeviceRecord, LedgerQueries
+from backupd.ledger.sqlite.queries import LedgerQueries
 from backupd.ledger.sqlite.sent_rows import open_sent_index
 from backupd.telemetry.events import Event
 from backupd.telemetry.journal import LineWriter
@@ -345,7 +346,7 @@ def test_a_command_on_a_ledger_of_an_earlier_version_asks_for_a_restart_of_the_d
     copy_to_earlier_version(version, today, tmp_path, monkeypatch)
     queries = LedgerQueries(close_after(open_for_reading(tmp_path)))
     with pytest.raises(LedgerError, match="schema of an earlier version") as raised:
-        queries.deliveries(None, 10)
+        queries.find(Search(), 10)
     assert raised.value.hint == "restart the daemon, which migrates it"
 
 

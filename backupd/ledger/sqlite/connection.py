@@ -149,7 +149,7 @@ def daemon_pid(state_dir: Path) -> int | None:
 
 
 @dataclass(frozen=True, slots=True)
-class OpenedLedger:
+class OpenedFile:
     """A connection to the ledger.
 
     `quarantined_path` is the path to which a damaged ledger was renamed, None if none was. `is_new` is
@@ -161,7 +161,7 @@ class OpenedLedger:
     is_new: bool = False
 
 
-def open_ledger(state_dir: Path, *, check: str = "", must_replace: bool = False) -> OpenedLedger:
+def open_ledger(state_dir: Path, *, check: str = "", must_replace: bool = False) -> OpenedFile:
     """Open or create the ledger and bring its schema up to date.
 
     A damaged ledger is renamed, never deleted, and replaced by a new one: a ledger that SQLite can't read,
@@ -175,12 +175,12 @@ def open_ledger(state_dir: Path, *, check: str = "", must_replace: bool = False)
         is_lost = _is_empty(path) or (is_new and _wal_of(path).exists()) or (must_replace and not is_new)
         quarantined_path = _rename_damaged(path) if is_lost else None
         try:
-            return OpenedLedger(_connect(path, check=check), quarantined_path, is_new)
+            return OpenedFile(_connect(path, check=check), quarantined_path, is_new)
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             if not is_damage(error):
                 raise
         quarantined_path = _rename_damaged(path)
-        return OpenedLedger(_connect(path, check=""), quarantined_path)
+        return OpenedFile(_connect(path, check=""), quarantined_path)
     except (sqlite3.DatabaseError, OSError) as error:
         raise LedgerError(f"{path}: {error}", "check the disk and the owner of `state_dir`") from error
 

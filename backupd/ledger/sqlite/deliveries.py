@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sqlite3
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from itertools import accumulate, takewhile
+from pathlib import Path
 
 from backupd.core.circuit import Circuit
 from backupd.core.model import Archive, Delivery, DeliveryState, Digest, Rejected
@@ -20,16 +22,20 @@ from backupd.ledger.port import (
     FileCandidate,
     KnownFiles,
     Ledger,
+    OpenedLedger,
+    RecreatedLedger,
     content_key,
 )
 from backupd.ledger.sqlite.connection import (
     ARCHIVE_COLUMNS,
+    StateLock,
     as_archive,
     as_delivery_result,
     as_time,
     attempt_row,
     delivery_update,
     fingerprint_columns,
+    open_ledger,
     row_converter,
     storable_text,
     to_micros,
@@ -228,6 +234,29 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         """See `Ledger.close`."""
         with self._lock:
             self._db.close()
+
+
+@contextmanager
+def open_for_daemon(state_dir: Path) -> Iterator[OpenedLedger]:
+    """Open the ledger in a state directory for the only daemon that may use it, until the end of the block."""
+    with StateLock(state_dir) as lock:
+        file = open_ledger(state_dir, check=lock.check, must_replace=lock.must_replace)
+        opened = OpenedLedger(SqliteLedger(file.connection))
+        if file.quarantined_path is not None:
+            opened.recreated = RecreatedLedger(
+                str(file.quarantined_path),
+                f"the ledger was damaged and has been renamed to {file.quarantined_path.name}",
+                "no action needed: pending archives are found again in the drop folders, sent and rejected"
+                " ones by their receipt files",
+            )
+        elif file.is_new and not lock.is_first_start:
+            opened.recreated = RecreatedLedger(
+                str(state_dir),
+                "the ledger was missing, so a new one was created",
+                "find out who removed it; pending archives are found again in the drop folders",
+            )
+        yield opened
+        lock.ended_cleanly, lock.damage = opened.ended_cleanly, opened.damage
 
 
 @row_converter

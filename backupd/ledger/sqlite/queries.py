@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from itertools import islice
+from pathlib import Path
 
 from backupd.core.devices import overdue_by
 from backupd.core.errors import LedgerError, UsageError
-from backupd.core.model import Archive, DeliveryState
+from backupd.core.model import DeliveryState
+from backupd.ledger.history import (
+    ArchiveRecord,
+    AttemptRecord,
+    DeliveryRecord,
+    DestinationRecord,
+    DeviceRecord,
+    DropRecord,
+    History,
+    Search,
+)
 from backupd.ledger.sqlite import device_queries
 from backupd.ledger.sqlite.connection import (
     ARCHIVE_COLUMNS,
     Row,
     as_archive,
     as_time,
+    daemon_pid,
     is_damage,
     is_locked,
+    open_for_reading,
     optional_path,
     optional_time,
     row_converter,
@@ -27,132 +39,6 @@ from backupd.ledger.sqlite.connection import (
     to_micros,
 )
 
-
-@dataclass(frozen=True, slots=True)
-class ArchiveRecord:
-    """An archive and the disposition of its file; times are UTC.
-
-    `state` is a `DeliveryState` other than claimed. `digest` is that of the content that was sent, as
-    `algorithm:hex`. `disposition` is `due` or `done`, None while a delivery is open. `disposed_to` is the new
-    path of the file, relative to its drop folder, None if it was not moved. `removal` is None while the file
-    is there, then `expiring`, `expired`, `missing` or `changed`, see `RemovalReason`.
-    """
-
-    archive: Archive
-    state: str
-    digest: str | None
-    disposition: str | None
-    disposed_to: bytes | None
-    disposed_at: datetime | None
-    removal: str | None
-    removed_at: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class DeliveryRecord:
-    """A delivery; times are UTC.
-
-    `due_at` is set while it is pending, `ended_at` after that. The fields from `reason` to `receipt` are as
-    in `DeliveryResult`, for a pending delivery of the last attempt. `disposed_to` is as in `ArchiveRecord`.
-    """
-
-    id: str
-    archive: Archive
-    destination: str
-    state: DeliveryState
-    due_at: datetime | None
-    ended_at: datetime | None
-    attempts: int
-    reason: str | None
-    error: str | None
-    digest: str | None
-    verified: bool | None
-    http_status: int | None
-    receipt: str | None
-    disposed_to: bytes | None
-
-
-@dataclass(frozen=True, slots=True)
-class AttemptRecord:
-    """One request that was made for a delivery; `outcome` is the lower-case name of its outcome's class."""
-
-    number: int
-    started_at: datetime
-    duration_s: float
-    sent_bytes: int
-    outcome: str
-    reason: str | None
-    error: str | None
-    http_status: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class DestinationRecord:
-    """The queue and circuit of a destination.
-
-    `pending` counts its open deliveries, and `oldest` is when the first of their archives was queued.
-    `rejected` counts its rejected deliveries with a file in quarantine. `circuit` is the state of its
-    circuit, None if the daemon has never saved one; `reason` and `error` are those of its last failure,
-    `since` is the time of the first one in a row, and `until` is the end of the pause.
-    """
-
-    name: str
-    pending: int
-    pending_bytes: int
-    oldest: datetime | None
-    rejected: int
-    last_delivered: datetime | None
-    circuit: str | None
-    reason: str | None
-    error: str | None
-    since: datetime | None
-    until: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceRecord:
-    """A device that archives come from; `device` is empty for a drop as a whole.
-
-    `last_at` is when its last archive was queued, None without one. `every` is how often an archive is
-    expected, None if none is.
-    """
-
-    drop: str
-    device: str
-    last_at: datetime | None
-    archives: int
-    overdue: bool
-    every: timedelta | None
-
-
-@dataclass(frozen=True, slots=True)
-class DropRecord:
-    """The queue of a drop.
-
-    `pending` counts the archives with an open delivery, and `oldest` is when the first of them was queued.
-    `last` is the path of the newest archive, which was queued at `last_at`.
-    """
-
-    pending: int
-    pending_bytes: int
-    oldest: datetime | None
-    last: bytes | None
-    last_at: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class Search:
-    """The deliveries to find; None is any. `since` and `until` limit when their archives were queued."""
-
-    state: DeliveryState | None = None
-    drop: str | None = None
-    destination: str | None = None
-    since: datetime | None = None
-    until: datetime | None = None
-
-
-PathFilter = Callable[[str, bytes], bool]
-"""Called with the name of a drop and the relative path of an archive in it."""
 
 _CLAUSES = {
     "drop": "a.drop_name = ?",
@@ -203,19 +89,26 @@ def _hint(error: sqlite3.Error | UnicodeDecodeError) -> str:
     return "run this command as the daemon's user"
 
 
-class LedgerQueries:
-    """Queries on a connection from `open_for_reading`; every method raises LedgerError if one fails."""
+def open_queries(state_dir: Path) -> History:
+    """Open the ledger in a state directory for a command; raises LedgerError if that fails."""
+    return LedgerQueries(open_for_reading(state_dir))
+
+
+class LedgerQueries(History):
+    """A `History` on a connection from `open_for_reading`."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._db = connection
 
-    def deliveries(self, state: DeliveryState | None, limit: int) -> list[DeliveryRecord]:
-        """Return up to `limit` deliveries of a state, or of all states, the newest archives first."""
-        return self.find(Search(state), lambda _drop, _path: True, limit)
+    @_query_errors("read")
+    def daemon_pid(self) -> int | None:
+        """See `History.daemon_pid`."""
+        path = self._db.execute("PRAGMA database_list").fetchone()[2]
+        return daemon_pid(Path(path).parent) if path else None  # a ledger in memory has no directory
 
     @_query_errors("read")
-    def find(self, search: Search, matches: PathFilter, limit: int) -> list[DeliveryRecord]:
-        """Return up to `limit` deliveries of a search that `matches` accepts, the newest archives first."""
+    def find(self, search: Search, limit: int) -> list[DeliveryRecord]:
+        """See `History.find`."""
         criteria = {name: value for name in _CLAUSES if (value := getattr(search, name)) is not None}
         clauses = [_CLAUSES[name] for name in criteria]
         # CROSS JOIN fixes the order of the tables: SQLite knows neither that few are rejected nor the limit
@@ -228,12 +121,13 @@ class LedgerQueries:
         where = " AND ".join(["a.id = d.archive_id", *clauses])
         values = tuple(to_micros(v) if isinstance(v, datetime) else v for v in criteria.values())
         query = f"{_SELECT_DELIVERY} FROM {tables} WHERE {where} ORDER BY a.id DESC, d.destination"
-        rows = (row for row in self._db.execute(query, values) if row_converter(matches)(row[14], row[15]))
+        matches = row_converter(search.path_filter())
+        rows = (row for row in self._db.execute(query, values) if matches(row[14], row[15]))
         return [_delivery(row) for row in islice(rows, limit)]
 
     @_query_errors("read")
     def delivery(self, id_prefix: str) -> DeliveryRecord:
-        """Return the delivery with an id that begins with this prefix; raises UsageError unless it is one."""
+        """See `History.delivery`."""
         prefix = storable_text(id_prefix)
         rows = self._query(
             f"{_DELIVERY} WHERE d.id >= ? AND d.id < ? LIMIT 2", (prefix, prefix + "\U0010ffff")
@@ -249,13 +143,13 @@ class LedgerQueries:
 
     @_query_errors("read")
     def deliveries_of(self, archive_id: int) -> list[DeliveryRecord]:
-        """Return the deliveries of an archive, by destination."""
+        """See `History.deliveries_of`."""
         rows = self._query(f"{_DELIVERY} WHERE d.archive_id = ? ORDER BY d.destination", (archive_id,))
         return [_delivery(row) for row in rows]
 
     @_query_errors("read")
     def attempts(self, delivery_id: str) -> list[AttemptRecord]:
-        """Return the attempts of a delivery, in their order."""
+        """See `History.attempts`."""
         rows = self._query(
             "SELECT number, started_at, duration_us, sent, outcome, reason, error, http_status"
             " FROM attempt WHERE delivery_id = ? ORDER BY number",
@@ -265,7 +159,7 @@ class LedgerQueries:
 
     @_query_errors("read")
     def archive(self, archive_id: int) -> ArchiveRecord:
-        """Return an archive; raises UsageError if there is none with this id."""
+        """See `History.archive`."""
         rows = self._query(f"{_ARCHIVE} WHERE a.id = ?", (archive_id,))
         if not rows:
             raise UsageError(
@@ -277,10 +171,7 @@ class LedgerQueries:
     def sent_archives(
         self, drop: str, since: datetime | None, after: int | None, limit: int
     ) -> list[ArchiveRecord]:
-        """Return up to `limit` archives of a drop that were moved to `sent_dir` and not expired, by id.
-
-        Only those that were moved since a time and have an id greater than `after`, if these are given.
-        """
+        """See `History.sent_archives`."""
         rows = self._query(
             f"{_ARCHIVE} WHERE a.id > ? AND a.drop_name = ? AND a.state = 'delivered'"
             " AND a.moved_to IS NOT NULL AND a.disposed_at >= ?"
@@ -291,7 +182,7 @@ class LedgerQueries:
 
     @_query_errors("read")
     def drop(self, name: str) -> DropRecord:
-        """Return the queue and the last archive of a drop."""
+        """See `History.drop`."""
         pending = self._query(
             "SELECT count(*), coalesce(sum(size), 0), min(queued_at) FROM archive"  # noqa: S608 -- own clause
             f" WHERE drop_name = ? AND id IN (SELECT archive_id FROM {_PENDING})",
@@ -307,7 +198,7 @@ class LedgerQueries:
 
     @_query_errors("read")
     def destination(self, name: str) -> DestinationRecord:
-        """Return the queue and the circuit of a destination."""
+        """See `History.destination`."""
         pending = self._query(
             "SELECT count(*), coalesce(sum(archive.size), 0), min(queued_at)"  # noqa: S608 -- own clause
             f" FROM {_PENDING} JOIN archive ON archive.id = archive_id WHERE destination = ?",
@@ -341,7 +232,7 @@ class LedgerQueries:
 
     @_query_errors("read")
     def destinations_pending(self) -> list[str]:
-        """Return the names of the destinations with open deliveries, in alphabetical order."""
+        """See `History.destinations_pending`."""
         rows = self._query(
             "SELECT DISTINCT destination FROM delivery INDEXED BY delivery_due WHERE state = 'pending'"
             " UNION SELECT DISTINCT destination FROM delivery WHERE state = 'claimed' ORDER BY 1",
@@ -351,7 +242,7 @@ class LedgerQueries:
 
     @_query_errors("read")
     def count_quarantined(self) -> int:
-        """Return the number of rejected archives with a file in `rejected_dir`."""
+        """See `History.count_quarantined`."""
         return int(
             self._query(
                 "SELECT count(DISTINCT archive_id) FROM delivery JOIN archive ON archive.id = archive_id"
@@ -362,7 +253,7 @@ class LedgerQueries:
 
     @_query_errors("read")
     def devices(self, now: datetime) -> list[DeviceRecord]:
-        """Return all devices by drop and name, each with whether it is overdue at `now`."""
+        """See `History.devices`."""
         found = device_queries.device_records(self._db)
         return [
             DeviceRecord(d.drop, d.name, d.last_at, d.archives, overdue_by(d, now) is not None, d.every)
@@ -370,7 +261,7 @@ class LedgerQueries:
         ]
 
     def retry_now(self, delivery_id: str, now: datetime) -> bool:
-        """Make a pending delivery due at `now`; return False if it is not pending."""
+        """See `History.retry_now`."""
         query = "UPDATE delivery SET due_at = ? WHERE id = ? AND state = 'pending'"
         with _query_errors("written"):
             self._db.execute("PRAGMA query_only = OFF")
@@ -378,10 +269,7 @@ class LedgerQueries:
 
     @contextmanager
     def mark_retried(self, archive_id: int) -> Iterator[None]:
-        """Record that a rejected archive is no longer in quarantine, if the block succeeds.
-
-        An error in the block undoes it. Until its end, the daemon can't write to the ledger.
-        """
+        """See `History.mark_retried`."""
         with _query_errors("written"):
             self._db.execute("PRAGMA query_only = OFF")
             self._db.execute("BEGIN IMMEDIATE")
@@ -394,16 +282,13 @@ class LedgerQueries:
                     self._db.execute("ROLLBACK")
 
     def forget_device(self, device: str, drop: str | None, now: datetime) -> list[tuple[str, bool]]:
-        """Forget a device in one drop, or in all if `drop` is None.
-
-        Returns the drops that had it, each with whether the configuration lists it there.
-        """
+        """See `History.forget_device`."""
         with _query_errors("written"):
             self._db.execute("PRAGMA query_only = OFF")
             return device_queries.forget_device(self._db, device, drop, now)
 
     def close(self) -> None:
-        """Close the connection."""
+        """See `History.close`."""
         self._db.close()
 
     def _query(self, query: str, values: tuple[object, ...]) -> list[Row]:

@@ -1,0 +1,248 @@
+"""The ledger as the commands use it: queries, and the few changes that a person makes.
+
+An adapter implements `History`. A command may use it while a daemon is running. Times are UTC datetimes,
+sizes are bytes, paths are bytes relative to the drop folder.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Protocol
+
+from backupd.core.model import Archive, DeliveryState
+from backupd.core.names import as_text
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveRecord:
+    """An archive and the disposition of its file; times are UTC.
+
+    `state` is a `DeliveryState` other than claimed. `digest` is that of the content that was sent, as
+    `algorithm:hex`. `disposition` is `due` or `done`, None while a delivery is open. `disposed_to` is the new
+    path of the file, relative to its drop folder, None if it was not moved. `removal` is None while the file
+    is there, then `expiring`, `expired`, `missing` or `changed`, see `RemovalReason`.
+    """
+
+    archive: Archive
+    state: str
+    digest: str | None
+    disposition: str | None
+    disposed_to: bytes | None
+    disposed_at: datetime | None
+    removal: str | None
+    removed_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryRecord:
+    """A delivery; times are UTC.
+
+    `due_at` is set while it is pending, `ended_at` after that. The fields from `reason` to `receipt` are as
+    in `DeliveryResult`, for a pending delivery of the last attempt. `disposed_to` is as in `ArchiveRecord`.
+    """
+
+    id: str
+    archive: Archive
+    destination: str
+    state: DeliveryState
+    due_at: datetime | None
+    ended_at: datetime | None
+    attempts: int
+    reason: str | None
+    error: str | None
+    digest: str | None
+    verified: bool | None
+    http_status: int | None
+    receipt: str | None
+    disposed_to: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """One request that was made for a delivery; `outcome` is the lower-case name of its outcome's class."""
+
+    number: int
+    started_at: datetime
+    duration_s: float
+    sent_bytes: int
+    outcome: str
+    reason: str | None
+    error: str | None
+    http_status: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class DestinationRecord:
+    """The queue and circuit of a destination.
+
+    `pending` counts its open deliveries, and `oldest` is when the first of their archives was queued.
+    `rejected` counts its rejected deliveries with a file in quarantine. `circuit` is the state of its
+    circuit, None if the daemon has never saved one; `reason` and `error` are those of its last failure,
+    `since` is the time of the first one in a row, and `until` is the end of the pause.
+    """
+
+    name: str
+    pending: int
+    pending_bytes: int
+    oldest: datetime | None
+    rejected: int
+    last_delivered: datetime | None
+    circuit: str | None
+    reason: str | None
+    error: str | None
+    since: datetime | None
+    until: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRecord:
+    """A device that archives come from; `device` is empty for a drop as a whole.
+
+    `last_at` is when its last archive was queued, None without one. `every` is how often an archive is
+    expected, None if none is.
+    """
+
+    drop: str
+    device: str
+    last_at: datetime | None
+    archives: int
+    overdue: bool
+    every: timedelta | None
+
+
+@dataclass(frozen=True, slots=True)
+class DropRecord:
+    """The queue of a drop.
+
+    `pending` counts the archives with an open delivery, and `oldest` is when the first of them was queued.
+    `last` is the path of the newest archive, which was queued at `last_at`.
+    """
+
+    pending: int
+    pending_bytes: int
+    oldest: datetime | None
+    last: bytes | None
+    last_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """The deliveries to find; None or an empty value is any.
+
+    `since` and `until` limit when their archives were queued. `name` is a glob such as `*.cfg` for the name
+    of the archive, or for its path if the glob contains a slash; upper and lower case are the same. `labels`
+    are the values of named groups that the label pattern of the archive's drop, in `label_patterns`, has to
+    find in its path.
+    """
+
+    state: DeliveryState | None = None
+    drop: str | None = None
+    destination: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+    name: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    label_patterns: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
+
+    def path_filter(self) -> Callable[[str, bytes], bool]:
+        """Return a function that applies `name` and `labels` to the drop and path of an archive."""
+        glob = re.compile(fnmatch.translate(self.name), re.IGNORECASE) if self.name else None
+
+        def matches(drop: str, relpath: bytes) -> bool:
+            path = as_text(relpath)
+            if glob and not glob.match(path if "/" in self.name else path.rpartition("/")[2]):
+                return False
+            if not self.labels:
+                return True
+            match = self.label_patterns[drop].fullmatch(path) if drop in self.label_patterns else None
+            return match is not None and self.labels.items() <= match.groupdict().items()
+
+        return matches
+
+
+class History(Protocol):
+    """The archives, deliveries and devices in a ledger; for one thread.
+
+    Every method raises LedgerError if the ledger can't be read or written.
+    """
+
+    def daemon_pid(self) -> int | None:
+        """Return the process id of the daemon that uses the ledger, None if no daemon runs."""
+        ...
+
+    def find(self, search: Search, limit: int) -> list[DeliveryRecord]:
+        """Return up to `limit` deliveries of a search, those of the newest archives first."""
+        ...
+
+    def delivery(self, id_prefix: str) -> DeliveryRecord:
+        """Return the delivery with an id that begins with this prefix; raises UsageError unless it is one."""
+        ...
+
+    def deliveries_of(self, archive_id: int) -> list[DeliveryRecord]:
+        """Return the deliveries of an archive, by destination."""
+        ...
+
+    def attempts(self, delivery_id: str) -> list[AttemptRecord]:
+        """Return the attempts of a delivery, in their order."""
+        ...
+
+    def archive(self, archive_id: int) -> ArchiveRecord:
+        """Return an archive; raises UsageError if there is none with this id."""
+        ...
+
+    def sent_archives(
+        self, drop: str, since: datetime | None, after: int | None, limit: int
+    ) -> list[ArchiveRecord]:
+        """Return up to `limit` archives of a drop that were moved to `sent_dir` and not expired, by id.
+
+        Only those that were moved since a time and have an id greater than `after`, if these are given.
+        """
+        ...
+
+    def drop(self, name: str) -> DropRecord:
+        """Return the queue and the last archive of a drop."""
+        ...
+
+    def destination(self, name: str) -> DestinationRecord:
+        """Return the queue and the circuit of a destination."""
+        ...
+
+    def destinations_pending(self) -> list[str]:
+        """Return the names of the destinations with open deliveries, in alphabetical order."""
+        ...
+
+    def count_quarantined(self) -> int:
+        """Return the number of rejected archives with a file in `rejected_dir`."""
+        ...
+
+    def devices(self, now: datetime) -> list[DeviceRecord]:
+        """Return all devices by drop and name, each with whether it is overdue at `now`."""
+        ...
+
+    def retry_now(self, delivery_id: str, now: datetime) -> bool:
+        """Make a pending delivery due at `now`; return False if it is not pending."""
+        ...
+
+    def mark_retried(self, archive_id: int) -> AbstractContextManager[None]:
+        """Record that a rejected archive is no longer in quarantine, if the `with` block succeeds.
+
+        An error in the block undoes it. Until its end, the daemon can't change this archive.
+        """
+        ...
+
+    def forget_device(self, device: str, drop: str | None, now: datetime) -> list[tuple[str, bool]]:
+        """Forget a device in one drop, or in all if `drop` is None.
+
+        Returns the drops that had it, each with whether the configuration lists it there. A listed device
+        stays known, as if it had been listed only at `now`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close the connection to the ledger."""
+        ...
