@@ -12,6 +12,7 @@ from backupd.core.backoff import Backoff
 from backupd.core.model import (
     Archive,
     Attempt,
+    Claim,
     Deferred,
     Delivered,
     Delivery,
@@ -76,7 +77,13 @@ def a_delivery(
 ) -> Delivery:
     """Return a delivery."""
     return Delivery(
-        "d-1", archive or an_archive(), destination, attempts, archive_failures, destination_failures
+        "d-1",
+        archive or an_archive(),
+        destination,
+        Claim(1, 1),
+        attempts,
+        archive_failures,
+        destination_failures,
     )
 
 

@@ -83,7 +83,7 @@ class Site:
     def finish(self, claim: Delivery, at: datetime, outcome: Outcome) -> Path:
         """Record the outcome of a delivery and dispose of its file, at a time; return its new path."""
         result = a_claim_result(claim, outcome, now=at)
-        done, _ = self._disposition.dispose(self.ledger.record([result], at))
+        done, _ = self._disposition.dispose(self.ledger.record([result], at).completed)
         self.ledger.record_dispositions(done, [], at)
         assert done[0].moved_to is not None
         return self.root / os.fsdecode(done[0].moved_to)

@@ -115,8 +115,20 @@ class DeliveryState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to make the attempts of a delivery, and to record their result.
+
+    `session` is the run of a daemon that has it. `token` changes with each claim and each release of the
+    delivery.
+    """
+
+    session: int
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
 class Delivery:
-    """The delivery of one archive to one destination.
+    """The delivery of one archive to one destination, as it was claimed.
 
     `attempts` counts all upload attempts, `archive_failures` those that failed because of the archive, and
     `destination_failures` the latest ones in a row that failed because of the destination.
@@ -126,6 +138,7 @@ class Delivery:
     id: str
     archive: Archive
     destination: str
+    claim: Claim
     attempts: int = 0
     archive_failures: int = 0
     destination_failures: int = 0

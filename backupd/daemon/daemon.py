@@ -110,7 +110,7 @@ class Daemon:
     def _start(self) -> None:
         """Take over the state of the last run, and start all threads."""
         runtime = self._runtime
-        released_claims = runtime.ledger.release_claims()
+        released_claims = runtime.ledger.reap()
         self._housekeeping.bring_forward()
         self._housekeeping.check_clock()
         pending_dispositions = runtime.ledger.count_pending_dispositions()
@@ -165,6 +165,7 @@ class Daemon:
             self._notify_watchdog()
             self._certificates.tick()
             self._housekeeping.check_clock()
+            self._housekeeping.renew_session()
             self._reap_retired()
             if time.monotonic() >= next_heartbeat:
                 self._log_heartbeat()
@@ -298,7 +299,7 @@ class Daemon:
         pending = None
         if all_ended:
             with suppress(LedgerError, LedgerDamagedError):  # the next start does the same
-                self._runtime.ledger.release_claims()
+                self._runtime.ledger.release_own()
                 self._housekeeping.save_clock()
                 pending = sum(b.pending for b in self._runtime.ledger.backlog().values())
             self._runtime.ledger.close()

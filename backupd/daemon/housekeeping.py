@@ -104,7 +104,7 @@ _SAVE_CLOCK_EVERY = 60.0
 class Housekeeping:
     """Logs overdue devices and prunes the history; `tick` is called at each heartbeat.
 
-    `check_clock` is called every few seconds.
+    `check_clock` and `renew_session` are called every few seconds.
     """
 
     def __init__(
@@ -149,6 +149,14 @@ class Housekeeping:
             self._runtime.ledger.save_clock_reading(self._clock.reading())
         except LedgerHeldError:
             pass  # another process holds the ledger; the next reading is saved instead
+        except LedgerError as error:
+            self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
+
+    def renew_session(self) -> None:
+        """Keep the claims of this session, and release those of sessions that are over."""
+        try:
+            self._runtime.ledger.renew()
+            self._runtime.ledger.reap()
         except LedgerError as error:
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
 

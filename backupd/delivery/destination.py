@@ -78,7 +78,7 @@ class DestinationQueue:
         with self._lock:
             if self._claimed:
                 try:
-                    self.ledger.release_claims([delivery.id for delivery in self._claimed])
+                    self.ledger.release(list(self._claimed))
                 except LedgerError:  # they stay claimed here and are uploaded before all others
                     return False
                 self._claimed.clear()

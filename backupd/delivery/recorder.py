@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -134,7 +134,7 @@ class Recorder:
         wait = _FIRST_COMMIT_WAIT
         while True:
             try:
-                completed = self._ledger.record(batch, datetime.now(UTC))
+                recorded = self._ledger.record(batch, datetime.now(UTC))
                 break
             except LedgerError as error:
                 self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
@@ -144,11 +144,12 @@ class Recorder:
                 self.watchdog.alive()
                 wait = min(wait * 2, _MAX_COMMIT_WAIT)
         for result in batch:
-            self._log_result(result)
-        self._dispose(completed)
+            if result not in recorded.lost:  # a lost result is that of the session which has the claim now
+                self._log_result(result)
+        self._dispose(recorded.completed)
         return True
 
-    def _dispose(self, completed: list[CompletedArchive]) -> None:
+    def _dispose(self, completed: Sequence[CompletedArchive]) -> None:
         if not completed:
             return
         with self._lock:

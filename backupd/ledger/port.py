@@ -130,6 +130,18 @@ class CompletedArchive:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordResult:
+    """The effect of `Ledger.record`; both are in the order of the results.
+
+    `completed` are the archives that the results completed. `lost` are the results that were refused, because
+    their claim was released meanwhile: another session may deliver these archives.
+    """
+
+    completed: tuple[CompletedArchive, ...] = ()
+    lost: tuple[ClaimResult, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class DispositionResult:
     """The disposition of a completed archive's file.
 
@@ -238,6 +250,19 @@ class Ledger(DeviceLedger, Protocol):
     daemon has to be restarted.
     """
 
+    @property
+    def session(self) -> int:
+        """Return the number of this run of the daemon; each time a ledger is opened it is another one."""
+        ...
+
+    def renew(self) -> None:
+        """Extend the time for which this session counts as running, if that is limited."""
+        ...
+
+    def reap(self) -> int:
+        """Release the claims of sessions that are over; return their number."""
+        ...
+
     def known_files(self, drop: str, below: bytes = b"") -> KnownFiles:
         """Return the files in a drop folder that have an entry, all or those below a directory.
 
@@ -263,7 +288,8 @@ class Ledger(DeviceLedger, Protocol):
     ) -> list[Delivery]:
         """Change due deliveries of a destination from pending to claimed and return them, in their order.
 
-        No delivery is returned to two callers. The order is by the time when they are due, by size, or by the
+        A delivery is returned to no other caller, in no session, until its result is recorded or its claim is
+        released. The order is by the time when they are due, by size, or by the
         newest archive, as `priority` requires. Several, up to `limit`, are returned only if their archives
         have no more than 4 MiB together: a caller works on them one after the other, and a large one must not
         delay a delivery that other workers could take.
@@ -278,14 +304,14 @@ class Ledger(DeviceLedger, Protocol):
         """Change the pending deliveries of a destination that are due after `latest` to be due then."""
         ...
 
-    def record(self, results: Sequence[ClaimResult], now: datetime) -> list[CompletedArchive]:
-        """Commit the ends of claims; return the archives that are completed by them. Durable.
+    def record(self, results: Sequence[ClaimResult], now: datetime) -> RecordResult:
+        """Commit the results of the claims that this session still has. Durable.
 
         A delivery gets the state of its transition: it is pending again with a new due time, or it ended at
         `now`. Its attempts are added, numbered on from `Delivery.attempts`. An archive is completed once none
         of its deliveries is pending or claimed. It is superseded, and not returned, if one delivery is;
-        otherwise rejected if one is; otherwise delivered. The order is that of `results`. A result that was
-        recorded before has no further effect and completes nothing.
+        otherwise rejected if one is; otherwise delivered. A result that was recorded before has no further
+        effect, completes nothing and is not lost.
         """
         ...
 
@@ -308,11 +334,12 @@ class Ledger(DeviceLedger, Protocol):
         """
         ...
 
-    def release_claims(self, delivery_ids: Sequence[str] | None = None) -> int:
-        """Change claimed deliveries back to pending; return their number.
+    def release(self, deliveries: Sequence[Delivery]) -> None:
+        """Change claimed deliveries back to pending, except those with a claim that was released before."""
+        ...
 
-        All of them, as at the start of the daemon, or only those with the given ids.
-        """
+    def release_own(self) -> None:
+        """Change all claimed deliveries of this session back to pending."""
         ...
 
     def backlog(self) -> Mapping[str, Backlog]:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import datetime, timedelta
-from pathlib import Path
-
-import pytest
 
 from backupd.core.clock_skew import ClockSkew
 from backupd.core.devices import Device, DeviceExpectation, overdue_and_recovered
 from backupd.core.model import Archive, Outcome
 from backupd.ledger.port import ClockReading, DispositionResult, FileCandidate, Ledger, TrackedDevice
-from tests.contract.test_ledger import ADAPTERS, Bench
+from tests.contract.bench import Bench
 from tests.factories import (
     NOW,
     SECOND,
@@ -27,16 +23,6 @@ from tests.factories import (
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
 DAILY = DeviceExpectation(DAY, "{device}")
-
-
-@pytest.fixture(params=list(ADAPTERS.values()), ids=list(ADAPTERS))
-def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
-    yield from request.param(tmp_path)
-
-
-@pytest.fixture
-def ledger(bench: Bench) -> Ledger:
-    return bench.ledger
 
 
 def arrive(

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 
@@ -17,11 +13,15 @@ from backupd.core.circuit import Circuit, CircuitState
 from backupd.core.errors import LedgerError
 from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint, Outcome, Superseded
 from backupd.core.policy import Reason
-from backupd.ledger.history import DestinationRecord
-from backupd.ledger.port import CompletedArchive, DispositionResult, FileCandidate, Ledger, content_key
-from backupd.ledger.sqlite.connection import _migrate, open_for_reading, open_ledger
-from backupd.ledger.sqlite.deliveries import SqliteLedger
-from backupd.ledger.sqlite.queries import LedgerQueries
+from backupd.ledger.port import (
+    CompletedArchive,
+    DispositionResult,
+    FileCandidate,
+    Ledger,
+    RecordResult,
+    content_key,
+)
+from tests.contract.bench import Bench
 from tests.factories import (
     NOW,
     SECOND,
@@ -36,62 +36,6 @@ from tests.factories import (
 
 LATER = NOW + timedelta(hours=1)
 BOTH = ("vault", "annex")
-
-
-class Bench:
-    """A ledger that can be opened again, as after a crash.
-
-    `destination_of` returns the record that `backupd status` reads for a destination.
-    """
-
-    def __init__(
-        self, opener: Callable[[], Ledger], destination_of: Callable[[str], DestinationRecord]
-    ) -> None:
-        self._opener = opener
-        self.destination_of = destination_of
-        self.ledger = opener()
-
-    def crash(self) -> Ledger:
-        """Return the ledger as the next daemon opens it."""
-        self.ledger = self._opener()
-        return self.ledger
-
-
-def _in_a_file(base: Path) -> Iterator[Bench]:
-    opened: list[Ledger] = []
-
-    def opener() -> Ledger:
-        opened.append(SqliteLedger(open_ledger(base).connection))
-        return opened[-1]
-
-    def destination_of(name: str) -> DestinationRecord:
-        with closing(LedgerQueries(open_for_reading(base))) as queries:
-            return queries.destination(name)
-
-    yield Bench(opener, destination_of)
-    for ledger in opened:
-        ledger.close()
-
-
-def _in_memory(_base: Path) -> Iterator[Bench]:
-    connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-    connection.execute("PRAGMA foreign_keys = ON")
-    _migrate(connection, Path(":memory:"))
-    yield Bench(lambda: SqliteLedger(connection), LedgerQueries(connection).destination)
-    connection.close()
-
-
-ADAPTERS = {"sqlite-file": _in_a_file, "sqlite-memory": _in_memory}
-
-
-@pytest.fixture(params=list(ADAPTERS.values()), ids=list(ADAPTERS))
-def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
-    yield from request.param(tmp_path)
-
-
-@pytest.fixture
-def ledger(bench: Bench) -> Ledger:
-    return bench.ledger
 
 
 def enqueue(
@@ -112,7 +56,7 @@ def end(
     ledger: Ledger, outcome: Outcome, destination: str = "vault", now: datetime = LATER
 ) -> list[CompletedArchive]:
     """Claim a delivery and record its outcome."""
-    return ledger.record([a_claim_result(claim(ledger, destination), outcome, now=now)], now)
+    return [*ledger.record([a_claim_result(claim(ledger, destination), outcome, now=now)], now).completed]
 
 
 # enqueue
@@ -123,7 +67,7 @@ def test_an_archive_keeps_the_inode_of_its_drop_folder(ledger: Ledger, inode: in
     (archive,) = enqueue(ledger, a_candidate(folder_inode=inode))
     assert archive.folder_inode == inode
     assert claim(ledger).archive == archive
-    ledger.release_claims()
+    ledger.release_own()
     end(ledger, delivered())
     assert [one.archive for one in ledger.pending_dispositions()] == [archive]
 
@@ -202,7 +146,7 @@ def test_a_new_content_leaves_a_claimed_delivery_to_its_worker(ledger: Ledger) -
     result = ledger.enqueue([a_candidate()], ["vault"], LATER)
     assert result.superseded == ()
     assert len(result.queued) == 1
-    assert ledger.record([a_claim_result(old, superseded())], LATER) == []
+    assert ledger.record([a_claim_result(old, superseded())], LATER) == RecordResult()
     assert claim(ledger).archive == result.queued[0]
 
 
@@ -210,7 +154,8 @@ def test_a_new_content_ends_only_the_pending_deliveries_of_the_old_one(ledger: L
     (old,) = enqueue(ledger, a_candidate(), to=BOTH)
     held = claim(ledger, "vault")
     assert ledger.enqueue([a_candidate()], BOTH, LATER).superseded == (old,)
-    assert ledger.record([a_claim_result(held, delivered())], LATER) == []  # the file has another content now
+    result = ledger.record([a_claim_result(held, delivered())], LATER)
+    assert result == RecordResult()  # the file has another content now
     assert ledger.pending_dispositions() == []
 
 
@@ -294,7 +239,7 @@ def test_a_path_is_read_back_as_the_same_bytes(bench: Bench, relpath: bytes) -> 
     ledger = bench.crash()
     delivery = claim(ledger)
     assert delivery.archive.relpath == relpath
-    (completed,) = ledger.record([a_claim_result(delivery, delivered())], LATER)
+    (completed,) = ledger.record([a_claim_result(delivery, delivered())], LATER).completed
     assert completed.archive.relpath == relpath
     ledger.record_dispositions([DispositionResult(completed.archive.id, b"sent/" + relpath)], [], LATER)
     assert bench.crash().pending_dispositions() == []
@@ -405,8 +350,8 @@ def test_claims_are_released_after_a_crash(bench: Bench) -> None:
     enqueue(bench.ledger, a_candidate(b"r1"), a_candidate(b"r2"), a_candidate(b"r3"))
     held = {claim(bench.ledger).id, claim(bench.ledger).id}
     ledger = bench.crash()
-    assert ledger.release_claims() == 2
-    assert ledger.release_claims() == 0
+    assert ledger.reap() == 2
+    assert ledger.reap() == 0
     assert held < {claim(ledger).id for _ in range(3)}
 
 
@@ -492,13 +437,13 @@ def test_an_archive_that_one_destination_rejects_is_rejected(ledger: Ledger, fir
 def test_two_deliveries_recorded_together_complete_their_archive_once(ledger: Ledger) -> None:
     enqueue(ledger, a_candidate(), to=BOTH)
     both = [a_claim_result(claim(ledger, name), delivered()) for name in BOTH]
-    assert len(ledger.record(both, LATER)) == 1
+    assert len(ledger.record(both, LATER).completed) == 1
 
 
 def test_archives_are_completed_in_the_order_of_the_results(ledger: Ledger) -> None:
     enqueue(ledger, *(a_candidate(b"r%d" % number) for number in range(3)))
     claims = [claim(ledger) for _ in range(3)][::-1]
-    completed = ledger.record([a_claim_result(one, delivered()) for one in claims], LATER)
+    completed = ledger.record([a_claim_result(one, delivered()) for one in claims], LATER).completed
     assert [one.archive for one in completed] == [one.archive for one in claims]
 
 
@@ -528,13 +473,13 @@ def test_an_archive_with_a_superseded_and_a_delivered_delivery_is_superseded(led
 def test_a_result_recorded_twice_completes_an_archive_once(ledger: Ledger) -> None:
     enqueue(ledger, a_candidate())
     once = a_claim_result(claim(ledger), delivered())
-    assert len(ledger.record([once], LATER)) == 1
-    assert ledger.record([once], LATER) == []
+    assert len(ledger.record([once], LATER).completed) == 1
+    assert ledger.record([once], LATER) == RecordResult()
     assert len(ledger.pending_dispositions()) == 1
 
 
 def test_empty_calls_have_no_effect(ledger: Ledger) -> None:
-    assert ledger.record([], NOW) == []
+    assert ledger.record([], NOW) == RecordResult()
     assert ledger.enqueue([], BOTH, NOW).queued == ()
     ledger.record_dispositions([], [], NOW)
 
@@ -545,7 +490,7 @@ def test_an_outcome_with_invalid_unicode_is_recorded(ledger: Ledger) -> None:
     assert completed.results[0].receipt == "bad\\udcff\0"
     claimed = claim(ledger)
     broken = Superseded("bad\udcff")
-    assert ledger.record([a_claim_result(claimed, broken)], LATER) == []
+    assert ledger.record([a_claim_result(claimed, broken)], LATER) == RecordResult()
 
 
 def test_attempts_of_any_time_and_duration_are_recorded(bench: Bench) -> None:
@@ -687,7 +632,7 @@ def test_quarantined_archives_are_counted_once_each(ledger: Ledger) -> None:
 
 
 def saved_circuit(bench: Bench) -> tuple[object, ...]:
-    record = bench.destination_of("vault")
+    record = bench.history().destination("vault")
     return record.circuit, record.reason, record.error, record.since, record.until
 
 
@@ -705,7 +650,7 @@ def test_a_saved_circuit_replaces_the_one_before_and_survives_a_crash(bench: Ben
     assert saved_circuit(bench) == ("paused", Reason.CONNECT, "no Unicode: \\ud800\\udcff", NOW, LATER)
     ledger.save_circuit("vault", Circuit(), None)
     assert saved_circuit(bench) == working
-    assert bench.destination_of("annex").circuit is None
+    assert bench.history().destination("annex").circuit is None
 
 
 def test_a_closed_ledger_raises_an_error(ledger: Ledger) -> None:
@@ -726,7 +671,7 @@ def test_threads_enqueue_claim_and_record_at_the_same_time(ledger: Ledger) -> No
                 enqueue(ledger, a_candidate(b"%d-%d" % (number, turn)))
                 ledger.known_files("switches")
                 (delivery,) = ledger.claim("vault", LATER)
-                ended = ledger.record([a_claim_result(delivery, delivered())], LATER)
+                ended = ledger.record([a_claim_result(delivery, delivered())], LATER).completed
                 completed[number] += ended
                 ledger.record_dispositions(
                     [DispositionResult(one.archive.id, b"sent/x") for one in ended], [], LATER
@@ -747,8 +692,8 @@ def test_threads_enqueue_claim_and_record_at_the_same_time(ledger: Ledger) -> No
 def test_pending_dispositions_are_returned_in_pages(ledger: Ledger) -> None:
     ledger.enqueue([a_candidate(b"r%d" % number) for number in range(5)], ["vault"], NOW)
     claimed = ledger.claim("vault", NOW, limit=5)
-    completed = ledger.record([a_claim_result(one, delivered()) for one in claimed], NOW)
-    completed.sort(key=lambda one: one.archive.id)
+    result = ledger.record([a_claim_result(one, delivered()) for one in claimed], NOW)
+    completed = sorted(result.completed, key=lambda one: one.archive.id)
     assert ledger.count_pending_dispositions() == 5
     assert ledger.pending_dispositions(limit=2) == completed[:2]
     assert ledger.pending_dispositions(completed[1].archive.id, 2) == completed[2:4]

@@ -15,7 +15,7 @@ import pytest
 from backupd.config.models import HttpDestinationConfig
 from backupd.core.backoff import Backoff
 from backupd.core.errors import LedgerError
-from backupd.core.model import Deferred, Digest, Outcome
+from backupd.core.model import Deferred, Delivery, Digest, Outcome
 from backupd.core.policy import Reason
 from backupd.core.transition import Priority, RetryPolicy
 from backupd.delivery.circuit_breaker import CircuitBreaker, Notifier
@@ -38,10 +38,10 @@ class FullDiskLedger(SqliteLedger):
 
     is_full = False
 
-    def release_claims(self, delivery_ids: Sequence[str] | None = None) -> int:
+    def release(self, deliveries: Sequence[Delivery]) -> None:
         if self.is_full:
             raise LedgerError("the ledger can't be written: database or disk is full", "free disk space")
-        return super().release_claims(delivery_ids)
+        super().release(deliveries)
 
 
 class SetRightAfterTheCheck(threading.Event):

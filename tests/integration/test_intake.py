@@ -792,7 +792,7 @@ def test_events_of_a_hundred_files_per_second_are_not_taken_for_lost(scene: Runn
         if number % 10 == 0:
             scene.wait_queued(path.name)
             for delivery in scene.ledger.claim("vault", datetime.now(UTC), limit=100):
-                (completed,) = scene.ledger.record([a_claim_result(delivery, delivered())], NOW)
+                (completed,) = scene.ledger.record([a_claim_result(delivery, delivered())], NOW).completed
                 os.unlink(scene.root / os.fsdecode(delivery.archive.relpath))
                 scene.ledger.record_dispositions([DispositionResult(completed.archive.id, None)], [], NOW)
     scene.wait_queued("r199.cfg")

@@ -223,9 +223,9 @@ def test_results_are_synced_and_claims_are_not(tmp_path: Path) -> None:
     ledger = SqliteLedger(connection)
     ledger.enqueue([a_candidate()], ["vault"], NOW)
     (delivery,) = ledger.claim("vault", NOW)
-    assert connection.levels == [NORMAL, NORMAL]
+    assert connection.levels == [NORMAL, NORMAL, NORMAL]  # the first one begins the session
     ledger.record([a_claim_result(delivery, delivered())], NOW)
-    assert connection.levels == [NORMAL, NORMAL, FULL]
+    assert connection.levels == [NORMAL, NORMAL, NORMAL, FULL]
     assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     ledger.close()
 
@@ -259,9 +259,11 @@ def steps_of_all_calls(ledger: SqliteLedger) -> dict[str, int]:
     cost(ledger.next_due, "vault")
     cost(ledger.bring_forward, "vault", NOW)
     cost(ledger.backlog)
-    cost(ledger.release_claims)
+    cost(ledger.release, [delivery])
+    cost(ledger.release_own)
+    cost(ledger.reap)
     (delivery,) = ledger.claim("vault", NOW)
-    (completed,) = cost(ledger.record, [a_claim_result(delivery, delivered())], NOW)
+    (completed,) = cost(ledger.record, [a_claim_result(delivery, delivered())], NOW).completed
     cost(ledger.pending_dispositions)
     cost(ledger.count_pending_dispositions)
     cost(ledger.record_dispositions, [DispositionResult(completed.archive.id, b"sent/new.cfg")], [], NOW)
@@ -408,7 +410,7 @@ def test_an_invalid_value_or_schema_is_damage_although_a_check_passes(tmp_path: 
 def test_a_moved_archive_without_a_time_is_damage(tmp_path: Path) -> None:
     ledger = SqliteLedger(open_ledger(tmp_path).connection)
     ledger.enqueue([a_candidate(b"r1")], ["vault"], NOW)
-    [completed] = ledger.record([a_claim_result(ledger.claim("vault", NOW)[0], delivered())], NOW)
+    [completed] = ledger.record([a_claim_result(ledger.claim("vault", NOW)[0], delivered())], NOW).completed
     ledger.record_dispositions([DispositionResult(completed.archive.id, b"sent/r1")], [], NOW)
     ledger.close()
     with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as db:
@@ -523,7 +525,7 @@ def test_a_full_disk_undoes_whole_transactions_and_the_ledger_stays_usable(small
     assert ledger.backlog()["vault"].pending == 100
     assert len(ledger.known_files("switches").paths) == 100
     filler.unlink()
-    assert len(ledger.record(ended, NOW)) == 100
+    assert len(ledger.record(ended, NOW).completed) == 100
     ledger.close()
     reopened = open_ledger(small_disk, check="quick_check")
     assert reopened.quarantined_path is None
@@ -565,7 +567,7 @@ for number in itertools.count():
     names = [b"%s-%d-%d" % (sys.argv[2].encode(), number, n) for n in range(3)]
     ledger.enqueue([a_candidate(name) for name in names], ["vault"], NOW)
     ended = [a_claim_result(one, delivered()) for one in ledger.claim("vault", NOW, limit=2)]
-    completed = ledger.record(ended, NOW)
+    completed = ledger.record(ended, NOW).completed
     print(*(one.delivery.id for one in ended), flush=True)
     ledger.record_dispositions([DispositionResult(completed[0].archive.id, b"sent/x")], [], NOW)
 """

@@ -47,6 +47,28 @@ def test_a_full_queue_does_not_delay_a_stop(tmp_path: Path) -> None:
     assert logged == {"ledger.failed"}  # and no delivery.verified
 
 
+def test_the_result_of_a_lost_claim_is_neither_logged_nor_disposed_of(tmp_path: Path) -> None:
+    ledger = SqliteLedger(open_ledger(tmp_path).connection)
+    ledger.enqueue([a_candidate(b"lost"), a_candidate(b"held")], ["vault"], NOW)
+    lost, held = ledger.claim("vault", NOW, limit=2)
+    ledger.release([lost])
+    with (tmp_path / "log").open("wb") as stream:
+        log = EventLog(LineWriter(stream.fileno()))
+        recorder = Recorder(ledger, Disposition({}, log), log, lambda _drop, _path: None)
+        for delivery in (lost, held):
+            recorder.submit(a_claim_result(delivery, delivered()))
+        recorder.finish()
+        recorder.run(threading.Event())
+    logged = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [(line["event"], line["archive"]) for line in logged] == [
+        ("delivery.verified", "held"),
+        ("archive.delivered", "held"),
+    ]
+    assert recorder.pop_tally().delivered == 1
+    assert [one.archive for one in ledger.pending_dispositions()] == [held.archive]
+    ledger.close()
+
+
 class StoppingLedger(SqliteLedger):
     """Records the number of dispositions in each commit, and calls `stop` after it."""
 

@@ -279,7 +279,7 @@ def many_delivered(site: Site, count: int) -> list[CompletedArchive]:
     names = [b"h-%d-%d" % (count, n) for n in range(count)]
     site.ledger.enqueue([a_candidate(n, fingerprint=a_fingerprint()) for n in names], ["vault"], NOW)
     claims = [c for _ in names for c in site.ledger.claim("vault", NOW)]
-    return site.ledger.record([a_claim_result(c, delivered()) for c in claims], NOW)
+    return [*site.ledger.record([a_claim_result(c, delivered()) for c in claims], NOW).completed]
 
 
 def steps_of(site: Site, now: datetime, **policy: Any) -> int:

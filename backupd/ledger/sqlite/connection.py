@@ -524,7 +524,7 @@ def as_delivery_result(row: Row) -> DeliveryResult:
 
 
 def delivery_update(result: ClaimResult, now: datetime) -> Row:
-    """Return the values for the update of a delivery at the end of a claim, its id last."""
+    """Return the values for the update of a delivery at the end of a claim, its id and token last."""
     delivery, transition = result.delivery, result.transition
     is_pending = transition.state is DeliveryState.PENDING
     reason, error, http_status = _error_columns(transition.outcome)
@@ -548,6 +548,7 @@ def delivery_update(result: ClaimResult, now: datetime) -> Row:
         http_status,
         receipt,
         delivery.id,
+        delivery.claim.token,
     )
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 import sqlite3
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import accumulate, takewhile
 from pathlib import Path
 
 from backupd.core.circuit import Circuit
-from backupd.core.model import Archive, Delivery, DeliveryState, Digest, Rejected
+from backupd.core.model import Archive, Claim, Delivery, DeliveryState, Digest, Rejected
 from backupd.core.transition import Priority, archive_state
 from backupd.ledger.port import (
     Backlog,
@@ -23,6 +24,7 @@ from backupd.ledger.port import (
     KnownFiles,
     Ledger,
     OpenedLedger,
+    RecordResult,
     RecreatedLedger,
     content_key,
 )
@@ -49,6 +51,9 @@ _CLAIM_ORDER = {
     Priority.NEWEST: f"INDEXED BY delivery_newest {_DUE} ORDER BY archive_id DESC",
 }
 
+_RELEASE = "UPDATE delivery SET state = 'pending', session = NULL, token = token + 1 WHERE state = 'claimed'"
+_IS_OVER = "session NOT IN (SELECT id FROM session)"
+
 _MAX_BATCH_BYTES = 4 * 1024 * 1024
 """Bytes of archives that are claimed together; see `Ledger.claim`."""
 
@@ -57,8 +62,38 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
     """A `Ledger` on a connection from `open_ledger`.
 
     Durable methods commit with `synchronous=FULL`. The others don't sync: new archives that a power loss
-    undoes are found again by the scan, and claims end at the next start by `release_claims`.
+    undoes are found again by the scan, and claims are released at the next start by `reap`.
+
+    A new ledger is a new session. The earlier sessions are over: those of the same host if `host` is given,
+    otherwise all, because only one daemon has the lock of the state directory. They need no renewal.
     """
+
+    def __init__(self, connection: sqlite3.Connection, host: str | None = None) -> None:
+        super().__init__(connection)
+        with self._transaction(durable=False) as db:
+            db.execute("DELETE FROM session WHERE ?1 IS NULL OR host = ?1", (host,))
+            started = db.execute(
+                "INSERT INTO session (host, started_at) VALUES (?, ?)",
+                (host or socket.gethostname(), to_micros(datetime.now(UTC))),
+            )
+        self._session = started.lastrowid or 0
+
+    @property
+    def session(self) -> int:
+        """See `Ledger.session`."""
+        return self._session
+
+    def renew(self) -> None:
+        """See `Ledger.renew`."""
+
+    def reap(self) -> int:
+        """See `Ledger.reap`."""
+        query = f"SELECT EXISTS (SELECT 1 FROM delivery WHERE state = 'claimed' AND {_IS_OVER})"  # noqa: S608
+        with self._reading() as db:  # often there are none, and no write is needed
+            if not db.execute(query).fetchone()[0]:
+                return 0
+        with self._transaction(durable=False) as db:
+            return db.execute(f"{_RELEASE} AND {_IS_OVER}").rowcount
 
     def known_files(self, drop: str, below: bytes = b"") -> KnownFiles:
         """See `Ledger.known_files`."""
@@ -113,7 +148,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
             ).fetchall()
             totals = accumulate(size for _, size in due)
             count = sum(1 for _ in takewhile(lambda total: total <= _MAX_BATCH_BYTES, totals))
-            return [_claim(db, delivery_id) for delivery_id, _ in due[: max(count, 1)]]
+            return [_claim(db, delivery_id, self._session) for delivery_id, _ in due[: max(count, 1)]]
 
     def next_due(self, destination: str) -> datetime | None:
         """See `Ledger.next_due`."""
@@ -132,17 +167,23 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                 (destination, to_micros(latest)),
             )
 
-    def record(self, results: Sequence[ClaimResult], now: datetime) -> list[CompletedArchive]:
+    def record(self, results: Sequence[ClaimResult], now: datetime) -> RecordResult:
         """See `Ledger.record`."""
         completed: list[CompletedArchive] = []
+        lost: list[ClaimResult] = []
         with self._transaction(durable=True) as db:
             for result in results:
-                db.execute(
+                has_claim = db.execute(
                     "UPDATE delivery SET state = ?, due_at = ?, archive_failures = ?,"
                     " destination_failures = ?, attempts = ?, ended_at = ?, reason = ?, error = ?,"
-                    " digest = ?, verified = ?, http_status = ?, receipt = ? WHERE id = ?",
-                    delivery_update(result, now),
-                )
+                    " digest = ?, verified = ?, http_status = ?, receipt = ?, session = NULL"
+                    " WHERE id = ? AND state = 'claimed' AND token = ? AND session = ?",
+                    (*delivery_update(result, now), self._session),
+                ).rowcount
+                if not has_claim:
+                    if not _was_recorded(db, result.delivery):
+                        lost.append(result)
+                    continue
                 first = result.delivery.attempts + 1
                 db.executemany(
                     "INSERT OR REPLACE INTO attempt VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -150,7 +191,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                 )
             for archive_id in dict.fromkeys(result.delivery.archive.id for result in results):
                 completed += _complete(db, archive_id)
-        return completed
+        return RecordResult(tuple(completed), tuple(lost))
 
     def pending_dispositions(self, after_id: int = 0, limit: int = 256) -> list[CompletedArchive]:
         """See `Ledger.pending_dispositions`."""
@@ -188,15 +229,16 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                 [(archive_id,) for archive_id in still_due],
             )
 
-    def release_claims(self, delivery_ids: Sequence[str] | None = None) -> int:
-        """See `Ledger.release_claims`."""
-        release = "UPDATE delivery SET state = 'pending' WHERE state = 'claimed'"
+    def release(self, deliveries: Sequence[Delivery]) -> None:
+        """See `Ledger.release`."""
+        claims = [(delivery.id, delivery.claim.token, self._session) for delivery in deliveries]
         with self._transaction(durable=False) as db:
-            if delivery_ids is None:
-                return db.execute(release).rowcount
-            return db.executemany(
-                f"{release} AND id = ?", [(delivery_id,) for delivery_id in delivery_ids]
-            ).rowcount
+            db.executemany(f"{_RELEASE} AND id = ? AND token = ? AND session = ?", claims)
+
+    def release_own(self) -> None:
+        """See `Ledger.release_own`."""
+        with self._transaction(durable=False) as db:
+            db.execute(f"{_RELEASE} AND session = ?", (self._session,))
 
     def backlog(self) -> Mapping[str, Backlog]:
         """See `Ledger.backlog`."""
@@ -260,16 +302,17 @@ def open_for_daemon(state_dir: Path) -> Iterator[OpenedLedger]:
 
 
 @row_converter
-def _claim(db: sqlite3.Connection, delivery_id: str) -> Delivery:
-    archive_id, destination, attempts, archive_failures, destination_failures, digest = db.execute(
-        "UPDATE delivery SET state = 'claimed' WHERE id = ?"
-        " RETURNING archive_id, destination, attempts, archive_failures, destination_failures, digest",
-        (delivery_id,),
+def _claim(db: sqlite3.Connection, delivery_id: str, session: int) -> Delivery:
+    archive_id, destination, token, attempts, archive_failures, destination_failures, digest = db.execute(
+        "UPDATE delivery SET state = 'claimed', session = ?, token = token + 1 WHERE id = ?"
+        " RETURNING archive_id, destination, token, attempts, archive_failures, destination_failures, digest",
+        (session, delivery_id),
     ).fetchone()
     return Delivery(
         delivery_id,
         _load_archive(db, archive_id),
         destination,
+        Claim(session, token),
         attempts,
         archive_failures,
         destination_failures,
@@ -277,6 +320,12 @@ def _claim(db: sqlite3.Connection, delivery_id: str) -> Delivery:
         # not confirmed by the destination; once it is delivered, that of the delivered content
         Digest.parse(digest) if digest else None,
     )
+
+
+def _was_recorded(db: sqlite3.Connection, delivery: Delivery) -> bool:
+    """Return whether the result of a claim is recorded; each claim and each release changes the token."""
+    query = "SELECT 1 FROM delivery WHERE id = ? AND token = ?"
+    return db.execute(query, (delivery.id, delivery.claim.token)).fetchone() is not None
 
 
 def _known_archives(db: sqlite3.Connection, candidate: FileCandidate) -> list[Archive]:
