@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -28,7 +29,7 @@ from backupd.core.policy import Reason
 from backupd.core.transition import RetryPolicy, next_step
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.folder import DropFolder
-from backupd.ledger.port import ClaimResult, FileCandidate
+from backupd.ledger.port import ClaimResult, DispositionResult, FileCandidate, Ledger
 
 NOW = datetime(2026, 3, 4, 5, 6, 7, 890123, tzinfo=UTC)
 """The current time in tests with a fixed time."""
@@ -129,6 +130,13 @@ def a_retry_policy(
 ) -> RetryPolicy:
     """Return the retry policy of a destination."""
     return RetryPolicy(Backoff(initial, maximum), give_up_after)
+
+
+def record_dispositions(
+    ledger: Ledger, done: Sequence[DispositionResult], still_due: Sequence[int], now: datetime
+) -> None:
+    """Record dispositions as the steward of all drops of the tests."""
+    ledger.record_dispositions(done, still_due, ledger.stewardship(("switches", "firewalls")), now)
 
 
 def a_claim_result(delivery: Delivery, *outcomes: Outcome, now: datetime = NOW) -> ClaimResult:

@@ -24,7 +24,7 @@ from backupd.ledger.sqlite.deliveries import SqliteLedger
 from backupd.ledger.sqlite.sent_rows import open_sent_index
 from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog
-from tests.factories import NOW, a_claim_result, a_drop, delivered, rejected
+from tests.factories import NOW, a_claim_result, a_drop, delivered, record_dispositions, rejected
 
 
 class Site:
@@ -84,7 +84,7 @@ class Site:
         """Record the outcome of a delivery and dispose of its file, at a time; return its new path."""
         result = a_claim_result(claim, outcome, now=at)
         done, _ = self._disposition.dispose(self.ledger.record([result], at).completed)
-        self.ledger.record_dispositions(done, [], at)
+        record_dispositions(self.ledger, done, [], at)
         assert done[0].moved_to is not None
         return self.root / os.fsdecode(done[0].moved_to)
 

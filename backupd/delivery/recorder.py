@@ -74,6 +74,8 @@ class Recorder:
         """Dispositions that are not committed yet."""
         self._still_due: list[int] = []
         """Ids of the archives with a failed disposition, which is not committed yet."""
+        self._terms: dict[str, int] = {}
+        """The terms of the stewardship in which these dispositions were made, by drop."""
         self.watchdog = ThreadWatchdog("recorder")
         self.last_delivered: datetime | None = None
         """When the last archive was delivered since the start of the daemon."""
@@ -152,8 +154,14 @@ class Recorder:
     def _dispose(self, completed: Sequence[CompletedArchive]) -> None:
         if not completed:
             return
+        try:
+            terms = self._ledger.stewardship({one.archive.drop for one in completed})
+        except LedgerError as error:
+            self._postpone_round(error)
+            return
+        own = [one for one in completed if one.archive.drop in terms]
         with self._lock:
-            for one in completed:
+            for one in own:
                 if one.already_logged:
                     continue
                 if one.state is DeliveryState.DELIVERED:
@@ -162,20 +170,21 @@ class Recorder:
                     self._tally.delivered_bytes += one.archive.fingerprint.size
                 else:
                     self._tally.rejected += 1
-        done, still_due = self._disposition.dispose(completed, self.watchdog.alive)
+        done, still_due = self._disposition.dispose(own, self.watchdog.alive)
         if still_due:
             self._has_pending, self._next_round = True, time.monotonic() + _RETRY_EVERY
         self._done += done
         self._still_due += still_due
+        self._terms.update(terms)
         self._commit_dispositions()
 
     def _commit_dispositions(self) -> None:
         try:
-            self._ledger.record_dispositions(self._done, self._still_due, datetime.now(UTC))
+            self._ledger.record_dispositions(self._done, self._still_due, self._terms, datetime.now(UTC))
         except LedgerError as error:
             self._postpone_round(error)
         else:
-            self._done, self._still_due = [], []
+            self._done, self._still_due, self._terms = [], [], {}
 
     def _dispose_of_page(self, after_id: int) -> None:
         """Handle one page of the pending dispositions."""

@@ -167,6 +167,8 @@ class Intake:
         """Check the files below a directory, except those that the ledger knows."""
         started, found, lost = time.monotonic(), 0, None
         try:
+            if not self._ledger.stewardship((self.name,)):
+                return  # another session scans this folder
             known = self._ledger.known_files(self.name, below)
         except LedgerError as error:
             self._log_ledger_failure(error)

@@ -8,7 +8,7 @@ datetimes with microseconds, sizes are bytes, paths are bytes relative to the dr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -263,6 +263,14 @@ class Ledger(DeviceLedger, Protocol):
         """Release the claims of sessions that are over; return their number."""
         ...
 
+    def stewardship(self, drops: Collection[str]) -> Mapping[str, int]:
+        """Return the drop folders that this session takes care of, of those given, each with its term.
+
+        The steward of a folder scans it and disposes of its files; other sessions only deliver its archives.
+        Each steward has a higher term than the one before.
+        """
+        ...
+
     def known_files(self, drop: str, below: bytes = b"") -> KnownFiles:
         """Return the files in a drop folder that have an entry, all or those below a directory.
 
@@ -316,7 +324,10 @@ class Ledger(DeviceLedger, Protocol):
         ...
 
     def pending_dispositions(self, after_id: int = 0, limit: int = 256) -> list[CompletedArchive]:
-        """Return up to `limit` completed archives with a file to dispose of, by id, from after `after_id`."""
+        """Return up to `limit` completed archives with a file to dispose of, by id, from after `after_id`.
+
+        Only those in folders that this session takes care of.
+        """
         ...
 
     def count_pending_dispositions(self) -> int:
@@ -324,9 +335,16 @@ class Ledger(DeviceLedger, Protocol):
         ...
 
     def record_dispositions(
-        self, done: Sequence[DispositionResult], still_due: Sequence[int], now: datetime
+        self,
+        done: Sequence[DispositionResult],
+        still_due: Sequence[int],
+        terms: Mapping[str, int],
+        now: datetime,
     ) -> None:
         """Record which files were disposed of at `now`, and the ids of the archives for which it failed.
+
+        `terms` are those that `stewardship` returned before the files were touched. Archives in other folders
+        are left out, and those in folders of which this session isn't the steward in this term any more.
 
         The ends of all these archives were logged, so that `CompletedArchive.already_logged` is True for the
         `still_due` ones from now on. Not durable: a disposition that is lost is repeated and finds the file

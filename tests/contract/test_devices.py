@@ -17,6 +17,7 @@ from tests.factories import (
     a_fingerprint,
     deferred,
     delivered,
+    record_dispositions,
     rejected,
 )
 
@@ -202,7 +203,7 @@ def dispose(
     archive, _ = arrive(ledger, at=at)
     (delivery,) = ledger.claim("vault", at)
     ledger.record([a_claim_result(delivery, outcome or delivered(), now=at)], at)
-    ledger.record_dispositions([DispositionResult(archive.id, to, kept_in_place)], [], at)
+    record_dispositions(ledger, [DispositionResult(archive.id, to, kept_in_place)], [], at)
     return archive
 
 

@@ -30,6 +30,7 @@ from tests.factories import (
     a_fingerprint,
     deferred,
     delivered,
+    record_dispositions,
     rejected,
     superseded,
 )
@@ -193,7 +194,7 @@ def test_a_rejected_candidate_supersedes_the_content_that_it_replaces(ledger: Le
 
     assert result.superseded == (old,)
     assert ledger.claim("vault", LATER) == []
-    ledger.record_dispositions([DispositionResult(result.rejected[0].id, b"rejected/r1")], [], LATER)
+    record_dispositions(ledger, [DispositionResult(result.rejected[0].id, b"rejected/r1")], [], LATER)
     assert ledger.known_files("switches").content_keys == frozenset()
 
 
@@ -241,7 +242,7 @@ def test_a_path_is_read_back_as_the_same_bytes(bench: Bench, relpath: bytes) -> 
     assert delivery.archive.relpath == relpath
     (completed,) = ledger.record([a_claim_result(delivery, delivered())], LATER).completed
     assert completed.archive.relpath == relpath
-    ledger.record_dispositions([DispositionResult(completed.archive.id, b"sent/" + relpath)], [], LATER)
+    record_dispositions(ledger, [DispositionResult(completed.archive.id, b"sent/" + relpath)], [], LATER)
     assert bench.crash().pending_dispositions() == []
 
 
@@ -481,7 +482,7 @@ def test_a_result_recorded_twice_completes_an_archive_once(ledger: Ledger) -> No
 def test_empty_calls_have_no_effect(ledger: Ledger) -> None:
     assert ledger.record([], NOW) == RecordResult()
     assert ledger.enqueue([], BOTH, NOW).queued == ()
-    ledger.record_dispositions([], [], NOW)
+    record_dispositions(ledger, [], [], NOW)
 
 
 def test_an_outcome_with_invalid_unicode_is_recorded(ledger: Ledger) -> None:
@@ -518,7 +519,7 @@ def test_a_recorded_disposition_is_not_pending_after_a_crash(bench: Bench) -> No
     candidate = a_candidate()
     enqueue(bench.ledger, candidate)
     (completed,) = end(bench.ledger, delivered())
-    bench.ledger.record_dispositions([DispositionResult(completed.archive.id, b"sent/r1")], [], LATER)
+    record_dispositions(bench.ledger, [DispositionResult(completed.archive.id, b"sent/r1")], [], LATER)
     ledger = bench.crash()
     assert ledger.pending_dispositions() == []
     assert ledger.known_files("switches").paths == frozenset()
@@ -528,7 +529,7 @@ def test_a_file_moved_back_after_its_disposition_is_queued_again(ledger: Ledger)
     candidate = a_candidate()
     enqueue(ledger, candidate)
     (completed,) = end(ledger, delivered())
-    ledger.record_dispositions([DispositionResult(completed.archive.id, b"sent/r1")], [], LATER)
+    record_dispositions(ledger, [DispositionResult(completed.archive.id, b"sent/r1")], [], LATER)
     (again,) = enqueue(ledger, candidate)
     assert again.id != completed.archive.id
 
@@ -537,7 +538,7 @@ def end_with_missing_file(ledger: Ledger, candidate: FileCandidate, outcome: Out
     """End a delivery, and record that its file was missing at its disposition."""
     enqueue(ledger, candidate)
     (completed,) = end(ledger, outcome)
-    ledger.record_dispositions([DispositionResult(completed.archive.id, None, missing=True)], [], LATER)
+    record_dispositions(ledger, [DispositionResult(completed.archive.id, None, missing=True)], [], LATER)
     return completed.archive
 
 
@@ -553,7 +554,7 @@ def test_a_delivered_file_that_was_missing_and_comes_back_is_disposed_of_and_not
     (completed,) = ledger.pending_dispositions()
     assert (completed.archive, completed.already_logged) == (archive, True)
     assert not ledger.enqueue([candidate], ["vault"], LATER).reappeared
-    ledger.record_dispositions([DispositionResult(archive.id, b"sent/r1")], [], LATER)
+    record_dispositions(ledger, [DispositionResult(archive.id, b"sent/r1")], [], LATER)
     assert len(enqueue(ledger, candidate)) == 1  # a user who moves it back from there wants it sent
 
 
@@ -569,8 +570,8 @@ def test_a_file_kept_in_place_keeps_its_entry(bench: Bench) -> None:
     candidate = a_candidate()
     enqueue(bench.ledger, candidate)
     (completed,) = end(bench.ledger, delivered())
-    bench.ledger.record_dispositions(
-        [DispositionResult(completed.archive.id, None, kept_in_place=True)], [], LATER
+    record_dispositions(
+        bench.ledger, [DispositionResult(completed.archive.id, None, kept_in_place=True)], [], LATER
     )
     ledger = bench.crash()
     assert ledger.pending_dispositions() == []
@@ -583,7 +584,9 @@ def test_a_file_kept_in_place_keeps_its_entry(bench: Bench) -> None:
 def test_a_file_kept_in_place_is_queued_again_when_it_changes(ledger: Ledger) -> None:
     enqueue(ledger, a_candidate())
     (completed,) = end(ledger, delivered())
-    ledger.record_dispositions([DispositionResult(completed.archive.id, None, kept_in_place=True)], [], LATER)
+    record_dispositions(
+        ledger, [DispositionResult(completed.archive.id, None, kept_in_place=True)], [], LATER
+    )
     new = a_candidate()
     assert len(enqueue(ledger, new)) == 1
     assert ledger.known_files("switches").content_keys == {content_key(new.relpath, new.fingerprint)}
@@ -592,8 +595,8 @@ def test_a_file_kept_in_place_is_queued_again_when_it_changes(ledger: Ledger) ->
 def test_a_failed_disposition_stays_pending_and_counts_as_logged(bench: Bench) -> None:
     enqueue(bench.ledger, a_candidate(b"r1"), a_candidate(b"r2"))
     one, other = end(bench.ledger, delivered()) + end(bench.ledger, delivered())
-    bench.ledger.record_dispositions(
-        [DispositionResult(one.archive.id, b"sent/r1")], [other.archive.id], LATER
+    record_dispositions(
+        bench.ledger, [DispositionResult(one.archive.id, b"sent/r1")], [other.archive.id], LATER
     )
     (left,) = bench.crash().pending_dispositions()
     assert (left.archive, left.already_logged) == (other.archive, True)
@@ -627,7 +630,7 @@ def test_quarantined_archives_are_counted_once_each(ledger: Ledger) -> None:
     completed = [one for _ in range(3) for one in end(ledger, rejected())]
     assert ledger.count_quarantined() == 0
     r1, r2, r3 = (DispositionResult(one.archive.id, b"rejected/" + one.archive.relpath) for one in completed)
-    ledger.record_dispositions([r1, r2, DispositionResult(r3.archive_id, None)], [], LATER)
+    record_dispositions(ledger, [r1, r2, DispositionResult(r3.archive_id, None)], [], LATER)
     assert ledger.count_quarantined() == 2
 
 
@@ -673,8 +676,8 @@ def test_threads_enqueue_claim_and_record_at_the_same_time(ledger: Ledger) -> No
                 (delivery,) = ledger.claim("vault", LATER)
                 ended = ledger.record([a_claim_result(delivery, delivered())], LATER).completed
                 completed[number] += ended
-                ledger.record_dispositions(
-                    [DispositionResult(one.archive.id, b"sent/x") for one in ended], [], LATER
+                record_dispositions(
+                    ledger, [DispositionResult(one.archive.id, b"sent/x") for one in ended], [], LATER
                 )
         except BaseException as error:  # noqa: BLE001 -- a thread's failure is the test's
             errors.append(error)
@@ -698,6 +701,6 @@ def test_pending_dispositions_are_returned_in_pages(ledger: Ledger) -> None:
     assert ledger.pending_dispositions(limit=2) == completed[:2]
     assert ledger.pending_dispositions(completed[1].archive.id, 2) == completed[2:4]
     assert ledger.pending_dispositions(completed[3].archive.id, 2) == completed[4:]
-    ledger.record_dispositions([DispositionResult(one.archive.id, None) for one in completed[:3]], [], NOW)
+    record_dispositions(ledger, [DispositionResult(one.archive.id, None) for one in completed[:3]], [], NOW)
     assert ledger.pending_dispositions() == completed[3:]
     assert ledger.count_pending_dispositions() == 2

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from backupd.core.model import Delivery, DeliveryState
-from backupd.ledger.port import Ledger
+from backupd.ledger.port import DispositionResult, Ledger
 from tests.contract.bench import Bench
 from tests.factories import NOW, a_candidate, a_claim_result, deferred, delivered
 
@@ -148,6 +148,31 @@ def test_only_the_claims_of_sessions_that_are_over_are_reaped(bench: Bench) -> N
     assert claim(other).id == dead.id
     results = (a_claim_result(held, delivered()), a_claim_result(own, delivered()))
     assert (other.record(results[:1], LATER).lost, next_run.record(results[1:], LATER).lost) == ((), ())
+
+
+# stewards
+
+
+def test_a_session_takes_care_of_the_folders_of_its_drops(ledger: Ledger) -> None:
+    terms = ledger.stewardship(["switches", "firewalls"])
+    assert terms.keys() == {"switches", "firewalls"}
+    assert ledger.stewardship(["switches"]) == {"switches": terms["switches"]}
+    assert not ledger.stewardship([])
+
+
+def test_only_the_steward_of_a_folder_records_dispositions(ledger: Ledger) -> None:
+    enqueue(ledger, 2)
+    results = [a_claim_result(claim(ledger), delivered()) for _ in range(2)]
+    completed = ledger.record(results, LATER).completed
+    done, failed = [DispositionResult(completed[0].archive.id, b"sent/r0")], [completed[1].archive.id]
+    term = ledger.stewardship(["switches"])["switches"]
+    for others in ({}, {"firewalls": term}, {"switches": term - 1}):
+        ledger.record_dispositions(done, failed, others, LATER)
+        assert ledger.pending_dispositions() == [*completed]
+    ledger.record_dispositions(done, failed, {"switches": term}, LATER)
+    assert [(one.archive.id, one.already_logged) for one in ledger.pending_dispositions()] == [
+        (failed[0], True)
+    ]
 
 
 # at the same moment

@@ -36,6 +36,7 @@ from tests.factories import (
     a_fingerprint,
     deferred,
     delivered,
+    record_dispositions,
     rejected,
 )
 
@@ -297,7 +298,7 @@ def version_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Ar
     (old,) = ledger.enqueue([a_candidate(b"old.cfg")], ["vault"], NOW).queued
     (delivery,) = ledger.claim("vault", NOW)
     ledger.record([a_claim_result(delivery, deferred(), delivered())], NOW)
-    ledger.record_dispositions([DispositionResult(old.id, b"sent/old.cfg")], [], NOW)
+    record_dispositions(ledger, [DispositionResult(old.id, b"sent/old.cfg")], [], NOW)
     ledger.enqueue([a_candidate(b"new.cfg")], ["vault"], NOW)
     ledger.close()
     copy_to_earlier_version(1, today, tmp_path, monkeypatch)
@@ -368,7 +369,7 @@ def test_a_ledger_of_an_earlier_version_is_migrated_with_its_archives(
         DispositionResult(sent.id, b"sent/sent.cfg"),
         DispositionResult(refused.id, b"rejected/refused.cfg"),
     )
-    ledger.record_dispositions([*moved, DispositionResult(missing.id, None, missing=True)], [failed.id], NOW)
+    record_dispositions(ledger, [*moved, DispositionResult(missing.id, None, missing=True)], [failed.id], NOW)
     ledger.close()
     copy_to_earlier_version(version, today, tmp_path, monkeypatch)
     close_after(SqliteLedger(open_ledger(tmp_path).connection))
@@ -436,7 +437,7 @@ def test_a_long_history_is_pruned_in_many_small_transactions(tmp_path: Path, clo
     ledger = close_after(Counting(open_ledger(tmp_path).connection))
     queued = ledger.enqueue([a_candidate(b"%d" % n) for n in range(1000)], ["vault"], NOW).queued
     ledger.record([a_claim_result(d, delivered()) for _ in queued for d in ledger.claim("vault", NOW)], NOW)
-    ledger.record_dispositions([DispositionResult(archive.id, b"sent/x") for archive in queued], [], NOW)
+    record_dispositions(ledger, [DispositionResult(archive.id, b"sent/x") for archive in queued], [], NOW)
     pruning = HistoryPruning(ledger)
     for _ in range(1000):  # the number of transactions in a tick depends on the machine
         pruning.tick(lambda: NOW + DAY)

@@ -30,7 +30,7 @@ from backupd.ledger.sqlite.connection import open_ledger
 from backupd.ledger.sqlite.deliveries import SqliteLedger
 from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog
-from tests.factories import NOW, a_claim_result, delivered
+from tests.factories import NOW, a_claim_result, delivered, record_dispositions
 from tests.privileges import a_folder_of_nobody, without_rights
 from tests.stage import TIMEOUT, until
 
@@ -794,7 +794,7 @@ def test_events_of_a_hundred_files_per_second_are_not_taken_for_lost(scene: Runn
             for delivery in scene.ledger.claim("vault", datetime.now(UTC), limit=100):
                 (completed,) = scene.ledger.record([a_claim_result(delivery, delivered())], NOW).completed
                 os.unlink(scene.root / os.fsdecode(delivery.archive.relpath))
-                scene.ledger.record_dispositions([DispositionResult(completed.archive.id, None)], [], NOW)
+                record_dispositions(scene.ledger, [DispositionResult(completed.archive.id, None)], [], NOW)
     scene.wait_queued("r199.cfg")
     scene.wait_scan()
     assert degraded_reasons(scene) == []

@@ -31,7 +31,7 @@ from backupd.ledger.sqlite.connection import (
 )
 from backupd.ledger.sqlite.deliveries import SqliteLedger
 from backupd.ledger.sqlite.sent_rows import SqliteSentIndex, open_sent_index
-from tests.factories import NOW, a_candidate, a_claim_result, deferred, delivered
+from tests.factories import NOW, a_candidate, a_claim_result, deferred, delivered, record_dispositions
 from tests.privileges import a_folder_of_nobody, without_rights
 
 
@@ -266,7 +266,9 @@ def steps_of_all_calls(ledger: SqliteLedger) -> dict[str, int]:
     (completed,) = cost(ledger.record, [a_claim_result(delivery, delivered())], NOW).completed
     cost(ledger.pending_dispositions)
     cost(ledger.count_pending_dispositions)
-    cost(ledger.record_dispositions, [DispositionResult(completed.archive.id, b"sent/new.cfg")], [], NOW)
+    terms = cost(ledger.stewardship, ["switches"])
+    done = [DispositionResult(completed.archive.id, b"sent/new.cfg")]
+    cost(ledger.record_dispositions, done, [], terms, NOW)
     cost(ledger.known_files, "switches")
     cost(ledger.count_quarantined)
     cost(ledger.save_circuit, "vault", Circuit(), None)
@@ -287,8 +289,8 @@ def test_no_call_gets_more_expensive_with_the_history(tmp_path: Path) -> None:
         ledger.record(
             [a_claim_result(d, delivered()) for _ in archives for d in ledger.claim("vault", NOW)], NOW
         )
-        ledger.record_dispositions(
-            [DispositionResult(archive.id, b"sent/x") for archive in archives], [], NOW
+        record_dispositions(
+            ledger, [DispositionResult(archive.id, b"sent/x") for archive in archives], [], NOW
         )
         costs.append(steps_of_all_calls(ledger))
     ledger.close()
@@ -411,7 +413,7 @@ def test_a_moved_archive_without_a_time_is_damage(tmp_path: Path) -> None:
     ledger = SqliteLedger(open_ledger(tmp_path).connection)
     ledger.enqueue([a_candidate(b"r1")], ["vault"], NOW)
     [completed] = ledger.record([a_claim_result(ledger.claim("vault", NOW)[0], delivered())], NOW).completed
-    ledger.record_dispositions([DispositionResult(completed.archive.id, b"sent/r1")], [], NOW)
+    record_dispositions(ledger, [DispositionResult(completed.archive.id, b"sent/r1")], [], NOW)
     ledger.close()
     with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as db:
         db.execute("UPDATE archive SET disposed_at = NULL")
@@ -561,7 +563,7 @@ from pathlib import Path
 from backupd.ledger.sqlite.connection import open_ledger
 from backupd.ledger.port import DispositionResult
 from backupd.ledger.sqlite.deliveries import SqliteLedger
-from tests.factories import NOW, a_candidate, delivered, a_claim_result
+from tests.factories import NOW, a_candidate, delivered, a_claim_result, record_dispositions
 ledger = SqliteLedger(open_ledger(Path(sys.argv[1])).connection)
 for number in itertools.count():
     names = [b"%s-%d-%d" % (sys.argv[2].encode(), number, n) for n in range(3)]
@@ -569,7 +571,7 @@ for number in itertools.count():
     ended = [a_claim_result(one, delivered()) for one in ledger.claim("vault", NOW, limit=2)]
     completed = ledger.record(ended, NOW).completed
     print(*(one.delivery.id for one in ended), flush=True)
-    ledger.record_dispositions([DispositionResult(completed[0].archive.id, b"sent/x")], [], NOW)
+    record_dispositions(ledger, [DispositionResult(completed[0].archive.id, b"sent/x")], [], NOW)
 """
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -76,9 +76,13 @@ class StoppingLedger(SqliteLedger):
     stop: Callable[[], None]
 
     def record_dispositions(
-        self, done: Sequence[DispositionResult], still_due: Sequence[int], now: datetime
+        self,
+        done: Sequence[DispositionResult],
+        still_due: Sequence[int],
+        terms: Mapping[str, int],
+        now: datetime,
     ) -> None:
-        super().record_dispositions(done, still_due, now)
+        super().record_dispositions(done, still_due, terms, now)
         self.commits.append(len(done))
         self.stop()
 

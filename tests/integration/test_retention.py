@@ -22,7 +22,7 @@ from backupd.delivery.retention import Retention
 from backupd.ledger.port import CompletedArchive, DispositionResult
 from backupd.ledger.sqlite.connection import FILE_NAME
 from backupd.ledger.sqlite.sent_rows import SqliteSentIndex, open_sent_index
-from tests.factories import NOW, a_candidate, a_claim_result, a_fingerprint, delivered
+from tests.factories import NOW, a_candidate, a_claim_result, a_fingerprint, delivered, record_dispositions
 from tests.site import Site
 
 HOUR = timedelta(hours=1)
@@ -303,7 +303,7 @@ def test_the_cost_of_a_check_does_not_grow_with_the_history(site: Site) -> None:
     for count in (100, 3000):
         completed = many_delivered(site, count)
         done = [DispositionResult(s.archive.id, b"sent/x/" + s.archive.relpath) for s in completed]
-        site.ledger.record_dispositions(done, [], NOW)
+        record_dispositions(site.ledger, done, [], NOW)
         (site.root / "sent").mkdir(exist_ok=True)
         site.apply(NOW + DAY, keep_for=90 * DAY, keep_last=5)
         steps.append(steps_of(site, NOW + DAY))
@@ -317,8 +317,8 @@ def test_the_cost_of_a_removal_does_not_grow_with_the_history(site: Site, step: 
         completed = many_delivered(site, count)
         for minute, one in enumerate(completed[::step]):
             to = b"sent/%d/%s" % (count, one.archive.relpath)
-            site.ledger.record_dispositions(
-                [DispositionResult(one.archive.id, to)], [], NOW + timedelta(minutes=minute)
+            record_dispositions(
+                site.ledger, [DispositionResult(one.archive.id, to)], [], NOW + timedelta(minutes=minute)
             )
         (site.root / "sent").mkdir(exist_ok=True)
         steps.append(steps_of(site, NOW + 2 * DAY, keep_last=5))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import sqlite3
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import accumulate, takewhile
@@ -54,6 +54,9 @@ _CLAIM_ORDER = {
 _RELEASE = "UPDATE delivery SET state = 'pending', session = NULL, token = token + 1 WHERE state = 'claimed'"
 _IS_OVER = "session NOT IN (SELECT id FROM session)"
 
+_TERM = 1
+"""The term of every steward: only one daemon uses the ledger."""
+
 _MAX_BATCH_BYTES = 4 * 1024 * 1024
 """Bytes of archives that are claimed together; see `Ledger.claim`."""
 
@@ -94,6 +97,10 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                 return 0
         with self._transaction(durable=False) as db:
             return db.execute(f"{_RELEASE} AND {_IS_OVER}").rowcount
+
+    def stewardship(self, drops: Collection[str]) -> Mapping[str, int]:
+        """See `Ledger.stewardship`."""
+        return dict.fromkeys(drops, _TERM)
 
     def known_files(self, drop: str, below: bytes = b"") -> KnownFiles:
         """See `Ledger.known_files`."""
@@ -206,13 +213,19 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
             return int(db.execute("SELECT count(*) FROM archive WHERE disposition = 'due'").fetchone()[0])
 
     def record_dispositions(
-        self, done: Sequence[DispositionResult], still_due: Sequence[int], now: datetime
+        self,
+        done: Sequence[DispositionResult],
+        still_due: Sequence[int],
+        terms: Mapping[str, int],
+        now: datetime,
     ) -> None:
         """See `Ledger.record_dispositions`."""
+        drops = [drop for drop, term in terms.items() if term == _TERM]
+        is_own = f"id = ? AND drop_name IN ({', '.join('?' * len(drops))})"
         with self._transaction(durable=False) as db:
             db.executemany(
-                "UPDATE archive SET disposition = 'done', moved_to = ?, disposed_at = ?, has_entry = ?,"
-                " removal = ? WHERE id = ?",
+                "UPDATE archive SET disposition = 'done', moved_to = ?, disposed_at = ?, has_entry = ?,"  # noqa: S608
+                f" removal = ? WHERE {is_own}",
                 [
                     (
                         r.moved_to,
@@ -220,13 +233,14 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                         r.kept_in_place,
                         "missing" if r.missing else None,
                         r.archive_id,
+                        *drops,
                     )
                     for r in done
                 ],
             )
             db.executemany(
-                "UPDATE archive SET already_logged = 1 WHERE id = ?",
-                [(archive_id,) for archive_id in still_due],
+                f"UPDATE archive SET already_logged = 1 WHERE {is_own}",  # noqa: S608 -- own clause
+                [(archive_id, *drops) for archive_id in still_due],
             )
 
     def release(self, deliveries: Sequence[Delivery]) -> None:
