@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
@@ -51,7 +50,7 @@ def retry(
                 "it was put back or removed, or its other deliveries have not ended: see `backupd list`",
             )
         typer.echo(f"put back into the drop folder; it is queued again{when}")
-    elif history.retry_now(record.id, datetime.now(UTC)):
+    elif history.retry_now(record.id):
         typer.echo(f"due now; it is uploaded{when}" if when else "due now")
     else:
         raise UsageError(

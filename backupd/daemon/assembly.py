@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 from backupd.config.files import ExamineFiles, FilesReport
@@ -71,7 +71,7 @@ class Assembly:
         """Every drop since the start: archives of a removed one may still be uploading."""
         self.clock = HostClock(ledger.last_clock_reading())
         self.device_tracker = DeviceTracker(ledger, log)
-        self.device_tracker.configure(self._drops, datetime.now(UTC))
+        self.device_tracker.configure(self._drops, ledger.now())
         disposition = Disposition(self._drops, log)
         recorder = Recorder(ledger, disposition, log, self._recheck)
         retention = Retention(
@@ -105,7 +105,7 @@ class Assembly:
         changed = [name for name in config.drop if not _is_same_drop(name, before, config)]
         drops = {name: self._changed_drop(name, config) for name in changed}
         current = {name: drops.get(name) or self._drops[name] for name in config.drop}
-        self.device_tracker.configure(current, datetime.now(UTC))
+        self.device_tracker.configure(current, self._ledger.now())
         self._drops |= drops
         runtime.config = config
         destinations = {n: d for n, d in config.destination.items() if before.destination.get(n) != d}

@@ -125,7 +125,7 @@ class Housekeeping:
 
     def tick(self) -> None:
         """Do the work of one heartbeat; a ledger that fails is logged and retried at the next one."""
-        now = datetime.now(UTC)
+        now = self._runtime.ledger.now()
         try:
             self._device_tracker.tick(now)
             self._pruning.tick(lambda: self._clock.trusted_now() - self._runtime.config.keep_history_for)
@@ -138,7 +138,7 @@ class Housekeeping:
 
         Raises LedgerError if the ledger cannot be written.
         """
-        now = datetime.now(UTC)
+        now = self._runtime.ledger.now()
         for name, destination in self._runtime.config.destination.items():
             self._runtime.ledger.bring_forward(name, now + destination.retry.max)
 
@@ -181,6 +181,6 @@ class Housekeeping:
         try:
             self.bring_forward()
             drops = {name: running.drop for name, running in self._runtime.drops.items()}
-            self._device_tracker.configure(drops, datetime.now(UTC))
+            self._device_tracker.configure(drops, self._runtime.ledger.now())
         except LedgerError as error:
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)

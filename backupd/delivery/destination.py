@@ -7,7 +7,6 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 from backupd.config.models import DestinationConfig
 from backupd.core.backoff import Backoff
@@ -68,9 +67,8 @@ class DestinationQueue:
         """
         with self._lock:
             if not self._claimed:
-                now = datetime.now(UTC)
                 name, priority = self.destination.name, self.destination.priority
-                self._claimed += self.ledger.claim(name, now, priority, _CLAIM_BATCH_SIZE)
+                self._claimed += self.ledger.claim(name, self.ledger.now(), priority, _CLAIM_BATCH_SIZE)
             return self._claimed.popleft() if self._claimed else None
 
     def release_claims(self) -> bool:

@@ -136,7 +136,7 @@ class Recorder:
         wait = _FIRST_COMMIT_WAIT
         while True:
             try:
-                recorded = self._ledger.record(batch, datetime.now(UTC))
+                recorded = self._ledger.record(batch, self._ledger.now())
                 break
             except LedgerError as error:
                 self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
@@ -180,7 +180,7 @@ class Recorder:
 
     def _commit_dispositions(self) -> None:
         try:
-            self._ledger.record_dispositions(self._done, self._still_due, self._terms, datetime.now(UTC))
+            self._ledger.record_dispositions(self._done, self._still_due, self._terms, self._ledger.now())
         except LedgerError as error:
             self._postpone_round(error)
         else:

@@ -114,7 +114,7 @@ class Worker:
             return _LEDGER_POLL_EVERY
         if due is None:
             return _LEDGER_POLL_EVERY
-        return min(max((due - datetime.now(UTC)).total_seconds(), 0.01), _LEDGER_POLL_EVERY)
+        return min(max((due - self._queue.ledger.now()).total_seconds(), 0.01), _LEDGER_POLL_EVERY)
 
     def _upload(self, delivery: Delivery) -> Attempt:
         self.watchdog.alive()
@@ -164,7 +164,7 @@ class Worker:
     def _finish(self, delivery: Delivery, attempts: list[Attempt]) -> None:
         outcome = attempts[-1].outcome
         self._queue.circuit.record_outcome(outcome)
-        now = datetime.now(UTC)
+        now = self._queue.ledger.now()
         transition = next_step(delivery, outcome, now, self._queue.destination.retry_policy, random.random())
         self.watchdog.idle()  # `submit` waits while the recorder waits for a full disk
         self._submit(ClaimResult(delivery, tuple(attempts), transition))

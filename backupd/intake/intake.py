@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 
 from watchdog.events import FileModifiedEvent, FileSystemEvent
 from watchdog.observers.api import EventQueue
@@ -233,7 +232,7 @@ class Intake:
         if not batch:
             return
         try:
-            now = datetime.now(UTC)
+            now = self._ledger.now()
             result = self._ledger.enqueue(
                 self._device_tracker.with_devices(batch, now), self._destinations, now
             )

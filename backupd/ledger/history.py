@@ -224,8 +224,8 @@ class History(Protocol):
         """Return all devices by drop and name, each with whether it is overdue at `now`."""
         ...
 
-    def retry_now(self, delivery_id: str, now: datetime) -> bool:
-        """Make a pending delivery due at `now`; return False if it is not pending."""
+    def retry_now(self, delivery_id: str) -> bool:
+        """Make a pending delivery due now; return False if it is not pending."""
         ...
 
     def mark_retried(self, archive_id: int) -> AbstractContextManager[None]:

@@ -255,6 +255,13 @@ class Ledger(DeviceLedger, Protocol):
         """Return the number of this run of the daemon; each time a ledger is opened it is another one."""
         ...
 
+    def now(self) -> datetime:
+        """Return the time of the ledger's clock, by which archives are queued and deliveries are due.
+
+        It is the same on all hosts, because their own clocks may differ.
+        """
+        ...
+
     def renew(self) -> None:
         """Extend the time for which this session counts as running, if that is limited."""
         ...

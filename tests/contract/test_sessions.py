@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 from backupd.core.model import Delivery, DeliveryState
 from backupd.ledger.port import DispositionResult, Ledger
@@ -173,6 +173,16 @@ def test_only_the_steward_of_a_folder_records_dispositions(ledger: Ledger) -> No
     assert [(one.archive.id, one.already_logged) for one in ledger.pending_dispositions()] == [
         (failed[0], True)
     ]
+
+
+# the clock
+
+
+def test_the_clock_of_the_ledger_is_the_same_on_all_hosts(bench: Bench) -> None:
+    other = bench.another_host()
+    times = [bench.ledger.now(), other.now(), bench.ledger.now()]
+    assert times == sorted(times)
+    assert abs(times[0] - datetime.now(UTC)) < timedelta(minutes=1)
 
 
 # at the same moment

@@ -77,7 +77,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
             db.execute("DELETE FROM session WHERE ?1 IS NULL OR host = ?1", (host,))
             started = db.execute(
                 "INSERT INTO session (host, started_at) VALUES (?, ?)",
-                (host or socket.gethostname(), to_micros(datetime.now(UTC))),
+                (host or socket.gethostname(), to_micros(self.now())),
             )
         self._session = started.lastrowid or 0
 
@@ -85,6 +85,10 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
     def session(self) -> int:
         """See `Ledger.session`."""
         return self._session
+
+    def now(self) -> datetime:
+        """See `Ledger.now`."""
+        return datetime.now(UTC)
 
     def renew(self) -> None:
         """See `Ledger.renew`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 
@@ -260,12 +260,12 @@ class LedgerQueries(History):
             for d in found
         ]
 
-    def retry_now(self, delivery_id: str, now: datetime) -> bool:
+    def retry_now(self, delivery_id: str) -> bool:
         """See `History.retry_now`."""
         query = "UPDATE delivery SET due_at = ? WHERE id = ? AND state = 'pending'"
         with _query_errors("written"):
             self._db.execute("PRAGMA query_only = OFF")
-            return self._db.execute(query, (to_micros(now), delivery_id)).rowcount > 0
+            return self._db.execute(query, (to_micros(datetime.now(UTC)), delivery_id)).rowcount > 0
 
     @contextmanager
     def mark_retried(self, archive_id: int) -> Iterator[None]:
