@@ -21,7 +21,7 @@ from backupd.intake.examiner import Examination, Examiner, ExaminerPool
 from backupd.intake.unfinished_files import UnfinishedFiles
 from backupd.intake.watch_health import WatchHealth
 from backupd.intake.watcher import WatchEndedEvent
-from backupd.ledger.port import FileCandidate, KnownFiles, Ledger, content_key
+from backupd.ledger.port import Cursor, FileCandidate, Ledger, content_key
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
 from backupd.telemetry.thread_watchdog import ThreadWatchdog
@@ -76,6 +76,10 @@ class Intake:
         """When the next scan is due (monotonic)."""
         self._batch: list[FileCandidate] = []
         """Finished files that are queued by the next transaction."""
+        self._known: dict[int, int] = {}
+        """Content keys of the files with an entry in the ledger, by the hashes of their paths."""
+        self._known_cursor: Cursor = ()
+        """The position up to which `_known` has the changes of the ledger."""
         self._ledger_failing = False
         self._not_enqueued: set[int] = set()
         """Hashes of the paths of finished files that the ledger could not queue."""
@@ -168,7 +172,7 @@ class Intake:
         try:
             if not self._ledger.stewardship((self.name,)):
                 return  # another session scans this folder
-            known = self._ledger.known_files(self.name, below)
+            self._update_known()
         except LedgerError as error:
             self._log_ledger_failure(error)
             return
@@ -188,9 +192,9 @@ class Intake:
             found += 1
             if not should_continue():
                 break
-            if content_key(relpath, fingerprint_of(status)) in known.content_keys:
+            if self._known.get(hash(relpath)) == content_key(relpath, fingerprint_of(status)):
                 continue
-            if detect_lost_events and lost is None and self._is_event_lost(relpath, status, known):
+            if detect_lost_events and lost is None and self._is_event_lost(relpath, status):
                 lost = relpath
             self._check(relpath, status)
         if not should_continue():
@@ -212,12 +216,20 @@ class Intake:
             self._events.put(item)
         return any(isinstance(item, tuple) for item in waiting)
 
-    def _is_event_lost(self, relpath: bytes, status: os.stat_result, known: KnownFiles) -> bool:
+    def _update_known(self) -> None:
+        changes = self._ledger.known_since(self.name, self._known_cursor)
+        for path, content in changes.removed:
+            if self._known.get(path) == content:
+                del self._known[path]
+        self._known.update(changes.added)
+        self._known_cursor = changes.cursor
+
+    def _is_event_lost(self, relpath: bytes, status: os.stat_result) -> bool:
         """Return whether the event of a file is lost: the file is new, and older than the time-out."""
         if time.time() - status.st_ctime <= _EVENT_TIMEOUT:
             return False
         path = hash(relpath)
-        if path in known.paths or path in self._not_enqueued or relpath in self._examiner:
+        if path in self._known or path in self._not_enqueued or relpath in self._examiner:
             return False
         return self._unfinished_files.is_new(relpath) and self._watch_health.expects_event(relpath)
 

@@ -49,15 +49,22 @@ class FileCandidate:
     folder_inode: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class KnownFiles:
-    """The files in a drop folder for which the ledger has an entry.
+Cursor = tuple[int, ...]
+"""A position in the changes of a ledger; () is their beginning, all others are known to the adapter only."""
 
-    `content_keys` has the `content_key` of each file, `paths` the `hash` of each relative path.
+
+@dataclass(frozen=True, slots=True)
+class KnownChanges:
+    """The files in a drop folder that got or lost their entry in the ledger.
+
+    Both have the `hash` of the relative path and the `content_key` of each file, `added` only those of the
+    newest file with a path. A file that lost an entry and then got another one is in both, one that got and
+    lost its only entry in none. `cursor` is the argument for the next call of `Ledger.known_since`.
     """
 
-    content_keys: frozenset[int]
-    paths: frozenset[int]
+    cursor: Cursor
+    added: Mapping[int, int]
+    removed: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,10 +285,11 @@ class Ledger(DeviceLedger, Protocol):
         """
         ...
 
-    def known_files(self, drop: str, below: bytes = b"") -> KnownFiles:
-        """Return the files in a drop folder that have an entry, all or those below a directory.
+    def known_since(self, drop: str, cursor: Cursor = ()) -> KnownChanges:
+        """Return the files in a drop folder that got or lost an entry since another call returned `cursor`.
 
-        These are the files of archives with an open delivery or disposition, and of those kept in place.
+        From the beginning, these are all files with an entry: those of archives with an open delivery or
+        disposition, and those kept in place.
         """
         ...
 
@@ -290,11 +298,11 @@ class Ledger(DeviceLedger, Protocol):
     ) -> EnqueueResult:
         """Add an archive with a pending delivery to each destination for each file without an entry.
 
-        A candidate has an entry if `known_files` has its content key. One with a new content supersedes the
-        pending deliveries of older contents under its path; a claimed delivery is left to its worker, which
-        detects the change. A delivered file that was missing at its disposition and has come back unchanged
-        gets a pending disposition instead of a new delivery. The deliveries of a rejected candidate are
-        rejected at once. The deliveries are due at `now`. Durable if a candidate is rejected.
+        A candidate has an entry if `known_since` returns its content key. One with a new content supersedes
+        the pending deliveries of older contents under its path; a claimed delivery is left to its worker,
+        which detects the change. A delivered file that was missing at its disposition and has come back
+        unchanged gets a pending disposition instead of a new delivery. The deliveries of a rejected candidate
+        are rejected at once. The deliveries are due at `now`. Durable if a candidate is rejected.
         """
         ...
 

@@ -236,7 +236,7 @@ def test_open_quarantined_and_kept_archives_are_never_pruned(ledger: Ledger) -> 
     assert ledger.prune(lambda: NOW + 9999 * DAY, 99) == 0
     assert [one.archive for one in ledger.pending_dispositions()] == [due]
     assert ledger.backlog()["vault"].pending == 3
-    assert len(ledger.known_files("switches").content_keys) == 5
+    assert len(ledger.known_since("switches").added) == 5
     assert deferred_one in [d.archive for d in ledger.claim("vault", NOW + DAY, limit=9)]
     assert rejected_one not in [one.archive for one in ledger.pending_dispositions()]
 

@@ -15,6 +15,7 @@ from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Finger
 from backupd.core.policy import Reason
 from backupd.ledger.port import (
     CompletedArchive,
+    Cursor,
     DispositionResult,
     FileCandidate,
     Ledger,
@@ -46,6 +47,16 @@ def enqueue(
     now: datetime = NOW,
 ) -> tuple[Archive, ...]:
     return ledger.enqueue(candidates, to, now).queued
+
+
+def known(ledger: Ledger, drop: str = "switches", cursor: Cursor = ()) -> dict[int, int]:
+    """Return the content keys of the files with an entry, by the hashes of their paths."""
+    return dict(ledger.known_since(drop, cursor).added)
+
+
+def keys(*candidates: FileCandidate) -> dict[int, int]:
+    """Return the content keys of files, by the hashes of their paths."""
+    return {hash(one.relpath): content_key(one.relpath, one.fingerprint) for one in candidates}
 
 
 def claim(ledger: Ledger, destination: str = "vault", now: datetime = LATER) -> Delivery:
@@ -195,33 +206,86 @@ def test_a_rejected_candidate_supersedes_the_content_that_it_replaces(ledger: Le
     assert result.superseded == (old,)
     assert ledger.claim("vault", LATER) == []
     record_dispositions(ledger, [DispositionResult(result.rejected[0].id, b"rejected/r1")], [], LATER)
-    assert ledger.known_files("switches").content_keys == frozenset()
+    assert known(ledger) == {}
 
 
-def test_known_files_are_the_files_of_a_drop_with_an_entry(ledger: Ledger) -> None:
+def test_known_are_the_files_of_a_drop_with_an_entry(ledger: Ledger) -> None:
     candidate = a_candidate(b"r1")
     enqueue(ledger, candidate, a_candidate(b"r2", drop="firewalls"))
-    known = ledger.known_files("switches")
-    assert known.content_keys == {content_key(b"r1", candidate.fingerprint)}
-    assert known.paths == {hash(b"r1")}
-    assert ledger.known_files("nowhere").content_keys == frozenset()
+    assert known(ledger) == keys(candidate)
+    assert known(ledger, "nowhere") == {}
 
 
-def test_known_files_below_a_directory_are_those_in_it_and_no_others(ledger: Ledger) -> None:
-    paths = [b"a", b"a-b/x", b"a/x", b"a/y/z", b"a0", b"a0/x", b"b/a/x", b"a/\xff"]
-    ledger.enqueue([a_candidate(path) for path in paths], BOTH, NOW)
+def test_only_changes_since_the_last_call_are_returned(bench: Bench) -> None:
+    ledger = bench.ledger
+    first, second, third = a_candidate(b"r1"), a_candidate(b"r2"), a_candidate(b"r3")
+    enqueue(ledger, first)
+    changes = ledger.known_since("switches")
+    assert (changes.added, dict(changes.removed)) == (keys(first), {})
+    enqueue(bench.another_host(), second, a_candidate(b"r2", drop="firewalls"))
+    changes = ledger.known_since("switches", changes.cursor)
+    assert (changes.added, dict(changes.removed)) == (keys(second), {})
+    changes = ledger.known_since("switches", changes.cursor)
+    assert (changes.added, dict(changes.removed)) == ({}, {})
 
-    known = ledger.known_files("switches", b"a")
+    (completed,) = end(ledger, delivered())
+    record_dispositions(ledger, [DispositionResult(completed.archive.id, b"sent/r1")], [], LATER)
+    enqueue(ledger, third)
+    changes = ledger.known_since("switches", changes.cursor)
+    assert (changes.added, dict(changes.removed)) == (keys(third), keys(first))
+    assert bench.crash().known_since("switches", changes.cursor).added == {}
+    assert known(ledger) == keys(second, third)
 
-    assert known.paths == {hash(path) for path in (b"a/x", b"a/y/z", b"a/\xff")}
-    assert len(known.content_keys) == 3
+
+def test_a_file_that_was_queued_and_disposed_of_between_two_calls_is_no_change(ledger: Ledger) -> None:
+    cursor = ledger.known_since("switches").cursor
+    enqueue(ledger, a_candidate(b"r1"), a_candidate(b"r2"))
+    (completed,) = end(ledger, delivered())
+    record_dispositions(ledger, [DispositionResult(completed.archive.id, b"sent/r1")], [], LATER)
+    changes = ledger.known_since("switches", cursor)
+    assert (changes.added.keys(), dict(changes.removed)) == ({hash(b"r2")}, {})
+
+
+def test_a_file_that_is_missing_and_comes_back_is_a_change_each_time(ledger: Ledger) -> None:
+    candidate = a_candidate()
+    enqueue(ledger, candidate)
+    cursor = ledger.known_since("switches").cursor
+    end(ledger, Superseded("the file is gone", missing=True))
+    changes = ledger.known_since("switches", cursor)
+    assert (changes.added, dict(changes.removed)) == ({}, keys(candidate))
+    enqueue(ledger, candidate)
+    again = ledger.known_since("switches", changes.cursor)
+    assert (again.added, dict(again.removed)) == (keys(candidate), {})
+    both = ledger.known_since("switches", cursor)
+    assert (both.added, dict(both.removed)) == (keys(candidate), keys(candidate))
+
+
+def test_a_change_after_old_archives_were_pruned_is_returned(ledger: Ledger) -> None:
+    enqueue(ledger, a_candidate(b"r1"), a_candidate(b"r2"))
+    r1, r2 = end(ledger, delivered()) + end(ledger, delivered())
+    done = [DispositionResult(one.archive.id, b"sent/x") for one in (r2, r1)]  # r1 changes last
+    record_dispositions(ledger, done, [], LATER)
+    cursor = ledger.known_since("switches").cursor
+    assert ledger.prune(lambda: LATER + SECOND, 9) == 1
+    candidate = a_candidate(b"r3")
+    enqueue(ledger, candidate)
+    assert known(ledger, cursor=cursor) == keys(candidate)
+
+
+def test_a_replaced_file_is_known_with_its_new_content(ledger: Ledger) -> None:
+    old, new = a_candidate(), a_candidate()
+    enqueue(ledger, old)
+    claim(ledger)  # so that the old content keeps its entry
+    cursor = ledger.known_since("switches").cursor
+    enqueue(ledger, new)
+    assert known(ledger) == known(ledger, cursor=cursor) == keys(new)
 
 
 def test_a_superseded_content_is_no_longer_known(ledger: Ledger) -> None:
     enqueue(ledger, a_candidate(b"r1"))
     new = a_candidate(b"r1")
     enqueue(ledger, new)
-    assert ledger.known_files("switches").content_keys == {content_key(b"r1", new.fingerprint)}
+    assert known(ledger) == keys(new)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +324,7 @@ def test_a_fingerprint_is_read_back_as_the_same_numbers(bench: Bench, fingerprin
     enqueue(bench.ledger, candidate)
     ledger = bench.crash()
     assert enqueue(ledger, candidate) == ()
-    assert ledger.known_files("switches").content_keys == {content_key(candidate.relpath, fingerprint)}
+    assert known(ledger) == keys(candidate)
     assert claim(ledger).archive.fingerprint == fingerprint
 
 
@@ -453,7 +517,7 @@ def test_a_superseded_archive_needs_no_disposition(ledger: Ledger) -> None:
     enqueue(ledger, candidate)
     assert end(ledger, superseded()) == []
     assert ledger.pending_dispositions() == []
-    assert ledger.known_files("switches").paths == frozenset()
+    assert known(ledger) == {}
     assert len(enqueue(ledger, candidate)) == 1  # the file in the folder is queued as a new archive
 
 
@@ -522,7 +586,7 @@ def test_a_recorded_disposition_is_not_pending_after_a_crash(bench: Bench) -> No
     record_dispositions(bench.ledger, [DispositionResult(completed.archive.id, b"sent/r1")], [], LATER)
     ledger = bench.crash()
     assert ledger.pending_dispositions() == []
-    assert ledger.known_files("switches").paths == frozenset()
+    assert known(ledger) == {}
 
 
 def test_a_file_moved_back_after_its_disposition_is_queued_again(ledger: Ledger) -> None:
@@ -547,7 +611,7 @@ def test_a_delivered_file_that_was_missing_and_comes_back_is_disposed_of_and_not
 ) -> None:
     candidate = a_candidate()
     archive = end_with_missing_file(bench.ledger, candidate, delivered())
-    assert bench.ledger.known_files("switches").paths == frozenset()
+    assert known(bench.ledger) == {}
     result = bench.ledger.enqueue([candidate], ["vault"], LATER)
     assert (result.queued, result.reappeared) == ((), True)
     ledger = bench.crash()
@@ -575,9 +639,7 @@ def test_a_file_kept_in_place_keeps_its_entry(bench: Bench) -> None:
     )
     ledger = bench.crash()
     assert ledger.pending_dispositions() == []
-    assert (
-        content_key(candidate.relpath, candidate.fingerprint) in ledger.known_files("switches").content_keys
-    )
+    assert known(ledger) == keys(candidate)
     assert enqueue(ledger, candidate) == ()
 
 
@@ -589,7 +651,7 @@ def test_a_file_kept_in_place_is_queued_again_when_it_changes(ledger: Ledger) ->
     )
     new = a_candidate()
     assert len(enqueue(ledger, new)) == 1
-    assert ledger.known_files("switches").content_keys == {content_key(new.relpath, new.fingerprint)}
+    assert known(ledger) == keys(new)
 
 
 def test_a_failed_disposition_stays_pending_and_counts_as_logged(bench: Bench) -> None:
@@ -657,6 +719,7 @@ def test_a_saved_circuit_replaces_the_one_before_and_survives_a_crash(bench: Ben
 
 
 def test_a_closed_ledger_raises_an_error(ledger: Ledger) -> None:
+    ledger.check_storage()
     ledger.close()
     with pytest.raises(LedgerError):
         ledger.enqueue([a_candidate()], ["vault"], NOW)
@@ -672,7 +735,7 @@ def test_threads_enqueue_claim_and_record_at_the_same_time(ledger: Ledger) -> No
         try:
             for turn in range(25):
                 enqueue(ledger, a_candidate(b"%d-%d" % (number, turn)))
-                ledger.known_files("switches")
+                ledger.known_since("switches")
                 (delivery,) = ledger.claim("vault", LATER)
                 ended = ledger.record([a_claim_result(delivery, delivered())], LATER).completed
                 completed[number] += ended

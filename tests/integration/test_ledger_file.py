@@ -230,15 +230,22 @@ def test_results_are_synced_and_claims_are_not(tmp_path: Path) -> None:
     ledger.close()
 
 
-def test_known_files_below_a_directory_are_found_by_a_range_of_the_index(tmp_path: Path) -> None:
+def test_changes_are_found_by_an_index(tmp_path: Path) -> None:
     ledger = SqliteLedger(open_ledger(tmp_path).connection)
-    statements: list[str] = []
-    ledger._db.set_trace_callback(statements.append)
-    ledger.known_files("switches", b"site")
-    ledger._db.set_trace_callback(None)
-    plan = [row[3] for row in ledger._db.execute(f"EXPLAIN QUERY PLAN {statements[0]}")]
-    search = "SEARCH archive USING INDEX archive_with_entry (drop_name=? AND relpath>? AND relpath<?)"
-    assert plan == [search], plan
+    plans = []
+    for cursor in ((), ledger.known_since("switches").cursor):
+        statements: list[str] = []
+        ledger._db.set_trace_callback(statements.append)
+        ledger.known_since("switches", cursor)
+        ledger._db.set_trace_callback(None)
+        plans += [row[3] for each in statements for row in ledger._db.execute(f"EXPLAIN QUERY PLAN {each}")]
+    newest = ["SCAN change", "SCALAR SUBQUERY 1", "SEARCH archive"]  # one row, and the end of the table
+    assert plans == [
+        *newest,
+        "SEARCH archive USING INDEX archive_with_entry (drop_name=?)",
+        *newest,
+        "SEARCH archive USING INDEX archive_changed (changed>?)",
+    ]
     ledger.close()
 
 
@@ -254,6 +261,7 @@ def steps_of_all_calls(ledger: SqliteLedger) -> dict[str, int]:
         costs[method.__name__] = steps[0]
         return result
 
+    before = ledger.known_since("switches").cursor
     cost(ledger.enqueue, [a_candidate(b"new.cfg")], ["vault"], NOW)
     (delivery,) = cost(ledger.claim, "vault", NOW)
     cost(ledger.next_due, "vault")
@@ -269,7 +277,8 @@ def steps_of_all_calls(ledger: SqliteLedger) -> dict[str, int]:
     terms = cost(ledger.stewardship, ["switches"])
     done = [DispositionResult(completed.archive.id, b"sent/new.cfg")]
     cost(ledger.record_dispositions, done, [], terms, NOW)
-    cost(ledger.known_files, "switches")
+    cost(ledger.known_since, "switches")
+    cost(ledger.known_since, "switches", before)
     cost(ledger.count_quarantined)
     cost(ledger.save_circuit, "vault", Circuit(), None)
     cost(ledger.possibly_overdue, NOW)
@@ -525,7 +534,7 @@ def test_a_full_disk_undoes_whole_transactions_and_the_ledger_stays_usable(small
 
     assert ledger.pending_dispositions() == []
     assert ledger.backlog()["vault"].pending == 100
-    assert len(ledger.known_files("switches").paths) == 100
+    assert len(ledger.known_since("switches").added) == 100
     filler.unlink()
     assert len(ledger.record(ended, NOW).completed) == 100
     ledger.close()

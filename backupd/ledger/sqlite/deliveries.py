@@ -18,10 +18,11 @@ from backupd.ledger.port import (
     Backlog,
     ClaimResult,
     CompletedArchive,
+    Cursor,
     DispositionResult,
     EnqueueResult,
     FileCandidate,
-    KnownFiles,
+    KnownChanges,
     Ledger,
     OpenedLedger,
     RecordResult,
@@ -53,6 +54,14 @@ _CLAIM_ORDER = {
 
 _RELEASE = "UPDATE delivery SET state = 'pending', session = NULL, token = token + 1 WHERE state = 'claimed'"
 _IS_OVER = "session NOT IN (SELECT id FROM session)"
+
+_BEGIN_CHANGE = "UPDATE change SET number = number + 1"
+_CHANGE = "(SELECT number FROM change)"
+
+_REMOVE_ENTRY = (
+    f"UPDATE archive SET has_entry = 0, changed = {_CHANGE}"  # noqa: S608 -- own clause
+    " WHERE id = ? AND has_entry AND disposition = 'done'"
+)
 
 _TERM = 1
 """The term of every steward: only one daemon uses the ledger."""
@@ -106,19 +115,31 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         """See `Ledger.stewardship`."""
         return dict.fromkeys(drops, _TERM)
 
-    def known_files(self, drop: str, below: bytes = b"") -> KnownFiles:
-        """See `Ledger.known_files`."""
-        query = f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE drop_name = ? AND has_entry"  # noqa: S608 -- own columns
-        values: tuple[str | bytes, ...] = (drop,)
-        if below:  # a range of the index, so that many new directories don't each read all entries
-            query += " AND relpath > ? AND relpath < ?"
-            values = (drop, below + b"/", below + b"0")  # "0" is the byte after "/"
+    def known_since(self, drop: str, cursor: Cursor = ()) -> KnownChanges:
+        """See `Ledger.known_since`."""
+        columns = f"SELECT {ARCHIVE_COLUMNS}, has_entry FROM archive"  # noqa: S608 -- own columns
+        added: dict[int, int] = {}
+        removed: list[tuple[int, int]] = []
         with self._reading() as db:
-            pairs = [
-                (content_key(a.relpath, a.fingerprint), hash(a.relpath))
-                for a in map(as_archive, db.execute(query, values))
-            ]
-        return KnownFiles(frozenset(key for key, _ in pairs), frozenset(path for _, path in pairs))
+            # first, so that a change by another process in between is returned by the next call
+            query = "SELECT number, (SELECT coalesce(max(id), 0) FROM archive) FROM change"
+            number, newest = db.execute(query).fetchone()
+            if cursor:
+                # an archive that was queued since then and has ended is not known to the caller
+                clause = "changed > ? AND drop_name = ? AND (has_entry OR id <= ?) AND id <= ?"
+                clauses = f"INDEXED BY archive_changed WHERE {clause} ORDER BY changed, id"
+                rows = db.execute(f"{columns} {clauses}", (cursor[0], drop, cursor[1], newest))
+            else:
+                clauses = "WHERE drop_name = ? AND has_entry AND id <= ? ORDER BY relpath, id"
+                rows = db.execute(f"{columns} {clauses}", (drop, newest))
+            for row in rows:
+                archive = as_archive(row)
+                path, content = hash(archive.relpath), content_key(archive.relpath, archive.fingerprint)
+                if row[-1]:
+                    added[path] = content
+                else:
+                    removed.append((path, content))
+        return KnownChanges((number, newest), added, removed)
 
     def enqueue(
         self, candidates: Sequence[FileCandidate], destinations: Sequence[str], now: datetime
@@ -129,6 +150,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         rejected: list[Archive] = []
         has_unusual_size = reappeared = False
         with self._transaction(durable=any(c.rejected is not None for c in candidates)) as db:
+            db.execute(_BEGIN_CHANGE)
             for candidate in candidates:
                 known = _known_archives(db, candidate)
                 key = content_key(candidate.relpath, candidate.fingerprint)
@@ -182,7 +204,9 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         """See `Ledger.record`."""
         completed: list[CompletedArchive] = []
         lost: list[ClaimResult] = []
+        archive_ids: dict[int, None] = {}
         with self._transaction(durable=True) as db:
+            db.execute(_BEGIN_CHANGE)
             for result in results:
                 has_claim = db.execute(
                     "UPDATE delivery SET state = ?, due_at = ?, archive_failures = ?,"
@@ -195,12 +219,13 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                     if not _was_recorded(db, result.delivery):
                         lost.append(result)
                     continue
+                archive_ids[result.delivery.archive.id] = None
                 first = result.delivery.attempts + 1
                 db.executemany(
                     "INSERT OR REPLACE INTO attempt VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     [attempt_row(result.delivery.id, n, a) for n, a in enumerate(result.attempts, first)],
                 )
-            for archive_id in dict.fromkeys(result.delivery.archive.id for result in results):
+            for archive_id in archive_ids:
                 completed += _complete(db, archive_id)
         return RecordResult(tuple(completed), tuple(lost))
 
@@ -227,9 +252,10 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         drops = [drop for drop, term in terms.items() if term == _TERM]
         is_own = f"id = ? AND drop_name IN ({', '.join('?' * len(drops))})"
         with self._transaction(durable=False) as db:
+            db.execute(_BEGIN_CHANGE)
             db.executemany(
                 "UPDATE archive SET disposition = 'done', moved_to = ?, disposed_at = ?, has_entry = ?,"  # noqa: S608
-                f" removal = ? WHERE {is_own}",
+                f" changed = {_CHANGE}, removal = ? WHERE {is_own}",
                 [
                     (
                         r.moved_to,
@@ -362,7 +388,7 @@ def _supersede(db: sqlite3.Connection, archive: Archive, now: datetime) -> bool:
         (to_micros(now), archive.id),
     ).rowcount
     _complete(db, archive.id)
-    db.execute("UPDATE archive SET has_entry = 0 WHERE id = ? AND disposition = 'done'", (archive.id,))
+    db.execute(_REMOVE_ENTRY, (archive.id,))
     return bool(ended)
 
 
@@ -377,8 +403,8 @@ def _resume_disposition(db: sqlite3.Connection, candidate: FileCandidate) -> boo
     )
     for archive in map(as_archive, db.execute(query, (candidate.drop, candidate.relpath)).fetchall()):
         if archive.fingerprint == candidate.fingerprint:
-            due = "disposition = 'due', already_logged = 1, has_entry = 1, removal = NULL"
-            db.execute(f"UPDATE archive SET {due} WHERE id = ?", (archive.id,))  # noqa: S608 -- own columns
+            due = f"disposition = 'due', already_logged = 1, has_entry = 1, changed = {_CHANGE}"
+            db.execute(f"UPDATE archive SET {due}, removal = NULL WHERE id = ?", (archive.id,))  # noqa: S608
             return True
     return False
 
@@ -388,8 +414,8 @@ def _insert(
 ) -> Archive:
     at, fingerprint, folder_inode = to_micros(now), candidate.fingerprint, candidate.folder_inode
     archive_id = db.execute(
-        "INSERT INTO archive (drop_name, relpath, folder_inode, inode, size, mtime_ns, ctime_ns, queued_at)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO archive (drop_name, relpath, folder_inode, inode, size, mtime_ns, ctime_ns, queued_at,"  # noqa: S608
+        f" changed) VALUES (?, ?, ?, ?, ?, ?, ?, ?, {_CHANGE})",
         (candidate.drop, candidate.relpath, *fingerprint_columns(folder_inode, fingerprint), at),
     ).lastrowid
     db.executemany(
@@ -420,11 +446,13 @@ def _complete(db: sqlite3.Connection, archive_id: int) -> list[CompletedArchive]
         return []
     is_superseded = state is DeliveryState.SUPERSEDED
     changed = db.execute(
-        "UPDATE archive SET state = ?, disposition = ?, has_entry = ?,"
+        "UPDATE archive SET state = ?, disposition = ?,"
         " digest = (SELECT max(digest) FROM delivery WHERE archive_id = archive.id)"
         " WHERE id = ? AND state = 'pending'",
-        (state, "done" if is_superseded else "due", not is_superseded, archive_id),
+        (state, "done" if is_superseded else "due", archive_id),
     ).rowcount
+    if changed and is_superseded:
+        db.execute(_REMOVE_ENTRY, (archive_id,))
     return [] if is_superseded or not changed else [_load_completed(db, archive_id)]
 
 
