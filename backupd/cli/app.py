@@ -77,8 +77,8 @@ app = typer.Typer(
     help="Deliver configuration backups from drop folders to HTTPS endpoints, and verify each delivery.\n\n"
     "First steps: `backupd demo` delivers two sample archives, `backupd init` prints a configuration, "
     "`backupd check` tests it, and `backupd run` starts the daemon.",
-    epilog="Exit codes: 0 done, 1 bug, 2 usage, 3 something was rejected, 69 a destination is unavailable, "
-    "75 still pending, 78 configuration.",
+    epilog="Exit codes: 0 done, 1 bug, 2 usage, 3 something was rejected, 69 a destination or the ledger is "
+    "unavailable, 75 still pending, 78 configuration.",
 )
 
 

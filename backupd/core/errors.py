@@ -47,6 +47,16 @@ class LedgerHeldError(LedgerError):
     """Another process held the ledger's write lock for longer than the lock timeout."""
 
 
+class LedgerUnreachableError(LedgerError):
+    """The ledger can't be reached at the moment, as after an I/O error; a later attempt may succeed.
+
+    `is_repeated` is whether an earlier call has raised it in this outage, so that the outage is logged.
+    """
+
+    exit_code = 69
+    is_repeated = False
+
+
 class LedgerDamagedError(BackupdError):
     """The content of the ledger is damaged.
 

@@ -11,7 +11,7 @@ from backupd.delivery.circuit_breaker import CircuitBreaker
 from backupd.delivery.recorder import Recorder
 from backupd.ledger.port import Backlog, Ledger
 from backupd.telemetry import events
-from backupd.telemetry.log import EventLog
+from backupd.telemetry.log import EventLog, log_ledger_failure
 from backupd.telemetry.process_stats import process_stats
 
 _EMPTY = Backlog(0, 0, None)
@@ -44,7 +44,7 @@ class Heartbeat:
             backlog = self._ledger.backlog()
             quarantined = self._ledger.count_quarantined()
         except LedgerError as error:
-            self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
+            log_ledger_failure(self._log, error)
             return
         now = datetime.now(UTC)
         days_left = days_left or {}

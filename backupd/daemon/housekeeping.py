@@ -14,7 +14,7 @@ from backupd.daemon.runtime import Runtime
 from backupd.intake.device_tracker import DeviceTracker
 from backupd.ledger.port import ClockReading, DeviceLedger
 from backupd.telemetry import events
-from backupd.telemetry.log import EventLog
+from backupd.telemetry.log import EventLog, log_ledger_failure
 
 _MIN_STEP = timedelta(seconds=1)
 """Steps of the clock below this size are ignored: NTP adjusts the clock all the time."""
@@ -124,7 +124,7 @@ class Housekeeping:
         return self._device_tracker.overdue
 
     def tick(self) -> None:
-        """Do the work of one heartbeat; a ledger that fails is logged and retried at the next one."""
+        """Do the work of one heartbeat; a ledger that fails is logged and retried at each one."""
         now = self._runtime.ledger.now()
         try:
             self._device_tracker.tick(now)
@@ -150,7 +150,7 @@ class Housekeeping:
         except LedgerHeldError:
             pass  # another process holds the ledger; the next reading is saved instead
         except LedgerError as error:
-            self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
+            log_ledger_failure(self._log, error)
 
     def renew_session(self) -> None:
         """Keep the claims of this session, and release those of sessions that are over."""
@@ -158,7 +158,7 @@ class Housekeeping:
             self._runtime.ledger.renew()
             self._runtime.ledger.reap()
         except LedgerError as error:
-            self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
+            log_ledger_failure(self._log, error)
 
     def check_clock(self) -> None:
         """Check whether the clock was set; if so, log it and correct the times that depend on it."""
@@ -183,4 +183,4 @@ class Housekeeping:
             drops = {name: running.drop for name, running in self._runtime.drops.items()}
             self._device_tracker.configure(drops, self._runtime.ledger.now())
         except LedgerError as error:
-            self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
+            log_ledger_failure(self._log, error)

@@ -15,7 +15,7 @@ from backupd.core.model import Deferred, Delivered, DeliveryState, Superseded
 from backupd.delivery.disposition import Disposition
 from backupd.ledger.port import ClaimResult, CompletedArchive, DispositionResult, Ledger
 from backupd.telemetry import events
-from backupd.telemetry.log import EventLog
+from backupd.telemetry.log import EventLog, log_ledger_failure
 from backupd.telemetry.thread_watchdog import ThreadWatchdog
 
 _MAX_BATCH = 256
@@ -139,7 +139,7 @@ class Recorder:
                 recorded = self._ledger.record(batch, self._ledger.now())
                 break
             except LedgerError as error:
-                self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
+                log_ledger_failure(self._log, error)
                 self.watchdog.idle()
                 if abandon.wait(wait):
                     return False
@@ -203,7 +203,7 @@ class Recorder:
     def _postpone_round(self, error: LedgerError) -> None:
         self._after_id = None
         self._has_pending, self._next_round = True, time.monotonic() + _RETRY_EVERY
-        self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
+        log_ledger_failure(self._log, error)
 
     def _log_result(self, result: ClaimResult) -> None:
         delivery, transition, last = result.delivery, result.transition, result.attempts[-1]

@@ -23,6 +23,7 @@ from backupd.delivery.destination import DestinationQueue
 from backupd.dropfolder.drop import Drop
 from backupd.ledger.port import ClaimResult
 from backupd.telemetry import events
+from backupd.telemetry.log import log_ledger_failure
 from backupd.telemetry.thread_watchdog import ThreadWatchdog
 from backupd.upload.base import Uploader, UploadJob
 
@@ -93,7 +94,7 @@ class Worker:
         try:
             delivery = queue.claim()
         except LedgerError as error:
-            queue.log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
+            log_ledger_failure(queue.log, error)
         if delivery is None:
             queue.circuit.release()
             return False

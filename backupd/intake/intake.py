@@ -23,7 +23,7 @@ from backupd.intake.watch_health import WatchHealth
 from backupd.intake.watcher import WatchEndedEvent
 from backupd.ledger.port import Cursor, FileCandidate, Ledger, content_key
 from backupd.telemetry import events
-from backupd.telemetry.log import EventLog
+from backupd.telemetry.log import EventLog, log_ledger_failure
 from backupd.telemetry.thread_watchdog import ThreadWatchdog
 
 _BATCH_SIZE = 500
@@ -281,5 +281,5 @@ class Intake:
     def _log_ledger_failure(self, error: LedgerError) -> None:
         """Log, once, that the ledger failed; the files stay in place and the next rescan retries them."""
         if not self._ledger_failing:
-            self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
+            log_ledger_failure(self._log, error)
         self._ledger_failing = True

@@ -252,9 +252,9 @@ class DeviceLedger(Protocol):
 class Ledger(DeviceLedger, Protocol):
     """The durable state of archives and deliveries; safe to use from several threads.
 
-    Every method raises LedgerError if the ledger can't be read or written; LedgerHeldError, a LedgerError, if
-    another process holds it for too long; and LedgerDamagedError if its content is damaged, after which the
-    daemon has to be restarted.
+    Every method raises LedgerError if the ledger can't be read or written. A LedgerHeldError is one because
+    another process holds it for too long, a LedgerUnreachableError one because its storage doesn't answer.
+    LedgerDamagedError is no LedgerError: its content is damaged, and the daemon has to be restarted.
     """
 
     @property
@@ -391,7 +391,10 @@ class Ledger(DeviceLedger, Protocol):
         ...
 
     def check_storage(self) -> None:
-        """Raise LedgerError if the storage was removed or replaced, so that new records would be lost."""
+        """Raise LedgerError if new records can't be stored or would be lost.
+
+        That is in an outage, until a record is stored again, and if the storage was removed or replaced.
+        """
         ...
 
     def close(self) -> None:

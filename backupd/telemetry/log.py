@@ -13,8 +13,9 @@ from typing import Any
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from backupd.core.errors import LedgerError, LedgerUnreachableError
 from backupd.core.names import as_text, printable
-from backupd.telemetry.events import CATALOGUE, LIBRARY_WARNING, LOG_LOST, Event
+from backupd.telemetry.events import CATALOGUE, LEDGER_FAILED, LIBRARY_WARNING, LOG_LOST, Event
 from backupd.telemetry.journal import JournalWriter, LineWriter
 from backupd.telemetry.message import render
 
@@ -52,6 +53,12 @@ class EventLog:
         if exc_info is not None:
             values["exc_info"] = exc_info  # rendered without the values of local variables
         getattr(self._logger, event.level)(event.name, **values)
+
+
+def log_ledger_failure(log: EventLog, error: LedgerError) -> None:
+    """Log that the ledger failed; only the first failure of an outage, which may cause one in each thread."""
+    if not (isinstance(error, LedgerUnreachableError) and error.is_repeated):
+        log.emit(LEDGER_FAILED, error=error.message, hint=error.hint)
 
 
 def log_library_warnings(log: EventLog) -> None:

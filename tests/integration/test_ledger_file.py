@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
 import signal
 import sqlite3
@@ -19,7 +20,12 @@ import pytest
 
 from backupd.core.circuit import Circuit
 from backupd.core.devices import Device
-from backupd.core.errors import LedgerDamagedError, LedgerError, LedgerUnreadableError
+from backupd.core.errors import (
+    LedgerDamagedError,
+    LedgerError,
+    LedgerUnreachableError,
+    LedgerUnreadableError,
+)
 from backupd.ledger.port import ClockReading, DispositionResult
 from backupd.ledger.sqlite.connection import (
     FILE_NAME,
@@ -562,6 +568,40 @@ def test_a_full_disk_at_the_start_is_an_error_and_leaves_no_empty_ledger(small_d
         opened = open_ledger(state)
         assert opened.quarantined_path is None
         opened.connection.close()
+
+
+# an outage of the disk
+
+
+@contextlib.contextmanager
+def failing_writes(state: Path) -> Iterator[None]:
+    """Make writes that would enlarge the write-ahead log fail with an I/O error, as on a broken disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((state / f"{FILE_NAME}-wal").stat().st_size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_only_the_first_failure_of_an_outage_is_new(tmp_path: Path) -> None:
+    ledger = SqliteLedger(open_ledger(tmp_path).connection)
+    for _ in range(2):
+        ledger.check_storage()
+        repeated = []
+        with failing_writes(tmp_path):
+            for _ in range(3):
+                with pytest.raises(LedgerUnreachableError, match="disk I/O error") as failed:
+                    ledger.enqueue([a_candidate()], ["vault"], NOW)
+                repeated.append(failed.value.is_repeated)
+            assert failed.value.exit_code == 69
+            assert ledger.backlog() == {}  # SQLite reads what it has in memory
+        assert repeated == [False, True, True]
+        with pytest.raises(LedgerUnreachableError, match="disk I/O error"):
+            ledger.check_storage()
+        ledger.save_circuit("vault", Circuit(), None)
+    ledger.check_storage()
+    ledger.close()
 
 
 # a process that is killed

@@ -18,7 +18,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
-from backupd.core.errors import LedgerDamagedError, LedgerError, LedgerHeldError, LedgerUnreadableError
+from backupd.core.errors import (
+    LedgerDamagedError,
+    LedgerError,
+    LedgerHeldError,
+    LedgerUnreachableError,
+    LedgerUnreadableError,
+)
 from backupd.core.model import (
     Archive,
     Attempt,
@@ -309,12 +315,16 @@ class Transactions:
         connection.execute("PRAGMA busy_timeout = 0")  # SQLite would wait while this object's lock is held
         self._db = connection
         self._lock = threading.Lock()
+        self._outage: tuple[str, str] | None = None
+        """Message and hint of the first error of an outage, which ends when a change is committed."""
         path = connection.execute("PRAGMA database_list").fetchone()[2]
         files = (path, f"{path}-wal") if path else ()  # a ledger in memory has no files
         self._files = {file: os.stat(file) for file in files if os.path.exists(file)}
 
     def check_storage(self) -> None:
         """See `Ledger.check_storage`."""
+        if self._outage is not None:
+            raise LedgerUnreachableError(*self._outage)
         for path, status in self._files.items():
             try:
                 if os.path.samestat(os.stat(path), status):
@@ -331,11 +341,14 @@ class Transactions:
     def _transaction(
         self, *, durable: bool, lock_timeout: float = LOCK_TIMEOUT
     ) -> Iterator[sqlite3.Connection]:
-        with translate_errors("written"):
+        with self._mark_outage(), translate_errors("written"):
             self._begin(durable=durable, lock_timeout=lock_timeout)
             try:
+                changes = self._db.total_changes
                 with _commit_or_roll_back(self._db):
                     yield self._db
+                if self._db.total_changes != changes:
+                    self._outage = None
             finally:
                 self._lock.release()
 
@@ -361,8 +374,17 @@ class Transactions:
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, translate_errors("read"):
+        with self._lock, self._mark_outage(), translate_errors("read"):
             yield self._db
+
+    @contextmanager
+    def _mark_outage(self) -> Iterator[None]:
+        try:
+            yield
+        except LedgerUnreachableError as error:
+            error.is_repeated = self._outage is not None
+            self._outage = self._outage or (error.message, error.hint)
+            raise
 
 
 @contextmanager
@@ -401,7 +423,7 @@ class UnreadableRowError(sqlite3.DatabaseError):
 
 @contextmanager
 def translate_errors(operation: str) -> Iterator[None]:
-    """Raise errors of SQLite in the block as LedgerError, LedgerHeldError or LedgerDamagedError.
+    """Raise errors of SQLite in the block as LedgerError, one of its subclasses, or LedgerDamagedError.
 
     `operation` is the participle in the message: `read` or `written`.
     """
@@ -409,8 +431,8 @@ def translate_errors(operation: str) -> Iterator[None]:
         yield
     except (sqlite3.Error, UnicodeDecodeError) as error:
         if is_damage(error):
-            error_class = LedgerUnreadableError if _is_unreadable(error) else LedgerDamagedError
-            raise error_class(
+            damage = LedgerUnreadableError if _is_unreadable(error) else LedgerDamagedError
+            raise damage(
                 f"the ledger is damaged: {error}",
                 "check the disk of `state_dir`; the daemon stops, and its next start renames a damaged ledger"
                 " and recreates it from the drop folders",
@@ -419,7 +441,8 @@ def translate_errors(operation: str) -> Iterator[None]:
         if is_locked(error):
             hint = "another process holds it: find it with `fuser` and end it; the daemon tries again"
             raise LedgerHeldError(message, hint) from error
-        raise LedgerError(message, "check the disk of `state_dir`") from error
+        error_class = LedgerUnreachableError if is_outage(error) else LedgerError
+        raise error_class(message, "check the disk of `state_dir`") from error
 
 
 def is_damage(error: sqlite3.Error | UnicodeDecodeError) -> bool:
@@ -431,6 +454,12 @@ def is_locked(error: BaseException) -> bool:
     """Return whether the cause of an error is that another process holds the ledger."""
     code: int = getattr(error, "sqlite_errorcode", 0)
     return code & 0xFF == sqlite3.SQLITE_BUSY
+
+
+def is_outage(error: BaseException) -> bool:
+    """Return whether the cause of an error is that the disk fails to read, write or open a file."""
+    code: int = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 
 
 def _is_unreadable(error: sqlite3.Error | UnicodeDecodeError) -> bool:

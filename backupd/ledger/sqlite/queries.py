@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from backupd.core.devices import overdue_by
-from backupd.core.errors import LedgerError, UsageError
+from backupd.core.errors import LedgerError, LedgerUnreachableError, UsageError
 from backupd.core.model import DeliveryState
 from backupd.ledger.history import (
     ArchiveRecord,
@@ -31,6 +31,7 @@ from backupd.ledger.sqlite.connection import (
     daemon_pid,
     is_damage,
     is_locked,
+    is_outage,
     open_for_reading,
     optional_path,
     optional_time,
@@ -38,7 +39,6 @@ from backupd.ledger.sqlite.connection import (
     storable_text,
     to_micros,
 )
-
 
 _CLAUSES = {
     "drop": "a.drop_name = ?",
@@ -78,7 +78,8 @@ def _query_errors(operation: str) -> Iterator[None]:
             raise LedgerError(
                 "the ledger has the schema of an earlier version", "restart the daemon, which migrates it"
             ) from error
-        raise LedgerError(f"the ledger can't be {operation}: {error}", _hint(error)) from error
+        error_class = LedgerUnreachableError if is_outage(error) else LedgerError
+        raise error_class(f"the ledger can't be {operation}: {error}", _hint(error)) from error
 
 
 def _hint(error: sqlite3.Error | UnicodeDecodeError) -> str:
