@@ -49,9 +49,14 @@ class StatResult(Protocol):
         ...
 
 
+_MAX_TIME_NS = 10**20 - 1
+"""A time of a file in 5138, and 20 digits: databases store no number of any size."""
+
+
 def fingerprint_of(status: StatResult) -> Fingerprint:
-    """Return the fingerprint of the file with this stat result."""
-    return Fingerprint(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    """Return the fingerprint of the file with this stat result; each number has at most 20 digits."""
+    times = (max(-_MAX_TIME_NS, min(ns, _MAX_TIME_NS)) for ns in (status.st_mtime_ns, status.st_ctime_ns))
+    return Fingerprint(status.st_ino, status.st_size, *times)
 
 
 def is_unchanged(found: StatResult, expected: Fingerprint) -> bool:

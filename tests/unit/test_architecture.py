@@ -1,8 +1,9 @@
-"""docs/architecture.md names modules and functions that exist."""
+"""docs/architecture.md names modules and functions that exist, and SQL statements name their columns."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +38,11 @@ def test_each_function_on_the_path_of_an_archive_exists(modules: str, functions:
 
     assert names
     assert not missing
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "backupd/ledger").rglob("*.py")), ids=lambda path: path.stem)
+def test_each_statement_names_its_columns(path: Path) -> None:
+    """An earlier version of the program keeps working with a table that has got another column."""
+    source = path.read_text("utf-8")
+
+    assert not re.findall(r"INTO \w+ (?:VALUES|SELECT)|SELECT (?:\w+\.)?\*", source)

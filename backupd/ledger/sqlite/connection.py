@@ -525,8 +525,11 @@ def storable_int(number: int) -> int | bytes:
 
 
 def storable_text(text: str) -> str:
-    """Return a text as valid Unicode, so that an outcome with any text can be recorded."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    """Return a text as valid Unicode without NUL, so that any database can store what a destination sends.
+
+    NUL becomes its symbol (U+2400), which doesn't make the text longer.
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\u2400")
 
 
 def fingerprint_columns(folder_inode: int, f: Fingerprint) -> Row:

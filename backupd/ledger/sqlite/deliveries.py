@@ -222,7 +222,8 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                 archive_ids[result.delivery.archive.id] = None
                 first = result.delivery.attempts + 1
                 db.executemany(
-                    "INSERT OR REPLACE INTO attempt VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT OR REPLACE INTO attempt (delivery_id, number, started_at, duration_us, sent,"
+                    " outcome, reason, error, http_status) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     [attempt_row(result.delivery.id, n, a) for n, a in enumerate(result.attempts, first)],
                 )
             for archive_id in archive_ids:
@@ -312,7 +313,8 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         text = None if error is None else storable_text(error)
         with self._transaction(durable=False) as db:
             db.execute(
-                "INSERT OR REPLACE INTO circuit VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO circuit (destination, state, reason, error, since, until)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
                 (destination, circuit.state, circuit.reason, text, *times),
             )
 

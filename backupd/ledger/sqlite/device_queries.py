@@ -96,7 +96,7 @@ class SqliteDeviceLedger(Transactions, DeviceLedger):
         skews = [(skew.ahead // _MICROSECOND, skew.remaining // _MICROSECOND) for skew in reading.skews]
         with self._transaction(durable=bool(skews), lock_timeout=lock_timeout) as db:
             db.execute("DELETE FROM clock")
-            db.execute("INSERT INTO clock VALUES (?)", (to_micros(reading.seen_at),))
+            db.execute("INSERT INTO clock (seen_at) VALUES (?)", (to_micros(reading.seen_at),))
             db.execute("DELETE FROM clock_skew")
             db.executemany("INSERT INTO clock_skew (ahead, remaining) VALUES (?, ?)", skews)
 
@@ -135,7 +135,10 @@ def record_arrival(db: sqlite3.Connection, archive: Archive, tracked: TrackedDev
     anomaly = None if tracked.size_alarm is None else size_anomaly(size, before, tracked.size_alarm)
     if anomaly is None:
         return False
-    db.execute("INSERT INTO unusual_size VALUES (?, ?, ?)", (archive.id, tracked.device, anomaly.median))
+    db.execute(
+        "INSERT INTO unusual_size (archive_id, device, median_size) VALUES (?, ?, ?)",
+        (archive.id, tracked.device, anomaly.median),
+    )
     return True
 
 
@@ -179,7 +182,10 @@ def _has_device_table(db: sqlite3.Connection) -> bool:
 
 def _expect(db: sqlite3.Connection, drop: str, expectation: DeviceExpectation, at: int) -> None:
     every = None if expectation.every is None else expectation.every // _MICROSECOND
-    db.execute("INSERT OR REPLACE INTO expectation VALUES (?, ?, ?)", (drop, every, expectation.by))
+    db.execute(
+        "INSERT OR REPLACE INTO expectation (drop_name, every, device_by) VALUES (?, ?, ?)",
+        (drop, every, expectation.by),
+    )
     whole = (WHOLE_DROP,) if expectation.by is None and every is not None else ()
     db.executemany(
         "INSERT INTO device (drop_name, name, known_at, listed) VALUES (?, ?, ?, 1)"

@@ -155,7 +155,9 @@ class SqliteSentIndex(SentIndex):
     def mark_restored(self, drop: str, folder: bytes) -> None:
         """See `SentIndex.mark_restored`."""
         with transaction(self._db):
-            self._db.execute("INSERT OR IGNORE INTO restored VALUES (?, ?)", (drop, folder))
+            self._db.execute(
+                "INSERT OR IGNORE INTO restored (drop_name, folder) VALUES (?, ?)", (drop, folder)
+            )
 
     def close(self) -> None:
         """See `SentIndex.close`."""
