@@ -72,7 +72,7 @@ class Assembly:
         self.clock = HostClock(ledger.last_clock_reading())
         self.device_tracker = DeviceTracker(ledger, log)
         self.device_tracker.configure(self._drops, ledger.now())
-        disposition = Disposition(self._drops, log)
+        disposition = Disposition(self._drops, log, ledger.session)
         recorder = Recorder(ledger, disposition, log, self._recheck)
         retention = Retention(
             lambda: open_sent_index(config.state_dir),

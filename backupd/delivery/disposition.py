@@ -37,7 +37,14 @@ from backupd.core.transition import archive_state
 from backupd.dropfolder.checksums import move_checksum_files
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.folder import CachedFolder
-from backupd.dropfolder.move import FileChangedError, find_moved, move, write_receipt_file
+from backupd.dropfolder.move import (
+    FileChangedError,
+    find_moved,
+    move,
+    partial_file_name,
+    remove_partial_files,
+    write_receipt_file,
+)
 from backupd.ledger.port import CompletedArchive, DeliveryResult, DispositionResult
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
@@ -168,11 +175,13 @@ class Disposition:
     """Moves, deletes or keeps the files of archives, once their results are committed.
 
     A disposition that a crash interrupted is found and finished by the next call for the same archive.
+    `session` is that of the ledger.
     """
 
-    def __init__(self, drops: Mapping[str, Drop], log: EventLog) -> None:
+    def __init__(self, drops: Mapping[str, Drop], log: EventLog, session: int = 1) -> None:
         self._drops = drops
         self._log = log
+        self._session = session
         self._logged_failures: set[int] = set()
         """Ids of the archives for which a failure was logged."""
 
@@ -189,6 +198,7 @@ class Disposition:
         done: list[tuple[CompletedArchive, DispositionResult, str]] = []
         failed: list[int] = []
         changed: set[tuple[str, bytes]] = set()
+        interrupted: set[tuple[str, bytes]] = set()
         folders: dict[str, CachedFolder] = {}
         try:
             for one in completed:
@@ -204,10 +214,11 @@ class Disposition:
                 if drop.name not in folders:
                     folders[drop.name] = CachedFolder(drop.folder)
                 try:
-                    done.append((one, *self._dispose(one, drop, folders[drop.name], changed)))
+                    done.append((one, *self._dispose(one, drop, folders[drop.name], changed, interrupted)))
                 except OSError as error:
                     self._log_failed(one, drop, error)
                     failed.append(one.archive.id)
+            self._remove_partial_files(interrupted, folders)
             try:
                 _sync(changed, folders)
             except OSError as error:
@@ -228,8 +239,12 @@ class Disposition:
         drop: Drop,
         folder: CachedFolder,
         changed: set[tuple[str, bytes]],
+        interrupted: set[tuple[str, bytes]],
     ) -> tuple[DispositionResult, str]:
-        """Return the result, and its name in the log; add the directories to be synced to `changed`."""
+        """Return the result, and its name in the log.
+
+        The directories to be synced are added to `changed`, those of earlier attempts to `interrupted`.
+        """
         archive = completed.archive
         parent, _, name = archive.relpath.rpartition(b"/")
         action = drop.config.on_delivered if completed.state is DeliveryState.DELIVERED else "reject"
@@ -243,7 +258,7 @@ class Disposition:
         else:
             top = drop.sent_dir if action == "move" else drop.rejected_dir
             target = top + b"/" + parent if parent else top
-        moved_to = self._move(archive, folder, target, name)
+        moved_to, was_moved = self._move(archive, folder, target, name)
         if moved_to is None and folder.is_unmounted(archive.folder_inode):
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         if moved_to is None:
@@ -252,24 +267,38 @@ class Disposition:
             move_checksum_files(folder, archive, None if action == "delete" else moved_to)
         # the parents of the target as well: this move, or one before a crash, may have created them
         changed |= {(archive.drop, directory) for directory in (parent, *_and_parents(target))}
+        if was_moved:
+            interrupted.add((archive.drop, target))
         if action == "delete":
             folder.unlink(moved_to)
             return DispositionResult(archive.id, None), "deleted"
         self._write_receipt_file(completed, folder, moved_to)
         return DispositionResult(archive.id, moved_to), "moved"
 
-    def _move(self, archive: Archive, folder: CachedFolder, target: bytes, name: bytes) -> bytes | None:
-        """Move the file and return its new path; None if it is gone or has changed."""
+    def _move(
+        self, archive: Archive, folder: CachedFolder, target: bytes, name: bytes
+    ) -> tuple[bytes | None, bool]:
+        """Move the file; return its new path, and whether an earlier attempt moved it.
+
+        The path is None if it is gone or has changed.
+        """
         expected, hidden = archive.fingerprint, b".backupd-%d.taken" % archive.id
         names = partial(free_names, name, archive.queued_at)
         try:
             try:
-                return move(folder, archive.relpath, expected, target, names(), hidden)
+                return move(folder, archive.relpath, expected, target, names(), hidden), False
             except (FileNotFoundError, NotADirectoryError):
                 folder.close()  # a cached directory may have been removed
-                return move(folder, archive.relpath, expected, target, names(), hidden)
+                return move(folder, archive.relpath, expected, target, names(), hidden), False
         except (FileNotFoundError, NotADirectoryError, FileChangedError):
-            return find_moved(folder, archive.relpath, expected, target, names(), hidden)
+            return find_moved(folder, archive.relpath, expected, target, names(), hidden), True
+
+    def _remove_partial_files(
+        self, directories: set[tuple[str, bytes]], folders: Mapping[str, CachedFolder]
+    ) -> None:
+        for drop, directory in directories:
+            with suppress(OSError):  # a file that is left does no harm
+                remove_partial_files(folders[drop], directory, self._session)
 
     def _write_receipt_file(self, completed: CompletedArchive, folder: CachedFolder, moved_to: bytes) -> None:
         kind = b"receipt" if completed.state is DeliveryState.DELIVERED else b"reason"
@@ -278,7 +307,8 @@ class Disposition:
         # the last number cannot be guessed, so that another user cannot create all of these names
         numbers = (*range(1, MAX_RECEIPT_FILE_NUMBER + 1), int.from_bytes(digest[:8], "big"))
         names = (receipt_file_name(name, kind, number) for number in numbers)
-        write_receipt_file(folder, directory, names, receipt_file_content(completed))
+        temporary = partial_file_name(completed.archive.id, self._session)
+        write_receipt_file(folder, directory, names, receipt_file_content(completed), temporary)
 
     def _log_completed(self, completed: CompletedArchive) -> None:
         archive = completed.archive
@@ -363,7 +393,7 @@ def _hint(error: OSError, drop: Drop, archive: Archive) -> str:
         case errno.EEXIST | errno.EISDIR:
             return (
                 "another program uses a hidden name of backupd: list the names with"
-                f" `find {folder} -name '.backupd-*' -o -name '.*.part'`, and remove or rename that entry"
+                f" `find {folder} -name '.backupd-*'`, and remove or rename that entry"
             )
         case errno.ETXTBSY | errno.EAGAIN:
             return (

@@ -7,6 +7,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,13 +18,14 @@ from backupd.core.names import (
     MAX_RECEIPT_FILE_NUMBER,
     as_text,
     receipt_file_name,
-    shortened,
 )
 from backupd.dropfolder.filesystem import is_being_written, read_lease
 from backupd.dropfolder.folder import DropFolder
 
 _RENAME_NOREPLACE = 1
 _CREATE_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
+_PARTIAL_FILE = re.compile(rb"\.backupd-[0-9]+-([0-9]+)\.part")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -93,6 +95,10 @@ def find_moved(
                 if not is_hidden:
                     with folder.directory(parent, create=True) as source:
                         move_back(target, hidden, source, old_name)
+            if is_hidden:
+                with suppress(FileNotFoundError, NotADirectoryError), folder.directory(parent) as source:
+                    if _is_same_inode(source, old_name, target, hidden):
+                        os.unlink(old_name, dir_fd=source)  # a hard link of a rename that was interrupted
             for name in names:
                 if is_hidden:
                     with suppress(FileExistsError):
@@ -131,8 +137,10 @@ def move_back(from_fd: int, from_name: bytes, to_fd: int, to_name: bytes) -> Non
 def rename_no_replace(source: int, name: bytes, target: int, new_name: bytes) -> None:
     """Rename a file between two open directories; raises FileExistsError if the new name is taken.
 
-    Uses renameat2(2) with RENAME_NOREPLACE. On a filesystem without it, the new name is checked before the
-    rename.
+    Uses renameat2(2) with RENAME_NOREPLACE. On a filesystem without it, such as NFS, the file gets the new
+    name as a hard link and then loses the old one; a call that was interrupted in between may be repeated.
+    Only if a hard link is refused as well, the new name is checked before the rename, and a file that gets it
+    in between is overwritten.
     """
     if _libc.renameat2(source, name, target, new_name, _RENAME_NOREPLACE) == 0:
         return
@@ -140,11 +148,27 @@ def rename_no_replace(source: int, name: bytes, target: int, new_name: bytes) ->
     if code not in (errno.ENOSYS, errno.EINVAL):
         raise OSError(code, os.strerror(code), os.fsdecode(name))
     try:
-        os.stat(new_name, dir_fd=target, follow_symlinks=False)
-    except FileNotFoundError:
+        os.link(name, new_name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
+    except FileExistsError:
+        if not _is_same_inode(source, name, target, new_name):
+            raise
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        with suppress(FileNotFoundError):
+            os.stat(new_name, dir_fd=target, follow_symlinks=False)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(new_name)) from None
         os.rename(name, new_name, src_dir_fd=source, dst_dir_fd=target)
         return
-    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(new_name))
+    os.unlink(name, dir_fd=source)
+
+
+def _is_same_inode(directory: int, name: bytes, other_directory: int, other_name: bytes) -> bool:
+    try:
+        one = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        return os.path.samestat(one, os.stat(other_name, dir_fd=other_directory, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
 
 
 def remove_archive(folder: DropFolder, relpath: bytes, archive: Archive) -> int | None:
@@ -176,18 +200,22 @@ def is_expected_file(status: os.stat_result, expected: Fingerprint) -> bool:
     return stat.S_ISREG(status.st_mode) and is_same_file(status, expected)
 
 
-def write_receipt_file(folder: DropFolder, directory: bytes, names: Iterable[bytes], content: bytes) -> None:
+def partial_file_name(archive_id: int, session: int) -> bytes:
+    """Return the temporary name of a receipt file, which no other session of a daemon uses."""
+    return b".backupd-%d-%d.part" % (archive_id, session)
+
+
+def write_receipt_file(
+    folder: DropFolder, directory: bytes, names: Iterable[bytes], content: bytes, temporary: bytes
+) -> None:
     """Write a receipt file under the first of `names` that is free; the directory is not synced.
 
-    The file is written and synced under a temporary name and then renamed. A file with the same content is
-    from an earlier attempt and is kept instead. Raises FileExistsError if all names are taken.
+    The file is written and synced under the name `temporary` and then renamed. A file with the same content
+    is from an earlier attempt and is kept instead. Raises FileExistsError if all names are taken.
     """
     with folder.directory(directory, create=True) as fd:
-        temporary = b""
+        _write_synced(fd, temporary, content)
         for name in names:
-            if not temporary:
-                temporary = shortened(b"." + name, b".part")
-                _write_synced(fd, temporary, content)
             try:
                 rename_no_replace(fd, temporary, fd, name)
             except FileExistsError:
@@ -197,6 +225,15 @@ def write_receipt_file(folder: DropFolder, directory: bytes, names: Iterable[byt
             return
         os.unlink(temporary, dir_fd=fd)
     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+
+def remove_partial_files(folder: DropFolder, directory: bytes, session: int) -> None:
+    """Remove the temporary receipt files that earlier sessions left in a directory when they were killed."""
+    with folder.directory(directory) as fd:
+        for name in map(os.fsencode, os.listdir(fd)):
+            partial = _PARTIAL_FILE.fullmatch(name)
+            if partial and int(partial[1]) != session:
+                os.unlink(name, dir_fd=fd)
 
 
 def remove_receipt_file(folder: DropFolder, relpath: bytes, archive: Archive, kind: bytes) -> None:

@@ -261,12 +261,13 @@ def test_a_kill_between_the_move_and_its_commit_leaves_one_complete_receipt_file
         case "no receipt file":
             receipt.unlink()
         case "half of a temporary one":
-            receipt.rename(part := receipt.with_name(f".{receipt.name}.part"))
+            receipt.rename(part := receipt.with_name(".backupd-1-1.part"))
             os.truncate(part, len(whole) // 2)
 
     again = stage.daemon().ready()
     again.wait_for("archive.disposed", disposition="moved")
 
     assert receipt.read_bytes() == whole
+    assert not list(stage.sent.glob(".*"))
     assert again.stop() == 0
     assert_all_delivered(stage, {"core.tar.gz": hashlib.sha256(content).hexdigest()})

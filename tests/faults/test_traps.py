@@ -54,7 +54,7 @@ def test_a_trap_with_the_name_of_a_temporary_receipt_file_is_neither_opened_nor_
     stage.configure(receiver.url, drop=FREQUENT_SCANS)
     daemon = stage.daemon().ready()
     stage.sent.mkdir()
-    trap(stage.sent / ".r1.cfg.receipt.json.part", outside)
+    trap(stage.sent / ".backupd-1-1.part", outside)
     stage.put("r1.cfg", b"1")
     stage.put("r2.cfg", b"2")
     wait_until_disposed(daemon, "r1.cfg", "r2.cfg")
@@ -70,7 +70,7 @@ def test_a_folder_with_the_name_of_a_temporary_receipt_file_is_logged_and_stops_
 ) -> None:
     stage.configure(receiver.url, drop=FREQUENT_SCANS)
     daemon = stage.daemon().ready()
-    trap = stage.sent / ".r1.cfg.receipt.json.part"
+    trap = stage.sent / ".backupd-1-1.part"
     trap.mkdir(parents=True)
     stage.put("r1.cfg", b"1")
     (failed,) = daemon.wait_for("disposition.failed", archive="r1.cfg")

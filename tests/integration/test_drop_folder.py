@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -22,10 +22,20 @@ from backupd.core.names import free_names
 from backupd.dropfolder import move as moving
 from backupd.dropfolder.filesystem import filesystem_of, is_being_written, is_remote
 from backupd.dropfolder.folder import DirectoryCache, DropFolder, walk
-from backupd.dropfolder.move import FileChangedError, find_moved, move, write_receipt_file
+from backupd.dropfolder.move import (
+    FileChangedError,
+    find_moved,
+    move,
+    partial_file_name,
+    remove_partial_files,
+    rename_no_replace,
+    write_receipt_file,
+)
 from tests.factories import NOW
 from tests.privileges import a_folder_of_nobody, without_rights
 from tests.stage import Stage
+
+PART = partial_file_name(1, 2)
 
 
 @pytest.fixture
@@ -86,7 +96,7 @@ def test_nothing_is_opened_through_a_linked_directory(folder: DropFolder, root: 
         with pytest.raises(NotADirectoryError):
             action(b"site/secret.cfg")
     with pytest.raises(NotADirectoryError):
-        write_receipt_file(folder, b"site", [b"new.cfg"], b"x")
+        write_receipt_file(folder, b"site", [b"new.cfg"], b"x", PART)
     assert sorted(path.name for path in (root.parent / "outside").iterdir()) == ["secret.cfg"]
 
 
@@ -156,7 +166,7 @@ def test_a_path_with_dots_is_refused(folder: DropFolder, root: Path, relpath: by
     with refused(errno.EINVAL):
         folder.open(relpath)
     with refused(errno.EINVAL, errno.EEXIST):
-        write_receipt_file(folder, *split(relpath), b"x")
+        write_receipt_file(folder, *split(relpath), b"x", PART)
     with refused(errno.EINVAL, errno.EISDIR):
         folder.unlink(relpath)
     assert open_descriptors() == before
@@ -171,13 +181,24 @@ def test_missing_directories_are_created_only_with_create(folder: DropFolder, ro
 
 
 def test_a_receipt_file_is_written_completely_and_never_overwritten(folder: DropFolder, root: Path) -> None:
-    write_receipt_file(folder, b"sent", [b"r1.cfg.receipt.json"], b"{}" * 100_000)
+    write_receipt_file(folder, b"sent", [b"r1.cfg.receipt.json"], b"{}" * 100_000, PART)
     assert (root / "sent/r1.cfg.receipt.json").read_bytes() == b"{}" * 100_000
     with pytest.raises(FileExistsError):
-        write_receipt_file(folder, b"sent", [b"r1.cfg.receipt.json"], b"other")
+        write_receipt_file(folder, b"sent", [b"r1.cfg.receipt.json"], b"other", PART)
     folder.sync(b"sent")
     folder.unlink(b"sent/r1.cfg.receipt.json")
     assert list((root / "sent").iterdir()) == []
+
+
+def test_the_partial_files_of_earlier_sessions_are_removed_and_no_others(
+    folder: DropFolder, root: Path
+) -> None:
+    others = [b".backupd-7.taken", b".backupd-7-x.part", b".x.part", b"backupd-7-1.part", b"r1.cfg"]
+    left = [partial_file_name(7, 1), partial_file_name(12, 11)]
+    for name in (*others, *left, PART):
+        put(root / "sent" / os.fsdecode(name))
+    remove_partial_files(folder, b"sent", 2)
+    assert sorted(map(os.fsencode, os.listdir(root / "sent"))) == sorted([*others, PART])
 
 
 @pytest.mark.root
@@ -188,7 +209,7 @@ def test_a_receipt_file_that_does_not_fit_on_the_disk_leaves_no_partial_file(tmp
     try:
         folder = DropFolder(str(disk))
         with pytest.raises(OSError, match="No space left"):
-            write_receipt_file(folder, b"sent", [b"r1.receipt.json"], bytes(1_000_000))
+            write_receipt_file(folder, b"sent", [b"r1.receipt.json"], bytes(1_000_000), PART)
         assert list((disk / "sent").iterdir()) == []
         folder.close()
     finally:
@@ -532,14 +553,77 @@ class OldFilesystem:
 
 
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOSYS])
-def test_without_renameat2_the_new_name_is_checked_before_the_rename(
-    folder: DropFolder, root: Path, monkeypatch: pytest.MonkeyPatch, error: int
+@pytest.mark.parametrize(
+    "refusal", [None, errno.EPERM, errno.EOPNOTSUPP], ids=["linked", "EPERM", "EOPNOTSUPP"]
+)
+def test_without_renameat2_a_file_is_renamed_and_none_overwritten(
+    folder: DropFolder, root: Path, monkeypatch: pytest.MonkeyPatch, error: int, refusal: int | None
 ) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        assert refusal is not None
+        raise OSError(refusal, os.strerror(refusal))
+
     monkeypatch.setattr(moving, "_libc", OldFilesystem(error))
+    if refusal is not None:
+        monkeypatch.setattr(os, "link", refuse)
     for expected in (b"sent/r1.cfg", b"sent/r1.cfg.20260304T050607Z"):
         fingerprint = put(root / "r1.cfg", expected)
         assert move(folder, b"r1.cfg", fingerprint, b"sent", names_of(b"r1.cfg"), b".taken") == expected
         assert (root / os.fsdecode(expected)).read_bytes() == expected
+        assert not (root / "r1.cfg").exists()
+
+
+def test_without_renameat2_no_file_is_overwritten_that_appears_during_the_rename(
+    folder: DropFolder, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hosts may use the same free name at the same moment."""
+    monkeypatch.setattr(moving, "_libc", OldFilesystem(errno.EINVAL))
+    names = [b"%d" % number for number in range(500)]
+    for number, name in enumerate(names):
+        for source in ("one", "two"):
+            put(root / source / os.fsdecode(name), b"%s of %d" % (source.encode(), number))
+    overwriting: list[bytes] = []
+    together = threading.Barrier(2)
+
+    def work(source: bytes) -> None:
+        with folder.directory(source) as fd, folder.directory(b"sent", create=True) as target:
+            for name in names:
+                together.wait()
+                with suppress(FileExistsError):
+                    rename_no_replace(fd, name, target, name)
+                    overwriting.append(name)
+
+    threads = [threading.Thread(target=work, args=(source,)) for source in (b"one", b"two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(overwriting) == sorted(names)
+    assert sum(len(os.listdir(root / place)) for place in ("one", "two", "sent")) == 2 * len(names)
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["to the hidden name", "to the new name"])
+def test_a_move_that_is_interrupted_between_two_links_is_finished(
+    folder: DropFolder, root: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(moving, "_libc", OldFilesystem(errno.EINVAL))
+    fingerprint = put(root / "r1.cfg", b"abc")
+    unlink, calls = os.unlink, iter(range(1, 9))
+
+    def interrupted(name: bytes, *, dir_fd: int) -> None:
+        if next(calls) == number:
+            raise InterruptedMoveError
+        unlink(name, dir_fd=dir_fd)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", interrupted)
+        with pytest.raises(InterruptedMoveError):
+            move(folder, b"r1.cfg", fingerprint, b"sent", names_of(b"r1.cfg"), b".taken")
+    assert sum(path.is_file() for path in root.rglob("*")) == 2
+
+    moved_to = find_moved(folder, b"r1.cfg", fingerprint, b"sent", names_of(b"r1.cfg"), b".taken")
+    assert moved_to == b"sent/r1.cfg"
+    assert [path for path in root.rglob("*") if path.is_file()] == [root / "sent/r1.cfg"]
 
 
 def test_another_error_of_a_rename_is_raised(
