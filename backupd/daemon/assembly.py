@@ -28,6 +28,7 @@ from backupd.ledger.port import Ledger
 from backupd.ledger.sqlite.sent_rows import open_sent_index
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
+from backupd.telemetry.systemd import SystemdNotifier
 from backupd.upload.base import Abort
 from backupd.upload.registry import open_endpoint
 
@@ -36,7 +37,8 @@ def run_daemon(
     config: Config, log: EventLog, config_path: Path, report: FilesReport, examine_files: ExamineFiles
 ) -> int:
     """Run the daemon on a configuration and the report of its files; return the exit code."""
-    with open_ledger(config) as opened:
+    systemd = SystemdNotifier()
+    with open_ledger(config, systemd.extend_timeout) as opened:
         if opened.recreated is not None:
             lost = opened.recreated
             log.emit(events.LEDGER_RECREATED, path=lost.path, error=lost.error, hint=lost.hint)
@@ -51,6 +53,7 @@ def run_daemon(
             assembly.change_to,
             certificates,
             housekeeping,
+            systemd,
         )
         code = daemon.run()
         opened.ended_cleanly, opened.damage = code == 0, daemon.damage

@@ -65,6 +65,7 @@ class Daemon:
         change_to: Callable[[Config], ReloadDiff],
         certificates: Certificates,
         housekeeping: Housekeeping,
+        systemd: SystemdNotifier,
     ) -> None:
         self._runtime = runtime
         self._log = log
@@ -73,7 +74,7 @@ class Daemon:
         self._change_to = change_to
         self._certificates = certificates
         self._housekeeping = housekeeping
-        self._systemd = SystemdNotifier()
+        self._systemd = systemd
         self._threads = Threads(log)
         self._retired: list[RunningDestination] = []
         """Destinations of an earlier configuration with an upload that has not ended."""
@@ -147,7 +148,7 @@ class Daemon:
         """Wait until every drop has been scanned once, or a monotonic time."""
         for drop in drops.values():
             while not drop.intake.ready.wait(0.1) and not self._threads.failed and time.monotonic() < until:
-                self._systemd.send("EXTEND_TIMEOUT_USEC=30000000")
+                self._systemd.extend_timeout()
                 self._notify_watchdog()
                 if signal.sigpending() & _STOP_SIGNALS:
                     return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from backupd.config.models import Config
@@ -11,12 +12,13 @@ from backupd.ledger.sqlite.deliveries import open_for_daemon
 from backupd.ledger.sqlite.queries import open_queries
 
 
-def open_ledger(config: Config) -> AbstractContextManager[OpenedLedger]:
+def open_ledger(config: Config, on_progress: Callable[[], None]) -> AbstractContextManager[OpenedLedger]:
     """Open the ledger for a daemon until the end of a `with` block; raises LedgerError if that fails.
 
-    A damaged ledger is replaced by a new one.
+    A damaged ledger is replaced by a new one. `on_progress` is called every few seconds at least while the
+    ledger is checked or migrated.
     """
-    return open_for_daemon(config.state_dir)
+    return open_for_daemon(config.state_dir, on_progress)
 
 
 def open_history(config: Config) -> History:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.old_ledgers import create, many_rows
 from tests.scripted import Peer, ScriptedServer, accept_all, server_context
 from tests.stage import TIMEOUT, Stage, until
 
@@ -24,6 +25,13 @@ def hang(*_):
 uploader.HttpUploader._send = hang
 """
 """Code that never returns and does not wait for the network."""
+
+
+ONLY_OPENS_THE_LEDGER = """
+from backupd.daemon.daemon import Daemon
+
+Daemon.run = lambda self: 0
+"""
 
 
 class Systemd:
@@ -98,6 +106,18 @@ def test_a_hanging_worker_is_logged_and_stops_the_watchdog_messages(
         systemd.notifications()
         assert not any(line == "WATCHDOG=1" for _, line in systemd.received[count + 2 :])
         daemon.kill()
+
+
+def test_time_is_requested_while_the_ledger_is_migrated(
+    stage: Stage, systemd: Systemd, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(ONLY_OPENS_THE_LEDGER)
+    create(stage.state, 1, many_rows(5000))
+    stage.configure("https://localhost:1/")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = stage.backupd("run", environ={**systemd.environ(60), "PYTHONPATH": path})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert set(systemd.notifications()) == {"EXTEND_TIMEOUT_USEC=30000000"}
 
 
 def test_a_reload_is_notified_with_its_time(stage: Stage, systemd: Systemd) -> None:

@@ -53,6 +53,9 @@ T = TypeVar("T")
 _LOCK_RETRY_PAUSE = 0.02
 """Seconds between two attempts to begin a transaction, in which other threads may read."""
 
+_PROGRESS_STEPS = 10_000
+"""Steps of SQLite's virtual machine between two signs of progress; they take seconds on the slowest disk."""
+
 _DAMAGED = b"damaged\n"
 _UNREADABLE = b"unreadable\n"
 """Contents of the lock file after a daemon that found the ledger damaged."""
@@ -167,13 +170,20 @@ class OpenedFile:
     is_new: bool = False
 
 
-def open_ledger(state_dir: Path, *, check: str = "", must_replace: bool = False) -> OpenedFile:
+def open_ledger(
+    state_dir: Path,
+    *,
+    check: str = "",
+    must_replace: bool = False,
+    on_progress: Callable[[], None] = lambda: None,
+) -> OpenedFile:
     """Open or create the ledger and bring its schema up to date.
 
     A damaged ledger is renamed, never deleted, and replaced by a new one: a ledger that SQLite can't read,
     that has no bytes, or for which `must_replace` is set. Its pending archives are found again in the drop
-    folders. `check` is the name of the PRAGMA by which SQLite checks the ledger, empty for none. Raises
-    LedgerError for a schema of a newer version, and if a person has to act: missing permissions, a full disk.
+    folders. `check` is the name of the PRAGMA by which SQLite checks the ledger, empty for none.
+    `on_progress` is called during the check and the migration, which may take minutes. Raises LedgerError for
+    a schema of a newer version, and if a person has to act: missing permissions, a full disk.
     """
     path = state_dir / FILE_NAME
     try:
@@ -181,12 +191,12 @@ def open_ledger(state_dir: Path, *, check: str = "", must_replace: bool = False)
         is_lost = _is_empty(path) or (is_new and _wal_of(path).exists()) or (must_replace and not is_new)
         quarantined_path = _rename_damaged(path) if is_lost else None
         try:
-            return OpenedFile(_connect(path, check=check), quarantined_path, is_new)
+            return OpenedFile(_connect(path, check, on_progress), quarantined_path, is_new)
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             if not is_damage(error):
                 raise
         quarantined_path = _rename_damaged(path)
-        return OpenedFile(_connect(path, check=""), quarantined_path)
+        return OpenedFile(_connect(path, "", on_progress), quarantined_path)
     except (sqlite3.DatabaseError, OSError) as error:
         raise LedgerError(f"{path}: {error}", "check the disk and the owner of `state_dir`") from error
 
@@ -238,10 +248,10 @@ def _rename_damaged(path: Path) -> Path:
     return new_path
 
 
-def _connect(path: Path, *, check: str) -> sqlite3.Connection:
+def _connect(path: Path, check: str, on_progress: Callable[[], None]) -> sqlite3.Connection:
     is_created = _create(path)
     try:
-        return _prepare(path, check=check)
+        return _prepare(path, check, on_progress)
     except BaseException:
         if is_created and _is_empty(path):
             path.unlink()
@@ -261,9 +271,10 @@ def _create(path: Path) -> bool:
     return True
 
 
-def _prepare(path: Path, *, check: str) -> sqlite3.Connection:
+def _prepare(path: Path, check: str, on_progress: Callable[[], None]) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
     try:
+        connection.set_progress_handler(on_progress, _PROGRESS_STEPS)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA cache_size = -512")  # in KiB; the default of 2 MiB is never used up
@@ -271,6 +282,7 @@ def _prepare(path: Path, *, check: str) -> sqlite3.Connection:
         if check and connection.execute(f"PRAGMA {check}(1)").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("database disk image is malformed")
         _migrate(connection, path)
+        connection.set_progress_handler(None, 0)
     except BaseException:
         connection.close()
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import sqlite3
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import accumulate, takewhile
@@ -325,10 +325,12 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
 
 
 @contextmanager
-def open_for_daemon(state_dir: Path) -> Iterator[OpenedLedger]:
-    """Open the ledger in a state directory for the only daemon that may use it, until the end of the block."""
+def open_for_daemon(state_dir: Path, on_progress: Callable[[], None]) -> Iterator[OpenedLedger]:
+    """Open the ledger in a state directory for its only daemon, until the end of the `with` block."""
     with StateLock(state_dir) as lock:
-        file = open_ledger(state_dir, check=lock.check, must_replace=lock.must_replace)
+        file = open_ledger(
+            state_dir, check=lock.check, must_replace=lock.must_replace, on_progress=on_progress
+        )
         opened = OpenedLedger(SqliteLedger(file.connection))
         if file.quarantined_path is not None:
             opened.recreated = RecreatedLedger(
