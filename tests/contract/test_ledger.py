@@ -13,6 +13,7 @@ from backupd.core.circuit import Circuit, CircuitState
 from backupd.core.errors import LedgerError
 from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint, Outcome, Superseded
 from backupd.core.policy import Reason
+from backupd.core.transition import Priority
 from backupd.ledger.port import (
     CompletedArchive,
     Cursor,
@@ -335,6 +336,35 @@ def test_the_delivery_that_has_been_due_for_longest_is_claimed_first(ledger: Led
     for minutes, name in ((3, b"third"), (1, b"first"), (2, b"second")):
         enqueue(ledger, a_candidate(name), now=NOW + timedelta(minutes=minutes))
     assert [claim(ledger).archive.relpath for _ in range(3)] == [b"first", b"second", b"third"]
+
+
+@pytest.mark.parametrize(
+    ("priority", "order"),
+    [
+        (Priority.OLDEST, [b"large", b"middle", b"small"]),
+        (Priority.SMALLEST, [b"small", b"middle", b"large"]),
+        (Priority.NEWEST, [b"middle", b"small", b"large"]),
+    ],
+)
+def test_deliveries_are_claimed_in_the_order_of_the_priority(
+    ledger: Ledger, priority: Priority, order: list[bytes]
+) -> None:
+    for minutes, size, name in ((0, 9, b"large"), (2, 1, b"small"), (1, 5, b"middle")):
+        candidate = a_candidate(name, fingerprint=a_fingerprint(size=size))
+        enqueue(ledger, candidate, now=NOW + timedelta(minutes=minutes))
+    claimed = [ledger.claim("vault", LATER, priority)[0].archive.relpath for _ in order]
+    assert claimed == order
+
+
+def test_pending_deliveries_are_brought_forward(ledger: Ledger) -> None:
+    """A wait that a clock which was wrong has made too long is limited."""
+    enqueue(ledger, a_candidate(b"late"), to=BOTH, now=LATER)
+    enqueue(ledger, a_candidate(b"early"), now=NOW)
+    claim(ledger)
+    ledger.bring_forward("vault", NOW + SECOND)
+    assert (ledger.next_due("vault"), ledger.next_due("annex")) == (NOW + SECOND, LATER)
+    ledger.bring_forward("vault", LATER)
+    assert ledger.next_due("vault") == NOW + SECOND
 
 
 def test_no_delivery_is_claimed_before_it_is_due(ledger: Ledger) -> None:
