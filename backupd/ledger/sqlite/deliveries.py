@@ -461,20 +461,19 @@ def _complete(db: sqlite3.Connection, archive_id: int) -> list[CompletedArchive]
 
 
 def _load_completed(db: sqlite3.Connection, archive_id: int) -> CompletedArchive:
-    row = db.execute(
-        "SELECT state, digest, already_logged FROM archive WHERE id = ?", (archive_id,)
-    ).fetchone()
+    query = f"SELECT {ARCHIVE_COLUMNS}, state, digest, already_logged FROM archive WHERE id = ?"  # noqa: S608
+    row = db.execute(query, (archive_id,)).fetchone()
     results = db.execute(
         "SELECT id, destination, state, ended_at, digest, verified, http_status, reason, error, receipt"
         " FROM delivery WHERE archive_id = ? ORDER BY destination",
         (archive_id,),
     )
     return CompletedArchive(
-        _load_archive(db, archive_id),
-        DeliveryState(row[0]),
-        row[1],
+        as_archive(row),
+        DeliveryState(row[-3]),
+        row[-2],
         tuple(map(as_delivery_result, results)),
-        bool(row[2]),
+        bool(row[-1]),
     )
 
 
