@@ -98,7 +98,8 @@ class Archive:
     """A finished backup file in the ledger; `relpath` is relative to its drop folder.
 
     `folder_inode` is the inode of the drop folder that it was found in, 0 if unknown: it tells whether the
-    same directory is there when the file is missing.
+    same directory is there when the file is missing. `host` is the name of the host that queued it, empty if
+    unknown.
     """
 
     id: int
@@ -107,6 +108,7 @@ class Archive:
     fingerprint: Fingerprint
     queued_at: datetime
     folder_inode: int = 0
+    host: str = ""
 
 
 class DeliveryState(StrEnum):

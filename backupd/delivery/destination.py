@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections import deque
 from collections.abc import Mapping
@@ -55,7 +54,6 @@ class DestinationQueue:
     notifier: Notifier
     drops: Mapping[str, Drop]
     log: EventLog
-    host: str = field(default_factory=socket.gethostname)
     _claimed: deque[Delivery] = field(default_factory=deque)
     _removed_drops: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)

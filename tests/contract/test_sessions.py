@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from backupd.core.model import Delivery, DeliveryState
+from backupd.ledger.history import Search
 from backupd.ledger.port import DispositionResult, Ledger
 from tests.contract.bench import Bench
 from tests.factories import NOW, a_candidate, a_claim_result, deferred, delivered
@@ -175,7 +176,16 @@ def test_only_the_steward_of_a_folder_records_dispositions(ledger: Ledger) -> No
     ]
 
 
-# the clock
+# hosts and the clock
+
+
+def test_an_archive_has_the_host_that_queued_it(bench: Bench) -> None:
+    """Its name is a placeholder of headers and URLs, which must not depend on the host that delivers."""
+    other = bench.another_host()
+    enqueue(bench.ledger, 1)
+    assert claim(other).archive.host == "one"
+    (record,) = bench.history().find(Search(), 9)
+    assert record.archive.host == "one"
 
 
 def test_the_clock_of_the_ledger_is_the_same_on_all_hosts(bench: Bench) -> None:

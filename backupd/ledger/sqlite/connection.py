@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import socket
 import sqlite3
 import threading
 import time
@@ -41,7 +42,7 @@ from backupd.ledger.port import ClaimResult, DeliveryResult
 FILE_NAME = "ledger.sqlite3"
 LOCK_NAME = "backupd.lock"
 
-ARCHIVE_COLUMNS = "id, drop_name, relpath, folder_inode, inode, size, mtime_ns, ctime_ns, queued_at"
+ARCHIVE_COLUMNS = "id, drop_name, relpath, folder_inode, inode, size, mtime_ns, ctime_ns, queued_at, host"
 
 LOCK_TIMEOUT = 5.0
 """Seconds for which a transaction waits for another process that holds the ledger."""
@@ -303,6 +304,7 @@ _MIGRATIONS = _load_migrations()
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     version = _check_version(connection, path)
+    connection.create_function("host_name", 0, socket.gethostname)
     for number, script in _MIGRATIONS:
         if number > version:
             connection.executescript(f"BEGIN IMMEDIATE;\n{script}\nPRAGMA user_version = {number};\nCOMMIT;")
@@ -522,10 +524,10 @@ def optional_path(path: object) -> bytes | None:
 @row_converter
 def as_archive(row: Row) -> Archive:
     """Return the archive of a row of `ARCHIVE_COLUMNS`."""
-    if not (isinstance(row[1], str) and isinstance(row[2], bytes)):
-        raise TypeError("a drop name is not a TEXT, or a path is not a BLOB")
+    if not (isinstance(row[1], str) and isinstance(row[2], bytes) and isinstance(row[9], str)):
+        raise TypeError("a drop or host is not a TEXT, or a path is not a BLOB")
     folder_inode, *fingerprint = map(int, row[3:8])
-    return Archive(row[0], row[1], row[2], Fingerprint(*fingerprint), as_time(row[8]), folder_inode)
+    return Archive(row[0], row[1], row[2], Fingerprint(*fingerprint), as_time(row[8]), folder_inode, row[9])
 
 
 def storable_int(number: int) -> int | bytes:

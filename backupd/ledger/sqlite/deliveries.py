@@ -82,11 +82,12 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
 
     def __init__(self, connection: sqlite3.Connection, host: str | None = None) -> None:
         super().__init__(connection)
+        self._host = host or socket.gethostname()
         with self._transaction(durable=False) as db:
             db.execute("DELETE FROM session WHERE ?1 IS NULL OR host = ?1", (host,))
             started = db.execute(
                 "INSERT INTO session (host, started_at) VALUES (?, ?)",
-                (host or socket.gethostname(), to_micros(self.now())),
+                (self._host, to_micros(self.now())),
             )
         self._session = started.lastrowid or 0
 
@@ -160,7 +161,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                 if _resume_disposition(db, candidate):
                     reappeared = True
                     continue
-                archive = _insert(db, candidate, destinations, now)
+                archive = _insert(db, candidate, destinations, now, self._host)
                 if candidate.rejected is not None:
                     _reject(db, archive, candidate.rejected, now)
                     rejected.append(archive)
@@ -414,19 +415,21 @@ def _resume_disposition(db: sqlite3.Connection, candidate: FileCandidate) -> boo
 
 
 def _insert(
-    db: sqlite3.Connection, candidate: FileCandidate, destinations: Sequence[str], now: datetime
+    db: sqlite3.Connection, candidate: FileCandidate, destinations: Sequence[str], now: datetime, host: str
 ) -> Archive:
     at, fingerprint, folder_inode = to_micros(now), candidate.fingerprint, candidate.folder_inode
     archive_id = db.execute(
         "INSERT INTO archive (drop_name, relpath, folder_inode, inode, size, mtime_ns, ctime_ns, queued_at,"  # noqa: S608
-        f" changed) VALUES (?, ?, ?, ?, ?, ?, ?, ?, {_CHANGE})",
-        (candidate.drop, candidate.relpath, *fingerprint_columns(folder_inode, fingerprint), at),
+        f" host, changed) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, {_CHANGE})",
+        (candidate.drop, candidate.relpath, *fingerprint_columns(folder_inode, fingerprint), at, host),
     ).lastrowid
     db.executemany(
         "INSERT INTO delivery (id, archive_id, destination, size, due_at) VALUES (?, ?, ?, ?, ?)",
         [(str(uuid.uuid4()), archive_id, name, fingerprint.size, at) for name in destinations],
     )
-    return Archive(archive_id or 0, candidate.drop, candidate.relpath, fingerprint, as_time(at), folder_inode)
+    return Archive(
+        archive_id or 0, candidate.drop, candidate.relpath, fingerprint, as_time(at), folder_inode, host
+    )
 
 
 def _reject(db: sqlite3.Connection, archive: Archive, outcome: Rejected, now: datetime) -> None:

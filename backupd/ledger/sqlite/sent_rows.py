@@ -5,6 +5,7 @@ It has a connection of its own, so that no worker waits for its queries.
 
 from __future__ import annotations
 
+import socket
 import sqlite3
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -166,7 +167,7 @@ class SqliteSentIndex(SentIndex):
     def _archives(self, clauses: str, values: tuple[object, ...]) -> list[SentArchive]:
         with translate_errors("read"):
             rows = self._db.execute(f"SELECT {_COLUMNS} FROM archive {clauses}", values)  # noqa: S608 -- own clauses
-            return [SentArchive(as_archive(row), row[9], as_time(row[10])) for row in rows]
+            return [SentArchive(as_archive(row), row[-2], as_time(row[-1])) for row in rows]
 
     def _query(self, query: str, values: tuple[object, ...]) -> list[Row]:
         with translate_errors("read"):
@@ -185,8 +186,8 @@ def _restore(db: sqlite3.Connection, one: RestoredArchive) -> bool:
         return False
     db.execute(
         "INSERT INTO archive (id, drop_name, relpath, folder_inode, inode, size, mtime_ns, ctime_ns,"
-        " queued_at, state, digest, disposition, already_logged, has_entry, moved_to, disposed_at)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'done', 1, 0, ?, ?)",
+        " queued_at, state, digest, disposition, already_logged, has_entry, moved_to, disposed_at,"
+        " host) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'done', 1, 0, ?, ?, ?)",
         (
             one.archive_id,
             archive.drop,
@@ -197,6 +198,7 @@ def _restore(db: sqlite3.Connection, one: RestoredArchive) -> bool:
             completed.digest,
             one.moved_to,
             to_micros(one.moved_at),
+            archive.host or socket.gethostname(),
         ),
     )
     db.executemany(
