@@ -710,6 +710,17 @@ def test_the_backlog_counts_pending_and_claimed_deliveries_by_destination(ledger
     }
 
 
+def test_the_sizes_of_sparse_files_are_added_up(bench: Bench) -> None:
+    """A sum that exceeds 64 bits must not look like damage of the ledger."""
+    largest = (1 << 63) - 1
+    for name in (b"r1", b"r2"):
+        enqueue(bench.ledger, a_candidate(name, fingerprint=a_fingerprint(size=largest)))
+    assert bench.ledger.backlog()["vault"].pending_bytes >= largest
+    history = bench.history()
+    assert history.destination("vault").pending_bytes >= largest
+    assert history.drop("switches").pending_bytes >= largest
+
+
 def test_without_deliveries_there_is_no_backlog(ledger: Ledger) -> None:
     assert ledger.backlog() == {}
 

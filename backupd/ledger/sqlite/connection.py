@@ -44,6 +44,9 @@ LOCK_NAME = "backupd.lock"
 
 ARCHIVE_COLUMNS = "id, drop_name, relpath, folder_inode, inode, size, mtime_ns, ctime_ns, queued_at, host"
 
+TOTAL_SIZE = "CAST(total(archive.size) AS INTEGER)"
+"""The total size of archives; `sum` fails if it exceeds 64 bits, as that of a few sparse files may."""
+
 LOCK_TIMEOUT = 5.0
 """Seconds for which a transaction waits for another process that holds the ledger."""
 

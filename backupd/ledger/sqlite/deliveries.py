@@ -31,6 +31,7 @@ from backupd.ledger.port import (
 )
 from backupd.ledger.sqlite.connection import (
     ARCHIVE_COLUMNS,
+    TOTAL_SIZE,
     StateLock,
     as_archive,
     as_delivery_result,
@@ -290,7 +291,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         """See `Ledger.backlog`."""
         with self._reading() as db:
             rows = db.execute(
-                "SELECT destination, count(*), sum(archive.size), min(queued_at)"
+                f"SELECT destination, count(*), {TOTAL_SIZE}, min(queued_at)"  # noqa: S608 -- own clause
                 # one query for each state, as each has its own index without the ended deliveries
                 " FROM (SELECT destination, archive_id FROM delivery WHERE state = 'pending'"
                 " UNION ALL SELECT destination, archive_id FROM delivery WHERE state = 'claimed')"

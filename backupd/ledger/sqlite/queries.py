@@ -25,6 +25,7 @@ from backupd.ledger.history import (
 from backupd.ledger.sqlite import device_queries
 from backupd.ledger.sqlite.connection import (
     ARCHIVE_COLUMNS,
+    TOTAL_SIZE,
     Row,
     as_archive,
     as_time,
@@ -185,7 +186,7 @@ class LedgerQueries(History):
     def drop(self, name: str) -> DropRecord:
         """See `History.drop`."""
         pending = self._query(
-            "SELECT count(*), coalesce(sum(size), 0), min(queued_at) FROM archive"  # noqa: S608 -- own clause
+            f"SELECT count(*), {TOTAL_SIZE}, min(queued_at) FROM archive"  # noqa: S608 -- own clauses
             f" WHERE drop_name = ? AND id IN (SELECT archive_id FROM {_PENDING})",
             (name,),
         )[0]
@@ -201,7 +202,7 @@ class LedgerQueries(History):
     def destination(self, name: str) -> DestinationRecord:
         """See `History.destination`."""
         pending = self._query(
-            "SELECT count(*), coalesce(sum(archive.size), 0), min(queued_at)"  # noqa: S608 -- own clause
+            f"SELECT count(*), {TOTAL_SIZE}, min(queued_at)"  # noqa: S608 -- own clauses
             f" FROM {_PENDING} JOIN archive ON archive.id = archive_id WHERE destination = ?",
             (name,),
         )[0]
