@@ -17,11 +17,6 @@ ROOT = Path(__file__).parents[2]
 MODULES = sorted(path for path in (ROOT / "backupd").rglob("*.py") if path.stem != "__main__")
 PRIVATE = re.compile(r"_[^_]\w*")
 
-NOT_YET = {
-    "intake/watcher.py": "overrides watchdog's emitter and buffer until it has an emitter of its own",
-}
-"""Modules that still break the rule, and why."""
-
 
 def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -131,12 +126,7 @@ def faults(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT / "backupd")))
 def test_a_module_uses_no_private_name_of_another_library(path: Path) -> None:
-    found = list(faults(path))
-
-    if str(path.relative_to(ROOT / "backupd")) in NOT_YET:
-        assert found, "it keeps the rule now: remove it from NOT_YET"
-    else:
-        assert not found, "\n".join(found)
+    assert not list(faults(path))
 
 
 class _Foreign:
