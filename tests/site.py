@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sqlite3
+import time
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -41,6 +42,7 @@ class Site:
         self._log_path = base / "log"
         self._log = EventLog(LineWriter(os.open(self._log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)))
         self._disposition = Disposition({"switches": a_drop(self.folder)}, self._log)
+        self._started = time.time() - 1
         self.now = NOW
         self.policy = RetentionPolicy()
         self.label_pattern: re.Pattern[str] | None = None
@@ -73,10 +75,11 @@ class Site:
         return self.finish(claim, at, delivered(content) if accepted else rejected())
 
     def enqueue(self, name: str, at: datetime, content: bytes = b"abc") -> None:
-        """Write a file into the drop folder and queue it."""
+        """Write a file into the drop folder at a time, and queue it."""
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
+        set_time(path, at)
         candidate = FileCandidate("switches", os.fsencode(name), fingerprint_of(path.stat()))
         self.ledger.enqueue([candidate], ["vault"], at)
 
@@ -86,7 +89,11 @@ class Site:
         done, _ = self._disposition.dispose(self.ledger.record([result], at).completed)
         record_dispositions(self.ledger, done, [], at)
         assert done[0].moved_to is not None
-        return self.root / os.fsdecode(done[0].moved_to)
+        path = self.root / os.fsdecode(done[0].moved_to)
+        for receipt in path.parent.glob("*.json"):
+            if receipt.lstat().st_mtime > self._started and not receipt.is_symlink():  # just written
+                set_time(receipt, at)
+        return path
 
     def apply(self, now: datetime = NOW, **policy: Any) -> None:
         """Apply a policy, or the last one, until there is nothing more to do."""
@@ -109,3 +116,8 @@ class Site:
         with closing(sqlite3.connect(self.state / FILE_NAME)) as db:
             rows = db.execute("SELECT relpath, removal FROM archive").fetchall()
         return {os.fsdecode(path): removal for path, removal in rows}
+
+
+def set_time(path: Path, at: datetime) -> None:
+    """Set the modification time of a file."""
+    os.utime(path, (at.timestamp(), at.timestamp()))
