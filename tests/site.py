@@ -5,24 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
-import sqlite3
 import time
-from contextlib import ExitStack, closing
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from backupd.core.model import Delivery, Outcome, fingerprint_of
+from backupd.core.model import Archive, Delivery, Outcome, fingerprint_of
 from backupd.core.retention_policy import RetentionPolicy
 from backupd.delivery.disposition import Disposition
 from backupd.delivery.retention import Retention, RetentionScope
 from backupd.dropfolder.folder import DropFolder
 from backupd.ledger.port import FileCandidate
-from backupd.ledger.sent_index import SentIndex
-from backupd.ledger.sqlite.connection import FILE_NAME, open_ledger
+from backupd.ledger.sqlite.connection import open_ledger
 from backupd.ledger.sqlite.deliveries import SqliteLedger
-from backupd.ledger.sqlite.sent_rows import open_sent_index
 from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog
 from tests.factories import NOW, a_claim_result, a_drop, delivered, record_dispositions, rejected
@@ -38,7 +34,6 @@ class Site:
         self.root.mkdir(exist_ok=True)
         self.folder = DropFolder(str(self.root))
         self.ledger = SqliteLedger(open_ledger(self.state).connection)
-        self._closing = ExitStack()
         self._log_path = base / "log"
         self._log = EventLog(LineWriter(os.open(self._log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)))
         self._disposition = Disposition({"switches": a_drop(self.folder)}, self._log)
@@ -47,24 +42,34 @@ class Site:
         self.policy = RetentionPolicy()
         self.label_pattern: re.Pattern[str] | None = None
         self.uses_checksum_files = False
-        self.restart_retention()
+        self.expects_devices = False
+        self.restart()
 
-    def restart_retention(self) -> None:
+    def restart(self) -> None:
         """Create a new retention, as a restart of the daemon does."""
-        self.retention = Retention(self._open_index, self._scope, self._log, lambda: self.now)
+        self.retention = Retention(self.ledger, self._scope, self._device_of, self._log, lambda: self.now)
 
-    def _open_index(self) -> SentIndex:
-        index = open_sent_index(self.state)
-        self._closing.callback(index.close)
-        return index
+    def lose_ledger(self) -> None:
+        """Delete the ledger, create a new one, and restart."""
+        self.ledger.close()
+        for path in self.state.iterdir():
+            path.unlink()
+        self.ledger = SqliteLedger(open_ledger(self.state).connection)
+        self.restart()
 
     def close(self) -> None:
-        self._closing.close()
         self.ledger.close()
         self.folder.close()
 
+    def _device_of(self, archive: Archive) -> str | None:
+        return os.fsdecode(archive.relpath).partition("-")[0]
+
     def _scope(self) -> RetentionScope:
-        drop = a_drop(self.folder, checksum_file="auto" if self.uses_checksum_files else "off")
+        drop = a_drop(
+            self.folder,
+            checksum_file="auto" if self.uses_checksum_files else "off",
+            expect={"every": "1h"} if self.expects_devices else {},
+        )
         drop = replace(drop, retention=self.policy, label_pattern=self.label_pattern)
         return RetentionScope({"switches": drop}, timedelta(minutes=1))
 
@@ -96,12 +101,11 @@ class Site:
         return path
 
     def apply(self, now: datetime = NOW, **policy: Any) -> None:
-        """Apply a policy, or the last one, until there is nothing more to do."""
+        """Apply a policy, or the last one."""
         if policy:
             self.policy = RetentionPolicy(**policy)
         self.now = now
-        while self.retention.tick():
-            pass
+        self.retention.apply()
 
     def sent(self) -> list[str]:
         """Return the paths of the archives in `sent_dir`."""
@@ -111,11 +115,6 @@ class Site:
     def events(self, name: str) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in self._log_path.read_text().splitlines()]
         return [line for line in lines if line["event"] == name]
-
-    def removals(self) -> dict[str, str | None]:
-        with closing(sqlite3.connect(self.state / FILE_NAME)) as db:
-            rows = db.execute("SELECT relpath, removal FROM archive").fetchall()
-        return {os.fsdecode(path): removal for path, removal in rows}
 
 
 def set_time(path: Path, at: datetime) -> None:

@@ -1,16 +1,15 @@
-"""`backupd audit`: compare sent archives, here and at the destinations, with the recorded digests."""
+"""`backupd audit`: compare sent archives, here and at the destinations, with their receipt files."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
 import socket
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import partial
 from typing import Annotated
@@ -32,36 +31,48 @@ from backupd.cli.output import print_json, print_line, print_table, progress_bar
 from backupd.config.load import load
 from backupd.config.models import Config
 from backupd.core.errors import UsageError
-from backupd.core.model import Deferred, Delivered, Digest, Rejected
-from backupd.core.names import MAX_RECEIPT_FILE_BYTES, as_text, receipt_file_name, template_values
+from backupd.core.model import Archive, Deferred, Delivered, Digest, Fingerprint, Rejected, fingerprint_of
+from backupd.core.names import as_text, template_values
 from backupd.core.policy import Reason
+from backupd.delivery.receipt_file import (
+    FoundReceipt,
+    ReceiptFileDelivery,
+    StoredFile,
+    StoredFolder,
+    file_time,
+)
+from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.folder import DropFolder
-from backupd.ledger.factory import open_history
-from backupd.ledger.history import ArchiveRecord, DeliveryRecord, History
 from backupd.upload.base import UploadJob
 from backupd.upload.registry import make_uploader
 
 _CHUNK_BYTES = 1024 * 1024
-_PAGE_SIZE = 500
 
 _MAX_ROWS = 1000
 """Findings in the table; rich needs minutes to lay out a table of many thousand rows."""
 
+_DISPOSITION_TIME = timedelta(minutes=1)
+"""Time in which the daemon writes the receipt file of an archive that it has moved."""
+
 
 class AuditVerdict(StrEnum):
-    """The result of checking one copy of an archive."""
+    """The result of checking one copy of an archive; `unknown` is a file without a valid receipt file."""
 
     OK = "ok"
     MISSING = "missing"
     CHANGED = "changed"
     UNREADABLE = "unreadable"
+    UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
 class AuditFinding:
-    """The verdict on one copy of an archive; `destination` is None for the copy in sent_dir."""
+    """The verdict on one copy of an archive; `destination` is None for the copy in sent_dir.
 
-    id: int
+    `delivery_id` is that of a delivery of the archive, None for an unknown file.
+    """
+
+    delivery_id: str | None
     drop: str
     path: str
     verdict: AuditVerdict
@@ -78,29 +89,27 @@ def audit(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare the files in sent_dir with the digests in the ledger and the receipt files.
+    """Compare the files in sent_dir with the sizes and digests in the receipt files beside them.
 
     With --remote, also query each destination that has a query_url. Exits with 3 if a file is missing,
-    changed or unreadable, or a destination no longer has it. Files that the daemon removed
-    (keep_sent_for, keep_sent_last, min_free) are not reported.
+    changed or unreadable or has no receipt file, or a destination no longer has it. Files that the daemon
+    removed (keep_sent_for, keep_sent_last, min_free) are not reported. The ledger is not used.
     """
     loaded = load(config)
-    history = open_history(loaded)
     start = parse_time("--since", since, datetime.now(UTC))
     only = configured_name("--drop", drop, list(loaded.drop))
-    drops = [only] if only else list(loaded.drop)
     verifier = RemoteVerifier(loaded) if remote else None
     counts: dict[str, Counter[str]] = {"kept": Counter()}
     wrong: list[AuditFinding] = []
     columns = (SpinnerColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         with progress_bar(*columns, hidden=as_json) as progress:
-            task = progress.add_task("archives", total=None)
-            advance = partial(progress.advance, task)
-            for finding in _audit_drops(loaded, history, drops, start, verifier, advance):
-                counts.setdefault(finding.destination or "kept", Counter())[finding.verdict] += 1
-                if finding.verdict is not AuditVerdict.OK:
-                    wrong.append(finding)
+            advance = partial(progress.advance, progress.add_task("archives", total=None))
+            for name in [only] if only else loaded.drop:
+                for finding in _audit_drop(loaded, name, start, verifier, advance):
+                    counts.setdefault(finding.destination or "kept", Counter())[finding.verdict] += 1
+                    if finding.verdict is not AuditVerdict.OK:
+                        wrong.append(finding)
     finally:
         if verifier:
             verifier.close()
@@ -126,13 +135,9 @@ class RemoteVerifier:
                 "set `query_url` for a destination, or omit --remote",
             )
         self._uploaders = {name: make_uploader(destination) for name, destination in queryable.items()}
-        self._patterns = {
-            name: re.compile(drop.label_pattern) if drop.label_pattern else None
-            for name, drop in config.drop.items()
-        }
         self._host = socket.gethostname()
 
-    def verify(self, record: ArchiveRecord, delivery: DeliveryRecord) -> AuditFinding | None:
+    def verify(self, archive: Archive, delivery: ReceiptFileDelivery, drop: Drop) -> AuditFinding | None:
         """Return the verdict on a destination's copy; None if the destination has no `query_url`.
 
         None as well if the delivery has no digest to compare with.
@@ -140,10 +145,9 @@ class RemoteVerifier:
         uploader = self._uploaders.get(delivery.destination)
         if uploader is None or delivery.digest is None:
             return None
-        archive = record.archive
-        variables = template_values(archive, self._host, self._patterns[archive.drop])
+        variables = template_values(archive, self._host, drop.label_pattern)
         name = archive.relpath.rpartition(b"/")[2]
-        job = UploadJob(delivery.id, name, -1, archive.fingerprint, variables)
+        job = UploadJob(delivery.delivery_id, name, -1, archive.fingerprint, variables)
         verdict, detail = AuditVerdict.OK, ""
         match uploader.query(job, Digest.parse(delivery.digest)):
             case Delivered():
@@ -154,7 +158,12 @@ class RemoteVerifier:
             case _:
                 verdict, detail = AuditVerdict.MISSING, "the destination no longer has it"
         return AuditFinding(
-            archive.id, archive.drop, as_text(archive.relpath), verdict, detail, delivery.destination
+            delivery.delivery_id,
+            archive.drop,
+            as_text(archive.relpath),
+            verdict,
+            detail,
+            delivery.destination,
         )
 
     def close(self) -> None:
@@ -163,72 +172,104 @@ class RemoteVerifier:
             uploader.close()
 
 
-def _audit_drops(
+def _audit_drop(
     config: Config,
-    history: History,
-    drops: list[str],
+    name: str,
     since: datetime | None,
     verifier: RemoteVerifier | None,
     advance: Callable[[], None],
 ) -> Iterator[AuditFinding]:
-    for drop in drops:
-        path = config.drop[drop].path
-        try:
-            folder = DropFolder(str(path))
-        except OSError as error:
-            raise UsageError(f"{path}: {error.strerror}", "run this command as the daemon's user") from error
-        try:
-            for record in _sent_archives(history, drop, since):
-                deliveries = history.deliveries_of(record.archive.id)
-                finding = _verify_file(folder, record, deliveries)
-                if finding.verdict is AuditVerdict.MISSING and _was_expired(history, record.archive.id):
-                    continue
-                yield finding
-                for delivery in deliveries if verifier else ():
-                    if verifier and (remote := verifier.verify(record, delivery)):
-                        yield remote
-                advance()
-        finally:
-            folder.close()
-
-
-def _sent_archives(history: History, drop: str, since: datetime | None) -> Iterator[ArchiveRecord]:
-    after = None
-    while page := history.sent_archives(drop, since, after, _PAGE_SIZE):
-        yield from page
-        after = page[-1].archive.id
-
-
-def _was_expired(history: History, archive_id: int) -> bool:
-    """Return whether the daemon removed the file after the page with its record was read."""
-    return history.archive(archive_id).removal in ("expiring", "expired")
-
-
-def _verify_file(folder: DropFolder, record: ArchiveRecord, deliveries: list[DeliveryRecord]) -> AuditFinding:
-    archive, path = record.archive, record.disposed_to or b""
-
-    def found(verdict: AuditVerdict, detail: str = "") -> AuditFinding:
-        return AuditFinding(archive.id, archive.drop, as_text(path), verdict, detail)
-
-    expected = {d.digest for d in deliveries if d.digest}
+    path = config.drop[name].path
     try:
-        fd = folder.open(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return found(AuditVerdict.MISSING)
+        folder = DropFolder(str(path))
     except OSError as error:
-        return found(AuditVerdict.UNREADABLE, error.strerror or str(error))
+        raise UsageError(f"{path}: {error.strerror}", "run this command as the daemon's user") from error
+    unreadable: list[AuditFinding] = []
+
+    def on_unreadable(relpath: bytes, error: OSError) -> None:
+        unreadable.append(_finding(name, relpath, AuditVerdict.UNREADABLE, error.strerror or str(error)))
+
+    try:
+        drop = Drop.of(name, config.drop[name], folder, ())
+        for file in StoredFolder.of_sent(drop).files(on_unreadable):
+            try:
+                yield from _audit_file(drop, file, since, verifier)
+            except OSError as error:
+                on_unreadable(file.relpath, error)
+            advance()
+        yield from unreadable
+    finally:
+        folder.close()
+
+
+def _audit_file(
+    drop: Drop, file: StoredFile, since: datetime | None, verifier: RemoteVerifier | None
+) -> Iterator[AuditFinding]:
+    sent = StoredFolder.of_sent(drop)
+    found = _find_receipt(sent, file)
+    if found is None:
+        if file.status and not _is_in_progress(file):
+            yield _finding(drop.name, file.relpath, AuditVerdict.UNKNOWN, "it has no valid receipt file")
+        return
+    moved_at = found.receipt.moved_at(file.status) if file.status else found.receipt.ended_at
+    if since is not None and moved_at < since:
+        return
+    try:
+        verdict, detail = _verify_file(sent, file, found)
+    except FileNotFoundError:
+        return  # the daemon removed it meanwhile
+    except OSError as error:
+        verdict, detail = AuditVerdict.UNREADABLE, error.strerror or str(error)
+    yield _finding(drop.name, file.relpath, verdict, detail, found.receipt.deliveries[0].delivery_id)
+    if verifier is None:
+        return
+    fingerprint = fingerprint_of(file.status) if file.status else Fingerprint(0, found.receipt.size, 0, 0)
+    archive = Archive(0, drop.name, found.original_path, fingerprint, found.receipt.queued_at)
+    for delivery in found.receipt.deliveries:
+        if remote := verifier.verify(archive, delivery, drop):
+            yield remote
+
+
+def _is_in_progress(file: StoredFile) -> bool:
+    """Return whether the daemon may still have to write the receipt file."""
+    if file.status is None or file.receipt_status is not None:
+        return False
+    return file_time(file.status.st_ctime_ns) > datetime.now(UTC) - _DISPOSITION_TIME
+
+
+def _find_receipt(sent: StoredFolder, file: StoredFile) -> FoundReceipt | None:
+    """Return the receipt file of an archive, if possible one with its size; None without one."""
+    if file.status is None:
+        try:
+            return sent.lone_receipt(file.relpath, file.receipt_path)
+        except FileNotFoundError:
+            return None  # the daemon removed it meanwhile
+    found = sent.receipts(file.relpath) if file.receipt_status else []
+    return next((f for f in found if f.receipt.size == file.status.st_size), next(iter(found), None))
+
+
+def _verify_file(sent: StoredFolder, file: StoredFile, found: FoundReceipt) -> tuple[AuditVerdict, str]:
+    """Return the verdict on the copy in sent_dir, and what is wrong with it."""
+    if file.status is None:
+        return AuditVerdict.MISSING, ""
+    receipt = found.receipt
+    if stat.S_ISREG(file.status.st_mode) and file.status.st_size != receipt.size:
+        return AuditVerdict.CHANGED, f"it has {file.status.st_size} bytes, {receipt.size} were delivered"
+    expected = {digest for digest in (receipt.digest, *(d.digest for d in receipt.deliveries)) if digest}
+    fd = sent.folder.open(file.relpath)
     try:
         digests = _digests(fd, {Digest.parse(text).algorithm for text in expected})
-    except OSError as error:
-        return found(AuditVerdict.UNREADABLE, error.strerror or str(error))
     finally:
         os.close(fd)
     if expected != digests:
-        return found(AuditVerdict.CHANGED, "its content differs from the content that was delivered")
-    in_receipt = _receipt_digests(folder, path)
-    if in_receipt is not None and not expected <= in_receipt:
-        return found(AuditVerdict.CHANGED, "its receipt file has a different digest")
-    return found(AuditVerdict.OK)
+        return AuditVerdict.CHANGED, "its content differs from the digest in its receipt file"
+    return AuditVerdict.OK, ""
+
+
+def _finding(
+    drop: str, relpath: bytes, verdict: AuditVerdict, detail: str, delivery_id: str | None = None
+) -> AuditFinding:
+    return AuditFinding(delivery_id, drop, as_text(relpath), verdict, detail)
 
 
 def _digests(fd: int, algorithms: set[str]) -> set[str]:
@@ -239,26 +280,13 @@ def _digests(fd: int, algorithms: set[str]) -> set[str]:
     return {str(Digest(name, hasher.hexdigest())) for name, hasher in hashers.items()}
 
 
-def _receipt_digests(folder: DropFolder, path: bytes) -> set[str] | None:
-    """Return the digests in the receipt file of an archive; None without one under its usual name."""
-    directory, _, name = path.rpartition(b"/")
-    receipt = receipt_file_name(name, b"receipt")
-    try:
-        fields = json.loads(
-            folder.read(directory + b"/" + receipt if directory else receipt, MAX_RECEIPT_FILE_BYTES)
-        )
-        return {each["digest"] for each in fields["deliveries"]}
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        return None  # there is no such file, or backupd did not write it
-
-
 def _print(counts: dict[str, Counter[str]], wrong: list[AuditFinding]) -> None:
     if wrong:
         rows = [
-            (f.verdict, f"@{f.id}", f.drop, f.path, f.destination or "sent_dir", f.detail)
+            (f.verdict, (f.delivery_id or "")[:8], f.drop, f.path, f.destination or "sent_dir", f.detail)
             for f in wrong[:_MAX_ROWS]
         ]
-        print_table(("verdict", "archive", "drop", "path", "where", "detail"), rows)
+        print_table(("verdict", "delivery", "drop", "path", "where", "detail"), rows)
     if len(wrong) > _MAX_ROWS:
         print_line(f"  and {len(wrong) - _MAX_ROWS} more: `backupd audit --json` lists all of them")
     for where, count in counts.items():
@@ -267,4 +295,4 @@ def _print(counts: dict[str, Counter[str]], wrong: list[AuditFinding]) -> None:
         heading = "kept in sent_dir" if where == "kept" else f"at {where}"
         print_line(f"{heading}: {numbers}", "green" if is_ok else "bold red")
     if wrong:
-        print_line("  hint: `backupd show @NUMBER` lists the deliveries of an archive")
+        print_line("  hint: `backupd show ID` lists the attempts of a delivery that the ledger knows")

@@ -12,9 +12,10 @@ from backupd.config.models import Config
 from backupd.core.errors import UsageError
 from backupd.core.model import DeliveryState
 from backupd.core.names import as_text, printable
+from backupd.delivery.receipt_file import remove_receipt_file
 from backupd.dropfolder.checksums import restore_checksum_files
 from backupd.dropfolder.folder import DropFolder
-from backupd.dropfolder.move import remove_receipt_file, rename_no_replace
+from backupd.dropfolder.move import rename_no_replace
 from backupd.ledger.factory import open_history
 from backupd.ledger.history import DeliveryRecord, History, Search
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from backupd.cli.options import DEFAULT_CONFIG, AsJson, ConfigPath
 from backupd.cli.output import print_json, print_table, relative_time
 from backupd.config.load import load
+from backupd.config.models import DropConfig
 from backupd.core.errors import UsageError
 from backupd.core.names import as_text, printable
 from backupd.core.policy import Reason, rule_of
@@ -29,7 +31,8 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show the history of an archive: its state, and each delivery with its attempts and its receipt."""
-    history = open_history(load(config))
+    loaded = load(config)
+    history = open_history(loaded)
     selected = None if ident.startswith("@") else history.delivery(ident)
     archive = history.archive(selected.archive.id if selected else _archive_number(ident))
     deliveries = [selected] if selected else []
@@ -42,7 +45,7 @@ def show(
         first = {"delivery": selected, "attempts": attempts[selected.id]} if selected else {}
         print_json({**first, "archive": archive, "deliveries": all_deliveries})
         return
-    _print_archive(archive)
+    _print_archive(archive, loaded.drop.get(archive.archive.drop))
     for delivery in deliveries:
         typer.echo()
         _print_delivery(delivery)
@@ -57,23 +60,19 @@ def _archive_number(ident: str) -> int:
     return int(ident[1:])
 
 
-def _print_archive(record: ArchiveRecord) -> None:
-    removals = {
-        "expired": "removed",
-        "expiring": "being removed",
-        "missing": "found missing",
-        "changed": "found changed",
-    }
-    removal = removals.get(record.removal or "", "removal")
+def _print_archive(record: ArchiveRecord, drop: DropConfig | None) -> None:
+    moved_to = as_text(record.disposed_to) if record.disposed_to else None
+    path = os.path.join(os.fsencode(drop.path), record.disposed_to) if drop and record.disposed_to else b""
+    if path and not os.path.lexists(path):
+        moved_to = f"{moved_to} (no longer there)"
     _print_facts(
         {
             "archive": f"@{record.archive.id} {record.archive.drop}: {as_text(record.archive.relpath)}",
             "size": human_size(record.archive.fingerprint.size),
             "queued": _format_time(record.archive.queued_at),
             "state": record.state,
-            "moved to": as_text(record.disposed_to) if record.disposed_to else None,
+            "moved to": "nowhere: the file was missing" if record.missing else moved_to,
             "disposed": _format_time(record.disposed_at),
-            removal: (_format_time(record.removed_at) or "now") if record.removal else None,
         }
     )
 

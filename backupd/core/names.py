@@ -14,11 +14,8 @@ from backupd.core.model import Archive
 NAME_MAX = 255
 """Longest file name on Linux filesystems, in bytes."""
 
-MAX_RECEIPT_FILE_NUMBER = 99
-"""Highest number in a receipt file's name; the number is increased while another file has the name."""
-
-MAX_RECEIPT_FILE_BYTES = 128 * 1024
-"""Largest receipt file that is read, in bytes; it has room for long receipts of many destinations."""
+_STAMP = re.compile(rb"\.\d{8}T\d{6}Z(-\d+)?$")
+"""The end of a new name from `free_names`."""
 
 
 def as_text(name: bytes) -> str:
@@ -56,6 +53,11 @@ def free_names(name: bytes, when: datetime) -> Iterator[bytes]:
     while True:
         yield shortened(name, stamp + b"-%d" % number)
         number += 1
+
+
+def without_stamp(path: bytes) -> bytes:
+    """Return a path without the time and number that `free_names` may have added to its name."""
+    return _STAMP.sub(b"", path)
 
 
 class TemplateError(ValueError):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from enum import StrEnum
+from heapq import nlargest
 from itertools import accumulate, takewhile
 
-from backupd.core.names import as_text
+from backupd.core.names import as_text, without_stamp
 
 
 class Expiry(StrEnum):
@@ -45,32 +46,73 @@ class RetentionPolicy:
         """Return whether archives are removed because of their age or number."""
         return self.keep_for is not None or self.keep_last is not None
 
-    def expiry_reason(self, age: timedelta, newer: int) -> Expiry | None:
+    def expiry_reason(self, age: timedelta, *, is_among_newest: bool) -> Expiry | None:
         """Return why an archive is removed, or None if it is kept.
 
         It is removed if it is older than `keep_for` and not among the newest `keep_last` of its series; a
-        condition that is not set is always met. `age` is the time since the archive was moved to `sent_dir`,
-        `newer` the number of archives of its series that were moved later.
+        condition that is not set is always met. `age` is the time since the archive was moved to `sent_dir`.
         """
         if self.keep_for is not None and age <= self.keep_for:
             return None
-        if self.keep_last is not None and newer < self.keep_last:
+        if self.keep_last is not None and is_among_newest:
             return None
         if self.keep_for is not None:
             return Expiry.TOO_OLD
         return None if self.keep_last is None else Expiry.TOO_MANY
 
 
-def series_of(relpath: bytes, sent_to: bytes, pattern: re.Pattern[str] | None) -> bytes:
+@dataclass(frozen=True, slots=True, order=True)
+class SentFile:
+    """An archive in `sent_dir`; its order is that in which archives were moved there.
+
+    `moved_at` is the time of the move and `mtime_ns` that of the last change of its content. `relpath` is
+    relative to the drop folder. `series` is the device or folder of which the newest archives are kept.
+    `receipt_path` is set if only this receipt file is left of the archive; `size` is 0 then.
+    """
+
+    moved_at: datetime
+    relpath: bytes
+    drop: str
+    size: int
+    mtime_ns: int
+    series: bytes
+    receipt_path: bytes = b""
+
+
+def newest_of_series(files: Iterable[SentFile], count: int) -> set[bytes]:
+    """Return the paths of the newest `count` archives of each series.
+
+    An archive is among them by the time of its move or by that of its content: a backlog may be sent newest
+    first, and a copy of `sent_dir` may have new times. A receipt file is among them if its archive would be,
+    without taking the place of an archive that is there.
+    """
+    by_series: dict[bytes, list[SentFile]] = {}
+    for file in files:
+        by_series.setdefault(file.series, []).append(file)
+    newest: set[bytes] = set()
+    for members in by_series.values():
+        for group in ([file for file in members if not file.receipt_path], members):
+            newest |= {file.relpath for file in nlargest(count, group)}
+            newest |= {file.relpath for file in nlargest(count, group, key=_content_time)}
+    return newest
+
+
+def _content_time(file: SentFile) -> tuple[int, bytes]:
+    return file.mtime_ns, file.relpath
+
+
+def series_of(sent_to: bytes, below: bytes, pattern: re.Pattern[str] | None) -> bytes:
     """Return the series that `keep_last` counts an archive in.
 
-    It is that of the archive's device if the group `device` of the label pattern matches, otherwise that of
-    the folder that the archive was moved to.
+    It is that of the archive's device if the group `device` of the label pattern matches its path `below`
+    `sent_dir`, otherwise that of the folder of `sent_to`. The pattern is matched without the time that a new
+    name has got because the name was taken, and with it only if that fails.
     """
     if pattern is not None and "device" in pattern.groupindex:
-        match = pattern.fullmatch(as_text(relpath))
-        if match and match["device"]:
-            return b"device " + match["device"].encode("utf-8", "backslashreplace")
+        for path in dict.fromkeys((without_stamp(below), below)):
+            match = pattern.fullmatch(as_text(path))
+            if match and match["device"]:
+                return b"device " + match["device"].encode("utf-8", "backslashreplace")
     return b"folder " + sent_to.rpartition(b"/")[0]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 from backupd.config.files import ExamineFiles, FilesReport
@@ -15,7 +16,6 @@ from backupd.daemon.runtime import ReloadDiff, RunningDestination, RunningDrop, 
 from backupd.delivery.circuit_breaker import CircuitBreaker, Notifier
 from backupd.delivery.destination import Destination, DestinationQueue
 from backupd.delivery.disposition import Disposition
-from backupd.delivery.history_restorer import HistoryRestorer
 from backupd.delivery.recorder import Recorder
 from backupd.delivery.retention import Retention, RetentionScope
 from backupd.delivery.worker import Worker
@@ -24,8 +24,7 @@ from backupd.intake.device_tracker import DeviceTracker
 from backupd.intake.examiner import ExaminerPool
 from backupd.intake.intake import Intake
 from backupd.ledger.factory import open_ledger
-from backupd.ledger.port import Ledger
-from backupd.ledger.sqlite.sent_rows import open_sent_index
+from backupd.ledger.port import ClockReading, Ledger
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
 from backupd.telemetry.systemd import SystemdNotifier
@@ -72,29 +71,15 @@ class Assembly:
             for name, drop in config.drop.items()
         }
         """Every drop since the start: archives of a removed one may still be uploading."""
-        self.clock = HostClock(ledger.last_clock_reading())
+        self.clock = HostClock(ledger.last_clock_reading() or _first_reading(self._drops.values()))
         self.device_tracker = DeviceTracker(ledger, log)
         self.device_tracker.configure(self._drops, ledger.now())
         disposition = Disposition(self._drops, log, ledger.session)
         recorder = Recorder(ledger, disposition, log, self._recheck)
         retention = Retention(
-            lambda: open_sent_index(config.state_dir),
-            self._retention_scope,
-            log,
-            self.clock.trusted_now,
-            self._is_history_complete,
+            ledger, self._retention_scope, self.device_tracker.device_of, log, self.clock.trusted_now
         )
-        restorer = HistoryRestorer(
-            lambda: open_sent_index(config.state_dir),
-            self._drops,
-            self.device_tracker.device_of,
-            lambda: self.clock.trusted_now() - self.runtime.config.keep_history_for,
-            self._distrust_clock_since,
-            log,
-        )
-        self.runtime = Runtime(
-            config, ledger, {}, {}, ExaminerPool(), recorder, self._abort.set, retention, restorer
-        )
+        self.runtime = Runtime(config, ledger, {}, {}, ExaminerPool(), recorder, self._abort.set, retention)
         self.runtime.destinations |= {n: self._build_destination(n, d) for n, d in config.destination.items()}
         self.runtime.drops |= {n: self._build_drop(n) for n in config.drop}
 
@@ -147,24 +132,28 @@ class Assembly:
         config = self.runtime.config
         return RetentionScope({name: self._drops[name] for name in config.drop}, config.heartbeat_every)
 
-    def _distrust_clock_since(self, last: datetime) -> None:
-        if self.clock.distrust_since(last):
-            # committed before the retention can act on the clock
-            self._ledger.save_clock_reading(self.clock.reading(), lock_timeout=5.0)
-
     def _recheck(self, drop: str, relpath: bytes) -> None:
         running = self.runtime.drops.get(drop)
         if running is not None:
             running.intake.recheck(relpath)
-
-    def _is_history_complete(self, drop: str) -> bool:
-        return self.runtime.restorer.has_scanned(drop)
 
     def _notify(self, destinations: Sequence[str]) -> None:
         for name in destinations:
             running = self.runtime.destinations.get(name)
             if running is not None:
                 running.notifier.notify()
+
+
+def _first_reading(drops: Iterable[Drop]) -> ClockReading | None:
+    """Return the clock reading of a new ledger, None if nothing was sent before.
+
+    Without an earlier reading no time is known to be right: for a day nothing is removed because of its age.
+    """
+    for drop in drops:
+        with suppress(OSError):
+            drop.folder.stat(drop.sent_dir)
+            return ClockReading(datetime.fromtimestamp(0, UTC))
+    return None
 
 
 def _is_same_drop(name: str, before: Config, after: Config) -> bool:

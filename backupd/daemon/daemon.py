@@ -120,9 +120,7 @@ class Daemon:
             self._threads.start(thread.run, runtime.examiner_pool.stop, thread.watchdog)
         self._start_threads(runtime.drops, runtime.destinations)
         self._wait_for_first_scans(runtime.drops, self._started + _FIRST_SCAN_TIMEOUT)
-        # one event stops both threads: the retention and the restorer run and stop together
         self._threads.start(runtime.retention.run, runtime.retention.stop, runtime.retention.watchdog)
-        self._threads.start(runtime.restorer.run, runtime.retention.stop, runtime.restorer.watchdog)
         self._log.emit(
             events.DAEMON_READY,
             duration_s=time.monotonic() - self._started,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 from backupd.core.clock_skew import ZERO, ClockSkews
@@ -44,14 +43,6 @@ class HostClock:
             self._skews.add(step, _since_boot())
             return step
 
-    def distrust_since(self, last: datetime) -> bool:
-        """Distrust the time since `last` for a day; return False if it is distrusted already."""
-        with self._lock:
-            boot = _since_boot()
-            more = datetime.now(UTC) - last - self._skews.recent(boot)
-            self._skews.add(max(more, ZERO), boot)
-            return more > ZERO
-
     def trusted_now(self) -> datetime:
         """Return the time without the steps that are distrusted; archives are removed by this time."""
         with self._lock:
@@ -89,7 +80,7 @@ class HistoryPruning:
     def __init__(self, ledger: DeviceLedger) -> None:
         self._ledger = ledger
 
-    def tick(self, before: Callable[[], datetime]) -> None:
+    def tick(self, before: datetime) -> None:
         """Delete archives that ended before a time, for as long as a tick may take."""
         until = time.monotonic() + _MAX_PRUNE_TIME
         while self._ledger.prune(before, _PRUNE_BATCH_SIZE) == _PRUNE_BATCH_SIZE:
@@ -128,7 +119,7 @@ class Housekeeping:
         now = self._runtime.ledger.now()
         try:
             self._device_tracker.tick(now)
-            self._pruning.tick(lambda: self._clock.trusted_now() - self._runtime.config.keep_history_for)
+            self._pruning.tick(self._clock.trusted_now() - self._runtime.config.keep_history_for)
             self._runtime.ledger.check_storage()
         except LedgerError as error:
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from backupd.config.models import Config
 from backupd.delivery.circuit_breaker import CircuitBreaker, Notifier
 from backupd.delivery.destination import DestinationQueue
-from backupd.delivery.history_restorer import HistoryRestorer
 from backupd.delivery.recorder import Recorder
 from backupd.delivery.retention import Retention
 from backupd.delivery.worker import Worker
@@ -66,7 +65,6 @@ class Runtime:
     recorder: Recorder
     abort: Callable[[], None]
     retention: Retention
-    restorer: HistoryRestorer
 
     @property
     def circuits(self) -> Mapping[str, CircuitBreaker]:

@@ -3,169 +3,23 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from functools import partial
-from typing import Annotated
 
-from pydantic import (
-    AliasChoices,
-    AwareDatetime,
-    BaseModel,
-    ConfigDict,
-    FailFast,
-    Field,
-    StringConstraints,
-    ValidationError,
-)
-
-from backupd.core.model import DIGEST_BYTES, Archive, DeliveryState
-from backupd.core.names import (
-    MAX_RECEIPT_FILE_BYTES,
-    MAX_RECEIPT_FILE_NUMBER,
-    as_text,
-    free_names,
-    receipt_file_name,
-)
+from backupd.core.model import Archive, DeliveryState
+from backupd.core.names import as_text, free_names
 from backupd.core.policy import Reason, rule_of
-from backupd.core.transition import archive_state
+from backupd.delivery.receipt_file import write_receipt_file
 from backupd.dropfolder.checksums import move_checksum_files
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.folder import CachedFolder
-from backupd.dropfolder.move import (
-    FileChangedError,
-    find_moved,
-    move,
-    partial_file_name,
-    remove_partial_files,
-    write_receipt_file,
-)
-from backupd.ledger.port import CompletedArchive, DeliveryResult, DispositionResult
+from backupd.dropfolder.move import FileChangedError, find_moved, move, remove_partial_files
+from backupd.ledger.port import CompletedArchive, DispositionResult
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
-
-_DIGEST = "|".join(f"{algorithm}:[0-9a-f]{{{2 * size}}}" for algorithm, size in DIGEST_BYTES.items())
-
-_Name = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
-_Text = Annotated[str, StringConstraints(max_length=8 * 1024)]
-_Digest = Annotated[str, StringConstraints(pattern=f"^({_DIGEST})$")]
-_Id = Annotated[str, StringConstraints(pattern="^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")]
-_Time = Annotated[AwareDatetime, Field(ge=datetime(1970, 1, 1, tzinfo=UTC))]
-
-
-class _ReceiptFileDelivery(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    destination: _Name
-    delivery_id: _Id
-    state: DeliveryState
-    ended_at: _Time
-    digest: _Digest | None
-    verified: bool | None
-    http_status: Annotated[int, Field(ge=100, le=999)] | None
-    reason: Reason | None
-    error: _Text | None
-    receipt: _Text | None
-
-
-class ReceiptFile(BaseModel):
-    """The JSON file beside a sent or rejected archive: `NAME.receipt.json` or `NAME.reason.json`.
-
-    Other users may be able to write to these folders, so that every field is validated.
-    """
-
-    model_config = ConfigDict(strict=True)
-
-    archive: _Name
-    drop: _Name
-    size: int
-    digest: _Digest | None
-    # the receipt files of development versions have the second key
-    queued_at: Annotated[_Time, Field(validation_alias=AliasChoices("queued_at", "admitted_at"))]
-    deliveries: Annotated[list[_ReceiptFileDelivery], FailFast(), Field(min_length=1, max_length=64)]
-
-    @property
-    def state(self) -> DeliveryState:
-        """Return the state of the archive, from those of its deliveries."""
-        return archive_state([delivery.state for delivery in self.deliveries])
-
-    @property
-    def ended_at(self) -> datetime:
-        """Return when the last delivery ended; not before `queued_at`, even if the clock was set back."""
-        return max(self.queued_at, *(delivery.ended_at for delivery in self.deliveries))
-
-    def completed(self, archive: Archive) -> CompletedArchive:
-        """Return the archive with the results in this file; its end was logged when it was written."""
-        results = tuple(
-            DeliveryResult(
-                d.delivery_id,
-                d.destination,
-                d.state,
-                d.ended_at,
-                d.digest,
-                d.verified,
-                d.http_status,
-                d.reason,
-                d.error,
-                d.receipt,
-            )
-            for d in self.deliveries
-        )
-        return CompletedArchive(archive, self.state, self.digest, results, already_logged=True)
-
-
-_JSON = json.JSONEncoder(separators=(",\n ", ": "))
-"""Writes a line for each key; with `indent`, json would use its encoder in Python, which is much slower."""
-
-
-def receipt_file_content(completed: CompletedArchive) -> bytes:
-    """Return the content of the receipt file of an archive."""
-    archive = completed.archive
-    fields = {
-        "archive": as_text(archive.relpath),
-        "drop": archive.drop,
-        "size": archive.fingerprint.size,
-        "digest": completed.digest,
-        "queued_at": archive.queued_at.isoformat(),
-        "deliveries": [
-            {
-                "destination": result.destination,
-                "delivery_id": result.delivery_id,
-                "state": result.state,
-                "ended_at": result.ended_at.isoformat(),
-                "digest": result.digest,
-                "verified": result.verified,
-                "http_status": result.http_status,
-                "reason": result.reason,
-                "error": result.error,
-                "receipt": result.receipt,
-            }
-            for result in completed.results
-        ],
-    }
-    return (_JSON.encode(fields) + "\n").encode("ascii")
-
-
-def parse_receipt_file(content: bytes) -> ReceiptFile | None:
-    """Return the receipt file with this content; None if it is invalid.
-
-    A delivered archive without a digest is invalid, too: its delivery could not be proved.
-    """
-    if len(content) > MAX_RECEIPT_FILE_BYTES:
-        return None
-    try:
-        receipt = ReceiptFile.model_validate_json(content)
-    except ValidationError:
-        return None
-    delivered = [d for d in receipt.deliveries if d.state is DeliveryState.DELIVERED]
-    is_proved = all(d.digest for d in delivered) and (receipt.digest or not delivered)
-    return receipt if is_proved else None
-
 
 _MAX_OPEN_DIRECTORIES = 16
 """Directories that stay open between two archives."""
@@ -272,7 +126,7 @@ class Disposition:
         if action == "delete":
             folder.unlink(moved_to)
             return DispositionResult(archive.id, None), "deleted"
-        self._write_receipt_file(completed, folder, moved_to)
+        write_receipt_file(folder, completed, moved_to, self._session)
         return DispositionResult(archive.id, moved_to), "moved"
 
     def _move(
@@ -299,16 +153,6 @@ class Disposition:
         for drop, directory in directories:
             with suppress(OSError):  # a file that is left does no harm
                 remove_partial_files(folders[drop], directory, self._session)
-
-    def _write_receipt_file(self, completed: CompletedArchive, folder: CachedFolder, moved_to: bytes) -> None:
-        kind = b"receipt" if completed.state is DeliveryState.DELIVERED else b"reason"
-        directory, _, name = moved_to.rpartition(b"/")
-        digest = hashlib.sha256(completed.results[0].delivery_id.encode()).digest()
-        # the last number cannot be guessed, so that another user cannot create all of these names
-        numbers = (*range(1, MAX_RECEIPT_FILE_NUMBER + 1), int.from_bytes(digest[:8], "big"))
-        names = (receipt_file_name(name, kind, number) for number in numbers)
-        temporary = partial_file_name(completed.archive.id, self._session)
-        write_receipt_file(folder, directory, names, receipt_file_content(completed), temporary)
 
     def _log_completed(self, completed: CompletedArchive) -> None:
         archive = completed.archive

@@ -1,25 +1,38 @@
-"""The retention of sent archives: by age and number, and the oldest first if the disk is nearly full."""
+"""The retention of sent archives: by age and number, and the oldest first if the disk is nearly full.
+
+`sent_dir` is walked, and its receipt files say which files are sent archives. Nothing about it is stored.
+"""
 
 from __future__ import annotations
 
-import errno
-import heapq
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from backupd.core.errors import LedgerError
-from backupd.core.names import as_text
-from backupd.core.retention_policy import Expiry, RetentionPolicy, series_of, smallest_prefix
+from backupd.core.retention_policy import (
+    Expiry,
+    RetentionPolicy,
+    SentFile,
+    newest_of_series,
+    series_of,
+    smallest_prefix,
+)
+from backupd.delivery.past_devices import DeviceOf, past_devices
+from backupd.delivery.receipt_file import (
+    MAX_CLOCK_SKEW,
+    FoundReceipt,
+    SkippedFiles,
+    StoredFolder,
+    file_time,
+)
 from backupd.dropfolder.checksums import remove_checksum_files
 from backupd.dropfolder.drop import Drop
-from backupd.dropfolder.folder import DropFolder
-from backupd.dropfolder.move import is_expected_file, remove_archive, remove_receipt_file
-from backupd.ledger.sent_index import RemovalReason, SentArchive, SentIndex
+from backupd.ledger.port import Ledger
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
 from backupd.telemetry.thread_watchdog import ThreadWatchdog
@@ -62,8 +75,8 @@ class DiskSpace:
         self._logged_at = {device: when for device, when in self._logged_at.items() if device in devices}
         return found
 
-    def log_low_space(self, low: LowSpace, now: datetime, every: timedelta) -> None:
-        """Log that a filesystem is low on space, at most once in `every`."""
+    def log_low_space(self, low: LowSpace, now: datetime, every: timedelta, skipped: SkippedFiles) -> None:
+        """Log that a filesystem is low on space, and which files were skipped, at most once in `every`."""
         logged_at = self._logged_at.get(low.device)
         if logged_at is not None and ZERO <= now - logged_at < every:  # below zero: the clock was set back
             return
@@ -74,7 +87,8 @@ class DiskSpace:
             path=low.path,
             free_bytes=low.free_bytes,
             min_free_bytes=low.min_free_bytes,
-            error="less than `min_free` is free, and there is no sent archive left to remove",
+            error="less than `min_free` is free, and there is no sent archive left to remove"
+            + (f"; skipped: {skipped}" if skipped.total else ""),
             hint=f"free space on that filesystem or enlarge it (`df -h {low.path}`); once it is full, devices"
             " cannot write their backups",
         )
@@ -92,17 +106,22 @@ def _measure(device: int, drops: Mapping[str, Drop]) -> LowSpace | None:
     return LowSpace(device, low, folder.path, free, max(min_free.values())) if low else None
 
 
-_CHECK_EVERY = 60.0
-"""Seconds between checks; fewer if archives are kept for a shorter time."""
+_WALK_EVERY = timedelta(hours=1)
+"""Time between two walks; less if archives are kept for less than ten times as long."""
+
+_CHECK_SPACE_EVERY = 60.0
+"""Seconds between two checks of the free space."""
+
+_BATCH_SIZE = 64
+"""Archives that are removed before their directories are synced."""
 
 _BATCH_PAUSE = 0.05
 """Seconds between two batches, in which other threads get the disk."""
 
-_RECHECK_AFTER = timedelta(days=1)
-"""Time after which all archives are checked again: the clock may have been set back."""
+_DISPOSITION_TIME = timedelta(hours=1)
+"""Time in which a file that was moved gets its receipt file; only older ones are reported as unknown."""
 
-_BATCH_SIZE = 64
-"""Archives that are checked, and removed, at a time."""
+_WITHOUT_RECEIPT = "without a valid receipt file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,268 +132,258 @@ class RetentionScope:
     log_every: timedelta
 
 
-@dataclass(slots=True)
-class _Progress:
-    """How far the archives of a drop were checked by a policy."""
-
-    policy: RetentionPolicy
-    started_at: datetime
-    last: SentArchive | None = None
-
-
 class Retention:
     """Applies the retention policies of all drops; `run` is the body of its thread.
 
-    `now` returns the time by which archives may be removed, `is_history_complete` whether the index has all
-    sent archives of a drop. A removal is committed before the file is touched, so that one that a crash
-    interrupts is finished. An archive that was checked is checked again only after its series has grown.
+    `now` returns the time by which archives may be removed. A file is removed only if a receipt file beside
+    it matches its drop, path, size and state. The file is removed first: a receipt file that a crash leaves
+    alone is removed by the next walk, while a file without one would stay.
     """
 
     def __init__(
         self,
-        open_index: Callable[[], SentIndex],
+        ledger: Ledger,
         scope: Callable[[], RetentionScope],
+        device_of: DeviceOf,
         log: EventLog,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
-        is_history_complete: Callable[[str], bool] = lambda _: True,
     ) -> None:
-        self._open_index = open_index
+        self._ledger = ledger
         self._scope = scope
+        self._device_of = device_of
         self._log = log
         self._now = now
-        self._is_history_complete = is_history_complete
-        self._incomplete_since = 0.0
-        """Since when free space has to wait for the history (monotonic); 0 if it need not."""
-        self._index: SentIndex | None = None
-        self._progress: dict[str, _Progress] = {}
-        self._grown_series: dict[str, set[bytes]] = {}
-        """The series of each drop that have new archives."""
-        self._logged_failures: set[int] = set()
-        """Ids of the archives for which a failed removal was logged."""
+        self._policies: dict[str, RetentionPolicy] = {}
+        self._next_walk = 0.0
+        """When `apply` is due (monotonic)."""
+        self._learned: set[str] = set()
+        """Names of the drops with devices that the ledger knows from earlier archives."""
         self._disk_space = DiskSpace(log)
         self.stop = threading.Event()
         self.watchdog = ThreadWatchdog("retention")
 
     def run(self, stop: threading.Event) -> None:
-        """Remove expired archives periodically until `stop` is set."""
-        try:
-            wait = 0.0
-            while not stop.wait(wait):
-                self.watchdog.alive()
-                has_more = self.tick()
-                wait = _BATCH_PAUSE if has_more else self._check_every()
-                self.watchdog.idle()
-        finally:
-            if self._index is not None:
-                self._index.close()
+        """Walk `sent_dir` at once and then periodically, and while space is short, until `stop` is set."""
+        wait = 0.0
+        while not stop.wait(wait):
+            self.watchdog.alive()
+            policies = {name: drop.retention for name, drop in self._scope().drops.items()}
+            if time.monotonic() >= self._next_walk or policies != self._policies:
+                self._policies = policies
+                self.apply()
+                self._next_walk = time.monotonic() + _walk_every(policies.values())
+            else:
+                self.free_space()
+            self.watchdog.idle()
+            wait = max(min(self._next_walk - time.monotonic(), _CHECK_SPACE_EVERY), 0.0)
 
-    def tick(self) -> bool:
-        """Check and remove one batch; return whether there is more to do at once."""
-        scope, now = self._scope(), self._now()
-        drops = {name: drop for name, drop in scope.drops.items() if drop.retention != RetentionPolicy()}
-        if not drops:
-            return False
+    def apply(self) -> None:
+        """Remove what is too old or too many, then free space where it is short."""
+        drops = self._scope().drops
         try:
-            index = self._index = self._index or self._open_index()
-            ready = {
-                name: drop
-                for name, drop in drops.items()
-                if _has_sent_dir(drop) and self._finish_removals(index, drop, now)
-            }
-            has_more = [self._expire(index, drop) for drop in ready.values() if drop.retention.expires]
-            low_filesystems = self._disk_space.low_filesystems(drops)
-            has_more += [self._free_space(index, low, ready, now, scope.log_every) for low in low_filesystems]
+            for drop in drops.values():
+                self._learn_devices(drop)  # before the last archive of a device is removed
+            self._check_quarantine(drops)
         except LedgerError as error:
-            self._progress.clear()  # some checked archives may not have been removed
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
-            return False
-        return any(has_more)
+        for drop in drops.values():
+            if drop.retention.expires:
+                self._expire(drop)
+        self.free_space()
 
-    def _check_every(self) -> float:
-        policies = [drop.retention for drop in self._scope().drops.values()]
-        shortest = min((p.keep_for.total_seconds() for p in policies if p.keep_for), default=_CHECK_EVERY)
-        return min(max(shortest, 1.0), _CHECK_EVERY)
+    def free_space(self) -> None:
+        """Remove the oldest archives of all drops on each filesystem with less than `min_free`."""
+        scope = self._scope()
+        for low in self._disk_space.low_filesystems(scope.drops):
+            drops, skipped = {name: scope.drops[name] for name in low.drops}, SkippedFiles()
+            oldest = sorted(file for drop in drops.values() for file in self._sent_files(drop, skipped))
+            freed = self._remove(oldest, Expiry.DISK_LOW, drops, skipped, low.missing_bytes)
+            if freed < low.missing_bytes and not self.stop.is_set():
+                self._disk_space.log_low_space(low, self._now(), scope.log_every, skipped)
 
-    def _expire(self, index: SentIndex, drop: Drop) -> bool:
-        """Remove a batch of archives that are too old or too many; return whether there are more to check."""
-        policy, grown, now = drop.retention, self._grown_series.setdefault(drop.name, set()), self._now()
-        progress = self._progress.get(drop.name)
-        if (
-            progress is None
-            or progress.policy != policy
-            or not ZERO <= now - progress.started_at < _RECHECK_AFTER
-        ):
-            progress = self._progress[drop.name] = _Progress(policy, now)
-        until = now - policy.keep_for if policy.keep_for else now
-        found: dict[int, tuple[SentArchive, int]] = {}
-        """Archives by their id, each with the number of newer ones in its series."""
-        if policy.keep_last:
-            if self._assign_series(index, drop, grown):
-                return True  # the newest of a series are known only once all archives have one
-            while grown and len(found) < _BATCH_SIZE:
-                series = grown.pop()
-                beyond = index.beyond_newest(drop.name, series, policy.keep_last, until, _BATCH_SIZE)
-                found |= {sent.archive.id: (sent, policy.keep_last) for sent in beyond}
-                if len(beyond) == _BATCH_SIZE:
-                    grown.add(series)
-        page = index.oldest(drop.name, progress.last, until, _BATCH_SIZE)
-        for sent in page:
-            newer = index.count_newer(sent, policy.keep_last) if policy.keep_last else 0
-            found[sent.archive.id] = sent, newer
-            progress.last = sent
-        # the time after the queries: the clock is distrusted before old history is added to the ledger
-        now = self._now()
-        due = [
-            (sent, expiry)
-            for sent, newer in found.values()
-            if (expiry := policy.expiry_reason(now - sent.moved_at, newer))
-        ]
-        if not all(_is_reachable(drop.folder, sent) for sent, _ in due):
-            del self._progress[drop.name]  # checked again from the first one once it is mounted
-            return False
-        self._remove(index, drop, due, now)
-        return bool(grown) or len(page) == _BATCH_SIZE
+    def _expire(self, drop: Drop) -> None:
+        """Remove the archives of a drop that are too old or too many."""
+        policy, now, skipped = drop.retention, self._now(), SkippedFiles()
+        files: Iterable[SentFile] = self._sent_files(drop, skipped)
+        newest: set[bytes] = set()
+        if policy.keep_last is not None:
+            files = list(files)
+            newest = newest_of_series(files, policy.keep_last)
+        due = sorted(
+            f for f in files if policy.expiry_reason(now - f.moved_at, is_among_newest=f.relpath in newest)
+        )
+        reason = Expiry.TOO_MANY if policy.keep_for is None else Expiry.TOO_OLD
+        self._remove(due, reason, {drop.name: drop}, skipped)
+        if skipped.total:
+            self._log.emit(
+                events.RETENTION_SKIPPED,
+                drop=drop.name,
+                path=os.path.join(os.fsencode(drop.folder.path), drop.sent_dir),
+                skipped_files=skipped.total,
+                error=str(skipped),
+                hint="remove these files or fix their permissions; files with a time in the future count from"
+                " now on if you `touch` them and their receipt files",
+            )
 
-    def _assign_series(self, index: SentIndex, drop: Drop, grown: set[bytes]) -> bool:
-        """Record the series of new archives and add them to `grown`; return whether there are more."""
-        new = index.without_series(drop.name, _BATCH_SIZE)
-        if new:
-            pattern = drop.label_pattern
-            series = {s.archive.id: series_of(s.archive.relpath, s.moved_to, pattern) for s in new}
-            index.set_series(series)
-            grown |= set(series.values())
-        return len(new) == _BATCH_SIZE
+    def _sent_files(self, drop: Drop, skipped: SkippedFiles) -> Iterator[SentFile]:
+        """Yield the archives in `sent_dir` by the names and times of files; no file is read.
 
-    def _free_space(
-        self,
-        index: SentIndex,
-        low: LowSpace,
-        ready: Mapping[str, Drop],
-        now: datetime,
-        log_every: timedelta,
-    ) -> bool:
-        """Remove the oldest archives of all drops on a filesystem; return whether to go on at once."""
-        if not all(map(self._is_history_complete, low.drops)):  # older archives may still be restored
-            self._incomplete_since = self._incomplete_since or time.monotonic()
-            if time.monotonic() - self._incomplete_since > _CHECK_EVERY:
-                self._disk_space.log_low_space(low, now, log_every)
-            return False
-        self._incomplete_since = 0.0
-        pages = [index.oldest(name, None, None, _BATCH_SIZE) for name in low.drops if name in ready]
-        merged = heapq.merge(*pages, key=lambda sent: (sent.moved_at, sent.archive.id))
-        oldest = [sent for sent in merged if _is_reachable(ready[sent.archive.drop].folder, sent)]
-        oldest = oldest[:_BATCH_SIZE]
-        sizes = [sent.archive.fingerprint.size for sent in oldest]
-        chosen = oldest[: smallest_prefix(low.missing_bytes, sizes)]
-        freed = 0
-        for name in low.drops:
-            due = [(sent, Expiry.DISK_LOW) for sent in chosen if sent.archive.drop == name]
-            if due:
-                freed += self._remove(index, ready[name], due, now)
-        if not chosen:
-            self._disk_space.log_low_space(low, now, log_every)
-        # once enough was freed, wait: a filesystem may report it late
-        return bool(chosen) and freed < low.missing_bytes
-
-    def _finish_removals(self, index: SentIndex, drop: Drop, now: datetime) -> bool:
-        """Finish interrupted removals; return False if a whole batch of them fails."""
-        expiring = index.list_expiring(drop.name, _BATCH_SIZE)
-        if not expiring:
-            return True
-        self._remove_files(index, drop, [(sent, None) for sent in expiring], now)
-        return len(index.list_expiring(drop.name, _BATCH_SIZE)) < _BATCH_SIZE
+        The time of the move is the change time, or the earlier one at which the receipt file was written: a
+        copy of the folder preserves that.
+        """
+        sent, now = StoredFolder.of_sent(drop), datetime.now(UTC)
+        if not drop.folder.is_in_place():
+            return  # not mounted, or renamed; the intake opens what is there now
+        for file in sent.files(skipped.add_unreadable, self._should_continue):
+            status, receipt = file.status, file.receipt_status
+            if receipt is None:
+                if _is_older(status, now - _DISPOSITION_TIME):
+                    skipped.add(_WITHOUT_RECEIPT, file.relpath)
+                continue
+            written_ns = receipt.st_mtime_ns
+            moved_at = file_time(min(written_ns, status.st_ctime_ns) if status else written_ns)
+            if moved_at > now + MAX_CLOCK_SKEW:
+                skipped.add("with a time in the future", file.relpath)
+                continue
+            yield SentFile(
+                moved_at,
+                file.relpath,
+                drop.name,
+                status.st_size if status else 0,
+                status.st_mtime_ns if status else written_ns,
+                series_of(file.relpath, sent.below(file.relpath), drop.label_pattern),
+                b"" if status else file.receipt_path,
+            )
 
     def _remove(
-        self, index: SentIndex, drop: Drop, due: Sequence[tuple[SentArchive, Expiry]], now: datetime
-    ) -> int:
-        """Remove the archives of which the file is unchanged; return the bytes that were freed."""
-        removed = {s.archive.id: reason for s, _ in due if (reason := _removed_otherwise(drop.folder, s))}
-        unchanged = [(sent, expiry) for sent, expiry in due if sent.archive.id not in removed]
-        if removed:
-            index.record_removals(removed, now)
-        if not unchanged:
-            return 0
-        index.mark_expiring([sent.archive.id for sent, _ in unchanged])
-        return self._remove_files(index, drop, unchanged, now)
-
-    def _remove_files(
         self,
-        index: SentIndex,
-        drop: Drop,
-        due: Iterable[tuple[SentArchive, Expiry | None]],
-        now: datetime,
+        files: Sequence[SentFile],
+        reason: Expiry,
+        drops: Mapping[str, Drop],
+        skipped: SkippedFiles,
+        needed: int | None = None,
     ) -> int:
-        """Remove files that are marked as expiring; return the bytes that were freed."""
-        folder = drop.folder
-        removed: dict[int, RemovalReason] = {}
-        changed_directories: set[bytes] = set()
-        total = 0
-        for sent, expiry in due:
+        """Remove files in their order, until `needed` bytes are free if given; return the freed bytes."""
+        freed = start = 0
+        while start < len(files) and (needed is None or freed < needed) and not self.stop.is_set():
+            batch = files[start : start + _BATCH_SIZE]
+            if needed is not None:
+                batch = batch[: smallest_prefix(needed - freed, [file.size for file in batch])]
+            start += len(batch)
+            freed += self._remove_batch(batch, reason, drops, skipped)
+            self.stop.wait(_BATCH_PAUSE)
+        return freed
+
+    def _remove_batch(
+        self, batch: Sequence[SentFile], reason: Expiry, drops: Mapping[str, Drop], skipped: SkippedFiles
+    ) -> int:
+        """Remove the archives, sync their directories, then remove their receipt files."""
+        freed = 0
+        removed: list[tuple[SentFile, Drop, FoundReceipt]] = []
+        for file in batch:
             self.watchdog.alive()
-            archive = sent.archive
+            drop = drops[file.drop]
             try:
-                freed = remove_archive(folder, sent.moved_to, archive)
+                found, size = self._remove_archive(file, drop, reason, skipped)
+            except FileNotFoundError:
+                continue  # another program has removed it
             except OSError as error:
-                self._log_failed(sent, error)
+                skipped.add(f"that cannot be removed ({error.strerror})", file.relpath)
                 continue
-            if freed is not None:
-                with suppress(OSError):  # the archive is removed; a file that is left beside it does no harm
-                    if drop.uses_checksum_files:
-                        remove_checksum_files(folder, sent.moved_to)
-                    remove_receipt_file(folder, sent.moved_to, archive, b"receipt")
-            self._logged_failures.discard(archive.id)
-            removed[archive.id] = RemovalReason.CHANGED if freed is None else RemovalReason.EXPIRED
-            if freed is None:
-                continue
-            total += freed
-            changed_directories.add(sent.moved_to.rpartition(b"/")[0])
+            freed += size
+            if found is not None:
+                removed.append((file, drop, found))
+        for name, directory in {(file.drop, file.relpath.rpartition(b"/")[0]) for file, _, _ in removed}:
+            with suppress(OSError):  # after a power loss an archive may be back, but it was delivered
+                drops[name].folder.sync(directory)
+        for file, drop, found in removed:
+            with suppress(OSError):  # the next walk removes a receipt file that is left
+                if drop.uses_checksum_files:
+                    remove_checksum_files(drop.folder, file.relpath)
+                drop.folder.unlink(found.path)
             self._log.emit(
                 events.ARCHIVE_EXPIRED,
-                drop=archive.drop,
-                archive=archive.relpath,
-                path=os.path.join(os.fsencode(folder.path), sent.moved_to),
-                size_bytes=archive.fingerprint.size,
-                reason=expiry,
+                drop=drop.name,
+                archive=found.original_path,
+                path=os.path.join(os.fsencode(drop.folder.path), file.receipt_path or file.relpath),
+                size_bytes=file.size,
+                reason=reason,
             )
-        for directory in changed_directories:
-            with suppress(OSError):  # after a power loss the file may be back, but it was delivered
-                folder.sync(directory)
-        if removed:
-            index.record_removals(removed, now)
-        return total
+        return freed
 
-    def _log_failed(self, sent: SentArchive, error: OSError) -> None:
-        if sent.archive.id in self._logged_failures:
+    def _remove_archive(
+        self, file: SentFile, drop: Drop, reason: Expiry, skipped: SkippedFiles
+    ) -> tuple[FoundReceipt | None, int]:
+        """Remove an archive if its receipt file confirms that; return that file and the freed bytes."""
+        sent, folder = StoredFolder.of_sent(drop), drop.folder
+        if file.receipt_path:
+            found = sent.lone_receipt(file.relpath, file.receipt_path)
+            if found is None:
+                skipped.add("without an archive or a valid content", file.receipt_path)
+            return found, 0
+        status = folder.stat(file.relpath)
+        found = sent.receipt(file.relpath, status)
+        if found is None:
+            skipped.add(_WITHOUT_RECEIPT, file.relpath)
+            return None, 0
+        keep_for = drop.retention.keep_for
+        if reason is Expiry.TOO_OLD and keep_for and self._now() - found.receipt.moved_at(status) <= keep_for:
+            return None, 0
+        folder.unlink(file.relpath)
+        return found, status.st_blocks * 512 if status.st_nlink == 1 else 0
+
+    def _learn_devices(self, drop: Drop) -> None:
+        """Have a new ledger learn when each device of a drop last sent an archive."""
+        if drop.name in self._learned:
             return
-        self._logged_failures.add(sent.archive.id)
-        self._log.emit(
-            events.DISPOSITION_FAILED,
-            drop=sent.archive.drop,
-            archive=sent.archive.relpath,
-            error=f"{as_text(sent.moved_to)} can't be removed ({os.strerror(error.errno or errno.EIO)})",
-            hint="give the daemon's user write permission to `sent_dir` and its folders, or remove the file",
-        )
+        if not self._ledger.knows_devices(drop.name):
+            skipped = SkippedFiles()
+            devices = past_devices(drop, self._device_of, skipped, self._should_continue)
+            if skipped.total:
+                self._log.emit(
+                    events.LEDGER_INCOMPLETE,
+                    drop=drop.name,
+                    path=drop.folder.path,
+                    error=str(skipped),
+                    hint="fix or remove these files, or set the clock of this host; tried again in an hour",
+                )
+            if devices is None or skipped.total or self.stop.is_set():
+                return  # a part of them would be wrong: a device with a later archive would look overdue
+            self._ledger.learn_devices(drop.name, devices)
+        self._learned.add(drop.name)
+
+    def _check_quarantine(self, drops: Mapping[str, Drop]) -> None:
+        """Report that `rejected_dir` has more files than the ledger knows, as after the loss of a ledger."""
+        before = datetime.now(UTC) - _DISPOSITION_TIME
+        paths = []
+        for drop in drops.values():
+            rejected, skipped = StoredFolder.of_rejected(drop), SkippedFiles()
+            files = rejected.files(skipped.add_unreadable, self._should_continue)
+            paths += [
+                os.path.join(os.fsencode(drop.folder.path), file.relpath)
+                for file in files
+                if _is_older(file.status, before)
+            ]
+        unknown = len(paths) - self._ledger.count_quarantined()
+        if unknown > 0:
+            self._log.emit(
+                events.ARCHIVE_UNKNOWN,
+                path=paths[0].rpartition(b"/")[0],
+                unknown_files=unknown,
+                hint="`backupd list --state rejected` lists what `backupd retry` can put back; move the other"
+                " files back into the drop folder to send them again, or remove them",
+            )
+
+    def _should_continue(self) -> bool:
+        self.watchdog.alive()
+        return not self.stop.is_set()
 
 
-def _has_sent_dir(drop: Drop) -> bool:
-    """Return whether `sent_dir` exists; if it does not, its filesystem may not be mounted."""
-    try:
-        with drop.folder.directory(drop.sent_dir):
-            return True
-    except OSError:
-        return False
+def _is_older(status: os.stat_result | None, time: datetime) -> bool:
+    return status is not None and file_time(status.st_ctime_ns) < time
 
 
-def _removed_otherwise(folder: DropFolder, sent: SentArchive) -> RemovalReason | None:
-    """Return why the file of an archive is not in `sent_dir` any more; None if it is, unchanged."""
-    try:
-        is_unchanged = is_expected_file(folder.stat(sent.moved_to), sent.archive.fingerprint)
-    except (FileNotFoundError, NotADirectoryError):
-        return RemovalReason.MISSING
-    except OSError:
-        return None  # the removal fails with the same error and logs it
-    return None if is_unchanged else RemovalReason.CHANGED
-
-
-def _is_reachable(folder: DropFolder, sent: SentArchive) -> bool:
-    return not folder.is_unmounted(sent.archive.folder_inode)
+def _walk_every(policies: Iterable[RetentionPolicy]) -> float:
+    """Return the seconds between two walks: an archive is kept at most a tenth longer than `keep_for`."""
+    shortest = min((p.keep_for / 10 for p in policies if p.keep_for), default=_WALK_EVERY)
+    return max(min(shortest, _WALK_EVERY).total_seconds(), 1.0)

@@ -49,6 +49,11 @@ class Drop:
         return frozenset((self.sent_dir, self.rejected_dir))
 
     @property
+    def tracks_devices(self) -> bool:
+        """Whether the archives of each device are counted and expected, or their sizes compared."""
+        return self.config.expect.every is not None or self.config.size_alarm is not None
+
+    @property
     def uses_checksum_files(self) -> bool:
         """Whether checksum files belong to their archives; otherwise they are archives of their own."""
         return self.config.checksum_file != "off"

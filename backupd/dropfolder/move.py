@@ -1,24 +1,16 @@
-"""Moving and removing files below a drop folder, with their receipt files; nothing is overwritten."""
+"""Moving and writing files below a drop folder; nothing is overwritten."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import itertools
-import json
 import os
 import re
-import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
-from backupd.core.model import Archive, Fingerprint, is_same_file, is_unchanged
-from backupd.core.names import (
-    MAX_RECEIPT_FILE_BYTES,
-    MAX_RECEIPT_FILE_NUMBER,
-    as_text,
-    receipt_file_name,
-)
+from backupd.core.model import Fingerprint, is_same_file, is_unchanged
 from backupd.dropfolder.filesystem import is_being_written, read_lease
 from backupd.dropfolder.folder import DropFolder
 
@@ -171,44 +163,16 @@ def _is_same_inode(directory: int, name: bytes, other_directory: int, other_name
         return False
 
 
-def remove_archive(folder: DropFolder, relpath: bytes, archive: Archive) -> int | None:
-    """Remove the file of an archive from the path to which it was moved; return the bytes that became free.
-
-    Returns None if another file has its name, and 0 if it is gone already. The file is first renamed to a
-    hidden name, so that a file which another process renames over it meanwhile is detected and moved back.
-    """
-    parent, _, name = relpath.rpartition(b"/")
-    hidden, expected = b".backupd-%d.expired" % archive.id, archive.fingerprint
-    try:
-        with folder.directory(parent) as fd:
-            with suppress(FileNotFoundError):
-                if not is_expected_file(os.stat(name, dir_fd=fd, follow_symlinks=False), expected):
-                    return None
-                move_to_hidden_name(fd, name, fd, hidden)
-            status = os.stat(hidden, dir_fd=fd, follow_symlinks=False)
-            if not is_expected_file(status, expected):
-                move_back(fd, hidden, fd, name)
-                return None
-            os.unlink(hidden, dir_fd=fd)
-    except FileNotFoundError:
-        return 0
-    return status.st_blocks * 512 if status.st_nlink == 1 else 0
-
-
-def is_expected_file(status: os.stat_result, expected: Fingerprint) -> bool:
-    """Return whether a status is that of the regular file with this fingerprint, moved or not."""
-    return stat.S_ISREG(status.st_mode) and is_same_file(status, expected)
-
-
 def partial_file_name(archive_id: int, session: int) -> bytes:
     """Return the temporary name of a receipt file, which no other session of a daemon uses."""
     return b".backupd-%d-%d.part" % (archive_id, session)
 
 
-def write_receipt_file(
+def write_new_file(
     folder: DropFolder, directory: bytes, names: Iterable[bytes], content: bytes, temporary: bytes
 ) -> None:
-    """Write a receipt file under the first of `names` that is free; the directory is not synced.
+    """Write a file under the first of `names` that is free; the directory is not synced.
+
 
     The file is written and synced under the name `temporary` and then renamed. A file with the same content
     is from an earlier attempt and is kept instead. Raises FileExistsError if all names are taken.
@@ -234,41 +198,6 @@ def remove_partial_files(folder: DropFolder, directory: bytes, session: int) -> 
             partial = _PARTIAL_FILE.fullmatch(name)
             if partial and int(partial[1]) != session:
                 os.unlink(name, dir_fd=fd)
-
-
-def remove_receipt_file(folder: DropFolder, relpath: bytes, archive: Archive, kind: bytes) -> None:
-    """Remove the receipt file of the archive at `relpath`; `kind` is `receipt` or `reason`.
-
-    It may have any of the numbered names, see `receipt_file_name`.
-    """
-    directory, _, name = relpath.rpartition(b"/")
-    for number in range(1, MAX_RECEIPT_FILE_NUMBER + 1):
-        receipt = receipt_file_name(name, kind, number)
-        receipt = directory + b"/" + receipt if directory else receipt
-        try:
-            content = folder.read(receipt, MAX_RECEIPT_FILE_BYTES)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.EINVAL):  # a link or a directory of another program
-                continue
-            raise
-        if is_receipt_file_of(archive, content):
-            folder.unlink(receipt)
-            return
-
-
-def is_receipt_file_of(archive: Archive, content: bytes) -> bool:
-    """Return whether the content of a receipt file names this archive."""
-    try:
-        fields = json.loads(content)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(fields, dict) and (
-        fields.get("archive"),
-        fields.get("drop"),
-        fields.get("queued_at", fields.get("admitted_at")),  # the second is of development versions
-    ) == (as_text(archive.relpath), archive.drop, archive.queued_at.isoformat())
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class DeviceTracker:
 
         Raises LedgerError, and changes nothing, if the ledger cannot be written.
         """
-        tracked = {name: drop for name, drop in drops.items() if _is_tracked(drop.config)}
+        tracked = {name: drop for name, drop in drops.items() if drop.tracks_devices}
         tracked_drops = {name: _TrackedDrop.of(drop) for name, drop in tracked.items()}
         self._ledger.set_expectations(
             {name: _expectation(drop.config) for name, drop in tracked.items()}, now
@@ -121,10 +121,6 @@ class _TrackedDrop:
     def of(cls, drop: Drop) -> _TrackedDrop:
         by = drop.config.expect.by
         return cls(TextTemplate.parse(by) if by else None, drop.label_pattern, drop.config.size_alarm)
-
-
-def _is_tracked(config: DropConfig) -> bool:
-    return config.expect.every is not None or config.size_alarm is not None
 
 
 def _expectation(config: DropConfig) -> DeviceExpectation:

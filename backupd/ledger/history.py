@@ -24,8 +24,8 @@ class ArchiveRecord:
 
     `state` is a `DeliveryState` other than claimed. `digest` is that of the content that was sent, as
     `algorithm:hex`. `disposition` is `due` or `done`, None while a delivery is open. `disposed_to` is the new
-    path of the file, relative to its drop folder, None if it was not moved. `removal` is None while the file
-    is there, then `expiring`, `expired`, `missing` or `changed`, see `RemovalReason`.
+    path of the file, relative to its drop folder, None if it was not moved; the file may be removed since.
+    `missing` is whether the file was missing when it was to be disposed of.
     """
 
     archive: Archive
@@ -34,8 +34,7 @@ class ArchiveRecord:
     disposition: str | None
     disposed_to: bytes | None
     disposed_at: datetime | None
-    removal: str | None
-    removed_at: datetime | None
+    missing: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,15 +192,6 @@ class History(Protocol):
 
     def archive(self, archive_id: int) -> ArchiveRecord:
         """Return an archive; raises UsageError if there is none with this id."""
-        ...
-
-    def sent_archives(
-        self, drop: str, since: datetime | None, after: int | None, limit: int
-    ) -> list[ArchiveRecord]:
-        """Return up to `limit` archives of a drop that were moved to `sent_dir` and not expired, by id.
-
-        Only those that were moved since a time and have an id greater than `after`, if these are given.
-        """
         ...
 
     def drop(self, name: str) -> DropRecord:

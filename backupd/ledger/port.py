@@ -219,6 +219,17 @@ class DeviceLedger(Protocol):
         """Set `Device.alarmed` for the overdue devices, and clear it for the recovered ones."""
         ...
 
+    def knows_devices(self, drop: str) -> bool:
+        """Return whether `learn_devices` was called for a drop."""
+        ...
+
+    def learn_devices(self, drop: str, devices: Sequence[Device]) -> None:
+        """Add the devices of a drop that sent archives before the ledger was created, with their last times.
+
+        A device that is known keeps its later `last_at` and its larger number of archives.
+        """
+        ...
+
     def unusual_archives(self) -> list[UnusualArchive]:
         """Return the archives of unusual size that are not reported yet, in the order of their ids."""
         ...
@@ -231,20 +242,19 @@ class DeviceLedger(Protocol):
         """Return the reading that was saved last, None without one."""
         ...
 
-    def save_clock_reading(self, reading: ClockReading, *, lock_timeout: float = 0.0) -> None:
+    def save_clock_reading(self, reading: ClockReading) -> None:
         """Replace the saved reading of the clock; durable if it has skews.
 
-        Raises LedgerHeldError if another process holds the ledger for longer than `lock_timeout` seconds.
+        Raises LedgerHeldError at once if another process holds the ledger.
         """
         ...
 
-    def prune(self, before: Callable[[], datetime], limit: int) -> int:
+    def prune(self, before: datetime, limit: int) -> int:
         """Delete up to `limit` archives that ended before a time, with their deliveries and attempts.
 
-        Returns their number. `before` is called once no other connection can write, so that it takes into
-        account a clock reading that was saved before old history was added. Never deletes,
-        whatever their age, archives that have an open delivery or disposition or are in their drop folder or
-        in quarantine, and the newest archive, so that its id is never used again.
+        Returns their number. Never deletes, whatever their age, archives that have an open delivery or
+        disposition or are in their drop folder or in quarantine, and the newest archive, so that its id is
+        never used again.
         """
         ...
 

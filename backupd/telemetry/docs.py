@@ -17,7 +17,7 @@ SECTIONS = {
     "Certificates": ("certificate",),
     "The ledger": ("ledger",),
     "Drop folders": ("drop", "watch", "disk"),
-    "Archives": ("archive", "inspection", "disposition"),
+    "Archives": ("archive", "inspection", "disposition", "retention"),
     "Uploads and destinations": ("attempt", "delivery", "destination"),
 }
 """Sections of the page, each with the first words of its events."""

@@ -115,8 +115,8 @@ KEYS: dict[str, Key] = {
             COUNT,
             "files of delivered and rejected archives that have not been moved or deleted yet",
         ),
-        Key("restored_archives", COUNT, "sent and rejected archives that the ledger knows again"),
-        Key("unknown_files", COUNT, "files in `sent_dir` and `rejected_dir` without a receipt file"),
+        Key("skipped_files", COUNT, "files in `sent_dir` that the retention rules cannot remove"),
+        Key("unknown_files", COUNT, "files in `rejected_dir` that the ledger does not know"),
         Key("in_flight", COUNT, "uploads in progress"),
         Key("signal", TEXT, "name of the signal"),
         Key("clean", FLAG, "whether all uploads ended within `shutdown_grace`"),
@@ -291,21 +291,14 @@ LEDGER_RECREATED = _event(
     "error",
     "path error hint",
     "a new ledger was created: {error}",
-    "the ledger was damaged and has been renamed, or it was missing; a new one is filled from the folders",
-)
-LEDGER_RESTORED = _event(
-    "ledger.restored",
-    "info",
-    "drop path restored_archives unknown_files",
-    "archives restored to the ledger from {path}: {restored_archives}[, unknown files: {unknown_files}]",
-    "a new ledger has read the receipt files in `sent_dir` or `rejected_dir`",
+    "the ledger was damaged and has been renamed, or it was missing; the new one has no history",
 )
 LEDGER_INCOMPLETE = _event(
     "ledger.incomplete",
     "warning",
     "drop path error hint",
-    "the history of {path} is incomplete: {error}",
-    "some receipt files in `sent_dir` or `rejected_dir` cannot be read; retried every hour",
+    "a new ledger does not know all devices of {drop} yet: {error}",
+    "receipt files that show when a device last sent an archive cannot be used; repeated every hour",
 )
 LEDGER_FAILED = _event(
     "ledger.failed",
@@ -454,8 +447,25 @@ ARCHIVE_EXPIRED = _event(
     "archive.expired",
     "info",
     "drop archive path size_bytes reason",
-    "{path} was removed by the retention rules[ ({reason})]",
-    "a delivered archive was removed from `sent_dir`: too_old, too_many or disk_low; no reason after a crash",
+    "{path} was removed by the retention rules ({reason})",
+    "a delivered archive was removed from `sent_dir`: too_old, too_many or disk_low; or the receipt file that"
+    " was left of one, with a size of 0",
+)
+ARCHIVE_UNKNOWN = _event(
+    "archive.unknown",
+    "warning",
+    "path unknown_files hint",
+    "files in {path} that the ledger does not know: {unknown_files}",
+    "`rejected_dir` has files that `backupd retry` cannot put back, as after the loss of a ledger; repeated"
+    " every hour",
+)
+RETENTION_SKIPPED = _event(
+    "retention.skipped",
+    "warning",
+    "drop path skipped_files error hint",
+    "files in {path} that the retention rules cannot remove: {error}",
+    "files in `sent_dir` have no valid receipt file, have a time in the future, or cannot be read or removed;"
+    " repeated with each walk",
 )
 
 ATTEMPT_FAILED = _event(

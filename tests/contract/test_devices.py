@@ -147,6 +147,28 @@ def test_a_clock_that_was_ahead_does_not_keep_a_device_from_becoming_overdue(led
     assert overdue(ledger, NOW + 2 * DAY) == ["sw1"]
 
 
+def test_devices_of_archives_before_the_ledger_are_learned_once(bench: Bench) -> None:
+    bench.ledger.set_expectations({"switches": DeviceExpectation(DAY, "{device}", ("sw1", "sw3"))}, NOW)
+    arrive(bench.ledger, "sw2", at=NOW)
+    assert not bench.ledger.knows_devices("switches")
+    past = [
+        Device("switches", "sw1", NOW - 9 * DAY, NOW - 2 * DAY, 7),
+        Device("switches", "sw2", NOW - 9 * DAY, NOW - 5 * DAY, 7),
+        Device("switches", "sw4", NOW - 9 * DAY, NOW - 3 * DAY, 1),
+    ]
+    bench.ledger.learn_devices("switches", past)
+    assert bench.ledger.knows_devices("switches")
+    assert not bench.ledger.knows_devices("firewalls")
+    found = bench.ledger.possibly_overdue(NOW + 2 * DAY)
+    assert [(d.name, d.last_at, d.archives) for d in found] == [
+        ("sw1", NOW - 2 * DAY, 7),
+        ("sw2", NOW, 7),
+        ("sw3", None, 0),
+        ("sw4", NOW - 3 * DAY, 1),
+    ]
+    assert overdue(bench.ledger, NOW) == ["sw1", "sw4"]
+
+
 # sizes
 
 
@@ -211,14 +233,14 @@ def test_old_archives_are_pruned_up_to_the_limit(bench: Bench) -> None:
     for _ in range(5):
         dispose(bench.ledger)
     dispose(bench.ledger, at=LIMIT)
-    assert [bench.ledger.prune(lambda: LIMIT, 2) for _ in range(4)] == [2, 2, 1, 0]
-    assert bench.crash().prune(lambda: LIMIT, 2) == 0
+    assert [bench.ledger.prune(LIMIT, 2) for _ in range(4)] == [2, 2, 1, 0]
+    assert bench.crash().prune(LIMIT, 2) == 0
 
 
 def test_an_old_superseded_archive_is_pruned(ledger: Ledger) -> None:
     for _ in range(2):
         ledger.enqueue([a_candidate(b"r1")], ["vault"], OLD)
-    assert ledger.prune(lambda: LIMIT, 9) == 1
+    assert ledger.prune(LIMIT, 9) == 1
 
 
 def test_open_quarantined_and_kept_archives_are_never_pruned(ledger: Ledger) -> None:
@@ -233,7 +255,7 @@ def test_open_quarantined_and_kept_archives_are_never_pruned(ledger: Ledger) -> 
     arrive(ledger, at=OLD)
     assert ledger.claim("vault", OLD)
     arrive(ledger, at=OLD)
-    assert ledger.prune(lambda: NOW + 9999 * DAY, 99) == 0
+    assert ledger.prune(NOW + 9999 * DAY, 99) == 0
     assert [one.archive for one in ledger.pending_dispositions()] == [due]
     assert ledger.backlog()["vault"].pending == 3
     assert len(ledger.known_since("switches").added) == 5
@@ -244,12 +266,12 @@ def test_open_quarantined_and_kept_archives_are_never_pruned(ledger: Ledger) -> 
 def test_a_rejected_archive_without_a_file_is_pruned(ledger: Ledger) -> None:
     dispose(ledger, outcome=rejected(), to=None)
     dispose(ledger)
-    assert ledger.prune(lambda: LIMIT, 99) == 1
+    assert ledger.prune(LIMIT, 99) == 1
 
 
 def test_the_id_of_a_pruned_archive_is_not_used_again(ledger: Ledger) -> None:
     last = [dispose(ledger) for _ in range(3)][-1]
-    ledger.prune(lambda: LIMIT, 99)
+    ledger.prune(LIMIT, 99)
     assert arrive(ledger)[0].id > last.id
 
 
@@ -257,7 +279,7 @@ def test_devices_are_kept_when_their_archives_are_pruned(ledger: Ledger) -> None
     ledger.set_expectations({"switches": DAILY}, OLD)
     dispose(ledger)
     dispose(ledger)
-    assert ledger.prune(lambda: LIMIT, 99) == 1
+    assert ledger.prune(LIMIT, 99) == 1
     assert [d.archives for d in ledger.possibly_overdue(NOW)] == [2]
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from backupd.ledger.sqlite.connection import FILE_NAME, open_ledger
-from backupd.ledger.sqlite.sent_rows import open_sent_index
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.stage import TIMEOUT, Stage, a_stage
 
@@ -97,9 +96,6 @@ def add_history(stage: Stage, archives: int) -> None:
         """
     )
     db.close()
-    index = open_sent_index(stage.state)  # as if the daemon had seen their delivery
-    index.mark_restored("switches", b"sent")
-    index.close()
 
 
 def idle(stage: Stage) -> tuple[int, int]:

@@ -15,7 +15,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import typer
 
+from backupd.cli.audit import audit
 from backupd.ledger.sqlite.connection import open_ledger
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.pki import in_days
@@ -325,6 +327,8 @@ def test_show_lists_all_deliveries_of_an_archive(stage: Stage, receiver: Running
 
 # audit
 
+ALL_OK = {"ok": 1, "missing": 0, "changed": 0, "unreadable": 0, "unknown": 0}
+
 
 def audited(stage: Stage, *arguments: str) -> tuple[int, dict[str, dict[str, int]], list[dict[str, str]]]:
     done = stage.backupd("audit", "--json", *arguments)
@@ -338,8 +342,14 @@ def test_audit_reports_missing_changed_unreadable_and_intact_files(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
     daemon = a_sent_archive(stage, receiver, "a.cfg", "b/b.cfg", "c.cfg", "d.cfg", "e.cfg")
-    assert stage.backupd("audit").stdout == "kept in sent_dir: 5 ok, 0 missing, 0 changed, 0 unreadable\n"
+    assert (
+        stage.backupd("audit").stdout
+        == "kept in sent_dir: 5 ok, 0 missing, 0 changed, 0 unreadable, 0 unknown\n"
+    )
     daemon.stop()
+    for receipt in stage.sent.rglob("*.receipt.json"):  # sent three days ago
+        at = (datetime.now(UTC) - timedelta(days=3)).isoformat()
+        receipt.write_text(re.sub(r'"(queued|ended)_at": "[^"]+"', rf'"\1_at": "{at}"', receipt.read_text()))
     (stage.sent / "a.cfg").unlink()
     (stage.sent / "b" / "b.cfg").write_bytes(b"something else")
     (stage.sent / "c.cfg").unlink()
@@ -348,7 +358,7 @@ def test_audit_reports_missing_changed_unreadable_and_intact_files(
     receipt.write_text(re.sub(r"sha256:[0-9a-f]{4}", "sha256:0000", receipt.read_text()))
     code, counts, wrong = audited(stage)
     assert code == 3
-    assert counts == {"kept": {"ok": 1, "missing": 1, "changed": 2, "unreadable": 1}}
+    assert counts == {"kept": {"ok": 1, "missing": 1, "changed": 2, "unreadable": 1, "unknown": 0}}
     assert {w["path"]: w["verdict"] for w in wrong} == {
         "sent/a.cfg": "missing",
         "sent/b/b.cfg": "changed",
@@ -356,19 +366,43 @@ def test_audit_reports_missing_changed_unreadable_and_intact_files(
         "sent/e.cfg": "changed",
     }
     text = stage.backupd("audit").stdout
-    assert re.search(r"missing +@\d+ +switches +sent/a\.cfg", text)
-    change(stage, "UPDATE archive SET disposed_at = ?", micros(timedelta(days=3)))
+    assert re.search(r"missing +[0-9a-f]{8} +switches +sent/a\.cfg", text)
     assert audited(stage, "--since", "1d")[0] == 0
     assert audited(stage, "--drop", "switches", "--since", "7d")[0] == 3
 
 
 @pytest.mark.long
-def test_audit_ignores_a_deeply_nested_receipt_file(stage: Stage, receiver: RunningReceiver) -> None:
+def test_audit_reports_a_file_with_an_invalid_receipt_file(stage: Stage, receiver: RunningReceiver) -> None:
     a_sent_archive(stage, receiver, "a.cfg").stop()
     receipt = stage.sent / "a.cfg.receipt.json"
     receipt.unlink()
     receipt.write_text("[" * 100_000)
-    assert audited(stage)[1]["kept"]["ok"] == 1
+    code, counts, [wrong] = audited(stage)
+    assert (code, counts["kept"]["unknown"], wrong["path"]) == (3, 1, "sent/a.cfg")
+
+
+def test_audit_reports_a_file_without_a_receipt_file_once_the_daemon_must_have_written_it(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.configure("https://127.0.0.1:9/")
+    stage.sent.mkdir()
+    (stage.sent / "a.cfg").write_bytes(b"abc")
+    audit(stage.config)
+    assert "0 unknown" in capsys.readouterr().out
+    monkeypatch.setattr("backupd.cli.audit._DISPOSITION_TIME", timedelta(0))  # the file was moved now
+    time.sleep(0.01)
+    with pytest.raises(typer.Exit) as ended:
+        audit(stage.config)
+    assert ended.value.exit_code == 3
+    assert "1 unknown" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_audit_needs_no_ledger(stage: Stage, receiver: RunningReceiver) -> None:
+    a_sent_archive(stage, receiver, "a.cfg").stop()
+    for path in stage.state.iterdir():
+        path.unlink()
+    assert audited(stage)[:2] == (0, {"kept": ALL_OK})
 
 
 @pytest.mark.long
@@ -376,9 +410,10 @@ def test_audit_ignores_archives_that_the_daemon_removed(stage: Stage, receiver: 
     daemon = a_sent_archive(stage, receiver, "a.cfg", drop='keep_sent_for = "1s"')
     daemon.wait_for("archive.expired")
     daemon.stop()
-    assert audited(stage)[:2] == (0, {"kept": {"ok": 0, "missing": 0, "changed": 0, "unreadable": 0}})
+    assert audited(stage)[:2] == (0, {"kept": {**ALL_OK, "ok": 0}})
     [record] = json.loads(stage.backupd("list", "--json").stdout)
-    assert re.search(r"^removed +\d{4}-", stage.backupd("show", record["id"]).stdout, re.MULTILINE)
+    shown = stage.backupd("show", record["id"]).stdout
+    assert re.search(r"^moved to +sent/a\.cfg \(no longer there\)$", shown, re.MULTILINE)
 
 
 @pytest.mark.long
@@ -390,8 +425,8 @@ def test_audit_remote_reports_an_archive_that_the_destination_lost(
     assert audited(stage, "--remote")[:2] == (
         0,
         {
-            "kept": {"ok": 2, "missing": 0, "changed": 0, "unreadable": 0},
-            "vault": {"ok": 2, "missing": 0, "changed": 0, "unreadable": 0},
+            "kept": {**ALL_OK, "ok": 2},
+            "vault": {**ALL_OK, "ok": 2},
         },
     )
     [lost] = [path for path in stage.stored() if path.read_bytes() == b"content of b.cfg"]
@@ -457,7 +492,6 @@ for ask in (
     lambda: history.delivery("0000a000"),
     lambda: history.archive(70_000),
     lambda: history.deliveries_of(70_000),
-    lambda: history.sent_archives("switches", None, 50_000, 10),
     lambda: history.find(Search(), 50),
     *(lambda state=state: history.find(Search(state), 50)
       for state in DeliveryState if state != "superseded"),

@@ -35,3 +35,28 @@ def test_a_restart_applies_a_new_retention_policy_to_earlier_archives(
     assert (expired["archive"], expired["reason"]) == ("0.tar.gz", "too_many")
     assert len(stage.archives(stage.sent)) == 2
     assert again.stop() == 0
+
+
+@pytest.mark.long
+def test_kills_during_the_removal_leave_neither_archives_nor_receipt_files(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url)
+    daemon = stage.daemon().ready()
+    for number in range(200):
+        stage.put(f"{number:03}.tar.gz", b"content %d" % number)
+    daemon.wait_for("archive.disposed", count=200)
+    daemon.stop()
+    stage.configure(receiver.url, drop='keep_sent_for = "1s"')
+    for _ in range(3):
+        killed = stage.daemon()
+        killed.wait_for("archive.expired")
+        killed.kill()
+        archives = {path.name for path in stage.archives(stage.sent)}
+        receipts = {path.name for path in stage.sent.glob("*.receipt.json")}
+        assert {f"{name}.receipt.json" for name in archives} <= receipts
+    again = stage.daemon().ready()
+    until(lambda: list(stage.sent.iterdir()) == [], "an empty sent folder")
+    assert not again.events("retention.skipped")
+    assert again.stop() == 0
+    assert len(stage.stored()) == 200

@@ -12,8 +12,8 @@ from typing import Any
 
 from backupd.cli import main
 from backupd.delivery import disposition
+from backupd.delivery.receipt_file import write_receipt_file
 from backupd.dropfolder.folder import CachedFolder
-from backupd.dropfolder.move import write_receipt_file
 from backupd.ledger.sqlite.deliveries import SqliteLedger
 from backupd.upload.http.body import UploadBody
 from backupd.upload.http.uploader import HttpUploader

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -22,8 +22,8 @@ from backupd.ledger.port import ClockReading, DispositionResult, FileCandidate, 
 from backupd.ledger.sqlite import connection
 from backupd.ledger.sqlite.connection import FILE_NAME, open_for_reading, open_ledger
 from backupd.ledger.sqlite.deliveries import SqliteLedger
+from backupd.ledger.history import DeviceRecord
 from backupd.ledger.sqlite.queries import LedgerQueries
-from backupd.ledger.sqlite.sent_rows import open_sent_index
 from backupd.telemetry.events import Event
 from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog
@@ -268,21 +268,23 @@ def test_a_forgotten_device_that_is_listed_is_expected_from_then_on(
 # schema and pruning
 
 
-VALUES_BEFORE_VERSION_9 = {
+VALUES_OF_EARLIER_COLUMNS = {
     "device": "folder_inode",
+    "device_number": "folder_inode",
     "admitted_at": "queued_at",
     "disposed_to": "moved_to",
     "announced": "already_logged",
     "live": "has_entry",
     "charged": "archive_failures",
     "faults": "destination_failures",
-    "removal": "replace(removal, 'missing', 'gone')",
+    "series": "NULL",
+    "removed_at": "NULL",
 }
-"""Columns before version 9 of the schema, and their values by the columns of today."""
+"""Columns of earlier versions of the schema, and their values by the columns of today."""
 
 COLUMNS = {
     "archive": "id, drop_name, relpath, folder_inode, inode, size, mtime_ns, ctime_ns, queued_at, state,"
-    " digest, disposition, moved_to, already_logged, disposed_at, has_entry, removal",
+    " digest, disposition, moved_to, already_logged, disposed_at, has_entry, missing",
     "delivery": "id, archive_id, destination, size, state, due_at, attempts, archive_failures,"
     " destination_failures, ended_at, reason, error, digest, verified, http_status, receipt",
     "attempt": "delivery_id, number, started_at, duration_us, sent, outcome, reason, error, http_status",
@@ -313,7 +315,9 @@ def copy_to_earlier_version(version: int, today: Path, state: Path, monkeypatch:
     db.execute("ATTACH ? AS today", (str(today / connection.FILE_NAME),))
     for table in ("archive", "delivery", "attempt"):
         names = [row[1] for row in db.execute(f"PRAGMA main.table_info({table})")]
-        values = ", ".join(VALUES_BEFORE_VERSION_9.get(name, name) for name in names)
+        removal = f"CASE missing WHEN 1 THEN '{'gone' if version < 9 else 'missing'}' END"
+        values_of = {**VALUES_OF_EARLIER_COLUMNS, "removal": removal}
+        values = ", ".join(values_of.get(name, name) for name in names)
         db.execute(f"INSERT INTO main.{table} ({', '.join(names)}) SELECT {values} FROM today.{table}")
     db.close()
 
@@ -351,7 +355,7 @@ def test_a_command_on_a_ledger_of_an_earlier_version_asks_for_a_restart_of_the_d
     assert raised.value.hint == "restart the daemon, which migrates it"
 
 
-@pytest.mark.parametrize("version", range(1, 9))
+@pytest.mark.parametrize("version", range(1, 11))
 def test_a_ledger_of_an_earlier_version_is_migrated_with_its_archives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, close_after: Close, version: int
 ) -> None:
@@ -375,10 +379,10 @@ def test_a_ledger_of_an_earlier_version_is_migrated_with_its_archives(
     close_after(SqliteLedger(open_ledger(tmp_path).connection))
 
     def rows(state: Path) -> list[list[tuple[Any, ...]]]:
-        """The contents of all tables with archives, except `removal` if the earlier version had none."""
+        """The contents of all tables with archives, except `missing` if the earlier version had none."""
         with contextlib.closing(sqlite3.connect(state / FILE_NAME)) as db:
             if version < 3:
-                db.execute("UPDATE archive SET removal = NULL")
+                db.execute("UPDATE archive SET missing = 0")
             return [
                 db.execute(f"SELECT {columns} FROM {table} ORDER BY 1, 2").fetchall()
                 for table, columns in COLUMNS.items()
@@ -389,8 +393,49 @@ def test_a_ledger_of_an_earlier_version_is_migrated_with_its_archives(
     assert migrated.enqueue([candidates[2]], ["vault"], NOW).reappeared == (version >= 3)
     assert migrated.backlog()["vault"].pending == (2 if version >= 3 else 3)
     assert migrated.count_quarantined() == 1
-    index = close_after(open_sent_index(tmp_path))
-    assert [archive.moved_to for archive in index.without_series("switches", 9)] == [b"sent/sent.cfg"]
+
+
+def test_the_last_version_with_an_index_of_sent_archives_is_migrated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, close_after: Close
+) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr(connection, "_MIGRATIONS", connection._MIGRATIONS[:10])
+        db = open_ledger(tmp_path).connection
+    names = ["kept", "expiring", "expired", "changed", "missing"]
+    for number, removal in enumerate(names, 1):
+        db.execute(
+            "INSERT INTO archive (id, drop_name, relpath, folder_inode, inode, size, mtime_ns, ctime_ns,"
+            " queued_at, state, disposition, moved_to, disposed_at, has_entry, series, removal, removed_at)"
+            " VALUES (?, 'switches', ?, 1, ?, 3, 0, 0, 5, 'delivered', 'done', ?, 6, 0, x'61', ?, 7)",
+            (
+                number,
+                f"{removal}.cfg".encode(),
+                number,
+                f"sent/{removal}.cfg".encode(),
+                None if removal == "kept" else removal,
+            ),
+        )
+        db.execute(
+            "INSERT INTO delivery (id, archive_id, destination, size, state, ended_at)"
+            " VALUES (?, ?, 'vault', 3, 'delivered', 6)",
+            (removal, number),
+        )
+    db.executemany(
+        "INSERT INTO restored VALUES (?, ?)",
+        [("all", b""), ("both", b"sent"), ("both", b"rejected"), ("half", b"rejected")],
+    )
+    db.close()
+
+    ledger = close_after(SqliteLedger(open_ledger(tmp_path).connection))
+
+    queries = LedgerQueries(close_after(open_for_reading(tmp_path)))
+    found = {record.id: record for record in queries.deliveries(None, 99)}
+    assert {name: found[name].disposed_to for name in names} == {
+        name: f"sent/{name}.cfg".encode() for name in names
+    }
+    assert not any(queries.archive(number).missing for number in range(1, 6))
+    known = [drop for drop in ("all", "both", "half", "new") if ledger.knows_devices(drop)]
+    assert known == ["all", "both"]
 
 
 def test_a_ledger_with_the_first_schema_is_migrated(
@@ -404,7 +449,7 @@ def test_a_ledger_with_the_first_schema_is_migrated(
     assert ledger.backlog()["vault"].pending == 1
     ledger.set_expectations({"switches": DeviceExpectation(HOUR)}, NOW)
     assert len(ledger.possibly_overdue(NOW + 2 * HOUR)) == 1
-    assert ledger.prune(lambda: NOW + DAY, 9) == 1
+    assert ledger.prune(NOW + DAY, 9) == 1
     assert ledger.backlog()["vault"].pending == 1
 
 
@@ -421,9 +466,9 @@ def test_deliveries_and_attempts_are_pruned_with_their_archive(
         ]
 
     assert counts() == [2, 2, 2]
-    HistoryPruning(ledger).tick(lambda: NOW)
+    HistoryPruning(ledger).tick(NOW)
     assert counts() == [2, 2, 2]
-    HistoryPruning(ledger).tick(lambda: NOW + SECOND)
+    HistoryPruning(ledger).tick(NOW + SECOND)
     assert counts() == [1, 1, 0]
 
 
@@ -440,33 +485,10 @@ def test_a_long_history_is_pruned_in_many_small_transactions(tmp_path: Path, clo
     record_dispositions(ledger, [DispositionResult(archive.id, b"sent/x") for archive in queued], [], NOW)
     pruning = HistoryPruning(ledger)
     for _ in range(1000):  # the number of transactions in a tick depends on the machine
-        pruning.tick(lambda: NOW + DAY)
+        pruning.tick(NOW + DAY)
         if sizes[-1] < 200:
             break
     assert sizes == [200, 200, 200, 200, 199]
-
-
-def test_the_time_for_pruning_is_determined_while_no_other_connection_can_write(
-    version_1: tuple[Path, Archive], close_after: Close
-) -> None:
-    """A clock is distrusted before old history is added, so that this history is not pruned too early."""
-    state, _ = version_1
-    ledger = close_after(SqliteLedger(open_ledger(state).connection))
-    other = close_after(sqlite3.connect(state / FILE_NAME, timeout=0, isolation_level=None))
-    free: list[bool] = []
-
-    def before() -> datetime:
-        try:
-            other.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError:
-            free.append(False)
-        else:
-            other.execute("ROLLBACK")
-            free.append(True)
-        return NOW + SECOND
-
-    assert ledger.prune(before, 9) == 1
-    assert not free[-1], "history that is added after the time was determined would be pruned by it"
 
 
 def test_pruning_reads_only_old_archives_and_writes_nothing_without_them(
@@ -475,7 +497,7 @@ def test_pruning_reads_only_old_archives_and_writes_nothing_without_them(
     ledger = close_after(SqliteLedger(open_ledger(tmp_path).connection))
     statements: list[str] = []
     ledger._db.set_trace_callback(statements.append)
-    ledger.prune(lambda: NOW, 9)
+    ledger.prune(NOW, 9)
     ledger._db.set_trace_callback(None)
     assert len(statements) == 1  # no transaction if there is nothing to prune
     plan = [row[3] for row in ledger._db.execute(f"EXPLAIN QUERY PLAN {statements[0]}")]

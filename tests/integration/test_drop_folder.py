@@ -29,7 +29,7 @@ from backupd.dropfolder.move import (
     partial_file_name,
     remove_partial_files,
     rename_no_replace,
-    write_receipt_file,
+    write_new_file,
 )
 from tests.factories import NOW
 from tests.privileges import a_folder_of_nobody, without_rights
@@ -96,7 +96,7 @@ def test_nothing_is_opened_through_a_linked_directory(folder: DropFolder, root: 
         with pytest.raises(NotADirectoryError):
             action(b"site/secret.cfg")
     with pytest.raises(NotADirectoryError):
-        write_receipt_file(folder, b"site", [b"new.cfg"], b"x", PART)
+        write_new_file(folder, b"site", [b"new.cfg"], b"x", PART)
     assert sorted(path.name for path in (root.parent / "outside").iterdir()) == ["secret.cfg"]
 
 
@@ -166,7 +166,7 @@ def test_a_path_with_dots_is_refused(folder: DropFolder, root: Path, relpath: by
     with refused(errno.EINVAL):
         folder.open(relpath)
     with refused(errno.EINVAL, errno.EEXIST):
-        write_receipt_file(folder, *split(relpath), b"x", PART)
+        write_new_file(folder, *split(relpath), b"x", PART)
     with refused(errno.EINVAL, errno.EISDIR):
         folder.unlink(relpath)
     assert open_descriptors() == before
@@ -180,11 +180,11 @@ def test_missing_directories_are_created_only_with_create(folder: DropFolder, ro
         assert (root / "a" / "b").is_dir()
 
 
-def test_a_receipt_file_is_written_completely_and_never_overwritten(folder: DropFolder, root: Path) -> None:
-    write_receipt_file(folder, b"sent", [b"r1.cfg.receipt.json"], b"{}" * 100_000, PART)
+def test_a_new_file_is_written_completely_and_never_overwritten(folder: DropFolder, root: Path) -> None:
+    write_new_file(folder, b"sent", [b"r1.cfg.receipt.json"], b"{}" * 100_000, PART)
     assert (root / "sent/r1.cfg.receipt.json").read_bytes() == b"{}" * 100_000
     with pytest.raises(FileExistsError):
-        write_receipt_file(folder, b"sent", [b"r1.cfg.receipt.json"], b"other", PART)
+        write_new_file(folder, b"sent", [b"r1.cfg.receipt.json"], b"other", PART)
     folder.sync(b"sent")
     folder.unlink(b"sent/r1.cfg.receipt.json")
     assert list((root / "sent").iterdir()) == []
@@ -202,14 +202,14 @@ def test_the_partial_files_of_earlier_sessions_are_removed_and_no_others(
 
 
 @pytest.mark.root
-def test_a_receipt_file_that_does_not_fit_on_the_disk_leaves_no_partial_file(tmp_path: Path) -> None:
+def test_a_new_file_that_does_not_fit_on_the_disk_leaves_no_partial_file(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=True)
     try:
         folder = DropFolder(str(disk))
         with pytest.raises(OSError, match="No space left"):
-            write_receipt_file(folder, b"sent", [b"r1.receipt.json"], bytes(1_000_000), PART)
+            write_new_file(folder, b"sent", [b"r1.receipt.json"], bytes(1_000_000), PART)
         assert list((disk / "sent").iterdir()) == []
         folder.close()
     finally:

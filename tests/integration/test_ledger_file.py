@@ -36,7 +36,6 @@ from backupd.ledger.sqlite.connection import (
     open_ledger,
 )
 from backupd.ledger.sqlite.deliveries import SqliteLedger
-from backupd.ledger.sqlite.sent_rows import SqliteSentIndex, open_sent_index
 from tests.factories import NOW, a_candidate, a_claim_result, deferred, delivered, record_dispositions
 from tests.privileges import a_folder_of_nobody, without_rights
 
@@ -292,7 +291,9 @@ def steps_of_all_calls(ledger: SqliteLedger) -> dict[str, int]:
     cost(ledger.mark_reported, cost(ledger.unusual_archives))
     cost(ledger.save_clock_reading, ClockReading(NOW))
     cost(ledger.last_clock_reading)
-    cost(ledger.prune, lambda: NOW - timedelta(days=1), 100)
+    cost(ledger.prune, NOW - timedelta(days=1), 100)
+    cost(ledger.learn_devices, "switches", [])
+    cost(ledger.knows_devices, "switches")
     return costs
 
 
@@ -424,20 +425,6 @@ def test_an_invalid_value_or_schema_is_damage_although_a_check_passes(tmp_path: 
     ledger.close()
 
 
-def test_a_moved_archive_without_a_time_is_damage(tmp_path: Path) -> None:
-    ledger = SqliteLedger(open_ledger(tmp_path).connection)
-    ledger.enqueue([a_candidate(b"r1")], ["vault"], NOW)
-    [completed] = ledger.record([a_claim_result(ledger.claim("vault", NOW)[0], delivered())], NOW).completed
-    record_dispositions(ledger, [DispositionResult(completed.archive.id, b"sent/r1")], [], NOW)
-    ledger.close()
-    with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as db:
-        db.execute("UPDATE archive SET disposed_at = NULL")
-    sent_index = open_sent_index(tmp_path)
-    with pytest.raises(LedgerUnreadableError):
-        sent_index.without_series("switches", 9)
-    sent_index.close()
-
-
 def test_a_value_that_cannot_be_written_is_no_damage(tmp_path: Path) -> None:
     """The value came from a destination, which must not cause the ledger to be replaced."""
     a_ledger_with(tmp_path, b"r1")
@@ -452,15 +439,10 @@ def test_a_value_that_cannot_be_written_is_no_damage(tmp_path: Path) -> None:
 def test_a_transaction_that_was_left_open_is_rolled_back_by_the_next_one(tmp_path: Path) -> None:
     a_ledger_with(tmp_path, b"r1")
     opened = open_ledger(tmp_path)
-    ledger, sent_index = SqliteLedger(opened.connection), open_sent_index(tmp_path)
+    ledger = SqliteLedger(opened.connection)
     opened.connection.execute("BEGIN IMMEDIATE")
     opened.connection.execute("DELETE FROM archive")
     assert len(ledger.claim("vault", NOW)) == 1
-    assert isinstance(sent_index, SqliteSentIndex)
-    sent_index._db.execute("BEGIN IMMEDIATE")
-    sent_index.mark_restored("switches", b"")
-    assert sent_index.is_restored("switches", b"")
-    sent_index.close()
     ledger.close()
 
 

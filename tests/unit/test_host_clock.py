@@ -107,18 +107,6 @@ def test_the_time_before_a_start_is_distrusted_for_a_day(host: Host) -> None:
     assert clock.trusted_now() == host.now
 
 
-def test_the_time_since_a_restored_history_is_distrusted(host: Host) -> None:
-    clock = HostClock()
-    assert clock.trusted_now() == host.now
-    oldest = host.now - timedelta(days=30)
-    clock.distrust_since(host.now - timedelta(days=2))
-    clock.distrust_since(oldest)
-    clock.distrust_since(host.now + timedelta(days=1))
-    assert clock.trusted_now() == oldest
-    host.advance(86400 + 3600)
-    assert clock.trusted_now() == host.now
-
-
 def test_a_start_with_an_earlier_clock_is_trusted(host: Host) -> None:
     last = host.now
     host.wall -= 3600
@@ -169,19 +157,6 @@ def test_a_distrust_ends_although_further_steps_follow(host: Host) -> None:
         host.wall += 2 * (-1) ** number
         clock.step()
     assert host.now - clock.trusted_now() <= timedelta(seconds=2)
-
-
-def test_a_restored_history_is_distrusted_for_a_full_day(host: Host) -> None:
-    host.wall += 1000 * 86400
-    clock = HostClock(ClockReading(host.now - timedelta(days=1000)))
-    host.advance(86400 + 1800)  # the distrust is about to end
-    old = host.now - timedelta(days=900)
-    assert clock.distrust_since(old)
-    assert not clock.distrust_since(old + timedelta(days=1))
-    host.advance(86400)
-    assert clock.trusted_now() == old + timedelta(days=1)
-    host.advance(3600)
-    assert clock.trusted_now() == host.now
 
 
 def test_an_undetected_step_is_detected_by_the_next_start(host: Host) -> None:

@@ -5,7 +5,7 @@ import itertools
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from backupd.core.names import NAME_MAX, as_text, free_names, printable, shortened
+from backupd.core.names import NAME_MAX, as_text, free_names, printable, shortened, without_stamp
 from tests.factories import NOW
 
 NAMES = st.binary(min_size=1, max_size=NAME_MAX).filter(lambda name: b"/" not in name and b"\0" not in name)
@@ -65,6 +65,11 @@ def test_free_names_start_with_the_name_itself_and_are_distinct_and_short_enough
     assert names[0] == name
     assert len(set(names)) == len(names)
     assert max(map(len, names)) <= NAME_MAX
+
+
+def test_a_new_name_without_its_stamp_is_the_name_itself() -> None:
+    names = itertools.islice(free_names(b"site/r1.cfg", NOW), 30)
+    assert {without_stamp(name) for name in names} == {b"site/r1.cfg"}
 
 
 def test_free_names_append_the_time_and_then_a_number() -> None:

@@ -405,16 +405,6 @@ class Transactions:
 
 
 @contextmanager
-def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """Commit the statements in the block as a whole; raises the errors of `translate_errors`."""
-    with translate_errors("written"):
-        _roll_back(db)
-        db.execute("BEGIN IMMEDIATE")
-        with _commit_or_roll_back(db):
-            yield
-
-
-@contextmanager
 def _commit_or_roll_back(db: sqlite3.Connection) -> Iterator[None]:
     try:
         yield

@@ -258,16 +258,9 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
             db.execute(_BEGIN_CHANGE)
             db.executemany(
                 "UPDATE archive SET disposition = 'done', moved_to = ?, disposed_at = ?, has_entry = ?,"  # noqa: S608
-                f" changed = {_CHANGE}, removal = ? WHERE {is_own}",
+                f" changed = {_CHANGE}, missing = ? WHERE {is_own}",
                 [
-                    (
-                        r.moved_to,
-                        to_micros(now),
-                        r.kept_in_place,
-                        "missing" if r.missing else None,
-                        r.archive_id,
-                        *drops,
-                    )
+                    (r.moved_to, to_micros(now), r.kept_in_place, r.missing, r.archive_id, *drops)
                     for r in done
                 ],
             )
@@ -405,12 +398,12 @@ def _resume_disposition(db: sqlite3.Connection, candidate: FileCandidate) -> boo
     """
     query = (
         f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE drop_name = ? AND relpath = ?"  # noqa: S608 -- own columns
-        " AND removal = 'missing' AND moved_to IS NULL AND state = 'delivered'"
+        " AND missing AND state = 'delivered'"
     )
     for archive in map(as_archive, db.execute(query, (candidate.drop, candidate.relpath)).fetchall()):
         if archive.fingerprint == candidate.fingerprint:
             due = f"disposition = 'due', already_logged = 1, has_entry = 1, changed = {_CHANGE}"
-            db.execute(f"UPDATE archive SET {due}, removal = NULL WHERE id = ?", (archive.id,))  # noqa: S608
+            db.execute(f"UPDATE archive SET {due}, missing = 0 WHERE id = ?", (archive.id,))  # noqa: S608
             return True
     return False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
 from backupd.core.clock_skew import ClockSkew
@@ -64,6 +64,25 @@ class SqliteDeviceLedger(Transactions, DeviceLedger):
             db.executemany("UPDATE device SET alarmed = ? WHERE drop_name = ? AND name = ?", changed)
             db.execute(_DELETE_FORGOTTEN)
 
+    def knows_devices(self, drop: str) -> bool:
+        """See `DeviceLedger.knows_devices`."""
+        with self._reading() as db:
+            return bool(db.execute("SELECT 1 FROM learned_drop WHERE drop_name = ?", (drop,)).fetchone())
+
+    def learn_devices(self, drop: str, devices: Sequence[Device]) -> None:
+        """See `DeviceLedger.learn_devices`."""
+        with self._transaction(durable=False) as db:
+            db.executemany(
+                "INSERT INTO device (drop_name, name, known_at, last_at, archives) VALUES (?, ?, ?, ?, ?)"
+                " ON CONFLICT DO UPDATE SET archives = max(archives, excluded.archives),"
+                " last_at = max(coalesce(last_at, 0), excluded.last_at)",
+                [
+                    (drop, d.name, to_micros(d.known_at), to_micros(d.last_at or d.known_at), d.archives)
+                    for d in devices
+                ],
+            )
+            db.execute("INSERT OR IGNORE INTO learned_drop (drop_name) VALUES (?)", (drop,))
+
     def unusual_archives(self) -> list[UnusualArchive]:
         """See `DeviceLedger.unusual_archives`."""
         with self._reading() as db:
@@ -91,16 +110,16 @@ class SqliteDeviceLedger(Transactions, DeviceLedger):
                 as_time(seen[0]), [ClockSkew(a * _MICROSECOND, r * _MICROSECOND) for a, r in skews]
             )
 
-    def save_clock_reading(self, reading: ClockReading, *, lock_timeout: float = 0.0) -> None:
+    def save_clock_reading(self, reading: ClockReading) -> None:
         """See `DeviceLedger.save_clock_reading`."""
         skews = [(skew.ahead // _MICROSECOND, skew.remaining // _MICROSECOND) for skew in reading.skews]
-        with self._transaction(durable=bool(skews), lock_timeout=lock_timeout) as db:
+        with self._transaction(durable=bool(skews), lock_timeout=0.0) as db:
             db.execute("DELETE FROM clock")
             db.execute("INSERT INTO clock (seen_at) VALUES (?)", (to_micros(reading.seen_at),))
             db.execute("DELETE FROM clock_skew")
             db.executemany("INSERT INTO clock_skew (ahead, remaining) VALUES (?, ?)", skews)
 
-    def prune(self, before: Callable[[], datetime], limit: int) -> int:
+    def prune(self, before: datetime, limit: int) -> int:
         """See `DeviceLedger.prune`."""
         old = (
             f"SELECT id FROM archive INDEXED BY archive_over WHERE {_PRUNABLE}"  # noqa: S608 -- own clause
@@ -109,11 +128,11 @@ class SqliteDeviceLedger(Transactions, DeviceLedger):
             " LIMIT ?"
         )
         with self._reading() as db:  # often nothing is old enough, and no write is needed
-            if db.execute(old, (to_micros(before()), 1)).fetchone() is None:
+            if db.execute(old, (to_micros(before), 1)).fetchone() is None:
                 return 0
         with self._transaction(durable=False) as db:
             query = f"DELETE FROM archive WHERE id IN ({old})"  # noqa: S608 -- own clauses
-            return db.execute(query, (to_micros(before()), limit)).rowcount
+            return db.execute(query, (to_micros(before), limit)).rowcount
 
 
 def record_arrival(db: sqlite3.Connection, archive: Archive, tracked: TrackedDevice) -> bool:

@@ -55,7 +55,7 @@ _SELECT_DELIVERY = f"""
 """
 _DELIVERY = f"{_SELECT_DELIVERY} FROM delivery d JOIN archive a ON a.id = d.archive_id"
 _ARCHIVE = f"""
-    SELECT a.state, a.digest, a.disposition, a.moved_to, a.disposed_at, a.removal, a.removed_at, {_COLUMNS}
+    SELECT a.state, a.digest, a.disposition, a.moved_to, a.disposed_at, a.missing, {_COLUMNS}
     FROM archive a
 """  # noqa: S608 -- own columns
 _PENDING = """
@@ -65,8 +65,6 @@ _PENDING = """
 
 _INDEXED_STATES = (DeliveryState.PENDING, DeliveryState.CLAIMED, DeliveryState.REJECTED)
 """States of few deliveries, which have an index."""
-
-_MIN_ID = -(1 << 63)
 
 
 @contextmanager
@@ -168,19 +166,6 @@ class LedgerQueries(History):
                 f"no archive has the id {archive_id}", "find the ids of deliveries with `backupd list`"
             )
         return _archive(rows[0])
-
-    @_query_errors("read")
-    def sent_archives(
-        self, drop: str, since: datetime | None, after: int | None, limit: int
-    ) -> list[ArchiveRecord]:
-        """See `History.sent_archives`."""
-        rows = self._query(
-            f"{_ARCHIVE} WHERE a.id > ? AND a.drop_name = ? AND a.state = 'delivered'"
-            " AND a.moved_to IS NOT NULL AND a.disposed_at >= ?"
-            " AND (a.removal IS NULL OR a.removal IN ('missing', 'changed')) ORDER BY a.id LIMIT ?",
-            (_MIN_ID if after is None else after, drop, to_micros(since) if since else 0, limit),
-        )
-        return [_archive(row) for row in rows]
 
     @_query_errors("read")
     def drop(self, name: str) -> DropRecord:
@@ -318,17 +303,9 @@ def _delivery(row: Row) -> DeliveryRecord:
 
 @row_converter
 def _archive(row: Row) -> ArchiveRecord:
-    state, digest, disposition, to, at, removal, removed_at = row[:7]
-    return ArchiveRecord(
-        as_archive(row[7:]),
-        state,
-        digest,
-        disposition,
-        to,
-        optional_time(at),
-        removal,
-        optional_time(removed_at),
-    )
+    state, digest, disposition, to, at, missing = row[:6]
+    archive, disposed_at = as_archive(row[6:]), optional_time(at)
+    return ArchiveRecord(archive, state, digest, disposition, to, disposed_at, bool(missing))
 
 
 @row_converter
