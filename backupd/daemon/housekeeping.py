@@ -7,7 +7,7 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 
-from backupd.core.clock_skew import ZERO, ClockSkews
+from backupd.core.clock_skew import ZERO, ClockSkew
 from backupd.core.errors import LedgerError, LedgerHeldError
 from backupd.daemon.runtime import Runtime
 from backupd.intake.device_tracker import DeviceTracker
@@ -29,9 +29,11 @@ class HostClock:
     def __init__(self, last: ClockReading | None = None) -> None:
         self._lock = threading.Lock()
         self._offset = _offset()
-        self._skews = ClockSkews(last.skews if last else (), _since_boot())
+        self._skew = ClockSkew()
         if last is not None:
-            self._skews.add(datetime.now(UTC) - last.seen_at, _since_boot())
+            boot = _since_boot()
+            before = ClockSkew(last.ahead, boot + last.remaining)
+            self._skew = before.after(datetime.now(UTC) - last.seen_at, boot)
 
     def step(self) -> timedelta:
         """Return by how much the clock was set since the last call; negative if it was set back."""
@@ -40,7 +42,7 @@ class HostClock:
             step = self._offset - before
             if abs(step) < _MIN_STEP:
                 return ZERO
-            self._skews.add(step, _since_boot())
+            self._skew = self._skew.after(step, _since_boot())
             return step
 
     def trusted_now(self) -> datetime:
@@ -48,14 +50,15 @@ class HostClock:
         with self._lock:
             now = datetime.now(UTC)
             undetected = _offset() - self._offset  # of a step since the last call of `step`
-            return now - self._skews.total(_since_boot()) - max(undetected, ZERO)
+            return now - self._skew.at(_since_boot()) - max(undetected, ZERO)
 
     def reading(self) -> ClockReading:
         """Return the reading to be saved for the next start."""
         with self._lock:
-            now = datetime.now(UTC)
+            now, boot = datetime.now(UTC), _since_boot()
             undetected = _offset() - self._offset  # left out, so that the next start detects it
-            return ClockReading(now - max(undetected, ZERO), self._skews.active(_since_boot()))
+            remaining = max(self._skew.until - boot, ZERO)
+            return ClockReading(now - max(undetected, ZERO), self._skew.at(boot), remaining)
 
 
 def _since_boot() -> timedelta:

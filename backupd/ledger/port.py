@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Protocol
 
 from backupd.core.circuit import Circuit
-from backupd.core.clock_skew import ClockSkew
+from backupd.core.clock_skew import ZERO
 from backupd.core.devices import Device, DeviceExpectation
 from backupd.core.errors import LedgerDamagedError
 from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint, Rejected
@@ -189,10 +189,11 @@ class UnusualArchive:
 
 @dataclass(frozen=True, slots=True)
 class ClockReading:
-    """The time of the host's clock, and the steps of it that are distrusted, the latest one last."""
+    """The time of the host's clock, how far it may be ahead, and for how much longer that is distrusted."""
 
     seen_at: datetime
-    skews: Sequence[ClockSkew] = ()
+    ahead: timedelta = ZERO
+    remaining: timedelta = ZERO
 
 
 class DeviceLedger(Protocol):
@@ -243,7 +244,7 @@ class DeviceLedger(Protocol):
         ...
 
     def save_clock_reading(self, reading: ClockReading) -> None:
-        """Replace the saved reading of the clock; durable if it has skews.
+        """Replace the saved reading of the clock; durable if the clock may be ahead.
 
         Raises LedgerHeldError at once if another process holds the ledger.
         """

@@ -424,6 +424,8 @@ def test_the_last_version_with_an_index_of_sent_archives_is_migrated(
         "INSERT INTO restored VALUES (?, ?)",
         [("all", b""), ("both", b"sent"), ("both", b"rejected"), ("half", b"rejected")],
     )
+    db.execute("INSERT INTO clock VALUES (8)")
+    db.executemany("INSERT INTO clock_skew (ahead, remaining) VALUES (?, ?)", [(10, 3), (20, 4)])
     db.close()
 
     ledger = close_after(SqliteLedger(open_ledger(tmp_path).connection))
@@ -436,6 +438,10 @@ def test_the_last_version_with_an_index_of_sent_archives_is_migrated(
     assert not any(queries.archive(number).missing for number in range(1, 6))
     known = [drop for drop in ("all", "both", "half", "new") if ledger.knows_devices(drop)]
     assert known == ["all", "both"]
+    reading = ledger.last_clock_reading()
+    assert reading is not None
+    micros = timedelta(microseconds=1)
+    assert (reading.ahead, reading.remaining) == (30 * micros, 4 * micros)
 
 
 def test_a_ledger_with_the_first_schema_is_migrated(
@@ -445,7 +451,7 @@ def test_a_ledger_with_the_first_schema_is_migrated(
     queries = LedgerQueries(close_after(open_for_reading(state)))  # the command is newer than the daemon
     assert (queries.devices(NOW), queries.forget_device("sw1", None, NOW)) == ([], [])
     ledger = close_after(SqliteLedger(open_ledger(state).connection))
-    assert ledger.last_clock_reading() == ClockReading(NOW, [])
+    assert ledger.last_clock_reading() == ClockReading(NOW)
     assert ledger.backlog()["vault"].pending == 1
     ledger.set_expectations({"switches": DeviceExpectation(HOUR)}, NOW)
     assert len(ledger.possibly_overdue(NOW + 2 * HOUR)) == 1

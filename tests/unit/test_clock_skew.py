@@ -1,28 +1,48 @@
-"""The list of clock steps that are distrusted."""
+"""How far the clock may be ahead, and until when."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 
-from backupd.core.clock_skew import ZERO, ClockSkew, ClockSkews
+from backupd.core.clock_skew import TRUST_AFTER, ZERO, ClockSkew
 
-DAY, HOUR = timedelta(days=1), timedelta(hours=1)
+DAY, HOUR, SECOND = timedelta(days=1), timedelta(hours=1), timedelta(seconds=1)
 
 
-def test_steps_within_an_hour_are_merged() -> None:
-    skews = ClockSkews([], ZERO)
+def test_the_steps_of_a_day_are_added_and_end_together() -> None:
+    skew = ClockSkew().after(2 * HOUR, ZERO).after(HOUR, 5 * HOUR)
+    assert skew.at(TRUST_AFTER - SECOND) == 3 * HOUR
+    assert skew.at(TRUST_AFTER) == ZERO
+
+
+def test_a_larger_step_starts_the_day_again() -> None:
+    skew = ClockSkew().after(HOUR, ZERO).after(400 * DAY, 23 * HOUR)
+    assert skew.at(23 * HOUR + TRUST_AFTER - SECOND) == 400 * DAY + HOUR
+    assert skew.at(23 * HOUR + TRUST_AFTER) == ZERO
+
+
+def test_a_step_after_the_end_is_distrusted_alone() -> None:
+    skew = ClockSkew().after(9 * DAY, ZERO).after(HOUR, 2 * DAY)
+    assert skew.at(2 * DAY) == HOUR
+
+
+def test_a_step_back_reduces_the_skew() -> None:
+    skew = ClockSkew().after(8 * DAY, ZERO).after(-DAY, HOUR)
+    assert skew.at(HOUR) == 7 * DAY
+    assert skew.after(-9 * DAY, HOUR).at(HOUR) == ZERO
+
+
+def test_a_host_that_is_off_each_night_trusts_its_clock_again_and_again() -> None:
+    skew, ends = ClockSkew(), 0
+    for day in range(30):
+        skew = skew.after(8 * HOUR, 16 * HOUR * day)  # the time since boot does not count the nights
+        ends += skew.at(16 * HOUR * (day + 1)) == ZERO
+        assert skew.at(16 * HOUR * day) <= 16 * HOUR
+    assert ends == 15
+
+
+def test_steps_of_every_minute_do_not_keep_the_clock_distrusted() -> None:
+    skew = ClockSkew().after(300 * DAY, ZERO)
     for minute in range(24 * 60):
-        skews.add(timedelta(seconds=2), timedelta(minutes=minute))
-    assert len(skews.active(DAY)) <= 25
-    assert skews.total(DAY) == timedelta(seconds=2 * 24 * 60)
-
-
-def test_a_step_back_cancels_the_latest_steps() -> None:
-    skews = ClockSkews([ClockSkew(5 * DAY, HOUR), ClockSkew(3 * DAY, 2 * HOUR)], ZERO)
-    skews.add(-DAY, ZERO)
-    assert skews.active(ZERO) == [ClockSkew(5 * DAY, HOUR), ClockSkew(2 * DAY, 2 * HOUR)]
-    skews.add(-4 * DAY, ZERO)
-    assert skews.active(ZERO) == [ClockSkew(3 * DAY, HOUR)]
-    skews.add(-9 * DAY, ZERO)
-    assert skews.active(ZERO) == []
-    assert skews.total(ZERO) == ZERO
+        skew = skew.after(2 * SECOND, timedelta(minutes=minute))
+    assert skew.at(DAY) == ZERO

@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
-from backupd.core.clock_skew import ClockSkew
+from backupd.core.clock_skew import ZERO
 from backupd.core.devices import KEPT_SIZES, WHOLE_DROP, Device, DeviceExpectation, size_anomaly
 from backupd.core.model import Archive
 from backupd.ledger.port import ClockReading, DeviceLedger, TrackedDevice, UnusualArchive
@@ -102,22 +102,20 @@ class SqliteDeviceLedger(Transactions, DeviceLedger):
     def last_clock_reading(self) -> ClockReading | None:
         """See `DeviceLedger.last_clock_reading`."""
         with self._reading() as db:
-            seen = db.execute("SELECT seen_at FROM clock").fetchone()
-            skews = db.execute("SELECT ahead, remaining FROM clock_skew ORDER BY id").fetchall()
-            if seen is None:
+            row = db.execute("SELECT seen_at, ahead, remaining FROM clock").fetchone()
+            if row is None:
                 return None
-            return ClockReading(
-                as_time(seen[0]), [ClockSkew(a * _MICROSECOND, r * _MICROSECOND) for a, r in skews]
-            )
+            return ClockReading(as_time(row[0]), row[1] * _MICROSECOND, row[2] * _MICROSECOND)
 
     def save_clock_reading(self, reading: ClockReading) -> None:
         """See `DeviceLedger.save_clock_reading`."""
-        skews = [(skew.ahead // _MICROSECOND, skew.remaining // _MICROSECOND) for skew in reading.skews]
-        with self._transaction(durable=bool(skews), lock_timeout=0.0) as db:
+        skew = (reading.ahead // _MICROSECOND, reading.remaining // _MICROSECOND)
+        with self._transaction(durable=reading.ahead > ZERO, lock_timeout=0.0) as db:
             db.execute("DELETE FROM clock")
-            db.execute("INSERT INTO clock (seen_at) VALUES (?)", (to_micros(reading.seen_at),))
-            db.execute("DELETE FROM clock_skew")
-            db.executemany("INSERT INTO clock_skew (ahead, remaining) VALUES (?, ?)", skews)
+            db.execute(
+                "INSERT INTO clock (seen_at, ahead, remaining) VALUES (?, ?, ?)",
+                (to_micros(reading.seen_at), *skew),
+            )
 
     def prune(self, before: datetime, limit: int) -> int:
         """See `DeviceLedger.prune`."""
