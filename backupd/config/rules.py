@@ -194,13 +194,6 @@ def between_tables(config: Config) -> Iterator[ConfigFault]:
     for name, drop in config.drop.items():
         yield from _unknown_destinations(name, drop, config)
         yield from _unverified_deletions(name, drop, config)
-        if drop.keep_sent_for is not None and drop.keep_sent_for > config.keep_history_for:
-            yield ConfigFault(
-                ("drop", name, "keep_sent_for"),
-                f'expected at most keep_history_for, "{format_duration(config.keep_history_for)}", '
-                f'got "{format_duration(drop.keep_sent_for)}": the ledger forgets it before it is removed',
-                (("keep_history_for",),),
-            )
     for (one, first), (other, second) in combinations(config.drop.items(), 2):
         if overlap(first.path, second.path):
             yield ConfigFault(

@@ -292,7 +292,6 @@ def test_each_fault_is_reported_once_with_its_key(text: str, message: str) -> No
 @pytest.mark.parametrize(
     ("text", "places"),
     [
-        (a_file('on_delivered = "delete"\nkeep_sent_for = "500d"'), ["drop.switches.keep_sent_for"]),
         (a_file('destinations = ["x", "x"]'), ["drop.switches.destinations"]),
         (a_file(destination='headers = {A = "1", a = "{zz}"}'), ["destination.vault.headers.a"]),
     ],
