@@ -173,7 +173,6 @@ def write_new_file(
 ) -> None:
     """Write a file under the first of `names` that is free; the directory is not synced.
 
-
     The file is written and synced under the name `temporary` and then renamed. A file with the same content
     is from an earlier attempt and is kept instead. Raises FileExistsError if all names are taken.
     """

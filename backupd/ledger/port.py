@@ -8,7 +8,7 @@ datetimes with microseconds, sizes are bytes, paths are bytes relative to the dr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Protocol

@@ -19,7 +19,6 @@ from backupd.ledger.port import DispositionResult, FileCandidate, Ledger, Tracke
 from tests.contract.bench import Bench
 from tests.factories import (
     NOW,
-    SECOND,
     a_candidate,
     a_claim_result,
     a_digest,
@@ -179,7 +178,7 @@ def test_an_archive_is_shown_with_the_disposition_of_its_file(ledger: Ledger, hi
     move(ledger, archive, b"sent/r1")
     record = history.archive(archive.id)
     assert (record.disposition, record.disposed_to, record.disposed_at) == ("done", b"sent/r1", LATER)
-    assert (record.removal, record.removed_at) == (None, None)
+    assert not record.missing
     with pytest.raises(UsageError, match="no archive has the id"):
         history.archive(archive.id + 1)
 
@@ -188,25 +187,7 @@ def test_a_missing_file_is_shown_as_such(ledger: Ledger, history: History) -> No
     queue(ledger, b"r1")
     archive = end(ledger, delivered()).archive
     move(ledger, archive, None, missing=True)
-    assert history.archive(archive.id).removal == "missing"
-
-
-def test_sent_archives_are_returned_in_pages(ledger: Ledger, history: History) -> None:
-    queue(ledger, b"r1", b"r2", b"r3", b"r4")
-    queue(ledger, b"f1", drop="firewalls")
-    archives = [end(ledger, delivered()).archive for _ in range(5)]
-    for archive in archives[1:]:
-        move(ledger, archive, b"sent/" + archive.relpath)
-
-    def sent(since: timedelta, after: int | None, limit: int = 9) -> list[bytes | None]:
-        records = history.sent_archives("switches", LATER + since, after, limit)
-        return [record.disposed_to for record in records]
-
-    assert sent(timedelta(0), None) == [b"sent/r2", b"sent/r3", b"sent/r4"]
-    assert sent(timedelta(0), None, 2) == [b"sent/r2", b"sent/r3"]
-    assert sent(timedelta(0), archives[2].id) == [b"sent/r4"]
-    assert sent(SECOND, None) == []
-    assert len(history.sent_archives("switches", None, None, 9)) == 3
+    assert history.archive(archive.id).missing
 
 
 # queues

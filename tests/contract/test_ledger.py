@@ -268,7 +268,7 @@ def test_a_change_after_old_archives_were_pruned_is_returned(ledger: Ledger) -> 
     done = [DispositionResult(one.archive.id, b"sent/x") for one in (r2, r1)]  # r1 changes last
     record_dispositions(ledger, done, [], LATER)
     cursor = ledger.known_since("switches").cursor
-    assert ledger.prune(lambda: LATER + SECOND, 9) == 1
+    assert ledger.prune(LATER + SECOND, 9) == 1
     candidate = a_candidate(b"r3")
     enqueue(ledger, candidate)
     assert known(ledger, cursor=cursor) == keys(candidate)

@@ -22,7 +22,6 @@ from backupd.ledger.port import ClockReading, DispositionResult, FileCandidate, 
 from backupd.ledger.sqlite import connection
 from backupd.ledger.sqlite.connection import FILE_NAME, open_for_reading, open_ledger
 from backupd.ledger.sqlite.deliveries import SqliteLedger
-from backupd.ledger.history import DeviceRecord
 from backupd.ledger.sqlite.queries import LedgerQueries
 from backupd.telemetry.events import Event
 from backupd.telemetry.journal import LineWriter
@@ -431,7 +430,7 @@ def test_the_last_version_with_an_index_of_sent_archives_is_migrated(
     ledger = close_after(SqliteLedger(open_ledger(tmp_path).connection))
 
     queries = LedgerQueries(close_after(open_for_reading(tmp_path)))
-    found = {record.id: record for record in queries.deliveries(None, 99)}
+    found = {record.id: record for record in queries.find(Search(), 99)}
     assert {name: found[name].disposed_to for name in names} == {
         name: f"sent/{name}.cfg".encode() for name in names
     }
