@@ -485,6 +485,18 @@ def test_waits_for_a_negative_flow_control_window(tmp_path: Path, pki: Pki) -> N
     assert endpoint.archives == [content]
 
 
+def test_a_window_that_is_opened_by_the_request_is_used(tmp_path: Path, pki: Pki) -> None:
+    class Reserved(Http2Server):
+        def connected(self, exchange: Exchange) -> None:
+            exchange.connection.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 0})
+
+        def request_started(self, exchange: Exchange) -> None:
+            exchange.connection.increment_flow_control_window(WINDOW, exchange.stream)
+
+    contents = [os.urandom(MIB), b"small", os.urandom(MIB)]
+    assert_delivered_at_once(Reserved(), contents, tmp_path, pki)
+
+
 def test_the_write_timeout_ends_the_wait_for_a_closed_window(tmp_path: Path, pki: Pki) -> None:
     class Closed(Http2Server):
         def data_received(self, exchange: Exchange, size: int) -> None:

@@ -171,6 +171,7 @@ class Http2Connection(HttpConnection):
             try:
                 if left is not None and left <= 0:  # even while other frames arrive
                     raise httpx.ReadTimeout("")
+                self._flush()  # the head of the request: the server may open the window after it
                 self._receive(left)
             except httpx.ReadTimeout as error:
                 raise httpx.WriteTimeout("the destination has stopped reading") from error
