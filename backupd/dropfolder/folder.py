@@ -45,10 +45,9 @@ class DropFolder:
     def is_in_place(self) -> bool:
         """Return whether the path still leads to the directory that is held open."""
         try:
-            status = os.stat(self.path)
+            return os.path.samestat(os.stat(self.path), os.fstat(self._fd))
         except OSError:
             return False
-        return os.path.samestat(status, os.fstat(self._fd))
 
     def check_readable(self) -> None:
         """Raise OSError if the daemon may no longer list the directory that is held open."""

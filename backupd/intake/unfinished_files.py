@@ -140,6 +140,7 @@ class UnfinishedFiles:
             fd = self._folder.open(relpath)
             try:
                 opened, is_written = fingerprint_of(os.fstat(fd)), is_being_written(fd)
+                folder_inode = self._folder.inode()
             finally:
                 os.close(fd)
         except FileNotFoundError:
@@ -152,7 +153,7 @@ class UnfinishedFiles:
             return None
         self._ignored.discard(hash(relpath))
         self._unreadable.discard(hash(relpath))
-        return FileCandidate(self._drop, relpath, opened, folder_inode=self._folder.inode())
+        return FileCandidate(self._drop, relpath, opened, folder_inode=folder_inode)
 
     def _log_unfinished(self, relpath: bytes, size: int, now: float) -> None:
         """Log, once, that a file has not been finished for an hour: it may never be."""

@@ -27,6 +27,9 @@ _BUFFERS = 4
 """Buffers of `CHUNK` bytes for an archive that is hashed beside the sending."""
 
 
+_Chunk = bytes | memoryview
+
+
 class UploadBody:
     """The body of a request as an iterable of chunks; each iteration starts at the first byte.
 
@@ -89,41 +92,42 @@ class UploadBody:
         self._job.sent_bytes = sent_bytes
         self._job.on_progress(sent_bytes)
 
-    def _hash(self, update: Callable[[memoryview], None]) -> Iterator[tuple[int, memoryview]]:
+    def _hash(self, update: Callable[[_Chunk], None]) -> Iterator[tuple[int, _Chunk]]:
         """Yield the chunks of the file with their offsets, each after it was hashed."""
-        for offset, chunk in self._chunks(
-            itertools.repeat(memoryview(bytearray(min(CHUNK, self._job.fingerprint.size))))
-        ):
+        for offset, chunk in self._chunks(self._job.read_at):
             update(chunk)
             yield offset, chunk
 
-    def _hash_beside(self, update: Callable[[memoryview], None]) -> Iterator[tuple[int, memoryview]]:
+    def _hash_beside(self, update: Callable[[_Chunk], None]) -> Iterator[tuple[int, _Chunk]]:
         """Yield the chunks of the file with their offsets, while another thread hashes them.
 
         A buffer is used again when it is sent, and hashed.
         """
-        buffers = itertools.cycle(memoryview(bytearray(CHUNK)) for _ in range(_BUFFERS))
+        buffers = itertools.cycle([memoryview(bytearray(CHUNK)) for _ in range(_BUFFERS)])
+
+        def read(offset: int, count: int) -> memoryview:
+            buffer = next(buffers)[:count]
+            return buffer[: self._job.read_into(buffer, offset)]
+
         hashing: deque[Future[None]] = deque()
         with ThreadPoolExecutor(1, "hash") as thread:
-            for offset, chunk in self._chunks(buffers):
+            for offset, chunk in self._chunks(read):
                 hashing.append(thread.submit(update, chunk))
                 yield offset, chunk
                 if len(hashing) == _BUFFERS:
                     hashing.popleft().result()
 
-    def _chunks(self, buffers: Iterable[memoryview]) -> Iterator[tuple[int, memoryview]]:
-        """Yield the chunks of the file with their offsets, each in the next of the buffers."""
+    def _chunks(self, read: Callable[[int, int], _Chunk]) -> Iterator[tuple[int, _Chunk]]:
+        """Yield the chunks of the file with their offsets; `read` takes an offset and a number of bytes."""
         offset, size = 0, self._job.fingerprint.size
-        for buffer in buffers:
-            if offset >= size:
-                return
+        while offset < size:
             if offset % _CHECK_EVERY == 0:  # do not upload the rest of a file that was removed or changed
                 self._job.check_unchanged()
-            count = self._job.read_into(buffer[: size - offset], offset)
-            if not count:
+            chunk = read(offset, min(CHUNK, size - offset))
+            if not chunk:
                 raise FileChangedDuringUploadError(f"the file ends after {offset} of {size} bytes")
-            yield offset, buffer[:count]
-            offset += count
+            yield offset, chunk
+            offset += len(chunk)
 
 
 @dataclass(frozen=True, slots=True)
