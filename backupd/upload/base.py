@@ -62,16 +62,6 @@ class UploadJob:
         except OSError as error:
             raise ReadFailedError(error.strerror) from error
 
-    def read_into(self, buffer: memoryview, offset: int) -> int:
-        """Fill a buffer from `offset` on; return the number of bytes, 0 at the end.
-
-        Raises ReadFailedError.
-        """
-        try:
-            return os.preadv(self.fd, [buffer], offset)
-        except OSError as error:
-            raise ReadFailedError(error.strerror) from error
-
     def check_unchanged(self) -> None:
         """Raise FileChangedDuringUploadError if the file changed after it was queued, or ReadFailedError."""
         try:

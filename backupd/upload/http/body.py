@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
 
 from backupd.core.model import Digest
 from backupd.upload.base import FileChangedDuringUploadError, UploadJob
@@ -20,20 +16,9 @@ CHUNK = 256 * 1024
 _CHECK_EVERY = 16 * CHUNK
 """Bytes between two checks that the file is unchanged."""
 
-_HASH_BESIDE_FROM = 8 * 1024 * 1024
-"""Size in bytes from which on a second thread hashes the archive while it is sent."""
-
-_BUFFERS = 4
-"""Buffers of `CHUNK` bytes for an archive that is hashed beside the sending."""
-
-
-_Chunk = bytes | memoryview
-
 
 class UploadBody:
     """The body of a request as an iterable of chunks; each iteration starts at the first byte.
-
-    A chunk is valid until the next one is requested.
 
     `complete` is whether the last chunk was handed over; from then on `digest` is that of the file.
     `expected` is the digest that the request has stated already, if any.
@@ -71,10 +56,10 @@ class UploadBody:
         hasher = hashlib.new(self._algorithm)
         size = self._job.fingerprint.size
         pending = self._framing.before
-        hash_chunks = self._hash_beside if size >= _HASH_BESIDE_FROM else self._hash
-        for offset, chunk in hash_chunks(hasher.update):
+        for offset, chunk in self._chunks():
+            hasher.update(chunk)
             if offset + len(chunk) < size:
-                yield pending + chunk if pending else cast("bytes", chunk)
+                yield pending + chunk if pending else chunk
                 pending = b""
                 self._report_progress(offset + len(chunk))
             else:
@@ -92,38 +77,13 @@ class UploadBody:
         self._job.sent_bytes = sent_bytes
         self._job.on_progress(sent_bytes)
 
-    def _hash(self, update: Callable[[_Chunk], None]) -> Iterator[tuple[int, _Chunk]]:
-        """Yield the chunks of the file with their offsets, each after it was hashed."""
-        for offset, chunk in self._chunks(self._job.read_at):
-            update(chunk)
-            yield offset, chunk
-
-    def _hash_beside(self, update: Callable[[_Chunk], None]) -> Iterator[tuple[int, _Chunk]]:
-        """Yield the chunks of the file with their offsets, while another thread hashes them.
-
-        A buffer is used again when it is sent, and hashed.
-        """
-        buffers = itertools.cycle([memoryview(bytearray(CHUNK)) for _ in range(_BUFFERS)])
-
-        def read(offset: int, count: int) -> memoryview:
-            buffer = next(buffers)[:count]
-            return buffer[: self._job.read_into(buffer, offset)]
-
-        hashing: deque[Future[None]] = deque()
-        with ThreadPoolExecutor(1, "hash") as thread:
-            for offset, chunk in self._chunks(read):
-                hashing.append(thread.submit(update, chunk))
-                yield offset, chunk
-                if len(hashing) == _BUFFERS:
-                    hashing.popleft().result()
-
-    def _chunks(self, read: Callable[[int, int], _Chunk]) -> Iterator[tuple[int, _Chunk]]:
-        """Yield the chunks of the file with their offsets; `read` takes an offset and a number of bytes."""
+    def _chunks(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the chunks of the file with their offsets."""
         offset, size = 0, self._job.fingerprint.size
         while offset < size:
             if offset % _CHECK_EVERY == 0:  # do not upload the rest of a file that was removed or changed
                 self._job.check_unchanged()
-            chunk = read(offset, min(CHUNK, size - offset))
+            chunk = self._job.read_at(offset, min(CHUNK, size - offset))
             if not chunk:
                 raise FileChangedDuringUploadError(f"the file ends after {offset} of {size} bytes")
             yield offset, chunk
