@@ -69,7 +69,8 @@ class DiskSpace:
         by_device: dict[int, dict[str, Drop]] = {}
         for name, drop in drops.items():
             if drop.retention.min_free:
-                by_device.setdefault(os.fstat(drop.folder.fileno()).st_dev, {})[name] = drop
+                with suppress(OSError):  # the intake logs a folder that cannot be read
+                    by_device.setdefault(os.fstat(drop.folder.fileno()).st_dev, {})[name] = drop
         found = [low for device, members in by_device.items() if (low := _measure(device, members))]
         devices = {low.device for low in found}
         self._logged_at = {device: when for device, when in self._logged_at.items() if device in devices}

@@ -254,9 +254,8 @@ class Examiner:
         if self._examinations.get(candidate.relpath) is not examination:
             return None  # the file was replaced meanwhile
         if isinstance(result, StoppedError) and not examination.is_large:
-            examination.is_large = (
-                True  # it took too long for a small one; if the file has changed, this ends
-            )
+            # it took too long for a small archive; if the file has changed, the next round ends at once
+            examination.is_large = True
             self._submit(examination)
             return None
         if not isinstance(result, Exception):

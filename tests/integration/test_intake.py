@@ -635,7 +635,7 @@ def test_an_unreadable_directory_is_logged_once_and_hides_no_other_file() -> Non
 def test_a_directory_that_cannot_be_read_for_a_while_is_watched_by_the_next_scan(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A file that arrived in it meanwhile is not taken for one whose event was lost."""
+    """A file that arrived in it meanwhile is not taken for one with a lost event."""
     with a_folder_of_nobody() as base, without_rights(), running_intake(base) as scene:
         with monkeypatch.context() as patched:
             patched.setattr("backupd.intake.intake._EVENT_TIMEOUT", -1.0)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -688,6 +689,19 @@ def full_site(tmp_path: Path) -> Iterator[Site]:
 
 
 MIB = 1024 * 1024
+
+
+def test_a_filesystem_that_does_not_answer_does_not_end_the_retention(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.send("old.cfg", NOW - DAY)
+    with monkeypatch.context() as broken, socket.socket() as other:
+        other.close()
+        broken.setattr(DropFolder, "fileno", lambda _: other.fileno())  # EBADF in place of ESTALE
+        site.apply(min_free=MinFree(1 << 60))
+    assert site.sent() == ["old.cfg"]
+    site.apply()
+    assert site.sent() == []
 
 
 @pytest.mark.root

@@ -20,9 +20,6 @@ from backupd.upload.http.stream import DIRECT, ConnectOptions, Stream, connect
 TLS = "backupd.tls"
 """Name of the response extension that holds the `ssl.SSLObject` of the connection; None without TLS."""
 
-MAX_RESPONSE_BYTES = 1024 * 1024
-"""Bytes of a response body that are passed on; the rest is not read."""
-
 _MAX_ERROR_LENGTH = 500
 """Characters of an error text: h11 quotes the received bytes in it."""
 
@@ -188,17 +185,11 @@ class _ResponseBody(httpx.SyncByteStream):
         self._request = request
 
     def __iter__(self) -> Iterator[bytes]:
-        received = 0
+        timeout = self._request.extensions["timeout"]["read"]
         try:
             with self._transport.redacted_errors(self._request):
-                for chunk in self._connection.chunks(self._request.extensions["timeout"]["read"]):
-                    received += len(chunk)
-                    if received > MAX_RESPONSE_BYTES:
-                        return
-                    yield chunk
-        except GeneratorExit:
-            raise
-        except BaseException:
+                yield from self._connection.chunks(timeout)
+        except Exception:
             self._transport.close()
             raise
 
