@@ -85,7 +85,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         super().__init__(connection)
         self._host = host or socket.gethostname()
         with self._transaction(durable=False) as db:
-            db.execute("DELETE FROM session WHERE ?1 IS NULL OR host = ?1", (host,))
+            db.execute("DELETE FROM session WHERE host = coalesce(?, host)", (host,))
             started = db.execute(
                 "INSERT INTO session (host, started_at) VALUES (?, ?)",
                 (self._host, to_micros(self.now())),
@@ -197,9 +197,9 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         """See `Ledger.bring_forward`."""
         with self._transaction(durable=False) as db:
             db.execute(
-                "UPDATE delivery SET due_at = ?2"
-                " WHERE destination = ?1 AND state = 'pending' AND due_at > ?2",
-                (destination, to_micros(latest)),
+                "UPDATE delivery SET due_at = :latest"
+                " WHERE destination = :destination AND state = 'pending' AND due_at > :latest",
+                {"destination": destination, "latest": to_micros(latest)},
             )
 
     def record(self, results: Sequence[ClaimResult], now: datetime) -> RecordResult:
