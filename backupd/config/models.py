@@ -150,9 +150,6 @@ class TimeoutConfig(TableModel):
         default=timedelta(seconds=60),
         description="Longest wait until the destination accepts the next piece of the archive.",
     )
-    pool: PositiveDuration = Field(
-        default=timedelta(seconds=10), description="Longest wait for a free connection."
-    )
 
 
 class ReceiptConfig(TableModel):

@@ -36,7 +36,6 @@ class Reason(StrEnum):
     PROXY = "proxy_failed"
     READ_TIMEOUT = "read_timeout"
     WRITE_TIMEOUT = "write_timeout"
-    POOL_TIMEOUT = "pool_timeout"
     TOO_SLOW = "too_slow"
     DEADLINE = "deadline_exceeded"
     # a response
@@ -208,13 +207,6 @@ RULES: tuple[FailureRule, ...] = (
         Action.PAUSE,
         "the destination stopped reading the request",
         "check the load of the destination; raise `timeout.write` for a very slow connection",
-    ),
-    FailureRule(
-        Reason.POOL_TIMEOUT,
-        _D,
-        Action.PAUSE,
-        "no connection was free in time",
-        "raise `timeout.pool`",
     ),
     FailureRule(
         Reason.TOO_SLOW,

@@ -37,7 +37,7 @@ _MAX_AFTER = 800_000
 """Maximum number of bytes of a connection before its fault."""
 
 _DESTINATION = """
-timeout = {{ connect = "1s", read = "1s", write = "1s", pool = "1s" }}
+timeout = {{ connect = "1s", read = "1s", write = "1s" }}
 workers = {workers}
 deadline = "{deadline}"
 {more}

@@ -258,7 +258,6 @@ def caused_by(error: Exception, cause: Exception) -> Exception:
         (httpx.ConnectTimeout("slow"), Reason.CONNECT_TIMEOUT),
         (httpx.ReadTimeout("slow"), Reason.READ_TIMEOUT),
         (httpx.WriteTimeout("slow"), Reason.WRITE_TIMEOUT),
-        (httpx.PoolTimeout("slow"), Reason.POOL_TIMEOUT),
         (httpx.ConnectError("refused"), Reason.CONNECT),
         (caused_by(httpx.ConnectError("?"), socket.gaierror(-2, "Name or service not known")), Reason.DNS),
         (httpx.ReadError("reset"), Reason.CONNECTION_LOST),

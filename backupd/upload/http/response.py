@@ -124,7 +124,6 @@ _REASON_BY_TYPE: tuple[tuple[type[httpx.TransportError], Reason], ...] = (
     (httpx.ConnectTimeout, Reason.CONNECT_TIMEOUT),
     (httpx.ReadTimeout, Reason.READ_TIMEOUT),
     (httpx.WriteTimeout, Reason.WRITE_TIMEOUT),
-    (httpx.PoolTimeout, Reason.POOL_TIMEOUT),
     (httpx.ConnectError, Reason.CONNECT),
     (httpx.LocalProtocolError, Reason.PROTOCOL),
     (httpx.UnsupportedProtocol, Reason.PROTOCOL),

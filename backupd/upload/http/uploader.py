@@ -128,7 +128,7 @@ def timeouts(config: HttpDestinationConfig) -> httpx.Timeout:
         connect=t.connect.total_seconds(),
         read=t.read.total_seconds(),
         write=t.write.total_seconds(),
-        pool=t.pool.total_seconds(),
+        pool=None,  # there is none: each worker has one connection
     )
 
 
