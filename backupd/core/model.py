@@ -55,8 +55,13 @@ _MAX_TIME_NS = 10**20 - 1
 
 def fingerprint_of(status: StatResult) -> Fingerprint:
     """Return the fingerprint of the file with this stat result; each number has at most 20 digits."""
-    times = (max(-_MAX_TIME_NS, min(ns, _MAX_TIME_NS)) for ns in (status.st_mtime_ns, status.st_ctime_ns))
-    return Fingerprint(status.st_ino, status.st_size, *times)
+    return Fingerprint(
+        status.st_ino, status.st_size, _bounded(status.st_mtime_ns), _bounded(status.st_ctime_ns)
+    )
+
+
+def _bounded(time_ns: int) -> int:
+    return max(-_MAX_TIME_NS, min(time_ns, _MAX_TIME_NS))
 
 
 def is_unchanged(found: StatResult, expected: Fingerprint) -> bool:

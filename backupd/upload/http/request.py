@@ -6,8 +6,8 @@ import base64
 import binascii
 import hashlib
 import re
+import secrets
 import urllib.parse
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -127,7 +127,7 @@ class RequestBuilder:
         after = config.digest_field if config.digest_at == "after" else ""
         if digest and config.digest_at == "before" and config.digest_field:
             fields[config.digest_field] = digest.hex
-        return frame(uuid.uuid4().hex, fields, config.file_field, job.name, after)
+        return frame(secrets.token_hex(16), fields, config.file_field, job.name, after)
 
 
 def _with_gaps(template: TextTemplate) -> str:
