@@ -138,6 +138,22 @@ class Daemon:
         self.process.wait()
 
 
+_RUN_COMMANDS = """
+import contextlib, io, json, sys
+from backupd.cli import main
+done = []
+for command in json.loads(sys.argv[1]):
+    sys.argv = ["backupd", *command]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            done.append((command, end.code or 0, out.getvalue(), err.getvalue()))
+print(json.dumps(done))
+"""
+
+
 class Stage:
     """The installation of one test: the folders, the PKI, the configuration and its daemons."""
 
@@ -248,6 +264,17 @@ key = "{self.pki.client_key}"
             check=False,
             env={**os.environ, "BACKUPD_CONFIG": str(self.config), **(environ or {})},
         )
+
+    def commands(self, *commands: Sequence[str]) -> list[subprocess.CompletedProcess[str]]:
+        """Run several commands one after the other, faster: in one process that has imported the program."""
+        done = subprocess.run(
+            [sys.executable, "-c", _RUN_COMMANDS, json.dumps(commands)],
+            stdout=subprocess.PIPE,
+            timeout=TIMEOUT,
+            check=True,
+            env={**os.environ, "BACKUPD_CONFIG": str(self.config)},
+        )
+        return [subprocess.CompletedProcess(*each) for each in json.loads(done.stdout)]
 
     def end(self) -> None:
         """Kill the daemons that still run, and check the log against the catalogue of events."""

@@ -21,8 +21,8 @@ import pytest
 from backupd.receiver.serve import RunningReceiver
 from tests.stage import TIMEOUT, Daemon, Stage, until
 
-KILLS = 20
-MAX_KILLS = 60
+KILLS = 12
+MAX_KILLS = 40
 """Further kills, where the first ones cut too few uploads."""
 ARCHIVES_A_KILL = 10
 BIG = 12_000_000
@@ -101,7 +101,7 @@ def kill_at_a_random_moment(stage: Stage, daemon: Daemon, chance: random.Random)
 
 
 @pytest.mark.long
-def test_twenty_kills_lose_no_archive_and_store_none_twice(stage: Stage, receiver: RunningReceiver) -> None:
+def test_a_dozen_kills_lose_no_archive_and_store_none_twice(stage: Stage, receiver: RunningReceiver) -> None:
     seed = random.randrange(1_000_000)
     print(f"seed {seed}")
     chance = random.Random(seed)

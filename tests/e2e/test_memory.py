@@ -18,7 +18,7 @@ from tests.stage import TIMEOUT, Stage, a_stage
 pytestmark = pytest.mark.long
 
 MIB = 1024 * 1024
-BIG = int(os.environ.get("BACKUPD_TEST_BIG", 3 * 1024 * MIB))
+BIG = int(os.environ.get("BACKUPD_TEST_BIG", 1024 * MIB))
 """Bytes of the big archive; the file in the drop folder is sparse, the copy of the receiver is not."""
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from backupd.cli.audit import audit
 from backupd.ledger.sqlite.connection import open_ledger
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.pki import in_days
-from tests.stage import TIMEOUT, Daemon, Stage, until
+from tests.stage import TIMEOUT, Daemon, Stage, a_stage, until
 
 STUCK = '[destination.vault.retry]\ninitial = "1h"\nmax = "1h"'
 
@@ -36,6 +39,28 @@ def a_sent_archive(stage: Stage, receiver: RunningReceiver, *names: str, **confi
         stage.put(Path(name).name, b"content of %s" % name.encode(), into=folder)
     daemon.wait_for("archive.disposed", count=len(names))
     return daemon
+
+
+@pytest.fixture(scope="module")
+def one_sent_saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stage, str, Path]]:
+    """An installation that has delivered an archive, the id of the delivery, and a copy of its ledger."""
+    base = tmp_path_factory.mktemp("one-sent")
+    with contextlib.contextmanager(a_stage)(base) as stage:
+        tls = ServerTls(stage.pki.server_cert, stage.pki.server_key, stage.pki.ca_pem)
+        with RunningReceiver(stage.store, tls) as receiver:
+            assert a_sent_archive(stage, receiver, "one.cfg").stop() == 0
+        (record,) = json.loads(stage.backupd("list", "--json").stdout)
+        shutil.copytree(stage.state, base / "saved")
+        yield stage, record["id"], base / "saved"
+
+
+@pytest.fixture
+def one_sent(one_sent_saved: tuple[Stage, str, Path]) -> tuple[Stage, str]:
+    """An installation that has delivered an archive, and the id of the delivery."""
+    stage, ident, saved = one_sent_saved
+    shutil.rmtree(stage.state)
+    shutil.copytree(saved, stage.state)
+    return stage, ident
 
 
 def change(stage: Stage, statement: str, *values: object) -> None:
@@ -70,27 +95,25 @@ def micros(ago: timedelta) -> int:
     ],
 )
 def test_commands_report_damaged_values_in_the_ledger_without_a_traceback(
-    stage: Stage, receiver: RunningReceiver, damage: str
+    one_sent: tuple[Stage, str], damage: str
 ) -> None:
-    assert a_sent_archive(stage, receiver, "one.cfg").stop() == 0
-    (record,) = json.loads(stage.backupd("list", "--json").stdout)
+    stage, ident = one_sent
     connection = open_ledger(stage.state).connection
     connection.execute("INSERT OR REPLACE INTO circuit VALUES ('vault', 'paused', NULL, NULL, 1, 1)")
     connection.execute("PRAGMA ignore_check_constraints = ON")
     connection.execute(f"UPDATE {damage}")
     connection.close()
     refused = 0
-    ident = record["id"]
-    for command in (["list"], ["show", ident], ["status"], ["audit"], ["retry", ident], ["retry", "--all"]):
-        done = stage.backupd(*command)
-        assert "Traceback" not in done.stdout + done.stderr, command
+    commands = (["list"], ["show", ident], ["status"], ["audit"], ["retry", ident], ["retry", "--all"])
+    *results, checked = stage.commands(*commands, ["status", "--check"])
+    for done in results:
+        assert "Traceback" not in done.stdout + done.stderr, done.args
         if "the ledger can't be read" in done.stderr:
             assert "restart the daemon" in done.stderr
             refused += 1
         else:
-            assert done.returncode in (0, 2, 3), command
+            assert done.returncode in (0, 2, 3), done.args
     assert refused
-    checked = stage.backupd("status", "--check")
     assert checked.returncode in (2, 3)
     assert checked.stdout.startswith(("UNKNOWN - the ledger can't be read", "CRITICAL"))
 

@@ -184,6 +184,7 @@ def upgrade_until_killed(state: Path, at: int) -> subprocess.CompletedProcess[st
     )
 
 
+@pytest.mark.long
 def test_a_migration_that_is_killed_is_done_by_the_next_start(tmp_path: Path) -> None:
     rows = FIRST_ROWS + many_rows(5000)
     create(tmp_path / "whole", 1, rows)

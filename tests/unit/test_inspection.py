@@ -303,6 +303,7 @@ def test_the_content_of_an_encrypted_entry_is_not_checked(file: File) -> None:
     assert file.inspected(bytes(content), "a.zip") is None
 
 
+@pytest.mark.long
 def test_a_zip64_is_inspected(file: File, tmp_path: Path) -> None:
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
