@@ -20,10 +20,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from backupd.core.model import Deferred, Delivered, Outcome
 from backupd.core.policy import Reason
-from backupd.upload.base import Abort
+from backupd.upload.base import Abort, UploadJob
 from backupd.upload.http import transport
 from backupd.upload.http.limits import AttemptLimits
-from backupd.upload.http.stream import DIRECT, connect
+from backupd.upload.http.stream import DIRECT, Stream, connect
 from tests.endpoints import a_full_listener
 from tests.pki import Pki
 from tests.scripted import (
@@ -506,6 +506,67 @@ def test_a_connection_with_bytes_after_a_response_is_not_reused(
         may_send.set()
     assert [request.archive for request in server.requests] == [b"0", b"1", b"2"]
     assert len(server.peers) == 3
+
+
+REFUSAL = http_response(400)
+
+
+@pytest.mark.parametrize("surplus", [REFUSAL, FORGED, b""], ids=["refusal", "success", "end"])
+@pytest.mark.parametrize("is_encrypted", [False, True], ids=["tcp", "tls"])
+def test_what_arrives_before_the_first_byte_of_a_request_is_no_response_to_it(
+    tmp_path: Path, pki: Pki, monkeypatch: pytest.MonkeyPatch, surplus: bytes, is_encrypted: bool
+) -> None:
+    """The server sends it on a reused connection while the archive is read, or waits for bandwidth."""
+    is_read, is_sent = threading.Event(), threading.Event()
+
+    def script(peer: Peer) -> None:
+        while True:
+            peer.send(receipt_for(peer.read_request().archive))
+            assert is_read.wait(TIMEOUT)
+            is_read.clear()
+            peer.send(surplus)
+            if not surplus:
+                peer.half_close()
+            is_sent.set()
+
+    def read_at(job: UploadJob, offset: int, count: int) -> bytes:
+        if server.requests and not is_sent.is_set():
+            is_read.set()
+            assert is_sent.wait(TIMEOUT)
+        return original(job, offset, count)
+
+    original = UploadJob.read_at
+    monkeypatch.setattr(UploadJob, "read_at", read_at)
+    context = server_context(pki) if is_encrypted else None
+    with ScriptedServer(script, context) as server:
+        with a_sender(a_destination(server.url, pki if is_encrypted else None)) as sender:
+            outcomes = [sender.send(an_archive(tmp_path, b"%d" % number)) for number in range(2)]
+        is_read.set()
+    assert [type(outcome) for outcome in outcomes] == [Delivered, Delivered]
+    assert [request.archive for request in server.requests] == [b"0", b"1"]
+    assert len(server.peers) == 2
+
+
+def test_a_server_that_sends_before_the_request_rejects_no_archive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def script(peer: Peer) -> None:
+        peer.send(REFUSAL)
+        peer.drain()
+
+    def connect_and_wait(*args: Any, **keys: Any) -> Stream:
+        opened = connect(*args, **keys)
+        until(opened.is_readable, "the refusal")
+        return opened
+
+    monkeypatch.setattr(transport, "connect", connect_and_wait)
+    with ScriptedServer(script) as server, a_sender(a_destination(server.url)) as sender:
+        outcome = sender.send(an_archive(tmp_path, CONTENT))
+    assert failed(outcome) == (
+        Reason.PROTOCOL,
+        "the destination sent b'HTTP/1.1 400 As Scripted' before the request",
+    )
+    assert server.received == 0
 
 
 def test_a_connection_is_replaced_after_its_maximum_age(

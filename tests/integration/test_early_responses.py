@@ -165,7 +165,7 @@ def test_a_success_before_the_first_byte_is_not_a_delivery_of_a_body_that_ends_l
     with ScriptedServer(script) as server, a_sender(a_destination(server.url, **UNVERIFIED)) as sender:
         outcome = sender.send(an_archive(tmp_path, ENDS_WITH_EMPTY_LINE))
 
-    assert reason_of(outcome) is Reason.EARLY_SUCCESS
+    assert reason_of(outcome) is Reason.PROTOCOL
     assert server.received == 0
 
 
@@ -195,7 +195,7 @@ def test_a_success_before_the_second_request_is_not_a_delivery_of_the_first_body
         with a_sender(destination) as sender:
             outcome = sender.send(an_archive(tmp_path, b"content"))
 
-    assert reason_of(outcome) is Reason.EARLY_SUCCESS
+    assert reason_of(outcome) is Reason.PROTOCOL
     assert len(server.peers) == 2
     assert sender.sent == 0
 

@@ -9,7 +9,12 @@ from typing import NoReturn
 import h11
 import httpx
 
-from backupd.upload.http.http_connection import EarlyResponseError, HttpConnection, ResponseHead
+from backupd.upload.http.http_connection import (
+    EarlyResponseError,
+    HttpConnection,
+    RequestRefusedError,
+    ResponseHead,
+)
 from backupd.upload.http.stream import Stream
 
 _MAX_HEAD_BYTES = 100 * 1024
@@ -17,6 +22,11 @@ _MAX_HEAD_BYTES = 100 * 1024
 
 _INTERIM = b"HTTP/1.1 1"
 """The beginning of an interim response."""
+
+_MAX_QUOTED_BYTES = 100
+"""Bytes of an unexpected line that an error quotes."""
+
+_DISCONNECTED = "disconnected without a response"
 
 _WAIT_FOR_RESPONSE = 0.2
 """Seconds to wait for the response or TLS alert that explains why the server closed the connection."""
@@ -93,11 +103,21 @@ class Http1Connection(HttpConnection):
             self._explain(error)
 
     def _check_response(self) -> None:
-        """Read what has arrived; raise EarlyResponseError if it is a response."""
+        """Read what has arrived; raise EarlyResponseError if it is a response.
+
+        What arrived before the first byte of the request was sent responds to no request of ours (RFC 9112
+        section 9.2).
+        """
         data = self._stream.receive_now()
-        if data is not None:
-            self._received(data)
-            self._raise_response()
+        if data is None:
+            return
+        if not self._stream.has_sent:
+            line = data.partition(b"\r\n")[0][:_MAX_QUOTED_BYTES]
+            raise RequestRefusedError(
+                f"the destination sent {line!r} before the request" if data else _DISCONNECTED
+            )
+        self._received(data)
+        self._raise_response()
 
     def _explain(self, error: httpx.WriteError) -> NoReturn:
         """Raise the response or TLS alert that explains a failed write, else the error."""
@@ -130,7 +150,7 @@ class Http1Connection(HttpConnection):
 
     def _received(self, data: bytes) -> None:
         if not data and self._h11.their_state is h11.SEND_RESPONSE:
-            raise httpx.RemoteProtocolError("disconnected without a response")
+            raise httpx.RemoteProtocolError(_DISCONNECTED)
         self._h11.receive_data(data)
 
 

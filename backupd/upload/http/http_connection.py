@@ -18,7 +18,10 @@ class ResponseHead(NamedTuple):
 
 
 class RequestRefusedError(httpx.RemoteProtocolError):
-    """The server closes the connection and has not processed the request (RFC 9113 section 8.7)."""
+    """The server has not processed the request, so that it can be sent again on another connection.
+
+    It closes the connection (RFC 9113 section 8.7), or has not received a byte of the request.
+    """
 
 
 class EarlyResponseError(Exception):

@@ -85,6 +85,8 @@ class Stream:
         self._received_bytes = 0
         self._readable = select.poll()
         self._readable.register(sock, select.POLLIN)
+        self.has_sent = False
+        """Whether bytes of the current request may have been sent."""
         self.limits = limits
 
     @property
@@ -108,7 +110,7 @@ class Stream:
 
     def begin_request(self) -> None:
         """Start to count the bytes received for another request."""
-        self._received_bytes = 0
+        self._received_bytes, self.has_sent = 0, False
 
     def send(self, data: bytes, timeout: float | None, on_readable: Callable[[], None] | None = None) -> None:
         """Send all bytes; raises WriteError, WriteTimeout, or what `on_readable` raises.
@@ -176,6 +178,7 @@ class Stream:
     def _send_piece(
         self, view: memoryview, timeout: float | None, on_readable: Callable[[], None] | None
     ) -> None:
+        self.has_sent = True
         while view:
             try:
                 count = self._sock.send(view)
