@@ -47,6 +47,10 @@ class LedgerHeldError(LedgerError):
     """Another process held the ledger's write lock for longer than the lock timeout."""
 
 
+class LedgerFullError(LedgerError):
+    """The disk of the ledger has no room for the change; what is stored already can be read."""
+
+
 class LedgerUnreachableError(LedgerError):
     """The ledger can't be reached at the moment, as after an I/O error; a later attempt may succeed.
 

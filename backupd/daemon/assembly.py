@@ -9,6 +9,7 @@ from pathlib import Path
 
 from backupd.config.files import ExamineFiles, FilesReport
 from backupd.config.models import Config, DestinationConfig, DropConfig
+from backupd.core.errors import LedgerFullError
 from backupd.daemon.certificates import Certificates
 from backupd.daemon.daemon import Daemon
 from backupd.daemon.housekeeping import HostClock, Housekeeping
@@ -26,7 +27,7 @@ from backupd.intake.intake import Intake
 from backupd.ledger.factory import open_ledger
 from backupd.ledger.port import ClockReading, Ledger
 from backupd.telemetry import events
-from backupd.telemetry.log import EventLog
+from backupd.telemetry.log import EventLog, log_ledger_failure
 from backupd.telemetry.systemd import SystemdNotifier
 from backupd.upload.base import Abort
 from backupd.upload.registry import open_endpoint
@@ -73,8 +74,12 @@ class Assembly:
         """Every drop since the start: archives of a removed one may still be uploading."""
         self.clock = HostClock(ledger.last_clock_reading() or _first_reading(self._drops.values()))
         self.device_tracker = DeviceTracker(ledger, log)
-        self.device_tracker.configure(self._drops, ledger.now())
-        disposition = Disposition(self._drops, log, ledger.session)
+        try:
+            self.device_tracker.configure(self._drops, ledger.now())
+        except LedgerFullError as error:  # no archive can be queued until there is room
+            log_ledger_failure(log, error)
+            self.device_tracker.postpone(self._drops)
+        disposition = Disposition(self._drops, log, lambda: ledger.session)
         recorder = Recorder(ledger, disposition, log, self._recheck)
         retention = Retention(
             ledger, self._retention_scope, self.device_tracker.device_of, log, self.clock.trusted_now

@@ -111,20 +111,25 @@ class Daemon:
     def _start(self) -> None:
         """Take over the state of the last run, and start all threads."""
         runtime = self._runtime
-        released_claims = runtime.ledger.reap()
-        self._housekeeping.bring_forward()
+        released_claims = self._housekeeping.renew_session()
+        with self._housekeeping.logged_failures():
+            self._housekeeping.bring_forward()
         self._housekeeping.check_clock()
-        pending_dispositions = runtime.ledger.count_pending_dispositions()
+        pending_dispositions = pending = None
+        with self._housekeeping.logged_failures():
+            pending_dispositions = runtime.ledger.count_pending_dispositions()
         self._threads.start(runtime.recorder.run, self._abandon, runtime.recorder.watchdog)
         for thread in runtime.examiner_pool.threads:
             self._threads.start(thread.run, runtime.examiner_pool.stop, thread.watchdog)
         self._start_threads(runtime.drops, runtime.destinations)
         self._wait_for_first_scans(runtime.drops, self._started + _FIRST_SCAN_TIMEOUT)
         self._threads.start(runtime.retention.run, runtime.retention.stop, runtime.retention.watchdog)
+        with self._housekeeping.logged_failures():
+            pending = sum(b.pending for b in runtime.ledger.backlog().values())
         self._log.emit(
             events.DAEMON_READY,
             duration_s=time.monotonic() - self._started,
-            pending=sum(b.pending for b in runtime.ledger.backlog().values()),
+            pending=pending,
             released_claims=released_claims,
             pending_dispositions=pending_dispositions,
         )

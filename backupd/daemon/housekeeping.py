@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 
 from backupd.core.clock_skew import ZERO, ClockSkew
@@ -139,18 +141,23 @@ class Housekeeping:
     def save_clock(self) -> None:
         """Save the reading of the clock for the next start; called periodically and at the end."""
         self._clock_saved_at = time.monotonic()
-        try:
+        # another process may hold the ledger; the next reading is saved instead
+        with self.logged_failures(), suppress(LedgerHeldError):
             self._runtime.ledger.save_clock_reading(self._clock.reading())
-        except LedgerHeldError:
-            pass  # another process holds the ledger; the next reading is saved instead
-        except LedgerError as error:
-            log_ledger_failure(self._log, error)
 
-    def renew_session(self) -> None:
-        """Keep the claims of this session, and release those of sessions that are over."""
-        try:
+    def renew_session(self) -> int:
+        """Keep the claims of this session; return the number of released claims of sessions that are over."""
+        released = [0]
+        with self.logged_failures():
             self._runtime.ledger.renew()
-            self._runtime.ledger.reap()
+            released.append(self._runtime.ledger.reap())
+        return released[-1]
+
+    @contextmanager
+    def logged_failures(self) -> Iterator[None]:
+        """Log a ledger that fails in the block, and go on after it."""
+        try:
+            yield
         except LedgerError as error:
             log_ledger_failure(self._log, error)
 
@@ -172,9 +179,7 @@ class Housekeeping:
             return
         for circuit in self._runtime.circuits.values():
             circuit.shift_earlier(-step)
-        try:
+        with self.logged_failures():
             self.bring_forward()
             drops = {name: running.drop for name, running in self._runtime.drops.items()}
             self._device_tracker.configure(drops, self._runtime.ledger.now())
-        except LedgerError as error:
-            log_ledger_failure(self._log, error)

@@ -29,10 +29,12 @@ class Disposition:
     """Moves, deletes or keeps the files of archives, once their results are committed.
 
     A disposition that a crash interrupted is found and finished by the next call for the same archive.
-    `session` is that of the ledger.
+    `session` returns that of the ledger.
     """
 
-    def __init__(self, drops: Mapping[str, Drop], log: EventLog, session: int = 1) -> None:
+    def __init__(
+        self, drops: Mapping[str, Drop], log: EventLog, session: Callable[[], int] = lambda: 1
+    ) -> None:
         self._drops = drops
         self._log = log
         self._session = session
@@ -126,7 +128,7 @@ class Disposition:
         if action == "delete":
             folder.unlink(moved_to)
             return DispositionResult(archive.id, None), "deleted"
-        write_receipt_file(folder, completed, moved_to, self._session)
+        write_receipt_file(folder, completed, moved_to, self._session())
         return DispositionResult(archive.id, moved_to), "moved"
 
     def _move(
@@ -152,7 +154,7 @@ class Disposition:
     ) -> None:
         for drop, directory in directories:
             with suppress(OSError):  # a file that is left does no harm
-                remove_partial_files(folders[drop], directory, self._session)
+                remove_partial_files(folders[drop], directory, self._session())
 
     def _log_completed(self, completed: CompletedArchive) -> None:
         archive = completed.archive

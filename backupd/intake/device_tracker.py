@@ -37,6 +37,8 @@ class DeviceTracker:
         self._log = log
         self._host = socket.gethostname()
         self._reporting = threading.Lock()
+        self._postponed: Mapping[str, Drop] | None = None
+        """The drops to configure before the next archive is queued."""
         self.overdue = 0
         """The number of devices that were overdue at the last tick."""
 
@@ -50,10 +52,16 @@ class DeviceTracker:
         self._ledger.set_expectations(
             {name: _expectation(drop.config) for name, drop in tracked.items()}, now
         )
-        self._tracked_drops = tracked_drops
+        self._tracked_drops, self._postponed = tracked_drops, None
+
+    def postpone(self, drops: Mapping[str, Drop]) -> None:
+        """Configure these drops later, before the next archive is queued."""
+        self._postponed = drops
 
     def with_devices(self, candidates: Sequence[FileCandidate], now: datetime) -> list[FileCandidate]:
-        """Return the candidates together with the devices that sent them."""
+        """Return the candidates together with the devices that sent them; raises LedgerError."""
+        if self._postponed is not None:
+            self.configure(self._postponed, now)
         if not self._tracked_drops:
             return [*candidates]
         return [replace(each, tracked=self._tracked_device(each, now)) for each in candidates]

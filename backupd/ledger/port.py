@@ -270,7 +270,10 @@ class Ledger(DeviceLedger, Protocol):
 
     @property
     def session(self) -> int:
-        """Return the number of this run of the daemon; each time a ledger is opened it is another one."""
+        """Return the number of this run of the daemon; each time a ledger is opened it is another one.
+
+        It may be 0 until the first claim.
+        """
         ...
 
     def now(self) -> datetime:

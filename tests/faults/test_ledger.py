@@ -438,6 +438,27 @@ def test_a_full_disk_of_the_ledger_is_logged_and_archives_wait(
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
+@pytest.mark.root
+def test_the_daemon_starts_on_a_full_disk_and_delivers_once_there_is_room(
+    stage: Stage, receiver: RunningReceiver, own_disk: Path
+) -> None:
+    drop = 'stable_for = "0s"\nrescan_every = "1s"\nexpect.every = "1d"'
+    stage.configure(receiver.url, drop=drop, more=FAST_RETRY)
+    daemon = stage.daemon().ready()
+    stage.put("sent.tar.gz", b"sent")
+    daemon.wait_for("archive.disposed", archive="sent.tar.gz")
+    daemon.kill()
+    fill(own_disk)
+    stage.put("waits.tar.gz", b"waits")
+    daemon = stage.daemon().ready()
+    daemon.wait_for("ledger.failed")
+    (own_disk / "full").unlink()
+    daemon.wait_for("archive.disposed", archive="waits.tar.gz")
+    assert_delivered(stage, "sent.tar.gz", "waits.tar.gz")
+    assert daemon.stop() == 0
+
+
 def fill(disk: Path) -> None:
     """Fill a filesystem up to the last byte."""
     with (disk / "full").open("wb", buffering=0) as stream, contextlib.suppress(OSError):

@@ -22,6 +22,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 from backupd.core.errors import (
     LedgerDamagedError,
     LedgerError,
+    LedgerFullError,
     LedgerHeldError,
     LedgerUnreachableError,
     LedgerUnreadableError,
@@ -448,6 +449,10 @@ def translate_errors(operation: str) -> Iterator[None]:
         if is_locked(error):
             hint = "another process holds it: find it with `fuser` and end it; the daemon tries again"
             raise LedgerHeldError(message, hint) from error
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+            raise LedgerFullError(
+                message, "free space on the disk of `state_dir`: `df -h`, `df -i`"
+            ) from error
         error_class = LedgerUnreachableError if is_outage(error) else LedgerError
         raise error_class(message, "check the disk of `state_dir`") from error
 

@@ -6,12 +6,13 @@ import socket
 import sqlite3
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import accumulate, takewhile
 from pathlib import Path
 
 from backupd.core.circuit import Circuit
+from backupd.core.errors import LedgerFullError
 from backupd.core.model import Archive, Claim, Delivery, DeliveryState, Digest, Rejected
 from backupd.core.transition import Priority, archive_state
 from backupd.ledger.port import (
@@ -79,18 +80,17 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
 
     A new ledger is a new session. The earlier sessions are over: those of the same host if `host` is given,
     otherwise all, because only one daemon has the lock of the state directory. They need no renewal.
+
+    If the disk is full, the session begins before the first claim; its number is 0 until then.
     """
 
     def __init__(self, connection: sqlite3.Connection, host: str | None = None) -> None:
         super().__init__(connection)
         self._host = host or socket.gethostname()
-        with self._transaction(durable=False) as db:
-            db.execute("DELETE FROM session WHERE host = coalesce(?, host)", (host,))
-            started = db.execute(
-                "INSERT INTO session (host, started_at) VALUES (?, ?)",
-                (self._host, to_micros(self.now())),
-            )
-        self._session = started.lastrowid or 0
+        self._only_own_sessions_end = host is not None
+        self._session = 0
+        with suppress(LedgerFullError):
+            self.renew()
 
     @property
     def session(self) -> int:
@@ -103,6 +103,16 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
 
     def renew(self) -> None:
         """See `Ledger.renew`."""
+        if self._session:
+            return
+        with self._transaction(durable=False) as db:
+            ended_host = self._host if self._only_own_sessions_end else None
+            db.execute("DELETE FROM session WHERE host = coalesce(?, host)", (ended_host,))
+            started = db.execute(
+                "INSERT INTO session (host, started_at) VALUES (?, ?)",
+                (self._host, to_micros(self.now())),
+            )
+        self._session = started.lastrowid or 0
 
     def reap(self) -> int:
         """See `Ledger.reap`."""
@@ -176,6 +186,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         self, destination: str, now: datetime, priority: Priority = Priority.OLDEST, limit: int = 1
     ) -> list[Delivery]:
         """See `Ledger.claim`."""
+        self.renew()
         with self._transaction(durable=False) as db:
             due = db.execute(
                 f"SELECT id, size FROM delivery {_CLAIM_ORDER[priority]} LIMIT ?",  # noqa: S608 -- own clauses
