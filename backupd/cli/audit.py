@@ -8,6 +8,7 @@ import socket
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -30,8 +31,17 @@ from backupd.cli.options import (
 from backupd.cli.output import print_json, print_line, print_table, progress_bar
 from backupd.config.load import load
 from backupd.config.models import Config
-from backupd.core.errors import UsageError
-from backupd.core.model import Archive, Deferred, Delivered, Digest, Fingerprint, Rejected, fingerprint_of
+from backupd.core.errors import LedgerError, UsageError
+from backupd.core.model import (
+    Archive,
+    Deferred,
+    Delivered,
+    DeliveryState,
+    Digest,
+    Fingerprint,
+    Rejected,
+    fingerprint_of,
+)
 from backupd.core.names import as_text, template_values
 from backupd.core.policy import Reason
 from backupd.delivery.receipt_file import (
@@ -43,6 +53,8 @@ from backupd.delivery.receipt_file import (
 )
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.folder import DropFolder
+from backupd.ledger.factory import open_history
+from backupd.ledger.history import Search
 from backupd.upload.base import UploadJob
 from backupd.upload.registry import make_uploader
 
@@ -93,7 +105,8 @@ def audit(
 
     With --remote, also query each destination that has a query_url. Exits with 3 if a file is missing,
     changed or unreadable or has no receipt file, or a destination no longer has it. Files that the daemon
-    removed (keep_sent_for, keep_sent_last, min_free) are not reported. The ledger is not used.
+    removed (keep_sent_for, keep_sent_last, min_free) are not reported. The ledger is used only if there is no
+    sent_dir, to find out whether archives were sent.
     """
     loaded = load(config)
     start = parse_time("--since", since, datetime.now(UTC))
@@ -191,6 +204,9 @@ def _audit_drop(
 
     try:
         drop = Drop.of(name, config.drop[name], folder, ())
+        if not _exists(folder, drop.sent_dir) and _has_sent_archives(config, name):
+            detail = "the folder is missing: mount it or move it back; the ledger has archives in it"
+            yield _finding(name, drop.sent_dir, AuditVerdict.MISSING, detail)
         for file in StoredFolder.of_sent(drop).files(on_unreadable):
             try:
                 yield from _audit_file(drop, file, since, verifier)
@@ -200,6 +216,26 @@ def _audit_drop(
         yield from unreadable
     finally:
         folder.close()
+
+
+def _exists(folder: DropFolder, relpath: bytes) -> bool:
+    try:
+        folder.stat(relpath)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True  # the audit reports that it is unreadable
+    return True
+
+
+def _has_sent_archives(config: Config, drop: str) -> bool:
+    """Return whether archives of a drop were moved to its `sent_dir`, as far as there is a ledger."""
+    try:
+        with closing(open_history(config)) as history:
+            newest = history.find(Search(state=DeliveryState.DELIVERED, drop=drop), 1)
+            return any(record.disposed_to is not None for record in newest)
+    except LedgerError:
+        return False
 
 
 def _audit_file(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
@@ -29,7 +30,8 @@ def past_devices(
     if not drop.tracks_devices:
         return []
     try:
-        drop.folder.stat(drop.sent_dir)
+        if not stat.S_ISDIR(drop.folder.stat(drop.sent_dir).st_mode):
+            return None
     except OSError:
         return None  # nothing was sent yet, or its filesystem is not mounted
     latest = datetime.now(UTC) + MAX_CLOCK_SKEW

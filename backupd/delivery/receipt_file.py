@@ -233,9 +233,17 @@ class StoredFolder:
     ) -> Iterator[StoredFile]:
         """Yield the archives, and the receipt files of archives that are gone; no file is read.
 
-        `should_continue` is called before each file. Files and folders that can't be read go to
-        `on_unreadable`.
+        `should_continue` is called before each file. Files and folders that can't be read, this one
+        included, go to `on_unreadable`; if it does not exist there are no files.
         """
+        try:
+            if not stat.S_ISDIR(self.folder.stat(self.top).st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, "not a directory; links are not followed")
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            on_unreadable(self.top, error)
+            return
         last, fd = b"", -1
         with closing(DirectoryCache(self.folder)) as directories:
             for relpath, status in walk(

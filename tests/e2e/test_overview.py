@@ -421,6 +421,28 @@ def test_audit_reports_a_file_without_a_receipt_file_once_the_daemon_must_have_w
 
 
 @pytest.mark.long
+def test_audit_reports_a_sent_folder_that_is_missing_or_a_link(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    a_sent_archive(stage, receiver, "a.cfg").stop()
+    stage.sent.rename(stage.base / "moved")
+
+    code, counts, [wrong] = audited(stage)
+    assert (code, counts["kept"]["missing"], wrong["path"]) == (3, 1, "sent")
+    assert "mount it" in wrong["detail"]
+
+    stage.sent.symlink_to(stage.base / "moved")
+    code, counts, [wrong] = audited(stage)
+    assert (code, counts["kept"]["unreadable"], wrong["path"]) == (3, 1, "sent")
+    assert "links are not followed" in wrong["detail"]
+
+
+def test_audit_of_a_drop_that_has_sent_nothing_is_green(stage: Stage) -> None:
+    stage.configure("https://127.0.0.1:9/")
+    audit(stage.config)
+
+
+@pytest.mark.long
 def test_audit_needs_no_ledger(stage: Stage, receiver: RunningReceiver) -> None:
     a_sent_archive(stage, receiver, "a.cfg").stop()
     for path in stage.state.iterdir():
