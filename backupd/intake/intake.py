@@ -14,6 +14,7 @@ from watchdog.observers.api import EventQueue
 
 from backupd.core.errors import LedgerError
 from backupd.core.model import fingerprint_of
+from backupd.dropfolder.decompress import StoppedError
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.folder import walk
 from backupd.intake.device_tracker import DeviceTracker
@@ -138,6 +139,8 @@ class Intake:
             candidate = self._examiner.finish(item)
             if candidate is not None:
                 self._batch.append(candidate)
+            elif isinstance(item.result, StoppedError) and item.candidate.relpath not in self._examiner:
+                self._check(item.candidate.relpath)  # it has changed; of its metadata there is no event
         elif item is not None:
             self._handle_event(item[0])
 

@@ -99,6 +99,18 @@ def test_a_file_that_changes_during_its_examination_makes_room_for_the_next_one(
     assert not full.events("archive.waiting")
 
 
+def test_a_file_with_changed_metadata_is_examined_again_without_a_scan(full: RunningIntake) -> None:
+    """There is no event of a chmod."""
+    huge = put_huge(full)
+    large = put_sparse(full, "large.tar", LARGE, a_tar(LARGE))
+    full.wait_found_by_event()  # large.tar has been noticed as well, and waits for the thread
+    large.chmod(0o640)
+    huge.unlink()
+
+    full.wait_queued("large.tar")
+    assert not full.events("watch.degraded")
+
+
 def test_the_intake_ends_during_an_examination(tmp_path: Path) -> None:
     with running_intake(tmp_path, rescan_every=LONG, inspect="full") as scene:
         put_huge(scene)
