@@ -202,6 +202,21 @@ class TestProxy:
         assert reason is Reason.PROXY
         assert "502" in error
 
+    @pytest.mark.parametrize("reply", [b"", b"SSH-2.0-OpenSSH_9.2\r\n\r\n"], ids=["end", "no HTTP"])
+    def test_a_failure_of_the_proxy_is_not_one_of_the_destination(self, tmp_path: Path, reply: bytes) -> None:
+        def script(peer: Peer) -> None:
+            peer.read_head()
+            peer.send(reply)
+
+        with ScriptedServer(script) as proxy_at:
+            destination = a_destination(
+                "https://vault.example.net/x", proxy=f"http://127.0.0.1:{proxy_at.port}"
+            )
+            with a_sender(destination) as sender:
+                reason, error = failed(sender.send(an_archive(tmp_path, CONTENT)))
+        assert reason is Reason.PROXY
+        assert error.startswith("no tunnel through the proxy: ")
+
     def test_a_proxy_that_is_down_is_reported(self, tmp_path: Path, pki: Pki) -> None:
         with ScriptedServer(accept_all) as proxy_at:
             proxy_at.refuse()

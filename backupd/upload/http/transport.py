@@ -217,7 +217,10 @@ def _open_tunnel(stream: Stream, host: str, port: int, proxy: Proxy, request: ht
         headers={"Host": authority, "Accept": "*/*", **proxy.headers},
         extensions={"timeout": request.extensions["timeout"]},
     )
-    head = Http1Connection(stream).send(connect_request, authority.encode("ascii"))
+    try:
+        head = Http1Connection(stream).send(connect_request, authority.encode("ascii"))
+    except httpx.TransportError as error:
+        raise httpx.ProxyError(f"no tunnel through the proxy: {error}") from error
     if not 200 <= head.status < 300:
         raise httpx.ProxyError(f"{head.status} {head.reason.decode('ascii', 'replace')}".strip())
 
