@@ -121,7 +121,7 @@ Decoder = bz2.BZ2Decompressor | lzma.LZMADecompressor | zstd.ZstdDecompressor | 
 def decompress_streams(source: BoundedFile, kind: ArchiveKind) -> Iterator[bytes]:
     """Yield the decompressed bytes of all concatenated streams of a file.
 
-    Bytes after the last stream are ignored, as gzip, bzip2 and xz do with a warning. Raises as `decompress`
+    Bytes after the last stream are ignored, as gzip and bzip2 do with a warning. Raises as `decompress`
     does, and UnsoundError if the file ends within a stream.
     """
     chunks, data = source.chunks(), b""

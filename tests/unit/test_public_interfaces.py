@@ -40,7 +40,9 @@ def defined_in(path: Path) -> frozenset[str]:
         match node:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                 names.add(name)
-            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+            case ast.Name(id=name, ctx=ast.Store()):
+                names.add(name)
+            case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name, ctx=ast.Store()):
                 names.add(name)
     return frozenset(filter(is_private, names))
 
@@ -51,6 +53,8 @@ def accesses(path: Path) -> Iterator[tuple[int, str]]:
         match node:
             case ast.Attribute(attr=name):
                 yield node.lineno, name
+            case ast.MatchClass(kwd_attrs=names):
+                yield from ((node.lineno, name) for name in names)
             case ast.Call(func=ast.Name(id="getattr" | "setattr" | "hasattr" | "delattr"), args=[_, *rest]):
                 if rest and isinstance(rest[0], ast.Constant) and isinstance(rest[0].value, str):
                     yield node.lineno, rest[0].value
@@ -75,9 +79,9 @@ def is_ours(cls: type) -> bool:
 
 
 def own_classes(path: Path) -> Iterator[tuple[ast.ClassDef, type]]:
-    """Yield each class of a module that is defined at its top, with its definition."""
+    """Yield each class of a module with its definition; all must be defined at its top."""
     module = importlib.import_module(module_name(path))
-    for node in tree_of(path).body:
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ClassDef):
             yield node, getattr(module, node.name)
 

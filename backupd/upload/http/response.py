@@ -131,7 +131,7 @@ _REASON_BY_TYPE: tuple[tuple[type[httpx.TransportError], Reason], ...] = (
 
 
 def _is_disconnect(error: httpx.RemoteProtocolError) -> bool:
-    """Return whether the connection ended before or within the response, as httpcore and h11 report it."""
+    """Return whether the connection ended before or within the response, as our code and h11 report it."""
     return "disconnected" in str(error) or "peer closed connection" in str(error)
 
 
