@@ -342,8 +342,8 @@ def open_for_daemon(state_dir: Path, on_progress: Callable[[], None]) -> Iterato
             opened.recreated = RecreatedLedger(
                 str(file.quarantined_path),
                 f"the ledger was damaged and has been renamed to {file.quarantined_path.name}",
-                "pending archives are found again in the drop folders; `list` and `show` start anew; move the"
-                " archives in `rejected_dir` back to their drop folder to send them again",
+                "pending archives are found again in the drop folders, but the history is lost; move archives"
+                " in `rejected_dir` back to their drop folder to send them again",
             )
         elif file.is_new and not lock.is_first_start:
             opened.recreated = RecreatedLedger(
