@@ -38,6 +38,7 @@ SHORT = timedelta(milliseconds=250)
 LONG = timedelta(hours=1)
 HOUR = 3600.0
 
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 IN_MOVED_FROM, IN_DELETE_SELF = 0x40, 0x400  # sys/inotify.h
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -499,6 +500,11 @@ def test_an_ineligible_file_is_logged_once_with_its_reason(scene: RunningIntake)
 # lost events
 
 
+def exchange(one: Path, other: Path) -> None:
+    """Let two paths change places in one step, so that neither is missing in between."""
+    assert LIBC.renameat2(AT_FDCWD, bytes(one), AT_FDCWD, bytes(other), RENAME_EXCHANGE) == 0
+
+
 def degraded_reasons(scene: RunningIntake) -> list[str]:
     return [event["reason"] for event in scene.events("watch.degraded")]
 
@@ -602,9 +608,8 @@ def test_a_folder_that_was_unreadable_is_read_once_it_can_be() -> None:
 
 def test_an_unreadable_replacement_of_the_folder_is_logged_once() -> None:
     with a_folder_of_nobody() as base, without_rights(), running_intake(base) as scene:
-        scene.root.rename(base / "away")
-        scene.root.mkdir()
-        scene.root.chmod(0)
+        (base / "other").mkdir(mode=0)
+        exchange(scene.root, base / "other")
         (failed,) = scene.wait_event("drop.failed")
         assert failed["error"] == "Permission denied"
         scene.wait_scan()
