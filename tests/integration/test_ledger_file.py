@@ -514,7 +514,7 @@ def test_a_full_disk_undoes_whole_transactions_and_the_ledger_stays_usable(small
 
     with pytest.raises(LedgerError, match="full") as failed:
         ledger.record(ended, NOW)
-    assert "check the disk" in failed.value.hint
+    assert "free space" in failed.value.hint
     with pytest.raises(LedgerError, match="full"):
         ledger.enqueue(
             [a_candidate(b"more-%d" % number + bytes(3000)) for number in range(100)], ["vault"], NOW
