@@ -147,11 +147,12 @@ class Housekeeping:
 
     def renew_session(self) -> int:
         """Keep the claims of this session; return the number of released claims of sessions that are over."""
-        released = [0]
-        with self.logged_failures():
+        try:
             self._runtime.ledger.renew()
-            released.append(self._runtime.ledger.reap())
-        return released[-1]
+            return self._runtime.ledger.reap()
+        except LedgerError as error:
+            log_ledger_failure(self._log, error)
+            return 0
 
     @contextmanager
     def logged_failures(self) -> Iterator[None]:

@@ -10,7 +10,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +25,7 @@ from backupd.core.devices import Device
 from backupd.core.errors import (
     LedgerDamagedError,
     LedgerError,
+    LedgerFullError,
     LedgerUnreachableError,
     LedgerUnreadableError,
 )
@@ -628,3 +631,30 @@ def test_a_killed_process_loses_no_recorded_result(tmp_path: Path) -> None:
     assert {found[ident] for ident in recorded} == {("delivered", 1)}
     assert set(found.values()) <= {("delivered", 1), ("pending", 0), ("claimed", 0)}
     opened.connection.close()
+
+
+def test_workers_that_claim_after_the_disk_was_full_are_in_one_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session could not begin when the ledger was opened; claims of a second one would be released."""
+
+    def full(_ledger: SqliteLedger) -> None:
+        raise LedgerFullError("the ledger can't be written: database or disk is full", "free space")
+
+    for number in range(20):
+        (tmp_path / str(number)).mkdir()
+        with monkeypatch.context() as patched:
+            patched.setattr(SqliteLedger, "renew", full)
+            ledger = SqliteLedger(open_ledger(tmp_path / str(number)).connection)
+        ledger.enqueue([a_candidate(b"r%d" % each) for each in range(8)], ["vault"], NOW)
+        start = threading.Barrier(8)
+
+        def claim(ledger: SqliteLedger = ledger, start: threading.Barrier = start) -> set[int]:
+            start.wait()
+            return {delivery.claim.session for delivery in ledger.claim("vault", NOW)}
+
+        with ThreadPoolExecutor(8) as pool:
+            sessions = set[int]().union(*(each.result() for each in [pool.submit(claim) for _ in range(8)]))
+        assert sessions == {ledger.session}
+        assert ledger.reap() == 0
+        ledger.close()

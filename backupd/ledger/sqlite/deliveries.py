@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sqlite3
+import threading
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -87,8 +88,10 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
     def __init__(self, connection: sqlite3.Connection, host: str | None = None) -> None:
         super().__init__(connection)
         self._host = host or socket.gethostname()
-        self._only_own_sessions_end = host is not None
+        self._ended_host = host
+        """The host of the earlier sessions that are over; None for all hosts."""
         self._session = 0
+        self._session_lock = threading.Lock()
         with suppress(LedgerFullError):
             self.renew()
 
@@ -103,16 +106,16 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
 
     def renew(self) -> None:
         """See `Ledger.renew`."""
-        if self._session:
-            return
-        with self._transaction(durable=False) as db:
-            ended_host = self._host if self._only_own_sessions_end else None
-            db.execute("DELETE FROM session WHERE host = coalesce(?, host)", (ended_host,))
-            started = db.execute(
-                "INSERT INTO session (host, started_at) VALUES (?, ?)",
-                (self._host, to_micros(self.now())),
-            )
-        self._session = started.lastrowid or 0
+        with self._session_lock:  # a second session would end the first one, and with it its claims
+            if self._session:
+                return
+            with self._transaction(durable=False) as db:
+                db.execute("DELETE FROM session WHERE host = coalesce(?, host)", (self._ended_host,))
+                started = db.execute(
+                    "INSERT INTO session (host, started_at) VALUES (?, ?)",
+                    (self._host, to_micros(self.now())),
+                )
+            self._session = started.lastrowid or 0
 
     def reap(self) -> int:
         """See `Ledger.reap`."""
