@@ -485,6 +485,22 @@ def test_the_outside_body_timeout_ends_an_endless_early_refusal_without_a_min_ra
     assert reason_of(outcome) is Reason.READ_TIMEOUT
 
 
+def test_a_refusal_with_an_endless_body_is_still_that_refusal(
+    tmp_path: Path, pki: Pki, protocol: str
+) -> None:
+    def script(peer: Peer) -> None:
+        peer.read_request()
+        peer.send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 9000000\r\n\r\n")
+        while not server.stopping.is_set():
+            peer.drip(b"b" * 100, every=0.02)
+
+    with sending_to(script, pki, protocol) as (sender, server):
+        sender._uploader._limits._outside_body_timeout = 3.0
+        outcome = sender.send(an_archive(tmp_path, b"content"))
+
+    assert reason_of(outcome) is Reason.TOO_LARGE
+
+
 def test_an_early_refusal_does_not_delay_the_next_archive(tmp_path: Path, pki: Pki, protocol: str) -> None:
     with sending_to(in_turn(early(http_response(413), stop_reading), accept_all), pki, protocol) as (
         sender,

@@ -557,6 +557,7 @@ def test_the_outside_body_timeout_ends_an_endless_early_response_with_pings(tmp_
 
 def _send_endlessly(exchange: Exchange, server: ScriptedServer, pause: float, settings: bool = False) -> None:
     """Send pings, or new settings, every `pause` seconds; without a pause, thousands at a time."""
+    exchange.flush()  # the head of a response is sent once
     for number in range(1000 if pause == 0 else 1):
         if settings:
             exchange.connection.update_settings({SettingCodes.HEADER_TABLE_SIZE: number % 2})

@@ -18,6 +18,7 @@ from backupd.core.failure import failure
 from backupd.core.model import Deferred, Delivered, Digest, Outcome, Receipt, Rejected
 from backupd.core.policy import Reason, reason_of_status
 from backupd.core.verify import ReceiptExpectation, verify_receipt
+from backupd.upload.http.limits import AttemptEndedError
 from backupd.upload.http.redact import quotable
 from backupd.upload.http.stream import PIN_MISMATCH
 
@@ -81,10 +82,13 @@ class ResponseEvaluator:
 
 
 def failure_from_response(response: httpx.Response) -> Deferred | Rejected:
-    """Return the failure for a response that is not a success, with the beginning of its body."""
+    """Return the failure for a response that is not a success, with the beginning of its body.
+
+    Its status counts whether or not its body arrives.
+    """
     try:
         return _failure(response, _read_body(response))
-    except httpx.TransportError:
+    except (AttemptEndedError, httpx.TransportError):
         return _failure(response, b"")
 
 
