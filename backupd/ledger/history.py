@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Protocol
 
+from backupd.core.drop_problem import DropProblem, ProblemCount
 from backupd.core.model import Archive, DeliveryState
 from backupd.core.names import as_text
 
@@ -208,6 +209,14 @@ class History(Protocol):
 
     def count_quarantined(self) -> int:
         """Return the number of rejected archives with a file in `rejected_dir`."""
+        ...
+
+    def problems(self, drop: str | None, limit: int) -> list[DropProblem]:
+        """Return up to `limit` problems of a drop, or of all if `drop` is None, the oldest first."""
+        ...
+
+    def problem_counts(self) -> list[ProblemCount]:
+        """Return the problems of each drop with each reason, by drop and reason."""
         ...
 
     def devices(self, now: datetime) -> list[DeviceRecord]:

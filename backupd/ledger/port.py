@@ -16,6 +16,7 @@ from typing import Protocol
 from backupd.core.circuit import Circuit
 from backupd.core.clock_skew import ZERO
 from backupd.core.devices import Device, DeviceExpectation
+from backupd.core.drop_problem import DropProblem, ProblemCount
 from backupd.core.errors import LedgerDamagedError
 from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint, Rejected
 from backupd.core.transition import Priority, Transition
@@ -402,6 +403,22 @@ class Ledger(DeviceLedger, Protocol):
 
         `error` is the last error of the destination, None for a working one.
         """
+        ...
+
+    def save_problems(self, found: Sequence[DropProblem], solved: Sequence[DropProblem]) -> None:
+        """Add problems or replace those with the same drop, path and reason, and delete the solved ones."""
+        ...
+
+    def problems(self, drop: str | None = None) -> list[DropProblem]:
+        """Return the problems of a drop, or of all drops, the oldest first."""
+        ...
+
+    def problem_counts(self) -> list[ProblemCount]:
+        """Return the problems of each drop with each reason, by drop and reason."""
+        ...
+
+    def forget_problems(self, other_than: Collection[str]) -> None:
+        """Delete the problems of all drops but these."""
         ...
 
     def check_storage(self) -> None:

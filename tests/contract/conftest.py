@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from backupd.ledger.history import History
 from backupd.ledger.port import Ledger
 from tests.contract.bench import ADAPTERS, Bench
 
@@ -19,3 +20,8 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
 @pytest.fixture
 def ledger(bench: Bench) -> Ledger:
     return bench.ledger
+
+
+@pytest.fixture
+def history(bench: Bench) -> History:
+    return bench.history()

@@ -33,11 +33,6 @@ from tests.factories import (
 LATER = NOW + timedelta(hours=1)
 
 
-@pytest.fixture
-def history(bench: Bench) -> History:
-    return bench.history()
-
-
 def queue(ledger: Ledger, *paths: bytes, drop: str = "switches", to: tuple[str, ...] = ("vault",)) -> None:
     ledger.enqueue([a_candidate(path, drop=drop) for path in paths], to, NOW)
 

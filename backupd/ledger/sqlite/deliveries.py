@@ -13,6 +13,7 @@ from itertools import accumulate, takewhile
 from pathlib import Path
 
 from backupd.core.circuit import Circuit
+from backupd.core.drop_problem import DropProblem, ProblemCount
 from backupd.core.errors import LedgerFullError
 from backupd.core.model import Archive, Claim, Delivery, DeliveryState, Digest, Rejected
 from backupd.core.transition import Priority, archive_state
@@ -31,6 +32,7 @@ from backupd.ledger.port import (
     RecreatedLedger,
     content_key,
 )
+from backupd.ledger.sqlite import problem_queries
 from backupd.ledger.sqlite.connection import (
     ARCHIVE_COLUMNS,
     TOTAL_SIZE,
@@ -326,6 +328,26 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                 " VALUES (?, ?, ?, ?, ?, ?)",
                 (destination, circuit.state, circuit.reason, text, *times),
             )
+
+    def save_problems(self, found: Sequence[DropProblem], solved: Sequence[DropProblem]) -> None:
+        """See `Ledger.save_problems`."""
+        with self._transaction(durable=False) as db:
+            problem_queries.save_problems(db, found, solved)
+
+    def problems(self, drop: str | None = None) -> list[DropProblem]:
+        """See `Ledger.problems`."""
+        with self._reading() as db:
+            return problem_queries.find_problems(db, drop, -1)
+
+    def problem_counts(self) -> list[ProblemCount]:
+        """See `Ledger.problem_counts`."""
+        with self._reading() as db:
+            return problem_queries.count_problems(db)
+
+    def forget_problems(self, other_than: Collection[str]) -> None:
+        """See `Ledger.forget_problems`."""
+        with self._transaction(durable=False) as db:
+            problem_queries.forget_problems(db, other_than)
 
     def close(self) -> None:
         """See `Ledger.close`."""

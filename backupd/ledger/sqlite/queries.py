@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from backupd.core.devices import overdue_by
+from backupd.core.drop_problem import DropProblem, ProblemCount
 from backupd.core.errors import LedgerError, LedgerUnreachableError, UsageError
 from backupd.core.model import DeliveryState
 from backupd.ledger.history import (
@@ -40,6 +41,7 @@ from backupd.ledger.sqlite.connection import (
     storable_text,
     to_micros,
 )
+from backupd.ledger.sqlite.problem_queries import count_problems, find_problems
 
 _CLAUSES = {
     "drop": "a.drop_name = ?",
@@ -237,6 +239,16 @@ class LedgerQueries(History):
                 (),
             )[0][0]
         )
+
+    @_query_errors("read")
+    def problems(self, drop: str | None, limit: int) -> list[DropProblem]:
+        """See `History.problems`."""
+        return find_problems(self._db, drop, limit)
+
+    @_query_errors("read")
+    def problem_counts(self) -> list[ProblemCount]:
+        """See `History.problem_counts`."""
+        return count_problems(self._db)
 
     @_query_errors("read")
     def devices(self, now: datetime) -> list[DeviceRecord]:

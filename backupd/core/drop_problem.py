@@ -1,0 +1,49 @@
+"""Problems of files in drop folders: each file that will not be sent, or not moved, as things are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+FOLDER_FAILED = "folder_failed"
+"""The reason for a drop folder that cannot be used: none of its files is sent. It is critical."""
+
+NOT_MOVED = "not_moved"
+"""The reason for a file of a completed archive that cannot be moved or deleted."""
+
+NOT_LISTED = "not_listed"
+"""The reason that stands for further files, which are counted but not listed."""
+
+
+@dataclass(frozen=True, slots=True)
+class DropProblem:
+    """Why a file stays where it is, until a person or another program does something.
+
+    `relpath` is relative to the drop folder, empty for the folder itself. `reason` is one word of a fixed
+    list. `files` is more than 1 if the problem stands for further files that are not listed one by one.
+    """
+
+    drop: str
+    relpath: bytes
+    reason: str
+    since: datetime
+    error: str
+    hint: str
+    size_bytes: int | None = None
+    files: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ProblemCount:
+    """The problems of a drop with one reason: their number, and the time of the oldest one.
+
+    `example` is the path of the oldest one's file, with its `error` and `hint`.
+    """
+
+    drop: str
+    reason: str
+    files: int
+    since: datetime
+    example: bytes
+    error: str
+    hint: str

@@ -1,0 +1,13 @@
+-- The files that will not be sent, or not moved, as things are; `relpath` is empty for the drop folder itself.
+CREATE TABLE problem (
+    drop_name TEXT    NOT NULL,
+    relpath   BLOB    NOT NULL,
+    reason    TEXT    NOT NULL,
+    since     INTEGER NOT NULL,
+    size      INTEGER,
+    files     INTEGER NOT NULL,
+    error     TEXT    NOT NULL,
+    hint      TEXT    NOT NULL,
+    PRIMARY KEY (drop_name, relpath, reason)
+) WITHOUT ROWID;
+CREATE INDEX problem_oldest ON problem (drop_name, reason, since);

@@ -1,0 +1,55 @@
+"""The part of the SQLite ledger about the problems of files in drop folders."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Collection, Sequence
+
+from backupd.core.drop_problem import DropProblem, ProblemCount
+from backupd.ledger.sqlite.connection import as_time, to_micros
+
+_ONE_DROP = "(? IS NULL OR drop_name = ?)"
+
+
+def find_problems(db: sqlite3.Connection, drop: str | None, limit: int) -> list[DropProblem]:
+    """Return up to `limit` problems of a drop, or of all drops if `drop` is None, the oldest first."""
+    rows = db.execute(
+        "SELECT drop_name, relpath, reason, since, error, hint, size, files FROM problem"  # noqa: S608 -- own clause
+        f" WHERE {_ONE_DROP} ORDER BY since, drop_name, relpath, reason LIMIT ?",
+        (drop, drop, limit),
+    )
+    return [DropProblem(row[0], row[1], row[2], as_time(row[3]), *row[4:8]) for row in rows]
+
+
+def count_problems(db: sqlite3.Connection) -> list[ProblemCount]:
+    """Return the problems of each drop with each reason, by drop and reason."""
+    # a bare column of an aggregate query with min() is from the row with the minimum
+    rows = db.execute(
+        "SELECT drop_name, reason, sum(files), min(since), relpath, error, hint FROM problem"
+        " GROUP BY drop_name, reason ORDER BY drop_name, reason"
+    )
+    return [ProblemCount(row[0], row[1], row[2], as_time(row[3]), *row[4:7]) for row in rows]
+
+
+def save_problems(
+    db: sqlite3.Connection, found: Sequence[DropProblem], solved: Sequence[DropProblem]
+) -> None:
+    """Add or replace the found problems, and delete the solved ones."""
+    db.executemany(
+        "DELETE FROM problem WHERE drop_name = ? AND relpath = ? AND reason = ?",
+        [(p.drop, p.relpath, p.reason) for p in solved],
+    )
+    db.executemany(
+        "INSERT OR REPLACE INTO problem (drop_name, relpath, reason, since, error, hint, size, files)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        [
+            (p.drop, p.relpath, p.reason, to_micros(p.since), p.error, p.hint, p.size_bytes, p.files)
+            for p in found
+        ],
+    )
+
+
+def forget_problems(db: sqlite3.Connection, other_than: Collection[str]) -> None:
+    """Delete the problems of all drops but these."""
+    drops = {row[0] for row in db.execute("SELECT DISTINCT drop_name FROM problem")}
+    db.executemany("DELETE FROM problem WHERE drop_name = ?", [(drop,) for drop in drops - {*other_than}])
