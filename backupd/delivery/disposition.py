@@ -7,8 +7,10 @@ import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from functools import partial
 
+from backupd.core.drop_problem import NOT_MOVED, DropProblem
 from backupd.core.model import Archive, DeliveryState
 from backupd.core.names import as_text, free_names
 from backupd.core.policy import Reason, rule_of
@@ -38,8 +40,8 @@ class Disposition:
         self._drops = drops
         self._log = log
         self._session = session
-        self._logged_failures: set[int] = set()
-        """Ids of the archives for which a failure was logged."""
+        self.problems: dict[int, DropProblem] = {}
+        """The problems of the files that could not be moved or deleted, by the ids of their archives."""
 
     def dispose(
         self, completed: Sequence[CompletedArchive], on_alive: Callable[[], None] = lambda: None
@@ -185,7 +187,7 @@ class Disposition:
         )
 
     def _log_disposed(self, completed: CompletedArchive, result: DispositionResult, disposition: str) -> None:
-        self._logged_failures.discard(completed.archive.id)
+        self.problems.pop(completed.archive.id, None)
         self._log.emit(
             events.ARCHIVE_DISPOSED,
             drop=completed.archive.drop,
@@ -195,15 +197,15 @@ class Disposition:
         )
 
     def _log_failed(self, completed: CompletedArchive, drop: Drop, error: OSError) -> None:
-        if completed.archive.id in self._logged_failures:
+        archive = completed.archive
+        if archive.id in self.problems:
             return
-        self._logged_failures.add(completed.archive.id)
+        text, hint = error.strerror or str(error), _hint(error, drop, archive)
+        self.problems[archive.id] = DropProblem(
+            drop.name, archive.relpath, NOT_MOVED, datetime.now(UTC), text, hint, archive.fingerprint.size
+        )
         self._log.emit(
-            events.DISPOSITION_FAILED,
-            drop=drop.name,
-            archive=completed.archive.relpath,
-            error=error.strerror or str(error),
-            hint=_hint(error, drop, completed.archive),
+            events.DISPOSITION_FAILED, drop=drop.name, archive=archive.relpath, error=text, hint=hint
         )
 
 

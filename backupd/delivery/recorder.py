@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from backupd.core.drop_problem import NOT_MOVED, DropProblem
 from backupd.core.errors import LedgerError
 from backupd.core.model import Deferred, Delivered, DeliveryState, Superseded
 from backupd.delivery.disposition import Disposition
@@ -76,6 +77,8 @@ class Recorder:
         """Ids of the archives with a failed disposition, which is not committed yet."""
         self._terms: dict[str, int] = {}
         """The terms of the stewardship in which these dispositions were made, by drop."""
+        self._problems: dict[tuple[str, bytes], DropProblem] = {}
+        """The problems with dispositions that the ledger has, by drop and path."""
         self.watchdog = ThreadWatchdog("recorder")
         self.last_delivered: datetime | None = None
         """When the last archive was delivered since the start of the daemon."""
@@ -102,6 +105,9 @@ class Recorder:
     def run(self, abandon: threading.Event) -> None:
         """Record until `finish`; a commit that fails is retried until `abandon` is set."""
         is_finished = False
+        with suppress(LedgerError):  # their ages start again
+            problems = self._ledger.problems()
+            self._problems = {(p.drop, p.relpath): p for p in problems if p.reason == NOT_MOVED}
         while not is_finished:
             self.watchdog.idle()
             batch, is_finished = self._next_batch()
@@ -171,6 +177,7 @@ class Recorder:
                 else:
                     self._tally.rejected += 1
         done, still_due = self._disposition.dispose(own, self.watchdog.alive)
+        self._save_problems(own)
         if still_due:
             self._has_pending, self._next_round = True, time.monotonic() + _RETRY_EVERY
         self._done += done
@@ -185,6 +192,27 @@ class Recorder:
             self._postpone_round(error)
         else:
             self._done, self._still_due, self._terms = [], [], {}
+
+    def _save_problems(self, completed: Sequence[CompletedArchive]) -> None:
+        """Write to the ledger which of these files have, or no longer have, a problem."""
+        now = {
+            (one.archive.drop, one.archive.relpath): self._disposition.problems.get(one.archive.id)
+            for one in completed
+        }
+        found = {key: problem for key, problem in now.items() if problem and key not in self._problems}
+        solved = [
+            self._problems[key] for key, problem in now.items() if not problem and key in self._problems
+        ]
+        if not found and not solved:
+            return
+        try:
+            self._ledger.save_problems([*found.values()], solved)
+        except LedgerError as error:
+            log_ledger_failure(self._log, error)
+            return
+        self._problems.update(found)
+        for problem in solved:
+            del self._problems[problem.drop, problem.relpath]
 
     def _dispose_of_page(self, after_id: int) -> None:
         """Handle one page of the pending dispositions."""

@@ -28,6 +28,7 @@ from backupd.dropfolder.decompress import ShouldStop, StoppedError, Uninspectabl
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.folder import OnUnreadable
 from backupd.dropfolder.inspect import inspect
+from backupd.intake.problem_list import ProblemList
 from backupd.ledger.port import FileCandidate
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
@@ -163,7 +164,6 @@ class Examination:
     digests: dict[str, Digest] = field(default_factory=dict)
     result: HoldReason | OSError | StoppedError | None = None
     due: float = 0.0
-    logged_reasons: set[str] = field(default_factory=set)
     must_repeat: bool = False
     """Whether a checksum file may have changed after it was read."""
 
@@ -183,6 +183,7 @@ class Examiner:
         pool: ExaminerPool,
         on_examined: Callable[[Examination], None],
         on_unreadable: OnUnreadable,
+        problems: ProblemList,
     ) -> None:
         config = drop.config
         self._drop = drop.name
@@ -192,10 +193,11 @@ class Examiner:
         self._pool = pool
         self._on_examined = on_examined
         self._on_unreadable = on_unreadable
+        self._problems = problems
         self._required = config.checksum_file == "required"
         self._grace = config.inspect_grace.total_seconds()
         self._log_after = min(self._grace, config.rescan_every.total_seconds())
-        """Seconds after which a held file is logged."""
+        """Seconds after which a held file is a problem."""
         self._closed = threading.Event()
         self._examinations: dict[bytes, Examination] = {}
         """Every examination by the path of its file: those in the pool and those on hold."""
@@ -295,20 +297,22 @@ class Examiner:
         return why.reason == UNUSABLE and self._required
 
     def _hold(self, examination: Examination, why: HoldReason) -> None:
-        """Keep a file back until the next rescan or the end of its grace, and log why, once."""
+        """Keep a file back until the next rescan or the end of its grace; after a while it is a problem."""
         candidate, now = examination.candidate, time.monotonic()
         examination.due = now + self._config.rescan_every.total_seconds()
         if now < examination.added_at + self._grace:
             examination.due = min(examination.due, examination.added_at + self._grace)
         self._on_hold[candidate.relpath] = examination
-        if now < examination.added_at + self._log_after or why.reason in examination.logged_reasons:
+        if now < examination.added_at + self._log_after:
             return
-        examination.logged_reasons.add(why.reason)
+        size = candidate.fingerprint.size
+        if not self._problems.add(candidate.relpath, why.reason, why.error, why.hint, size):
+            return
         self._log.emit(
             events.ARCHIVE_WAITING,
             drop=self._drop,
             archive=candidate.relpath,
-            size_bytes=candidate.fingerprint.size,
+            size_bytes=size,
             reason=why.reason,
             error=why.error,
             hint=why.hint,

@@ -19,6 +19,7 @@ from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.folder import walk
 from backupd.intake.device_tracker import DeviceTracker
 from backupd.intake.examiner import Examination, Examiner, ExaminerPool
+from backupd.intake.problem_list import ProblemList
 from backupd.intake.unfinished_files import UnfinishedFiles
 from backupd.intake.watch_health import WatchHealth
 from backupd.intake.watcher import WatchEndedEvent
@@ -67,12 +68,18 @@ class Intake:
         self._device_tracker = device_tracker or DeviceTracker(ledger, log)
         self._events = EventQueue()
         """Pairs of an event and its watch, and examinations, to be handled; None ends a wait."""
-        self._unfinished_files = UnfinishedFiles(drop, log)
+        self._problems = ProblemList(drop.name, ledger)
+        self._unfinished_files = UnfinishedFiles(drop, self._problems, log)
         self._examiner = Examiner(
-            drop, log, examiner_pool, self._events.put, self._unfinished_files.log_unreadable
+            drop,
+            log,
+            examiner_pool,
+            self._events.put,
+            self._unfinished_files.add_unreadable,
+            self._problems,
         )
         self._skip = drop.own_folders
-        self._watch_health = WatchHealth(drop, log, self._events)
+        self._watch_health = WatchHealth(drop, self._problems, log, self._events)
         self._next_scan = 0.0
         """When the next scan is due (monotonic)."""
         self._batch: list[FileCandidate] = []
@@ -95,6 +102,8 @@ class Intake:
     def run(self, stop: threading.Event) -> None:
         """Queue finished files until `stop` is set; call `wake` after setting it."""
         self._watch_health.open()
+        with suppress(LedgerError):  # their ages start again
+            self._problems.load()
         try:
             while not stop.is_set():
                 self.watchdog.alive()
@@ -106,6 +115,7 @@ class Intake:
                 self._check_due()
                 self._examiner.examine_due()
                 self._enqueue()
+                self._save_problems()
                 self._wait()
         finally:
             self._examiner.close()
@@ -184,6 +194,8 @@ class Intake:
             self.watchdog.alive()
             return stop is None or not stop.is_set()
 
+        if not below:
+            self._problems.scan_started()
         for relpath, status in walk(
             self._folder,
             below,
@@ -200,8 +212,15 @@ class Intake:
             if detect_lost_events and lost is None and self._is_event_lost(relpath, status):
                 lost = relpath
             self._check(relpath, status)
-        if not should_continue():
-            return
+        if should_continue():
+            self._end_scan(below, lost, found, time.monotonic() - started)
+
+    def _end_scan(self, below: bytes, lost: bytes | None, found: int, duration: float) -> None:
+        """Draw the conclusions of a complete scan; `lost` is a file for which no event arrived, if any."""
+        if not below and not self._watch_health.root_is_failing:
+            self._problems.scan_ended(
+                lambda relpath: relpath in self._unfinished_files or relpath in self._examiner
+            )
         if lost is not None and not self._has_waiting_events():
             self._watch_health.lost_event(lost)
         self._log.emit(
@@ -209,7 +228,7 @@ class Intake:
             drop=self.name,
             found_files=found,
             unfinished_files=len(self._unfinished_files) + len(self._examiner),
-            duration_s=time.monotonic() - started,
+            duration_s=duration,
         )
 
     def _has_waiting_events(self) -> bool:
@@ -240,7 +259,7 @@ class Intake:
         if not relpath:
             self._watch_health.root_failed(error)
         else:
-            self._unfinished_files.log_unreadable(relpath, error)
+            self._unfinished_files.add_unreadable(relpath, error)
 
     def _enqueue(self) -> None:
         batch, self._batch = self._batch, []
@@ -255,6 +274,8 @@ class Intake:
             self._not_enqueued |= {hash(candidate.relpath) for candidate in batch}
             self._log_ledger_failure(error)
             return
+        for candidate in batch:
+            self._problems.remove(candidate.relpath)
         self._ledger_failing = False
         self._not_enqueued -= {hash(candidate.relpath) for candidate in batch}
         for archive in result.superseded:
@@ -280,6 +301,12 @@ class Intake:
         if result.has_unusual_size:
             with suppress(LedgerError):  # logged at the next heartbeat instead
                 self._device_tracker.log_unusual_sizes()
+
+    def _save_problems(self) -> None:
+        try:
+            self._problems.save()
+        except LedgerError as error:
+            self._log_ledger_failure(error)
 
     def _log_ledger_failure(self, error: LedgerError) -> None:
         """Log, once, that the ledger failed; the files stay in place and the next rescan retries them."""

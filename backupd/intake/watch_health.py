@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 from watchdog.observers.api import EventQueue
 
+from backupd.core.drop_problem import FOLDER_FAILED
 from backupd.core.names import as_text
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.filesystem import filesystem_of, is_remote
+from backupd.intake.problem_list import ProblemList
 from backupd.intake.watcher import Watcher, WatchFault
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
@@ -30,10 +32,11 @@ class WatchHealth:
     It also chooses between the watcher, which uses inotify, and frequent scans where inotify does not work.
     """
 
-    def __init__(self, drop: Drop, log: EventLog, queue: EventQueue) -> None:
+    def __init__(self, drop: Drop, problems: ProblemList, log: EventLog, queue: EventQueue) -> None:
         self._drop = drop
         self._config = drop.config
         self._folder = drop.folder
+        self._problems = problems
         self._log = log
         self._path = str(drop.config.path)
         self._queue = queue
@@ -41,14 +44,15 @@ class WatchHealth:
         self._is_polling = False
         self._degraded_reason = ""
         """The reason of the last `watch.degraded`; empty while events arrive."""
-        self._root_failing = False
+        self.root_is_failing = False
+        """Whether the folder can't be read."""
         self._unwatched: frozenset[bytes] = frozenset()
         """The directories that were not watched at the last check."""
 
     @property
     def is_degraded(self) -> bool:
         """Whether files are found by scans only, if at all."""
-        return bool(self._degraded_reason) or self._root_failing
+        return bool(self._degraded_reason) or self.root_is_failing
 
     def open(self) -> None:
         """Choose between inotify and polling, log the choice and start."""
@@ -89,7 +93,7 @@ class WatchHealth:
             if self._is_accessible(self._folder.reopen):
                 self._restart()
             return False
-        was_failing = self._root_failing
+        was_failing = self.root_is_failing
         if not self._is_accessible(self._folder.check_readable):
             return False
         if was_failing:
@@ -123,15 +127,11 @@ class WatchHealth:
 
     def root_failed(self, error: OSError) -> None:
         """Log, once, that the folder can't be read; `check_and_restart` recovers once it can be."""
-        if not self._root_failing:
-            self._log.emit(
-                events.DROP_FAILED,
-                drop=self._drop.name,
-                path=self._path,
-                error=error.strerror,
-                hint="make the folder readable and writable for the daemon's user; retried at each rescan",
-            )
-        self._root_failing = True
+        text = error.strerror or str(error)
+        hint = "make the folder readable and writable for the daemon's user; retried at each rescan"
+        if self._problems.add(b"", FOLDER_FAILED, text, hint):
+            self._log.emit(events.DROP_FAILED, drop=self._drop.name, path=self._path, error=text, hint=hint)
+        self.root_is_failing = True
         self._degraded_reason = self._degraded_reason or "unreadable"
 
     def _is_accessible(self, access: Callable[[], None]) -> bool:
@@ -141,7 +141,9 @@ class WatchHealth:
         except OSError as error:
             self.root_failed(error)
             return False
-        self._root_failing = False
+        if self.root_is_failing:
+            self._problems.remove(b"")
+        self.root_is_failing = False
         return True
 
     def _restart(self) -> None:

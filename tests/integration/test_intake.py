@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from backupd.config.models import DropConfig
+from backupd.core.drop_problem import DropProblem
 from backupd.core.errors import LedgerError
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.folder import DropFolder
@@ -51,7 +52,7 @@ class RunningIntake:
         self.root = base / "drop"
         self.root.mkdir(exist_ok=True)
         self.state = base / "state"
-        self.state.mkdir()
+        self.state.mkdir(exist_ok=True)
         self.ledger = kind(open_ledger(self.state).connection)
         self.config = DropConfig(
             path=self.root,
@@ -138,6 +139,22 @@ class RunningIntake:
     def wait_event(self, name: str, count: int = 1) -> list[dict[str, Any]]:
         self._until(lambda: len(self.events(name)) >= count, f"{count} x {name}")
         return self.events(name)
+
+    def problems(self) -> dict[str, int]:
+        """Return the number of files with each problem."""
+        return {count.reason: count.files for count in self.ledger.problem_counts()}
+
+    def wait_problems(self, expected: dict[str, int], *, total: bool = False) -> None:
+        """Wait until there are these problems; with `total`, until the sum is as expected."""
+
+        def is_there() -> bool:
+            found = self.problems()
+            return found == expected or (total and sum(found.values()) == sum(expected.values()))
+
+        try:
+            self._until(is_there, f"the problems {expected}")
+        except AssertionError as error:
+            raise AssertionError(f"{self.problems()}: {error}") from None
 
     def wait_scan(self) -> None:
         """Wait until a scan that starts from now on has ended."""
@@ -497,6 +514,111 @@ def test_an_ineligible_file_is_logged_once_with_its_reason(scene: RunningIntake)
     scene.wait_queued("empty.cfg")
 
 
+# problems
+
+
+def test_a_problem_ends_with_its_file(scene: RunningIntake) -> None:
+    (scene.root / "readme.pdf").write_bytes(b"abc")
+    (scene.root / "empty.cfg").touch()
+    (scene.root / "link.cfg").symlink_to("/etc/hostname")
+    scene.wait_problems({"not_included": 1, "too_small": 1, "symlink": 1})
+    (scene.root / "readme.pdf").rename(scene.root / "r1.cfg")
+    (scene.root / "empty.cfg").write_bytes(b"no longer")
+    (scene.root / "link.cfg").unlink()
+    scene.wait_problems({})
+    scene.wait_queued("r1.cfg", "empty.cfg")
+
+
+def test_a_problem_has_the_path_size_and_remedy_of_its_file(scene: RunningIntake) -> None:
+    (scene.root / "site").mkdir()
+    (scene.root / "site" / "readme.pdf").write_bytes(b"abc")
+    scene.wait_problems({"not_included": 1})
+    (problem,) = scene.ledger.problems("switches")
+    assert (problem.relpath, problem.size_bytes) == (b"site/readme.pdf", 3)
+    assert problem.error == "its name matches no pattern of `include`"
+    assert "`include`" in problem.hint
+    assert datetime.now(UTC) - problem.since < timedelta(minutes=10)
+
+
+def test_a_temporary_name_is_a_problem_after_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_intake(tmp_path) as scene:
+        temporary = scene.root / ".r2.cfg.Xy12"
+        temporary.write_bytes(b"abc")
+        os.utime(temporary, (0, 0))  # by a copy that keeps times
+        scene.wait_scan()
+        assert scene.problems() == {}
+        now = time.time() + 86401
+        monkeypatch.setattr("backupd.intake.unfinished_files.time", SimpleNamespace(time=lambda: now))
+        scene.wait_problems({"temporary_name": 1})
+        temporary.rename(scene.root / "r2.cfg")
+        scene.wait_problems({})
+        scene.wait_queued("r2.cfg")
+
+
+def test_a_name_that_exists_for_a_moment_is_no_problem(tmp_path: Path) -> None:
+    with running_intake(tmp_path, stable_for=timedelta(milliseconds=300), rescan_every=LONG) as scene:
+        for number in range(50):
+            temporary = scene.root / f"upload.{number}-Xy"
+            temporary.write_bytes(b"abc")
+            temporary.rename(scene.root / f"r{number}.cfg")
+        scene.wait_queued(*(f"r{number}.cfg" for number in range(50)))
+        assert scene.events("archive.ignored") == []
+        assert scene.problems() == {}
+
+
+def test_a_problem_keeps_its_age_across_a_restart_and_ends_if_its_file_is_gone(tmp_path: Path) -> None:
+    with running_intake(tmp_path) as scene:
+        for name in ("one.pdf", "two.pdf"):
+            (scene.root / name).write_bytes(b"abc")
+        scene.wait_problems({"not_included": 2})
+        before = {problem.relpath: problem for problem in scene.ledger.problems()}
+    (tmp_path / "drop" / "two.pdf").unlink()
+    with running_intake(tmp_path) as scene:
+        scene.wait_problems({"not_included": 1})
+        assert scene.ledger.problems() == [before[b"one.pdf"]]
+
+
+def test_problems_of_dispositions_are_not_those_of_the_intake(scene: RunningIntake) -> None:
+    not_moved = DropProblem(
+        "switches", b"r1.cfg", "not_moved", datetime.now(UTC), "Permission denied", "chmod it"
+    )
+    scene.ledger.save_problems([not_moved], [])
+    (scene.root / "one.pdf").write_bytes(b"abc")
+    scene.wait_problems({"not_moved": 1, "not_included": 1})
+    (scene.root / "one.pdf").unlink()
+    scene.wait_problems({"not_moved": 1})
+
+
+def test_a_folder_that_cannot_be_read_is_a_problem_and_its_files_keep_theirs() -> None:
+    with a_folder_of_nobody() as base, without_rights(), running_intake(base) as scene:
+        (scene.root / "one.pdf").write_bytes(b"abc")
+        scene.wait_problems({"not_included": 1})
+        scene.root.chmod(0)
+        scene.wait_problems({"not_included": 1, "folder_failed": 1})
+        (folder,) = [p for p in scene.ledger.problems() if p.reason == "folder_failed"]
+        assert (folder.relpath, folder.error) == (b"", "Permission denied")
+        scene.root.chmod(0o755)
+        scene.wait_problems({"not_included": 1})
+
+
+def test_a_directory_that_cannot_be_read_is_a_problem() -> None:
+    with a_folder_of_nobody() as base, without_rights(), running_intake(base) as scene:
+        (scene.root / "closed").mkdir()
+        (scene.root / "closed").chmod(0)
+        scene.wait_problems({"unreadable": 1})
+        (scene.root / "closed").chmod(0o755)
+        scene.wait_problems({})
+
+
+def test_problems_that_the_ledger_refused_are_saved_later(tmp_path: Path) -> None:
+    with running_intake(tmp_path, RefusingLedger) as scene:
+        assert isinstance(scene.ledger, RefusingLedger)
+        (scene.root / "one.pdf").write_bytes(b"abc")
+        scene.wait_event("ledger.failed")
+        scene.ledger.failing = False
+        scene.wait_problems({"not_included": 1})
+
+
 # lost events
 
 
@@ -509,25 +631,26 @@ def degraded_reasons(scene: RunningIntake) -> list[str]:
     return [event["reason"] for event in scene.events("watch.degraded")]
 
 
-def test_ignored_files_are_logged_up_to_a_limit(
+def test_problems_beyond_the_limit_are_counted_and_listed_once_others_are_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock_ahead: list[float]
 ) -> None:
-    monkeypatch.setattr("backupd.intake.unfinished_files._MAX_LOGGED_FILES", 10)
+    monkeypatch.setattr("backupd.intake.problem_list._MAX_LISTED", 10)
     with running_intake(tmp_path) as scene:
-        for number in range(30):
+        for number in range(15):
             (scene.root / f"other-{number}.pdf").write_bytes(b"no archive")
             (scene.root / f"empty-{number}.cfg").touch()
-        scene.wait_event("archive.ignored", 11)
-        scene.wait_scan()
+        scene.wait_problems({"not_included": 5, "too_small": 5, "not_listed": 20}, total=True)
         clock_ahead[0] += 2 * HOUR
         for _ in range(3):
             scene.wait_scan()
-        scene.put("r1.cfg")
-        scene.wait_queued("r1.cfg")
-        reasons = [event["reason"] for event in scene.events("archive.ignored")]
-        assert len(reasons) == 11
-        assert reasons.count("too_many") == 1
-        assert degraded_reasons(scene) == []
+        assert len(scene.events("archive.ignored")) == 10
+        assert degraded_reasons(scene) == []  # no event of a file that is not listed counts as lost
+        for path in scene.root.glob("other-*"):
+            path.unlink()
+        scene.wait_problems({"too_small": 10, "not_listed": 5})
+        for path in scene.root.glob("empty-*"):
+            path.unlink()
+        scene.wait_problems({})
 
 
 def test_a_folder_that_is_renamed_and_recreated_is_watched_again(scene: RunningIntake) -> None:
@@ -773,6 +896,11 @@ class RefusingLedger(SqliteLedger):
         if self.failing:
             raise LedgerError("the ledger can't be written: database or disk is full", "check the disk")
         return super().enqueue(candidates, destinations, now)
+
+    def save_problems(self, found: Sequence[DropProblem], solved: Sequence[DropProblem]) -> None:
+        if self.failing:
+            raise LedgerError("the ledger can't be written: database or disk is full", "check the disk")
+        super().save_problems(found, solved)
 
 
 def test_files_that_the_ledger_refused_are_queued_later_and_their_events_not_taken_for_lost(

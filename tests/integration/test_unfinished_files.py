@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from backupd.dropfolder.folder import DropFolder
+from backupd.intake.problem_list import ProblemList
 from backupd.intake.unfinished_files import UnfinishedFiles
+from backupd.ledger.sqlite.connection import open_ledger
+from backupd.ledger.sqlite.deliveries import SqliteLedger
 from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog
 from tests.factories import a_drop
@@ -38,10 +41,13 @@ def folder(tmp_path: Path) -> Iterator[Locked]:
 
 
 @pytest.fixture
-def unfinished(folder: Locked) -> Iterator[UnfinishedFiles]:
+def unfinished(folder: Locked, tmp_path_factory: pytest.TempPathFactory) -> Iterator[UnfinishedFiles]:
+    ledger = SqliteLedger(open_ledger(tmp_path_factory.mktemp("state")).connection)
     drop = a_drop(folder, stable_for=timedelta(seconds=5))
     with (log_of(folder)).open("wb") as stream:
-        yield UnfinishedFiles(drop, EventLog(LineWriter(stream.fileno())))
+        problems = ProblemList(drop.name, ledger)
+        yield UnfinishedFiles(drop, problems, EventLog(LineWriter(stream.fileno())))
+    ledger.close()
 
 
 def log_of(folder: Locked) -> Path:

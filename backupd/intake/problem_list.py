@@ -1,0 +1,114 @@
+"""The problems of one drop folder, kept in the ledger for as long as they last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from backupd.core.drop_problem import NOT_LISTED, NOT_MOVED, DropProblem
+from backupd.ledger.port import Ledger
+
+_MAX_LISTED = 10_000
+"""Problems that are listed one by one; further ones are only counted. The limit bounds memory and ledger."""
+
+
+class ProblemList:
+    """The files of one drop that will not be sent as things are, and the folder itself while it fails.
+
+    Each scan finds the lasting problems again; the others are forgotten at its end. For the thread of the
+    drop's intake.
+    """
+
+    def __init__(self, drop: str, ledger: Ledger) -> None:
+        self._drop = drop
+        self._ledger = ledger
+        self._problems: dict[bytes, DropProblem] = {}
+        """The listed problems by path, empty for the folder; a file has one at a time."""
+        self._earlier: dict[tuple[bytes, str], DropProblem] = {}
+        """Those of an earlier run by path and reason, until a scan of this run has not found them."""
+        self._found: set[bytes] = set()
+        """The listed paths with a problem that was found since the scan began."""
+        self._unlisted = 0
+        """Problems that were found since the last scan ended and are not listed."""
+        self._changed: dict[bytes, DropProblem] = {}
+        """Problems that the ledger doesn't have yet, by path."""
+        self._solved: list[DropProblem] = []
+        """Problems that the ledger still has, unless they have come back."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether further problems are not listed."""
+        return len(self._problems) - (b"" in self._problems) >= _MAX_LISTED
+
+    def __contains__(self, relpath: object) -> bool:
+        return relpath in self._problems
+
+    def load(self) -> None:
+        """Read the problems of an earlier run, which keep their age; raises LedgerError."""
+        problems = self._ledger.problems(self._drop)
+        self._earlier = {(p.relpath, p.reason): p for p in problems if p.reason != NOT_MOVED}
+
+    def add(self, relpath: bytes, reason: str, error: str, hint: str, size: int | None = None) -> bool:
+        """Add a problem, or confirm it; return whether it is new in this run."""
+        known = self._problems.get(relpath)
+        if known is None and self.is_full:
+            self._unlisted += 1
+            return False
+        self._found.add(relpath)
+        if known is not None and known.reason == reason:
+            return False
+        if known is not None:
+            self._solved.append(known)
+        earlier = self._earlier.pop((relpath, reason), None)
+        since = earlier.since if earlier else datetime.now(UTC)
+        self._set(DropProblem(self._drop, relpath, reason, since, error, hint, size))
+        return True
+
+    def remove(self, relpath: bytes) -> None:
+        """Remove the problem of a path, if it has one."""
+        problem = self._problems.pop(relpath, None)
+        if problem is not None:
+            self._changed.pop(relpath, None)
+            self._solved.append(problem)
+
+    def scan_started(self) -> None:
+        """Begin to note which problems are found."""
+        self._found.clear()
+
+    def scan_ended(self, is_examined: Callable[[bytes], bool]) -> None:
+        """Forget the problems that a complete scan has not found.
+
+        `is_examined` returns whether the file of a path is checked again later, independently of scans.
+        """
+        for relpath in [path for path in self._problems if path not in self._found]:
+            if not is_examined(relpath):
+                self.remove(relpath)
+        gone = [key for key in self._earlier if not is_examined(key[0])]
+        self._solved += [self._earlier.pop(key) for key in gone]
+        if self._unlisted:
+            self._set(self._not_listed(self._unlisted))
+        self._unlisted = 0
+
+    def save(self) -> None:
+        """Write what has changed to the ledger; raises LedgerError, and a later call repeats it."""
+        if not self._changed and not self._solved:
+            return
+        lasting = {(p.relpath, p.reason) for p in self._problems.values()}
+        solved = [p for p in self._solved if (p.relpath, p.reason) not in lasting]
+        self._ledger.save_problems([*self._changed.values()], solved)
+        self._changed, self._solved = {}, []
+
+    def _set(self, problem: DropProblem) -> None:
+        self._problems[problem.relpath] = self._changed[problem.relpath] = problem
+
+    def _not_listed(self, files: int) -> DropProblem:
+        """Return the problem that stands for those beyond the limit."""
+        return DropProblem(
+            self._drop,
+            b"",
+            NOT_LISTED,
+            datetime.now(UTC),
+            f"{files} further files have problems",
+            "solve the listed ones, or `exclude` them; the others are listed then",
+            files=files,
+        )
