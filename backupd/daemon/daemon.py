@@ -115,6 +115,7 @@ class Daemon:
         with self._housekeeping.logged_failures():
             self._housekeeping.bring_forward()
         self._housekeeping.check_clock()
+        self._housekeeping.forget_removed_drops()
         pending_dispositions = pending = None
         with self._housekeeping.logged_failures():
             pending_dispositions = runtime.ledger.count_pending_dispositions()
@@ -222,6 +223,7 @@ class Daemon:
         for destination in diff.destinations_stopped.values():
             destination.circuit.retire()
             destination.request_stop()
+        self._housekeeping.forget_removed_drops()
         self._retired += diff.destinations_stopped.values()
         if diff.drops_started:
             with suppress(LedgerError):  # deliveries that wait for a new drop are retried within a day anyway

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 
+from backupd.core.drop_problem import ProblemCount
 from backupd.core.errors import LedgerError
 from backupd.delivery.circuit_breaker import CircuitBreaker
 from backupd.delivery.recorder import Recorder
@@ -25,6 +27,10 @@ class Heartbeat:
         self._recorder = recorder
         self._log = log
         self._started = self._last = started
+        self._problems: set[tuple[str, str]] = set()
+        """The drops and reasons of the problems that were logged last, before that of the last run."""
+        with suppress(LedgerError):
+            self._problems = {(each.drop, each.reason) for each in ledger.problem_counts()}
         self._logged_removed: set[str] = set()
         """Names of the removed destinations that were logged to have pending archives."""
 
@@ -43,6 +49,7 @@ class Heartbeat:
         try:
             backlog = self._ledger.backlog()
             quarantined = self._ledger.count_quarantined()
+            problems = self._ledger.problem_counts()
         except LedgerError as error:
             log_ledger_failure(self._log, error)
             return
@@ -70,6 +77,7 @@ class Heartbeat:
             days_left_by_destination=days_left or None,
             overdue_devices=overdue_devices,
             degraded_drops=degraded_drops,
+            problems=sum(each.files for each in problems),
             memory_bytes=process.memory_bytes,
             open_files=process.open_files,
             open_files_limit=process.open_files_limit,
@@ -86,6 +94,25 @@ class Heartbeat:
                 oldest_s=ages[name],
                 days_left=days_left.get(name),
             )
+
+        self._log_problems(problems, now)
+
+    def _log_problems(self, problems: Sequence[ProblemCount], now: datetime) -> None:
+        current = {(each.drop, each.reason) for each in problems}
+        for drop, reason in sorted(self._problems - current):
+            self._log.emit(events.DROP_PROBLEM_SOLVED, drop=drop, reason=reason, problems=0)
+        for each in problems:
+            self._log.emit(
+                events.DROP_PROBLEM,
+                drop=each.drop,
+                reason=each.reason,
+                problems=each.files,
+                problem_age_s=max((now - each.since).total_seconds(), 0.0),
+                archive=each.example or None,
+                error=each.error,
+                hint=each.hint,
+            )
+        self._problems = current
 
     def _log_removed(self, name: str, backlog: Backlog) -> None:
         """Log, once, that archives are pending for a destination that is no longer configured."""

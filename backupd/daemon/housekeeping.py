@@ -138,6 +138,11 @@ class Housekeeping:
         for name, destination in self._runtime.config.destination.items():
             self._runtime.ledger.bring_forward(name, now + destination.retry.max)
 
+    def forget_removed_drops(self) -> None:
+        """Forget the problems of drops that are no longer configured."""
+        with self.logged_failures():
+            self._runtime.ledger.forget_problems(self._runtime.config.drop)
+
     def save_clock(self) -> None:
         """Save the reading of the clock for the next start; called periodically and at the end."""
         self._clock_saved_at = time.monotonic()

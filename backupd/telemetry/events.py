@@ -117,6 +117,8 @@ KEYS: dict[str, Key] = {
         ),
         Key("skipped_files", COUNT, "files in `sent_dir` that the retention rules cannot remove"),
         Key("unknown_files", COUNT, "files in `rejected_dir` that the ledger does not know"),
+        Key("problems", COUNT, "files that will not be sent, or not moved, as things are"),
+        Key("problem_age_s", NUMBER, "seconds since the first of these problems was found"),
         Key("in_flight", COUNT, "uploads in progress"),
         Key("signal", TEXT, "name of the signal"),
         Key("clean", FLAG, "whether all uploads ended within `shutdown_grace`"),
@@ -188,8 +190,10 @@ DAEMON_HEARTBEAT = _event(
     "info",
     "uptime_s pending pending_by_destination pending_bytes oldest_s oldest_s_by_destination in_flight"
     " circuit_by_destination delivered delivered_bytes rejected bytes_per_s archives_per_s quarantined"
-    " days_left_by_destination overdue_devices degraded_drops memory_bytes open_files open_files_limit",
-    "{pending} pending[ (oldest {oldest_s})], {in_flight} uploading[, {quarantined} in quarantine];"
+    " days_left_by_destination overdue_devices degraded_drops problems memory_bytes open_files"
+    " open_files_limit",
+    "{pending} pending[ (oldest {oldest_s})], {in_flight} uploading[, {quarantined} in quarantine]"
+    "[, {problems} files with problems];"
     " {delivered} delivered and {rejected} rejected since the last heartbeat",
     "the state of the daemon, first right after `daemon.ready`; alert on its absence",
 )
@@ -377,7 +381,7 @@ ARCHIVE_IGNORED = _event(
     "warning",
     "drop archive size_bytes reason error hint",
     "{archive} is ignored: {error}",
-    "a file in a drop folder is not an archive; logged once",
+    "a file in a drop folder is not an archive; logged once, and then counted by `drop.problem`",
 )
 ARCHIVE_WAITING = _event(
     "archive.waiting",
@@ -511,4 +515,19 @@ DESTINATION_STATUS = _event(
     "{destination}[ is {circuit}]: {pending} pending ({pending_bytes}[, oldest {oldest_s}])"
     "[, certificate: {days_left}]",
     "the state of a destination, after each heartbeat",
+)
+DROP_PROBLEM = _event(
+    "drop.problem",
+    "warning",
+    "drop reason problems problem_age_s archive error hint",
+    "problem {reason} in the drop {drop}, files: {problems}[, such as {archive}]: {error}",
+    "files in a drop folder will not be sent, or not moved, as things are: one line for each drop and reason,"
+    " after each heartbeat for as long as it lasts",
+)
+DROP_PROBLEM_SOLVED = _event(
+    "drop.problem_solved",
+    "info",
+    "drop reason problems",
+    "no file in the drop {drop} has the problem {reason} any more",
+    "the last file of a drop with this problem was sent, moved or removed",
 )

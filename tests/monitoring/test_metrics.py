@@ -99,6 +99,7 @@ def test_gauges_are_right_after_a_restart(stage: Stage, tmp_path: Path) -> None:
 
 def test_rare_events_become_metrics(tmp_path: Path) -> None:
     log = tmp_path / "rare.log"
+    unreadable = {"reason": "unreadable", "problems": 7, "problem_age_s": 5.0}
     forged = '{"timestamp":"2026-03-04T05:06:07.000Z","level":"info","event":"archive.missing"'
     lines: list[dict[str, object]] = [
         {"event": "watch.degraded", "drop": "switches"},
@@ -109,9 +110,12 @@ def test_rare_events_become_metrics(tmp_path: Path) -> None:
         {"event": "log.lost", "lost_lines": 7},
         {"event": "ledger.failed", "error": "disk full"},
         {"event": "daemon.failed", "error": forged},
-        {"event": "disposition.failed", "drop": "people"},
+        {"event": "archive.unusual_size", "drop": "people"},
         {"event": "drop.failed", "drop": "people"},
         {"event": "archive.missing", "drop": "people"},
+        {"event": "drop.problem", "drop": "people", **unreadable},
+        {"event": "drop.problem", "drop": "people", **unreadable, "reason": "symlink"},
+        {"event": "drop.problem_solved", "drop": "people", "reason": "symlink", "problems": 0},
         {"event": "daemon.heartbeat", "quarantined": 0, "overdue_devices": 2},
         {"event": "destination.status", "destination": "vault", "circuit": "probing", "days_left": -3},
     ]
@@ -126,9 +130,10 @@ def test_rare_events_become_metrics(tmp_path: Path) -> None:
         "backupd_log_lines_lost_total{}": 7,
         "backupd_ledger_failures_total{}": 1,
         "backupd_daemon_failures_total{}": 1,
-        'backupd_disposition_failures_total{drop="people"}': 1,
-        'backupd_drop_failures_total{drop="people"}': 1,
+        'backupd_problems{drop="people",reason="folder_failed"}': 1,
         'backupd_archives_missing_total{drop="people"}': 1,
+        'backupd_problems{drop="people",reason="unreadable"}': 7,
+        'backupd_oldest_problem_seconds{drop="people",reason="unreadable"}': 5,
         "backupd_overdue_devices{}": 2,
         "backupd_heartbeat_timestamp_seconds{}": 1772600767,
         'backupd_certificate_days_left{destination="vault"}': -3,
