@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -17,9 +19,10 @@ from backupd.cli.options import (
     configured_name,
     parse_time,
 )
-from backupd.cli.output import print_json, print_table, relative_time
+from backupd.cli.output import print_json, print_line, print_table, relative_time
 from backupd.config.load import load
 from backupd.config.models import Config
+from backupd.core.drop_problem import DropProblem
 from backupd.core.errors import UsageError
 from backupd.core.model import DeliveryState
 from backupd.core.names import as_text
@@ -53,14 +56,28 @@ def list_deliveries(
     limit: Annotated[
         int, typer.Option("--limit", "-n", min=1, help="The maximum number of deliveries.")
     ] = 50,
+    problems: Annotated[
+        bool,
+        typer.Option("--problems", help="List the files that will not be sent, or not moved, instead."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List deliveries, newest first.
+    """List deliveries, newest first, or files with problems, oldest first.
 
     --since and --until compare the time at which the archive was queued.
     """
     loaded, now = load(config), datetime.now(UTC)
     history = open_history(loaded)
+    if problems:
+        if any((state, destination, device, label, since, until, name)):
+            raise UsageError(
+                "--problems lists files without a delivery", "combine it with --drop and --limit"
+            )
+        found = history.problems(configured_name("--drop", drop, list(loaded.drop)), limit)
+        _print_problems(loaded, found, as_json=as_json)
+        if len(found) == limit:
+            typer.echo(f"the oldest {limit} problems; --limit shows more", err=True)
+        return
     labels = [*(label or ()), *([f"device={device}"] if device else ())]
     search = Search(
         state,
@@ -92,6 +109,21 @@ def list_deliveries(
     )
     if len(records) == limit:
         typer.echo(f"the newest {limit} deliveries; --limit shows more", err=True)
+
+
+def _print_problems(config: Config, problems: Sequence[DropProblem], *, as_json: bool) -> None:
+    if as_json:
+        print_json(problems)
+        return
+    if not problems:
+        typer.echo("no problems: every file is delivered or on its way")
+    for problem in problems:
+        drop = config.drop.get(problem.drop)
+        path = os.path.join(os.fsencode(drop.path), problem.relpath) if drop else problem.relpath
+        size = "" if problem.size_bytes is None else f", {human_size(problem.size_bytes)}"
+        print_line(f"{as_text(path)}  ({problem.drop}{size})", "bold")
+        print_line(f"  {problem.reason}, found {relative_time(problem.since)}: {problem.error}")
+        print_line(f"  hint: {problem.hint}")
 
 
 def _parse_label(config: Config, text: str) -> tuple[str, str]:

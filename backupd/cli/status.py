@@ -19,6 +19,7 @@ from backupd.config.files import days_left, earliest_expiry
 from backupd.config.load import load
 from backupd.config.models import Config
 from backupd.config.types import parse_duration
+from backupd.core.drop_problem import ProblemCount
 from backupd.core.errors import BackupdError, UsageError
 from backupd.core.health import HealthFacts, HealthLevel, HealthLimits, plugin_line
 from backupd.core.names import as_text
@@ -72,6 +73,7 @@ class DaemonStatus:
     rejected: int
     certificates: list[CertificateStatus]
     overdue: list[OverdueDevice]
+    problems: list[ProblemCount]
 
 
 def status(
@@ -95,9 +97,9 @@ def status(
 ) -> None:
     """Show the backlog and state of each drop and destination, rejected archives and certificates.
 
-    With --check, these are critical: the daemon does not run, or a certificate has fewer than 3 days left.
-    These are warnings: a paused destination, a rejected archive, an overdue device, or a certificate with
-    fewer than 14 days left.
+    With --check, these are critical: the daemon does not run, a drop folder cannot be used, or a certificate
+    has fewer than 3 days left. These are warnings: a paused destination, a rejected archive, a file with a
+    problem, an overdue device, or a certificate with fewer than 14 days left.
     """
     if check and (watch or as_json):
         raise UsageError("--check prints one line", "leave --watch and --json out")
@@ -135,6 +137,7 @@ def collect_status(config: Path) -> DaemonStatus:
             history.count_quarantined(),
             list(_certificates(loaded, now)),
             _overdue_devices(loaded, history, now),
+            history.problem_counts(),
         )
 
 
@@ -154,6 +157,7 @@ def health_facts(daemon_status: DaemonStatus, now: datetime) -> HealthFacts:
         },
         {c.destination: c.days_left for c in daemon_status.certificates},
         [f"{d.device or 'all'} ({d.drop})" for d in daemon_status.overdue],
+        daemon_status.problems,
     )
 
 
@@ -210,6 +214,7 @@ def _print_status(daemon_status: DaemonStatus, *, as_json: bool) -> None:
         print_line(
             f"rejected: {daemon_status.rejected} {noun}; see `backupd list --state rejected`", "bold red"
         )
+    _print_problems(daemon_status.problems)
     _print_overdue(daemon_status.overdue)
     for certificate in daemon_status.certificates:
         _print_certificate(certificate)
@@ -243,6 +248,17 @@ def _print_pause(record: DestinationRecord) -> None:
     retry = relative_time(record.until) if record.until and record.until > now else "at any moment"
     print_line(f"{record.circuit}: {record.name}: {record.reason}: {record.error}", "bold red")
     print_line(f"  for {duration}; next retry {retry}")
+
+
+def _print_problems(problems: list[ProblemCount]) -> None:
+    if not problems:
+        return
+    rows = [
+        (p.drop, p.reason, p.files, relative_time(p.since), as_text(p.example) or "the folder")
+        for p in problems
+    ]
+    print_table(("problems in", "reason", "files", "oldest", "such as"), rows)
+    print_line("see `backupd list --problems` for the cause and the remedy of each", "yellow")
 
 
 def _print_overdue(devices: list[OverdueDevice]) -> None:

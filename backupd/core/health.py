@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import IntEnum
 
+from backupd.core.drop_problem import FOLDER_FAILED, ProblemCount
 from backupd.core.units import human_duration
 
 
@@ -28,7 +29,8 @@ class HealthFacts:
 
     `pending_bytes` is the size of all `pending` archives, `oldest` the age of the oldest of them. `paused`
     has the length of the pause of each paused destination, `days_left` the days until each destination's
-    client certificate expires, and `overdue` the devices that should have sent an archive.
+    client certificate expires, `overdue` the devices that should have sent an archive, and `problems` the
+    files that will not be sent, or not moved, as things are.
     """
 
     running: bool = True
@@ -39,6 +41,7 @@ class HealthFacts:
     paused: Mapping[str, timedelta] = field(default_factory=dict)
     days_left: Mapping[str, int] = field(default_factory=dict)
     overdue: Sequence[str] = ()
+    problems: Sequence[ProblemCount] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +83,16 @@ def _problems(facts: HealthFacts, limits: HealthLimits) -> Iterator[tuple[Health
             when = f"expires in {days} day{'' if days == 1 else 's'}" if days >= 0 else "has expired"
             text = f"the certificate of {name} {when}"
             yield HealthLevel.CRITICAL if days < limits.critical_days else HealthLevel.WARNING, text
+    for problem in facts.problems:
+        yield _problem(problem)
     if facts.overdue:
         yield HealthLevel.WARNING, f"overdue: {', '.join(facts.overdue)}"
+
+
+def _problem(problem: ProblemCount) -> tuple[HealthLevel, str]:
+    if problem.reason == FOLDER_FAILED:
+        return HealthLevel.CRITICAL, f"the folder of the drop {problem.drop} cannot be used: {problem.error}"
+    return HealthLevel.WARNING, f"{problem.files} {problem.reason} in {problem.drop}"
 
 
 def _perfdata(facts: HealthFacts, limits: HealthLimits) -> str:
@@ -94,6 +105,7 @@ def _perfdata(facts: HealthFacts, limits: HealthLimits) -> str:
         f"rejected={facts.rejected}",
         f"paused={len(facts.paused)}",
         f"overdue={len(facts.overdue)}",
+        f"problems={sum(problem.files for problem in facts.problems)}",
     ]
     if facts.days_left:
         days = min(facts.days_left.values())

@@ -234,6 +234,70 @@ def test_check_warns_of_a_rejected_archive(stage: Stage) -> None:
 
 
 @pytest.mark.long
+def test_files_that_will_not_be_sent_are_listed_until_they_are_gone(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(
+        receiver.url, drop='rescan_every = "1s"\ninclude = ["*.cfg"]', top='heartbeat_every = "1s"'
+    )
+    daemon = stage.daemon().ready()
+    stage.put("readme.pdf", b"abc")
+    stage.put("empty.cfg", b"")
+    daemon.wait_for("drop.problem", reason="not_included", problems=1)
+    daemon.wait_for("drop.problem", reason="too_small", problems=1)
+
+    code, line = checked(stage)
+    assert code == 1
+    assert line.startswith("WARNING - 1 not_included in switches; 1 too_small in switches |")
+    assert "problems=2" in line
+    text = stage.backupd("status").stdout
+    assert "readme.pdf" in text
+    assert "backupd list --problems" in text
+    listed = json.loads(stage.backupd("list", "--problems", "--json").stdout)
+    assert {each["relpath"]: each["reason"] for each in listed} == {
+        "readme.pdf": "not_included",
+        "empty.cfg": "too_small",
+    }
+    text = stage.backupd("list", "--problems", "--drop", "switches").stdout
+    assert f"{stage.drop}/empty.cfg" in text
+    assert "hint: " in text
+
+    (stage.drop / "readme.pdf").unlink()
+    (stage.drop / "empty.cfg").write_bytes(b"no longer")
+    daemon.wait_for("drop.problem_solved", reason="not_included")
+    daemon.wait_for("drop.problem_solved", reason="too_small")
+    assert checked(stage)[0] == 0
+    assert "no problems" in stage.backupd("list", "--problems").stdout
+
+
+@pytest.mark.long
+def test_problems_are_listed_without_criteria_of_deliveries(stage: Stage) -> None:
+    stage.configure("https://127.0.0.1:9/")
+    stage.daemon().ready().stop()
+    done = stage.backupd("list", "--problems", "--name", "*.cfg")
+    assert done.returncode == 2
+    assert "--drop and --limit" in done.stderr
+
+
+@pytest.mark.long
+def test_a_delivered_file_that_cannot_be_moved_is_a_problem_until_it_is_moved(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url, top='heartbeat_every = "1s"')
+    daemon = stage.daemon().ready()
+    stage.sent.write_bytes(b"a file in place of the folder")
+    stage.put("r1.cfg", b"content")
+    daemon.wait_for("drop.problem", reason="not_moved", problems=1)
+    assert "1 not_moved in switches" in checked(stage)[1]
+    daemon.kill()
+    stage.sent.unlink()
+    daemon = stage.daemon().ready()
+    daemon.wait_for("archive.disposed")
+    daemon.wait_for("drop.problem_solved", reason="not_moved")
+    assert checked(stage)[0] == 0
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(("days", "code"), [(10, 1), (2, 2)])
 def test_check_warns_of_an_expiring_certificate(
     stage: Stage, receiver: RunningReceiver, days: int, code: int
