@@ -14,7 +14,7 @@ from backupd.cli.output import print_json
 from backupd.config.files import file_problems
 from backupd.config.load import load
 from backupd.config.models import DestinationConfig
-from backupd.config.problems import DropProblem
+from backupd.config.problems import FileProblem
 from backupd.core.names import printable
 from backupd.core.units import human_duration
 from backupd.upload.base import ProbeResult
@@ -57,7 +57,7 @@ def _as_dict(probe: ProbeResult) -> dict[str, object]:
     return {**fields, "hint": probe.hint}
 
 
-def _print_problems(problems: list[DropProblem]) -> None:
+def _print_problems(problems: list[FileProblem]) -> None:
     for problem in problems:
         typer.echo(f"{'failed' if problem.fatal else 'warning'}: {problem}")
     if not any(problem.fatal for problem in problems):

@@ -447,14 +447,6 @@ OnDelivered = Literal["move", "delete", "keep"]
 Inspect = Literal["off", "quick", "full"]
 ChecksumFile = Literal["off", "auto", "required"]
 
-USUAL_NAMES = (
-    *("*.tar", "*.tgz", "*.tbz", "*.tbz2", "*.txz", "*.tzst", "*.gz", "*.bz2", "*.xz", "*.zst", "*.lz4"),
-    *("*.zip", "*.7z", "*.rar", "*.gpg", "*.pgp", "*.age", "*.enc", "*.aes"),
-    *("*.cfg", "*.conf", "*.config", "*.confg", "*-confg", "*.cnf", "*.set", "*.rsc", "*.txt"),
-    *("*.xml", "*.json", "*.yaml", "*.yml", "*.sql", "*.dump", "*.dat"),
-    *("*.bak", "*.backup", "*.bkp", "*.bkf", "*.ucs", "*.scf", "*.sns", "*.unf", "*.exp"),
-)
-
 
 class LogConfig(TableModel):
     """The `log` table: the format and level of the daemon's log."""
@@ -479,11 +471,13 @@ class DropConfig(TableModel):
         examples=[["vault"]],
     )
     include: tuple[FilePattern, ...] = Field(
-        default=USUAL_NAMES, min_length=1, description="Name patterns of files that are archives."
+        default=("*",),
+        min_length=1,
+        description="Name patterns of files that are archives.",
     )
     exclude: tuple[FilePattern, ...] = Field(
         default=(),
-        description="Name patterns of files to ignore; temporary and hidden files are always ignored.",
+        description="Name patterns of files and folders to ignore, besides temporary and hidden ones.",
     )
     recursive: bool = Field(default=True, strict=True, description="Watch subfolders too.")
     observer: Observer = Field(

@@ -12,10 +12,28 @@ from enum import StrEnum
 from backupd.core.checksum import is_checksum_name
 
 _TEMPORARY = re.compile(
-    r"(?:\..*|.*~|~.*|#.*#|.*\.(?:part|partial|tmp|temp|filepart|crdownload|swp|swx|lock|writing|upload|inprogress))",
+    r"(?:\..*|.*~|~.*|#.*#|.*\.(?:part|partial|tmp|temp|filepart|crdownload|swp|swx|lock|writing|upload|inprogress|aria2|lftp-pget-status))",
     re.IGNORECASE | re.DOTALL,
 )
-"""Hidden names, and the names of unfinished files of editors, browsers, WinSCP, rsync and others."""
+"""Hidden names, and the names of unfinished files of editors, browsers, WinSCP, rsync and others.
+
+Files and folders with such a name are ignored; after a day they are a problem.
+"""
+
+_RUBBISH = re.compile(
+    r"(?:thumbs\.db|ehthumbs\.db|desktop\.ini|\.ds_store|\._.*|\.apdisk|\.nfs[0-9a-f]{8,}|\.fuse_hidden[0-9a-f]+"
+    r"|@eadir|#recycle|\$recycle\.bin|system volume information|lost\+found|~snapshot|\.snapshots?|\.zfs"
+    r"|\.trash.*|\.spotlight-v100|\.fseventsd|\.appledouble|\.temporaryitems|\.ssh|\.git|\.cache|\.config"
+    r"|\.local|\.gnupg|\.bash.*|\.profile|\.lesshst|\.viminfo|\.gitkeep|\.keep|\.placeholder|\.backupd-.*)",
+    re.IGNORECASE | re.DOTALL,
+)
+"""Names that file servers, desktops, shells and backupd itself give to what is no backup: always ignored."""
+
+COMPANION_SUFFIXES = (b".part", b".filepart", b".aria2", b".lftp-pget-status", b".st")
+"""While a file NAME with one of these exists, NAME is still being written.
+
+Source: the documentation of WinSCP, aria2, lftp and axel.
+"""
 
 
 class Ineligible(StrEnum):
@@ -71,15 +89,20 @@ class Eligibility:
     def of_name(self, relpath: bytes) -> Ineligible | None:
         """Return why a file with this path is not an archive, None if its path qualifies."""
         name = relpath.rpartition(b"/")[2]
-        if is_temporary(name):
-            return Ineligible.TEMPORARY
-        if self.exclude.match(relpath):
-            return Ineligible.EXCLUDED
+        if (why := self.of_directory(relpath)) is not None:
+            return why
         if self.checksums and is_checksum_name(name):
             return Ineligible.CHECKSUM
         if not self.include.match(relpath):
             return Ineligible.NOT_INCLUDED
         return None
+
+    def of_directory(self, relpath: bytes) -> Ineligible | None:
+        """Return why the files below a directory with this path are ignored, None if they are not."""
+        name = relpath.rpartition(b"/")[2]
+        if self.exclude.match(relpath) or _RUBBISH.fullmatch(name.decode("utf-8", "surrogateescape")):
+            return Ineligible.EXCLUDED
+        return Ineligible.TEMPORARY if is_temporary(name) else None
 
     def of_file(self, mode: int, size: int) -> Ineligible | None:
         """Return why a file with this `st_mode` and size is not an archive, None if it qualifies."""

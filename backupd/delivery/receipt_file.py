@@ -249,10 +249,9 @@ class StoredFolder:
             for relpath, status in walk(
                 self.folder,
                 self.top,
-                frozenset(),
+                _is_hidden,
                 on_unreadable,
-                recursive=True,
-                should_continue=should_continue,
+                should_continue,
             ):
                 if not should_continue():
                     return
@@ -296,7 +295,7 @@ class StoredFolder:
         self, fd: int, directory: bytes, name: bytes, status: os.stat_result
     ) -> StoredFile | None:
         """Return what a file in the open directory `fd` is, None for a file that belongs to another one."""
-        if name.startswith(b".") and not name.startswith(b".backupd-"):
+        if stat.S_ISDIR(status.st_mode) or (name.startswith(b".") and not name.startswith(b".backupd-")):
             return None  # of another program
         match = _RECEIPT_NAME.search(name)
         archive = name[: match.start()] if match else b""
@@ -408,3 +407,7 @@ def _status_of(name: bytes, directory: int) -> os.stat_result | None:
         return os.stat(name, dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:
         return None
+
+
+def _is_hidden(directory: bytes) -> bool:
+    return directory.rpartition(b"/")[2].startswith(b".")

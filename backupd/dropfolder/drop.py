@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from backupd.config.models import DropConfig
+from backupd.core.eligibility import Eligibility, Patterns
 from backupd.core.errors import ConfigError
 from backupd.core.retention_policy import RetentionPolicy
 from backupd.dropfolder.folder import DropFolder
@@ -28,6 +29,7 @@ class Drop:
     rejected_dir: bytes
     label_pattern: re.Pattern[str] | None
     retention: RetentionPolicy
+    eligibility: Eligibility
 
     @classmethod
     def of(cls, name: str, config: DropConfig, folder: DropFolder, destinations: tuple[str, ...]) -> Drop:
@@ -41,12 +43,24 @@ class Drop:
             os.fsencode(config.rejected_dir.strip("/")),
             re.compile(config.label_pattern) if config.label_pattern else None,
             RetentionPolicy(config.keep_sent_for, config.keep_sent_last, config.min_free),
+            Eligibility(
+                Patterns(config.include),
+                Patterns(config.exclude),
+                config.min_size,
+                config.max_size,
+                checksums=config.checksum_file != "off",
+            ),
         )
 
-    @property
-    def own_folders(self) -> frozenset[bytes]:
-        """The folders into which archives are moved; they are neither watched nor scanned."""
-        return frozenset((self.sent_dir, self.rejected_dir))
+    def skips(self, directory: bytes) -> bool:
+        """Return whether a directory is neither watched nor scanned, by its path relative to `folder`.
+
+        These are the folders into which archives are moved, those with a temporary, hidden or excluded name,
+        and all below them; without `recursive` all directories.
+        """
+        if not self.config.recursive or directory in (self.sent_dir, self.rejected_dir):
+            return True
+        return self.eligibility.of_directory(directory) is not None
 
     @property
     def tracks_devices(self) -> bool:

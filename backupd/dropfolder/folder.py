@@ -203,23 +203,16 @@ class DirectoryCache:
             os.close(last[1])
 
 
-def is_skipped(directory: bytes, skip: frozenset[bytes]) -> bool:
-    """Return whether a directory is not entered: it is hidden, or in `skip`; both relative to the folder."""
-    return directory in skip or directory.rpartition(b"/")[2].startswith(b".")
-
-
 def walk(
     folder: DropFolder,
     top: bytes,
-    skip: frozenset[bytes],
+    skips: Callable[[bytes], bool],
     on_unreadable: OnUnreadable,
-    *,
-    recursive: bool,
     should_continue: Callable[[], bool] = lambda: True,
 ) -> Iterator[tuple[bytes, os.stat_result]]:
     """Yield the relative path and status of every file below the directory `top` of the folder.
 
-    Hidden directories and those in `skip`, relative to the folder, are not entered. Files and directories
+    A directory for which `skips` returns True is not entered, but yielded as a file is. Files and directories
     that can't be read go to `on_unreadable`, except those that have disappeared meanwhile.
     It ends once `should_continue`, called before each directory, returns False.
     """
@@ -232,9 +225,8 @@ def walk(
                     for entry in entries:
                         name = os.fsencode(entry.name)
                         relpath = directory + b"/" + name if directory else name
-                        if entry.is_dir(follow_symlinks=False):
-                            if recursive and not is_skipped(relpath, skip):
-                                pending.append(relpath)
+                        if entry.is_dir(follow_symlinks=False) and not skips(relpath):
+                            pending.append(relpath)
                             continue
                         try:
                             yield relpath, entry.stat(follow_symlinks=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -78,7 +79,7 @@ class Intake:
             self._unfinished_files.add_unreadable,
             self._problems,
         )
-        self._skip = drop.own_folders
+        self._skips = drop.skips
         self._watch_health = WatchHealth(drop, self._problems, log, self._events)
         self._next_scan = 0.0
         """When the next scan is due (monotonic)."""
@@ -182,12 +183,7 @@ class Intake:
     def _scan(self, below: bytes, stop: threading.Event | None, *, detect_lost_events: bool) -> None:
         """Check the files below a directory, except those that the ledger knows."""
         started, found, lost = time.monotonic(), 0, None
-        try:
-            if not self._ledger.stewardship((self.name,)):
-                return  # another session scans this folder
-            self._update_known()
-        except LedgerError as error:
-            self._log_ledger_failure(error)
+        if not self._may_scan():
             return
 
         def should_continue() -> bool:
@@ -199,14 +195,16 @@ class Intake:
         for relpath, status in walk(
             self._folder,
             below,
-            self._skip,
+            self._skips,
             self._on_unreadable,
-            recursive=self._config.recursive,
-            should_continue=should_continue,
+            should_continue,
         ):
-            found += 1
             if not should_continue():
                 break
+            if stat.S_ISDIR(status.st_mode):  # it is not entered, and a temporary name may be a problem
+                self._check(relpath, status)
+                continue
+            found += 1
             if self._known.get(hash(relpath)) == content_key(relpath, fingerprint_of(status)):
                 continue
             if detect_lost_events and lost is None and self._is_event_lost(relpath, status):
@@ -214,6 +212,17 @@ class Intake:
             self._check(relpath, status)
         if should_continue():
             self._end_scan(below, lost, found, time.monotonic() - started)
+
+    def _may_scan(self) -> bool:
+        """Return whether no other session scans this folder, and it is known what the ledger has of it."""
+        try:
+            if not self._ledger.stewardship((self.name,)):
+                return False
+            self._update_known()
+        except LedgerError as error:
+            self._log_ledger_failure(error)
+            return False
+        return True
 
     def _end_scan(self, below: bytes, lost: bytes | None, found: int, duration: float) -> None:
         """Draw the conclusions of a complete scan; `lost` is a file for which no event arrived, if any."""

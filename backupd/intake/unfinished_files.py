@@ -6,8 +6,9 @@ import errno
 import os
 import stat
 import time
+from contextlib import suppress
 
-from backupd.core.eligibility import Eligibility, Ineligible, Patterns
+from backupd.core.eligibility import COMPANION_SUFFIXES, Ineligible
 from backupd.core.model import fingerprint_of
 from backupd.core.stability import StabilityTracker
 from backupd.dropfolder.drop import Drop
@@ -42,6 +43,19 @@ _HINTS = {
 }
 
 
+_UNFINISHED = (
+    "it has been written to, held open for writing, or had a companion such as NAME.part for an hour"
+)
+_UNFINISHED_HINT = (
+    "`fuser -v FILE` shows the writing process; the file is sent once it is closed, has no companion and has"
+    " been unchanged for `stable_for`"
+)
+_NO_ROOM = "its filesystem has no room left, so that the file may be cut off"
+_NO_ROOM_HINT = (
+    "free some space (`df -h FILE`), and check that the file is whole: it is sent once there is room"
+)
+
+
 class UnfinishedFiles:
     """The files of one drop that are not finished yet; `check` decides when a file becomes an archive.
 
@@ -53,13 +67,8 @@ class UnfinishedFiles:
         self._drop = drop.name
         self._folder = drop.folder
         self._log = log
-        self._eligibility = Eligibility(
-            Patterns(config.include),
-            Patterns(config.exclude),
-            config.min_size,
-            config.max_size,
-            checksums=drop.uses_checksum_files,
-        )
+        self._eligibility = drop.eligibility
+        self._is_recursive = config.recursive
         self._tracker = StabilityTracker(config.stable_for.total_seconds())
         self._problems = problems
         self._unfinished_since: dict[bytes, float] = {}
@@ -97,6 +106,10 @@ class UnfinishedFiles:
             self._forget(relpath)
             self.add_unreadable(relpath, error)
             return None
+        if stat.S_ISDIR(status.st_mode) and not self._is_recursive:
+            return None
+        if why is None and relpath.endswith(b".st") and self._exists(relpath.removesuffix(b".st")):
+            why = Ineligible.TEMPORARY  # the notes of axel; alone it may be a program of a controller
         if why is Ineligible.TEMPORARY:
             if time.time() - max(status.st_mtime, status.st_ctime) >= _TEMPORARY_PROBLEM_AFTER:
                 self._add_ineligible(relpath, why, status.st_size)
@@ -146,9 +159,11 @@ class UnfinishedFiles:
             fd = self._folder.open(relpath)
             try:
                 opened, is_written = fingerprint_of(os.fstat(fd)), is_being_written(fd)
+                has_room = _has_room(fd)
                 folder_inode = self._folder.inode()
             finally:
                 os.close(fd)
+            is_written = is_written or self._has_companion(relpath)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -157,24 +172,42 @@ class UnfinishedFiles:
         if is_written or opened != fingerprint_of(status):
             self._tracker.hold(relpath, opened, now)
             return None
+        if not has_room:
+            self._add_waiting(relpath, "no_room", _NO_ROOM, _NO_ROOM_HINT, status.st_size)
+            self._tracker.hold(relpath, opened, now)
+            return None
         return FileCandidate(self._drop, relpath, opened, folder_inode=folder_inode)
 
     def _check_age(self, relpath: bytes, size: int, now: float) -> None:
         """Add a file that has not been finished for an hour to the problems: it may never be."""
         if now - self._unfinished_since.setdefault(relpath, now) < _UNFINISHED_PROBLEM_AFTER:
             return
-        error = "it has been written to or held open for writing for an hour"
-        hint = (
-            "`fuser -v FILE` shows the writing process; the file is sent once it is closed and has been"
-            " unchanged for `stable_for`"
-        )
-        if self._problems.add(relpath, "unfinished", error, hint, size):
+        self._add_waiting(relpath, "unfinished", _UNFINISHED, _UNFINISHED_HINT, size)
+
+    def _exists(self, relpath: bytes) -> bool:
+        with suppress(OSError):
+            self._folder.stat(relpath)
+            return True
+        return False
+
+    def _has_companion(self, relpath: bytes) -> bool:
+        """Return whether a program keeps its notes about an unfinished download beside the file."""
+        parent, _, name = relpath.rpartition(b"/")
+        with self._folder.directory(parent) as directory:
+            for suffix in COMPANION_SUFFIXES:
+                with suppress(OSError):  # there is none, or its name would be too long
+                    os.stat(name + suffix, dir_fd=directory, follow_symlinks=False)
+                    return True
+        return False
+
+    def _add_waiting(self, relpath: bytes, reason: str, error: str, hint: str, size: int) -> None:
+        if self._problems.add(relpath, reason, error, hint, size):
             self._log.emit(
                 events.ARCHIVE_WAITING,
                 drop=self._drop,
                 archive=relpath,
                 size_bytes=size,
-                reason="unfinished",
+                reason=reason,
                 error=error,
                 hint=hint,
             )
@@ -196,3 +229,9 @@ class UnfinishedFiles:
                 error=error,
                 hint=hint,
             )
+
+
+def _has_room(fd: int) -> bool:
+    """Return whether the filesystem of a file has room; some report neither its size nor its free space."""
+    status = os.fstatvfs(fd)
+    return status.f_bavail > 0 or status.f_blocks == 0

@@ -15,7 +15,7 @@ from watchdog.events import DirCreatedEvent, FileModifiedEvent, FileSystemEvent
 from watchdog.observers.api import EventEmitter, EventQueue, ObservedWatch
 
 from backupd.dropfolder.drop import Drop
-from backupd.dropfolder.folder import DirectoryCache, is_skipped
+from backupd.dropfolder.folder import DirectoryCache
 
 _MASK = flags.CLOSE_WRITE | flags.CREATE | flags.MOVED_TO | flags.MOVE_SELF
 """Events of files that arrive, and the move of a directory that is watched.
@@ -57,7 +57,7 @@ class Watcher(EventEmitter):
         super().__init__(queue, ObservedWatch(drop.folder.path, recursive=drop.config.recursive))
         self.name = f"watcher of {drop.name}"
         self._folder = drop.folder
-        self._skip = drop.own_folders
+        self._skips = drop.skips
         self._inotify = INotify()
         self._root = -1
         self._paths: dict[int, bytes] = {}
@@ -118,7 +118,7 @@ class Watcher(EventEmitter):
     def _queue_path(self, relpath: bytes, is_directory: bool) -> None:
         if not is_directory:
             self.queue_event(FileModifiedEvent(relpath))
-        elif self.watch.is_recursive and not is_skipped(relpath, self._skip):
+        elif self.watch.is_recursive and not self._skips(relpath):
             self._watch_tree(relpath)
             self.queue_event(DirCreatedEvent(relpath))
 
@@ -151,4 +151,4 @@ class Watcher(EventEmitter):
         with os.scandir(directory) as entries:
             names = [os.fsencode(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)]
         paths = (os.path.join(relpath, name) for name in names)
-        return [path for path in paths if not is_skipped(path, self._skip)]
+        return [path for path in paths if not self._skips(path)]

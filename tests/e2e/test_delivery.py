@@ -139,7 +139,7 @@ def test_a_file_with_a_hidden_or_temporary_name_is_delivered_once_it_is_renamed(
 ) -> None:
     stage.configure(receiver.url, drop='rescan_every = "0.3s"')
     daemon = stage.daemon().ready()
-    for name in ("x.tar.gz.part", ".x.tar.gz", "x.tar.gz.filepart", "x.tar.gz~", "x.tar.gz.tmp"):
+    for name in ("x.tar.gz.part", ".x.tar.gz", "y.tar.gz.filepart", "x.tar.gz~", "x.tar.gz.tmp"):
         (stage.drop / name).write_bytes(b"half")
     stage.put("proof.tar.gz", b"delivered after a look at the others")
     daemon.wait_for("archive.disposed", archive="proof.tar.gz")

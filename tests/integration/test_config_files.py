@@ -17,7 +17,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from backupd.config.files import days_left, earliest_expiry, examine_files, file_problems, mount_points
 from backupd.config.models import Config, DropConfig, HttpDestinationConfig
-from backupd.config.problems import DropProblem
+from backupd.config.problems import FileProblem
 
 NOW = datetime(2030, 6, 1, 12, tzinfo=UTC)
 NOBODY = 65534
@@ -65,7 +65,7 @@ def a_config(
     )
 
 
-def only(config: Config, now: datetime = NOW) -> DropProblem:
+def only(config: Config, now: datetime = NOW) -> FileProblem:
     (problem,) = file_problems(config, now)
     return problem
 

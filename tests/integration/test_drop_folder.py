@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -255,7 +255,7 @@ def test_a_missing_file_may_be_on_an_unmounted_filesystem_if_its_folder_is_an_em
 
 
 def walked(
-    folder: DropFolder, below: bytes = b"", skip: frozenset[bytes] = frozenset(), *, recursive: bool = True
+    folder: DropFolder, below: bytes = b"", skips: Callable[[bytes], bool] = lambda _: False
 ) -> tuple[list[bytes], list[bytes]]:
     """Return the paths that were found, sorted, and those reported as unreadable."""
     unreadable: list[bytes] = []
@@ -263,19 +263,20 @@ def walked(
     def on_unreadable(relpath: bytes, _error: OSError) -> None:
         unreadable.append(relpath)
 
-    found = [relpath for relpath, _ in walk(folder, below, skip, on_unreadable, recursive=recursive)]
+    found = [relpath for relpath, _ in walk(folder, below, skips, on_unreadable)]
     return sorted(found), unreadable
 
 
-def test_a_walk_finds_all_files_except_in_skipped_hidden_or_linked_directories(
+def test_a_walk_finds_all_files_except_in_skipped_or_linked_directories(
     folder: DropFolder, root: Path
 ) -> None:
     for name in ("r1", "a/r2", "a/b/r3", "sent/r4", "a/sent/r5", ".hidden/r6", "a/.r7"):
         put(root / name)
     (root / "link").symlink_to(root.parent / "outside")
     put(Path(os.fsdecode(os.fsencode(root) + b"/bad\xff\n")))
-    found, unreadable = walked(folder, skip=frozenset([b"sent"]))
-    assert found == [b"a/.r7", b"a/b/r3", b"a/r2", b"a/sent/r5", b"bad\xff\n", b"link", b"r1"]
+    found, unreadable = walked(folder, skips=lambda directory: directory in (b"sent", b".hidden"))
+    inside = [b"a/.r7", b"a/b/r3", b"a/r2", b"a/sent/r5"]
+    assert found == [b".hidden", *inside, b"bad\xff\n", b"link", b"r1", b"sent"]
     assert unreadable == []
 
 
@@ -283,12 +284,12 @@ def test_a_walk_of_a_subdirectory_finds_only_the_files_in_it(folder: DropFolder,
     for name in ("r1", "a/r2", "a/b/r3"):
         put(root / name)
     assert walked(folder, b"a") == ([b"a/b/r3", b"a/r2"], [])
-    assert walked(folder, recursive=False) == ([b"r1"], [])
+    assert walked(folder, skips=lambda _: True) == ([b"a", b"r1"], [])
 
 
 def test_a_walk_returns_the_status_of_a_link_and_not_of_its_target(folder: DropFolder, root: Path) -> None:
     (root / "link").symlink_to(root.parent / "outside" / "secret.cfg")
-    ((_, status),) = walk(folder, b"", frozenset(), lambda *_: None, recursive=True)
+    ((_, status),) = walk(folder, b"", lambda _: False, lambda *_: None)
     assert stat.S_ISLNK(status.st_mode)
 
 
@@ -297,7 +298,7 @@ def test_a_walk_continues_when_directories_disappear_meanwhile(folder: DropFolde
         put(root / "a" / f"r{number}")
         put(root / "b" / f"r{number}")
     unreadable: list[bytes] = []
-    steps = walk(folder, b"", frozenset(), lambda relpath, _: unreadable.append(relpath), recursive=True)
+    steps = walk(folder, b"", lambda _: False, lambda relpath, _: unreadable.append(relpath))
     found = [next(steps)[0]]
     for directory in ("a", "b"):
         for path in (root / directory).iterdir():
@@ -312,7 +313,7 @@ def test_a_walk_continues_when_directories_disappear_meanwhile(folder: DropFolde
 def test_two_walks_at_the_same_time_each_find_all_files(folder: DropFolder, root: Path) -> None:
     for number in range(3000):  # more than one getdents call returns
         put(root / f"r{number}")
-    steps = walk(folder, b"", frozenset(), lambda *_: None, recursive=True)
+    steps = walk(folder, b"", lambda _: False, lambda *_: None)
     first = [next(steps)[0]]
     assert len(walked(folder)[0]) == 3000
     assert len(first + [relpath for relpath, _ in steps]) == 3000
@@ -384,7 +385,7 @@ def test_a_walk_reports_an_unreadable_directory_and_finds_the_other_files() -> N
 def test_an_abandoned_walk_leaves_no_descriptor_open(folder: DropFolder, root: Path) -> None:
     put(root / "a/b/r1")
     before = open_descriptors()
-    steps = walk(folder, b"", frozenset(), lambda *_: None, recursive=True)
+    steps = walk(folder, b"", lambda _: False, lambda *_: None)
     next(steps)
     steps.close()  # type: ignore[attr-defined]  # it is a generator
     assert open_descriptors() == before

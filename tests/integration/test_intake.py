@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -57,6 +58,7 @@ class RunningIntake:
         self.config = DropConfig(
             path=self.root,
             **{
+                "include": ("*.cfg", "*.tar", "*.gz", "*.bz2", "*.xz", "*.zst", "*.zip"),
                 "stable_for": timedelta(milliseconds=50),
                 "rescan_every": SHORT,
                 "observer": "inotify",
@@ -553,6 +555,99 @@ def test_a_temporary_name_is_a_problem_after_a_day(tmp_path: Path, monkeypatch: 
         temporary.rename(scene.root / "r2.cfg")
         scene.wait_problems({})
         scene.wait_queued("r2.cfg")
+
+
+def test_a_folder_with_a_temporary_name_is_taken_once_it_is_renamed(events_only: RunningIntake) -> None:
+    """It is a set of files under construction, which must not be taken apart."""
+    scene = events_only
+    for name in ("set1.tmp", ".set2.Xy12", "set3.partial"):
+        (scene.root / name / "site").mkdir(parents=True)
+        (scene.root / name / "site" / "r1.cfg").write_bytes(b"abc")
+    scene.wait_found_by_event()
+    assert not [name for name in scene.queued() if "site" in name]
+    for number, name in enumerate(("set1.tmp", ".set2.Xy12", "set3.partial")):
+        (scene.root / name).rename(scene.root / f"set{number}")
+        scene.wait_queued(f"set{number}/site/r1.cfg")
+
+
+def test_a_folder_that_keeps_its_temporary_name_for_a_day_is_a_problem(
+    scene: RunningIntake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (scene.root / "set1.tmp").mkdir()
+    scene.put("set1.tmp/r1.cfg")
+    scene.wait_scan()
+    assert scene.problems() == {}
+    now = time.time() + 86401
+    monkeypatch.setattr("backupd.intake.unfinished_files.time", SimpleNamespace(time=lambda: now))
+    scene.wait_problems({"temporary_name": 1})
+    (scene.root / "set1.tmp").rename(scene.root / "set1")
+    scene.wait_problems({})
+    scene.wait_queued("set1/r1.cfg")
+
+
+@pytest.mark.parametrize("name", ["@eaDir", "#recycle", "~snapshot", "lost+found", ".git", "site/@eaDir"])
+def test_folders_of_file_servers_are_ignored(scene: RunningIntake, name: str) -> None:
+    (scene.root / name).mkdir(parents=True)
+    scene.put(f"{name}/r1.cfg")
+    scene.put("r2.cfg")
+    scene.wait_queued("r2.cfg")
+    scene.wait_scan()
+    assert scene.queued() == ["r2.cfg"]
+    assert scene.problems() == {}
+
+
+def test_a_folder_that_is_excluded_is_not_entered(tmp_path: Path) -> None:
+    with running_intake(tmp_path, exclude=("old", "site/new")) as scene:
+        for name in ("old", "site/old", "site/new", "new"):
+            (scene.root / name).mkdir(parents=True)
+            scene.put(f"{name}/r1.cfg")
+        scene.wait_queued("new/r1.cfg")
+        scene.wait_scan()
+        assert scene.queued() == ["new/r1.cfg"]
+
+
+@pytest.mark.parametrize("suffix", ["part", "filepart", "aria2", "lftp-pget-status", "st"])
+def test_a_file_with_a_companion_of_a_download_waits_until_the_companion_is_gone(
+    events_only: RunningIntake, suffix: str
+) -> None:
+    scene = events_only
+    companion = scene.root / f"r1.cfg.{suffix}"
+    companion.write_bytes(b"the parts that have arrived")
+    scene.put("r1.cfg", b"half of it")
+    scene.wait_found_by_event()
+    assert "r1.cfg" not in scene.queued()
+    companion.unlink()
+    scene.wait_queued("r1.cfg")
+
+
+def test_a_companion_with_an_ambiguous_name_is_no_archive_beside_its_file(tmp_path: Path) -> None:
+    with running_intake(tmp_path, include=("*",)) as scene:
+        (scene.root / "r1.cfg.st").write_bytes(b"the parts that have arrived")
+        (scene.root / "r1.cfg").write_bytes(b"half of it")
+        (scene.root / "pump.st").write_bytes(b"PROGRAM pump")
+        scene.wait_queued("pump.st")
+        scene.wait_scan()
+        assert scene.queued() == ["pump.st"]
+
+
+@pytest.mark.root
+def test_files_wait_while_the_filesystem_has_no_room(tmp_path: Path) -> None:
+    (tmp_path / "drop").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "test", tmp_path / "drop"], check=True)
+    try:
+        with running_intake(tmp_path) as scene:
+            filler = scene.root / "filler.tmp"
+            filler.write_bytes(bytes(512 * 1024))
+            with (scene.root / "r1.cfg").open("wb", buffering=0) as stream, suppress(OSError):
+                while True:
+                    stream.write(bytes(4096))
+            scene.wait_problems({"no_room": 1})
+            assert scene.queued() == []
+            filler.unlink()
+            scene.wait_queued("r1.cfg")
+            scene.wait_problems({})
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path / "drop"], check=True)
 
 
 def test_a_name_that_exists_for_a_moment_is_no_problem(tmp_path: Path) -> None:

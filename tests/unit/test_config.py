@@ -55,7 +55,7 @@ class TestLoading:
         assert (drop.stable_for, drop.rescan_every) == (timedelta(seconds=2), timedelta(seconds=60))
         assert (drop.min_size, drop.max_size, drop.on_delivered) == (1, None, "move")
         assert (drop.sent_dir, drop.rejected_dir, drop.label_pattern) == ("sent", "rejected", None)
-        assert {"*.tgz", "*.gz", "*.7z", "*.cfg", "*.ucs"} <= set(drop.include)
+        assert drop.include == ("*",)
         assert destination.success == {200, 201, 202, 204}
         assert (destination.workers, destination.min_rate, destination.http2) == (2, 1024, False)
         assert destination.timeout.read == timedelta(minutes=10)

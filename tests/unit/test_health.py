@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from backupd.core.drop_problem import FOLDER_FAILED, ProblemCount
 from backupd.core.health import HealthFacts, HealthLevel, HealthLimits, plugin_line
 
 HOUR = timedelta(hours=1)
 LIMITS = HealthLimits(HOUR, 6 * HOUR)
+
+
+def a_count(reason: str, files: int = 1) -> ProblemCount:
+    since = datetime(2026, 3, 4, tzinfo=UTC)
+    return ProblemCount("switches", reason, files, since, b"r1", "Permission denied", "chmod it")
 
 
 @pytest.mark.parametrize(
@@ -17,6 +23,16 @@ LIMITS = HealthLimits(HOUR, 6 * HOUR)
     [
         (HealthFacts(), HealthLevel.OK, "OK - 0 pending, none rejected"),
         (HealthFacts(pending=3, oldest=HOUR / 2), HealthLevel.OK, "OK - 3 pending"),
+        (
+            HealthFacts(problems=[a_count("unreadable", 5)]),
+            HealthLevel.WARNING,
+            "WARNING - 5 unreadable in switches",
+        ),
+        (
+            HealthFacts(problems=[a_count("unreadable"), a_count(FOLDER_FAILED)]),
+            HealthLevel.CRITICAL,
+            "CRITICAL - the folder of the drop switches cannot be used: Permission denied; 1 unreadable",
+        ),
         (HealthFacts(running=False), HealthLevel.CRITICAL, "CRITICAL - the daemon is not running"),
         (
             HealthFacts(pending=1, oldest=HOUR),
@@ -70,6 +86,7 @@ def test_the_performance_data_follows_a_single_vertical_bar() -> None:
         paused={"a|b": HOUR},
         days_left={"x": 100, "y": 20},
         overdue=["r|1"],
+        problems=[a_count("unreadable", 5)],
     )
     _, line = plugin_line(facts, LIMITS)
     text, numbers = line.split("|")
@@ -81,5 +98,6 @@ def test_the_performance_data_follows_a_single_vertical_bar() -> None:
         "rejected=0",
         "paused=1",
         "overdue=1",
+        "problems=5",
         "certificate_days=20;14:;3:",
     ]
