@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -13,10 +14,12 @@ from backupd.cli.options import BAD_CONFIG, DEFAULT_CONFIG, UNAVAILABLE, AsJson,
 from backupd.cli.output import print_json
 from backupd.config.files import file_problems
 from backupd.config.load import load
-from backupd.config.models import DestinationConfig
+from backupd.config.models import Config, DestinationConfig
 from backupd.config.problems import FileProblem
 from backupd.core.names import printable
 from backupd.core.units import human_duration
+from backupd.dropfolder.filesystem import blind_spot, filesystem_of
+from backupd.dropfolder.folder import DropFolder
 from backupd.upload.base import ProbeResult
 from backupd.upload.registry import probe_all
 
@@ -24,6 +27,11 @@ _MAX_WIDTH = 100
 """Characters in a line about a destination; a server certificate may have hundreds of names."""
 
 _NAME_WIDTH = 21
+
+_BLIND_SPOT_HINT = (
+    "let writers rename finished files into the folder, or write checksum files; else a file counts as"
+    " finished once it is unchanged for `stable_for`"
+)
 
 
 def check(
@@ -38,6 +46,7 @@ def check(
     """
     loaded = load(config)
     problems = file_problems(loaded, datetime.now(UTC))
+    problems += _blind_spots(loaded, problems)
     probes = [] if offline else probe_all(loaded.destination)
     if as_json:
         print_json({"problems": problems, "destinations": [_as_dict(probe) for probe in probes]})
@@ -49,6 +58,24 @@ def check(
         raise typer.Exit(BAD_CONFIG)
     if any(probe.reason for probe in probes):
         raise typer.Exit(UNAVAILABLE)
+
+
+def _blind_spots(config: Config, problems: list[FileProblem]) -> list[FileProblem]:
+    """Return a warning for each usable drop folder in which files that are open for writing look finished."""
+    unusable = {problem.where for problem in problems}
+    found = []
+    for name, drop in config.drop.items():
+        where = f"drop.{name}.path"
+        if where in unusable:
+            continue
+        try:
+            folder = DropFolder(str(drop.path))
+        except OSError:
+            continue
+        with closing(folder):
+            if unseen := blind_spot(folder.fileno(), filesystem_of(folder.path)):
+                found.append(FileProblem(where, f"{drop.path}: {unseen}", _BLIND_SPOT_HINT, fatal=False))
+    return found
 
 
 def _as_dict(probe: ProbeResult) -> dict[str, object]:

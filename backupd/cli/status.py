@@ -19,12 +19,11 @@ from backupd.config.files import days_left, earliest_expiry
 from backupd.config.load import load
 from backupd.config.models import Config
 from backupd.config.types import parse_duration
-from backupd.core.drop_problem import ProblemCount
+from backupd.core.drop_problem import DropState, ProblemCount
 from backupd.core.errors import BackupdError, UsageError
 from backupd.core.health import HealthFacts, HealthLevel, HealthLimits, plugin_line
 from backupd.core.names import as_text
 from backupd.core.units import human_duration, human_size
-from backupd.dropfolder.filesystem import filesystem_of, is_remote
 from backupd.ledger.factory import open_history
 from backupd.ledger.history import DestinationRecord, DropRecord, History
 
@@ -37,11 +36,14 @@ _DEFAULT_LIMITS = HealthLimits(warning_age=timedelta(hours=1), critical_age=time
 
 @dataclass(frozen=True, slots=True)
 class DropStatus:
-    """A drop, its folder, how the daemon notices changes in it, and its archives in the ledger."""
+    """A drop, its folder, how the daemon notices changes in it, and its archives in the ledger.
+
+    `state` is None until the daemon has opened the folder.
+    """
 
     name: str
     path: Path
-    observer: str
+    state: DropState | None
     record: DropRecord
 
 
@@ -127,10 +129,11 @@ def collect_status(config: Path) -> DaemonStatus:
     with closing(open_history(loaded)) as history:
         # archives may be pending for a destination that was removed from the configuration
         names = dict.fromkeys([*loaded.destination, *history.destinations_pending()])
+        states = {state.drop: state for state in history.drop_states()}
         return DaemonStatus(
             history.daemon_pid(),
             [
-                DropStatus(name, drop.path, _observer(drop.path, drop.observer), history.drop(name))
+                DropStatus(name, drop.path, states.get(name), history.drop(name))
                 for name, drop in loaded.drop.items()
             ],
             [history.destination(name) for name in names],
@@ -159,16 +162,6 @@ def health_facts(daemon_status: DaemonStatus, now: datetime) -> HealthFacts:
         [f"{d.device or 'all'} ({d.drop})" for d in daemon_status.overdue],
         daemon_status.problems,
     )
-
-
-def _observer(path: Path, configured: str) -> str:
-    """Return how the daemon notices changes of a folder; `auto` depends on the filesystem."""
-    if configured != "auto":
-        return configured
-    try:
-        return "polling" if is_remote(filesystem_of(str(path))) else "inotify"
-    except OSError:
-        return "unknown"
 
 
 def _certificates(config: Config, now: datetime) -> Iterator[CertificateStatus]:
@@ -222,12 +215,26 @@ def _print_status(daemon_status: DaemonStatus, *, as_json: bool) -> None:
 
 def _print_drops(drops: list[DropStatus]) -> None:
     rows = [
-        (d.name, d.path, d.observer, d.record.pending, human_size(d.record.pending_bytes),
+        (d.name, d.path, _observer(d.state), d.record.pending, human_size(d.record.pending_bytes),
          relative_time(d.record.oldest), as_text(d.record.last) if d.record.last else "-",
          relative_time(d.record.last_at))
         for d in drops
     ]  # fmt: skip
     print_table(("drop", "path", "observer", "pending", "bytes", "oldest", "last archive", "queued"), rows)
+    for drop in drops:
+        if drop.state and drop.state.fault:
+            print_line(
+                f"{drop.name}: events are missing ({drop.state.fault}); scans find new files", "yellow"
+            )
+        if drop.state and drop.state.blind_spot:
+            print_line(f"{drop.name}: {drop.state.blind_spot}; see `backupd check`")
+
+
+def _observer(state: DropState | None) -> str:
+    """Return how the daemon notices changes of a folder at the moment."""
+    if state is None:
+        return "-"
+    return "scans" if state.fault else state.observer
 
 
 def _print_destinations(records: list[DestinationRecord]) -> None:

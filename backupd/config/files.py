@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -56,11 +59,11 @@ def examine_files(config: Config, now: datetime) -> FilesReport:
 
 def file_problems(config: Config, now: datetime) -> list[FileProblem]:
     """Return the problems of all folders, keys and certificates at the time `now`."""
-    mounts = mount_points(_MOUNTINFO)
+    folders = _examine_drops(config)
     return [
-        *_state_dir_problems(config),
-        *_overlapping_drops(config),
-        *(problem for name, drop in config.drop.items() for problem in _drop_problems(name, drop, mounts)),
+        *_state_dir_problems(config, folders),
+        *_overlapping_drops(folders),
+        *(problem for folder in folders.values() for problem in folder.problems),
         *(
             problem
             for name, tls_files in _tls_files(config)
@@ -140,7 +143,53 @@ _MOUNTINFO: Final = Path("/proc/self/mountinfo")
 _READ_WRITE_SEARCH: Final = os.R_OK | os.W_OK | os.X_OK
 
 
-def _state_dir_problems(config: Config) -> Iterator[FileProblem]:
+_ANSWER_TIMEOUT: Final = 5.0
+"""Seconds within which the filesystem of a drop has to answer; that of a dead file server never does."""
+
+
+@dataclass(slots=True)
+class _DropFolders:
+    """The real path of a drop's folder, None until it is known, and the problems of its folders."""
+
+    named: _Named
+    real_path: Path | None = None
+    problems: tuple[FileProblem, ...] = ()
+
+
+def _examine_drops(config: Config) -> dict[str, _DropFolders]:
+    """Examine the folders of all drops at the same time, each in a thread: one that hangs delays no other."""
+    mounts = mount_points(_MOUNTINFO)
+    found = {name: _DropFolders(_Named(f"drop.{name}.path", drop.path)) for name, drop in config.drop.items()}
+    until = time.monotonic() + _ANSWER_TIMEOUT
+
+    def examine(name: str) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are for the main thread
+        drop, folders = config.drop[name], found[name]
+        try:
+            real_path = _real_path(drop.path)
+            folders.problems = tuple(_drop_problems(name, drop, mounts))
+            folders.real_path = real_path
+        except OSError as error:
+            text, hint = f"can't be used: {_reason(error)}", f"check its mount: `findmnt -T {drop.path}`"
+            folders.problems = (folders.named.problem(text, hint, prevents_start=False),)
+
+    threads = {name: threading.Thread(target=examine, args=(name,), daemon=True) for name in found}
+    for thread in threads.values():
+        thread.start()
+    for name, thread in threads.items():
+        thread.join(max(until - time.monotonic(), 0.0))
+        if thread.is_alive():
+            path = config.drop[name].path
+            problem = found[name].named.problem(
+                f"does not answer within {_ANSWER_TIMEOUT:g} s",
+                f"check its file server or disk: `findmnt -T {path}`, `dmesg -T`",
+                prevents_start=False,
+            )
+            found[name] = _DropFolders(found[name].named, None, (problem,))
+    return found
+
+
+def _state_dir_problems(config: Config, folders: Mapping[str, _DropFolders]) -> Iterator[FileProblem]:
     folder = config.state_dir
     existing = next(each for each in (folder, *folder.parents) if os.path.exists(each))
     needed = _READ_WRITE_SEARCH if existing == folder else os.W_OK | os.X_OK
@@ -149,22 +198,22 @@ def _state_dir_problems(config: Config) -> Iterator[FileProblem]:
     elif not _is_permitted(existing, needed):
         verb = "written to" if existing == folder else "created"
         yield _Named("state_dir", folder).problem(f"can't be {verb}", _permission_hint(existing))
-    for name, drop in config.drop.items():
-        if overlap(_real_path(folder), _real_path(drop.path)):
-            yield _Named(f"drop.{name}.path", drop.path).problem(
+    for drop in folders.values():
+        if drop.real_path is not None and overlap(_real_path(folder), drop.real_path):
+            yield drop.named.problem(
                 f"overlaps state_dir {folder}", "use separate folders for the ledger and the archives"
             )
 
 
-def _overlapping_drops(config: Config) -> Iterator[FileProblem]:
+def _overlapping_drops(folders: Mapping[str, _DropFolders]) -> Iterator[FileProblem]:
     """Yield a problem for each two drops that are within one another through a symbolic link.
 
     `config.rules` checks the paths as they are written.
     """
-    for (one, first), (other, second) in combinations(config.drop.items(), 2):
-        if overlap(_real_path(first.path), _real_path(second.path)):
-            yield _Named(f"drop.{other}.path", second.path).problem(
-                f"overlaps drop.{one}.path {first.path}", "use a separate folder for each drop"
+    for (one, first), (_, second) in combinations(folders.items(), 2):
+        if first.real_path and second.real_path and overlap(first.real_path, second.real_path):
+            yield second.named.problem(
+                f"overlaps drop.{one}.path {first.named.path}", "use a separate folder for each drop"
             )
 
 
@@ -196,7 +245,7 @@ def _subfolder_problem(where: str, root: Path, relative: str, mounts: frozenset[
                 "replace the link with a folder",
                 prevents_start=False,
             )
-        if problem := _folder_problem(folder, prevents_start=False):
+        if problem := _folder_problem(folder):
             return problem
         if os.stat(path).st_dev != device or _real_path(path) in mounts:
             return folder.problem(
@@ -206,7 +255,7 @@ def _subfolder_problem(where: str, root: Path, relative: str, mounts: frozenset[
     return None
 
 
-def _folder_problem(folder: _Named, *, prevents_start: bool = True) -> FileProblem | None:
+def _folder_problem(folder: _Named) -> FileProblem | None:
     """Return the problem that prevents files from being moved out of and into a folder, if any."""
     path = folder.path
     try:
@@ -222,7 +271,7 @@ def _folder_problem(folder: _Named, *, prevents_start: bool = True) -> FileProbl
             text, hint = "can't be read, written and searched", _permission_hint(path)
         else:
             return None
-    return folder.problem(text, hint, prevents_start=prevents_start)
+    return folder.problem(text, hint, prevents_start=False)
 
 
 def _permission_hint(folder: Path) -> str:

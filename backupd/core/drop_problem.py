@@ -8,6 +8,11 @@ from datetime import datetime
 FOLDER_FAILED = "folder_failed"
 """The reason for a drop folder that cannot be used: none of its files is sent. It is critical."""
 
+NOT_ANSWERING = "not_answering"
+"""The reason for a drop folder on a filesystem that does not answer. It is critical."""
+
+FOLDER_REASONS = frozenset((FOLDER_FAILED, NOT_ANSWERING))
+
 NOT_MOVED = "not_moved"
 """The reason for a file of a completed archive that cannot be moved or deleted."""
 
@@ -47,3 +52,18 @@ class ProblemCount:
     example: bytes
     error: str
     hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class DropState:
+    """How the daemon notices the files of a drop, as far as it could open its folder.
+
+    `fault` is why files are found by scans only, empty while events arrive. `blind_spot` is why files that
+    are still open for writing cannot be detected, empty if they can be.
+    """
+
+    drop: str
+    observer: str
+    filesystem: str
+    fault: str
+    blind_spot: str

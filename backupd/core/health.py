@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import IntEnum
 
-from backupd.core.drop_problem import FOLDER_FAILED, ProblemCount
+from backupd.core.drop_problem import FOLDER_REASONS, ProblemCount
 from backupd.core.units import human_duration
 
 
@@ -90,7 +90,7 @@ def _problems(facts: HealthFacts, limits: HealthLimits) -> Iterator[tuple[Health
 
 
 def _problem(problem: ProblemCount) -> tuple[HealthLevel, str]:
-    if problem.reason == FOLDER_FAILED:
+    if problem.reason in FOLDER_REASONS:
         return HealthLevel.CRITICAL, f"the folder of the drop {problem.drop} cannot be used: {problem.error}"
     return HealthLevel.WARNING, f"{problem.files} {problem.reason} in {problem.drop}"
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from backupd.delivery.disposition import Disposition
 from backupd.delivery.recorder import Recorder
 from backupd.delivery.retention import Retention, RetentionScope
 from backupd.delivery.worker import Worker
-from backupd.dropfolder.drop import Drop, open_folder
+from backupd.dropfolder.drop import Drop
+from backupd.dropfolder.folder import DropFolder
 from backupd.intake.device_tracker import DeviceTracker
 from backupd.intake.examiner import ExaminerPool
 from backupd.intake.intake import Intake
@@ -60,6 +60,10 @@ def run_daemon(
         return code
 
 
+_FIRST_READING = ClockReading(datetime.fromtimestamp(0, UTC))
+"""The clock reading of a new ledger: no time is known to be right, so that nothing is removed for a day."""
+
+
 class Assembly:
     """Builds the runtime of a daemon from a configuration, and changes it to another configuration."""
 
@@ -68,11 +72,13 @@ class Assembly:
         self._ledger = ledger
         self._abort = Abort()
         self._drops = {
-            name: Drop.of(name, drop, open_folder(name, drop), destinations_of(config, drop))
+            name: Drop.of(
+                name, drop, DropFolder(str(drop.path), is_open=False), destinations_of(config, drop)
+            )
             for name, drop in config.drop.items()
         }
         """Every drop since the start: archives of a removed one may still be uploading."""
-        self.clock = HostClock(ledger.last_clock_reading() or _first_reading(self._drops.values()))
+        self.clock = HostClock(ledger.last_clock_reading() or _FIRST_READING)
         self.device_tracker = DeviceTracker(ledger, log)
         try:
             self.device_tracker.configure(self._drops, ledger.now())
@@ -91,8 +97,7 @@ class Assembly:
     def change_to(self, config: Config) -> ReloadDiff:
         """Change the runtime where another configuration differs; the caller stops and starts the threads.
 
-        Raises ConfigError or LedgerError, and changes nothing, if a folder cannot be opened or the ledger
-        cannot be written.
+        Raises LedgerError, and changes nothing, if the ledger cannot be written.
         """
         runtime, before = self.runtime, self.runtime.config
         changed = [name for name in config.drop if not _is_same_drop(name, before, config)]
@@ -116,7 +121,7 @@ class Assembly:
         """Build a drop from its changed table; the folder stays open if the path is the same."""
         table, before = config.drop[name], self._drops.get(name)
         is_same_folder = before is not None and before.folder.path == str(table.path)
-        folder = before.folder if before and is_same_folder else open_folder(name, table)
+        folder = before.folder if before and is_same_folder else DropFolder(str(table.path), is_open=False)
         return Drop.of(name, table, folder, destinations_of(config, table))
 
     def _build_drop(self, name: str) -> RunningDrop:
@@ -135,7 +140,8 @@ class Assembly:
 
     def _retention_scope(self) -> RetentionScope:
         config = self.runtime.config
-        return RetentionScope({name: self._drops[name] for name in config.drop}, config.heartbeat_every)
+        usable = {name: self._drops[name] for name in config.drop if self._drops[name].folder.is_usable}
+        return RetentionScope(usable, config.heartbeat_every)
 
     def _recheck(self, drop: str, relpath: bytes) -> None:
         running = self.runtime.drops.get(drop)
@@ -147,18 +153,6 @@ class Assembly:
             running = self.runtime.destinations.get(name)
             if running is not None:
                 running.notifier.notify()
-
-
-def _first_reading(drops: Iterable[Drop]) -> ClockReading | None:
-    """Return the clock reading of a new ledger, None if nothing was sent before.
-
-    Without an earlier reading no time is known to be right: for a day nothing is removed because of its age.
-    """
-    for drop in drops:
-        with suppress(OSError):
-            drop.folder.stat(drop.sent_dir)
-            return ClockReading(datetime.fromtimestamp(0, UTC))
-    return None
 
 
 def _is_same_drop(name: str, before: Config, after: Config) -> bool:

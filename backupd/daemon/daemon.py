@@ -141,7 +141,7 @@ class Daemon:
         self, drops: Mapping[str, RunningDrop], destinations: Mapping[str, RunningDestination]
     ) -> None:
         for drop in drops.values():
-            self._threads.start(drop.intake.run, drop.stop, drop.intake.watchdog)
+            self._threads.start(drop.intake.run, drop.stop, drop.intake.watchdog, may_hang=True)
         self._wait_for_first_scans(drops, time.monotonic() + _FIRST_SCAN_HEAD_START)
         for destination in destinations.values():
             destination.circuit.save()
@@ -171,6 +171,7 @@ class Daemon:
             self._certificates.tick()
             self._housekeeping.check_clock()
             self._housekeeping.renew_session()
+            self._housekeeping.check_drops()
             self._reap_retired()
             if time.monotonic() >= next_heartbeat:
                 self._log_heartbeat()

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 
 from backupd.core.clock_skew import ZERO, ClockSkew
+from backupd.core.drop_problem import NOT_ANSWERING, DropProblem
 from backupd.core.errors import LedgerError, LedgerHeldError
 from backupd.daemon.runtime import Runtime
 from backupd.intake.device_tracker import DeviceTracker
@@ -93,6 +94,9 @@ class HistoryPruning:
                 return
 
 
+_HUNG_AFTER = 30.0
+"""Seconds without a sign of life after which the filesystem of a drop counts as one that does not answer."""
+
 _SAVE_CLOCK_EVERY = 60.0
 """Seconds between two saved readings; after a crash the clock is distrusted for this much longer."""
 
@@ -111,6 +115,8 @@ class Housekeeping:
         self._log = log
         self._device_tracker = device_tracker
         self._pruning = HistoryPruning(runtime.ledger)
+        self._hung: dict[str, DropProblem] = {}
+        """The problems of the drops with a filesystem that does not answer, by their names."""
         self._clock_saved_at = -math.inf
         """When the reading of the clock was saved last (monotonic)."""
 
@@ -139,9 +145,39 @@ class Housekeeping:
             self._runtime.ledger.bring_forward(name, now + destination.retry.max)
 
     def forget_removed_drops(self) -> None:
-        """Forget the problems of drops that are no longer configured."""
+        """Forget the problems of drops that are no longer configured, and of hangs in an earlier run."""
         with self.logged_failures():
-            self._runtime.ledger.forget_problems(self._runtime.config.drop)
+            ledger = self._runtime.ledger
+            ledger.forget_drops(self._runtime.config.drop)
+            hung = [p for p in ledger.problems() if p.reason == NOT_ANSWERING and p.drop not in self._hung]
+            ledger.save_problems([], hung)
+
+    def check_drops(self) -> None:
+        """Save which drops have a filesystem that does not answer, and which one answers again."""
+        for name, running in self._runtime.drops.items():
+            seconds = running.intake.watchdog.age()
+            is_hung, known = seconds > _HUNG_AFTER, self._hung.get(name)
+            if is_hung:
+                running.drop.folder.is_usable = False
+            if is_hung == (known is not None):
+                continue
+            with self.logged_failures():
+                if known is not None:
+                    self._runtime.ledger.save_problems([], [known])
+                    del self._hung[name]
+                    continue
+                since = datetime.now(UTC) - timedelta(seconds=seconds)
+                path = running.drop.folder.path
+                problem = DropProblem(
+                    name,
+                    b"",
+                    NOT_ANSWERING,
+                    since,
+                    "its filesystem does not answer",
+                    f"check its file server or disk: `findmnt -T {path}`, `dmesg -T`",
+                )
+                self._runtime.ledger.save_problems([problem], [])
+                self._hung[name] = problem
 
     def save_clock(self) -> None:
         """Save the reading of the clock for the next start; called periodically and at the end."""

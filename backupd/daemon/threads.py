@@ -13,6 +13,11 @@ from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
 from backupd.telemetry.thread_watchdog import ThreadWatchdog
 
+_HUNG_HINT = (
+    "a disk or network filesystem that hangs is a usual cause, see `dmesg -T`; systemd restarts the daemon"
+)
+_MAY_HANG_HINT = "its filesystem does not answer, see `dmesg -T`; all other drops and destinations go on"
+
 
 class Threads:
     """Starts threads; an exception in one of them stops the daemon, and systemd restarts it."""
@@ -20,6 +25,8 @@ class Threads:
     def __init__(self, log: EventLog) -> None:
         self._log = log
         self._running: list[tuple[threading.Thread, ThreadWatchdog]] = []
+        self._may_hang: set[str] = set()
+        """Names of the threads without which the others go on."""
         self._logged_stalled: set[str] = set()
         """Names of the stalled threads that were logged."""
         self.failed = False
@@ -27,9 +34,17 @@ class Threads:
         """The damage of the ledger that a thread has found."""
 
     def start(
-        self, body: Callable[[threading.Event], None], stop: threading.Event, watchdog: ThreadWatchdog
+        self,
+        body: Callable[[threading.Event], None],
+        stop: threading.Event,
+        watchdog: ThreadWatchdog,
+        *,
+        may_hang: bool = False,
     ) -> None:
-        """Run `body(stop)` in a thread until it returns; it returns soon after `stop` is set."""
+        """Run `body(stop)` in a thread until it returns; it returns soon after `stop` is set.
+
+        A thread that `may_hang` is no reason to restart the daemon: all others go on without it.
+        """
 
         def supervised() -> None:
             try:
@@ -41,6 +56,8 @@ class Threads:
         thread = threading.Thread(target=supervised, name=watchdog.name, daemon=True)
         self._running = [each for each in self._running if each[0].is_alive()]
         self._running.append((thread, watchdog))
+        if may_hang:
+            self._may_hang.add(watchdog.name)
         thread.start()
 
     def join(self, watchdogs: Sequence[ThreadWatchdog], until: float) -> bool:
@@ -55,7 +72,10 @@ class Threads:
         return [watchdog for thread, watchdog in self._running if thread.is_alive()]
 
     def all_alive(self, within: float) -> bool:
-        """Return whether every busy thread showed life within so many seconds; log those that did not."""
+        """Return whether every busy thread showed life within so many seconds; log those that did not.
+
+        Those that may hang are logged, and count as alive.
+        """
         stalled = [watchdog for watchdog in self.running() if watchdog.age() > within]
         for watchdog in stalled:
             if watchdog.name not in self._logged_stalled:
@@ -63,11 +83,10 @@ class Threads:
                     events.DAEMON_HUNG,
                     thread=watchdog.name,
                     stalled_s=watchdog.age(),
-                    hint="a disk or network filesystem that hangs is a usual cause, see `dmesg -T`; systemd"
-                    " restarts the daemon",
+                    hint=_MAY_HANG_HINT if watchdog.name in self._may_hang else _HUNG_HINT,
                 )
         self._logged_stalled = {watchdog.name for watchdog in stalled}
-        return not stalled
+        return all(watchdog.name in self._may_hang for watchdog in stalled)
 
     def _fail(self, name: str, error: Exception) -> None:
         hint = "systemd restarts the daemon; report this exception"

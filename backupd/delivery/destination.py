@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from backupd.config.models import DestinationConfig
 from backupd.core.backoff import Backoff
@@ -20,6 +21,9 @@ from backupd.telemetry.log import EventLog
 
 _CLAIM_BATCH_SIZE = 16
 """Deliveries that are claimed in one transaction."""
+
+_CLAIM_BATCH_SIZE_BESIDE = 256
+"""The same while the deliveries of a failing drop have to be passed over, which takes time for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +66,26 @@ class DestinationQueue:
         """Claim the next delivery that is due; return None if there is none.
 
         Raises LedgerError. Small archives are claimed a few at a time, so that they cost one transaction.
+        Those in a drop folder that cannot be used wait until it can be.
         """
         with self._lock:
+            failing = self._failing()
+            if any(delivery.archive.drop in failing for delivery in self._claimed):
+                self.ledger.release(list(self._claimed))
+                self._claimed.clear()
             if not self._claimed:
                 name, priority = self.destination.name, self.destination.priority
-                self._claimed += self.ledger.claim(name, self.ledger.now(), priority, _CLAIM_BATCH_SIZE)
+                limit = _CLAIM_BATCH_SIZE if not failing else _CLAIM_BATCH_SIZE_BESIDE
+                self._claimed += self.ledger.claim(name, self.ledger.now(), priority, limit, failing)
             return self._claimed.popleft() if self._claimed else None
+
+    def next_due(self) -> datetime | None:
+        """Return when the next delivery is due, None if none is pending; raises LedgerError."""
+        return self.ledger.next_due(self.destination.name, self._failing())
+
+    def _failing(self) -> list[str]:
+        """Return the names of the drops with a folder that cannot be used."""
+        return [name for name, drop in self.drops.items() if not drop.folder.is_usable]
 
     def release_claims(self) -> bool:
         """Make claimed deliveries that no worker has started pending again; return False if that failed."""

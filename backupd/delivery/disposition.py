@@ -66,8 +66,8 @@ class Disposition:
                 if not one.already_logged:
                     reports.append(partial(self._log_completed, one))
                 drop = self._drops.get(one.archive.drop)
-                if drop is None:
-                    failed.append(one.archive.id)  # until the drop is configured again
+                if drop is None or not drop.folder.is_usable:
+                    failed.append(one.archive.id)  # until the drop is configured, or its folder usable, again
                     continue
                 if drop.name not in folders:
                     folders[drop.name] = CachedFolder(drop.folder)

@@ -21,6 +21,7 @@ from backupd.core.policy import Reason, rule_of
 from backupd.core.transition import next_step
 from backupd.delivery.destination import DestinationQueue
 from backupd.dropfolder.drop import Drop
+from backupd.dropfolder.folder import close_descriptor
 from backupd.ledger.port import ClaimResult
 from backupd.telemetry import events
 from backupd.telemetry.log import log_ledger_failure
@@ -110,7 +111,7 @@ class Worker:
         if paused_for != 0.0:
             return _LEDGER_POLL_EVERY if paused_for is None else paused_for
         try:
-            due = self._queue.ledger.next_due(self._queue.destination.name)
+            due = self._queue.next_due()
         except LedgerError:
             return _LEDGER_POLL_EVERY
         if due is None:
@@ -160,7 +161,7 @@ class Worker:
             self._queue.log.emit(events.DAEMON_FAILED, error=repr(error), exc_info=error)
             return deferred(Reason.INTERNAL, repr(error)), 0
         finally:
-            os.close(fd)
+            close_descriptor(fd)
 
     def _finish(self, delivery: Delivery, attempts: list[Attempt]) -> None:
         outcome = attempts[-1].outcome

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from backupd.config.models import DropConfig
 from backupd.core.eligibility import Eligibility, Patterns
-from backupd.core.errors import ConfigError
 from backupd.core.retention_policy import RetentionPolicy
 from backupd.dropfolder.folder import DropFolder
 
@@ -71,14 +70,3 @@ class Drop:
     def uses_checksum_files(self) -> bool:
         """Whether checksum files belong to their archives; otherwise they are archives of their own."""
         return self.config.checksum_file != "off"
-
-
-def open_folder(name: str, config: DropConfig) -> DropFolder:
-    """Open the folder of the drop called `name`; raise ConfigError where that fails."""
-    try:
-        return DropFolder(str(config.path))
-    except OSError as error:
-        raise ConfigError(
-            f"drop.{name}.path: {config.path} can't be opened ({error.strerror})",
-            f"create it, readable and writable for the daemon's user: mkdir -p {config.path}",
-        ) from error

@@ -51,6 +51,42 @@ def is_remote(filesystem: str) -> bool:
     return filesystem in _NETWORK_FILESYSTEMS or filesystem.split(".", maxsplit=1)[0] in ("fuse", "fuseblk")
 
 
+_CAP_LEASE = 1 << 28
+"""The bit of this capability in a mask; source: capability.h of Linux."""
+
+
+def blind_spot(directory: int, filesystem: str) -> str:
+    """Return why files in a directory that are still open for writing can't be detected; empty if they can.
+
+    `filesystem` is the type of the directory's filesystem. A file without a name is created there to find
+    out; where that is impossible, leases are tried only when they are needed.
+    """
+    if is_remote(filesystem):
+        return f"writers on other hosts are invisible on {filesystem}"
+    if not _has_cap_lease():
+        return "without CAP_LEASE, only files of the daemon's own user show their writers"
+    try:
+        fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    except OSError:
+        return ""
+    try:
+        reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return "" if is_being_written(reader) else f"{filesystem} has no leases on files"
+        finally:
+            os.close(reader)
+    except OSError:
+        return ""
+    finally:
+        os.close(fd)
+
+
+def _has_cap_lease(status: str = "/proc/self/status") -> bool:
+    with open(status) as file:
+        effective = next((line.split()[1] for line in file if line.startswith("CapEff:")), "0")
+    return bool(int(effective, 16) & _CAP_LEASE)
+
+
 class BeingWrittenError(OSError):
     """Another process has the file open for writing."""
 

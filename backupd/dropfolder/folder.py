@@ -26,44 +26,57 @@ OnUnreadable = Callable[[bytes, OSError], None]
 class DropFolder:
     """A drop folder, held open by a descriptor; safe to use from several threads.
 
-    The methods raise OSError as the system calls do.
+    The methods raise OSError as the system calls do; all but `reopen`, `close` and `is_in_place` raise it
+    (ENOTCONN) if the folder could not be opened yet.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, is_open: bool = True) -> None:
+        """Open the folder, unless `is_open` is False: `reopen` opens it then."""
         self.path = path
-        # the root may be a symbolic link, as the operator wrote it
-        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.is_usable = False
+        """Whether the folder could be read when it was last checked; nothing else accesses it while not."""
+        self._fd = -1
+        if is_open:
+            self.reopen()
+            self.is_usable = True
 
     def close(self) -> None:
         """Close the descriptor."""
-        os.close(self._fd)
+        if self._fd >= 0:
+            close_descriptor(self._fd)
 
     def fileno(self) -> int:
         """Return the descriptor."""
+        if self._fd < 0:
+            raise OSError(errno.ENOTCONN, "the drop folder could not be opened yet")
         return self._fd
 
     def is_in_place(self) -> bool:
         """Return whether the path still leads to the directory that is held open."""
         try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+            return os.path.samestat(os.stat(self.path), os.fstat(self.fileno()))
         except OSError:
             return False
 
     def check_readable(self) -> None:
         """Raise OSError if the daemon may no longer list the directory that is held open."""
-        _is_empty(self._fd)
+        _is_empty(self.fileno())
 
     def reopen(self) -> None:
         """Open the directory that the path leads to now, under the same descriptor number."""
+        # the root may be a symbolic link, as the operator wrote it
         fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if self._fd < 0:
+            self._fd = fd
+            return
         try:
             os.dup2(fd, self._fd, inheritable=False)
         finally:
-            os.close(fd)
+            close_descriptor(fd)
 
     def inode(self) -> int:
         """Return the inode number of the directory that is held open."""
-        return os.fstat(self._fd).st_ino
+        return os.fstat(self.fileno()).st_ino
 
     def is_unmounted(self, folder_inode: int) -> bool:
         """Return whether a file that is missing may be on a filesystem that is not mounted now.
@@ -72,7 +85,7 @@ class DropFolder:
         folder's path leads to another directory, or if this one is empty and has another inode: an unused
         mount point.
         """
-        return not self.is_in_place() or (self.inode() != folder_inode and _is_empty(self._fd))
+        return not self.is_in_place() or (self.inode() != folder_inode and _is_empty(self.fileno()))
 
     @contextmanager
     def directory(self, relpath: bytes, *, create: bool = False) -> Iterator[int]:
@@ -80,20 +93,20 @@ class DropFolder:
 
         With `create`, missing directories on the way are created.
         """
-        fd = self._fd
+        root = fd = self.fileno()
         try:
             for name in _components(relpath):
                 if create:
                     with suppress(FileExistsError):
                         os.mkdir(name, 0o770, dir_fd=fd)
                 child = os.open(name, _OPEN_DIRECTORY, dir_fd=fd)
-                if fd != self._fd:
-                    os.close(fd)
+                if fd != root:
+                    close_descriptor(fd)
                 fd = child
             yield fd
         finally:
-            if fd != self._fd:
-                os.close(fd)
+            if fd != root:
+                close_descriptor(fd)
 
     def stat(self, relpath: bytes) -> os.stat_result:
         """Return the status of a file; of a symbolic link, the status of the link."""
@@ -113,7 +126,7 @@ class DropFolder:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise OSError(errno.EINVAL, "not a regular file")
         except OSError:
-            os.close(fd)
+            close_descriptor(fd)
             raise
         return fd
 
@@ -123,7 +136,7 @@ class DropFolder:
         try:
             return os.pread(fd, max_bytes, 0)
         finally:
-            os.close(fd)
+            close_descriptor(fd)
 
     def unlink(self, relpath: bytes) -> None:
         """Remove a file."""
@@ -156,7 +169,7 @@ class CachedFolder(DropFolder):
     def close(self) -> None:
         """Close all directories, none of which may be in use; they are opened again when needed."""
         while self._directories:
-            os.close(self._directories.popitem()[1])
+            close_descriptor(self._directories.popitem()[1])
 
     @contextmanager
     def directory(self, relpath: bytes, *, create: bool = False) -> Iterator[int]:
@@ -200,7 +213,16 @@ class DirectoryCache:
         """Close the last directory."""
         last, self._last = self._last, None
         if last:
-            os.close(last[1])
+            close_descriptor(last[1])
+
+
+def close_descriptor(fd: int) -> None:
+    """Close a descriptor of a file that was only read, or of a directory.
+
+    An error at this point, as on a network filesystem that is gone, concerns none of what was read.
+    """
+    with suppress(OSError):
+        os.close(fd)
 
 
 def walk(
@@ -247,7 +269,7 @@ def _is_empty(directory: int) -> bool:
         with os.scandir(fd) as entries:
             return next(entries, None) is None
     finally:
-        os.close(fd)
+        close_descriptor(fd)
 
 
 def _components(relpath: bytes) -> list[bytes]:

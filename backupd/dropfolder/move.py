@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 
 from backupd.core.model import Fingerprint, is_same_file, is_unchanged
 from backupd.dropfolder.filesystem import is_being_written, read_lease
-from backupd.dropfolder.folder import DropFolder
+from backupd.dropfolder.folder import DropFolder, close_descriptor
 
 _RENAME_NOREPLACE = 1
 _CREATE_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -217,7 +217,7 @@ def _leased(folder: DropFolder, relpath: bytes, expected: Fingerprint) -> Iterat
                 raise FileChangedError
             yield is_writer_waiting
     finally:
-        os.close(fd)
+        close_descriptor(fd)
 
 
 def _is_written_at(directory: int, name: bytes) -> bool:
@@ -226,7 +226,7 @@ def _is_written_at(directory: int, name: bytes) -> bool:
         try:
             return is_being_written(fd)
         finally:
-            os.close(fd)
+            close_descriptor(fd)
     return False
 
 
@@ -257,4 +257,4 @@ def _write_synced(directory: int, name: bytes, content: bytes) -> None:
             os.unlink(name, dir_fd=directory)
         raise
     finally:
-        os.close(fd)
+        close_descriptor(fd)

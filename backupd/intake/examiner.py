@@ -26,7 +26,7 @@ from backupd.core.policy import Reason
 from backupd.dropfolder.checksums import StatedDigests, digest_of, read_checksum_files
 from backupd.dropfolder.decompress import ShouldStop, StoppedError, UninspectableError
 from backupd.dropfolder.drop import Drop
-from backupd.dropfolder.folder import OnUnreadable
+from backupd.dropfolder.folder import OnUnreadable, close_descriptor
 from backupd.dropfolder.inspect import inspect
 from backupd.intake.problem_list import ProblemList
 from backupd.ledger.port import FileCandidate
@@ -352,7 +352,7 @@ class Examiner:
                 raise StoppedError
             return why
         finally:
-            os.close(fd)
+            close_descriptor(fd)
 
     def _inspect(self, candidate: FileCandidate, fd: int, should_stop: ShouldStop) -> Damage | None:
         size, name = candidate.fingerprint.size, candidate.relpath.rpartition(b"/")[2]

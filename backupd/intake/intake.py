@@ -13,6 +13,7 @@ from contextlib import suppress
 from watchdog.events import FileModifiedEvent, FileSystemEvent
 from watchdog.observers.api import EventQueue
 
+from backupd.core.drop_problem import DropState
 from backupd.core.errors import LedgerError
 from backupd.core.model import fingerprint_of
 from backupd.dropfolder.decompress import StoppedError
@@ -80,7 +81,9 @@ class Intake:
             self._problems,
         )
         self._skips = drop.skips
-        self._watch_health = WatchHealth(drop, self._problems, log, self._events)
+        self._watch_health = WatchHealth(drop, self._problems, log, self._events, self._resume_deliveries)
+        self._saved_state: DropState | None = None
+        """The state of the drop that the ledger has from this run."""
         self._next_scan = 0.0
         """When the next scan is due (monotonic)."""
         self._batch: list[FileCandidate] = []
@@ -108,20 +111,28 @@ class Intake:
         try:
             while not stop.is_set():
                 self.watchdog.alive()
-                if time.monotonic() >= self._next_scan:
-                    watched = self._watch_health.check_and_restart()
-                    self._scan(b"", stop, detect_lost_events=watched and self.ready.is_set())
+                try:
+                    self._work(stop)
+                except OSError as error:  # of a call for which no other answer is known
+                    self._watch_health.root_failed(error)
                     self._next_scan = time.monotonic() + self._watch_health.scan_every()
-                    self.ready.set()
-                self._check_due()
-                self._examiner.examine_due()
-                self._enqueue()
-                self._save_problems()
+                self._save_state()
                 self._wait()
         finally:
             self._examiner.close()
             self.watchdog.idle()
             self._watch_health.close()
+
+    def _work(self, stop: threading.Event) -> None:
+        """Scan if a scan is due, and check, examine and queue what is due."""
+        if time.monotonic() >= self._next_scan:
+            watched = self._watch_health.check_and_restart()
+            self._scan(b"", stop, detect_lost_events=watched and self.ready.is_set())
+            self._next_scan = time.monotonic() + self._watch_health.scan_every()
+            self.ready.set()
+        self._check_due()
+        self._examiner.examine_due()
+        self._enqueue()
 
     def wake(self) -> None:
         """End a wait, so that the thread checks its stop event."""
@@ -130,6 +141,11 @@ class Intake:
     def recheck(self, relpath: bytes) -> None:
         """Have a path checked, as an event would."""
         self._events.put((FileModifiedEvent(relpath), None))
+
+    def _resume_deliveries(self) -> None:
+        """Have the workers and the recorder go on with the folder, which they leave alone while it fails."""
+        self._notify_workers(self._destinations)
+        self._on_dispositions_due()
 
     def _wait(self) -> None:
         """Wait for an event until something is due, and handle the events that have arrived."""
@@ -311,9 +327,14 @@ class Intake:
             with suppress(LedgerError):  # logged at the next heartbeat instead
                 self._device_tracker.log_unusual_sizes()
 
-    def _save_problems(self) -> None:
+    def _save_state(self) -> None:
+        """Write to the ledger what has changed in the state of the drop and in its problems."""
+        state = self._watch_health.state
         try:
             self._problems.save()
+            if state is not None and state != self._saved_state:
+                self._ledger.save_drop_state(state)
+                self._saved_state = state
         except LedgerError as error:
             self._log_ledger_failure(error)
 

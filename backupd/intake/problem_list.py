@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from backupd.core.drop_problem import NOT_LISTED, NOT_MOVED, DropProblem
+from backupd.core.drop_problem import NOT_ANSWERING, NOT_LISTED, NOT_MOVED, DropProblem
 from backupd.ledger.port import Ledger
 
 _MAX_LISTED = 10_000
 """Problems that are listed one by one; further ones are only counted. The limit bounds memory and ledger."""
+
+
+_OF_OTHERS = frozenset((NOT_ANSWERING, NOT_MOVED))
+"""Reasons of problems that other parts of the daemon find and save."""
 
 
 class ProblemList:
@@ -46,7 +50,7 @@ class ProblemList:
     def load(self) -> None:
         """Read the problems of an earlier run, which keep their age; raises LedgerError."""
         problems = self._ledger.problems(self._drop)
-        self._earlier = {(p.relpath, p.reason): p for p in problems if p.reason != NOT_MOVED}
+        self._earlier = {(p.relpath, p.reason): p for p in problems if p.reason not in _OF_OTHERS}
 
     def add(self, relpath: bytes, reason: str, error: str, hint: str, size: int | None = None) -> bool:
         """Add a problem, or confirm it; return whether it is new in this run."""

@@ -13,6 +13,7 @@ from backupd.core.model import fingerprint_of
 from backupd.core.stability import StabilityTracker
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.filesystem import is_being_written
+from backupd.dropfolder.folder import close_descriptor
 from backupd.intake.problem_list import ProblemList
 from backupd.ledger.port import FileCandidate
 from backupd.telemetry import events
@@ -162,7 +163,7 @@ class UnfinishedFiles:
                 has_room = _has_room(fd)
                 folder_inode = self._folder.inode()
             finally:
-                os.close(fd)
+                close_descriptor(fd)
             is_written = is_written or self._has_companion(relpath)
         except FileNotFoundError:
             return None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from watchdog.observers.api import EventQueue
 
-from backupd.core.drop_problem import FOLDER_FAILED
+from backupd.core.drop_problem import FOLDER_FAILED, DropState
 from backupd.core.names import as_text
 from backupd.dropfolder.drop import Drop
-from backupd.dropfolder.filesystem import filesystem_of, is_remote
+from backupd.dropfolder.filesystem import blind_spot, filesystem_of, is_remote
 from backupd.intake.problem_list import ProblemList
 from backupd.intake.watcher import Watcher, WatchFault
 from backupd.telemetry import events
@@ -30,9 +31,17 @@ class WatchHealth:
     """Detects lost events of one drop folder, and restarts a watcher that does not work.
 
     It also chooses between the watcher, which uses inotify, and frequent scans where inotify does not work.
+    `on_usable` is called when the folder can be read for the first time, or again.
     """
 
-    def __init__(self, drop: Drop, problems: ProblemList, log: EventLog, queue: EventQueue) -> None:
+    def __init__(
+        self,
+        drop: Drop,
+        problems: ProblemList,
+        log: EventLog,
+        queue: EventQueue,
+        on_usable: Callable[[], None] = lambda: None,
+    ) -> None:
         self._drop = drop
         self._config = drop.config
         self._folder = drop.folder
@@ -40,8 +49,12 @@ class WatchHealth:
         self._log = log
         self._path = str(drop.config.path)
         self._queue = queue
+        self._on_usable = on_usable
         self._watcher: Watcher | None = None
+        self._is_open = False
         self._is_polling = False
+        self._state: DropState | None = None
+        """The state at the last start of the watcher, without its present fault."""
         self._degraded_reason = ""
         """The reason of the last `watch.degraded`; empty while events arrive."""
         self.root_is_failing = False
@@ -55,7 +68,14 @@ class WatchHealth:
         return bool(self._degraded_reason) or self.root_is_failing
 
     def open(self) -> None:
-        """Choose between inotify and polling, log the choice and start."""
+        """Open the folder, choose between inotify and polling, log the choice and start.
+
+        If the folder cannot be opened, each call of `check_and_restart` tries it again.
+        """
+        self._is_accessible(self._open)
+
+    def _open(self) -> None:
+        self._folder.reopen()
         filesystem = filesystem_of(self._path)
         observer = self._config.observer
         reason = "configured"
@@ -64,6 +84,9 @@ class WatchHealth:
             observer = "polling" if remote else "inotify"
             reason = "remote_filesystem" if remote else "local_filesystem"
         self._is_polling = observer == "polling"
+        self._is_open = True
+        unseen = blind_spot(self._folder.fileno(), filesystem)
+        self._state = DropState(self._drop.name, observer, filesystem, "", unseen)
         self._log.emit(
             events.DROP_WATCHED,
             drop=self._drop.name,
@@ -71,9 +94,14 @@ class WatchHealth:
             observer=observer,
             filesystem=filesystem,
             reason=reason,
+            blind_spot=unseen or None,
         )
-        if not self._is_polling:
-            self._start()
+        self._restart()
+
+    @property
+    def state(self) -> DropState | None:
+        """The state of the drop, None while the folder was not opened yet."""
+        return replace(self._state, fault=self._degraded_reason) if self._state else None
 
     def close(self) -> None:
         """Stop the watcher."""
@@ -88,6 +116,9 @@ class WatchHealth:
 
     def check_and_restart(self) -> bool:
         """Restart a watcher that does not work; return whether it has worked since the last check."""
+        if not self._is_open:
+            self.open()
+            return False
         if not self._folder.is_in_place():
             self._log_degraded(_REPLACED)
             if self._is_accessible(self._folder.reopen):
@@ -129,6 +160,7 @@ class WatchHealth:
         """Log, once, that the folder can't be read; `check_and_restart` recovers once it can be."""
         text = error.strerror or str(error)
         hint = "make the folder readable and writable for the daemon's user; retried at each rescan"
+        self._folder.is_usable = False
         if self._problems.add(b"", FOLDER_FAILED, text, hint):
             self._log.emit(events.DROP_FAILED, drop=self._drop.name, path=self._path, error=text, hint=hint)
         self.root_is_failing = True
@@ -144,6 +176,9 @@ class WatchHealth:
         if self.root_is_failing:
             self._problems.remove(b"")
         self.root_is_failing = False
+        if not self._folder.is_usable:
+            self._folder.is_usable = True
+            self._on_usable()
         return True
 
     def _restart(self) -> None:

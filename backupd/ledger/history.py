@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Protocol
 
-from backupd.core.drop_problem import DropProblem, ProblemCount
+from backupd.core.drop_problem import DropProblem, DropState, ProblemCount
 from backupd.core.model import Archive, DeliveryState
 from backupd.core.names import as_text
 
@@ -213,6 +213,10 @@ class History(Protocol):
 
     def problems(self, drop: str | None, limit: int) -> list[DropProblem]:
         """Return up to `limit` problems of a drop, or of all if `drop` is None, the oldest first."""
+        ...
+
+    def drop_states(self) -> list[DropState]:
+        """Return the states of all drops that the daemon has opened, by their names."""
         ...
 
     def problem_counts(self) -> list[ProblemCount]:

@@ -16,7 +16,7 @@ from typing import Protocol
 from backupd.core.circuit import Circuit
 from backupd.core.clock_skew import ZERO
 from backupd.core.devices import Device, DeviceExpectation
-from backupd.core.drop_problem import DropProblem, ProblemCount
+from backupd.core.drop_problem import DropProblem, DropState, ProblemCount
 from backupd.core.errors import LedgerDamagedError
 from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint, Rejected
 from backupd.core.transition import Priority, Transition
@@ -322,7 +322,12 @@ class Ledger(DeviceLedger, Protocol):
         ...
 
     def claim(
-        self, destination: str, now: datetime, priority: Priority = Priority.OLDEST, limit: int = 1
+        self,
+        destination: str,
+        now: datetime,
+        priority: Priority = Priority.OLDEST,
+        limit: int = 1,
+        except_drops: Collection[str] = (),
     ) -> list[Delivery]:
         """Change due deliveries of a destination from pending to claimed and return them, in their order.
 
@@ -330,12 +335,15 @@ class Ledger(DeviceLedger, Protocol):
         released. The order is by the time when they are due, by size, or by the
         newest archive, as `priority` requires. Several, up to `limit`, are returned only if their archives
         have no more than 4 MiB together: a caller works on them one after the other, and a large one must not
-        delay a delivery that other workers could take.
+        delay a delivery that other workers could take. Archives of `except_drops` stay pending.
         """
         ...
 
-    def next_due(self, destination: str) -> datetime | None:
-        """Return when the next pending delivery of a destination is due, None without one."""
+    def next_due(self, destination: str, except_drops: Collection[str] = ()) -> datetime | None:
+        """Return when the next pending delivery of a destination is due, None without one.
+
+        Archives of `except_drops` are left out.
+        """
         ...
 
     def bring_forward(self, destination: str, latest: datetime) -> None:
@@ -417,8 +425,12 @@ class Ledger(DeviceLedger, Protocol):
         """Return the problems of each drop with each reason, by drop and reason."""
         ...
 
-    def forget_problems(self, other_than: Collection[str]) -> None:
-        """Delete the problems of all drops but these."""
+    def save_drop_state(self, state: DropState) -> None:
+        """Replace the state of a drop."""
+        ...
+
+    def forget_drops(self, other_than: Collection[str]) -> None:
+        """Delete the states and problems of all drops but these."""
         ...
 
     def check_storage(self) -> None:

@@ -117,6 +117,7 @@ KEYS: dict[str, Key] = {
         ),
         Key("skipped_files", COUNT, "files in `sent_dir` that the retention rules cannot remove"),
         Key("unknown_files", COUNT, "files in `rejected_dir` that the ledger does not know"),
+        Key("blind_spot", TEXT, "why files that are still open for writing can't be detected"),
         Key("problems", COUNT, "files that will not be sent, or not moved, as things are"),
         Key("problem_age_s", NUMBER, "seconds since the first of these problems was found"),
         Key("in_flight", COUNT, "uploads in progress"),
@@ -315,8 +316,8 @@ LEDGER_FAILED = _event(
 DROP_WATCHED = _event(
     "drop.watched",
     "info",
-    "drop path observer filesystem reason",
-    "watching {path} with {observer}[ on {filesystem}]",
+    "drop path observer filesystem reason blind_spot",
+    "watching {path} with {observer}[ on {filesystem}][; {blind_spot}]",
     "a drop folder is watched",
 )
 DROP_SCANNED = _event(

@@ -72,6 +72,19 @@ def end(
     return [*ledger.record([a_claim_result(claim(ledger, destination), outcome, now=now)], now).completed]
 
 
+@pytest.mark.parametrize("priority", Priority)
+def test_the_archives_of_excepted_drops_stay_pending(ledger: Ledger, priority: Priority) -> None:
+    enqueue(ledger, a_candidate(drop="dead"), a_candidate(drop="gone"))
+    (well,) = enqueue(ledger, a_candidate(drop="well"), now=NOW + timedelta(seconds=1))
+
+    assert ledger.next_due("vault", ["dead", "gone"]) == NOW + timedelta(seconds=1)
+    assert [d.archive for d in ledger.claim("vault", LATER, priority, 9, ["dead", "gone"])] == [well]
+
+    assert ledger.next_due("vault", ["dead", "gone"]) is None
+    assert ledger.next_due("vault") == NOW
+    assert {d.archive.drop for d in ledger.claim("vault", LATER, priority, 9)} == {"dead", "gone"}
+
+
 # enqueue
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from backupd.core.drop_problem import DropProblem, ProblemCount
+from backupd.core.drop_problem import DropProblem, DropState, ProblemCount
 from backupd.ledger.history import History
 from backupd.ledger.port import Ledger
 from tests.contract.bench import Bench
@@ -88,7 +88,7 @@ def test_the_problems_of_other_drops_are_forgotten(ledger: Ledger) -> None:
     kept = a_problem(drop="routers")
     ledger.save_problems([a_problem(), kept], [])
 
-    ledger.forget_problems(["routers", "firewalls"])
+    ledger.forget_drops(["routers", "firewalls"])
 
     assert ledger.problems() == [kept]
 
@@ -97,3 +97,16 @@ def test_problems_outlast_the_process(bench: Bench) -> None:
     bench.ledger.save_problems([a_problem()], [])
 
     assert bench.crash().problems() == [a_problem()]
+
+
+def test_the_last_state_of_each_drop_is_kept(ledger: Ledger, history: History) -> None:
+    ledger.save_drop_state(DropState("switches", "inotify", "ext4", "event_lost", ""))
+    switches = DropState("switches", "inotify", "ext4", "", "")
+    routers = DropState("routers", "polling", "nfs4", "", "writers on other hosts are invisible")
+
+    ledger.save_drop_state(switches)
+    ledger.save_drop_state(routers)
+
+    assert history.drop_states() == [routers, switches]
+    ledger.forget_drops(["switches"])
+    assert history.drop_states() == [switches]

@@ -13,7 +13,7 @@ from itertools import accumulate, takewhile
 from pathlib import Path
 
 from backupd.core.circuit import Circuit
-from backupd.core.drop_problem import DropProblem, ProblemCount
+from backupd.core.drop_problem import DropProblem, DropState, ProblemCount
 from backupd.core.errors import LedgerFullError
 from backupd.core.model import Archive, Claim, Delivery, DeliveryState, Digest, Rejected
 from backupd.core.transition import Priority, archive_state
@@ -50,12 +50,23 @@ from backupd.ledger.sqlite.connection import (
 )
 from backupd.ledger.sqlite.device_queries import SqliteDeviceLedger, record_arrival
 
-_DUE = "WHERE destination = ? AND state = 'pending' AND due_at <= ?"
+_DUE = "WHERE destination = ? AND state = 'pending' AND due_at <= ? {but}"
 _CLAIM_ORDER = {
     Priority.OLDEST: f"INDEXED BY delivery_due {_DUE} ORDER BY due_at",
     Priority.SMALLEST: f"INDEXED BY delivery_smallest {_DUE} ORDER BY size",
     Priority.NEWEST: f"INDEXED BY delivery_newest {_DUE} ORDER BY archive_id DESC",
 }
+
+
+def _but(drops: Collection[str]) -> str:
+    """Return the condition that leaves out the archives of these drops."""
+    if not drops:
+        return ""
+    return (
+        "AND NOT EXISTS (SELECT 1 FROM archive WHERE archive.id = delivery.archive_id"  # noqa: S608 -- own text
+        f" AND drop_name IN ({', '.join('?' * len(drops))}))"
+    )
+
 
 _RELEASE = "UPDATE delivery SET state = 'pending', session = NULL, token = token + 1 WHERE state = 'claimed'"
 _IS_OVER = "session NOT IN (SELECT id FROM session)"
@@ -188,26 +199,34 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         return EnqueueResult(tuple(queued), tuple(superseded), has_unusual_size, tuple(rejected), reappeared)
 
     def claim(
-        self, destination: str, now: datetime, priority: Priority = Priority.OLDEST, limit: int = 1
+        self,
+        destination: str,
+        now: datetime,
+        priority: Priority = Priority.OLDEST,
+        limit: int = 1,
+        except_drops: Collection[str] = (),
     ) -> list[Delivery]:
         """See `Ledger.claim`."""
         self.renew()
+        clauses = _CLAIM_ORDER[priority].format(but=_but(except_drops))
         with self._transaction(durable=False) as db:
             due = db.execute(
-                f"SELECT id, size FROM delivery {_CLAIM_ORDER[priority]} LIMIT ?",  # noqa: S608 -- own clauses
-                (destination, to_micros(now), limit),
+                f"SELECT id, size FROM delivery {clauses} LIMIT ?",  # noqa: S608 -- own clauses
+                (destination, to_micros(now), *except_drops, limit),
             ).fetchall()
             totals = accumulate(size for _, size in due)
             count = sum(1 for _ in takewhile(lambda total: total <= _MAX_BATCH_BYTES, totals))
             return [_claim(db, delivery_id, self._session) for delivery_id, _ in due[: max(count, 1)]]
 
-    def next_due(self, destination: str) -> datetime | None:
+    def next_due(self, destination: str, except_drops: Collection[str] = ()) -> datetime | None:
         """See `Ledger.next_due`."""
         with self._reading() as db:
             row = db.execute(
-                "SELECT min(due_at) FROM delivery WHERE destination = ? AND state = 'pending'", (destination,)
+                "SELECT due_at FROM delivery INDEXED BY delivery_due"  # noqa: S608 -- own clause
+                f" WHERE destination = ? AND state = 'pending' {_but(except_drops)} ORDER BY due_at LIMIT 1",
+                (destination, *except_drops),
             ).fetchone()
-            return None if row[0] is None else as_time(row[0])
+            return None if row is None else as_time(row[0])
 
     def bring_forward(self, destination: str, latest: datetime) -> None:
         """See `Ledger.bring_forward`."""
@@ -344,10 +363,15 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         with self._reading() as db:
             return problem_queries.count_problems(db)
 
-    def forget_problems(self, other_than: Collection[str]) -> None:
-        """See `Ledger.forget_problems`."""
+    def save_drop_state(self, state: DropState) -> None:
+        """See `Ledger.save_drop_state`."""
         with self._transaction(durable=False) as db:
-            problem_queries.forget_problems(db, other_than)
+            problem_queries.save_state(db, state)
+
+    def forget_drops(self, other_than: Collection[str]) -> None:
+        """See `Ledger.forget_drops`."""
+        with self._transaction(durable=False) as db:
+            problem_queries.forget_drops(db, other_than)
 
     def close(self) -> None:
         """See `Ledger.close`."""

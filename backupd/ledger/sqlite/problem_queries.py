@@ -1,11 +1,11 @@
-"""The part of the SQLite ledger about the problems of files in drop folders."""
+"""The part of the SQLite ledger about the states of drop folders and the problems of their files."""
 
 from __future__ import annotations
 
 import sqlite3
 from collections.abc import Collection, Sequence
 
-from backupd.core.drop_problem import DropProblem, ProblemCount
+from backupd.core.drop_problem import DropProblem, DropState, ProblemCount
 from backupd.ledger.sqlite.connection import as_time, to_micros
 
 _ONE_DROP = "(? IS NULL OR drop_name = ?)"
@@ -49,7 +49,29 @@ def save_problems(
     )
 
 
-def forget_problems(db: sqlite3.Connection, other_than: Collection[str]) -> None:
-    """Delete the problems of all drops but these."""
-    drops = {row[0] for row in db.execute("SELECT DISTINCT drop_name FROM problem")}
-    db.executemany("DELETE FROM problem WHERE drop_name = ?", [(drop,) for drop in drops - {*other_than}])
+def save_state(db: sqlite3.Connection, state: DropState) -> None:
+    """Replace the state of a drop."""
+    db.execute(
+        "INSERT OR REPLACE INTO drop_state (drop_name, observer, filesystem, fault, blind_spot)"
+        " VALUES (?, ?, ?, ?, ?)",
+        (state.drop, state.observer, state.filesystem, state.fault, state.blind_spot),
+    )
+
+
+def find_states(db: sqlite3.Connection) -> list[DropState]:
+    """Return the states of all drops, by their names."""
+    rows = db.execute(
+        "SELECT drop_name, observer, filesystem, fault, blind_spot FROM drop_state ORDER BY drop_name"
+    )
+    return [DropState(*row) for row in rows]
+
+
+def forget_drops(db: sqlite3.Connection, other_than: Collection[str]) -> None:
+    """Delete the states and problems of all drops but these."""
+    for table in ("problem", "drop_state"):
+        rows = db.execute(f"SELECT DISTINCT drop_name FROM {table}")  # noqa: S608 -- own names
+        gone = {row[0] for row in rows} - {*other_than}
+        db.executemany(
+            f"DELETE FROM {table} WHERE drop_name = ?",  # noqa: S608 -- own names
+            [(drop,) for drop in gone],
+        )

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from backupd.core.devices import overdue_by
-from backupd.core.drop_problem import DropProblem, ProblemCount
+from backupd.core.drop_problem import DropProblem, DropState, ProblemCount
 from backupd.core.errors import LedgerError, LedgerUnreachableError, UsageError
 from backupd.core.model import DeliveryState
 from backupd.ledger.history import (
@@ -41,7 +41,7 @@ from backupd.ledger.sqlite.connection import (
     storable_text,
     to_micros,
 )
-from backupd.ledger.sqlite.problem_queries import count_problems, find_problems
+from backupd.ledger.sqlite.problem_queries import count_problems, find_problems, find_states
 
 _CLAUSES = {
     "drop": "a.drop_name = ?",
@@ -244,6 +244,11 @@ class LedgerQueries(History):
     def problems(self, drop: str | None, limit: int) -> list[DropProblem]:
         """See `History.problems`."""
         return find_problems(self._db, drop, limit)
+
+    @_query_errors("read")
+    def drop_states(self) -> list[DropState]:
+        """See `History.drop_states`."""
+        return find_states(self._db)
 
     @_query_errors("read")
     def problem_counts(self) -> list[ProblemCount]:

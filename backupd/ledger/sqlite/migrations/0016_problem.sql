@@ -11,3 +11,12 @@ CREATE TABLE problem (
     PRIMARY KEY (drop_name, relpath, reason)
 ) WITHOUT ROWID;
 CREATE INDEX problem_oldest ON problem (drop_name, reason, since);
+
+-- How the daemon notices the files of each drop; see `DropState`.
+CREATE TABLE drop_state (
+    drop_name  TEXT NOT NULL PRIMARY KEY,
+    observer   TEXT NOT NULL,
+    filesystem TEXT NOT NULL,
+    fault      TEXT NOT NULL,
+    blind_spot TEXT NOT NULL
+) WITHOUT ROWID;

@@ -1,0 +1,177 @@
+"""A mount below which the server has died or hangs: the trouble of one drop is that of this drop alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from backupd.cli.options import BAD_CONFIG
+from backupd.receiver.serve import RunningReceiver
+from tests.programs import do_without, require
+from tests.stage import Stage, until
+
+pytestmark = pytest.mark.root  # mounting takes root
+
+ANSWER_TIMEOUT = 30.0
+"""Seconds in which a command ends, however busy the machine is; a mount that hangs never answers."""
+
+
+class FuseMount:
+    """A folder shown at another place by bindfs, whose process is the file server."""
+
+    def __init__(self, source: Path, at: Path) -> None:
+        self._source, self.at = source, at
+        self._server: subprocess.Popen[bytes] | None = None
+        self.mount()
+
+    def mount(self) -> None:
+        """Start the server, and wait until the folder is mounted."""
+        self._server = subprocess.Popen([require("bindfs"), "-f", str(self._source), str(self.at)])
+        until(lambda: os.path.ismount(self.at) or self._has_ended(), "the mount")
+        if self._has_ended():
+            do_without("no FUSE filesystem can be mounted")
+
+    def _has_ended(self) -> bool:
+        return self._server is None or self._server.poll() is not None
+
+    def hang(self) -> None:
+        """Stop the server: no call on the mount returns any more."""
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def die(self) -> None:
+        """Kill the server: every call on the mount fails with ENOTCONN."""
+        self._signal(signal.SIGKILL)
+        assert self._server is not None
+        self._server.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._server is not None
+        self._server.send_signal(number)
+
+    def unmount(self) -> None:
+        if self._server is not None and self._server.poll() is None:
+            self.die()
+        subprocess.run(["umount", "--lazy", str(self.at)], check=False, capture_output=True)
+
+    def remount(self) -> None:
+        """Mount the folder again, as an operator does after the server has died."""
+        self.unmount()
+        self.mount()
+
+
+@pytest.fixture
+def mount(stage: Stage) -> Iterator[FuseMount]:
+    """The folder of the drop `switches`, mounted over FUSE; `other` beside it is a local one."""
+    if not os.path.exists("/dev/fuse"):
+        do_without("no FUSE here")
+    source = stage.base / "exported"
+    source.mkdir()
+    mounted = FuseMount(source, stage.drop)
+    try:
+        yield mounted
+    finally:
+        mounted.unmount()
+
+
+@pytest.fixture
+def other(stage: Stage, mount: FuseMount, receiver: RunningReceiver) -> Path:
+    """The folder of a second drop, which is well; both are configured."""
+    folder = stage.base / "other"
+    folder.mkdir()
+    drop = f'[drop.other]\npath = "{folder}"\nstable_for = "0.1s"\n'
+    stage.configure(receiver.url, drop='rescan_every = "1s"\nstable_for = "0.1s"', more=drop)
+    return folder
+
+
+def the_problems(stage: Stage) -> list[tuple[str, str]]:
+    """Return drop and reason of each problem that `status` shows; it has to answer in time."""
+    started = time.monotonic()
+    shown = json.loads(stage.backupd("status", "--json").stdout)
+    assert time.monotonic() - started < ANSWER_TIMEOUT
+    return [(problem["drop"], problem["reason"]) for problem in shown["problems"]]
+
+
+def check_is_critical(stage: Stage) -> None:
+    """Assert that `status --check` and `check` answer in time, and name the folder."""
+    started = time.monotonic()
+    line = stage.backupd("status", "--check")
+    assert line.returncode == 2, line.stdout
+    assert "switches" in line.stdout
+    checked = stage.backupd("check", "--offline")
+    assert checked.returncode == BAD_CONFIG
+    assert f"drop.switches.path: {stage.drop}" in checked.stdout, checked.stdout
+    assert time.monotonic() - started < ANSWER_TIMEOUT
+
+
+def test_a_dead_mount_at_the_start_stops_no_other_drop(stage: Stage, mount: FuseMount, other: Path) -> None:
+    mount.die()
+    daemon = stage.daemon().ready()
+    stage.put("a.cfg", b"a", into=other)
+    daemon.wait_for("archive.disposed", drop="other")
+    assert ("switches", "folder_failed") in the_problems(stage)
+    check_is_critical(stage)
+    mount.remount()
+    (stage.drop / "b.cfg").write_bytes(b"b")
+    daemon.wait_for("archive.disposed", drop="switches")
+    until(lambda: not the_problems(stage), "the end of the problem")
+    assert daemon.stop() == 0
+
+
+def test_a_mount_that_dies_and_comes_back_delivers_what_was_pending(
+    stage: Stage, mount: FuseMount, other: Path, receiver: RunningReceiver
+) -> None:
+    receiver.__exit__(None, None, None)
+    daemon = stage.daemon().ready()
+    (stage.drop / "b.cfg").write_bytes(b"b")
+    daemon.wait_for("archive.queued", drop="switches")
+    mount.die()
+    daemon.wait_for("drop.failed", drop="switches")
+    receiver.__enter__()
+    stage.put("a.cfg", b"a", into=other)
+    daemon.wait_for("archive.disposed", drop="other")
+    assert not daemon.events("archive.missing")
+    mount.remount()
+    daemon.wait_for("archive.disposed", drop="switches")
+    assert [path.read_bytes() for path in stage.stored()] == [b"a", b"b"]
+    assert daemon.stop() == 0
+
+
+def test_a_mount_that_hangs_delays_no_other_drop(stage: Stage, mount: FuseMount, other: Path) -> None:
+    daemon = stage.daemon().ready()
+    mount.hang()
+    try:
+        for number in range(8):
+            stage.put(f"{number}.cfg", b"a", into=other)
+        daemon.wait_for("archive.disposed", drop="other", count=8)
+        until(lambda: ("switches", "not_answering") in the_problems(stage), "the problem")
+        check_is_critical(stage)
+        assert daemon.process.poll() is None
+    finally:
+        mount.go_on()
+    until(lambda: not the_problems(stage), "the end of the problem")
+    (stage.drop / "b.cfg").write_bytes(b"b")
+    daemon.wait_for("archive.disposed", drop="switches")
+    assert daemon.stop() == 0
+
+
+def test_the_daemon_starts_and_stops_while_a_mount_hangs(stage: Stage, mount: FuseMount, other: Path) -> None:
+    mount.hang()
+    try:
+        daemon = stage.daemon()
+        stage.put("a.cfg", b"a", into=other)
+        daemon.wait_for("archive.disposed", drop="other")
+        daemon.process.send_signal(signal.SIGTERM)
+        daemon.wait_for("daemon.stopped")
+    finally:
+        mount.go_on()
+    assert daemon.stop() == 0
