@@ -8,6 +8,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import combinations
@@ -228,6 +229,67 @@ def _drop_problems(name: str, drop: DropConfig, mounts: frozenset[Path]) -> Iter
     for key, relative in subfolders.items():
         if problem := _subfolder_problem(f"drop.{name}.{key}", drop.path, relative, mounts):
             yield problem
+    if drop.on_delivered != "keep":
+        yield from _unmovable(folder, drop, mounts)
+
+
+def _unmovable(folder: _Named, drop: DropConfig, mounts: frozenset[Path]) -> Iterator[FileProblem]:
+    """Yield warnings of files that could be delivered, but not moved away afterwards."""
+    root = _real_path(drop.path)
+    own = [root / drop.sent_dir.strip("/"), root / drop.rejected_dir.strip("/")]
+    for mount in sorted(mounts):
+        if root in mount.parents and not any(overlap(mount, each) for each in own):
+            text = f"has a mount below it, {mount}: its files can't be moved out of it"
+            hint = (
+                "mount it elsewhere and configure it as a drop of its own, or `exclude` it: archives are"
+                " moved by renaming them, and no rename crosses a mount, not even a bind mount"
+            )
+            yield folder.problem(text, hint, fatal=False)
+    if os.geteuid() == 0:
+        return
+    kinds: dict[Callable[[Path, os.stat_result], bool], tuple[str, str]] = {
+        _is_sticky: ("is sticky: files of other users can't be moved out of it", "chmod -t {}"),
+        _is_unwritable: (
+            "can't be written by the daemon's user: files in it can't be moved out of it",
+            "chmod g+w {}, and let writers create directories with umask 007; see the page about operations",
+        ),
+    }
+    for path, status in _directories(root, own if drop.recursive else None):
+        for applies, (text, hint) in list(kinds.items()):
+            if applies(path, status):
+                del kinds[applies]  # one example is enough
+                yield _Named(folder.where, path).problem(text, hint.format(path), fatal=False)
+
+
+def _is_sticky(_path: Path, status: os.stat_result) -> bool:
+    return bool(status.st_mode & stat.S_ISVTX) and status.st_uid != os.geteuid()
+
+
+def _is_unwritable(path: Path, _status: os.stat_result) -> bool:
+    return not _is_permitted(path, os.W_OK | os.X_OK)
+
+
+_MAX_DIRECTORIES: Final = 10_000
+"""Directories of a drop folder that are looked at before the start."""
+
+
+def _directories(root: Path, skipped: Sequence[Path] | None) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield a folder and the directories below it except the skipped ones; with None only the folder."""
+    yield root, os.stat(root)
+    if skipped is None:
+        return
+    count = 1
+    for path, names, _ in os.walk(root):
+        here = Path(path)
+        names[:] = [name for name in names if not name.startswith(".") and here / name not in skipped]
+        for name in names:
+            count += 1
+            if count > _MAX_DIRECTORIES:
+                return
+            with suppress(FileNotFoundError):
+                status = os.lstat(here / name)
+                if stat.S_ISDIR(status.st_mode):
+                    yield here / name, status
 
 
 def _subfolder_problem(where: str, root: Path, relative: str, mounts: frozenset[Path]) -> FileProblem | None:

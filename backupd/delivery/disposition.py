@@ -232,7 +232,8 @@ def _close_all(folders: Mapping[str, CachedFolder]) -> None:
 def _hint(error: OSError, drop: Drop, archive: Archive) -> str:
     """Return how the operator fixes a failed disposition, with the commands."""
     root = drop.folder.path
-    file, folder = shlex.quote(os.path.join(root, as_text(archive.relpath))), shlex.quote(root)
+    path = os.path.join(root, as_text(archive.relpath))
+    file, folder, parent = shlex.quote(path), shlex.quote(root), shlex.quote(os.path.dirname(path))
     sent, rejected = (
         shlex.quote(os.path.join(root, as_text(directory)))
         for directory in (drop.sent_dir, drop.rejected_dir)
@@ -256,8 +257,9 @@ def _hint(error: OSError, drop: Drop, archive: Archive) -> str:
             )
         case errno.EXDEV:
             return (
-                "`sent_dir` and `rejected_dir` must be on the filesystem of the archive; compare"
-                f" `df {file} {sent} {rejected}`"
+                "`sent_dir` and `rejected_dir` must be below the same mount as the archive, or bind mount:"
+                f" compare `findmnt -T {file}` and `findmnt -T {sent}`, and mount what is below a drop folder"
+                " elsewhere, as a drop of its own"
             )
         case errno.ENOSPC | errno.EDQUOT:
             return (
@@ -270,6 +272,6 @@ def _hint(error: OSError, drop: Drop, archive: Archive) -> str:
             )
         case _:
             return (
-                "give the daemon's user write permission to the folder, `sent_dir` and `rejected_dir`; check"
-                f" `ls -ld {folder} {sent} {rejected}`"
+                "give the daemon's user write permission to the archive's folder, `sent_dir` and"
+                f" `rejected_dir`, and make none of them sticky; check `ls -ld {parent} {sent} {rejected}`"
             )

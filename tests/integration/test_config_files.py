@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from backupd.config.files import days_left, earliest_expiry, examine_files, file_problems, mount_points
 from backupd.config.models import Config, DropConfig, HttpDestinationConfig
 from backupd.config.problems import FileProblem
+from tests.privileges import IS_ROOT
 
 NOW = datetime(2030, 6, 1, 12, tzinfo=UTC)
 NOBODY = 65534
@@ -53,6 +55,17 @@ def as_a_plain_user() -> Iterator[None]:
         yield
     finally:
         os.seteuid(0)
+
+
+@contextmanager
+def as_root() -> Iterator[None]:
+    """Be root again within `as_a_plain_user`."""
+    before = os.geteuid()
+    os.seteuid(0)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
 
 
 def a_config(
@@ -160,6 +173,48 @@ class TestFolders:
         config = a_config(place)
         assert an_error(config) == f"drop.d.sent_dir: {sent} is on another filesystem than {place}/drop"
         assert "renaming" in only(config).hint
+
+    def test_a_mount_below_a_drop_folder_is_a_warning(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        table = place / "mountinfo"
+        table.write_text(f"1 0 8:1 / {place}/drop/site rw - ext4 /dev/sda1 rw\n")
+        monkeypatch.setattr("backupd.config.files._MOUNTINFO", table)
+
+        assert a_warning(a_config(place)) == (
+            f"drop.d.path: {place}/drop has a mount below it, {place}/drop/site: its files can't be moved out"
+            " of it"
+        )
+        kept = DropConfig(path=place / "drop", on_delivered="keep")
+        assert file_problems(a_config(place, kept), NOW) == []
+
+    def test_a_sticky_folder_of_another_user_is_a_warning(self, place: Path, as_a_plain_user: None) -> None:
+        if not IS_ROOT:
+            pytest.skip("only root can make a folder of another user")
+        with as_root():
+            (place / "drop/spool").mkdir()
+            (place / "drop/spool").chmod(0o1777)
+
+        assert a_warning(a_config(place)) == (
+            f"drop.d.path: {place}/drop/spool is sticky: files of other users can't be moved out of it"
+        )
+        assert only(a_config(place)).hint == f"chmod -t {place}/drop/spool"
+
+    @pytest.mark.parametrize("own", ["sent", "rejected", ".hidden"])
+    def test_a_folder_without_write_permission_is_a_warning(
+        self, place: Path, own: str, as_a_plain_user: None
+    ) -> None:
+        (place / "drop/site/a").mkdir(parents=True)
+        (place / "drop/site/a").chmod(0o555)
+        (place / "drop" / own / "a").mkdir(parents=True)
+        (place / "drop" / own / "a").chmod(0o555)
+
+        assert a_warning(a_config(place)) == (
+            f"drop.d.path: {place}/drop/site/a can't be written by the daemon's user: files in it can't be"
+            " moved out of it"
+        )
+        flat = DropConfig(path=place / "drop", recursive=False)
+        assert file_problems(a_config(place, flat), NOW) == []
 
     def test_escapes_in_mount_points_are_decoded(self, place: Path) -> None:
         table = place / "mountinfo"
