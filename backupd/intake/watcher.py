@@ -17,8 +17,8 @@ from watchdog.observers.api import EventEmitter, EventQueue, ObservedWatch
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.folder import DirectoryCache
 
-_MASK = flags.CLOSE_WRITE | flags.CREATE | flags.MOVED_TO | flags.MOVE_SELF
-"""Events of files that arrive, and the move of a directory that is watched.
+_MASK = flags.CLOSE_WRITE | flags.CREATE | flags.MOVED_TO | flags.MOVE_SELF | flags.ATTRIB
+"""Events of files that arrive, of directories that may be readable now, and the move of one that is watched.
 
 The daemon must not be woken by its own reads and moves. The kernel reports an overflow and the removal of a
 watch, of a deleted or unmounted directory for example, without a bit in the mask.
@@ -113,7 +113,9 @@ class Watcher(EventEmitter):
             elif mask & flags.IGNORED:
                 self._paths.pop(wd, None)
             elif name and directory is not None:
-                self._queue_path(os.path.join(directory, os.fsencode(name)), bool(mask & flags.ISDIR))
+                relpath = os.path.join(directory, os.fsencode(name))
+                if not mask & flags.ATTRIB or self.refused.pop(relpath, None) is not None:
+                    self._queue_path(relpath, bool(mask & flags.ISDIR))
 
     def _queue_path(self, relpath: bytes, is_directory: bool) -> None:
         if not is_directory:

@@ -855,6 +855,19 @@ def test_an_unreadable_directory_is_logged_once_and_hides_no_other_file() -> Non
         scene.wait_queued("closed/r1.cfg")
 
 
+def test_a_directory_that_becomes_readable_is_watched_at_once() -> None:
+    """As when `rsync -a` or `cp -rp` fills a directory before it sets its mode."""
+    with a_folder_of_nobody() as base, without_rights(), running_intake(base, rescan_every=LONG) as scene:
+        (scene.root / "closed").mkdir(mode=0o300)
+        scene.put("closed/r1.cfg")
+        scene.wait_event("archive.ignored")
+        (scene.root / "closed").chmod(0o755)
+        scene.wait_queued("closed/r1.cfg")
+        scene.wait_found_by_event("closed/")
+        assert degraded_reasons(scene) == []
+        assert scene.ledger.problems() == []
+
+
 def test_a_directory_that_cannot_be_read_for_a_while_is_watched_by_the_next_scan(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
