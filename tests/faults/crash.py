@@ -18,6 +18,8 @@ from tests.faults.shim import Call, Mode
 from tests.faults.stepping import STEPS
 
 FILE_ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EMFILE, errno.EROFS, errno.EXDEV)
+MOUNT_ERRORS = (errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN)
+"""Errors of a network filesystem without its server; one of them in turn at each call."""
 NETWORK_ERRORS = (errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENOBUFS)
 _WRITES = ("write", "send")
 _CONTINUE_SECONDS = 1.0
@@ -116,6 +118,8 @@ def all_injections(calls: Sequence[Call], harness: Harness) -> Iterator[Injectio
             if call is None or call.is_local:
                 yield from (Injection(step, at, Mode.FAIL, error) for error in FILE_ERRORS)
                 yield from (Injection(step, at, Mode.FAIL_FROM_NOW_ON, error) for error in FILE_ERRORS[:2])
+                yield Injection(step, at, Mode.FAIL, MOUNT_ERRORS[at % len(MOUNT_ERRORS)])
+                yield Injection(step, at, Mode.FAIL_FROM_NOW_ON, MOUNT_ERRORS[at % len(MOUNT_ERRORS)])
             elif call.on_network:
                 yield from (Injection(step, at, Mode.FAIL, error) for error in NETWORK_ERRORS)
                 yield Injection(step, at, Mode.FAIL_FROM_NOW_ON, NETWORK_ERRORS[0])
@@ -131,7 +135,9 @@ def sample_injections(calls: Sequence[Call], harness: Harness, chance: random.Ra
         yield Injection(step, at, Mode.KILL_BEFORE)
         local = [at for at, call in enumerate(step_calls, 1) if call.is_local]
         if local:
-            yield Injection(step, chance.choice(local), Mode.FAIL, chance.choice(FILE_ERRORS))
+            yield Injection(
+                step, chance.choice(local), Mode.FAIL, chance.choice((*FILE_ERRORS, *MOUNT_ERRORS))
+            )
         network = [at for at, call in enumerate(step_calls, 1) if call.on_network]
         if network:
             yield Injection(step, chance.choice(network), Mode.FAIL, chance.choice(NETWORK_ERRORS))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tests.faults.crash import (
     FILE_ERRORS,
+    MOUNT_ERRORS,
     NETWORK_ERRORS,
     SCENARIOS,
     CrashTally,
@@ -72,7 +73,11 @@ def main(document: Path) -> int:
 
 def table_of(tally: CrashTally) -> str:
     """Return a Markdown table of steps and faults; a cell shows the cases that held, of all cases."""
-    columns = ["killed", "power cut", *(errno.errorcode[e] for e in (*FILE_ERRORS, *NETWORK_ERRORS))]
+    columns = [
+        "killed",
+        "power cut",
+        *(errno.errorcode[e] for e in (*FILE_ERRORS, *MOUNT_ERRORS, *NETWORK_ERRORS)),
+    ]
     columns += [c for c in sorted({column for _, column in tally.tried}) if c not in columns]
     columns = [c for c in columns if any(tally.tried[step, c] for step in STEPS)]
     lines = [f"| step | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]

@@ -21,6 +21,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -196,7 +197,18 @@ ON_DESCRIPTOR(ftruncate, COMMA off_t size, COMMA size)
 ON_DESCRIPTOR(ftruncate64, COMMA off_t size, COMMA size)
 ON_DESCRIPTOR(fstat, COMMA struct stat * to, COMMA to)
 ON_DESCRIPTOR(fstat64, COMMA struct stat64 * to, COMMA to)
+ON_DESCRIPTOR(fstatvfs, COMMA struct statvfs * to, COMMA to)
+ON_DESCRIPTOR(fstatvfs64, COMMA struct statvfs64 * to, COMMA to)
 ON_DESCRIPTOR(connect, COMMA const struct sockaddr *to COMMA socklen_t size, COMMA to COMMA size)
+
+/* A close that fails has closed the descriptor nevertheless. */
+int close(int fd) {
+    REAL(int, "close", int);
+    int fails = injects("close", fd, NULL, NULL), error = errno, result = real(fd);
+    if (!fails) return result;
+    errno = error;
+    return -1;
+}
 
 #define ON_NAME_AT(function, name, rest, pass)                                                                \
     int function(int directory, const char *path rest) {                                                      \
