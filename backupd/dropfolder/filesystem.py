@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from backupd.core.mountinfo import filesystem_at, parse_mountinfo
+from backupd.core.mountinfo import MountEntry, filesystem_at, parse_mountinfo
 
 _NETWORK_FILESYSTEMS = frozenset(
     [
@@ -41,9 +41,23 @@ def filesystem_of(path: str, mountinfo: str = "/proc/self/mountinfo") -> str:
 
     `unknown` if no mount point contains it. Raises OSError if the mount table can't be read.
     """
+    return filesystem_at(os.fsencode(os.path.realpath(path)), _mounts(mountinfo))
+
+
+def has_remote_mount_below(path: str, mountinfo: str = "/proc/self/mountinfo") -> bool:
+    """Return whether a filesystem that other hosts can write to is mounted below a folder.
+
+    Raises OSError if the mount table can't be read.
+    """
+    below = os.fsencode(os.path.realpath(path)).rstrip(b"/") + b"/"
+    return any(
+        entry.mount_point.startswith(below) and is_remote(entry.filesystem) for entry in _mounts(mountinfo)
+    )
+
+
+def _mounts(mountinfo: str) -> list[MountEntry]:
     with open(mountinfo, "rb") as file:
-        entries = parse_mountinfo(file.read())
-    return filesystem_at(os.fsencode(os.path.realpath(path)), entries)
+        return parse_mountinfo(file.read())
 
 
 def is_remote(filesystem: str) -> bool:

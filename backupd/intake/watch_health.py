@@ -10,7 +10,7 @@ from watchdog.observers.api import EventQueue
 from backupd.core.drop_problem import FOLDER_FAILED, DropState
 from backupd.core.names import as_text
 from backupd.dropfolder.drop import Drop
-from backupd.dropfolder.filesystem import blind_spot, filesystem_of, is_remote
+from backupd.dropfolder.filesystem import blind_spot, filesystem_of, has_remote_mount_below, is_remote
 from backupd.intake.problem_list import ProblemList
 from backupd.intake.watcher import Watcher, WatchFault
 from backupd.telemetry import events
@@ -112,7 +112,16 @@ class WatchHealth:
     def scan_every(self) -> float:
         """Return the seconds until the next scan."""
         every = self._config.rescan_every.total_seconds()
-        return min(every, _POLL_EVERY) if self._is_polling or self.is_degraded else every
+        if self._is_polling or self.is_degraded or self._has_remote_mount():
+            return min(every, _POLL_EVERY)
+        return every
+
+    def _has_remote_mount(self) -> bool:
+        """Return whether events are missing of a filesystem that is mounted below the folder."""
+        try:
+            return self._config.observer == "auto" and has_remote_mount_below(self._path)
+        except OSError:
+            return False
 
     def check_and_restart(self) -> bool:
         """Restart a watcher that does not work; return whether it has worked since the last check."""

@@ -1,4 +1,4 @@
-"""A mount below which the server has died or hangs: the trouble of one drop is that of this drop alone."""
+"""Filesystems on and below drop folders: the trouble of one drop is that of this drop alone."""
 
 from __future__ import annotations
 
@@ -175,3 +175,20 @@ def test_the_daemon_starts_and_stops_while_a_mount_hangs(stage: Stage, mount: Fu
     finally:
         mount.go_on()
     assert daemon.stop() == 0
+
+
+def test_a_remote_filesystem_that_is_mounted_below_a_drop_folder_is_polled(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    source, below = stage.base / "exported", stage.drop / "site"
+    source.mkdir()
+    below.mkdir()
+    mounted = FuseMount(source, below)
+    try:
+        stage.configure(receiver.url, drop='rescan_every = "1h"\non_delivered = "keep"')
+        daemon = stage.daemon().ready()
+        (source / "a.cfg").write_bytes(b"a")  # as another host does: without an event here
+        daemon.wait_for("delivery.verified", archive="site/a.cfg")
+        assert daemon.stop() == 0
+    finally:
+        mounted.unmount()
