@@ -90,7 +90,7 @@ class Assembly:
         retention = Retention(
             ledger, self._retention_scope, self.device_tracker.device_of, log, self.clock.trusted_now
         )
-        self.runtime = Runtime(config, ledger, {}, {}, ExaminerPool(), recorder, self._abort.set, retention)
+        self.runtime = Runtime(config, ledger, {}, {}, recorder, self._abort.set, retention)
         self.runtime.destinations |= {n: self._build_destination(n, d) for n, d in config.destination.items()}
         self.runtime.drops |= {n: self._build_drop(n) for n in config.drop}
 
@@ -126,8 +126,9 @@ class Assembly:
 
     def _build_drop(self, name: str) -> RunningDrop:
         on_due = self.runtime.recorder.recheck_dispositions
-        drop, pool, tracker = self._drops[name], self.runtime.examiner_pool, self.device_tracker
-        return RunningDrop(drop, Intake(drop, self._ledger, self._log, pool, self._notify, on_due, tracker))
+        drop, pool, tracker = self._drops[name], ExaminerPool(name), self.device_tracker
+        intake = Intake(drop, self._ledger, self._log, pool, self._notify, on_due, tracker)
+        return RunningDrop(drop, intake, pool)
 
     def _build_destination(self, name: str, config: DestinationConfig) -> RunningDestination:
         destination, notifier = Destination.of(name, config), Notifier()

@@ -120,8 +120,6 @@ class Daemon:
         with self._housekeeping.logged_failures():
             pending_dispositions = runtime.ledger.count_pending_dispositions()
         self._threads.start(runtime.recorder.run, self._abandon, runtime.recorder.watchdog)
-        for thread in runtime.examiner_pool.threads:
-            self._threads.start(thread.run, runtime.examiner_pool.stop, thread.watchdog)
         self._start_threads(runtime.drops, runtime.destinations)
         self._wait_for_first_scans(runtime.drops, self._started + _FIRST_SCAN_TIMEOUT)
         self._threads.start(runtime.retention.run, runtime.retention.stop, runtime.retention.watchdog)
@@ -141,7 +139,8 @@ class Daemon:
         self, drops: Mapping[str, RunningDrop], destinations: Mapping[str, RunningDestination]
     ) -> None:
         for drop in drops.values():
-            self._threads.start(drop.intake.run, drop.stop, drop.intake.watchdog, may_hang=True)
+            for part in (drop.intake, *drop.examiner_pool.threads):
+                self._threads.start(part.run, drop.stop, part.watchdog, may_hang=True)
         self._wait_for_first_scans(drops, time.monotonic() + _FIRST_SCAN_HEAD_START)
         for destination in destinations.values():
             destination.circuit.save()
@@ -220,7 +219,8 @@ class Daemon:
         """Stop the removed threads and start the new ones; uploads in progress are finished."""
         for drop in diff.drops_stopped.values():
             drop.request_stop()
-        self._threads.join([d.intake.watchdog for d in diff.drops_stopped.values()], time.monotonic() + _TICK)
+        stopped = [watchdog for drop in diff.drops_stopped.values() for watchdog in drop.watchdogs]
+        self._threads.join(stopped, time.monotonic() + _TICK)
         for destination in diff.destinations_stopped.values():
             destination.circuit.retire()
             destination.request_stop()
@@ -289,7 +289,6 @@ class Daemon:
         self._log.emit(events.DAEMON_STOPPING, signal=received.name, in_flight=self._in_flight())
         self._systemd.send("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int((grace + 10) * 1_000_000)}")
         self._runtime.retention.stop.set()
-        self._runtime.examiner_pool.request_stop()
         for drop in self._runtime.drops.values():
             drop.request_stop()
         for destination in self._destinations():

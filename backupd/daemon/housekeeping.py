@@ -155,7 +155,7 @@ class Housekeeping:
     def check_drops(self) -> None:
         """Save which drops have a filesystem that does not answer, and which one answers again."""
         for name, running in self._runtime.drops.items():
-            seconds = running.intake.watchdog.age()
+            seconds = max(watchdog.age() for watchdog in running.watchdogs)
             is_hung, known = seconds > _HUNG_AFTER, self._hung.get(name)
             if is_hung:
                 running.drop.folder.is_usable = False

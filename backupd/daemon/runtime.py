@@ -16,21 +16,29 @@ from backupd.dropfolder.drop import Drop
 from backupd.intake.examiner import ExaminerPool
 from backupd.intake.intake import Intake
 from backupd.ledger.port import Ledger
+from backupd.telemetry.thread_watchdog import ThreadWatchdog
 from backupd.upload.base import Endpoint
 
 
 @dataclass(slots=True)
 class RunningDrop:
-    """A drop and its intake; `stop` stops this intake only."""
+    """A drop, its intake and its examiners; `stop` stops these only."""
 
     drop: Drop
     intake: Intake
+    examiner_pool: ExaminerPool
     stop: threading.Event = field(default_factory=threading.Event)
 
+    @property
+    def watchdogs(self) -> list[ThreadWatchdog]:
+        """Return those of all threads of the drop."""
+        return [self.intake.watchdog, *(thread.watchdog for thread in self.examiner_pool.threads)]
+
     def request_stop(self) -> None:
-        """Request the intake to stop; do not wait for it."""
+        """Request the threads to stop; do not wait for them."""
         self.stop.set()
         self.intake.wake()
+        self.examiner_pool.wake()
 
 
 @dataclass(slots=True)
@@ -61,7 +69,6 @@ class Runtime:
     ledger: Ledger
     drops: dict[str, RunningDrop]
     destinations: dict[str, RunningDestination]
-    examiner_pool: ExaminerPool
     recorder: Recorder
     abort: Callable[[], None]
     retention: Retention

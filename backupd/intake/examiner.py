@@ -4,11 +4,12 @@ It takes place here, not before each upload, because the result holds for all de
 fingerprint guarantees that the uploaded content is the examined one. Damage is logged before any request.
 
 The `Examiner` of a drop, in the thread of its intake, decides which files are examined and when; the
-`ExaminerThread`s of the daemon's `ExaminerPool` read them.
+`ExaminerThread`s of its `ExaminerPool` read them.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import queue
@@ -79,11 +80,14 @@ def compare_digests(
     return HoldReason(MISSING, "it has no checksum file") if required else None
 
 
-_LARGE_BYTES = 64 * 1024 * 1024
-"""Size above which an archive is examined by the thread for large archives."""
+_ROUNDS = (0.25, 2.0)
+"""Seconds after which the first and the second round of an examination end if another one waits.
 
-_MAX_SMALL_TIME = 5.0
-"""Seconds after which a smaller one moves to that thread, where its examination starts over."""
+The next round starts over; the third one takes place in the thread for costly archives, until its end.
+"""
+
+_LARGE_BYTES = 64 * 1024 * 1024
+"""Size above which an archive has its second round in that thread."""
 
 _MAX_TIME = 600.0
 """Seconds after which the inspection, or the digest, of an archive is abandoned."""
@@ -96,54 +100,54 @@ Task = Callable[[ShouldStop], None]
 class ExaminerThread:
     """The queue of one thread of the pool; `run` is the body of the thread.
 
-    Each task is stopped after `max_time` seconds.
+    Tasks of an earlier round go first, and those of one round in their order. A task that has had its time,
+    the seconds in `_ROUNDS`, is stopped as soon as another one waits.
     """
 
-    def __init__(self, name: str, max_time: float) -> None:
+    def __init__(self, name: str) -> None:
         self.watchdog = ThreadWatchdog(name)
-        self._max_time = max_time
-        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        """Tasks that wait; None ends a wait."""
+        self._tasks: queue.PriorityQueue[tuple[int, int, Task | None]] = queue.PriorityQueue()
+        """Tasks that wait, each with its round and a number; None ends a wait."""
+        self._numbers = itertools.count()
 
-    def submit(self, task: Task) -> None:
-        """Append a task."""
-        self._tasks.put(task)
+    def submit(self, task: Task, number_of_rounds: int) -> None:
+        """Append a task that has had this number of rounds."""
+        self._tasks.put((number_of_rounds, next(self._numbers), task))
 
     def wake(self) -> None:
         """End a wait, so that the thread checks its stop event."""
-        self._tasks.put(None)
+        self._tasks.put((0, next(self._numbers), None))
 
     def run(self, stop: threading.Event) -> None:
         """Run the tasks in their order until `stop` is set; call `wake` after setting it."""
 
         def should_stop() -> bool:
             self.watchdog.alive()
-            return stop.is_set() or time.monotonic() >= until
+            return stop.is_set() or (time.monotonic() >= until and not self._tasks.empty())
 
         while not stop.is_set():
-            task = self._tasks.get()
+            rounds, _, task = self._tasks.get()
             if task is not None:
                 self.watchdog.alive()
-                until = time.monotonic() + self._max_time
+                until = time.monotonic() + (_ROUNDS[rounds] if rounds < len(_ROUNDS) else math.inf)
                 task(should_stop)
                 self.watchdog.idle()
 
 
 class ExaminerPool:
-    """The two threads that examine the archives of all drops: one for large archives, one for all others.
+    """The two threads that examine the archives of one drop: one for costly archives, one for all others.
 
-    So a large archive delays no small one, and small ones delay no large one.
+    An archive is costly if its examination takes long: it is large, or made to be costly. Which one is shows
+    only while it is examined. Another drop has threads of its own, as a read may hang with its filesystem.
     """
 
-    def __init__(self) -> None:
-        self.small = ExaminerThread("examiner", _MAX_SMALL_TIME)
-        self.large = ExaminerThread("examiner of large archives", math.inf)
-        self.threads = (self.small, self.large)
-        self.stop = threading.Event()
+    def __init__(self, drop: str) -> None:
+        self.quick = ExaminerThread(f"examiner of {drop}")
+        self.slow = ExaminerThread(f"examiner of costly archives of {drop}")
+        self.threads = (self.quick, self.slow)
 
-    def request_stop(self) -> None:
-        """Request both threads to stop; do not wait for them."""
-        self.stop.set()
+    def wake(self) -> None:
+        """End the waits of both threads, so that they check their stop event."""
         for thread in self.threads:
             thread.wake()
 
@@ -158,7 +162,8 @@ class Examination:
 
     candidate: FileCandidate
     added_at: float
-    is_large: bool
+    interrupted: int = 0
+    """How often a round ended because another examination waited."""
     inspected: bool = False
     damage: Damage | None = None
     digests: dict[str, Digest] = field(default_factory=dict)
@@ -220,7 +225,7 @@ class Examiner:
             return True
         # that of an earlier content ends by itself, as its file has changed
         self._on_hold.pop(candidate.relpath, None)
-        examination = Examination(candidate, time.monotonic(), candidate.fingerprint.size > _LARGE_BYTES)
+        examination = Examination(candidate, time.monotonic())
         self._examinations[candidate.relpath] = examination
         self._submit(examination)
         return True
@@ -255,9 +260,10 @@ class Examiner:
         candidate, result = examination.candidate, examination.result
         if self._examinations.get(candidate.relpath) is not examination:
             return None  # the file was replaced meanwhile
-        if isinstance(result, StoppedError) and not examination.is_large:
-            # it took too long for a small archive; if the file has changed, the next round ends at once
-            examination.is_large = True
+        if isinstance(result, StoppedError) and examination.interrupted < len(_ROUNDS):
+            # others wait; if it ended because the file has changed, the next round ends at once
+            is_large = candidate.fingerprint.size > _LARGE_BYTES
+            examination.interrupted = len(_ROUNDS) if is_large else examination.interrupted + 1
             self._submit(examination)
             return None
         if not isinstance(result, Exception):
@@ -281,8 +287,8 @@ class Examiner:
         self._closed.set()
 
     def _submit(self, examination: Examination) -> None:
-        thread = self._pool.large if examination.is_large else self._pool.small
-        thread.submit(partial(self._run, examination))
+        thread = self._pool.quick if examination.interrupted < len(_ROUNDS) else self._pool.slow
+        thread.submit(partial(self._run, examination), examination.interrupted)
 
     def _examine_again(self, examination: Examination) -> None:
         if self._on_hold.pop(examination.candidate.relpath, None) is not None:

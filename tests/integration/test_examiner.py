@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from backupd.dropfolder.inspect import inspect
 from tests.integration.test_intake import LONG, RunningIntake, running_intake
 from tests.stage import until
 
@@ -67,17 +71,68 @@ def test_archives_of_terabytes_do_not_delay_small_ones(full: RunningIntake) -> N
     full.wait_queued(*small)
 
 
-def test_a_small_archive_that_takes_long_delays_the_others_for_seconds_only(
+@pytest.mark.parametrize("large_bytes", [0, 2 * TERABYTE], ids=["large", "small"])
+def test_costly_archives_make_way_for_the_others_of_their_drop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large_bytes: int
+) -> None:
+    """Each of the first ones would take hours."""
+    monkeypatch.setattr("backupd.intake.examiner._LARGE_BYTES", large_bytes)
+    with running_intake(tmp_path, rescan_every=LONG, inspect="full") as scene:
+        for number in range(8):
+            put_sparse(scene, f"costly-{number}.tar", TERABYTE, a_tar(TERABYTE))
+        for number in range(20):
+            scene.put(f"r{number}.tar.gz", gzip.compress(a_tar(4096) + bytes(4096 - 512)))
+
+        scene.wait_queued(*(f"r{number}.tar.gz" for number in range(20)))
+
+        assert not [name for name in scene.queued() if name.startswith("costly")]
+
+
+def test_a_costly_archive_is_examined_to_its_end_if_others_go_on_arriving(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backupd.intake.examiner._LARGE_BYTES", 2 * TERABYTE)
-    monkeypatch.setattr("backupd.intake.examiner._MAX_SMALL_TIME", 0.1)
+    monkeypatch.setattr("backupd.intake.examiner._ROUNDS", (0.0, 0.0))
     with running_intake(tmp_path, rescan_every=LONG, inspect="full") as scene:
-        put_huge(scene)
-        put_sparse(scene, "huge-2.tar", TERABYTE, a_tar(TERABYTE))
-        scene.put("r1.cfg")
+        put_sparse(scene, "costly.tar", 300 << 20, a_tar(300 << 20))
+        for number in itertools.count():
+            scene.put(f"r{number}.cfg")
+            if "costly.tar" in scene.queued():
+                break
 
-        scene.wait_queued("r1.cfg")
+        scene.wait_queued(*(f"r{each}.cfg" for each in range(number)))
+
+
+def test_an_archive_that_no_other_one_waits_for_is_examined_without_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backupd.intake.examiner._ROUNDS", (0.0, 0.0))
+    read: list[int] = []
+
+    def counted(fd: int, *args: Any, **keys: Any) -> Any:
+        read.append(fd)
+        return inspect(fd, *args, **keys)
+
+    monkeypatch.setattr("backupd.intake.examiner.inspect", counted)
+    with running_intake(tmp_path, rescan_every=LONG, inspect="full") as scene:
+        put_sparse(scene, "r1.tar", 300 << 20, a_tar(300 << 20))
+
+        scene.wait_queued("r1.tar")
+
+    assert len(read) == 1
+
+
+def test_a_drop_with_costly_archives_does_not_delay_another_drop(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    with (
+        running_intake(tmp_path / "one", rescan_every=LONG, inspect="full") as costly,
+        running_intake(tmp_path / "other", rescan_every=LONG, inspect="full") as scene,
+    ):
+        for number in range(8):
+            put_sparse(costly, f"costly-{number}.tar", TERABYTE, a_tar(TERABYTE))
+        scene.put("r1.tar.gz", gzip.compress(a_tar(4096) + bytes(4096 - 512)))
+
+        scene.wait_queued("r1.tar.gz")
 
 
 @pytest.mark.parametrize("change", ["removed", "replaced", "rewritten"])

@@ -68,7 +68,7 @@ class RunningIntake:
         self.folder = DropFolder(str(self.root))
         self._log = os.open(base / "log", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self.notified: list[Sequence[str]] = []
-        self._pool = ExaminerPool()
+        self._pool = ExaminerPool("switches")
         self.intake = Intake(
             Drop.of("switches", self.config, self.folder, ("vault",)),
             self.ledger,
@@ -82,7 +82,7 @@ class RunningIntake:
         self._other_threads = set(threading.enumerate())
         self._thread = threading.Thread(target=self._run)
         self._examiners = [
-            threading.Thread(target=each.run, args=[self._pool.stop]) for each in self._pool.threads
+            threading.Thread(target=each.run, args=[self._stop]) for each in self._pool.threads
         ]
 
     def _run(self) -> None:
@@ -99,7 +99,7 @@ class RunningIntake:
     def stop(self) -> None:
         self._stop.set()
         self.intake.wake()
-        self._pool.request_stop()
+        self._pool.wake()
         for thread in (self._thread, *self._examiners):
             thread.join(TIMEOUT)
             assert not thread.is_alive(), "the intake did not stop"
