@@ -58,7 +58,9 @@ def list_deliveries(
     ] = 50,
     problems: Annotated[
         bool,
-        typer.Option("--problems", help="List the files that will not be sent, or not moved, instead."),
+        typer.Option(
+            "--problems", help="List the files that will not be sent or moved, or look truncated, instead."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:

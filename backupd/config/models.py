@@ -445,6 +445,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 Observer = Literal["auto", "inotify", "polling"]
 OnDelivered = Literal["move", "delete", "keep"]
 Inspect = Literal["off", "quick", "full"]
+OnSuspicious = Literal["deliver", "reject"]
 ChecksumFile = Literal["off", "auto", "required"]
 
 
@@ -522,12 +523,16 @@ class DropConfig(TableModel):
         examples=["5%"],
     )
     inspect: Inspect = Field(
-        default="off",
-        description="Check archives before upload; quick checks the ends (zstd all), full decompresses all.",
+        default="quick",
+        description="Check archives before upload; quick reads gzip and zstd, and the ends of others.",
     )
     inspect_grace: Duration = Field(
         default=timedelta(minutes=10),
-        description="How long an archive that fails a check must be unchanged before it is rejected.",
+        description="How long an archive that fails a check is held back, as it may still be completed.",
+    )
+    on_suspicious: OnSuspicious = Field(
+        default="deliver",
+        description="Action after that for an archive that looks truncated; deliver lists it as a problem.",
     )
     checksum_file: ChecksumFile = Field(
         default="off",

@@ -11,8 +11,8 @@ from backupd.core.policy import Reason
 BLOCK = 512
 """Bytes in a block of a tar."""
 
-HEAD = BLOCK
-"""Bytes at the start of a file from which its format is recognized."""
+HEAD = 20 * BLOCK
+"""Bytes at the start of a file from which its format is recognized; an empty tar has as many."""
 
 
 class ArchiveKind(StrEnum):
@@ -32,6 +32,18 @@ class Damage:
 
     reason: Reason
     error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A peculiarity of an archive that is no damage: its reason, one word, and a description for the log."""
+
+    reason: str
+    text: str
+
+
+MISNAMED, EMPTY, NO_TAR_END = "misnamed", "empty", "no_tar_end"
+"""The reasons of notes."""
 
 
 class UnsoundError(Exception):
@@ -93,33 +105,46 @@ def expects_tar_inside(name: bytes) -> bool:
 
 
 def kind_from_content(head: bytes) -> ArchiveKind | None:
-    """Return the kind of a file that starts with the `HEAD` bytes `head`, None if it is not recognized."""
+    """Return the kind of a file that starts with the bytes `head`, None if it is not recognized."""
     for kind, beginnings in _MAGIC.items():
         if head.startswith(beginnings):
             return kind
     return ArchiveKind.TAR if is_tar_header(head[:BLOCK]) else None
 
 
-def kind_of(name: bytes, head: bytes) -> ArchiveKind | Damage | None:
-    """Return the kind as which to inspect a file, the damage of its start, or None if it is no archive.
+def kind_of(name: bytes, head: bytes, size: int) -> ArchiveKind | Damage | Note | None:
+    """Return the kind as which to inspect a file, or the result of the inspection: None if it is no archive.
 
-    The content decides, whatever the name is. Only a file that is recognized by its name, but not by its
-    content, is damaged.
+    The content decides, whatever the name is. `head` are the first `HEAD` bytes of a file of `size` bytes. A
+    file with the name of an archive and other content, such as an encrypted one, gets a note. Only zeros
+    (the space was reserved and nothing written), or less than a header, are damage.
     """
     kind, expected = kind_from_content(head), kind_from_name(name)
     if kind is not None or expected is None:
         return kind
     if head.startswith(magics(expected)):
         return expected  # a zstd file that starts with a skippable frame
-    if not head.strip(b"\0"):
-        return Damage(Reason.TRUNCATED, "the archive contains only zeros" if head else "the archive is empty")
-    if len(head) < HEAD and (
+    if not head[:BLOCK].strip(b"\0"):
+        if expected is ArchiveKind.TAR and BLOCK <= size <= HEAD and not head.strip(b"\0"):
+            return Note(EMPTY, "the tar is empty")
+        return Damage(
+            Reason.TRUNCATED, "the archive starts with zeros only" if size else "the archive has no bytes"
+        )
+    if size < BLOCK and (
         expected is ArchiveKind.TAR or any(magic.startswith(head) for magic in magics(expected))
     ):
-        return Damage(
-            Reason.TRUNCATED, f"the archive ends after {len(head)} bytes, within its {expected} header"
-        )
-    return Damage(Reason.DAMAGED, f"the archive has the name of a {expected} file, but no {expected} header")
+        return Damage(Reason.TRUNCATED, f"the archive ends after {size} bytes, within its {expected} header")
+    if expected is ArchiveKind.TAR and has_tar_magic(head):
+        return Damage(Reason.DAMAGED, "the first header of the tar is damaged")
+    return Note(MISNAMED, f"it has the name of a {expected} file, but does not start like one")
+
+
+def misnamed_note(name: bytes, kind: ArchiveKind) -> Note | None:
+    """Return the note of an archive of a kind with the name of another kind, None if the name is right."""
+    expected = kind_from_name(name)
+    if expected in (None, kind):
+        return None
+    return Note(MISNAMED, f"it has the name of a {expected} file, but is a {kind} file")
 
 
 class TarError(Exception):
@@ -155,6 +180,8 @@ class TarWalk:
         self._in_sparse_map = False
         self._skip_after_map = 0
         self._optional_data = 0
+        self._expects_member = False
+        """Whether the last header belongs to a member that comes next."""
 
     def feed(self, data: bytes) -> None:
         """Read the next bytes of the tar; raise TarError where they are not valid."""
@@ -177,12 +204,16 @@ class TarWalk:
             at += step
             self._offset += step
 
-    def finish(self) -> None:
-        """Raise TarError unless the end-of-archive block was read, and a member before it."""
-        if not self.ended:
+    def finish(self) -> Note | None:
+        """Return a note if the tar is empty, or ends after a member, but without a block of zeros.
+
+        GNU tar reads both. Raises TarError if it ends anywhere else.
+        """
+        if self.ended:
+            return None if self.members else Note(EMPTY, "the tar is empty")
+        if not self.members or self._skip or self._block or self._in_sparse_map or self._expects_member:
             raise TarError(f"the tar has no end, it stops after {self._offset} bytes", truncated=True)
-        if not self.members:
-            raise TarError("the tar is empty", truncated=True)
+        return Note(NO_TAR_END, "the tar ends after a file, without the closing blocks of zeros")
 
     def _parse_block(self, block: bytes) -> None:
         if self._in_sparse_map:
@@ -205,6 +236,7 @@ class TarWalk:
         if size is None:
             raise TarError(f"the tar header at byte {self._offset} has no valid size", truncated=False)
         self._optional_data = 0
+        self._expects_member = kind in b"xLK"
         if kind in b"xg":
             self._skip = _padded(size)
             if kind == ord("x") and 0 < size <= _MAX_PAX_BYTES:
@@ -225,6 +257,11 @@ class TarWalk:
         found = _PAX_SIZE.search(records)
         if found is not None:
             self._pax_size = int(found[1])
+
+
+def has_tar_magic(head: bytes) -> bool:
+    """Return whether data starts like a tar of POSIX or GNU, whether or not its first header is valid."""
+    return head[257:262] == b"ustar"
 
 
 def is_tar_header(block: bytes) -> bool:

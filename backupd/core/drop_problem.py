@@ -1,9 +1,12 @@
-"""Problems of files in drop folders: each file that will not be sent, or not moved, as things are."""
+"""Problems of files in drop folders: each file that will not be sent, or not moved, as things are.
+
+An archive that was queued although it looks damaged is a problem as well, wherever its file is now.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 FOLDER_FAILED = "folder_failed"
 """The reason for a drop folder that cannot be used: none of its files is sent. It is critical."""
@@ -16,6 +19,12 @@ FOLDER_REASONS = frozenset((FOLDER_FAILED, NOT_ANSWERING))
 NOT_MOVED = "not_moved"
 """The reason for a file of a completed archive that cannot be moved or deleted."""
 
+SUSPICIOUS = "suspicious"
+"""The reason for an archive that was queued although it looks truncated or damaged."""
+
+SUSPICIOUS_FOR = timedelta(days=7)
+"""How long that is a problem, unless an archive of the same name is queued before."""
+
 NOT_LISTED = "not_listed"
 """The reason that stands for further files, which are counted but not listed."""
 
@@ -24,8 +33,9 @@ NOT_LISTED = "not_listed"
 class DropProblem:
     """Why a file stays where it is, until a person or another program does something.
 
-    `relpath` is relative to the drop folder, empty for the folder itself. `reason` is one word of a fixed
-    list. `files` is more than 1 if the problem stands for further files that are not listed one by one.
+    Or why an archive is `SUSPICIOUS`. `relpath` is relative to the drop folder, empty for the folder itself.
+    `reason` is one word of a fixed list. `files` is more than 1 if the problem stands for further files that
+    are not listed one by one.
     """
 
     drop: str

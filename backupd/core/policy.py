@@ -132,7 +132,7 @@ _ACTION_TEXT = {
 
 _D, _A = Blame.DESTINATION, Blame.ARCHIVE
 _INSPECTION_HINT = (
-    "check the backup on the device; to send this one anyway, set `inspect` to off, then `backupd retry`"
+    "check the backup on the device; to send this one, set `on_suspicious` to deliver, then `backupd retry`"
 )
 
 RULES: tuple[FailureRule, ...] = (
@@ -338,14 +338,14 @@ RULES: tuple[FailureRule, ...] = (
         Reason.TRUNCATED,
         _A,
         Action.REJECT,
-        "the archive ends too early or is empty",
+        "the archive ends too early",
         _INSPECTION_HINT,
     ),
     FailureRule(
         Reason.DAMAGED,
         _A,
         Action.REJECT,
-        "the archive is damaged, or not of the format that its name indicates",
+        "the archive is damaged",
         _INSPECTION_HINT,
     ),
     FailureRule(

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 
 from backupd.core.clock_skew import ZERO, ClockSkew
-from backupd.core.drop_problem import NOT_ANSWERING, DropProblem
+from backupd.core.drop_problem import NOT_ANSWERING, SUSPICIOUS, SUSPICIOUS_FOR, DropProblem
 from backupd.core.errors import LedgerError, LedgerHeldError
 from backupd.daemon.runtime import Runtime
 from backupd.intake.device_tracker import DeviceTracker
@@ -132,6 +132,7 @@ class Housekeeping:
             self._device_tracker.tick(now)
             self._pruning.tick(self._clock.trusted_now() - self._runtime.config.keep_history_for)
             self._runtime.ledger.check_storage()
+            self._forget_suspicious()
         except LedgerError as error:
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
 
@@ -151,6 +152,14 @@ class Housekeeping:
             ledger.forget_drops(self._runtime.config.drop)
             hung = [p for p in ledger.problems() if p.reason == NOT_ANSWERING and p.drop not in self._hung]
             ledger.save_problems([], hung)
+
+    def _forget_suspicious(self) -> None:
+        """End the problems of archives that were queued, although they look damaged, too long ago."""
+        before = self._clock.trusted_now() - SUSPICIOUS_FOR
+        ledger = self._runtime.ledger
+        if any(each.reason == SUSPICIOUS and each.since < before for each in ledger.problem_counts()):
+            old = [p for p in ledger.problems() if p.reason == SUSPICIOUS and p.since < before]
+            ledger.save_problems([], old)
 
     def check_drops(self) -> None:
         """Save which drops have a filesystem that does not answer, and which one answers again."""

@@ -11,15 +11,20 @@ from collections.abc import Iterable
 
 from backupd.core.archive_formats import (
     BLOCK,
+    EMPTY,
     HEAD,
+    MISNAMED,
     ArchiveKind,
     Damage,
+    Note,
     TarError,
     TarWalk,
     UnsoundError,
     expects_tar_inside,
+    has_tar_magic,
     is_tar_header,
     kind_of,
+    misnamed_note,
 )
 from backupd.core.policy import Reason
 from backupd.dropfolder.decompress import (
@@ -32,41 +37,40 @@ from backupd.dropfolder.decompress import (
 from backupd.dropfolder.zipwalk import check_zip, has_central_directory
 
 _BZIP2_END = 0x177245385090
-_MIN_GZIP_BYTES = 18
 _TAIL_BYTES = 4096
 
 
-def inspect(fd: int, size: int, name: bytes, *, full: bool, should_stop: ShouldStop) -> Damage | None:
-    """Return the damage of an archive that is open for reading, None if none was found.
+def inspect(fd: int, size: int, name: bytes, *, full: bool, should_stop: ShouldStop) -> Damage | Note | None:
+    """Return the damage of an archive that is open for reading, a note, or None if there is nothing to note.
 
     Without `full`, only the first and the last bytes are checked; if these are not right, the archive is read
     in full, as only that is certain. Raises UninspectableError, StoppedError once `should_stop` returns True,
     and OSError if the archive can't be read.
     """
     source = BoundedFile(fd, size, should_stop)
-    kind = kind_of(name, source.read(0, HEAD))
-    if kind is None or isinstance(kind, Damage):
+    kind = kind_of(name, source.read(0, HEAD), size)
+    if not isinstance(kind, ArchiveKind):
         return kind
+    note = misnamed_note(name, kind)
     if not full and has_valid_end(source, kind):
-        return None
+        return note
     try:
-        _read_all(source, kind, tar=expects_tar_inside(name))
+        return _read_all(source, kind, tar=expects_tar_inside(name)) or note
     except UnsoundError as error:
         return error.damage
     except TarError as error:
         return Damage(Reason.TRUNCATED if error.truncated else Reason.DAMAGED, str(error))
-    return None
 
 
 def has_valid_end(source: BoundedFile, kind: ArchiveKind) -> bool:
     """Return whether the last bytes of a file are those of a complete archive of a kind.
 
-    The end of a gzip file can't be checked without decompressing it; only its length is.
+    False for gzip and zstd, of which the end can't be recognized. A gzip file ends with the size of its data
+    modulo 4 GiB, but a truncated one with a random number: for a file of 100 MiB, one in six of these is
+    plausible, for one of 600 MiB all are.
     """
     tail = source.read(max(source.size - _TAIL_BYTES, 0), _TAIL_BYTES)
     match kind:
-        case ArchiveKind.GZIP:
-            return source.size > _MIN_GZIP_BYTES
         case ArchiveKind.BZIP2:
             return _has_bzip2_end(tail)
         case ArchiveKind.XZ:
@@ -76,7 +80,7 @@ def has_valid_end(source: BoundedFile, kind: ArchiveKind) -> bool:
         case ArchiveKind.ZIP:
             return has_central_directory(source)
         case _:
-            return False  # the end of a zstd file can't be recognized, and decompressing it is fast
+            return False
 
 
 def _has_bzip2_end(tail: bytes) -> bool:
@@ -95,18 +99,18 @@ def _has_xz_footer(tail: bytes) -> bool:
     )
 
 
-def _read_all(source: BoundedFile, kind: ArchiveKind, *, tar: bool) -> None:
+def _read_all(source: BoundedFile, kind: ArchiveKind, *, tar: bool) -> Note | None:
     match kind:
         case ArchiveKind.ZIP:
-            check_zip(source)
+            return check_zip(source)
         case ArchiveKind.TAR:
-            _check_data(source.chunks(), source.size, tar=True)
+            return _check_data(source.chunks(), source.size, tar=True)
         case _:
-            _check_data(decompress_streams(source, kind), source.size, tar=tar)
+            return _check_data(decompress_streams(source, kind), source.size, tar=tar)
 
 
-def _check_data(pieces: Iterable[bytes], size: int, *, tar: bool) -> None:
-    """Check the data of a file of `size` bytes, and the tar in it; with `tar`, there must be one.
+def _check_data(pieces: Iterable[bytes], size: int, *, tar: bool) -> Note | None:
+    """Check the data of a file of `size` bytes, and the tar in it; with `tar`, its absence is noted.
 
     Raises UnsoundError or TarError if it is not whole, and UninspectableError if there is too much of it.
     """
@@ -123,12 +127,13 @@ def _check_data(pieces: Iterable[bytes], size: int, *, tar: bool) -> None:
         if walk is not None:
             walk.feed(data)
     if not total:
-        raise UnsoundError(Reason.TRUNCATED, "the archive contains no data")
+        return Note(EMPTY, "the archive contains no data")
     if walk is not None:
-        walk.finish()
-    elif tar and not head.strip(b"\0"):
-        raise UnsoundError(Reason.TRUNCATED, "the tar in the archive is empty")
-    elif tar:
-        raise UnsoundError(
-            Reason.DAMAGED, "the archive has the name of a compressed tar, but contains no tar"
-        )
+        return walk.finish()
+    if tar and not head.strip(b"\0"):
+        return Note(EMPTY, "the tar in the archive is empty")
+    if tar and has_tar_magic(head):
+        raise UnsoundError(Reason.DAMAGED, "the first header of the tar is damaged")
+    if tar:
+        return Note(MISNAMED, "it has the name of a compressed tar, but contains no tar")
+    return None

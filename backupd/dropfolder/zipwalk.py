@@ -6,7 +6,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 
-from backupd.core.archive_formats import UnsoundError
+from backupd.core.archive_formats import EMPTY, Note, UnsoundError
 from backupd.core.policy import Reason
 from backupd.dropfolder.decompress import (
     BoundedFile,
@@ -50,8 +50,8 @@ class _Entry:
     offset: int
 
 
-def check_zip(source: BoundedFile) -> None:
-    """Read every entry of a zip and compare its size and CRC with the central directory.
+def check_zip(source: BoundedFile) -> Note | None:
+    """Read every entry of a zip and compare its size and CRC with the central directory; note an empty zip.
 
     Of entries that are encrypted or compressed with another method than deflate, only the place in the file
     is checked. Raises UnsoundError for a damaged or incomplete zip, UninspectableError, OSError and
@@ -59,7 +59,7 @@ def check_zip(source: BoundedFile) -> None:
     """
     directory = _find_directory(source)
     if not directory.entries:
-        raise UnsoundError(Reason.TRUNCATED, "the zip contains no files")
+        return Note(EMPTY, "the zip contains no files")
     offset, remaining = directory.start, max_output_bytes(source.size)
     for number in range(1, directory.entries + 1):
         head = source.read(offset, _ENTRY_BYTES)
@@ -72,6 +72,7 @@ def check_zip(source: BoundedFile) -> None:
         entry = _parse_entry(head, source.read(offset + _ENTRY_BYTES + name, extra), directory.shift)
         remaining = _check_entry(source, entry, number, remaining)
         offset += _ENTRY_BYTES + name + extra + comment
+    return None
 
 
 def has_central_directory(source: BoundedFile) -> bool:

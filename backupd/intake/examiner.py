@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from backupd.core.archive_formats import Damage
+from backupd.core.archive_formats import Damage, Note
 from backupd.core.checksum import DIRECTORY_CHECKSUM_FILES, archive_name_of
 from backupd.core.model import Digest, Rejected, fingerprint_of
 from backupd.core.names import as_text
@@ -45,7 +45,11 @@ _HINTS = {
     UNUSABLE: 'expected a small file of "HASH  NAME"; with "auto" it is sent unchecked after `inspect_grace`',
 }
 
-_DAMAGE_HINT = "check the backup job of the device; it is rejected unless it changes within `inspect_grace`"
+_DAMAGE_HINTS = {
+    "deliver": "check the backup job of the device; it is sent as it is if it has not changed by the end of"
+    " `inspect_grace`",
+    "reject": "check the backup job of the device; it is rejected unless it changes within `inspect_grace`",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +60,9 @@ class HoldReason:
     error: str
 
     @property
-    def hint(self) -> str:
-        """Return how to fix it while the file is held."""
-        return _HINTS.get(self.reason, _DAMAGE_HINT)
+    def is_damage(self) -> bool:
+        """Return whether the file looks truncated or damaged."""
+        return self.reason not in _HINTS
 
 
 def compare_digests(
@@ -165,7 +169,7 @@ class Examination:
     interrupted: int = 0
     """How often a round ended because another examination waited."""
     inspected: bool = False
-    damage: Damage | None = None
+    finding: Damage | Note | None = None
     digests: dict[str, Digest] = field(default_factory=dict)
     result: HoldReason | OSError | StoppedError | None = None
     due: float = 0.0
@@ -253,9 +257,10 @@ class Examiner:
             self._examine_again(examination)
 
     def finish(self, examination: Examination) -> FileCandidate | None:
-        """Return an examined file if it is to be queued, with `rejected` set if it is damaged.
+        """Return an examined file if it is to be queued, else None.
 
-        None if it is held, examined again, unreadable, or has changed.
+        `suspicion` or `rejected` is set if it is damaged, as the drop is configured. None if it is held,
+        examined again, unreadable, or has changed.
         """
         candidate, result = examination.candidate, examination.result
         if self._examinations.get(candidate.relpath) is not examination:
@@ -278,9 +283,18 @@ class Examiner:
             self._on_unreadable(candidate.relpath, result)
         if isinstance(result, Exception):
             return None
-        if result is None or result.reason == UNUSABLE:
+        if isinstance(examination.finding, Note):
+            self._log_note(candidate, examination.finding)
+        return self._with_result(candidate, result)
+
+    def _with_result(self, candidate: FileCandidate, why: HoldReason | None) -> FileCandidate:
+        """Return a file that is not held any longer, with its suspicion or rejection."""
+        if why is None or why.reason == UNUSABLE:
             return candidate
-        return replace(candidate, rejected=Rejected(Reason(result.reason), result.error))
+        reason = Reason(why.reason)
+        if why.is_damage and self._config.on_suspicious == "deliver":
+            return replace(candidate, suspicion=Damage(reason, why.error))
+        return replace(candidate, rejected=Rejected(reason, why.error))
 
     def close(self) -> None:
         """End all examinations of this drop; `on_examined` may still be called."""
@@ -312,7 +326,8 @@ class Examiner:
         if now < examination.added_at + self._log_after:
             return
         size = candidate.fingerprint.size
-        if not self._problems.add(candidate.relpath, why.reason, why.error, why.hint, size):
+        hint = _HINTS.get(why.reason, _DAMAGE_HINTS[self._config.on_suspicious])
+        if not self._problems.add(candidate.relpath, why.reason, why.error, hint, size):
             return
         self._log.emit(
             events.ARCHIVE_WAITING,
@@ -321,7 +336,17 @@ class Examiner:
             size_bytes=size,
             reason=why.reason,
             error=why.error,
-            hint=why.hint,
+            hint=hint,
+        )
+
+    def _log_note(self, candidate: FileCandidate, note: Note) -> None:
+        self._log.emit(
+            events.INSPECTION_NOTED,
+            drop=self._drop,
+            archive=candidate.relpath,
+            size_bytes=candidate.fingerprint.size,
+            reason=note.reason,
+            error=note.text,
         )
 
     def _run(self, examination: Examination, should_stop: ShouldStop) -> None:
@@ -347,20 +372,24 @@ class Examiner:
 
         try:
             if self._config.inspect != "off" and not examination.inspected:
-                examination.damage = self._inspect(candidate, fd, must_stop)
+                examination.finding = self._inspect(candidate, fd, must_stop)
                 examination.inspected = True
-            why = None
-            if examination.damage is not None:
-                why = HoldReason(examination.damage.reason, examination.damage.error)
-            elif self._config.checksum_file != "off":
+            why = damage = None
+            if isinstance(examination.finding, Damage):
+                damage = HoldReason(examination.finding.reason, examination.finding.error)
+            if self._config.checksum_file != "off" and not (
+                damage and self._config.on_suspicious == "reject"
+            ):
                 why = self._compare(examination, fd, must_stop)
+            if why is None or (why.reason == UNUSABLE and not self._required):
+                why = damage or why  # a file that differs from its checksum file is never sent
             if must_stop():
                 raise StoppedError
             return why
         finally:
             close_descriptor(fd)
 
-    def _inspect(self, candidate: FileCandidate, fd: int, should_stop: ShouldStop) -> Damage | None:
+    def _inspect(self, candidate: FileCandidate, fd: int, should_stop: ShouldStop) -> Damage | Note | None:
         size, name = candidate.fingerprint.size, candidate.relpath.rpartition(b"/")[2]
         full, limited = self._config.inspect == "full", _with_time_limit(should_stop)
         try:

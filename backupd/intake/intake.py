@@ -291,7 +291,11 @@ class Intake:
         batch, self._batch = self._batch, []
         if not batch:
             return
+        for candidate in batch:
+            size = candidate.fingerprint.size
+            self._problems.archive_queued(candidate.relpath, candidate.suspicion, size)
         try:
+            self._problems.save()  # first, so that no crash leaves a suspicious archive that is not listed
             now = self._ledger.now()
             result = self._ledger.enqueue(
                 self._device_tracker.with_devices(batch, now), self._destinations, now
@@ -302,6 +306,7 @@ class Intake:
             return
         for candidate in batch:
             self._problems.remove(candidate.relpath)
+            self._log_suspicion(candidate)
         self._ledger_failing = False
         self._not_enqueued -= {hash(candidate.relpath) for candidate in batch}
         for archive in result.superseded:
@@ -327,6 +332,18 @@ class Intake:
         if result.has_unusual_size:
             with suppress(LedgerError):  # logged at the next heartbeat instead
                 self._device_tracker.log_unusual_sizes()
+
+    def _log_suspicion(self, candidate: FileCandidate) -> None:
+        if candidate.suspicion is not None:
+            self._log.emit(
+                events.ARCHIVE_SUSPICIOUS,
+                drop=self.name,
+                archive=candidate.relpath,
+                size_bytes=candidate.fingerprint.size,
+                reason=candidate.suspicion.reason,
+                error=candidate.suspicion.error,
+                hint="check the backup job of the device, and have it send another backup",
+            )
 
     def _save_state(self) -> None:
         """Write to the ledger what has changed in the state of the drop and in its problems."""

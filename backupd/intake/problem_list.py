@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from backupd.core.drop_problem import NOT_ANSWERING, NOT_LISTED, NOT_MOVED, DropProblem
+from backupd.core.archive_formats import Damage
+from backupd.core.drop_problem import NOT_ANSWERING, NOT_LISTED, NOT_MOVED, SUSPICIOUS, DropProblem
 from backupd.ledger.port import Ledger
 
 _MAX_LISTED = 10_000
 """Problems that are listed one by one; further ones are only counted. The limit bounds memory and ledger."""
 
 
-_OF_OTHERS = frozenset((NOT_ANSWERING, NOT_MOVED))
-"""Reasons of problems that other parts of the daemon find and save."""
+_NOT_FROM_SCANS = frozenset((NOT_ANSWERING, NOT_MOVED, SUSPICIOUS))
+"""Reasons of problems that last until something else than a scan ends them."""
+
+_SUSPICIOUS_HINT = (
+    "check the backup job of the device, and have it send another backup; this one is listed for 7 days, or"
+    " until an archive of the same name looks whole"
+)
 
 
 class ProblemList:
@@ -34,8 +40,10 @@ class ProblemList:
         """The listed paths with a problem that was found since the scan began."""
         self._unlisted = 0
         """Problems that were found since the last scan ended and are not listed."""
-        self._changed: dict[bytes, DropProblem] = {}
-        """Problems that the ledger doesn't have yet, by path."""
+        self._suspicious: dict[bytes, DropProblem] = {}
+        """The problems of queued archives that look damaged, by path, the oldest first."""
+        self._changed: dict[tuple[bytes, str], DropProblem] = {}
+        """Problems that the ledger doesn't have yet, by path and reason."""
         self._solved: list[DropProblem] = []
         """Problems that the ledger still has, unless they have come back."""
 
@@ -50,7 +58,8 @@ class ProblemList:
     def load(self) -> None:
         """Read the problems of an earlier run, which keep their age; raises LedgerError."""
         problems = self._ledger.problems(self._drop)
-        self._earlier = {(p.relpath, p.reason): p for p in problems if p.reason not in _OF_OTHERS}
+        self._earlier = {(p.relpath, p.reason): p for p in problems if p.reason not in _NOT_FROM_SCANS}
+        self._suspicious = {p.relpath: p for p in problems if p.reason == SUSPICIOUS}
 
     def add(self, relpath: bytes, reason: str, error: str, hint: str, size: int | None = None) -> bool:
         """Add a problem, or confirm it; return whether it is new in this run."""
@@ -61,8 +70,7 @@ class ProblemList:
         self._found.add(relpath)
         if known is not None and known.reason == reason:
             return False
-        if known is not None:
-            self._solved.append(known)
+        self._solve(known)
         earlier = self._earlier.pop((relpath, reason), None)
         since = earlier.since if earlier else datetime.now(UTC)
         self._set(DropProblem(self._drop, relpath, reason, since, error, hint, size))
@@ -70,10 +78,23 @@ class ProblemList:
 
     def remove(self, relpath: bytes) -> None:
         """Remove the problem of a path, if it has one."""
-        problem = self._problems.pop(relpath, None)
-        if problem is not None:
-            self._changed.pop(relpath, None)
-            self._solved.append(problem)
+        self._solve(self._problems.pop(relpath, None))
+
+    def archive_queued(self, relpath: bytes, suspicion: Damage | None, size: int) -> None:
+        """Add or remove the problem of an archive that is queued with or without a suspicion.
+
+        It lasts for `SUSPICIOUS_FOR`, wherever the file is, or until another archive of this name is queued.
+        """
+        self._solve(self._suspicious.pop(relpath, None))
+        if suspicion is None:
+            return
+        if len(self._suspicious) >= _MAX_LISTED:
+            self._solve(self._suspicious.pop(next(iter(self._suspicious))))
+        error = f"it was queued although it looks {suspicion.reason}: {suspicion.error}"
+        problem = DropProblem(
+            self._drop, relpath, SUSPICIOUS, datetime.now(UTC), error, _SUSPICIOUS_HINT, size
+        )
+        self._suspicious[relpath] = self._changed[relpath, SUSPICIOUS] = problem
 
     def scan_started(self) -> None:
         """Begin to note which problems are found."""
@@ -97,13 +118,18 @@ class ProblemList:
         """Write what has changed to the ledger; raises LedgerError, and a later call repeats it."""
         if not self._changed and not self._solved:
             return
-        lasting = {(p.relpath, p.reason) for p in self._problems.values()}
+        lasting = {(p.relpath, p.reason) for p in [*self._problems.values(), *self._suspicious.values()]}
         solved = [p for p in self._solved if (p.relpath, p.reason) not in lasting]
         self._ledger.save_problems([*self._changed.values()], solved)
         self._changed, self._solved = {}, []
 
     def _set(self, problem: DropProblem) -> None:
-        self._problems[problem.relpath] = self._changed[problem.relpath] = problem
+        self._problems[problem.relpath] = self._changed[problem.relpath, problem.reason] = problem
+
+    def _solve(self, problem: DropProblem | None) -> None:
+        if problem is not None:
+            self._changed.pop((problem.relpath, problem.reason), None)
+            self._solved.append(problem)
 
     def _not_listed(self, files: int) -> DropProblem:
         """Return the problem that stands for those beyond the limit."""

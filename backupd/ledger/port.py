@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Protocol
 
+from backupd.core.archive_formats import Damage
 from backupd.core.circuit import Circuit
 from backupd.core.clock_skew import ZERO
 from backupd.core.devices import Device, DeviceExpectation
@@ -39,7 +40,8 @@ class FileCandidate:
     """A stable, eligible file in a drop folder that is to be queued.
 
     `tracked` is its device, if the drop's devices are tracked. `rejected` is set if an inspection found the
-    file damaged, so that it is not to be uploaded. `folder_inode` is the inode of the drop folder.
+    file damaged, so that it is not to be uploaded; `suspicion`, which the ledger ignores, if it is damaged
+    and to be uploaded. `folder_inode` is the inode of the drop folder.
     """
 
     drop: str
@@ -48,6 +50,7 @@ class FileCandidate:
     tracked: TrackedDevice | None = None
     rejected: Rejected | None = None
     folder_inode: int = 0
+    suspicion: Damage | None = None
 
 
 Cursor = tuple[int, ...]

@@ -392,6 +392,22 @@ ARCHIVE_WAITING = _event(
     "a file is not sent because it looks truncated or damaged, its checksum file is missing or does not match"
     ", or it has been open for writing for an hour; logged once per content and reason",
 )
+ARCHIVE_SUSPICIOUS = _event(
+    "archive.suspicious",
+    "warning",
+    "drop archive size_bytes reason error hint",
+    "{archive} was queued although it looks {reason}: {error}",
+    "an archive is sent that still looks truncated or damaged at the end of `inspect_grace`; logged once per"
+    " content, and then counted by `drop.problem`",
+)
+INSPECTION_NOTED = _event(
+    "inspection.noted",
+    "info",
+    "drop archive size_bytes reason error",
+    "{archive} is sent, but note: {error}",
+    "an archive is unusual, but not damaged: misnamed (other content than its name indicates, such as"
+    " encrypted), empty, or no_tar_end (a tar without its closing blocks)",
+)
 INSPECTION_ENDED = _event(
     "inspection.ended",
     "debug",

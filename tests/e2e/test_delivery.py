@@ -17,13 +17,13 @@ def test_an_archive_is_delivered_verified_and_moved(stage: Stage, receiver: Runn
     stage.configure(receiver.url)
     daemon = stage.daemon().ready()
     content = os.urandom(300_000)
-    stage.put("router-1.tar.gz", content)
+    stage.put("router-1.cfg", content)
 
-    daemon.wait_for("archive.disposed", archive="router-1.tar.gz")
+    daemon.wait_for("archive.disposed", archive="router-1.cfg")
 
-    assert stage.archives(stage.drop) == [stage.sent / "router-1.tar.gz"]
-    assert (stage.sent / "router-1.tar.gz").read_bytes() == content
-    record = json.loads((stage.sent / "router-1.tar.gz.receipt.json").read_text())
+    assert stage.archives(stage.drop) == [stage.sent / "router-1.cfg"]
+    assert (stage.sent / "router-1.cfg").read_bytes() == content
+    record = json.loads((stage.sent / "router-1.cfg.receipt.json").read_text())
     assert record["digest"] == f"sha256:{hashlib.sha256(content).hexdigest()}"
     assert [path.read_bytes() for path in stage.stored()] == [content]
     names = [event["event"] for event in daemon.events() if "archive" in event]

@@ -171,12 +171,12 @@ def test_a_file_with_a_hidden_name_is_ignored_and_not_logged(stage: Stage, recei
     for name in hidden:
         stage.put(name, b"hidden")
     daemon = stage.daemon().ready()
-    stage.put("proof.tar.gz", b"seen")
+    stage.put("proof.cfg", b"seen")
 
-    daemon.wait_for("archive.disposed", archive="proof.tar.gz")
+    daemon.wait_for("archive.disposed", archive="proof.cfg")
     wait_for_scans(daemon)
 
-    assert [event["archive"] for event in daemon.events() if "archive" in event] == ["proof.tar.gz"] * 4
+    assert [event["archive"] for event in daemon.events() if "archive" in event] == ["proof.cfg"] * 4
     assert names_in(stage.drop) == {*hidden, b"sent"}
 
 

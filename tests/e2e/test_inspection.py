@@ -12,10 +12,15 @@ import signal
 import sys
 import tarfile
 import zlib
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from backupd.core.drop_problem import SUSPICIOUS, DropProblem
+from backupd.ledger.sqlite.connection import open_ledger
+from backupd.ledger.sqlite.deliveries import SqliteLedger
 from backupd.receiver.serve import RunningReceiver
 from tests.stage import Daemon, Stage, until
 
@@ -24,7 +29,8 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-SHORT_GRACE = 'rescan_every = "0.3s"\ninspect_grace = "1s"\n'
+DELIVER = 'rescan_every = "0.3s"\ninspect_grace = "1s"\n'
+SHORT_GRACE = f'{DELIVER}on_suspicious = "reject"\n'
 LONG_GRACE = 'rescan_every = "0.3s"\ninspect_grace = "1h"\n'
 
 
@@ -124,6 +130,70 @@ def test_an_archive_that_is_completed_in_time_is_delivered(
     assert [path.read_bytes() for path in stage.stored()] == [whole]
     assert not daemon.events("archive.rejected")
     assert not daemon.events("watch.degraded")
+
+
+def test_a_truncated_archive_is_delivered_and_listed_until_a_whole_one_of_its_name_is_sent(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url, drop=DELIVER, top='heartbeat_every = "1s"')
+    daemon = stage.daemon().ready()
+    whole = a_backup()
+    stage.put("r1.tar.gz", whole[:-3000])
+
+    daemon.wait_for("archive.disposed", archive="r1.tar.gz")
+    (suspicious,) = daemon.wait_for("archive.suspicious", archive="r1.tar.gz", reason="truncated")
+    assert suspicious["hint"]
+    assert [path.read_bytes() for path in stage.stored()] == [whole[:-3000]]
+    assert (stage.sent / "r1.tar.gz").exists()
+    daemon.wait_for("drop.problem", reason="suspicious", problems=1)
+    daemon.kill()
+    daemon = stage.daemon().ready()
+    daemon.wait_for("drop.problem", reason="suspicious", problems=1)
+    check, shown, listed = stage.commands(["status", "--check"], ["status"], ["list", "--problems"])
+    assert check.returncode == 1
+    assert "1 suspicious in switches" in check.stdout
+    assert "suspicious" in shown.stdout
+    assert "r1.tar.gz" in listed.stdout
+    assert "looks truncated: the archive ends in the middle of its gzip data" in listed.stdout
+
+    stage.put("r1.tar.gz", whole)
+
+    daemon.wait_for("drop.problem_solved", reason="suspicious")
+    assert stage.backupd("status", "--check").returncode == 0
+
+
+@pytest.mark.long
+def test_a_suspicious_archive_is_listed_for_a_week(stage: Stage, receiver: RunningReceiver) -> None:
+    """A new ledger trusts no clock, so that a week ends no sooner than the epoch does."""
+    epoch = datetime.fromtimestamp(0, UTC)
+    stage.state.mkdir()
+    with closing(SqliteLedger(open_ledger(stage.state).connection)) as ledger:
+        found = [
+            DropProblem("switches", name, SUSPICIOUS, epoch - timedelta(days=days), "it looks cut", "check")
+            for name, days in ((b"old.gz", 8), (b"new.gz", 5))
+        ]
+        ledger.save_problems(found, [])
+    stage.configure(receiver.url, top='heartbeat_every = "1s"')
+
+    daemon = stage.daemon().ready()
+
+    daemon.wait_for("drop.problem", reason="suspicious", problems=1, archive="new.gz")
+    listed = json.loads(stage.backupd("list", "--problems", "--json").stdout)
+    assert [problem["relpath"] for problem in listed] == ["new.gz"]
+
+
+def test_an_encrypted_archive_with_the_name_of_another_format_is_delivered_at_once(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url, drop=f'{LONG_GRACE}on_suspicious = "reject"')
+    daemon = stage.daemon().ready()
+
+    stage.put("r1.tar.gz", b"Salted__" + os.urandom(5000))
+
+    daemon.wait_for("archive.delivered", archive="r1.tar.gz")
+    (noted,) = daemon.wait_for("inspection.noted", archive="r1.tar.gz")
+    assert noted["reason"] == "misnamed"
+    assert not daemon.events("archive.waiting")
 
 
 def test_a_quick_inspection_rejects_a_truncated_archive_and_accepts_unknown_formats(

@@ -43,7 +43,9 @@ class Scenario:
 MOVED = Scenario("moved", "", "sent", "receipt")
 DELETED = Scenario("deleted", 'on_delivered = "delete"', "", since="outcome committed")
 KEPT = Scenario("kept", 'on_delivered = "keep"', ".", since="outcome committed")
-REJECTED = Scenario("rejected", 'inspect = "quick"\ninspect_grace = "0s"', "rejected", "reason", "rejected")
+REJECTED = Scenario(
+    "rejected", 'inspect_grace = "0s"\non_suspicious = "reject"', "rejected", "reason", "rejected"
+)
 
 
 def name_of(scenario: Scenario, can_lose_power: bool) -> str:
@@ -153,9 +155,10 @@ class Harness:
         return archives
 
     def _write(self) -> Archive:
-        """Write a new archive beside the drop folder; a drop that inspects archives rejects its content."""
+        """Write a new archive beside the drop folder; to be rejected, it starts like gzip, but is none."""
         self._number += 1
-        archive = Archive(f"sw-{self._number:05}.tar.gz", b"%05d" % self._number + os.urandom(SIZE))
+        start = b"\x1f\x8b\x08" if self.scenario is REJECTED else b""
+        archive = Archive(f"sw-{self._number:05}.tar.gz", start + b"%05d" % self._number + os.urandom(SIZE))
         with (self.files / archive.name).open("wb") as stream:
             stream.write(archive.content)
             stream.flush()

@@ -157,11 +157,11 @@ def test_a_sent_or_rejected_folder_that_is_a_link_is_not_followed(
     stage: Stage, receiver: RunningReceiver, folder: str
 ) -> None:
     outside = Outside(stage.base / "outside", ["r0.cfg"])
-    stage.configure(receiver.url, drop=f'{FREQUENT_SCANS}\ninspect = "quick"\ninspect_grace = "0s"')
+    stage.configure(receiver.url, drop=f'{FREQUENT_SCANS}\ninspect_grace = "0s"\non_suspicious = "reject"')
     daemon = stage.daemon().ready()
     (stage.drop / folder).symlink_to(outside.folder)
-    name = "r1.cfg" if folder == "sent" else "r1.tar.gz"  # which is no archive
-    stage.put(name, b"not compressed")
+    name = "r1.cfg" if folder == "sent" else "r1.tar.gz"  # which is cut
+    stage.put(name, b"\x1f\x8b\x08")
     failed = daemon.wait_for("disposition.failed", archive=name)
     assert "neither files nor links" in failed[0]["hint"]
     assert (stage.drop / name).exists()

@@ -490,9 +490,9 @@ def test_a_read_only_state_folder_keeps_the_daemon_from_starting_and_changes_no_
 def test_rejected_archives_stay_in_quarantine_when_the_ledger_is_lost(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
-    stage.configure(receiver.url, drop='stable_for = "0s"\ninspect = "quick"\ninspect_grace = "0s"')
+    stage.configure(receiver.url, drop='stable_for = "0s"\ninspect_grace = "0s"\non_suspicious = "reject"')
     daemon = stage.daemon().ready()
-    stage.put("bad.tar.gz", b"no archive at all")
+    stage.put("bad.tar.gz", b"\x1f\x8b\x08 cut")
     daemon.wait_for("archive.disposed", archive="bad.tar.gz")
     assert daemon.stop() == 0
     before = stamps(stage.rejected)

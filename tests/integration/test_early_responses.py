@@ -131,7 +131,7 @@ def test_a_success_before_the_body_is_complete_leaves_the_file_in_its_place(
 
     with ScriptedServer(script, server_context(stage.pki) if protocol != "tcp" else None) as server:
         stage.configure(server.url, destination='retry = { initial = "1h", max = "1h" }')
-        archive = an_archive(stage.drop, size=LARGE)
+        archive = an_archive(stage.drop, size=LARGE, name="a.cfg")
         daemon = stage.daemon().ready()
         daemon.wait_for("destination.paused", reason="early_success")
         daemon.stop()

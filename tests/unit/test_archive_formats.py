@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from backupd.core.archive_formats import BLOCK, TarError, TarWalk, is_tar_header
+from backupd.core.archive_formats import BLOCK, EMPTY, NO_TAR_END, TarError, TarWalk, is_tar_header
 
 END = bytes(2 * BLOCK)
 
@@ -74,8 +74,11 @@ INVALID = {
     "a pax record that ends too early": (a_header(b"x", b"%011o" % (2 << 20)) + DATA, True),
     "no header where one should be": (a_header() + DATA + END, False),
     "a header that was changed": (b"x" + a_header()[1:] + END, False),
-    "no end": (a_header(), True),
-    "no member": (END, True),
+    "no end of a header": (a_header() + a_header()[:-1], True),
+    "no end of a member": (a_header(size=b"%011o" % 513) + DATA, True),
+    "no end of a sparse map": (a_header(b"S", sparse=True), True),
+    "no member after its long name": (a_header(b"L", b"%011o" % 200) + DATA, True),
+    "no member after its pax records": (a_header() + a_header(b"x", b"%011o" % 200) + DATA, True),
     "nothing": (b"", True),
 }
 
@@ -85,6 +88,23 @@ def test_an_invalid_tar_is_distinguished_from_a_truncated_one(content: bytes, tr
     with pytest.raises(TarError) as refusal:
         walked(content)
     assert refusal.value.truncated == truncated
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (END, EMPTY),
+        (a_header(), NO_TAR_END),
+        (a_header(size=b"%011o" % 200) + DATA, NO_TAR_END),
+        (a_header(b"g", b"%011o" % 200) + DATA + a_header(b"5"), NO_TAR_END),
+    ],
+)
+def test_a_tar_without_members_or_closing_blocks_is_noted(content: bytes, reason: str) -> None:
+    walk = TarWalk()
+    walk.feed(content)
+    note = walk.finish()
+    assert note is not None
+    assert note.reason == reason
 
 
 def test_a_checksum_of_signed_bytes_is_valid() -> None:
