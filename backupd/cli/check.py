@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -16,8 +19,10 @@ from backupd.config.files import file_problems
 from backupd.config.load import load
 from backupd.config.models import Config, DestinationConfig
 from backupd.config.problems import FileProblem
-from backupd.core.names import printable
+from backupd.core.names import as_text, printable
 from backupd.core.units import human_duration
+from backupd.dropfolder.drop import Drop
+from backupd.dropfolder.earlier_folders import find_earlier_folders
 from backupd.dropfolder.filesystem import blind_spot, filesystem_of
 from backupd.dropfolder.folder import DropFolder
 from backupd.upload.base import ProbeResult
@@ -33,6 +38,9 @@ _BLIND_SPOT_HINT = (
     " finished once it is unchanged for `stable_for`"
 )
 
+_MAX_WALK_TIME = 5.0
+"""Seconds for which the drop folders are walked; a dead file server never answers."""
+
 
 def check(
     config: ConfigPath = DEFAULT_CONFIG,
@@ -45,8 +53,7 @@ def check(
     can't run with the configuration, 69 if a destination would not accept an archive now.
     """
     loaded = load(config)
-    problems = file_problems(loaded, datetime.now(UTC))
-    problems += _blind_spots(loaded, problems)
+    problems = [*file_problems(loaded, datetime.now(UTC)), *_drop_folder_problems(loaded)]
     probes = [] if offline else probe_all(loaded.destination)
     if as_json:
         print_json({"problems": problems, "destinations": [_as_dict(probe) for probe in probes]})
@@ -60,22 +67,28 @@ def check(
         raise typer.Exit(UNAVAILABLE)
 
 
-def _blind_spots(config: Config, problems: list[FileProblem]) -> list[FileProblem]:
-    """Return a warning for each usable drop folder in which files that are open for writing look finished."""
-    unusable = {problem.where for problem in problems}
-    found = []
-    for name, drop in config.drop.items():
-        where = f"drop.{name}.path"
-        if where in unusable:
-            continue
-        try:
-            folder = DropFolder(str(drop.path))
-        except OSError:
-            continue
-        with closing(folder):
+def _drop_folder_problems(config: Config) -> list[FileProblem]:
+    """Return the problems of the content of the drop folders, as far as they are found within 5 s."""
+    found: dict[str, list[FileProblem]] = {name: [] for name in config.drop}
+    until = time.monotonic() + _MAX_WALK_TIME
+
+    def examine(name: str) -> None:
+        with suppress(OSError), closing(DropFolder(str(config.drop[name].path))) as folder:
             if unseen := blind_spot(folder.fileno(), filesystem_of(folder.path)):
-                found.append(FileProblem(where, f"{drop.path}: {unseen}", _BLIND_SPOT_HINT, fatal=False))
-    return found
+                where, message = f"drop.{name}.path", f"{folder.path}: {unseen}"
+                found[name].append(FileProblem(where, message, _BLIND_SPOT_HINT, fatal=False))
+            drop = Drop.of(name, config.drop[name], folder, ())
+            for each in find_earlier_folders(drop, lambda: time.monotonic() < until):
+                path = os.path.join(folder.path, as_text(each.relpath))
+                where, message = f"drop.{name}.{each.key}", f"{path}: {each.error}"
+                found[name].append(FileProblem(where, message, each.hint(drop), fatal=False))
+
+    threads = [threading.Thread(target=examine, args=(name,), daemon=True) for name in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(until - time.monotonic(), 0.0))
+    return [problem for name in config.drop for problem in found[name]]
 
 
 def _as_dict(probe: ProbeResult) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -10,7 +11,7 @@ from backupd.cli.options import DEFAULT_CONFIG, ConfigPath
 from backupd.config.load import load
 from backupd.config.models import Config
 from backupd.core.errors import UsageError
-from backupd.core.model import DeliveryState
+from backupd.core.model import Archive, DeliveryState
 from backupd.core.names import as_text, printable
 from backupd.delivery.receipt_file import remove_receipt_file
 from backupd.dropfolder.checksums import restore_checksum_files
@@ -88,7 +89,8 @@ def _restore(config: Config, history: History, record: DeliveryRecord) -> bool:
             f"{drop.path}: {error.strerror}", "check that the drop folder exists and is mounted"
         ) from error
     try:
-        return _put_back(history, record, folder, record.disposed_to, checksums=drop.checksum_file != "off")
+        moved_to = _quarantined_path(folder, record.archive, record.disposed_to, drop.rejected_dir)
+        return _put_back(history, record, folder, moved_to, checksums=drop.checksum_file != "off")
     except FileExistsError as error:
         path = printable(as_text(record.archive.relpath))
         raise UsageError(
@@ -102,6 +104,23 @@ def _restore(config: Config, history: History, record: DeliveryRecord) -> bool:
         ) from error
     finally:
         folder.close()
+
+
+def _quarantined_path(folder: DropFolder, archive: Archive, moved_to: bytes, rejected_dir: str) -> bytes:
+    """Return where a rejected file is now: in the `rejected_dir` of today if that folder was renamed."""
+    parent, name = archive.relpath.rpartition(b"/")[0], moved_to.rpartition(b"/")[2]
+    renamed = os.path.join(os.fsencode(rejected_dir.strip("/")), parent, name)
+    return moved_to if _exists(folder, moved_to) or not _exists(folder, renamed) else renamed
+
+
+def _exists(folder: DropFolder, relpath: bytes) -> bool:
+    try:
+        folder.stat(relpath)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True  # the move reports why it can't be used
+    return True
 
 
 def _put_back(

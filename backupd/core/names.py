@@ -60,6 +60,10 @@ def without_stamp(path: bytes) -> bytes:
     return _STAMP.sub(b"", path)
 
 
+RECEIPT_NAME = re.compile(rb"\.(receipt|reason)(-\d+)?\.json$")
+"""The end of a receipt file's name, see `receipt_file_name`."""
+
+
 class TemplateError(ValueError):
     """A text is not a valid template; the message has the position of the error."""
 

@@ -32,7 +32,7 @@ from pydantic import (
 
 from backupd.core.checksum import is_checksum_name
 from backupd.core.model import DIGEST_BYTES, Archive, DeliveryState
-from backupd.core.names import NAME_MAX, as_text, free_names, receipt_file_name
+from backupd.core.names import NAME_MAX, RECEIPT_NAME, as_text, free_names, receipt_file_name
 from backupd.core.policy import Reason
 from backupd.core.transition import archive_state
 from backupd.dropfolder.drop import Drop
@@ -51,9 +51,6 @@ MAX_CLOCK_SKEW = timedelta(hours=1)
 
 _MAX_NEW_NAMES = 100
 """New names that an archive may have got because others were taken."""
-
-_RECEIPT_NAME = re.compile(rb"\.(receipt|reason)(-\d+)?\.json$")
-"""The end of a receipt file's name. A file with such a name is not taken for an archive."""
 
 _SHORTENED = re.compile(rb"~[0-9a-f]{8}$")
 """The end of a name that `shortened` has cut."""
@@ -297,7 +294,7 @@ class StoredFolder:
         """Return what a file in the open directory `fd` is, None for a file that belongs to another one."""
         if stat.S_ISDIR(status.st_mode) or (name.startswith(b".") and not name.startswith(b".backupd-")):
             return None  # of another program
-        match = _RECEIPT_NAME.search(name)
+        match = RECEIPT_NAME.search(name)
         archive = name[: match.start()] if match else b""
         if match and _status_of(archive, fd) is not None:
             return None  # the receipt file of that archive

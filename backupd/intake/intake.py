@@ -18,6 +18,7 @@ from backupd.core.errors import LedgerError
 from backupd.core.model import fingerprint_of
 from backupd.dropfolder.decompress import StoppedError
 from backupd.dropfolder.drop import Drop
+from backupd.dropfolder.earlier_folders import EarlierFolders
 from backupd.dropfolder.folder import walk
 from backupd.intake.device_tracker import DeviceTracker
 from backupd.intake.examiner import Examination, Examiner, ExaminerPool
@@ -80,7 +81,7 @@ class Intake:
             self._unfinished_files.add_unreadable,
             self._problems,
         )
-        self._skips = drop.skips
+        self._earlier_folders = EarlierFolders(drop)
         self._watch_health = WatchHealth(drop, self._problems, log, self._events, self._resume_deliveries)
         self._saved_state: DropState | None = None
         """The state of the drop that the ledger has from this run."""
@@ -183,6 +184,10 @@ class Intake:
             self._check(relpath)
 
     def _check(self, relpath: bytes, status: os.stat_result | None = None) -> None:
+        earlier = self._earlier_folders.containing(relpath)
+        if earlier is not None:
+            self._unfinished_files.add_earlier_folder(relpath, earlier)
+            return
         candidate = self._unfinished_files.check(relpath, time.monotonic(), status)
         if candidate is None:
             return
@@ -200,7 +205,7 @@ class Intake:
     def _scan(self, below: bytes, stop: threading.Event | None, *, detect_lost_events: bool) -> None:
         """Check the files below a directory, except those that the ledger knows."""
         started, found, lost = time.monotonic(), 0, None
-        if not self._may_scan():
+        if not self._may_scan(below):
             return
 
         def should_continue() -> bool:
@@ -209,10 +214,11 @@ class Intake:
 
         if not below:
             self._problems.scan_started()
+            self._earlier_folders.clear()
         for relpath, status in walk(
             self._folder,
             below,
-            self._skips,
+            self._earlier_folders.skips,
             self._on_unreadable,
             should_continue,
         ):
@@ -230,8 +236,14 @@ class Intake:
         if should_continue():
             self._end_scan(below, lost, found, time.monotonic() - started)
 
-    def _may_scan(self) -> bool:
-        """Return whether no other session scans this folder, and it is known what the ledger has of it."""
+    def _may_scan(self, below: bytes) -> bool:
+        """Return whether no other session scans this folder, and it is known what the ledger has of it.
+
+        An earlier `sent_dir` is added to the problems and not scanned.
+        """
+        if below and self._earlier_folders.skips(below):
+            self._check(below)
+            return False
         try:
             if not self._ledger.stewardship((self.name,)):
                 return False

@@ -12,6 +12,7 @@ from backupd.core.eligibility import COMPANION_SUFFIXES, Ineligible
 from backupd.core.model import fingerprint_of
 from backupd.core.stability import StabilityTracker
 from backupd.dropfolder.drop import Drop
+from backupd.dropfolder.earlier_folders import EarlierFolder
 from backupd.dropfolder.filesystem import is_being_written
 from backupd.dropfolder.folder import close_descriptor
 from backupd.intake.problem_list import ProblemList
@@ -66,6 +67,7 @@ class UnfinishedFiles:
     def __init__(self, drop: Drop, problems: ProblemList, log: EventLog) -> None:
         config = drop.config
         self._drop = drop.name
+        self._whole_drop = drop
         self._folder = drop.folder
         self._log = log
         self._eligibility = drop.eligibility
@@ -136,6 +138,11 @@ class UnfinishedFiles:
         if error.errno == errno.ENAMETOOLONG:
             hint = "move it nearer to the drop folder: paths of 4096 bytes or more are not read"
         self._add_ignored(relpath, "unreadable", error.strerror or str(error), hint)
+
+    def add_earlier_folder(self, relpath: bytes, found: EarlierFolder) -> None:
+        """Add an earlier `sent_dir` or `rejected_dir` to the problems; `relpath` is in it."""
+        self._forget(relpath)
+        self._add_ignored(found.relpath, "earlier_folder", found.error, found.hint(self._whole_drop))
 
     def _forget(self, relpath: bytes) -> None:
         self._tracker.forget(relpath)
