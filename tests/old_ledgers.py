@@ -10,7 +10,7 @@ from backupd.ledger.sqlite.connection import FILE_NAME, LOCK_NAME
 from tests.documents import DOCS
 
 MIGRATIONS = sorted((DOCS.parent / "backupd/ledger/sqlite/migrations").glob("*.sql"))
-NEWEST = len(MIGRATIONS)
+NEWEST = int(MIGRATIONS[-1].name[:4])
 
 AT = 1_700_000_000_000_000
 """When the first archive was queued, in microseconds since the epoch."""

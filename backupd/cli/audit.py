@@ -32,6 +32,7 @@ from backupd.cli.output import print_json, print_line, print_table, progress_bar
 from backupd.config.load import load
 from backupd.config.models import Config
 from backupd.core.errors import LedgerError, UsageError
+from backupd.core.folder_place import label_of
 from backupd.core.model import (
     Archive,
     Deferred,
@@ -172,7 +173,7 @@ class RemoteVerifier:
                 verdict, detail = AuditVerdict.MISSING, "the destination no longer has it"
         return AuditFinding(
             delivery.delivery_id,
-            archive.drop,
+            drop.name,
             as_text(archive.relpath),
             verdict,
             detail,
@@ -260,7 +261,8 @@ def _audit_file(
     if verifier is None:
         return
     fingerprint = fingerprint_of(file.status) if file.status else Fingerprint(0, found.receipt.size, 0, 0)
-    archive = Archive(0, drop.name, found.original_path, fingerprint, found.receipt.queued_at)
+    receipt = found.receipt  # with the name that the drop had then, by which the destination knows it
+    archive = Archive(0, label_of(receipt.drop), found.original_path, fingerprint, receipt.queued_at)
     for delivery in found.receipt.deliveries:
         if remote := verifier.verify(archive, delivery, drop):
             yield remote

@@ -70,12 +70,15 @@ def list_deliveries(
     """
     loaded, now = load(config), datetime.now(UTC)
     history = open_history(loaded)
+    # archives may be pending for drops and destinations that were removed from the configuration
+    drops = [*dict.fromkeys([*loaded.drop, *history.pending_drops()])]
+    destinations = [*dict.fromkeys([*loaded.destination, *history.destinations_pending()])]
     if problems:
         if any((state, destination, device, label, since, until, name)):
             raise UsageError(
                 "--problems lists files without a delivery", "combine it with --drop and --limit"
             )
-        found = history.problems(configured_name("--drop", drop, list(loaded.drop)), limit)
+        found = history.problems(configured_name("--drop", drop, drops), limit)
         _print_problems(loaded, found, as_json=as_json)
         if len(found) == limit:
             typer.echo(f"the oldest {limit} problems; --limit shows more", err=True)
@@ -83,8 +86,8 @@ def list_deliveries(
     labels = [*(label or ()), *([f"device={device}"] if device else ())]
     search = Search(
         state,
-        configured_name("--drop", drop, list(loaded.drop)),
-        configured_name("--destination", destination, list(loaded.destination)),
+        configured_name("--drop", drop, drops),
+        configured_name("--destination", destination, destinations),
         parse_time("--since", since, now),
         parse_time("--until", until, now),
         name,

@@ -38,7 +38,8 @@ _DEFAULT_LIMITS = HealthLimits(warning_age=timedelta(hours=1), critical_age=time
 class DropStatus:
     """A drop, its folder, how the daemon notices changes in it, and its archives in the ledger.
 
-    `state` is None until the daemon has opened the folder.
+    `state` is None until the daemon has opened the folder, and for one with pending archives that is no drop
+    folder any more.
     """
 
     name: str
@@ -133,8 +134,15 @@ def collect_status(config: Path) -> DaemonStatus:
         return DaemonStatus(
             history.daemon_pid(),
             [
-                DropStatus(name, drop.path, states.get(name), history.drop(name))
-                for name, drop in loaded.drop.items()
+                *(
+                    DropStatus(name, drop.path, states.get(name), history.drop(name))
+                    for name, drop in loaded.drop.items()
+                ),
+                *(
+                    DropStatus(name, Path(backlog.path or "?"), None, history.drop(name))
+                    for name, backlog in history.pending_drops().items()
+                    if name not in loaded.drop
+                ),
             ],
             [history.destination(name) for name in names],
             history.count_quarantined(),

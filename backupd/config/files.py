@@ -28,18 +28,21 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from backupd.config.models import Config, DropConfig, TlsFiles
 from backupd.config.problems import FileProblem
 from backupd.config.rules import overlap
+from backupd.core.folder_place import FolderPlace
 from backupd.core.mountinfo import parse_mountinfo
 
 
 @dataclass(frozen=True, slots=True)
 class FilesReport:
-    """The problems of all named files and folders, and when each destination's `cert` file expires.
+    """The problems of all named files and folders, when each `cert` expires, and where the drop folders are.
 
-    `expires` has no entry for a destination without a client certificate, or with an unreadable one.
+    `expires` has no entry for a destination without a client certificate, or with an unreadable one. `places`
+    are those of all drops, by name; the numbers of a folder that can't be reached are unknown.
     """
 
     problems: tuple[FileProblem, ...]
     expires: Mapping[str, datetime]
+    places: Mapping[str, FolderPlace]
 
     @property
     def fatal(self) -> tuple[FileProblem, ...]:
@@ -55,12 +58,17 @@ def examine_files(config: Config, now: datetime) -> FilesReport:
     """Return the problems of the files and folders, and when the client certificates expire."""
     expiries = {name: earliest_expiry(tls_files) for name, tls_files in _tls_files(config)}
     expires = {name: expiry for name, expiry in expiries.items() if expiry is not None}
-    return FilesReport(tuple(file_problems(config, now)), expires)
+    folders = _examine_drops(config)
+    places = {name: each.place for name, each in folders.items()}
+    return FilesReport(tuple(_file_problems(config, folders, now)), expires, places)
 
 
 def file_problems(config: Config, now: datetime) -> list[FileProblem]:
     """Return the problems of all folders, keys and certificates at the time `now`."""
-    folders = _examine_drops(config)
+    return _file_problems(config, _examine_drops(config), now)
+
+
+def _file_problems(config: Config, folders: Mapping[str, _DropFolders], now: datetime) -> list[FileProblem]:
     return [
         *_state_dir_problems(config, folders),
         *_overlapping_drops(folders),
@@ -150,9 +158,10 @@ _ANSWER_TIMEOUT: Final = 5.0
 
 @dataclass(slots=True)
 class _DropFolders:
-    """The real path of a drop's folder, None until it is known, and the problems of its folders."""
+    """The place of a drop's folder, its real path, None until that is known, and its problems."""
 
     named: _Named
+    place: FolderPlace
     real_path: Path | None = None
     problems: tuple[FileProblem, ...] = ()
 
@@ -160,7 +169,10 @@ class _DropFolders:
 def _examine_drops(config: Config) -> dict[str, _DropFolders]:
     """Examine the folders of all drops at the same time, each in a thread: one that hangs delays no other."""
     mounts = mount_points(_MOUNTINFO)
-    found = {name: _DropFolders(_Named(f"drop.{name}.path", drop.path)) for name, drop in config.drop.items()}
+    found = {
+        name: _DropFolders(_Named(f"drop.{name}.path", drop.path), FolderPlace(str(drop.path)))
+        for name, drop in config.drop.items()
+    }
     until = time.monotonic() + _ANSWER_TIMEOUT
 
     def examine(name: str) -> None:
@@ -170,6 +182,9 @@ def _examine_drops(config: Config) -> dict[str, _DropFolders]:
             real_path = _real_path(drop.path)
             folders.problems = tuple(_drop_problems(name, drop, mounts))
             folders.real_path = real_path
+            with suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # among the problems
+                status = os.stat(drop.path)
+                folders.place = FolderPlace(str(drop.path), status.st_dev, status.st_ino)
         except OSError as error:
             text, hint = f"can't be used: {_reason(error)}", f"check its mount: `findmnt -T {drop.path}`"
             folders.problems = (folders.named.problem(text, hint, prevents_start=False),)
@@ -186,7 +201,7 @@ def _examine_drops(config: Config) -> dict[str, _DropFolders]:
                 f"check its file server or disk: `findmnt -T {path}`, `dmesg -T`",
                 prevents_start=False,
             )
-            found[name] = _DropFolders(found[name].named, None, (problem,))
+            found[name] = _DropFolders(found[name].named, FolderPlace(str(path)), None, (problem,))
     return found
 
 

@@ -25,6 +25,9 @@ SUSPICIOUS = "suspicious"
 SUSPICIOUS_FOR = timedelta(days=7)
 """How long that is a problem, unless an archive of the same name is queued before."""
 
+NOT_CONFIGURED = "not_configured"
+"""The reason that stands for the archives that wait in a folder that is no drop folder any more."""
+
 NOT_LISTED = "not_listed"
 """The reason that stands for further files, which are counted but not listed."""
 

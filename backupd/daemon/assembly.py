@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from backupd.config.files import ExamineFiles, FilesReport
 from backupd.config.models import Config, DestinationConfig, DropConfig
 from backupd.core.errors import LedgerFullError
+from backupd.core.folder_place import FolderPlace, label_of
 from backupd.daemon.certificates import Certificates
 from backupd.daemon.daemon import Daemon
 from backupd.daemon.housekeeping import HostClock, Housekeeping
@@ -42,7 +43,7 @@ def run_daemon(
         if opened.recreated is not None:
             lost = opened.recreated
             log.emit(events.LEDGER_RECREATED, path=lost.path, error=lost.error, hint=lost.hint)
-        assembly = Assembly(config, opened.ledger, log)
+        assembly = Assembly(config, opened.ledger, log, report.places)
         certificates = Certificates(assembly.runtime, log, examine_files, report)
         housekeeping = Housekeeping(assembly.runtime, log, assembly.device_tracker, assembly.clock)
         daemon = Daemon(
@@ -51,6 +52,7 @@ def run_daemon(
             config_path,
             examine_files,
             assembly.change_to,
+            assembly.follow_folders,
             certificates,
             housekeeping,
             systemd,
@@ -67,7 +69,9 @@ _FIRST_READING = ClockReading(datetime.fromtimestamp(0, UTC))
 class Assembly:
     """Builds the runtime of a daemon from a configuration, and changes it to another configuration."""
 
-    def __init__(self, config: Config, ledger: Ledger, log: EventLog) -> None:
+    def __init__(
+        self, config: Config, ledger: Ledger, log: EventLog, places: Mapping[str, FolderPlace]
+    ) -> None:
         self._log = log
         self._ledger = ledger
         self._abort = Abort()
@@ -77,14 +81,19 @@ class Assembly:
             )
             for name, drop in config.drop.items()
         }
-        """Every drop since the start: archives of a removed one may still be uploading."""
+        """Every drop since the start, as archives of a removed one may still be uploading.
+
+        Also the earlier folders of drops, while archives in them are pending.
+        """
         self.clock = HostClock(ledger.last_clock_reading() or _FIRST_READING)
         self.device_tracker = DeviceTracker(ledger, log)
+        drops = {**self._drops}
         try:
-            self.device_tracker.configure(self._drops, ledger.now())
+            self._add_earlier_folders(config, places)
+            self.device_tracker.configure(drops, ledger.now())
         except LedgerFullError as error:  # no archive can be queued until there is room
             log_ledger_failure(log, error)
-            self.device_tracker.postpone(self._drops)
+            self.device_tracker.postpone(drops)
         disposition = Disposition(self._drops, log, lambda: ledger.session)
         recorder = Recorder(ledger, disposition, log, self._recheck)
         retention = Retention(
@@ -116,6 +125,22 @@ class Assembly:
         drops_started = {name: self._build_drop(name) for name in drops}
         runtime.drops |= drops_started
         return ReloadDiff(drops_stopped, drops_started, destinations_stopped, destinations_started)
+
+    def follow_folders(self, places: Mapping[str, FolderPlace]) -> None:
+        """Have the archives in the ledger follow the folders of the current configuration, after a reload.
+
+        To be called while no intake of a changed drop runs. Raises LedgerError if that can't be written.
+        """
+        config = self.runtime.config
+        self._add_earlier_folders(config, places)
+        self.device_tracker.configure({name: self._drops[name] for name in config.drop}, self._ledger.now())
+        self.runtime.recorder.recheck_dispositions(drops_renamed=True)
+
+    def _add_earlier_folders(self, config: Config, places: Mapping[str, FolderPlace]) -> None:
+        for name, place in self._ledger.assign_folders(places).items():
+            table = config.drop[label_of(name)].model_copy(update={"path": Path(place.path)})
+            folder = DropFolder(place.path, is_open=False, opens_itself=True)
+            self._drops[name] = Drop.of(name, table, folder, destinations_of(config, table))
 
     def _changed_drop(self, name: str, config: Config) -> Drop:
         """Build a drop from its changed table; the folder stays open if the path is the same."""

@@ -17,6 +17,7 @@ from backupd.config.files import ExamineFiles
 from backupd.config.load import load
 from backupd.config.models import Config
 from backupd.core.errors import BackupdError, ConfigError, LedgerDamagedError, LedgerError
+from backupd.core.folder_place import FolderPlace
 from backupd.core.units import human_duration
 from backupd.daemon.certificates import Certificates
 from backupd.daemon.heartbeat import Heartbeat
@@ -53,7 +54,7 @@ class Daemon:
     """Runs the daemon's threads until a signal arrives or one of them fails.
 
     `examine_files` checks the configuration file and the files that it names; `change_to` applies a new
-    configuration to `runtime`.
+    configuration to `runtime`, and `follow_folders` to the archives in the ledger.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Daemon:
         config_path: Path,
         examine_files: ExamineFiles,
         change_to: Callable[[Config], ReloadDiff],
+        follow_folders: Callable[[Mapping[str, FolderPlace]], None],
         certificates: Certificates,
         housekeeping: Housekeeping,
         systemd: SystemdNotifier,
@@ -72,6 +74,7 @@ class Daemon:
         self._config_path = config_path
         self._examine_files = examine_files
         self._change_to = change_to
+        self._follow_folders = follow_folders
         self._certificates = certificates
         self._housekeeping = housekeeping
         self._systemd = systemd
@@ -212,10 +215,10 @@ class Daemon:
             )
         else:
             self._certificates.update(report)
-            self._apply(diff)
+            self._apply(diff, report.places)
         self._systemd.send("READY=1", self._status())
 
-    def _apply(self, diff: ReloadDiff) -> None:
+    def _apply(self, diff: ReloadDiff, places: Mapping[str, FolderPlace]) -> None:
         """Stop the removed threads and start the new ones; uploads in progress are finished."""
         for drop in diff.drops_stopped.values():
             drop.request_stop()
@@ -224,6 +227,9 @@ class Daemon:
         for destination in diff.destinations_stopped.values():
             destination.circuit.retire()
             destination.request_stop()
+        if diff.drops_stopped or diff.drops_started:
+            with self._housekeeping.logged_failures():
+                self._follow_folders(places)
         self._housekeeping.forget_removed_drops()
         self._retired += diff.destinations_stopped.values()
         if diff.drops_started:

@@ -121,7 +121,8 @@ class Heartbeat:
                 events.CONFIG_WARNING,
                 path=f"destination.{name}",
                 error=f"{backlog.pending} archives are pending for it, but it is no longer configured",
-                hint="add the destination back until its queue is empty; the files stay in the drop folders",
+                hint="add the destination back until its queue is empty; or give up these deliveries:"
+                f" `backupd forget --destination {name}`",
             )
         self._logged_removed.add(name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import threading
 import time
 from collections.abc import Iterator
@@ -10,11 +11,18 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 
 from backupd.core.clock_skew import ZERO, ClockSkew
-from backupd.core.drop_problem import NOT_ANSWERING, SUSPICIOUS, SUSPICIOUS_FOR, DropProblem
+from backupd.core.drop_problem import (
+    NOT_ANSWERING,
+    NOT_CONFIGURED,
+    SUSPICIOUS,
+    SUSPICIOUS_FOR,
+    DropProblem,
+)
 from backupd.core.errors import LedgerError, LedgerHeldError
+from backupd.core.folder_place import label_of
 from backupd.daemon.runtime import Runtime
 from backupd.intake.device_tracker import DeviceTracker
-from backupd.ledger.port import ClockReading, DeviceLedger
+from backupd.ledger.port import ClockReading, DeviceLedger, DropBacklog
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog, log_ledger_failure
 
@@ -101,6 +109,23 @@ _SAVE_CLOCK_EVERY = 60.0
 """Seconds between two saved readings; after a crash the clock is distrusted for this much longer."""
 
 
+def _not_configured(name: str, backlog: DropBacklog, since: datetime) -> DropProblem:
+    """Return the problem of the archives in a folder of which the drop was removed, or has another folder."""
+    path, label = backlog.path or "its folder", label_of(name)
+    number = f"{backlog.archives} archive{'' if backlog.archives == 1 else 's'}"
+    hint = (
+        "configure a drop with this path again, under any name, until they are delivered; or give them up:"
+        f" `backupd forget --drop {shlex.quote(name)}`"
+    )
+    if label != name:
+        hint = (
+            f"they are delivered from there, but new files in it are not: move these to the folder of"
+            f" {label}; or {hint}"
+        )
+    error = f"{number} wait in {path}, which is no longer a drop folder"
+    return DropProblem(name, b"", NOT_CONFIGURED, since, error, hint, files=backlog.archives)
+
+
 class Housekeeping:
     """Logs overdue devices and prunes the history; `tick` is called at each heartbeat.
 
@@ -117,6 +142,8 @@ class Housekeeping:
         self._pruning = HistoryPruning(runtime.ledger)
         self._hung: dict[str, DropProblem] = {}
         """The problems of the drops with a filesystem that does not answer, by their names."""
+        self._has_removed_drops = True
+        """Whether the ledger may have problems of drops that were removed, or left their folder."""
         self._clock_saved_at = -math.inf
         """When the reading of the clock was saved last (monotonic)."""
 
@@ -131,6 +158,9 @@ class Housekeeping:
         try:
             self._device_tracker.tick(now)
             self._pruning.tick(self._clock.trusted_now() - self._runtime.config.keep_history_for)
+            self._check_removed_drops()
+            if self._runtime.ledger.count_pending_dispositions():  # a command may have ended their deliveries
+                self._runtime.recorder.recheck_dispositions(wait=False)
             self._runtime.ledger.check_storage()
             self._forget_suspicious()
         except LedgerError as error:
@@ -146,12 +176,29 @@ class Housekeeping:
             self._runtime.ledger.bring_forward(name, now + destination.retry.max)
 
     def forget_removed_drops(self) -> None:
-        """Forget the problems of drops that are no longer configured, and of hangs in an earlier run."""
+        """Forget the problems of drops that are no longer configured, and of hangs in an earlier run.
+
+        Drops with archives that still wait keep theirs.
+        """
         with self.logged_failures():
             ledger = self._runtime.ledger
-            ledger.forget_drops(self._runtime.config.drop)
+            ledger.forget_drops({*self._runtime.config.drop, *ledger.pending_drops()})
             hung = [p for p in ledger.problems() if p.reason == NOT_ANSWERING and p.drop not in self._hung]
             ledger.save_problems([], hung)
+
+    def _check_removed_drops(self) -> None:
+        """Save which folders have archives that wait, although they are no drop folders any more."""
+        ledger, now = self._runtime.ledger, datetime.now(UTC)
+        left = {n: b for n, b in ledger.pending_drops().items() if n not in self._runtime.config.drop}
+        if not left and not self._has_removed_drops:
+            return
+        known = {p.drop: p for p in ledger.problems() if p.reason == NOT_CONFIGURED}
+        found = [
+            _not_configured(name, backlog, known[name].since if name in known else now)
+            for name, backlog in left.items()
+        ]
+        ledger.save_problems(found, [problem for name, problem in known.items() if name not in left])
+        self._has_removed_drops = bool(left)
 
     def _forget_suspicious(self) -> None:
         """End the problems of archives that were queued, although they look damaged, too long ago."""

@@ -69,9 +69,9 @@ class Disposition:
                 if drop is None or not drop.folder.is_usable:
                     failed.append(one.archive.id)  # until the drop is configured, or its folder usable, again
                     continue
-                if drop.name not in folders:
-                    folders[drop.name] = CachedFolder(drop.folder)
                 try:
+                    if drop.name not in folders:
+                        folders[drop.name] = CachedFolder(drop.folder)
                     done.append((one, *self._dispose(one, drop, folders[drop.name], changed, interrupted)))
                 except OSError as error:
                     self._log_failed(one, drop, error)
@@ -198,7 +198,7 @@ class Disposition:
 
     def _log_failed(self, completed: CompletedArchive, drop: Drop, error: OSError) -> None:
         archive = completed.archive
-        if archive.id in self.problems:
+        if archive.id in self.problems and self.problems[archive.id].drop == drop.name:
             return
         text, hint = error.strerror or str(error), _hint(error, drop, archive)
         self.problems[archive.id] = DropProblem(

@@ -190,9 +190,9 @@ def write_receipt_file(
 
 def remove_receipt_file(folder: DropFolder, relpath: bytes, archive: Archive, kind: bytes) -> None:
     """Remove the receipt file of the archive at `relpath`; `kind` is `receipt` or `reason`."""
-    expected = as_text(archive.relpath), archive.drop, archive.queued_at
+    expected = as_text(archive.relpath), archive.queued_at
     for path, receipt in _receipt_files(folder, relpath, kind):
-        if (receipt.archive, receipt.drop, receipt.queued_at) == expected:
+        if (receipt.archive, receipt.queued_at) == expected:
             folder.unlink(path)
             return
 
@@ -265,7 +265,7 @@ class StoredFolder:
                     yield found
 
     def receipts(self, relpath: bytes) -> list[FoundReceipt]:
-        """Return the receipt files of the archive at `relpath` by drop, state and name, the latest first.
+        """Return the receipt files of the archive at `relpath` by state and name, the latest first.
 
         Raises OSError if one of them can't be read now.
         """
@@ -311,7 +311,7 @@ class StoredFolder:
 
         If the archive got a new name because its own was taken, bytes that are not UTF-8 stay escaped.
         """
-        if receipt.drop != self.drop or receipt.state is not self.state:
+        if receipt.state is not self.state:  # the drop may have had another name
             return None
         path = self.below(relpath)
         if as_text(path) == receipt.archive:

@@ -87,9 +87,13 @@ class Recorder:
         """Queue the result of a claim; wait while the queue is full."""
         self._queue.put(result)
 
-    def recheck_dispositions(self) -> None:
-        """Have `run` handle the pending dispositions that the intake has added to the ledger."""
-        self._queue.put(_RecheckDispositions())
+    def recheck_dispositions(self, *, drops_renamed: bool = False, wait: bool = True) -> None:
+        """Have `run` handle the pending dispositions that were added to the ledger, or got another drop.
+
+        Without `wait`, nothing is done if the queue is full.
+        """
+        with suppress(queue.Full):
+            self._queue.put(_RecheckDispositions(drops_renamed), block=wait)
 
     def finish(self) -> None:
         """Have `run` return once everything that was submitted is recorded."""
@@ -105,9 +109,7 @@ class Recorder:
     def run(self, abandon: threading.Event) -> None:
         """Record until `finish`; a commit that fails is retried until `abandon` is set."""
         is_finished = False
-        with suppress(LedgerError):  # their ages start again
-            problems = self._ledger.problems()
-            self._problems = {(p.drop, p.relpath): p for p in problems if p.reason == NOT_MOVED}
+        self._load_problems()
         while not is_finished:
             self.watchdog.idle()
             batch, is_finished = self._next_batch()
@@ -119,6 +121,11 @@ class Recorder:
             if self._after_id is not None:
                 self._dispose_of_page(self._after_id)
 
+    def _load_problems(self) -> None:
+        with suppress(LedgerError):  # their ages start again
+            problems = self._ledger.problems()
+            self._problems = {(p.drop, p.relpath): p for p in problems if p.reason == NOT_MOVED}
+
     def _next_batch(self) -> tuple[list[ClaimResult], bool]:
         """Return the queued results, and whether to finish after them; wait if there is no other work."""
         batch: list[ClaimResult] = []
@@ -127,6 +134,8 @@ class Recorder:
             item = self._queue.get_nowait() if is_busy else self._queue.get(timeout=_RETRY_EVERY)
             while item is not None:
                 if isinstance(item, _RecheckDispositions):
+                    if item.drops_renamed:
+                        self._load_problems()
                     self._has_pending, self._next_round = True, 0.0
                 else:
                     batch.append(item)
@@ -269,5 +278,8 @@ class Recorder:
                 pass  # a rejection is logged once for the archive, by its disposition
 
 
+@dataclass(frozen=True, slots=True)
 class _RecheckDispositions:
     """A request in the recorder's queue to handle pending dispositions."""
+
+    drops_renamed: bool

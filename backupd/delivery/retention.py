@@ -137,7 +137,7 @@ class Retention:
     """Applies the retention policies of all drops; `run` is the body of its thread.
 
     `now` returns the time by which archives may be removed. A file is removed only if a receipt file beside
-    it matches its drop, path, size and state. The file is removed first: a receipt file that a crash leaves
+    it matches its path, size and state. The file is removed first: a receipt file that a crash leaves
     alone is removed by the next walk, while a file without one would stay.
     """
 

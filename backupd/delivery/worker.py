@@ -150,7 +150,7 @@ class Worker:
                 archive.relpath.rpartition(b"/")[2],
                 fd,
                 archive.fingerprint,
-                template_values(archive, archive.host, drop.label_pattern),
+                template_values(replace(archive, drop=drop.label), archive.host, drop.label_pattern),
                 on_alive=self.watchdog.alive,
                 on_idle=self.watchdog.idle,
                 unconfirmed_digest=delivery.unconfirmed_digest,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from backupd.config.models import DropConfig
 from backupd.core.eligibility import Eligibility, Patterns
+from backupd.core.folder_place import label_of
 from backupd.core.retention_policy import RetentionPolicy
 from backupd.dropfolder.folder import DropFolder
 
@@ -60,6 +61,11 @@ class Drop:
         if not self.config.recursive or directory in (self.sent_dir, self.rejected_dir):
             return True
         return self.eligibility.of_directory(directory) is not None
+
+    @property
+    def label(self) -> str:
+        """Return the name of the drop in the configuration, also for an earlier folder of it."""
+        return label_of(self.name)
 
     @property
     def tracks_devices(self) -> bool:

@@ -30,12 +30,16 @@ class DropFolder:
     (ENOTCONN) if the folder could not be opened yet.
     """
 
-    def __init__(self, path: str, *, is_open: bool = True) -> None:
-        """Open the folder, unless `is_open` is False: `reopen` opens it then."""
+    def __init__(self, path: str, *, is_open: bool = True, opens_itself: bool = False) -> None:
+        """Open the folder, unless `is_open` is False: `reopen` opens it then.
+
+        With `opens_itself`, so does the first method that needs it, which raises the OSError of that.
+        """
         self.path = path
         self.is_usable = False
         """Whether the folder could be read when it was last checked; nothing else accesses it while not."""
         self._fd = -1
+        self._opens_itself = opens_itself
         if is_open:
             self.reopen()
             self.is_usable = True
@@ -47,6 +51,8 @@ class DropFolder:
 
     def fileno(self) -> int:
         """Return the descriptor."""
+        if self._fd < 0 and self._opens_itself:
+            self.reopen()
         if self._fd < 0:
             raise OSError(errno.ENOTCONN, "the drop folder could not be opened yet")
         return self._fd

@@ -6,14 +6,21 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from backupd.core.archive_formats import Damage
-from backupd.core.drop_problem import NOT_ANSWERING, NOT_LISTED, NOT_MOVED, SUSPICIOUS, DropProblem
+from backupd.core.drop_problem import (
+    NOT_ANSWERING,
+    NOT_CONFIGURED,
+    NOT_LISTED,
+    NOT_MOVED,
+    SUSPICIOUS,
+    DropProblem,
+)
 from backupd.ledger.port import Ledger
 
 _MAX_LISTED = 10_000
 """Problems that are listed one by one; further ones are only counted. The limit bounds memory and ledger."""
 
 
-_NOT_FROM_SCANS = frozenset((NOT_ANSWERING, NOT_MOVED, SUSPICIOUS))
+_NOT_FROM_SCANS = frozenset((NOT_ANSWERING, NOT_CONFIGURED, NOT_MOVED, SUSPICIOUS))
 """Reasons of problems that last until something else than a scan ends them."""
 
 _SUSPICIOUS_HINT = (

@@ -17,6 +17,7 @@ from typing import Protocol
 from backupd.core.drop_problem import DropProblem, DropState, ProblemCount
 from backupd.core.model import Archive, DeliveryState
 from backupd.core.names import as_text
+from backupd.ledger.port import DropBacklog
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +208,10 @@ class History(Protocol):
         """Return the names of the destinations with open deliveries, in alphabetical order."""
         ...
 
+    def pending_drops(self) -> Mapping[str, DropBacklog]:
+        """Return the drops with archives that wait for a delivery or a disposition, by name."""
+        ...
+
     def count_quarantined(self) -> int:
         """Return the number of rejected archives with a file in `rejected_dir`."""
         ...
@@ -243,6 +248,21 @@ class History(Protocol):
 
         Returns the drops that had it, each with whether the configuration lists it there. A listed device
         stays known, as if it had been listed only at `now`.
+        """
+        ...
+
+    def give_up_drop(self, drop: str, now: datetime) -> int:
+        """End what is pending from a drop that is no longer configured; return its number.
+
+        The files stay where they are. Its pending deliveries are superseded.
+        """
+        ...
+
+    def give_up_destination(self, destination: str, now: datetime) -> int:
+        """End the pending deliveries to a destination that is no longer configured; return their number.
+
+        An archive with other deliveries goes on as if it never had this one. Any other is superseded, so that
+        the daemon queues its file again, for the destinations of today.
         """
         ...
 

@@ -19,6 +19,7 @@ from backupd.core.clock_skew import ZERO
 from backupd.core.devices import Device, DeviceExpectation
 from backupd.core.drop_problem import DropProblem, DropState, ProblemCount
 from backupd.core.errors import LedgerDamagedError
+from backupd.core.folder_place import FolderPlace
 from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint, Rejected
 from backupd.core.transition import Priority, Transition
 
@@ -180,6 +181,19 @@ class Backlog:
 
 
 @dataclass(frozen=True, slots=True)
+class DropBacklog:
+    """The archives of a drop that wait for a delivery or a disposition.
+
+    `oldest` is the time at which the first of them was queued, `path` that of the drop folder, None if the
+    ledger does not know it.
+    """
+
+    archives: int
+    oldest: datetime | None
+    path: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class UnusualArchive:
     """An archive with a size that differs from the median of its device's archives before it."""
 
@@ -316,7 +330,9 @@ class Ledger(DeviceLedger, Protocol):
     ) -> EnqueueResult:
         """Add an archive with a pending delivery to each destination for each file without an entry.
 
-        A candidate has an entry if `known_since` returns its content key. One with a new content supersedes
+        A candidate has an entry if `known_since` returns its content key. One with the path, size and
+        modification time of an archive that waits in an earlier folder of its drop is that archive from then
+        on, see `assign_folders`. One with a new content supersedes
         the pending deliveries of older contents under its path; a claimed delivery is left to its worker,
         which detects the change. A delivered file that was missing at its disposition and has come back
         unchanged gets a pending disposition instead of a new delivery. The deliveries of a rejected candidate
@@ -434,6 +450,20 @@ class Ledger(DeviceLedger, Protocol):
 
     def forget_drops(self, other_than: Collection[str]) -> None:
         """Delete the states and problems of all drops but these."""
+        ...
+
+    def assign_folders(self, places: Mapping[str, FolderPlace]) -> Mapping[str, FolderPlace]:
+        """Have all archives follow their folders, by the folders of the configured drops.
+
+        A drop that has the folder of another name before gets its archives and devices. If a drop has another
+        folder than before, the archives that wait in the old one get a name of their own (`name_of_left`).
+        Returns the places of the folders with such archives that are still pending, by that name. Claims of
+        archives that get a new name, while their old one is that of another folder, are released.
+        """
+        ...
+
+    def pending_drops(self) -> Mapping[str, DropBacklog]:
+        """Return the drops with archives that wait for a delivery or a disposition, by name."""
         ...
 
     def check_storage(self) -> None:

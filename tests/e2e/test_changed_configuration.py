@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -144,3 +145,179 @@ def test_retry_finds_a_rejected_archive_in_the_renamed_folder(stage: Stage) -> N
     assert done.stdout.startswith("1 archive put back")
     assert (stage.drop / "a.cfg").read_bytes() == b"abc"
     assert list((stage.drop / "refused").iterdir()) == []
+
+
+QUICK_RETRY = '[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.5s"\n'
+
+
+def deliveries(stage: Stage) -> list[tuple[str, str, str]]:
+    """Return the id, the drop and the state of each delivery in the ledger."""
+    found = json.loads(stage.backupd("list", "--json").stdout)
+    return sorted((each["id"], each["archive"]["drop"], each["state"]) for each in found)
+
+
+def rename_drop(stage: Stage, name: str) -> None:
+    stage.config.write_text(stage.config.read_text().replace("[drop.switches]", f"[drop.{name}]"))
+
+
+@pytest.mark.long
+@both_ways
+def test_pending_and_delivered_archives_follow_a_renamed_drop(
+    stage: Stage, receiver: RunningReceiver, apply_change: ApplyChange
+) -> None:
+    options = {
+        "drop": 'on_delivered = "keep"\nrescan_every = "1s"',
+        "more": QUICK_RETRY,
+        "top": 'log.level = "debug"',
+    }
+    stage.configure(receiver.url, **options)
+    daemon = stage.daemon().ready()
+    stage.put("delivered.cfg", b"abc")
+    daemon.wait_for("archive.disposed")
+    stage.configure("https://127.0.0.1:1/v1/upload", **options)
+    reload(stage, daemon)
+    stage.put("pending.cfg", b"def")
+    daemon.wait_for("archive.queued", 2)
+    daemon.wait_for("destination.paused")
+    before = deliveries(stage)
+
+    rename_drop(stage, "routers")
+    daemon = apply_change(stage, daemon)
+    assert [(i, d) for i, d, _ in deliveries(stage)] == [(i, "routers") for i, _, _ in before]
+    stage.configure(receiver.url, **options)
+    rename_drop(stage, "routers")
+    daemon = apply_change(stage, daemon)
+    daemon.wait_for("archive.disposed", drop="routers", archive="pending.cfg")
+    wait_for_scans(daemon)
+
+    assert deliveries(stage) == sorted((i, "routers", "delivered") for i, _, _ in before)
+    assert len(stage.stored()) == 2
+    assert not problems_of(stage)
+    assert "archive.missing" not in daemon.text()
+    assert daemon.stop() == 0
+
+
+@pytest.mark.long
+@both_ways
+def test_archives_follow_their_folders_if_two_drops_swap_their_names(
+    stage: Stage, receiver: RunningReceiver, apply_change: ApplyChange
+) -> None:
+    other = stage.base / "other"
+    other.mkdir()
+    with_other = QUICK_RETRY + f'[drop.routers]\npath = "{other}"\nstable_for = "0.1s"\n'
+    stage.configure("https://127.0.0.1:1/v1/upload", more=with_other)
+    daemon = stage.daemon().ready()
+    stage.put("r1.cfg", b"in the drop of switches")
+    stage.put("r1.cfg", b"in the drop of routers", into=other)
+    daemon.wait_for("archive.queued", 2)
+    daemon.wait_for("destination.paused")
+    before = deliveries(stage)
+
+    stage.configure(receiver.url, more=with_other)
+    text = stage.config.read_text().replace("[drop.switches]", "[drop.new]")
+    text = text.replace("[drop.routers]", "[drop.switches]").replace("[drop.new]", "[drop.routers]")
+    stage.config.write_text(text)
+    daemon = apply_change(stage, daemon)
+    daemon.wait_for("archive.disposed", 2, disposition="moved")
+
+    names = {"switches": "routers", "routers": "switches"}
+    assert deliveries(stage) == sorted((i, names[d], "delivered") for i, d, _ in before)
+    assert (stage.sent / "r1.cfg").read_bytes() == b"in the drop of switches"
+    assert (other / "sent" / "r1.cfg").read_bytes() == b"in the drop of routers"
+    assert daemon.stop() == 0
+
+
+@pytest.mark.long
+@both_ways
+def test_archives_that_are_pending_in_the_earlier_folder_of_a_drop_are_delivered_from_there(
+    stage: Stage, receiver: RunningReceiver, apply_change: ApplyChange
+) -> None:
+    stage.configure("https://127.0.0.1:1/v1/upload", more=QUICK_RETRY, top='heartbeat_every = "1s"')
+    daemon = stage.daemon().ready()
+    stage.put("r1.cfg", b"old")
+    daemon.wait_for("archive.queued")
+    daemon.wait_for("destination.paused")
+    before = deliveries(stage)
+
+    new = stage.base / "new"
+    new.mkdir()
+    stage.put("r1.cfg", b"new", into=new)
+    text = stage.config.read_text().replace(f'path = "{stage.drop}"', f'path = "{new}"')
+    stage.config.write_text(text)
+    daemon = apply_change(stage, daemon)
+    daemon.wait_for("archive.queued", 1 if apply_change is restart else 2)
+    daemon.wait_for("drop.problem", reason="not_configured")
+    left = f"switches:{stage.drop}"
+    assert [each["drop"] for each in problems_of(stage)] == [left]
+    assert sorted(d for _, d, _ in deliveries(stage)) == ["switches", left]
+    assert {i: s for i, _, s in deliveries(stage)}[before[0][0]] == "pending"
+    status = json.loads(stage.backupd("status", "--json").stdout)
+    assert {d["name"]: d["record"]["pending"] for d in status["drops"]} == {"switches": 1, left: 1}
+    assert stage.backupd("list", "--drop", left).stdout.count("pending") == 1
+
+    stage.config.write_text(text.replace("https://127.0.0.1:1/v1/upload", receiver.url))
+    daemon = apply_change(stage, daemon)
+    daemon.wait_for("archive.disposed", 2, disposition="moved")
+    daemon.wait_for("drop.problem_solved", reason="not_configured")
+    assert (stage.sent / "r1.cfg").read_bytes() == b"old"
+    assert (new / "sent" / "r1.cfg").read_bytes() == b"new"
+    assert len(stage.stored()) == 2
+    assert "archive.missing" not in stage.log.read_text()
+    assert "archive.superseded" not in stage.log.read_text()
+    assert daemon.stop() == 0
+
+
+@pytest.mark.long
+def test_a_folder_that_is_moved_to_another_filesystem_with_its_archives_is_delivered_once(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    """A copy has the size and the modification time of the archive, but another inode."""
+    stage.configure("https://127.0.0.1:1/v1/upload", more=QUICK_RETRY)
+    daemon = stage.daemon().ready()
+    stage.put("r1.cfg", b"content")
+    daemon.wait_for("archive.queued")
+    daemon.wait_for("destination.paused")
+    before = deliveries(stage)
+    assert daemon.stop() == 0
+
+    new = stage.base / "new"
+    shutil.copytree(stage.drop, new)
+    shutil.rmtree(stage.drop)
+    stage.configure(receiver.url, more=QUICK_RETRY)
+    stage.config.write_text(stage.config.read_text().replace(f'path = "{stage.drop}"', f'path = "{new}"'))
+    daemon = stage.daemon().ready()
+    daemon.wait_for("archive.disposed", disposition="moved")
+
+    assert deliveries(stage) == [(before[0][0], "switches", "delivered")]
+    assert (new / "sent" / "r1.cfg").exists()
+    assert "archive.missing" not in stage.log.read_text()
+    assert daemon.stop() == 0
+
+
+@pytest.mark.long
+@both_ways
+def test_archives_of_a_removed_drop_are_a_problem_until_a_drop_has_their_folder(
+    stage: Stage, receiver: RunningReceiver, apply_change: ApplyChange
+) -> None:
+    other = stage.base / "other"
+    other.mkdir()
+    frequent = 'heartbeat_every = "1s"'
+    with_other = QUICK_RETRY + f'[drop.routers]\npath = "{other}"\nstable_for = "0.1s"\n'
+    stage.configure("https://127.0.0.1:1/v1/upload", more=with_other, top=frequent)
+    daemon = stage.daemon().ready()
+    stage.put("r1.cfg", b"content", into=other)
+    daemon.wait_for("archive.queued")
+    daemon.wait_for("destination.paused")
+
+    stage.configure("https://127.0.0.1:1/v1/upload", more=QUICK_RETRY, top=frequent)
+    daemon = apply_change(stage, daemon)
+    (problem, *_) = daemon.wait_for("drop.problem", reason="not_configured")
+    assert (problem["drop"], problem["problems"]) == ("routers", 1)
+    assert str(other) in problem["error"]
+    assert stage.backupd("status", "--check").returncode == 1
+
+    stage.configure(receiver.url, more=with_other.replace("[drop.routers]", "[drop.last]"), top=frequent)
+    daemon = apply_change(stage, daemon)
+    daemon.wait_for("archive.disposed", drop="last", disposition="moved")
+    daemon.wait_for("drop.problem_solved", drop="routers", reason="not_configured")
+    assert daemon.stop() == 0

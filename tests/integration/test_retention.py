@@ -387,7 +387,6 @@ def of_delivery(**fields: Any) -> Callable[[dict[str, Any]], Any]:
     [
         pytest.param(lambda _: [[]], id="not an object"),
         pytest.param(lambda _: {}, id="empty"),
-        pytest.param(changed(drop="others"), id="another drop"),
         pytest.param(changed(size=4), id="another size"),
         pytest.param(changed(size="3"), id="a size as text"),
         pytest.param(changed(archive="b.cfg"), id="another archive"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from backupd.core.circuit import Circuit
 from backupd.core.drop_problem import DropProblem, DropState, ProblemCount
 from backupd.core.errors import LedgerFullError
+from backupd.core.folder_place import FolderPlace
 from backupd.core.model import Archive, Claim, Delivery, DeliveryState, Digest, Rejected
 from backupd.core.transition import Priority, archive_state
 from backupd.ledger.port import (
@@ -23,6 +24,7 @@ from backupd.ledger.port import (
     CompletedArchive,
     Cursor,
     DispositionResult,
+    DropBacklog,
     EnqueueResult,
     FileCandidate,
     KnownChanges,
@@ -32,7 +34,7 @@ from backupd.ledger.port import (
     RecreatedLedger,
     content_key,
 )
-from backupd.ledger.sqlite import problem_queries
+from backupd.ledger.sqlite import folder_queries, problem_queries
 from backupd.ledger.sqlite.connection import (
     ARCHIVE_COLUMNS,
     TOTAL_SIZE,
@@ -45,6 +47,7 @@ from backupd.ledger.sqlite.connection import (
     fingerprint_columns,
     open_ledger,
     row_converter,
+    storable_int,
     storable_text,
     to_micros,
 )
@@ -185,6 +188,9 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                 if any(content_key(a.relpath, a.fingerprint) == key for a in known):
                     continue
                 superseded += [a for a in known if _supersede(db, a, now)]
+                if candidate.rejected is None and _adopt(db, candidate):
+                    reappeared = True
+                    continue
                 if _resume_disposition(db, candidate):
                     reappeared = True
                     continue
@@ -264,7 +270,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                     [attempt_row(result.delivery.id, n, a) for n, a in enumerate(result.attempts, first)],
                 )
             for archive_id in archive_ids:
-                completed += _complete(db, archive_id)
+                completed += complete_archive(db, archive_id)
         return RecordResult(tuple(completed), tuple(lost))
 
     def pending_dispositions(self, after_id: int = 0, limit: int = 256) -> list[CompletedArchive]:
@@ -373,6 +379,16 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         with self._transaction(durable=False) as db:
             problem_queries.forget_drops(db, other_than)
 
+    def assign_folders(self, places: Mapping[str, FolderPlace]) -> Mapping[str, FolderPlace]:
+        """See `Ledger.assign_folders`."""
+        with self._transaction(durable=True) as db:
+            return folder_queries.assign_folders(db, places)
+
+    def pending_drops(self) -> Mapping[str, DropBacklog]:
+        """See `Ledger.pending_drops`."""
+        with self._reading() as db:
+            return folder_queries.pending_drops(db)
+
     def close(self) -> None:
         """See `Ledger.close`."""
         with self._lock:
@@ -446,7 +462,7 @@ def _supersede(db: sqlite3.Connection, archive: Archive, now: datetime) -> bool:
         "UPDATE delivery SET state = 'superseded', ended_at = ? WHERE archive_id = ? AND state = 'pending'",
         (to_micros(now), archive.id),
     ).rowcount
-    _complete(db, archive.id)
+    complete_archive(db, archive.id)
     db.execute(_REMOVE_ENTRY, (archive.id,))
     return bool(ended)
 
@@ -466,6 +482,55 @@ def _resume_disposition(db: sqlite3.Connection, candidate: FileCandidate) -> boo
             db.execute(f"UPDATE archive SET {due}, missing = 0 WHERE id = ?", (archive.id,))  # noqa: S608
             return True
     return False
+
+
+def give_up(db: sqlite3.Connection, now: datetime, drop: str | None, destination: str | None) -> int:
+    """End what is pending from a drop or for a destination; see `History.give_up_drop`. Return its number."""
+    at = to_micros(now)
+    db.execute(_BEGIN_CHANGE)
+    pending = db.execute(
+        "SELECT delivery.id, archive_id FROM delivery JOIN archive ON archive.id = archive_id"
+        " WHERE delivery.state = 'pending' AND (drop_name = ? OR destination = ?)",
+        (drop, destination),
+    ).fetchall()
+    for delivery_id, archive_id in pending:
+        query = "SELECT 1 FROM delivery WHERE archive_id = ? AND id <> ? AND state <> 'superseded'"
+        if destination is not None and db.execute(query, (archive_id, delivery_id)).fetchone():
+            db.execute("DELETE FROM attempt WHERE delivery_id = ?", (delivery_id,))
+            db.execute("DELETE FROM delivery WHERE id = ?", (delivery_id,))
+        else:
+            db.execute(
+                "UPDATE delivery SET state = 'superseded', ended_at = ?, error = 'given up' WHERE id = ?",
+                (at, delivery_id),
+            )
+        complete_archive(db, archive_id)
+    due = db.execute(
+        f"UPDATE archive SET disposition = 'done', disposed_at = ?, has_entry = 0, changed = {_CHANGE}"  # noqa: S608
+        " WHERE disposition = 'due' AND drop_name = ?",
+        (at, drop),
+    ).rowcount
+    return len(pending) + due
+
+
+def _adopt(db: sqlite3.Connection, candidate: FileCandidate) -> bool:
+    """Make the archive that waits in an earlier folder of the drop that of the candidate, a copy of it."""
+    names = folder_queries.earlier_names(db, candidate.drop)
+    fingerprint = candidate.fingerprint
+    copy = (candidate.relpath, storable_int(fingerprint.size), storable_int(fingerprint.mtime_ns))
+    query = (
+        "SELECT id FROM archive WHERE drop_name = ? AND relpath = ? AND has_entry"
+        " AND size = ? AND mtime_ns = ? AND (state = 'pending' OR disposition = 'due') ORDER BY id DESC"
+    )
+    found = next((row[0] for name in names for row in db.execute(query, (name, *copy))), None)
+    if found is None:
+        return False
+    db.execute(
+        "UPDATE archive SET drop_name = ?, folder_inode = ?, inode = ?, size = ?, mtime_ns = ?, ctime_ns = ?,"  # noqa: S608
+        f" changed = {_CHANGE} WHERE id = ?",
+        (candidate.drop, *fingerprint_columns(candidate.folder_inode, fingerprint), found),
+    )
+    db.execute(f"{_RELEASE} AND archive_id = ?", (found,))
+    return True
 
 
 def _insert(
@@ -493,10 +558,10 @@ def _reject(db: sqlite3.Connection, archive: Archive, outcome: Rejected, now: da
         " WHERE archive_id = ?",
         (to_micros(now), outcome.reason, storable_text(outcome.error), archive.id),
     )
-    _complete(db, archive.id)
+    complete_archive(db, archive.id)
 
 
-def _complete(db: sqlite3.Connection, archive_id: int) -> list[CompletedArchive]:
+def complete_archive(db: sqlite3.Connection, archive_id: int) -> list[CompletedArchive]:
     """Set the state of an archive that has no open delivery; return it if its disposition is due now."""
     states = [
         DeliveryState(row[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import islice
@@ -23,7 +23,8 @@ from backupd.ledger.history import (
     History,
     Search,
 )
-from backupd.ledger.sqlite import device_queries
+from backupd.ledger.port import DropBacklog
+from backupd.ledger.sqlite import device_queries, folder_queries
 from backupd.ledger.sqlite.connection import (
     ARCHIVE_COLUMNS,
     TOTAL_SIZE,
@@ -41,6 +42,7 @@ from backupd.ledger.sqlite.connection import (
     storable_text,
     to_micros,
 )
+from backupd.ledger.sqlite.deliveries import give_up
 from backupd.ledger.sqlite.problem_queries import count_problems, find_problems, find_states
 
 _CLAUSES = {
@@ -230,6 +232,11 @@ class LedgerQueries(History):
         return [row[0] for row in rows]
 
     @_query_errors("read")
+    def pending_drops(self) -> Mapping[str, DropBacklog]:
+        """See `History.pending_drops`."""
+        return folder_queries.pending_drops(self._db)
+
+    @_query_errors("read")
     def count_quarantined(self) -> int:
         """See `History.count_quarantined`."""
         return int(
@@ -274,22 +281,37 @@ class LedgerQueries(History):
     @contextmanager
     def mark_retried(self, archive_id: int) -> Iterator[None]:
         """See `History.mark_retried`."""
-        with _query_errors("written"):
-            self._db.execute("PRAGMA query_only = OFF")
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                self._db.execute("UPDATE archive SET moved_to = NULL WHERE id = ?", (archive_id,))
-                yield
-                self._db.execute("COMMIT")
-            finally:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+        with self._writing() as db:
+            db.execute("UPDATE archive SET moved_to = NULL WHERE id = ?", (archive_id,))
+            yield
 
     def forget_device(self, device: str, drop: str | None, now: datetime) -> list[tuple[str, bool]]:
         """See `History.forget_device`."""
         with _query_errors("written"):
             self._db.execute("PRAGMA query_only = OFF")
             return device_queries.forget_device(self._db, device, drop, now)
+
+    def give_up_drop(self, drop: str, now: datetime) -> int:
+        """See `History.give_up_drop`."""
+        with self._writing() as db:
+            return give_up(db, now, drop, None)
+
+    def give_up_destination(self, destination: str, now: datetime) -> int:
+        """See `History.give_up_destination`."""
+        with self._writing() as db:
+            return give_up(db, now, None, destination)
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with _query_errors("written"):
+            self._db.execute("PRAGMA query_only = OFF")
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
 
     def close(self) -> None:
         """See `History.close`."""
