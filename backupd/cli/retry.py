@@ -80,8 +80,13 @@ def _restore(config: Config, history: History, record: DeliveryRecord) -> bool:
     Raises UsageError if the file can't be moved.
     """
     drop = config.drop.get(record.archive.drop)
-    if drop is None or record.disposed_to is None:
+    if record.disposed_to is None:
         return False
+    if drop is None:
+        raise UsageError(
+            f"{record.id}: its folder is that of no drop: {printable(record.archive.drop)}",
+            "configure a drop with that `path`, or move the file to another drop folder yourself",
+        )
     try:
         folder = DropFolder(str(drop.path))
     except OSError as error:

@@ -321,3 +321,75 @@ def test_archives_of_a_removed_drop_are_a_problem_until_a_drop_has_their_folder(
     daemon.wait_for("archive.disposed", drop="last", disposition="moved")
     daemon.wait_for("drop.problem_solved", drop="routers", reason="not_configured")
     assert daemon.stop() == 0
+
+
+@pytest.mark.long
+def test_forget_gives_up_what_is_pending_for_a_removed_destination(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    frequent = 'heartbeat_every = "1s"'
+    stage.configure(receiver.url, more=stage.annex("https://127.0.0.1:1/v1/upload"), top=frequent)
+    daemon = stage.daemon().ready()
+    stage.put("r1.cfg", b"content")
+    daemon.wait_for("delivery.verified")
+    daemon.wait_for("destination.paused", destination="annex")
+    refused = stage.backupd("forget", "--destination", "annex")
+    assert refused.returncode == 2
+    assert "is configured" in refused.stderr
+
+    stage.configure(receiver.url, top=frequent)
+    reload(stage, daemon)
+    (warning,) = daemon.wait_for("config.warning", path="destination.annex")
+    assert "`backupd forget --destination annex`" in warning["hint"]
+    until(
+        lambda: "annex" in stage.backupd("list", "--destination", "annex").stdout, "the delivery to be listed"
+    )
+    done = stage.backupd("forget", "--destination", "annex")
+    assert done.stdout.startswith("annex: 1 pending delivery given up")
+
+    daemon.wait_for("archive.disposed", disposition="moved")
+    assert len(stage.stored()) == 1
+    assert not json.loads(stage.backupd("list", "--state", "pending", "--json").stdout)
+    assert "nothing is pending" in stage.backupd("forget", "--destination", "annex").stderr
+    assert daemon.stop() == 0
+
+
+@pytest.mark.long
+def test_forget_gives_up_what_is_pending_for_a_removed_drop(stage: Stage) -> None:
+    other = stage.base / "other"
+    other.mkdir()
+    stage.configure(
+        "https://127.0.0.1:1/v1/upload", more=f'[drop.routers]\npath = "{other}"\nstable_for = "0.1s"\n'
+    )
+    daemon = stage.daemon().ready()
+    archive = stage.put("r1.cfg", b"content", into=other)
+    daemon.wait_for("archive.queued")
+    assert daemon.stop() == 0
+    stage.configure("https://127.0.0.1:1/v1/upload")
+    assert stage.backupd("list", "--drop", "routers").stdout.count("pending") == 1
+    assert stage.backupd("forget", "--drop", "routers").stdout.startswith("routers: 1 pending delivery")
+    assert archive.exists()
+    assert {d["name"] for d in json.loads(stage.backupd("status", "--json").stdout)["drops"]} == {"switches"}
+    for wrong in ([], ["sw1", "--destination", "annex"]):
+        assert stage.backupd("forget", *wrong).returncode == 2
+
+
+@pytest.mark.long
+def test_audit_and_retry_know_the_archives_of_a_renamed_drop(stage: Stage) -> None:
+    with ScriptedServer(refuses_bad_ones, server_context(stage.pki)) as server:
+        stage.configure(server.url)
+        daemon = stage.daemon().ready()
+        stage.put("good.cfg", b"good")
+        stage.put("worse.cfg", b"bad")
+        daemon.wait_for("archive.disposed", 2)
+        assert daemon.stop() == 0
+        rename_drop(stage, "routers")
+        failed = stage.backupd("retry", "--all")
+        assert failed.returncode == 2
+        assert "its folder is that of no drop: switches" in failed.stderr
+        assert stage.daemon().ready().stop() == 0
+
+    assert stage.backupd("audit").returncode == 0
+    assert stage.backupd("retry", "--all").stdout.startswith("1 archive put back")
+    assert (stage.drop / "worse.cfg").read_bytes() == b"bad"
+    assert list(stage.rejected.iterdir()) == []
