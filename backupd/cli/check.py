@@ -19,12 +19,14 @@ from backupd.config.files import file_problems
 from backupd.config.load import load
 from backupd.config.models import Config, DestinationConfig
 from backupd.config.problems import FileProblem
+from backupd.core.errors import LedgerError
 from backupd.core.names import as_text, printable
 from backupd.core.units import human_duration
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.earlier_folders import find_earlier_folders
 from backupd.dropfolder.filesystem import blind_spot, filesystem_of
-from backupd.dropfolder.folder import DropFolder
+from backupd.dropfolder.folder import DropFolder, FolderInUseError
+from backupd.ledger.factory import open_history
 from backupd.upload.base import ProbeResult
 from backupd.upload.registry import probe_all
 
@@ -70,6 +72,9 @@ def check(
 def _drop_folder_problems(config: Config) -> list[FileProblem]:
     """Return the problems of the content of the drop folders, as far as they are found within 5 s."""
     found: dict[str, list[FileProblem]] = {name: [] for name in config.drop}
+    daemon_pid = None
+    with suppress(LedgerError), closing(open_history(config)) as history:
+        daemon_pid = history.daemon_pid()
     until = time.monotonic() + _MAX_WALK_TIME
 
     def examine(name: str) -> None:
@@ -78,6 +83,13 @@ def _drop_folder_problems(config: Config) -> list[FileProblem]:
                 where, message = f"drop.{name}.path", f"{folder.path}: {unseen}"
                 found[name].append(FileProblem(where, message, _BLIND_SPOT_HINT, fatal=False))
             drop = Drop.of(name, config.drop[name], folder, ())
+            holder = folder.lock_holder()
+            if holder is not None and (daemon_pid is None or holder not in (0, daemon_pid)):
+                error = FolderInUseError(folder.path, holder)
+                message = f"{folder.path}: {error.strerror}"
+                found[name].append(
+                    FileProblem(f"drop.{name}.path", message, error.hint, fatal=True, prevents_start=False)
+                )
             for each in find_earlier_folders(drop, lambda: time.monotonic() < until):
                 path = os.path.join(folder.path, as_text(each.relpath))
                 where, message = f"drop.{name}.{each.key}", f"{path}: {each.error}"

@@ -29,7 +29,7 @@ from backupd.config.models import Config, DropConfig, TlsFiles
 from backupd.config.problems import FileProblem
 from backupd.config.rules import overlap
 from backupd.core.folder_place import FolderPlace
-from backupd.core.mountinfo import parse_mountinfo
+from backupd.core.mountinfo import MountEntry, parse_mountinfo, path_on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +106,14 @@ def key_password(path: Path) -> bytes:
 
 def mount_points(table: Path) -> frozenset[Path]:
     """Return the mount points in a file such as `/proc/self/mountinfo`; none if it can't be read."""
+    return frozenset(Path(os.fsdecode(entry.mount_point)) for entry in _mount_entries(table))
+
+
+def _mount_entries(table: Path) -> list[MountEntry]:
     try:
-        content = table.read_bytes()
+        return parse_mountinfo(table.read_bytes())
     except OSError:
-        return frozenset()
-    return frozenset(Path(os.fsdecode(entry.mount_point)) for entry in parse_mountinfo(content))
+        return []
 
 
 def _tls_files(config: Config) -> Iterator[tuple[str, TlsFiles]]:
@@ -222,15 +225,30 @@ def _state_dir_problems(config: Config, folders: Mapping[str, _DropFolders]) -> 
 
 
 def _overlapping_drops(folders: Mapping[str, _DropFolders]) -> Iterator[FileProblem]:
-    """Yield a problem for each two drops that are within one another through a symbolic link.
+    """Yield a problem for each two drops that are within one another by a symbolic link or a bind mount.
 
     `config.rules` checks the paths as they are written.
     """
+    mounts = _mount_entries(_MOUNTINFO)
     for (one, first), (_, second) in combinations(folders.items(), 2):
-        if first.real_path and second.real_path and overlap(first.real_path, second.real_path):
-            yield second.named.problem(
-                f"overlaps drop.{one}.path {first.named.path}", "use a separate folder for each drop"
-            )
+        if not first.real_path or not second.real_path:
+            continue
+        if overlap(first.real_path, second.real_path):
+            how = ""
+        elif _overlap_on_device(first.real_path, second.real_path, mounts):
+            how = " by a bind mount"
+        else:
+            continue
+        yield second.named.problem(
+            f"overlaps drop.{one}.path {first.named.path}{how}", "use a separate folder for each drop"
+        )
+
+
+def _overlap_on_device(one: Path, other: Path, mounts: list[MountEntry]) -> bool:
+    first, second = (path_on_device(os.fsencode(path), mounts) for path in (one, other))
+    if first is None or second is None or first[0] != second[0]:
+        return False
+    return overlap(Path(os.fsdecode(first[1])), Path(os.fsdecode(second[1])))
 
 
 def _drop_problems(name: str, drop: DropConfig, mounts: frozenset[Path]) -> Iterator[FileProblem]:

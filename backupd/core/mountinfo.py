@@ -12,12 +12,14 @@ _ESCAPE = re.compile(rb"\\([0-7]{3})")
 class MountEntry:
     """One mounted filesystem.
 
-    `filesystem` is its type, such as `ext4` or `fuse.sshfs`; `device` is its number as `major:minor`.
+    `filesystem` is its type, such as `ext4` or `fuse.sshfs`; `device` is its number as `major:minor`. `root`
+    is the directory of the filesystem that is mounted, `/` unless it is a bind mount or a subvolume.
     """
 
     mount_point: bytes
     filesystem: str
     device: str
+    root: bytes = b"/"
 
 
 def parse_mountinfo(content: bytes) -> list[MountEntry]:
@@ -31,19 +33,38 @@ def parse_mountinfo(content: bytes) -> list[MountEntry]:
         left, _, right = line.partition(b" - ")
         fields, filesystem = left.split(b" "), right.partition(b" ")[0]
         if len(fields) >= 6 and filesystem:
-            entries.append(MountEntry(_unescape(fields[4]), _text(filesystem), _text(fields[2])))
+            entries.append(
+                MountEntry(_unescape(fields[4]), _text(filesystem), _text(fields[2]), _unescape(fields[3]))
+            )
     return entries
 
 
 def filesystem_at(path: bytes, entries: list[MountEntry]) -> str:
     """Return the type of the filesystem that holds an absolute path without links, or `unknown`."""
-    longest, filesystem = b"", "unknown"
+    entry = _entry_of(path, entries)
+    return "unknown" if entry is None else entry.filesystem
+
+
+def path_on_device(path: bytes, entries: list[MountEntry]) -> tuple[str, bytes] | None:
+    """Return the device of an absolute path without links, and the path on it; None if no entry has it.
+
+    Both are the same for two paths to one directory, of which one leads through a bind mount.
+    """
+    entry = _entry_of(path, entries)
+    if entry is None:
+        return None
+    below = path.removeprefix(entry.mount_point.rstrip(b"/"))
+    return entry.device, entry.root.rstrip(b"/") + below or b"/"
+
+
+def _entry_of(path: bytes, entries: list[MountEntry]) -> MountEntry | None:
+    found: MountEntry | None = None
     for entry in entries:
         point = entry.mount_point
         is_inside = path == point or path.startswith(point.rstrip(b"/") + b"/")
-        if is_inside and len(point) >= len(longest):
-            longest, filesystem = point, entry.filesystem
-    return filesystem
+        if is_inside and (found is None or len(point) >= len(found.mount_point)):
+            found = entry
+    return found
 
 
 def _unescape(field: bytes) -> bytes:

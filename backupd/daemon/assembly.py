@@ -76,9 +76,7 @@ class Assembly:
         self._ledger = ledger
         self._abort = Abort()
         self._drops = {
-            name: Drop.of(
-                name, drop, DropFolder(str(drop.path), is_open=False), destinations_of(config, drop)
-            )
+            name: Drop.of(name, drop, _new_folder(drop), destinations_of(config, drop))
             for name, drop in config.drop.items()
         }
         """Every drop since the start, as archives of a removed one may still be uploading.
@@ -144,9 +142,10 @@ class Assembly:
 
     def _changed_drop(self, name: str, config: Config) -> Drop:
         """Build a drop from its changed table; the folder stays open if the path is the same."""
-        table, before = config.drop[name], self._drops.get(name)
+        table = config.drop[name]
+        before = self._drops[name] if name in self.runtime.config.drop else None  # a removed one is unlocked
         is_same_folder = before is not None and before.folder.path == str(table.path)
-        folder = before.folder if before and is_same_folder else DropFolder(str(table.path), is_open=False)
+        folder = before.folder if before and is_same_folder else _new_folder(table)
         return Drop.of(name, table, folder, destinations_of(config, table))
 
     def _build_drop(self, name: str) -> RunningDrop:
@@ -184,6 +183,11 @@ class Assembly:
 def _is_same_drop(name: str, before: Config, after: Config) -> bool:
     old, new = before.drop.get(name), after.drop[name]
     return old == new and destinations_of(before, new) == destinations_of(after, new)
+
+
+def _new_folder(table: DropConfig) -> DropFolder:
+    """Return the folder of a drop; its intake opens and locks it."""
+    return DropFolder(str(table.path), is_open=False, is_exclusive=True)
 
 
 def destinations_of(config: Config, drop: DropConfig) -> tuple[str, ...]:

@@ -224,6 +224,10 @@ class Daemon:
             drop.request_stop()
         stopped = [watchdog for drop in diff.drops_stopped.values() for watchdog in drop.watchdogs]
         self._threads.join(stopped, time.monotonic() + _TICK)
+        used = [drop.drop.folder for drop in diff.drops_started.values()]
+        for drop in diff.drops_stopped.values():
+            if drop.drop.folder not in used:  # another drop may have the same folder now
+                drop.drop.folder.unlock()
         for destination in diff.destinations_stopped.values():
             destination.circuit.retire()
             destination.request_stop()

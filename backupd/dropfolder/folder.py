@@ -7,8 +7,11 @@ who may write to the folder can't redirect the daemon by replacing a directory w
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import shlex
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 
@@ -19,8 +22,23 @@ _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _DOTS = frozenset((b".", b".."))
 
+_LOCK_TIMEOUT, _LOCK_RETRY_PAUSE = 1.0, 0.1
+"""Seconds for which a lock is tried: `backupd check` has it for a moment."""
+
 OnUnreadable = Callable[[bytes, OSError], None]
 """Called with the relative path of a file or directory that can't be read, and the error."""
+
+
+class FolderInUseError(OSError):
+    """Another program has locked the drop folder; `hint` is what to do."""
+
+    def __init__(self, path: str, holder: int) -> None:
+        process = f" (process {holder})" if holder else ""
+        super().__init__(errno.EBUSY, f"another backupd, or another program, has locked the folder{process}")
+        command = f"`ps -fp {holder}`" if holder else f"`fuser -v {shlex.quote(path)}`"
+        self.hint = (
+            f"{command} shows the program; give each backupd folders of its own, or stop one of the two"
+        )
 
 
 class DropFolder:
@@ -30,16 +48,20 @@ class DropFolder:
     (ENOTCONN) if the folder could not be opened yet.
     """
 
-    def __init__(self, path: str, *, is_open: bool = True, opens_itself: bool = False) -> None:
+    def __init__(
+        self, path: str, *, is_open: bool = True, opens_itself: bool = False, is_exclusive: bool = False
+    ) -> None:
         """Open the folder, unless `is_open` is False: `reopen` opens it then.
 
-        With `opens_itself`, so does the first method that needs it, which raises the OSError of that.
+        With `opens_itself`, so does the first method that needs it, which raises the OSError of that. With
+        `is_exclusive`, only one process has the folder open so, see `reopen`.
         """
         self.path = path
         self.is_usable = False
         """Whether the folder could be read when it was last checked; nothing else accesses it while not."""
         self._fd = -1
         self._opens_itself = opens_itself
+        self._is_exclusive = is_exclusive
         if is_open:
             self.reopen()
             self.is_usable = True
@@ -69,16 +91,63 @@ class DropFolder:
         _is_empty(self.fileno())
 
     def reopen(self) -> None:
-        """Open the directory that the path leads to now, under the same descriptor number."""
+        """Open the directory that the path leads to now, under the same descriptor number.
+
+        An exclusive folder is locked with flock, where its filesystem can lock directories (NFS cannot).
+        Raises FolderInUseError if another program has it locked.
+        """
         # the root may be a symbolic link, as the operator wrote it
         fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        if self._fd < 0:
-            self._fd = fd
-            return
         try:
-            os.dup2(fd, self._fd, inheritable=False)
+            if self._is_held(fd):
+                self._lock(self._fd)  # the lock of another descriptor would be refused
+                return
+            self._lock(fd)
+            if self._fd < 0:
+                self._fd, fd = fd, -1
+            else:
+                os.dup2(fd, self._fd, inheritable=False)
         finally:
-            close_descriptor(fd)
+            if fd >= 0:
+                close_descriptor(fd)
+
+    def unlock(self) -> None:
+        """Release the lock of an exclusive folder, until it is opened again."""
+        with suppress(OSError):
+            fcntl.flock(self.fileno(), fcntl.LOCK_UN)
+
+    def lock_holder(self) -> int | None:
+        """Return the process that has locked the folder, 0 if that is unknown, None if none has."""
+        try:
+            fcntl.flock(self.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _lock_holder(self.fileno())
+        except OSError:
+            return None  # its filesystem can't lock directories
+        self.unlock()
+        return None
+
+    def _is_held(self, fd: int) -> bool:
+        """Return whether the directory of a descriptor is the one that is held open."""
+        with suppress(OSError):
+            return self._fd >= 0 and os.path.samestat(os.fstat(fd), os.fstat(self._fd))
+        return False
+
+    def _lock(self, fd: int) -> None:
+        if not self._is_exclusive:
+            return
+        until = time.monotonic() + _LOCK_TIMEOUT
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise FolderInUseError(self.path, _lock_holder(fd)) from None
+                time.sleep(_LOCK_RETRY_PAUSE)
+            except OSError:
+                return  # its filesystem can't lock directories
+            else:
+                return
 
     def inode(self) -> int:
         """Return the inode number of the directory that is held open."""
@@ -267,6 +336,18 @@ def walk(
                     on_unreadable(directory, error)
             except OSError as error:
                 on_unreadable(directory, error)
+
+
+def _lock_holder(fd: int) -> int:
+    """Return the process that has locked a directory, 0 if unknown. Source: proc_locks(5)."""
+    status = os.fstat(fd)
+    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    with suppress(OSError, ValueError), open("/proc/locks", encoding="ascii") as file:
+        for line in file:
+            fields = line.split()
+            if fields[1] == "FLOCK" and fields[5] == place:
+                return max(int(fields[4]), 0)
+    return 0
 
 
 def _is_empty(directory: int) -> bool:

@@ -11,6 +11,7 @@ from backupd.core.drop_problem import FOLDER_FAILED, DropState
 from backupd.core.names import as_text
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.filesystem import blind_spot, filesystem_of, has_remote_mount_below, is_remote
+from backupd.dropfolder.folder import FolderInUseError
 from backupd.intake.problem_list import ProblemList
 from backupd.intake.watcher import Watcher, WatchFault
 from backupd.telemetry import events
@@ -169,6 +170,8 @@ class WatchHealth:
         """Log, once, that the folder can't be read; `check_and_restart` recovers once it can be."""
         text = error.strerror or str(error)
         hint = "make the folder readable and writable for the daemon's user; retried at each rescan"
+        if isinstance(error, FolderInUseError):
+            hint = error.hint
         self._folder.is_usable = False
         if self._problems.add(b"", FOLDER_FAILED, text, hint):
             self._log.emit(events.DROP_FAILED, drop=self._drop.name, path=self._path, error=text, hint=hint)

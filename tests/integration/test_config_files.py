@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -225,6 +226,25 @@ class TestFolders:
         assert mount_points(table) == {Path("/proc"), Path("/srv/a b\\ü")}
         assert Path("/proc") in mount_points(Path("/proc/self/mountinfo"))
         assert mount_points(place / "none") == set()
+
+    @pytest.mark.root
+    @pytest.mark.parametrize(("source", "is_error"), [("drop", True), ("drop/below", True), ("other", False)])
+    def test_drops_that_overlap_by_a_bind_mount_are_an_error(
+        self, place: Path, source: str, is_error: bool
+    ) -> None:
+        bound = place / "bound"
+        for folder in (bound, place / "drop" / "below", place / "other"):
+            folder.mkdir(exist_ok=True)
+        if subprocess.run(["mount", "--bind", str(place / source), str(bound)], check=False).returncode:
+            pytest.skip("nothing can be mounted here")
+        try:
+            drops = {"a": DropConfig(path=place / "drop"), "b": DropConfig(path=bound)}
+            config = a_config(place).model_copy(update={"drop": drops})
+            expected = f"drop.b.path: {bound} overlaps drop.a.path {place}/drop by a bind mount"
+            found = [f"{p.where}: {p.message}" for p in file_problems(config, NOW)]
+            assert (expected in found) == is_error
+        finally:
+            subprocess.run(["umount", str(bound)], check=True)
 
     def test_drops_that_overlap_through_a_link_are_an_error(self, place: Path) -> None:
         (place / "link").symlink_to(place / "drop")

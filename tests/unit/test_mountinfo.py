@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from backupd.core.mountinfo import MountEntry, filesystem_at, parse_mountinfo
+from backupd.core.mountinfo import MountEntry, filesystem_at, parse_mountinfo, path_on_device
 
 MOUNTINFO = rb"""21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
 22 21 0:5 / /proc rw,nosuid - proc proc rw
@@ -70,3 +70,30 @@ def test_a_path_is_on_the_innermost_mount_and_of_two_at_one_place_on_the_last(
 
 def test_without_mounts_the_filesystem_is_unknown() -> None:
     assert filesystem_at(b"/srv", []) == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [
+        (b"/srv/a/x", ("8:1", b"/srv/a/x")),
+        (b"/mnt/bound", ("8:1", b"/srv/a")),
+        (b"/mnt/bound/x", ("8:1", b"/srv/a/x")),
+        (b"/mnt/boundary", ("8:1", b"/mnt/boundary")),
+        (b"/mnt/disk", ("8:2", b"/")),
+        (b"/mnt/disk/x", ("8:2", b"/x")),
+        (b"/", ("8:1", b"/")),
+    ],
+)
+def test_a_path_through_a_bind_mount_is_that_of_the_directory_itself(
+    path: bytes, place: tuple[str, bytes]
+) -> None:
+    entries = parse_mountinfo(
+        b"1 0 8:1 / / rw - ext4 /dev/sda1 rw\n"
+        b"2 1 8:1 /srv/a /mnt/bound rw - ext4 /dev/sda1 rw\n"
+        b"3 1 8:2 / /mnt/disk rw - xfs /dev/sdb1 rw\n"
+    )
+    assert path_on_device(path, entries) == place
+
+
+def test_a_path_without_a_mount_entry_is_on_no_known_device() -> None:
+    assert path_on_device(b"/srv", []) is None
