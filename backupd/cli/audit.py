@@ -199,6 +199,7 @@ def _audit_drop(
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}", "run this command as the daemon's user") from error
     unreadable: list[AuditFinding] = []
+    missing: set[str] = set()
 
     def on_unreadable(relpath: bytes, error: OSError) -> None:
         unreadable.append(_finding(name, relpath, AuditVerdict.UNREADABLE, error.strerror or str(error)))
@@ -210,7 +211,12 @@ def _audit_drop(
             yield _finding(name, drop.sent_dir, AuditVerdict.MISSING, detail)
         for file in StoredFolder.of_sent(drop).files(on_unreadable):
             try:
-                yield from _audit_file(drop, file, since, verifier)
+                for finding in _audit_file(drop, file, since, verifier):
+                    if finding.verdict is AuditVerdict.MISSING and finding.destination is None:
+                        if finding.path in missing:
+                            continue  # several archives had this name, each with a receipt file of its own
+                        missing.add(finding.path)
+                    yield finding
             except OSError as error:
                 on_unreadable(file.relpath, error)
             advance()

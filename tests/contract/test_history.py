@@ -44,6 +44,13 @@ def end(ledger: Ledger, *outcomes: Outcome, to: str = "vault") -> Delivery:
     return delivery
 
 
+def quarantine(ledger: Ledger, name: bytes, to: bytes, *, drop: str = "switches") -> Archive:
+    queue(ledger, name, drop=drop)
+    archive = end(ledger, rejected()).archive
+    move(ledger, archive, to)
+    return archive
+
+
 def move(ledger: Ledger, archive: Archive, to: bytes | None, *, missing: bool = False) -> None:
     record_dispositions(ledger, [DispositionResult(archive.id, to, missing=missing)], [], LATER)
 
@@ -307,3 +314,18 @@ def test_each_method_of_the_port_is_called_in_the_contract(protocol: type) -> No
     source = "\n".join(path.read_text("utf-8") for path in Path(__file__).parent.glob("test_*.py"))
     methods = [name for name in dir(protocol) if not name.startswith("_")]
     assert [name for name in methods if not re.search(rf"\.{name}\b", source)] == []
+
+
+def test_a_rejected_archive_that_replaces_another_one_in_quarantine_is_counted_alone(
+    ledger: Ledger, history: History
+) -> None:
+    """The first one was removed by hand: a move never overwrites a file."""
+    first = quarantine(ledger, b"a.cfg", b"rejected/a.cfg")
+    quarantine(ledger, b"a.cfg", b"rejected/a.cfg", drop="firewalls")
+    quarantine(ledger, b"b.cfg", b"rejected/b.cfg")
+    second = quarantine(ledger, b"a.cfg", b"rejected/a.cfg")
+
+    assert ledger.count_quarantined() == history.count_quarantined() == 3
+    assert history.destination("vault").rejected == 3
+    assert history.archive(first.id).disposed_to is None
+    assert history.archive(second.id).disposed_to == b"rejected/a.cfg"

@@ -24,6 +24,7 @@ from backupd.cli.audit import audit
 from backupd.ledger.sqlite.connection import open_ledger
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.pki import in_days
+from tests.scripted import Peer, ScriptedServer, http_response, receipt_for, server_context
 from tests.stage import TIMEOUT, Daemon, Stage, a_stage, until
 
 STUCK = '[destination.vault.retry]\ninitial = "1h"\nmax = "1h"'
@@ -617,3 +618,30 @@ print(steps[0] * 100)
     assert int(done.stdout) < 100_000  # one scan of all rows takes several times as many
     assert len(json.loads(stage.backupd("list", "--json", "--name", "r7.cfg").stdout)) == 1
     assert json.loads(stage.backupd("status", "--json").stdout)["drops"][0]["record"]["last"] == "r100000.cfg"
+
+
+@pytest.mark.long
+def test_a_name_that_was_used_several_times_is_counted_once(stage: Stage) -> None:
+    def refuses_bad_ones(peer: Peer) -> None:
+        request = peer.read_request()
+        peer.send(http_response(422) if request.archive.startswith(b"bad") else receipt_for(request.archive))
+
+    with ScriptedServer(refuses_bad_ones, server_context(stage.pki)) as server:
+        stage.configure(server.url)
+        daemon = stage.daemon().ready()
+        for number, content in enumerate((b"bad 1", b"good 1", b"bad 2", b"good 2"), 1):
+            stage.put("r1.cfg", content)
+            daemon.wait_for("archive.disposed", number)
+            folder = stage.rejected if content.startswith(b"bad") else stage.sent
+            if number <= 2:
+                (folder / "r1.cfg").unlink()
+        assert json.loads(stage.backupd("status", "--json").stdout)["rejected"] == 1
+        assert "1 rejected" in checked(stage)[1]
+        assert daemon.stop() == 0
+    audit = json.loads(stage.backupd("audit", "--json").stdout)
+    assert audit["counts"]["kept"]["ok"] == 1
+    assert audit["wrong"] == []
+    (stage.sent / "r1.cfg").unlink()
+    audit = json.loads(stage.backupd("audit", "--json").stdout)
+    assert (audit["counts"]["kept"]["missing"], len(audit["wrong"])) == (1, 1)
+    assert stage.backupd("retry", "--all").stdout.startswith("1 archive put back")

@@ -305,6 +305,12 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                     for r in done
                 ],
             )
+            db.executemany(  # an archive that was at this path before was removed by hand
+                "UPDATE archive SET moved_to = NULL WHERE state = 'rejected' AND moved_to = ? AND id < ?"
+                " AND drop_name ="
+                " (SELECT drop_name FROM archive WHERE id = ? AND state = 'rejected' AND moved_to = ?)",
+                [(r.moved_to, r.archive_id, r.archive_id, r.moved_to) for r in done if r.moved_to],
+            )
             db.executemany(
                 f"UPDATE archive SET already_logged = 1 WHERE {is_own}",  # noqa: S608 -- own clause
                 [(archive_id, *drops) for archive_id in still_due],

@@ -6,3 +6,13 @@ CREATE TABLE drop_folder (
     device    INTEGER,
     inode     INTEGER
 ) WITHOUT ROWID;
+
+-- A rejected archive that replaces one of the same name in `rejected_dir` shows that the first one was removed.
+CREATE INDEX archive_quarantined ON archive (drop_name, moved_to)
+    WHERE state = 'rejected' AND moved_to IS NOT NULL;
+UPDATE archive SET moved_to = NULL
+    WHERE state = 'rejected' AND moved_to IS NOT NULL AND EXISTS (
+        SELECT 1 FROM archive AS later
+            WHERE later.state = 'rejected' AND later.moved_to IS NOT NULL AND later.id > archive.id
+                AND later.drop_name = archive.drop_name AND later.moved_to = archive.moved_to
+    );
