@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,10 @@ def init(
         return
     try:
         fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
+        if os.geteuid() == 0:  # the daemon's group, which may read /etc/backupd, must be able to read it
+            with suppress(OSError):  # the filesystem may have no groups
+                os.fchown(fd, -1, os.stat(file.parent).st_gid)
+                os.fchmod(fd, 0o640)
     except OSError as error:
         hint = "give another file; an existing one is never overwritten"
         raise UsageError(

@@ -89,6 +89,7 @@ def _restore(config: Config, history: History, record: DeliveryRecord) -> bool:
         )
     try:
         folder = DropFolder(str(drop.path))
+        folder.imitates_owner = os.geteuid() == 0  # else the daemon could not move the archive out again
     except OSError as error:
         raise UsageError(
             f"{drop.path}: {error.strerror}", "check that the drop folder exists and is mounted"

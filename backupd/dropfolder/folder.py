@@ -62,6 +62,8 @@ class DropFolder:
         self._fd = -1
         self._opens_itself = opens_itself
         self._is_exclusive = is_exclusive
+        self.imitates_owner = False
+        """Whether new directories get the owner, the group and the mode of the one in which they are."""
         if is_open:
             self.reopen()
             self.is_usable = True
@@ -171,10 +173,10 @@ class DropFolder:
         root = fd = self.fileno()
         try:
             for name in _components(relpath):
-                if create:
-                    with suppress(FileExistsError):
-                        os.mkdir(name, 0o770, dir_fd=fd)
+                is_new = create and _make_directory(name, fd)
                 child = os.open(name, _OPEN_DIRECTORY, dir_fd=fd)
+                if is_new and self.imitates_owner:
+                    _imitate(child, os.fstat(fd))
                 if fd != root:
                     close_descriptor(fd)
                 fd = child
@@ -235,6 +237,7 @@ class CachedFolder(DropFolder):
     def __init__(self, folder: DropFolder) -> None:
         self.path = folder.path
         self._fd = folder.fileno()
+        self.imitates_owner = folder.imitates_owner
         self._directories: dict[bytes, int] = {}
 
     def __len__(self) -> int:
@@ -336,6 +339,21 @@ def walk(
                     on_unreadable(directory, error)
             except OSError as error:
                 on_unreadable(directory, error)
+
+
+def _make_directory(name: bytes, parent: int) -> bool:
+    """Create a directory; return False if it exists."""
+    with suppress(FileExistsError):
+        os.mkdir(name, 0o770, dir_fd=parent)
+        return True
+    return False
+
+
+def _imitate(directory: int, other: os.stat_result) -> None:
+    """Give a directory that this process has created the owner, the group and the mode of another one."""
+    if os.fstat(directory).st_uid == os.geteuid():  # nobody has replaced it
+        os.fchown(directory, other.st_uid, other.st_gid)
+        os.fchmod(directory, stat.S_IMODE(other.st_mode))
 
 
 def _lock_holder(fd: int) -> int:
