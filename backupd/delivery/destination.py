@@ -85,7 +85,7 @@ class DestinationQueue:
 
     def _failing(self) -> list[str]:
         """Return the names of the drops with a folder that cannot be used."""
-        return [name for name, drop in self.drops.items() if not drop.folder.is_usable]
+        return [name for name, drop in self.drops.items() if not drop.folder.is_ready()]
 
     def release_claims(self) -> bool:
         """Make claimed deliveries that no worker has started pending again; return False if that failed."""

@@ -66,7 +66,7 @@ class Disposition:
                 if not one.already_logged:
                     reports.append(partial(self._log_completed, one))
                 drop = self._drops.get(one.archive.drop)
-                if drop is None or not drop.folder.is_usable:
+                if drop is None or not drop.folder.is_ready():
                     failed.append(one.archive.id)  # until the drop is configured, or its folder usable, again
                     continue
                 try:

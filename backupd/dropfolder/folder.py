@@ -11,6 +11,7 @@ import fcntl
 import os
 import shlex
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -24,6 +25,9 @@ _DOTS = frozenset((b".", b".."))
 
 _LOCK_TIMEOUT, _LOCK_RETRY_PAUSE = 1.0, 0.1
 """Seconds for which a lock is tried: `backupd check` has it for a moment."""
+
+_OPEN_EVERY = 5.0
+"""Seconds between two attempts of a folder to open itself."""
 
 OnUnreadable = Callable[[bytes, OSError], None]
 """Called with the relative path of a file or directory that can't be read, and the error."""
@@ -53,7 +57,7 @@ class DropFolder:
     ) -> None:
         """Open the folder, unless `is_open` is False: `reopen` opens it then.
 
-        With `opens_itself`, so does the first method that needs it, which raises the OSError of that. With
+        With `opens_itself`, `is_ready` opens it in a thread, for a folder that no intake takes care of. With
         `is_exclusive`, only one process has the folder open so, see `reopen`.
         """
         self.path = path
@@ -61,6 +65,9 @@ class DropFolder:
         """Whether the folder could be read when it was last checked; nothing else accesses it while not."""
         self._fd = -1
         self._opens_itself = opens_itself
+        self._opener: threading.Thread | None = None
+        self._next_try = 0.0
+        """When the folder may be opened by another thread (monotonic)."""
         self._is_exclusive = is_exclusive
         self.imitates_owner = False
         """Whether new directories get the owner, the group and the mode of the one in which they are."""
@@ -75,11 +82,24 @@ class DropFolder:
 
     def fileno(self) -> int:
         """Return the descriptor."""
-        if self._fd < 0 and self._opens_itself:
-            self.reopen()
         if self._fd < 0:
             raise OSError(errno.ENOTCONN, "the drop folder could not be opened yet")
         return self._fd
+
+    def is_ready(self) -> bool:
+        """Return `is_usable`; while it is False, a folder that opens itself tries to every few seconds."""
+        if self.is_usable or not self._opens_itself:
+            return self.is_usable
+        if time.monotonic() >= self._next_try and (self._opener is None or not self._opener.is_alive()):
+            self._next_try = time.monotonic() + _OPEN_EVERY
+            self._opener = threading.Thread(target=self._open, name=f"open {self.path}", daemon=True)
+            self._opener.start()
+        return False
+
+    def _open(self) -> None:
+        with suppress(OSError):
+            self.reopen()
+            self.is_usable = True
 
     def is_in_place(self) -> bool:
         """Return whether the path still leads to the directory that is held open."""
