@@ -251,7 +251,8 @@ def test_archives_that_are_pending_in_the_earlier_folder_of_a_drop_are_delivered
     left = f"switches:{stage.drop}"
     assert [each["drop"] for each in problems_of(stage)] == [left]
     assert sorted(d for _, d, _ in deliveries(stage)) == ["switches", left]
-    assert {i: s for i, _, s in deliveries(stage)}[before[0][0]] == "pending"
+    # an attempt may be going on
+    assert {i: s for i, _, s in deliveries(stage)}[before[0][0]] in ("pending", "claimed")
     status = json.loads(stage.backupd("status", "--json").stdout)
     assert {d["name"]: d["record"]["pending"] for d in status["drops"]} == {"switches": 1, left: 1}
     assert len(json.loads(stage.backupd("list", "--drop", left, "--json").stdout)) == 1
