@@ -132,7 +132,7 @@ class Assembly:
         config = self.runtime.config
         self._add_earlier_folders(config, places)
         self.device_tracker.configure({name: self._drops[name] for name in config.drop}, self._ledger.now())
-        self.runtime.recorder.recheck_dispositions(drops_renamed=True)
+        self.runtime.recorder.recheck_dispositions(drops_renamed=True, wait=False)
 
     def _add_earlier_folders(self, config: Config, places: Mapping[str, FolderPlace]) -> None:
         for name, place in self._ledger.assign_folders(places).items():

@@ -89,7 +89,8 @@ def _places(db: sqlite3.Connection) -> dict[str, FolderPlace]:
 def _remember(db: sqlite3.Connection, name: str, place: FolderPlace) -> None:
     inode = None if place.inode is None else storable_int(place.inode)
     db.execute(
-        "INSERT OR REPLACE INTO drop_folder VALUES (?, ?, ?, ?)", (name, place.path, place.device, inode)
+        "INSERT OR REPLACE INTO drop_folder (drop_name, path, device, inode) VALUES (?, ?, ?, ?)",
+        (name, place.path, place.device, inode),
     )
 
 
