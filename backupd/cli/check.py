@@ -40,8 +40,8 @@ _BLIND_SPOT_HINT = (
     " finished once it is unchanged for `stable_for`"
 )
 
-_MAX_WALK_TIME = 5.0
-"""Seconds for which the drop folders are walked; a dead file server never answers."""
+_MAX_TIME, _MIN_WALK_TIME = 5.0, 0.5
+"""Seconds for which folders are examined, and at least walked; a dead file server never answers."""
 
 
 def check(
@@ -54,8 +54,9 @@ def check(
     Connecting includes the TLS handshake and the sign-in. Nothing is uploaded. Exits with 78 if the daemon
     can't run with the configuration, 69 if a destination would not accept an archive now.
     """
-    loaded = load(config)
-    problems = [*file_problems(loaded, datetime.now(UTC)), *_drop_folder_problems(loaded)]
+    loaded, until = load(config), time.monotonic() + _MAX_TIME
+    problems = file_problems(loaded, datetime.now(UTC))
+    problems += _drop_folder_problems(loaded, max(until, time.monotonic() + _MIN_WALK_TIME))
     probes = [] if offline else probe_all(loaded.destination)
     if as_json:
         print_json({"problems": problems, "destinations": [_as_dict(probe) for probe in probes]})
@@ -69,13 +70,12 @@ def check(
         raise typer.Exit(UNAVAILABLE)
 
 
-def _drop_folder_problems(config: Config) -> list[FileProblem]:
-    """Return the problems of the content of the drop folders, as far as they are found within 5 s."""
+def _drop_folder_problems(config: Config, until: float) -> list[FileProblem]:
+    """Return the problems in the drop folders, as far as they are found until a monotonic time."""
     found: dict[str, list[FileProblem]] = {name: [] for name in config.drop}
     daemon_pid = None
     with suppress(LedgerError), closing(open_history(config)) as history:
         daemon_pid = history.daemon_pid()
-    until = time.monotonic() + _MAX_WALK_TIME
 
     def examine(name: str) -> None:
         with suppress(OSError), closing(DropFolder(str(config.drop[name].path))) as folder:
