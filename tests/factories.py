@@ -49,11 +49,14 @@ def a_fingerprint(
     *,
     inode: int | None = None,
     size: int = 3,
-    mtime_ns: int = 10**18,
+    mtime_ns: int | None = None,
     ctime_ns: int = 10**18,
 ) -> Fingerprint:
-    """Return a fingerprint; its inode is a new one unless `inode` is given."""
-    return Fingerprint(next(_inodes) if inode is None else inode, size, mtime_ns, ctime_ns)
+    """Return a fingerprint; unless `inode` is given, its inode and modification time are new ones."""
+    number = next(_inodes) if inode is None else inode
+    if mtime_ns is None:
+        mtime_ns = 10**18 + (number if inode is None else 0)
+    return Fingerprint(number, size, mtime_ns, ctime_ns)
 
 
 def an_archive(

@@ -18,10 +18,17 @@ from backupd.config.models import DestinationConfig
 from backupd.config.problems import ConfigFault
 from backupd.config.types import AbsolutePath, TlsPath
 from backupd.core.failure import failure
-from backupd.core.model import Digest, Outcome, Receipt
+from backupd.core.model import Digest, Outcome, Receipt, Superseded
 from backupd.core.policy import Reason
 from backupd.core.verify import ReceiptExpectation, verify_receipt
-from backupd.upload.base import Abort, Endpoint, ProbeResult, Uploader, UploadJob
+from backupd.upload.base import (
+    Abort,
+    Endpoint,
+    FileChangedDuringUploadError,
+    ProbeResult,
+    Uploader,
+    UploadJob,
+)
 from backupd.upload.registry import DestinationKind, register
 
 
@@ -50,14 +57,18 @@ class FolderUploader(Uploader):
         size = job.fingerprint.size
         try:
             content = job.read_at(0, size + 1)
+            sent = Digest("sha256", hashlib.sha256(content).hexdigest())
+            for _ in job.confirm_content(sent):
+                job.on_alive()
             with open(target + self._config.temporary_suffix, "wb") as copy:
                 copy.write(content)
             os.replace(copy.name, target)
             job.sent_bytes = len(content)
             stored = hashlib.sha256(Path(target).read_bytes()).hexdigest()
+        except FileChangedDuringUploadError as error:
+            return Superseded(str(error))
         except OSError as error:
             return failure(Reason.CONNECT, f"{target}: {error.strerror}")
-        sent = Digest("sha256", hashlib.sha256(content).hexdigest())
         return verify_receipt(sent, size, Receipt(None, stored, size), ReceiptExpectation())
 
     def query(self, job: UploadJob, digest: Digest) -> Outcome | None:

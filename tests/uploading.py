@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from backupd.config.models import HttpDestinationConfig
-from backupd.core.model import Outcome, fingerprint_of
+from backupd.core.model import Digest, Outcome, fingerprint_of
 from backupd.telemetry.thread_watchdog import ThreadWatchdog
 from backupd.upload.base import Abort, OnProgress, UploadJob
 from backupd.upload.http.uploader import HttpEndpoint, HttpUploader
@@ -44,6 +44,8 @@ class Sender:
         self._uploader = uploader
         self._job: UploadJob | None = None
         self._unchanged = (0, 0)
+        self.known_digests: tuple[Digest, ...] = ()
+        self.is_being_written: Callable[[], bool] = lambda: False
 
     @property
     def sent(self) -> int:
@@ -64,6 +66,8 @@ class Sender:
                 progress,
                 on_alive=self.watchdog.alive,
                 on_idle=self.watchdog.idle,
+                known_digests=self.known_digests,
+                is_being_written=self.is_being_written,
             )
             self.watchdog.alive()
             return self._uploader.upload(self._job)

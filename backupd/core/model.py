@@ -14,9 +14,10 @@ from backupd.core.policy import Reason
 class Fingerprint:
     """The identity, size and times of a file, by which a change is detected without reading the content.
 
-    Times are nanoseconds since the epoch. The change time is included because a program that rewrites a
-    file can restore its size and modification time, but not its change time. The number of the device is
-    not, because a boot or a mount may change it.
+    Times are nanoseconds since the epoch. The same fingerprint means the same content; another size or
+    modification time means another content. Otherwise the content decides, see `may_have_content_of`. The
+    change time is included because a program that rewrites a file can restore its size and modification
+    time, but not its change time. The number of the device is not, because a boot or a mount may change it.
     """
 
     inode: int
@@ -69,8 +70,18 @@ def is_unchanged(found: StatResult, expected: Fingerprint) -> bool:
     return fingerprint_of(found) == expected
 
 
+def may_have_content_of(found: Fingerprint, expected: Fingerprint) -> bool:
+    """Return whether a file may still have the expected content: its size and modification time are the same.
+
+    If the change time or the inode differs, only the content shows it. It may be new, because a program can
+    restore the modification time. Or metadata alone has changed: a mode, an owner, a hard link or a name, or
+    the inode number on a network filesystem.
+    """
+    return (found.size, found.mtime_ns) == (expected.size, expected.mtime_ns)
+
+
 def is_same_file(found: StatResult, expected: Fingerprint) -> bool:
-    """Return whether a stat result shows the expected file and content.
+    """Return whether a stat result shows the expected file and content, right after it was renamed.
 
     The change time is not compared, because a rename sets it on some filesystems.
     """
@@ -145,6 +156,7 @@ class Delivery:
     `attempts` counts all upload attempts, `archive_failures` those that failed because of the archive, and
     `destination_failures` the latest ones in a row that failed because of the destination.
     `unconfirmed_digest` is the digest of a content that was sent completely, but without a response.
+    `known_digests` are those of the archive's content that its deliveries have, to any destination.
     """
 
     id: str
@@ -155,6 +167,7 @@ class Delivery:
     archive_failures: int = 0
     destination_failures: int = 0
     unconfirmed_digest: Digest | None = None
+    known_digests: tuple[Digest, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +188,14 @@ class Receipt:
 class Delivered:
     """The destination stored the archive: all bytes were sent, and the receipt has their digest.
 
-    `verified` is False only for a destination that is configured to send no receipt.
+    `verified` is False only for a destination that is configured to send no receipt. `fingerprint` is that of
+    the file when this content was read last; None if it is that of the archive.
     """
 
     digest: Digest
     receipt: Receipt
     verified: bool = True
+    fingerprint: Fingerprint | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
-from backupd.core.model import Fingerprint
+from backupd.core.model import Digest, Fingerprint, may_have_content_of
 
 _MIN_HOLD_SECONDS = 0.5
+
+
+class Stability(Enum):
+    """Whether a file is stable.
+
+    A file is `TOUCHED` if its size and modification time were unchanged for long enough, but not its change
+    time or inode: its content has to be read to decide.
+    """
+
+    WAITING = auto()
+    STABLE = auto()
+    TOUCHED = auto()
 
 
 @dataclass(slots=True)
 class StabilityTracker:
     """Tracks the unfinished files of a drop until each has been unchanged for `stable_for` seconds.
 
-    Times are seconds of a monotonic clock.
+    Times are seconds of a monotonic clock. A change of metadata alone does not restart the wait.
     """
 
     stable_for: float
@@ -27,32 +40,46 @@ class StabilityTracker:
     def __contains__(self, relpath: object) -> bool:
         return relpath in self._waiting or relpath in self._held
 
-    def observe(self, relpath: bytes, fingerprint: Fingerprint, now: float) -> bool:
+    def observe(self, relpath: bytes, fingerprint: Fingerprint, now: float) -> Stability:
         """Record the current fingerprint of a file, and return whether the file is stable.
 
-        A stable file is no longer tracked.
+        Only a waiting file is still tracked.
         """
-        known = self._waiting.get(relpath) or self._held.get(relpath)
-        if known is not None and known.fingerprint == fingerprint:
+        table = self._waiting if relpath in self._waiting else self._held
+        known = table.get(relpath)
+        if known is not None and may_have_content_of(fingerprint, known.fingerprint):
+            was_touched = known.was_touched or known.fingerprint != fingerprint
             if now < known.due:
-                return False
+                table[relpath] = _Observation(fingerprint, known.due, was_touched, known.digest)
+                return Stability.WAITING
             self.forget(relpath)
-            return True
+            return Stability.TOUCHED if was_touched else Stability.STABLE
         self.forget(relpath)
         if self.stable_for <= 0:
-            return True
+            return Stability.STABLE
         self._waiting[relpath] = _Observation(fingerprint, now + self.stable_for)
-        return False
+        return Stability.WAITING
+
+    def digest_of(self, relpath: bytes) -> Digest | None:
+        """Return the digest with which a file is held, if any."""
+        known = self._held.get(relpath)
+        return known.digest if known else None
 
     def forget(self, relpath: bytes) -> None:
         """Stop tracking a file: it is stable, has changed, is missing, or cannot become an archive."""
         self._waiting.pop(relpath, None)
         self._held.pop(relpath, None)
 
-    def hold(self, relpath: bytes, fingerprint: Fingerprint, now: float) -> None:
-        """Make a file that has changed or is open for writing wait again, for half a second at least."""
+    def hold(
+        self, relpath: bytes, fingerprint: Fingerprint, now: float, digest: Digest | None = None
+    ) -> None:
+        """Make a file that has changed or is open for writing wait again, for half a second at least.
+
+        `digest` is that of the content of a touched file: it is stable once it is read again and the same.
+        """
         self.forget(relpath)
-        self._held[relpath] = _Observation(fingerprint, now + max(_MIN_HOLD_SECONDS, self.stable_for))
+        due = now + max(_MIN_HOLD_SECONDS, self.stable_for)
+        self._held[relpath] = _Observation(fingerprint, due, digest=digest)
 
     def due(self, now: float) -> list[bytes]:
         """Return the paths of the files to check now, because they may have become stable."""
@@ -72,7 +99,12 @@ class StabilityTracker:
 
 @dataclass(frozen=True, slots=True)
 class _Observation:
-    """The last fingerprint of a file, and the time at which the file is stable if it does not change."""
+    """The last fingerprint of a file, and the time at which the file is stable if it does not change.
+
+    `was_touched` is whether its metadata changed since the wait began.
+    """
 
     fingerprint: Fingerprint
     due: float
+    was_touched: bool = False
+    digest: Digest | None = None

@@ -11,11 +11,13 @@ from datetime import UTC, datetime
 from functools import partial
 
 from backupd.core.drop_problem import NOT_MOVED, DropProblem
-from backupd.core.model import Archive, DeliveryState
+from backupd.core.model import Archive, DeliveryState, Digest
 from backupd.core.names import as_text, free_names
 from backupd.core.policy import Reason, rule_of
 from backupd.delivery.receipt_file import write_receipt_file
 from backupd.dropfolder.checksums import move_checksum_files
+from backupd.dropfolder.content import ExpectedFile
+from backupd.dropfolder.decompress import ShouldStop, StoppedError
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.folder import CachedFolder
 from backupd.dropfolder.move import FileChangedError, find_moved, move, remove_partial_files
@@ -40,17 +42,20 @@ class Disposition:
         self._drops = drops
         self._log = log
         self._session = session
+        self._expected: dict[int, ExpectedFile] = {}
+        """The files that could not be moved or deleted yet, by the ids of their archives."""
         self.problems: dict[int, DropProblem] = {}
         """The problems of the files that could not be moved or deleted, by the ids of their archives."""
 
     def dispose(
-        self, completed: Sequence[CompletedArchive], on_alive: Callable[[], None] = lambda: None
+        self, completed: Sequence[CompletedArchive], should_stop: ShouldStop = lambda: False
     ) -> tuple[list[DispositionResult], list[int]]:
         """Dispose of the file of each archive; return the results, and the ids of those that failed.
 
-        The results are durable. `on_alive` is called before each file. A file that cannot be moved or deleted
-        is logged at once. The rest is logged at the end, right before the caller's commit: after a crash in
-        between it is logged twice.
+        The results are durable. `should_stop` is called before each file, and while one is read; once it
+        returns True, the others fail without a message. A file that cannot be moved or deleted is logged at
+        once. The rest is logged at the end, right before the caller's commit: after a crash in between it is
+        logged twice.
         """
         reports: list[Callable[[], None]] = []
         done: list[tuple[CompletedArchive, DispositionResult, str]] = []
@@ -60,20 +65,24 @@ class Disposition:
         folders: dict[str, CachedFolder] = {}
         try:
             for one in completed:
-                on_alive()
                 if sum(map(len, folders.values())) > _MAX_OPEN_DIRECTORIES:
                     _close_all(folders)
                 if not one.already_logged:
                     reports.append(partial(self._log_completed, one))
                 drop = self._drops.get(one.archive.drop)
-                if drop is None or not drop.folder.is_ready():
+                if drop is None or not drop.folder.is_ready() or should_stop():
                     failed.append(one.archive.id)  # until the drop is configured, or its folder usable, again
                     continue
+                expected = self._expected.pop(one.archive.id, None) or _expected_file(one, should_stop)
                 try:
                     if drop.name not in folders:
                         folders[drop.name] = CachedFolder(drop.folder)
-                    done.append((one, *self._dispose(one, drop, folders[drop.name], changed, interrupted)))
+                    folder = folders[drop.name]
+                    done.append((one, *self._dispose(one, expected, drop, folder, changed, interrupted)))
+                except StoppedError:
+                    failed.append(one.archive.id)
                 except OSError as error:
+                    self._expected[one.archive.id] = expected  # a content that was compared is not read again
                     self._log_failed(one, drop, error)
                     failed.append(one.archive.id)
             self._remove_partial_files(interrupted, folders)
@@ -94,6 +103,7 @@ class Disposition:
     def _dispose(
         self,
         completed: CompletedArchive,
+        expected: ExpectedFile,
         drop: Drop,
         folder: CachedFolder,
         changed: set[tuple[str, bytes]],
@@ -116,7 +126,7 @@ class Disposition:
         else:
             top = drop.sent_dir if action == "move" else drop.rejected_dir
             target = top + b"/" + parent if parent else top
-        moved_to, was_moved = self._move(archive, folder, target, name)
+        moved_to, was_moved = self._move(archive, expected, folder, target, name)
         if moved_to is None and folder.is_unmounted(archive.folder_inode):
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         if moved_to is None:
@@ -134,13 +144,13 @@ class Disposition:
         return DispositionResult(archive.id, moved_to), "moved"
 
     def _move(
-        self, archive: Archive, folder: CachedFolder, target: bytes, name: bytes
+        self, archive: Archive, expected: ExpectedFile, folder: CachedFolder, target: bytes, name: bytes
     ) -> tuple[bytes | None, bool]:
         """Move the file; return its new path, and whether an earlier attempt moved it.
 
         The path is None if it is gone or has changed.
         """
-        expected, hidden = archive.fingerprint, b".backupd-%d.taken" % archive.id
+        hidden = b".backupd-%d.taken" % archive.id
         names = partial(free_names, name, archive.queued_at)
         try:
             try:
@@ -207,6 +217,11 @@ class Disposition:
         self._log.emit(
             events.DISPOSITION_FAILED, drop=drop.name, archive=archive.relpath, error=text, hint=hint
         )
+
+
+def _expected_file(completed: CompletedArchive, should_stop: ShouldStop) -> ExpectedFile:
+    digest = Digest.parse(completed.digest) if completed.digest else None
+    return ExpectedFile(completed.archive.fingerprint, digest, should_stop)
 
 
 def _and_parents(directory: bytes) -> Iterator[bytes]:

@@ -119,7 +119,7 @@ class Recorder:
             if self._after_id is None and self._has_pending and time.monotonic() >= self._next_round:
                 self._has_pending, self._after_id = False, 0
             if self._after_id is not None:
-                self._dispose_of_page(self._after_id)
+                self._dispose_of_page(self._after_id, abandon)
 
     def _load_problems(self) -> None:
         with suppress(LedgerError):  # their ages start again
@@ -160,13 +160,14 @@ class Recorder:
                     return False
                 self.watchdog.alive()
                 wait = min(wait * 2, _MAX_COMMIT_WAIT)
+        replaced = {result.delivery.id: result for result in recorded.superseded}
         for result in batch:
             if result not in recorded.lost:  # a lost result is that of the session which has the claim now
-                self._log_result(result)
-        self._dispose(recorded.completed)
+                self._log_result(replaced.get(result.delivery.id, result))
+        self._dispose(recorded.completed, abandon)
         return True
 
-    def _dispose(self, completed: Sequence[CompletedArchive]) -> None:
+    def _dispose(self, completed: Sequence[CompletedArchive], abandon: threading.Event) -> None:
         if not completed:
             return
         try:
@@ -185,7 +186,12 @@ class Recorder:
                     self._tally.delivered_bytes += one.archive.fingerprint.size
                 else:
                     self._tally.rejected += 1
-        done, still_due = self._disposition.dispose(own, self.watchdog.alive)
+
+        def should_stop() -> bool:
+            self.watchdog.alive()
+            return abandon.is_set()
+
+        done, still_due = self._disposition.dispose(own, should_stop)
         self._save_problems(own)
         if still_due:
             self._has_pending, self._next_round = True, time.monotonic() + _RETRY_EVERY
@@ -223,7 +229,7 @@ class Recorder:
         for problem in solved:
             del self._problems[problem.drop, problem.relpath]
 
-    def _dispose_of_page(self, after_id: int) -> None:
+    def _dispose_of_page(self, after_id: int, abandon: threading.Event) -> None:
         """Handle one page of the pending dispositions."""
         if self._done or self._still_due:
             self._commit_dispositions()
@@ -235,7 +241,7 @@ class Recorder:
             self._postpone_round(error)
             return
         self._after_id = page[-1].archive.id if len(page) == _PAGE_SIZE else None
-        self._dispose(page)
+        self._dispose(page, abandon)
 
     def _postpone_round(self, error: LedgerError) -> None:
         self._after_id = None

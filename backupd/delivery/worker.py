@@ -15,12 +15,13 @@ from functools import partial
 import tenacity
 
 from backupd.core.errors import LedgerError
-from backupd.core.model import Attempt, Deferred, Delivery, Outcome, Superseded
+from backupd.core.model import Attempt, Deferred, Delivered, Delivery, Outcome, Superseded
 from backupd.core.names import template_values
 from backupd.core.policy import Reason, rule_of
 from backupd.core.transition import next_step
 from backupd.delivery.destination import DestinationQueue
 from backupd.dropfolder.drop import Drop
+from backupd.dropfolder.filesystem import is_being_written
 from backupd.dropfolder.folder import close_descriptor
 from backupd.ledger.port import ClaimResult
 from backupd.telemetry import events
@@ -77,8 +78,13 @@ class Worker:
             attempts.append(self._upload(delivery))
             self._log_failure(delivery, len(attempts), attempts[-1])
             outcome = attempts[-1].outcome
-            if isinstance(outcome, Deferred):  # the next attempt queries for this content before it sends it
-                delivery = replace(delivery, unconfirmed_digest=outcome.unconfirmed_digest)
+            if isinstance(outcome, Deferred) and outcome.unconfirmed_digest != delivery.unconfirmed_digest:
+                # the next attempt queries for this content before it sends it, and sends no other content
+                delivery = replace(
+                    delivery,
+                    unconfirmed_digest=outcome.unconfirmed_digest,
+                    known_digests=(*delivery.known_digests, *filter(None, [outcome.unconfirmed_digest])),
+                )
             return outcome
 
         short_attempts(attempt_once, stop)
@@ -154,8 +160,12 @@ class Worker:
                 on_alive=self.watchdog.alive,
                 on_idle=self.watchdog.idle,
                 unconfirmed_digest=delivery.unconfirmed_digest,
+                known_digests=delivery.known_digests,
+                is_being_written=partial(is_being_written, fd),
             )
             outcome = self._uploader.upload(job)
+            if isinstance(outcome, Delivered):
+                outcome = replace(outcome, fingerprint=job.confirmed)
             return _refine_outcome(outcome, fd, drop, archive.relpath), job.sent_bytes
         except Exception as error:  # noqa: BLE001 -- a bug must cost neither the archive nor the worker
             self._queue.log.emit(events.DAEMON_FAILED, error=repr(error), exc_info=error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import stat
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from backupd.core.checksum import (
 )
 from backupd.core.model import Archive, Digest
 from backupd.core.names import free_names, receipt_file_name, shortened
-from backupd.dropfolder.decompress import BoundedFile, ShouldStop
 from backupd.dropfolder.folder import CachedFolder, DropFolder
 from backupd.dropfolder.move import rename_no_replace
 
@@ -55,17 +53,6 @@ def read_checksum_files(folder: DropFolder, relpath: bytes) -> StatedDigests:
             if stated.digests or stated.unusable:
                 break
     return stated
-
-
-def digest_of(fd: int, size: int, algorithm: str, should_stop: ShouldStop) -> Digest:
-    """Return the digest of the first `size` bytes of an open file.
-
-    Raises StoppedError once `should_stop` returns True, and OSError if the file can't be read.
-    """
-    hasher = hashlib.new(algorithm, usedforsecurity=False)
-    for data in BoundedFile(fd, size, should_stop).chunks():
-        hasher.update(data)
-    return Digest(algorithm, hasher.hexdigest())
 
 
 def move_checksum_files(folder: DropFolder, archive: Archive, moved_to: bytes | None) -> None:

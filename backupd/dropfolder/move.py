@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
-from backupd.core.model import Fingerprint, is_same_file, is_unchanged
+from backupd.dropfolder.content import ExpectedFile
 from backupd.dropfolder.filesystem import is_being_written, read_lease
 from backupd.dropfolder.folder import DropFolder, close_descriptor
 
@@ -28,7 +28,7 @@ class FileChangedError(Exception):
 def move(
     folder: DropFolder,
     relpath: bytes,
-    expected: Fingerprint,
+    expected: ExpectedFile,
     to: bytes,
     names: Iterator[bytes],
     hidden: bytes,
@@ -36,13 +36,14 @@ def move(
     """Move a file into the directory `to`, under the first of `names` that is free; return its new path.
 
     The file is first renamed to `hidden`, a name that no other file has, and checked again under that name.
-    Raises FileNotFoundError if it is gone, FileChangedError if its fingerprint is another one,
-    BeingWrittenError if another process has it open for writing, and FileExistsError if no name is free; in
-    these cases it is in its old place. The directories are not synced.
+    Raises FileNotFoundError if it is gone, FileChangedError if it is another one or has another content,
+    BeingWrittenError if another process has it open for writing, StoppedError if `expected` was stopped while
+    it read the file, and FileExistsError if no name is free; in these cases it is in its old place. The
+    directories are not synced.
     """
     parent, _, name = relpath.rpartition(b"/")
     with folder.directory(parent) as source:
-        if not is_unchanged(os.stat(name, dir_fd=source, follow_symlinks=False), expected):
+        if not expected.is_at(source, name):  # before the lease, under which a writer would wait for a read
             raise FileChangedError
         with (
             folder.directory(to, create=True) as target,
@@ -50,8 +51,7 @@ def move(
         ):
             move_to_hidden_name(source, name, target, hidden)
             # since the check, a producer may have renamed a new file over the name, or be about to write
-            is_expected = is_same_file(os.stat(hidden, dir_fd=target, follow_symlinks=False), expected)
-            if not is_expected or is_writer_waiting():
+            if not expected.was_renamed_to(target, hidden) or is_writer_waiting():
                 move_back(target, hidden, source, name)
                 raise FileChangedError
             for new_name in names:
@@ -67,7 +67,7 @@ def move(
 def find_moved(
     folder: DropFolder,
     relpath: bytes,
-    expected: Fingerprint,
+    expected: ExpectedFile,
     to: bytes,
     names: Iterator[bytes],
     hidden: bytes,
@@ -82,8 +82,7 @@ def find_moved(
         with folder.directory(to) as target:
             is_hidden = False
             with suppress(FileNotFoundError):
-                is_hidden = is_same_file(os.stat(hidden, dir_fd=target, follow_symlinks=False), expected)
-                is_hidden = is_hidden and not _is_written_at(target, hidden)
+                is_hidden = expected.is_at(target, hidden) and not _is_written_at(target, hidden)
                 if not is_hidden:
                     with folder.directory(parent, create=True) as source:
                         move_back(target, hidden, source, old_name)
@@ -96,7 +95,7 @@ def find_moved(
                     with suppress(FileExistsError):
                         rename_no_replace(target, hidden, target, name)
                         return to + b"/" + name if to else name
-                elif is_same_file(os.stat(name, dir_fd=target, follow_symlinks=False), expected):
+                elif expected.was_moved_to(target, name):
                     return to + b"/" + name if to else name
     except FileNotFoundError:
         pass  # `move` would have used the first free name
@@ -200,7 +199,7 @@ def remove_partial_files(folder: DropFolder, directory: bytes, session: int) -> 
 
 
 @contextmanager
-def _leased(folder: DropFolder, relpath: bytes, expected: Fingerprint) -> Iterator[Callable[[], bool]]:
+def _leased(folder: DropFolder, relpath: bytes, expected: ExpectedFile) -> Iterator[Callable[[], bool]]:
     """Hold a read lease on a file while it is moved; yields a function that returns whether a writer waits.
 
     Raises FileChangedError if the file is not as expected, and BeingWrittenError as `read_lease` does.
@@ -213,7 +212,7 @@ def _leased(folder: DropFolder, relpath: bytes, expected: Fingerprint) -> Iterat
         return
     try:
         with read_lease(fd) as is_writer_waiting:
-            if not is_unchanged(os.fstat(fd), expected):
+            if not expected.is_open_as(fd):
                 raise FileChangedError
             yield is_writer_waiting
     finally:

@@ -21,16 +21,17 @@ from functools import partial
 
 from backupd.core.archive_formats import Damage, Note
 from backupd.core.checksum import DIRECTORY_CHECKSUM_FILES, archive_name_of
-from backupd.core.model import Digest, Rejected, fingerprint_of
+from backupd.core.model import Digest, Rejected, fingerprint_of, may_have_content_of
 from backupd.core.names import as_text
 from backupd.core.policy import Reason
-from backupd.dropfolder.checksums import StatedDigests, digest_of, read_checksum_files
+from backupd.dropfolder.checksums import StatedDigests, read_checksum_files
+from backupd.dropfolder.content import digest_of
 from backupd.dropfolder.decompress import ShouldStop, StoppedError, UninspectableError
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.folder import OnUnreadable, close_descriptor
 from backupd.dropfolder.inspect import inspect
 from backupd.intake.problem_list import ProblemList
-from backupd.ledger.port import FileCandidate
+from backupd.ledger.port import FileCandidate, UndecidedFile
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
 from backupd.telemetry.thread_watchdog import ThreadWatchdog
@@ -92,6 +93,9 @@ The next round starts over; the third one takes place in the thread for costly a
 
 _LARGE_BYTES = 64 * 1024 * 1024
 """Size above which an archive has its second round in that thread."""
+
+_TOUCHED_ALGORITHM = "sha256"
+"""The algorithm of the digests by which a touched file is compared with itself."""
 
 _MAX_TIME = 600.0
 """Seconds after which the inspection, or the digest, of an archive is abandoned."""
@@ -168,6 +172,10 @@ class Examination:
     added_at: float
     interrupted: int = 0
     """How often a round ended because another examination waited."""
+    algorithms: frozenset[str] = frozenset()
+    """The algorithms of the digests to calculate."""
+    only_digests: bool = False
+    """Whether the content was examined before."""
     inspected: bool = False
     finding: Damage | Note | None = None
     digests: dict[str, Digest] = field(default_factory=dict)
@@ -220,19 +228,38 @@ class Examiner:
         return relpath in self._examinations
 
     def add(self, candidate: FileCandidate) -> bool:
-        """Accept a finished file; return False if this drop's files are not examined."""
-        if self._config.inspect == "off" and self._config.checksum_file == "off":
+        """Accept a finished file; return False if it needs no examination."""
+        relpath, added_at = candidate.relpath, time.monotonic()
+        is_examined = self._config.inspect != "off" or self._config.checksum_file != "off"
+        examination = self._examinations.get(relpath)
+        if examination is not None:
+            earlier = examination.candidate
+            if earlier == candidate and is_examined:
+                self._examine_again(examination)
+                return True
+            if may_have_content_of(candidate.fingerprint, earlier.fingerprint):
+                if relpath not in self._on_hold:
+                    return True  # the file is being read; the next scan finds that its metadata has changed
+                added_at = examination.added_at
+        if not is_examined and not candidate.touched:
             return False
-        examination = self._examinations.get(candidate.relpath)
-        if examination is not None and examination.candidate == candidate:
-            self._examine_again(examination)
-            return True
-        # that of an earlier content ends by itself, as its file has changed
-        self._on_hold.pop(candidate.relpath, None)
-        examination = Examination(candidate, time.monotonic())
-        self._examinations[candidate.relpath] = examination
-        self._submit(examination)
+        algorithms = frozenset([_TOUCHED_ALGORITHM]) if candidate.touched else frozenset()
+        self._start(Examination(candidate, added_at, algorithms=algorithms))
         return True
+
+    def add_digests(self, undecided: UndecidedFile) -> None:
+        """Accept a file that was examined before, to calculate digests of its content."""
+        candidate = undecided.candidate
+        if candidate.relpath not in self._examinations:
+            self._start(
+                Examination(
+                    candidate,
+                    time.monotonic(),
+                    algorithms=undecided.algorithms,
+                    only_digests=True,
+                    digests={digest.algorithm: digest for digest in candidate.digests},
+                )
+            )
 
     def recheck(self, relpath: bytes) -> None:
         """If a path is a checksum file, examine again the archives that it applies to."""
@@ -260,7 +287,8 @@ class Examiner:
         """Return an examined file if it is to be queued, else None.
 
         `suspicion` or `rejected` is set if it is damaged, as the drop is configured. None if it is held,
-        examined again, unreadable, or has changed.
+        examined again, unreadable, or has changed. It is `touched` if it is not stable yet, with the digest of
+        its content.
         """
         candidate, result = examination.candidate, examination.result
         if self._examinations.get(candidate.relpath) is not examination:
@@ -283,14 +311,19 @@ class Examiner:
             self._on_unreadable(candidate.relpath, result)
         if isinstance(result, Exception):
             return None
-        if isinstance(examination.finding, Note):
+        found = self._with_result(examination, result)
+        if isinstance(examination.finding, Note) and not found.touched:
             self._log_note(candidate, examination.finding)
-        return self._with_result(candidate, result)
+        return found
 
-    def _with_result(self, candidate: FileCandidate, why: HoldReason | None) -> FileCandidate:
-        """Return a file that is not held any longer, with its suspicion or rejection."""
+    def _with_result(self, examination: Examination, why: HoldReason | None) -> FileCandidate:
+        """Return a file that is not held any longer, with its digests, and its suspicion or rejection."""
+        candidate, digests = examination.candidate, examination.digests
+        touched = candidate.touched and not _has_settled(examination)
+        candidate = replace(candidate, digests=tuple(digests.values()), touched=False)
         if why is None or why.reason == UNUSABLE:
-            return candidate
+            digest = digests.get(_TOUCHED_ALGORITHM)
+            return replace(candidate, digests=(digest,), touched=True) if touched and digest else candidate
         reason = Reason(why.reason)
         if why.is_damage and self._config.on_suspicious == "deliver":
             return replace(candidate, suspicion=Damage(reason, why.error))
@@ -299,6 +332,12 @@ class Examiner:
     def close(self) -> None:
         """End all examinations of this drop; `on_examined` may still be called."""
         self._closed.set()
+
+    def _start(self, examination: Examination) -> None:
+        """Replace the examination of a path; that of an earlier content ends, as its file has changed."""
+        self._on_hold.pop(examination.candidate.relpath, None)
+        self._examinations[examination.candidate.relpath] = examination
+        self._submit(examination)
 
     def _submit(self, examination: Examination) -> None:
         thread = self._pool.quick if examination.interrupted < len(_ROUNDS) else self._pool.slow
@@ -367,27 +406,43 @@ class Examiner:
             raise StoppedError from error
 
         def must_stop() -> bool:
-            has_changed = fingerprint_of(os.fstat(fd)) != candidate.fingerprint
-            return has_changed or self._closed.is_set() or should_stop()
+            status = os.fstat(fd)
+            is_same = may_have_content_of(fingerprint_of(status), candidate.fingerprint)
+            return not is_same or status.st_nlink == 0 or self._closed.is_set() or should_stop()
 
         try:
-            if self._config.inspect != "off" and not examination.inspected:
+            self._calculate(examination, fd, must_stop)
+            if self._config.inspect != "off" and not examination.inspected and not examination.only_digests:
                 examination.finding = self._inspect(candidate, fd, must_stop)
                 examination.inspected = True
-            why = damage = None
-            if isinstance(examination.finding, Damage):
-                damage = HoldReason(examination.finding.reason, examination.finding.error)
-            if self._config.checksum_file != "off" and not (
-                damage and self._config.on_suspicious == "reject"
-            ):
-                why = self._compare(examination, fd, must_stop)
-            if why is None or (why.reason == UNUSABLE and not self._required):
-                why = damage or why  # a file that differs from its checksum file is never sent
+            why = None if examination.only_digests else self._reason_to_hold(examination, fd, must_stop)
             if must_stop():
                 raise StoppedError
             return why
         finally:
             close_descriptor(fd)
+
+    def _reason_to_hold(
+        self, examination: Examination, fd: int, should_stop: ShouldStop
+    ) -> HoldReason | None:
+        """Compare a file with its checksum files; what differs from them is never sent."""
+        why = damage = None
+        if isinstance(examination.finding, Damage):
+            damage = HoldReason(examination.finding.reason, examination.finding.error)
+        if self._config.checksum_file != "off" and not (damage and self._config.on_suspicious == "reject"):
+            why = self._compare(examination, fd, should_stop)
+        if why is None or (why.reason == UNUSABLE and not self._required):
+            why = damage or why
+        return why
+
+    def _calculate(self, examination: Examination, fd: int, should_stop: ShouldStop) -> None:
+        """Calculate the digests that are wanted; the value of one that takes too long is empty."""
+        size, digests = examination.candidate.fingerprint.size, examination.digests
+        for algorithm in examination.algorithms - set(digests):
+            try:
+                digests[algorithm] = digest_of(fd, size, algorithm, _with_time_limit(should_stop))
+            except UninspectableError:
+                digests[algorithm] = Digest(algorithm, "")
 
     def _inspect(self, candidate: FileCandidate, fd: int, should_stop: ShouldStop) -> Damage | Note | None:
         size, name = candidate.fingerprint.size, candidate.relpath.rpartition(b"/")[2]
@@ -416,6 +471,11 @@ class Examiner:
             except UninspectableError as error:
                 return HoldReason(UNUSABLE, f"its {algorithm} is not known: {error}")
         return compare_digests(stated, digests, required=self._required)
+
+
+def _has_settled(examination: Examination) -> bool:
+    """Return whether a touched file has the same content as when it was read before."""
+    return examination.digests[_TOUCHED_ALGORITHM] in examination.candidate.digests
 
 
 def _with_time_limit(should_stop: ShouldStop) -> ShouldStop:

@@ -165,7 +165,9 @@ class Intake:
     def _handle(self, item: tuple[FileSystemEvent, object] | Examination | None) -> None:
         if isinstance(item, Examination):
             candidate = self._examiner.finish(item)
-            if candidate is not None:
+            if candidate is not None and candidate.touched:
+                self._unfinished_files.hold_touched(candidate, time.monotonic())
+            elif candidate is not None:
                 self._batch.append(candidate)
             elif isinstance(item.result, StoppedError) and item.candidate.relpath not in self._examiner:
                 self._check(item.candidate.relpath)  # it has changed; of its metadata there is no event
@@ -278,9 +280,8 @@ class Intake:
 
     def _update_known(self) -> None:
         changes = self._ledger.known_since(self.name, self._known_cursor)
-        for path, content in changes.removed:
-            if self._known.get(path) == content:
-                del self._known[path]
+        for path in changes.removed:
+            self._known.pop(path, None)
         self._known.update(changes.added)
         self._known_cursor = changes.cursor
 
@@ -321,6 +322,8 @@ class Intake:
             self._log_suspicion(candidate)
         self._ledger_failing = False
         self._not_enqueued -= {hash(candidate.relpath) for candidate in batch}
+        for undecided in result.undecided:
+            self._examiner.add_digests(undecided)
         for archive in result.superseded:
             self._log.emit(
                 events.ARCHIVE_SUPERSEDED,

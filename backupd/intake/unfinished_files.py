@@ -9,8 +9,8 @@ import time
 from contextlib import suppress
 
 from backupd.core.eligibility import COMPANION_SUFFIXES, Ineligible
-from backupd.core.model import fingerprint_of
-from backupd.core.stability import StabilityTracker
+from backupd.core.model import fingerprint_of, may_have_content_of
+from backupd.core.stability import Stability, StabilityTracker
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.earlier_folders import EarlierFolder
 from backupd.dropfolder.filesystem import is_being_written
@@ -118,11 +118,16 @@ class UnfinishedFiles:
                 self._add_ineligible(relpath, why, status.st_size)
             return None
         candidate = self._check_finished(relpath, status, now, why)
-        if relpath in self._tracker and why is None:
+        is_unfinished = relpath in self._tracker or (candidate is not None and candidate.touched)
+        if is_unfinished and why is None:
             self._check_age(relpath, status.st_size, now)
         else:
             self._unfinished_since.pop(relpath, None)
         return candidate
+
+    def hold_touched(self, candidate: FileCandidate, now: float) -> None:
+        """Have a file wait again that was touched while it waited; `candidate` has its digest."""
+        self._tracker.hold(candidate.relpath, candidate.fingerprint, now, *candidate.digests)
 
     def is_new(self, relpath: bytes) -> bool:
         """Return whether a path is eligible by its name and was never checked before."""
@@ -157,7 +162,9 @@ class UnfinishedFiles:
         if why is not None and relpath in self._problems:
             self._add_ineligible(relpath, why, status.st_size)
             return None
-        if not self._tracker.observe(relpath, fingerprint_of(status), now):
+        digest = self._tracker.digest_of(relpath)
+        stability = self._tracker.observe(relpath, fingerprint_of(status), now)
+        if stability is Stability.WAITING:
             return None
         why = why or self._eligibility.of_file(status.st_mode, status.st_size)
         if why is not None:
@@ -177,14 +184,23 @@ class UnfinishedFiles:
         except OSError as error:
             self.add_unreadable(relpath, error)
             return None
-        if is_written or opened != fingerprint_of(status):
+        if is_written or not may_have_content_of(opened, fingerprint_of(status)):
             self._tracker.hold(relpath, opened, now)
             return None
         if not has_room:
             self._add_waiting(relpath, "no_room", _NO_ROOM, _NO_ROOM_HINT, status.st_size)
             self._tracker.hold(relpath, opened, now)
             return None
-        return FileCandidate(self._drop, relpath, opened, folder_inode=folder_inode)
+        if stability is Stability.STABLE and opened == fingerprint_of(status):
+            return FileCandidate(self._drop, relpath, opened, folder_inode=folder_inode)
+        return FileCandidate(
+            self._drop,
+            relpath,
+            opened,
+            folder_inode=folder_inode,
+            digests=(digest,) if digest else (),
+            touched=True,
+        )
 
     def _check_age(self, relpath: bytes, size: int, now: float) -> None:
         """Add a file that has not been finished for an hour to the problems: it may never be."""

@@ -20,7 +20,7 @@ from backupd.core.devices import Device, DeviceExpectation
 from backupd.core.drop_problem import DropProblem, DropState, ProblemCount
 from backupd.core.errors import LedgerDamagedError
 from backupd.core.folder_place import FolderPlace
-from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Fingerprint, Rejected
+from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Digest, Fingerprint, Rejected
 from backupd.core.transition import Priority, Transition
 
 
@@ -42,7 +42,9 @@ class FileCandidate:
 
     `tracked` is its device, if the drop's devices are tracked. `rejected` is set if an inspection found the
     file damaged, so that it is not to be uploaded; `suspicion`, which the ledger ignores, if it is damaged
-    and to be uploaded. `folder_inode` is the inode of the drop folder.
+    and to be uploaded. `folder_inode` is the inode of the drop folder. `digests` are those of its content
+    that are known, with an empty value for one that can't be calculated. `touched` is whether its metadata
+    changed while it was to become stable, so that it is only stable if its content has one of `digests` still.
     """
 
     drop: str
@@ -52,6 +54,8 @@ class FileCandidate:
     rejected: Rejected | None = None
     folder_inode: int = 0
     suspicion: Damage | None = None
+    digests: tuple[Digest, ...] = ()
+    touched: bool = False
 
 
 Cursor = tuple[int, ...]
@@ -60,16 +64,27 @@ Cursor = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class KnownChanges:
-    """The files in a drop folder that got or lost their entry in the ledger.
+    """The files in a drop folder that got or lost their entry in the ledger, or got another fingerprint.
 
-    Both have the `hash` of the relative path and the `content_key` of each file, `added` only those of the
-    newest file with a path. A file that lost an entry and then got another one is in both, one that got and
-    lost its only entry in none. `cursor` is the argument for the next call of `Ledger.known_since`.
+    `added` has the `content_key` of the newest file with a path, by the `hash` of the relative path.
+    `removed` has the hashes of the paths that have no entry any more. A path that got and lost its only entry
+    in between is in none. `cursor` is the argument for the next call of `Ledger.known_since`.
     """
 
     cursor: Cursor
     added: Mapping[int, int]
-    removed: Sequence[tuple[int, int]]
+    removed: Collection[int]
+
+
+@dataclass(frozen=True, slots=True)
+class UndecidedFile:
+    """A candidate with the path, size and modification time of an archive, but another fingerprint.
+
+    `Ledger.enqueue` decides by the content, once the candidate has its digests by these `algorithms`.
+    """
+
+    candidate: FileCandidate
+    algorithms: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +95,8 @@ class EnqueueResult:
     `Ledger.pending_dispositions` returns them. `superseded` are the archives with pending deliveries that
     ended, because a newer content has their path. `has_unusual_size` is whether `Ledger.unusual_archives` has
     a new entry. `reappeared` is whether a delivered archive that had been missing is in its drop folder
-    again, so that `Ledger.pending_dispositions` returns it once more.
+    again, so that `Ledger.pending_dispositions` returns it once more. The `undecided` candidates had no
+    effect.
     """
 
     queued: tuple[Archive, ...] = ()
@@ -88,6 +104,7 @@ class EnqueueResult:
     has_unusual_size: bool = False
     rejected: tuple[Archive, ...] = ()
     reappeared: bool = False
+    undecided: tuple[UndecidedFile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +163,13 @@ class RecordResult:
     """The effect of `Ledger.record`; both are in the order of the results.
 
     `completed` are the archives that the results completed. `lost` are the results that were refused, because
-    their claim was released meanwhile: another session may deliver these archives.
+    their claim was released meanwhile: another session may deliver these archives. `superseded` are results
+    as they were recorded instead of a delivery: another destination has another content of the archive.
     """
 
     completed: tuple[CompletedArchive, ...] = ()
     lost: tuple[ClaimResult, ...] = ()
+    superseded: tuple[ClaimResult, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,6 +356,11 @@ class Ledger(DeviceLedger, Protocol):
         which detects the change. A delivered file that was missing at its disposition and has come back
         unchanged gets a pending disposition instead of a new delivery. The deliveries of a rejected candidate
         are rejected at once. The deliveries are due at `now`. Durable if a candidate is rejected.
+
+        A candidate with the size and modification time of the newest archive under its path, but another
+        fingerprint, is the same file if it has the digests that the deliveries of this archive have; the
+        archive gets its fingerprint then. Without a digest of the candidate it is undecided. An archive
+        without any digest is pending, and gets the fingerprint as well: its content is still to be sent.
         """
         ...
 
@@ -377,6 +401,9 @@ class Ledger(DeviceLedger, Protocol):
         of its deliveries is pending or claimed. It is superseded, and not returned, if one delivery is;
         otherwise rejected if one is; otherwise delivered. A result that was recorded before has no further
         effect, completes nothing and is not lost.
+
+        The archive gets the fingerprint of `Delivered`, or the one that it had when it was claimed. If it
+        has another one now, and another destination has another digest, the delivery is superseded.
         """
         ...
 

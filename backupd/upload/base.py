@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from backupd.core.model import Digest, Fingerprint, Outcome, is_unchanged
+from backupd.core.model import Digest, Fingerprint, Outcome, fingerprint_of, may_have_content_of
 from backupd.core.policy import Reason, rule_of
 
 OnProgress = Callable[[int], None]
@@ -33,15 +34,21 @@ class ReadFailedError(Exception):
     """The file can't be read."""
 
 
+_READ_BYTES = 1024 * 1024
+"""Bytes that are read at a time when the content is compared."""
+
+
 @dataclass(slots=True)
 class UploadJob:
     """One archive, open for reading, to upload to one destination.
 
     The uploader reads it with `read_at` and does not close `fd`. `variables` are the values of the
     placeholders in templates. `unconfirmed_digest` is the digest of an earlier attempt with a lost
-    response. The uploader calls `on_alive` at least once a second while it works or waits for the network,
-    and `on_idle` before a wait that it cannot bound, such as that for the name service. It sets
-    `sent_bytes`, in bytes of the archive.
+    response, `known_digests` are those of the content that any destination has. The uploader calls `on_alive`
+    at least once a second while it works or waits for the network, and `on_idle` before a wait that it cannot
+    bound, such as that for the name service. It sets `sent_bytes`, in bytes of the archive.
+    `is_being_written` returns whether another process has the file open for writing, if that is known.
+    `confirmed` is the fingerprint of the file when its content was compared last.
     """
 
     delivery_id: str
@@ -53,7 +60,10 @@ class UploadJob:
     on_alive: OnAlive = _ignore
     on_idle: OnAlive = _ignore
     unconfirmed_digest: Digest | None = None
+    known_digests: tuple[Digest, ...] = ()
+    is_being_written: Callable[[], bool] = lambda: False
     sent_bytes: int = field(default=0, init=False)
+    confirmed: Fingerprint | None = field(default=None, init=False)
 
     def read_at(self, offset: int, count: int) -> bytes:
         """Return up to `count` bytes at `offset`, none at the end of the file; raises ReadFailedError."""
@@ -63,16 +73,62 @@ class UploadJob:
             raise ReadFailedError(error.strerror) from error
 
     def check_unchanged(self) -> None:
-        """Raise FileChangedDuringUploadError if the file changed after it was queued, or ReadFailedError."""
+        """Raise FileChangedDuringUploadError if the file changed after it was queued, or ReadFailedError.
+
+        A change of metadata alone is none. If the content may have changed nevertheless, `confirm_content`
+        finds it.
+        """
+        self._current_fingerprint(self.fd)
+
+    def confirm_content(self, digest: Digest) -> Iterator[None]:
+        """Check that the file has this digest; to be iterated over before the last bytes are sent.
+
+        If the file has its fingerprint still, the content that was read is that of the file. If only metadata
+        differs, the content is read again, and each iteration reads a part of it. Raises
+        FileChangedDuringUploadError if it has another digest than this one or than `known_digests`, or
+        ReadFailedError.
+        """
+        found = self._reopened_fingerprint()
+        if found != self.fingerprint:
+            expected = {digest, *self.known_digests}
+            hashers = {each: hashlib.new(each.algorithm, usedforsecurity=False) for each in expected}
+            for offset in range(0, self.fingerprint.size, _READ_BYTES):
+                data = self.read_at(offset, min(_READ_BYTES, self.fingerprint.size - offset))
+                for hasher in hashers.values():
+                    hasher.update(data)
+                yield
+            self.check_unchanged()
+            if any(hasher.hexdigest() != each.hex for each, hasher in hashers.items()):
+                raise FileChangedDuringUploadError("the file was rewritten, its size and times were restored")
+            if self.is_being_written():
+                raise FileChangedDuringUploadError("the file changed, and another process is writing to it")
+        self.confirmed = found
+
+    def _reopened_fingerprint(self) -> Fingerprint:
+        """Return the current fingerprint; a network filesystem is asked for it when a file is opened."""
         try:
-            status = os.fstat(self.fd)
+            fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # its mode has changed, or /proc is not mounted
+            return self._current_fingerprint(self.fd)
+        try:
+            return self._current_fingerprint(fd)
+        finally:
+            os.close(fd)
+
+    def _current_fingerprint(self, fd: int) -> Fingerprint:
+        try:
+            status = os.fstat(fd)
         except OSError as error:
             raise ReadFailedError(error.strerror) from error
-        if not is_unchanged(status, self.fingerprint):
+        found = fingerprint_of(status)
+        if not may_have_content_of(found, self.fingerprint):
             raise FileChangedDuringUploadError(
                 f"the file changed: {self.fingerprint.size} bytes when it was queued,"
                 f" {status.st_size} bytes now"
             )
+        if status.st_nlink == 0:
+            raise FileChangedDuringUploadError("the file was removed or replaced")
+        return found
 
 
 class Abort:

@@ -29,7 +29,7 @@ from backupd.dropfolder.folder import CachedFolder, DropFolder
 from backupd.ledger.port import CompletedArchive, DeliveryResult
 from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog
-from tests.factories import NOW, a_drop, an_archive
+from tests.factories import NOW, a_digest, a_drop, an_archive
 
 
 @pytest.fixture
@@ -56,10 +56,11 @@ def delivered(root: Path, number: int, name: str = "") -> CompletedArchive:
     path = root / name
     path.write_bytes(b"abc")
     archive = Archive(number, "switches", os.fsencode(name), fingerprint_of(path.stat()), NOW)
+    digest = str(a_digest(b"abc"))
     result = DeliveryResult(
-        str(number), "vault", DeliveryState.DELIVERED, NOW, "sha256:00", True, 201, None, None, "{}"
+        str(number), "vault", DeliveryState.DELIVERED, NOW, digest, True, 201, None, None, "{}"
     )
-    return CompletedArchive(archive, DeliveryState.DELIVERED, "sha256:00", (result,))
+    return CompletedArchive(archive, DeliveryState.DELIVERED, digest, (result,))
 
 
 def test_a_sent_folder_that_is_removed_during_a_batch_is_created_again(
@@ -68,10 +69,11 @@ def test_a_sent_folder_that_is_removed_during_a_batch_is_created_again(
     drop = a_drop(folder)
     calls = []
 
-    def remove_after_the_first() -> None:
+    def remove_after_the_first() -> bool:
         calls.append(1)
         if len(calls) == 2:
             shutil.rmtree(root / "sent")
+        return False
 
     with open(os.devnull, "wb") as null:
         disposition = Disposition({"switches": drop}, EventLog(LineWriter(null.fileno())))

@@ -14,18 +14,18 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from backupd.core.model import Fingerprint, fingerprint_of
 from backupd.core.names import free_names
 from backupd.dropfolder import move as moving
+from backupd.dropfolder.content import ExpectedFile
 from backupd.dropfolder.filesystem import filesystem_of, is_being_written, is_remote
 from backupd.dropfolder.folder import DirectoryCache, DropFolder, walk
 from backupd.dropfolder.move import (
     FileChangedError,
-    find_moved,
-    move,
     partial_file_name,
     remove_partial_files,
     rename_no_replace,
@@ -58,6 +58,14 @@ def put(path: Path, content: bytes = b"abc") -> Fingerprint:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return fingerprint_of(path.stat())
+
+
+def move(folder: DropFolder, relpath: bytes, expected: Fingerprint, *where: Any) -> bytes:
+    return moving.move(folder, relpath, ExpectedFile(expected, None), *where)
+
+
+def find_moved(folder: DropFolder, relpath: bytes, expected: Fingerprint, *where: Any) -> bytes | None:
+    return moving.find_moved(folder, relpath, ExpectedFile(expected, None), *where)
 
 
 def names_of(name: bytes) -> Iterator[bytes]:

@@ -253,6 +253,8 @@ def test_changes_are_found_by_an_index(tmp_path: Path) -> None:
         "SEARCH archive USING INDEX archive_with_entry (drop_name=?)",
         *newest,
         "SEARCH archive USING INDEX archive_changed (changed>?)",
+        "CORRELATED SCALAR SUBQUERY 1",
+        "SEARCH other USING INDEX archive_with_entry (drop_name=? AND relpath=?)",
     ]
     ledger.close()
 

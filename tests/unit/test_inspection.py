@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from backupd.core.archive_formats import EMPTY, MISNAMED, NO_TAR_END, Damage, Note
 from backupd.core.policy import Reason
-from backupd.dropfolder.checksums import digest_of
+from backupd.dropfolder.content import digest_of
 from backupd.dropfolder.decompress import StoppedError, UninspectableError
 from backupd.dropfolder.inspect import inspect
 

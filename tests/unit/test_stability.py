@@ -4,16 +4,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backupd.core.model import Fingerprint
-from backupd.core.stability import StabilityTracker
-from tests.factories import a_fingerprint
+from backupd.core.stability import Stability, StabilityTracker
+from tests.factories import a_digest, a_fingerprint
+
+WAITING, STABLE, TOUCHED = Stability.WAITING, Stability.STABLE, Stability.TOUCHED
 
 
 def test_a_file_is_stable_once_it_is_unchanged_for_stable_for() -> None:
     tracker = StabilityTracker(2.0)
     fingerprint = a_fingerprint()
-    assert not tracker.observe(b"a", fingerprint, 10.0)
-    assert not tracker.observe(b"a", fingerprint, 11.9)
-    assert tracker.observe(b"a", fingerprint, 12.0)
+    assert tracker.observe(b"a", fingerprint, 10.0) is WAITING
+    assert tracker.observe(b"a", fingerprint, 11.9) is WAITING
+    assert tracker.observe(b"a", fingerprint, 12.0) is STABLE
     assert b"a" not in tracker
 
 
@@ -21,20 +23,31 @@ def test_a_change_restarts_the_wait() -> None:
     tracker = StabilityTracker(2.0)
     tracker.observe(b"a", a_fingerprint(inode=1, size=3), 10.0)
     grown = a_fingerprint(inode=1, size=4)
-    assert not tracker.observe(b"a", grown, 12.0)
-    assert not tracker.observe(b"a", grown, 13.9)
-    assert tracker.observe(b"a", grown, 14.0)
+    assert tracker.observe(b"a", grown, 12.0) is WAITING
+    assert tracker.observe(b"a", grown, 13.9) is WAITING
+    assert tracker.observe(b"a", grown, 14.0) is STABLE
 
 
-def test_a_rewrite_that_restores_size_and_time_restarts_the_wait() -> None:
+def test_a_change_of_metadata_alone_does_not_restart_the_wait() -> None:
     tracker = StabilityTracker(2.0)
     tracker.observe(b"a", a_fingerprint(inode=1, ctime_ns=1), 10.0)
-    assert not tracker.observe(b"a", a_fingerprint(inode=1, ctime_ns=2), 12.0)
+    assert tracker.observe(b"a", a_fingerprint(inode=2, ctime_ns=2), 11.9) is WAITING
+    assert tracker.observe(b"a", a_fingerprint(inode=2, ctime_ns=2), 12.0) is TOUCHED
+    assert b"a" not in tracker
+
+
+def test_a_touched_file_is_held_with_its_digest_and_stable_if_it_is_not_touched_again() -> None:
+    tracker, fingerprint = StabilityTracker(2.0), a_fingerprint(inode=1)
+    tracker.hold(b"a", fingerprint, 10.0, a_digest())
+    assert tracker.observe(b"a", fingerprint, 11.0) is WAITING
+    assert tracker.digest_of(b"a") == a_digest()
+    assert tracker.observe(b"a", fingerprint, 12.0) is STABLE
+    assert tracker.digest_of(b"a") is None
 
 
 def test_without_a_delay_a_file_is_stable_at_once() -> None:
     tracker = StabilityTracker(0.0)
-    assert tracker.observe(b"a", a_fingerprint(), 10.0)
+    assert tracker.observe(b"a", a_fingerprint(), 10.0) is STABLE
     assert len(tracker) == 0
 
 
@@ -42,9 +55,9 @@ def test_a_held_file_waits_even_without_a_delay() -> None:
     tracker = StabilityTracker(0.0)
     fingerprint = a_fingerprint()
     tracker.hold(b"a", fingerprint, 10.0)
-    assert not tracker.observe(b"a", fingerprint, 10.4)
+    assert tracker.observe(b"a", fingerprint, 10.4) is WAITING
     assert tracker.next_due() == 10.5
-    assert tracker.observe(b"a", fingerprint, 10.5)
+    assert tracker.observe(b"a", fingerprint, 10.5) is STABLE
 
 
 def test_a_held_file_waits_for_the_delay_if_that_is_longer() -> None:
@@ -56,7 +69,7 @@ def test_a_held_file_waits_for_the_delay_if_that_is_longer() -> None:
 def test_a_held_file_that_changes_restarts_the_wait() -> None:
     tracker = StabilityTracker(2.0)
     tracker.hold(b"a", a_fingerprint(), 10.0)
-    assert not tracker.observe(b"a", a_fingerprint(), 12.0)
+    assert tracker.observe(b"a", a_fingerprint(), 12.0) is WAITING
     assert tracker.next_due() == 14.0
 
 
@@ -110,7 +123,7 @@ def test_exactly_the_files_past_their_time_are_due(
             ready = (known is not None and unchanged and now >= known[1]) or (
                 not unchanged and stable_for <= 0
             )
-            assert tracker.observe(relpath, fingerprint, now) == ready
+            assert (tracker.observe(relpath, fingerprint, now) is STABLE) == ready
             if ready:
                 expected.pop(relpath, None)
             elif not unchanged:

@@ -8,6 +8,7 @@ import threading
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import accumulate, takewhile
 from pathlib import Path
@@ -16,8 +17,19 @@ from backupd.core.circuit import Circuit
 from backupd.core.drop_problem import DropProblem, DropState, ProblemCount
 from backupd.core.errors import LedgerFullError
 from backupd.core.folder_place import FolderPlace
-from backupd.core.model import Archive, Claim, Delivery, DeliveryState, Digest, Rejected
-from backupd.core.transition import Priority, archive_state
+from backupd.core.model import (
+    Archive,
+    Claim,
+    Delivered,
+    Delivery,
+    DeliveryState,
+    Digest,
+    Fingerprint,
+    Rejected,
+    Superseded,
+    may_have_content_of,
+)
+from backupd.core.transition import Priority, Transition, archive_state
 from backupd.ledger.port import (
     Backlog,
     ClaimResult,
@@ -32,6 +44,7 @@ from backupd.ledger.port import (
     OpenedLedger,
     RecordResult,
     RecreatedLedger,
+    UndecidedFile,
     content_key,
 )
 from backupd.ledger.sqlite import folder_queries, problem_queries
@@ -82,8 +95,24 @@ _REMOVE_ENTRY = (
     " WHERE id = ? AND has_entry AND disposition = 'done'"
 )
 
+_RESULT = (
+    "state = ?, due_at = ?, archive_failures = ?, destination_failures = ?, attempts = ?, ended_at = ?,"
+    " reason = ?, error = ?, digest = ?, verified = ?, http_status = ?, receipt = ?"
+)
+
+_NEWEST_ENTRY = (
+    "(SELECT max(id) FROM archive other WHERE other.drop_name = archive.drop_name"
+    " AND other.relpath = archive.relpath AND other.has_entry)"
+)
+
 _TERM = 1
 """The term of every steward: only one daemon uses the ledger."""
+
+_OTHER_CONTENT = Transition(
+    DeliveryState.SUPERSEDED,
+    Superseded("the file was rewritten after it had been delivered to another destination"),
+)
+"""The result of a delivery with another content than that of an earlier one."""
 
 _MAX_BATCH_BYTES = 4 * 1024 * 1024
 """Bytes of archives that are claimed together; see `Ledger.claim`."""
@@ -148,9 +177,8 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
 
     def known_since(self, drop: str, cursor: Cursor = ()) -> KnownChanges:
         """See `Ledger.known_since`."""
-        columns = f"SELECT {ARCHIVE_COLUMNS}, has_entry FROM archive"  # noqa: S608 -- own columns
         added: dict[int, int] = {}
-        removed: list[tuple[int, int]] = []
+        removed: set[int] = set()
         with self._reading() as db:
             # first, so that a change by another process in between is returned by the next call
             query = "SELECT number, (SELECT coalesce(max(id), 0) FROM archive) FROM change"
@@ -158,18 +186,19 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
             if cursor:
                 # an archive that was queued since then and has ended is not known to the caller
                 clause = "changed > ? AND drop_name = ? AND (has_entry OR id <= ?) AND id <= ?"
-                clauses = f"INDEXED BY archive_changed WHERE {clause} ORDER BY changed, id"
-                rows = db.execute(f"{columns} {clauses}", (cursor[0], drop, cursor[1], newest))
+                query = f"SELECT {ARCHIVE_COLUMNS}, {_NEWEST_ENTRY} FROM archive"  # noqa: S608 -- own columns
+                query += f" INDEXED BY archive_changed WHERE {clause} ORDER BY changed, id"
+                rows = db.execute(query, (cursor[0], drop, cursor[1], newest))
             else:
-                clauses = "WHERE drop_name = ? AND has_entry AND id <= ? ORDER BY relpath, id"
-                rows = db.execute(f"{columns} {clauses}", (drop, newest))
+                query = f"SELECT {ARCHIVE_COLUMNS}, id FROM archive"  # noqa: S608 -- own columns
+                query += " WHERE drop_name = ? AND has_entry AND id <= ? ORDER BY relpath, id"
+                rows = db.execute(query, (drop, newest))
             for row in rows:
-                archive = as_archive(row)
-                path, content = hash(archive.relpath), content_key(archive.relpath, archive.fingerprint)
-                if row[-1]:
-                    added[path] = content
-                else:
-                    removed.append((path, content))
+                archive, newest_entry = as_archive(row), row[-1]
+                if newest_entry is None:
+                    removed.add(hash(archive.relpath))
+                elif newest_entry == archive.id:
+                    added[hash(archive.relpath)] = content_key(archive.relpath, archive.fingerprint)
         return KnownChanges((number, newest), added, removed)
 
     def enqueue(
@@ -179,6 +208,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         queued: list[Archive] = []
         superseded: list[Archive] = []
         rejected: list[Archive] = []
+        undecided: list[UndecidedFile] = []
         has_unusual_size = reappeared = False
         with self._transaction(durable=any(c.rejected is not None for c in candidates)) as db:
             db.execute(_BEGIN_CHANGE)
@@ -187,11 +217,21 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                 key = content_key(candidate.relpath, candidate.fingerprint)
                 if any(content_key(a.relpath, a.fingerprint) == key for a in known):
                     continue
+                missing = _missing_archives(db, candidate)
+                algorithms = _unknown_digests(db, [*known[-1:], *missing], candidate)
+                if algorithms:
+                    undecided.append(UndecidedFile(candidate, algorithms))
+                    continue
+                if known and _is_of_archive(db, known[-1], candidate):
+                    _set_fingerprint(db, known[-1].id, candidate.fingerprint, candidate.folder_inode)
+                    continue
                 superseded += [a for a in known if _supersede(db, a, now)]
                 if candidate.rejected is None and _adopt(db, candidate):
                     reappeared = True
                     continue
-                if _resume_disposition(db, candidate):
+                back = next((a for a in missing if _is_of_archive(db, a, candidate)), None)
+                if back is not None:
+                    _resume_disposition(db, back, candidate)
                     reappeared = True
                     continue
                 archive = _insert(db, candidate, destinations, now, self._host)
@@ -202,7 +242,9 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                 queued.append(archive)
                 if candidate.tracked is not None:
                     has_unusual_size |= record_arrival(db, archive, candidate.tracked)
-        return EnqueueResult(tuple(queued), tuple(superseded), has_unusual_size, tuple(rejected), reappeared)
+        return EnqueueResult(
+            tuple(queued), tuple(superseded), has_unusual_size, tuple(rejected), reappeared, tuple(undecided)
+        )
 
     def claim(
         self,
@@ -247,14 +289,13 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         """See `Ledger.record`."""
         completed: list[CompletedArchive] = []
         lost: list[ClaimResult] = []
+        superseded: list[ClaimResult] = []
         archive_ids: dict[int, None] = {}
         with self._transaction(durable=True) as db:
             db.execute(_BEGIN_CHANGE)
             for result in results:
                 has_claim = db.execute(
-                    "UPDATE delivery SET state = ?, due_at = ?, archive_failures = ?,"
-                    " destination_failures = ?, attempts = ?, ended_at = ?, reason = ?, error = ?,"
-                    " digest = ?, verified = ?, http_status = ?, receipt = ?, session = NULL"
+                    f"UPDATE delivery SET {_RESULT}, session = NULL"  # noqa: S608 -- own columns
                     " WHERE id = ? AND state = 'claimed' AND token = ? AND session = ?",
                     (*delivery_update(result, now), self._session),
                 ).rowcount
@@ -262,6 +303,9 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                     if not _was_recorded(db, result.delivery):
                         lost.append(result)
                     continue
+                if not _record_fingerprint(db, result):
+                    superseded.append(replace(result, transition=_OTHER_CONTENT))
+                    _replace_result(db, superseded[-1], now)
                 archive_ids[result.delivery.archive.id] = None
                 first = result.delivery.attempts + 1
                 db.executemany(
@@ -271,7 +315,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                 )
             for archive_id in archive_ids:
                 completed += complete_archive(db, archive_id)
-        return RecordResult(tuple(completed), tuple(lost))
+        return RecordResult(tuple(completed), tuple(lost), tuple(superseded))
 
     def pending_dispositions(self, after_id: int = 0, limit: int = 256) -> list[CompletedArchive]:
         """See `Ledger.pending_dispositions`."""
@@ -444,6 +488,7 @@ def _claim(db: sqlite3.Connection, delivery_id: str, session: int) -> Delivery:
         # the column holds two digests: while a delivery is open, that of content that was sent completely but
         # not confirmed by the destination; once it is delivered, that of the delivered content
         Digest.parse(digest) if digest else None,
+        tuple(_digests(db, archive_id)),
     )
 
 
@@ -454,8 +499,9 @@ def _was_recorded(db: sqlite3.Connection, delivery: Delivery) -> bool:
 
 
 def _known_archives(db: sqlite3.Connection, candidate: FileCandidate) -> list[Archive]:
-    """Return the archives under a candidate's path for which `Ledger.known_files` has an entry."""
-    query = f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE drop_name = ? AND relpath = ? AND has_entry"  # noqa: S608
+    """Return the archives under a candidate's path that have an entry, the newest last."""
+    where = "drop_name = ? AND relpath = ? AND has_entry ORDER BY id"
+    query = f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE {where}"  # noqa: S608 -- own columns
     return [as_archive(row) for row in db.execute(query, (candidate.drop, candidate.relpath))]
 
 
@@ -473,21 +519,93 @@ def _supersede(db: sqlite3.Connection, archive: Archive, now: datetime) -> bool:
     return bool(ended)
 
 
-def _resume_disposition(db: sqlite3.Connection, candidate: FileCandidate) -> bool:
-    """Make the disposition of a delivered file due again if the file is back; return whether it is.
+def _missing_archives(db: sqlite3.Connection, candidate: FileCandidate) -> list[Archive]:
+    """Return the delivered archives under a candidate's path that were missing at their disposition."""
+    where = "drop_name = ? AND relpath = ? AND missing AND state = 'delivered'"
+    query = f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE {where}"  # noqa: S608 -- own columns
+    return [as_archive(row) for row in db.execute(query, (candidate.drop, candidate.relpath))]
 
-    The file is back if the candidate is a delivered file that was missing at its disposition, unchanged.
-    """
-    query = (
-        f"SELECT {ARCHIVE_COLUMNS} FROM archive WHERE drop_name = ? AND relpath = ?"  # noqa: S608 -- own columns
-        " AND missing AND state = 'delivered'"
+
+def _digests(db: sqlite3.Connection, archive_id: int) -> set[Digest]:
+    """Return the digests of an archive's content that its deliveries have."""
+    query = "SELECT digest FROM delivery WHERE archive_id = ? AND digest IS NOT NULL"
+    return {Digest.parse(row[0]) for row in db.execute(query, (archive_id,))}
+
+
+def _unknown_digests(
+    db: sqlite3.Connection, archives: Sequence[Archive], candidate: FileCandidate
+) -> frozenset[str]:
+    """Return the algorithms of the digests that decide whether a candidate is the file of an archive."""
+    known = {digest.algorithm for digest in candidate.digests}
+    return frozenset(
+        digest.algorithm
+        for archive in archives
+        if archive.fingerprint != candidate.fingerprint
+        and may_have_content_of(candidate.fingerprint, archive.fingerprint)
+        for digest in _digests(db, archive.id)
+        if digest.algorithm not in known
     )
-    for archive in map(as_archive, db.execute(query, (candidate.drop, candidate.relpath)).fetchall()):
-        if archive.fingerprint == candidate.fingerprint:
-            due = f"disposition = 'due', already_logged = 1, has_entry = 1, changed = {_CHANGE}"
-            db.execute(f"UPDATE archive SET {due}, missing = 0 WHERE id = ?", (archive.id,))  # noqa: S608
-            return True
-    return False
+
+
+def _is_of_archive(db: sqlite3.Connection, archive: Archive, candidate: FileCandidate) -> bool:
+    """Return whether a candidate is the file of an archive; its metadata may have changed."""
+    if archive.fingerprint == candidate.fingerprint:
+        return True
+    if not may_have_content_of(candidate.fingerprint, archive.fingerprint):
+        return False
+    query = "SELECT state FROM archive WHERE id = ?"
+    state = DeliveryState(db.execute(query, (archive.id,)).fetchone()[0])
+    if state is DeliveryState.PENDING and candidate.rejected is not None:
+        return False  # its content was accepted
+    digests = _digests(db, archive.id)
+    if not digests:
+        return state is DeliveryState.PENDING  # whatever its content is, it is still to be sent
+    return digests <= set(candidate.digests)
+
+
+def _set_fingerprint(
+    db: sqlite3.Connection, archive_id: int, fingerprint: Fingerprint, folder_inode: int
+) -> None:
+    values = (*fingerprint_columns(folder_inode, fingerprint), archive_id)
+    db.execute(
+        "UPDATE archive SET folder_inode = ?, inode = ?, size = ?, mtime_ns = ?, ctime_ns = ?,"  # noqa: S608
+        f" changed = {_CHANGE} WHERE id = ?",
+        values,
+    )
+
+
+def _record_fingerprint(db: sqlite3.Connection, result: ClaimResult) -> bool:
+    """Have an archive get the fingerprint that its file had when the delivered content was read.
+
+    Return False if the archive has another one, and another destination has another content.
+    """
+    outcome, delivery = result.transition.outcome, result.delivery
+    if not isinstance(outcome, Delivered):
+        return True
+    archive = _load_archive(db, delivery.archive.id)
+    fingerprint = outcome.fingerprint or delivery.archive.fingerprint
+    if archive.fingerprint == fingerprint:
+        return True
+    query = "SELECT digest FROM delivery WHERE archive_id = ? AND id <> ? AND state = 'delivered'"
+    others = {row[0] for row in db.execute(query, (archive.id, delivery.id))}
+    if others and str(outcome.digest) not in others:
+        return False
+    _set_fingerprint(db, archive.id, fingerprint, archive.folder_inode)
+    return True
+
+
+def _replace_result(db: sqlite3.Connection, result: ClaimResult, now: datetime) -> None:
+    query = f"UPDATE delivery SET {_RESULT} WHERE id = ? AND token = ?"  # noqa: S608 -- own columns
+    db.execute(query, delivery_update(result, now))
+
+
+def _resume_disposition(db: sqlite3.Connection, archive: Archive, candidate: FileCandidate) -> None:
+    """Make the disposition of a delivered file that was missing and is back due again."""
+    _set_fingerprint(db, archive.id, candidate.fingerprint, candidate.folder_inode)
+    db.execute(
+        "UPDATE archive SET disposition = 'due', already_logged = 1, has_entry = 1, missing = 0 WHERE id = ?",
+        (archive.id,),
+    )
 
 
 def give_up(db: sqlite3.Connection, now: datetime, drop: str | None, destination: str | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,9 @@ CHUNK = 256 * 1024
 
 _CHECK_EVERY = 16 * CHUNK
 """Bytes between two checks that the file is unchanged."""
+
+_SEND_EVERY = 5.0
+"""Seconds after which a byte is sent while the content is compared."""
 
 
 class UploadBody:
@@ -64,14 +68,30 @@ class UploadBody:
                 self._report_progress(offset + len(chunk))
             else:
                 pending += chunk
-        self._job.check_unchanged()  # before the last bytes: an incomplete request stores nothing
         self.digest = Digest(self._algorithm, hasher.hexdigest())
         if self._expected not in (None, self.digest):
             raise FileChangedDuringUploadError("the file was rewritten after its digest was calculated")
-        yield pending + self._framing.after(self.digest.hex)
+        # before the last bytes: an incomplete request stores nothing
+        yield from self._last_bytes(pending + self._framing.after(self.digest.hex))
         self._report_progress(size)
         self.complete = True
         self._limits.body_sent()
+
+    def _last_bytes(self, data: bytes) -> Iterator[bytes]:
+        """Yield the last bytes of the body once the content is confirmed.
+
+        If that takes long, single bytes are sent meanwhile, as servers limit the time between two bytes.
+        """
+        began = sent_at = time.monotonic()
+        for _ in self._job.confirm_content(self.digest):
+            now = time.monotonic()
+            self._limits.exclude(now - began)
+            self._limits.check()
+            if now - sent_at >= _SEND_EVERY and len(data) > 1:
+                yield data[:1]
+                data, sent_at = data[1:], now
+            began = now
+        yield data
 
     def _report_progress(self, sent_bytes: int) -> None:
         self._job.sent_bytes = sent_bytes

@@ -123,9 +123,13 @@ class AttemptLimits:
         if self._bandwidth is None:
             return wanted, 0.0
         granted, wait = self._bandwidth.acquire(wanted)
-        if self._measurement is not None:
-            self._measurement.started_at += wait
+        self.exclude(wait)
         return granted, wait
+
+    def exclude(self, seconds: float) -> None:
+        """Have a time in which nothing was to be sent not count against `min_rate`."""
+        if self._measurement is not None:
+            self._measurement.started_at += seconds
 
     def wait(self, fd: int, events: int, timeout: float | None) -> bool:
         """Wait for poll(2) events on a descriptor; return False after `timeout` seconds without any.

@@ -84,8 +84,14 @@ class RequestBuilder:
                 break
             hasher.update(chunk)
             offset += len(chunk)
-        job.check_unchanged()
-        return Digest(algorithm, hasher.hexdigest())
+        digest = Digest(algorithm, hasher.hexdigest())
+        self.confirm_content(job, digest)
+        return digest
+
+    def confirm_content(self, job: UploadJob, digest: Digest) -> None:
+        """Check that an archive has a digest, as `UploadJob.confirm_content` does and raises."""
+        for _ in job.confirm_content(digest):
+            self._limits.check()
 
     def query_request(self, job: UploadJob, digest: Digest) -> str | None:
         """Return the URL for a query about a content; None without `query_url`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import urllib.parse
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +16,7 @@ from backupd import __version__
 from backupd.config.models import AuthConfig, HttpDestinationConfig
 from backupd.core.errors import BackupdError
 from backupd.core.failure import failure
-from backupd.core.model import Deferred, Delivered, Digest, Outcome, Superseded, is_unchanged
+from backupd.core.model import Deferred, Delivered, Digest, Outcome, Superseded
 from backupd.core.policy import Reason
 from backupd.upload.base import (
     Abort,
@@ -241,7 +240,8 @@ class HttpUploader(Uploader):
             self.close()
         try:
             client = self._open_client()
-            if job.unconfirmed_digest is not None and is_unchanged(os.fstat(job.fd), job.fingerprint):
+            if job.unconfirmed_digest is not None:
+                self._builder.confirm_content(job, job.unconfirmed_digest)
                 found = self._query_safely(client, job, job.unconfirmed_digest)
                 if isinstance(found, Delivered):
                     return found
