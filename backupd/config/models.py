@@ -485,8 +485,10 @@ class DropConfig(TableModel):
         default="auto",
         description="How changes are detected; auto uses polling where other hosts can write, else inotify.",
     )
-    stable_for: Duration = Field(
-        default=timedelta(seconds=2), description="How long a file must be unchanged before it is uploaded."
+    stable_for: Duration | None = Field(
+        default=None,
+        description="How long a file must be unchanged before its upload; 2s, more on network filesystems.",
+        examples=["2s"],
     )
     rescan_every: PositiveDuration = Field(
         default=timedelta(seconds=60), description="Interval between two scans of the whole folder."

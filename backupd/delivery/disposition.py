@@ -70,21 +70,13 @@ class Disposition:
                 if not one.already_logged:
                     reports.append(partial(self._log_completed, one))
                 drop = self._drops.get(one.archive.drop)
-                if drop is None or not drop.folder.is_ready() or should_stop():
+                result = None
+                if drop is not None and drop.folder.is_ready() and not should_stop():
+                    result = self._try_to_dispose(one, drop, should_stop, folders, changed, interrupted)
+                if result is None:
                     failed.append(one.archive.id)  # until the drop is configured, or its folder usable, again
-                    continue
-                expected = self._expected.pop(one.archive.id, None) or _expected_file(one, should_stop)
-                try:
-                    if drop.name not in folders:
-                        folders[drop.name] = CachedFolder(drop.folder)
-                    folder = folders[drop.name]
-                    done.append((one, *self._dispose(one, expected, drop, folder, changed, interrupted)))
-                except StoppedError:
-                    failed.append(one.archive.id)
-                except OSError as error:
-                    self._expected[one.archive.id] = expected  # a content that was compared is not read again
-                    self._log_failed(one, drop, error)
-                    failed.append(one.archive.id)
+                else:
+                    done.append((one, *result))
             self._remove_partial_files(interrupted, folders)
             try:
                 _sync(changed, folders)
@@ -99,6 +91,29 @@ class Disposition:
             for report in reports:
                 report()
             _close_all(folders)
+
+    def _try_to_dispose(
+        self,
+        completed: CompletedArchive,
+        drop: Drop,
+        should_stop: ShouldStop,
+        folders: dict[str, CachedFolder],
+        changed: set[tuple[str, bytes]],
+        interrupted: set[tuple[str, bytes]],
+    ) -> tuple[DispositionResult, str] | None:
+        """Return what `_dispose` returns, None if it has failed; log that."""
+        id_ = completed.archive.id
+        expected = self._expected.pop(id_, None) or _expected_file(completed, should_stop)
+        try:
+            if drop.name not in folders:
+                folders[drop.name] = CachedFolder(drop.folder)
+            return self._dispose(completed, expected, drop, folders[drop.name], changed, interrupted)
+        except StoppedError:
+            return None
+        except OSError as error:
+            self._expected[id_] = expected  # a content that was compared is not read again
+            self._log_failed(completed, drop, error)
+            return None
 
     def _dispose(
         self,

@@ -8,32 +8,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from backupd.core.filesystems import is_remote
 from backupd.core.mountinfo import MountEntry, filesystem_at, parse_mountinfo
-
-_NETWORK_FILESYSTEMS = frozenset(
-    [
-        "9p",
-        "afs",
-        "beegfs",
-        "ceph",
-        "cifs",
-        "coda",
-        "davfs",
-        "glusterfs",
-        "gpfs",
-        "lustre",
-        "ncpfs",
-        "nfs",
-        "nfs4",
-        "orangefs",
-        "prl_fs",
-        "smb3",
-        "smbfs",
-        "vboxsf",
-        "virtiofs",
-        "vmhgfs",
-    ]
-)
 
 
 def filesystem_of(path: str, mountinfo: str = "/proc/self/mountinfo") -> str:
@@ -58,11 +34,6 @@ def has_remote_mount_below(path: str, mountinfo: str = "/proc/self/mountinfo") -
 def _mounts(mountinfo: str) -> list[MountEntry]:
     with open(mountinfo, "rb") as file:
         return parse_mountinfo(file.read())
-
-
-def is_remote(filesystem: str) -> bool:
-    """Return whether other hosts can write to a filesystem of this type without an inotify event here."""
-    return filesystem in _NETWORK_FILESYSTEMS or filesystem.split(".", maxsplit=1)[0] in ("fuse", "fuseblk")
 
 
 _CAP_LEASE = 1 << 28

@@ -16,7 +16,7 @@ from backupd.dropfolder.folder import DropFolder, close_descriptor
 
 _RENAME_NOREPLACE = 1
 _CREATE_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EIO)  # EIO: rclone
 _PARTIAL_FILE = re.compile(rb"\.backupd-[0-9]+-([0-9]+)\.part")
 _libc = ctypes.CDLL(None, use_errno=True)
 

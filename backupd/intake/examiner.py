@@ -287,8 +287,8 @@ class Examiner:
         """Return an examined file if it is to be queued, else None.
 
         `suspicion` or `rejected` is set if it is damaged, as the drop is configured. None if it is held,
-        examined again, unreadable, or has changed. It is `touched` if it is not stable yet, with the digest of
-        its content.
+        examined again, unreadable, or has changed. It is `touched` if it is not stable yet, with the digest
+        of its content.
         """
         candidate, result = examination.candidate, examination.result
         if self._examinations.get(candidate.relpath) is not examination:

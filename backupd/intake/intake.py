@@ -26,7 +26,7 @@ from backupd.intake.problem_list import ProblemList
 from backupd.intake.unfinished_files import UnfinishedFiles
 from backupd.intake.watch_health import WatchHealth
 from backupd.intake.watcher import WatchEndedEvent
-from backupd.ledger.port import Cursor, FileCandidate, Ledger, content_key
+from backupd.ledger.port import Cursor, EnqueueResult, FileCandidate, Ledger, content_key
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog, log_ledger_failure
 from backupd.telemetry.thread_watchdog import ThreadWatchdog
@@ -128,6 +128,7 @@ class Intake:
         """Scan if a scan is due, and check, examine and queue what is due."""
         if time.monotonic() >= self._next_scan:
             watched = self._watch_health.check_and_restart()
+            self._unfinished_files.stable_for = self._watch_health.stable_for
             self._scan(b"", stop, detect_lost_events=watched and self.ready.is_set())
             self._next_scan = time.monotonic() + self._watch_health.scan_every()
             self.ready.set()
@@ -319,11 +320,20 @@ class Intake:
             return
         for candidate in batch:
             self._problems.remove(candidate.relpath)
-            self._log_suspicion(candidate)
         self._ledger_failing = False
         self._not_enqueued -= {hash(candidate.relpath) for candidate in batch}
         for undecided in result.undecided:
             self._examiner.add_digests(undecided)
+        self._log_enqueued(batch, result)
+        if result.queued:
+            self._notify_workers(self._destinations)
+        if result.rejected or result.reappeared:
+            self._on_dispositions_due()
+        if result.has_unusual_size:
+            with suppress(LedgerError):  # logged at the next heartbeat instead
+                self._device_tracker.log_unusual_sizes()
+
+    def _log_enqueued(self, batch: Sequence[FileCandidate], result: EnqueueResult) -> None:
         for archive in result.superseded:
             self._log.emit(
                 events.ARCHIVE_SUPERSEDED,
@@ -340,25 +350,18 @@ class Intake:
                 size_bytes=archive.fingerprint.size,
                 destinations=self._destinations,
             )
-        if result.queued:
-            self._notify_workers(self._destinations)
-        if result.rejected or result.reappeared:
-            self._on_dispositions_due()
-        if result.has_unusual_size:
-            with suppress(LedgerError):  # logged at the next heartbeat instead
-                self._device_tracker.log_unusual_sizes()
-
-    def _log_suspicion(self, candidate: FileCandidate) -> None:
-        if candidate.suspicion is not None:
-            self._log.emit(
-                events.ARCHIVE_SUSPICIOUS,
-                drop=self.name,
-                archive=candidate.relpath,
-                size_bytes=candidate.fingerprint.size,
-                reason=candidate.suspicion.reason,
-                error=candidate.suspicion.error,
-                hint="check the backup job of the device, and have it send another backup",
-            )
+        queued = {archive.relpath for archive in result.queued}
+        for candidate in batch:
+            if candidate.suspicion is not None and candidate.relpath in queued:
+                self._log.emit(
+                    events.ARCHIVE_SUSPICIOUS,
+                    drop=self.name,
+                    archive=candidate.relpath,
+                    size_bytes=candidate.fingerprint.size,
+                    reason=candidate.suspicion.reason,
+                    error=candidate.suspicion.error,
+                    hint="check the backup job of the device, and have it send another backup",
+                )
 
     def _save_state(self) -> None:
         """Write to the ledger what has changed in the state of the drop and in its problems."""

@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 
 from backupd.core.eligibility import COMPANION_SUFFIXES, Ineligible
+from backupd.core.filesystems import default_stable_for
 from backupd.core.model import fingerprint_of, may_have_content_of
 from backupd.core.stability import Stability, StabilityTracker
 from backupd.dropfolder.drop import Drop
@@ -72,7 +73,9 @@ class UnfinishedFiles:
         self._log = log
         self._eligibility = drop.eligibility
         self._is_recursive = config.recursive
-        self._tracker = StabilityTracker(config.stable_for.total_seconds())
+        self._tracker = StabilityTracker(
+            default_stable_for("") if config.stable_for is None else config.stable_for.total_seconds()
+        )
         self._problems = problems
         self._unfinished_since: dict[bytes, float] = {}
         """When each unfinished file was seen first (monotonic)."""
@@ -82,6 +85,15 @@ class UnfinishedFiles:
 
     def __contains__(self, relpath: object) -> bool:
         return relpath in self._tracker
+
+    @property
+    def stable_for(self) -> float:
+        """The seconds for which a file must be unchanged."""
+        return self._tracker.stable_for
+
+    @stable_for.setter
+    def stable_for(self, seconds: float) -> None:
+        self._tracker.stable_for = seconds
 
     def next_due(self) -> float | None:
         """Return the monotonic time at which the next file has to be checked, or None."""

@@ -8,9 +8,10 @@ from dataclasses import replace
 from watchdog.observers.api import EventQueue
 
 from backupd.core.drop_problem import FOLDER_FAILED, DropState
+from backupd.core.filesystems import default_stable_for, is_remote
 from backupd.core.names import as_text
 from backupd.dropfolder.drop import Drop
-from backupd.dropfolder.filesystem import blind_spot, filesystem_of, has_remote_mount_below, is_remote
+from backupd.dropfolder.filesystem import blind_spot, filesystem_of, has_remote_mount_below
 from backupd.dropfolder.folder import FolderInUseError
 from backupd.intake.problem_list import ProblemList
 from backupd.intake.watcher import Watcher, WatchFault
@@ -56,6 +57,10 @@ class WatchHealth:
         self._is_polling = False
         self._state: DropState | None = None
         """The state at the last start of the watcher, without its present fault."""
+        self._watched = ("", "")
+        """The observer and the filesystem that were logged last."""
+        self.stable_for = default_stable_for("")
+        """Seconds for which a file must be unchanged."""
         self._degraded_reason = ""
         """The reason of the last `watch.degraded`; empty while events arrive."""
         self.root_is_failing = False
@@ -77,6 +82,12 @@ class WatchHealth:
 
     def _open(self) -> None:
         self._folder.reopen()
+        self._choose_observer()
+        self._is_open = True
+        self._restart()
+
+    def _choose_observer(self) -> None:
+        """Adapt to the filesystem that holds the folder now, and log it if it is another one."""
         filesystem = filesystem_of(self._path)
         observer = self._config.observer
         reason = "configured"
@@ -85,9 +96,13 @@ class WatchHealth:
             observer = "polling" if remote else "inotify"
             reason = "remote_filesystem" if remote else "local_filesystem"
         self._is_polling = observer == "polling"
-        self._is_open = True
+        configured = self._config.stable_for
+        self.stable_for = default_stable_for(filesystem) if configured is None else configured.total_seconds()
         unseen = blind_spot(self._folder.fileno(), filesystem)
         self._state = DropState(self._drop.name, observer, filesystem, "", unseen)
+        if self._watched == (observer, filesystem):
+            return
+        self._watched = observer, filesystem
         self._log.emit(
             events.DROP_WATCHED,
             drop=self._drop.name,
@@ -95,9 +110,9 @@ class WatchHealth:
             observer=observer,
             filesystem=filesystem,
             reason=reason,
+            stable_for_s=self.stable_for,
             blind_spot=unseen or None,
         )
-        self._restart()
 
     @property
     def state(self) -> DropState | None:
@@ -131,8 +146,7 @@ class WatchHealth:
             return False
         if not self._folder.is_in_place():
             self._log_degraded(_REPLACED)
-            if self._is_accessible(self._folder.reopen):
-                self._restart()
+            self._is_accessible(self._open)
             return False
         was_failing = self.root_is_failing
         if not self._is_accessible(self._folder.check_readable):

@@ -44,7 +44,7 @@ class FileCandidate:
     file damaged, so that it is not to be uploaded; `suspicion`, which the ledger ignores, if it is damaged
     and to be uploaded. `folder_inode` is the inode of the drop folder. `digests` are those of its content
     that are known, with an empty value for one that can't be calculated. `touched` is whether its metadata
-    changed while it was to become stable, so that it is only stable if its content has one of `digests` still.
+    changed while it was to become stable: it is only stable if its content has one of `digests` still.
     """
 
     drop: str

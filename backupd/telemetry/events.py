@@ -135,6 +135,7 @@ KEYS: dict[str, Key] = {
         Key("drops_changed", NAMES, "names of the drops that were added, removed or restarted"),
         Key("destinations_changed", NAMES, "names of the destinations that were added, removed or restarted"),
         Key("thread", TEXT, "name of the thread"),
+        Key("stable_for_s", NUMBER, "seconds for which a file must be unchanged before its upload"),
         Key("step_s", NUMBER, "seconds by which the clock was stepped; negative if it was set back"),
         Key("stalled_s", NUMBER, "seconds since the thread's last sign of life"),
         Key("certificate_role", TEXT, "client or server"),
@@ -316,7 +317,7 @@ LEDGER_FAILED = _event(
 DROP_WATCHED = _event(
     "drop.watched",
     "info",
-    "drop path observer filesystem reason blind_spot",
+    "drop path observer filesystem reason stable_for_s blind_spot",
     "watching {path} with {observer}[ on {filesystem}][; {blind_spot}]",
     "a drop folder is watched",
 )

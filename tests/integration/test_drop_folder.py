@@ -18,11 +18,12 @@ from typing import Any
 
 import pytest
 
+from backupd.core.filesystems import is_remote
 from backupd.core.model import Fingerprint, fingerprint_of
 from backupd.core.names import free_names
 from backupd.dropfolder import move as moving
 from backupd.dropfolder.content import ExpectedFile
-from backupd.dropfolder.filesystem import filesystem_of, is_being_written, is_remote
+from backupd.dropfolder.filesystem import filesystem_of, is_being_written
 from backupd.dropfolder.folder import DirectoryCache, DropFolder, walk
 from backupd.dropfolder.move import (
     FileChangedError,
@@ -563,7 +564,9 @@ class OldFilesystem:
 
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOSYS])
 @pytest.mark.parametrize(
-    "refusal", [None, errno.EPERM, errno.EOPNOTSUPP], ids=["linked", "EPERM", "EOPNOTSUPP"]
+    "refusal",
+    [None, errno.EPERM, errno.EOPNOTSUPP, errno.EIO],
+    ids=["linked", "EPERM", "EOPNOTSUPP", "EIO"],
 )
 def test_without_renameat2_a_file_is_renamed_and_none_overwritten(
     folder: DropFolder, root: Path, monkeypatch: pytest.MonkeyPatch, error: int, refusal: int | None

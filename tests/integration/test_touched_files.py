@@ -292,6 +292,24 @@ def test_the_content_decides_after_a_kill_between_delivery_and_disposition(
     assert [path.read_bytes() for path in stage.archives(stage.sent)] == [after_kill]
 
 
+@pytest.mark.long
+def test_kills_while_kept_archives_are_compared_send_nothing_again(stage: Stage) -> None:
+    with ScriptedServer(accept_all, server_context(stage.pki)) as server:
+        stage.configure(server.url, drop=KEPT)
+        daemon = stage.daemon().ready()
+        paths = [stage.put(f"sw-{number}.cfg", CONTENT + b"%d" % number) for number in range(4)]
+        daemon.wait_for("archive.disposed", len(paths))
+        for number in range(8):
+            for path in paths:
+                chmod(path)
+            time.sleep(0.1 * number)
+            daemon.kill()
+            daemon = stage.daemon().ready()
+        for path in paths:
+            wait_until_known(stage, path)
+    assert len(fingerprints(stage)) == len(server.requests) == len(paths)
+
+
 # in the intake
 
 

@@ -52,7 +52,7 @@ class TestLoading:
         )
         assert (config.log.format, config.log.level) == ("auto", "info")
         assert (drop.destinations, drop.exclude, drop.recursive) == (None, (), True)
-        assert (drop.stable_for, drop.rescan_every) == (timedelta(seconds=2), timedelta(seconds=60))
+        assert (drop.stable_for, drop.rescan_every) == (None, timedelta(seconds=60))
         assert (drop.min_size, drop.max_size, drop.on_delivered) == (1, None, "move")
         assert (drop.sent_dir, drop.rejected_dir, drop.label_pattern) == ("sent", "rejected", None)
         assert drop.include == ("*",)

@@ -43,7 +43,7 @@ def test_the_schema_has_exactly_the_keys_of_the_models() -> None:
 
 def test_the_schema_has_durations_and_sizes_as_strings() -> None:
     drop = json_schema()["$defs"]["DropConfig"]["properties"]
-    assert (drop["stable_for"]["default"], drop["stable_for"]["type"]) == ("2s", "string")
+    assert (drop["rescan_every"]["default"], drop["stable_for"]["type"]) == ("1m", "string")
     assert re.search(drop["stable_for"]["pattern"], "1h30m")
     assert not re.search(drop["rescan_every"]["pattern"], "0s")
     assert drop["min_size"]["default"] == "1B"
