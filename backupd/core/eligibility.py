@@ -43,6 +43,7 @@ class Ineligible(StrEnum):
     EXCLUDED = "excluded"
     CHECKSUM = "checksum_file"
     NOT_INCLUDED = "not_included"
+    OWN_NAME = "own_name"
     SYMLINK = "symlink"
     SPECIAL = "not_a_regular_file"
     TOO_SMALL = "too_small"

@@ -30,6 +30,7 @@ _TEMPORARY_PROBLEM_AFTER = 86400.0
 _ERRORS = {
     Ineligible.TEMPORARY: "it has had the name of an unfinished file for a day",
     Ineligible.NOT_INCLUDED: "its name matches no pattern of `include`",
+    Ineligible.OWN_NAME: "it has the name of `sent_dir` or `rejected_dir`",
     Ineligible.SYMLINK: "it is a symbolic link",
     Ineligible.SPECIAL: "it is not a regular file",
     Ineligible.TOO_SMALL: "it is smaller than `min_size`",
@@ -39,6 +40,7 @@ _ERRORS = {
 _HINTS = {
     Ineligible.TEMPORARY: "remove it if its upload broke off, rename it if it is a backup, or `exclude` it",
     Ineligible.NOT_INCLUDED: "add it to `include` if it is a backup, or to `exclude` to stop this warning",
+    Ineligible.OWN_NAME: "rename it: archives are moved into a folder with this name",
     Ineligible.SYMLINK: "links are not followed; write the file itself into the drop folder",
     Ineligible.SPECIAL: "only regular files are delivered; remove it from the drop folder",
     Ineligible.TOO_SMALL: "check the backup job of the device, or lower `min_size`",
@@ -73,6 +75,7 @@ class UnfinishedFiles:
         self._log = log
         self._eligibility = drop.eligibility
         self._is_recursive = config.recursive
+        self._own_names = frozenset((drop.sent_dir, drop.rejected_dir))
         self._tracker = StabilityTracker(
             default_stable_for("") if config.stable_for is None else config.stable_for.total_seconds()
         )
@@ -109,6 +112,8 @@ class UnfinishedFiles:
         `now` is monotonic. `status` is the file's current status, if the caller has it.
         """
         why = self._eligibility.of_name(relpath)
+        if why is None and relpath in self._own_names:
+            why = Ineligible.OWN_NAME
         if why in (Ineligible.EXCLUDED, Ineligible.CHECKSUM):
             return None
         try:

@@ -519,6 +519,15 @@ def test_an_ineligible_file_is_logged_once_with_its_reason(scene: RunningIntake)
 # problems
 
 
+def test_a_file_with_the_name_of_sent_dir_is_a_problem(tmp_path: Path) -> None:
+    with running_intake(tmp_path, include=("*",)) as scene:
+        (scene.root / "sent").write_bytes(b"in the way")
+        scene.wait_problems({"own_name": 1})
+        (scene.root / "sent").rename(scene.root / "r1.cfg")
+        scene.wait_queued("r1.cfg")
+        scene.wait_problems({})
+
+
 def test_a_problem_ends_with_its_file(scene: RunningIntake) -> None:
     (scene.root / "readme.pdf").write_bytes(b"abc")
     (scene.root / "empty.cfg").touch()
