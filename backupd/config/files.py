@@ -38,12 +38,14 @@ class FilesReport:
     """The problems of all named files and folders, when each `cert` expires, and where the drop folders are.
 
     `expires` has no entry for a destination without a client certificate, or with an unreadable one. `places`
-    are those of all drops, by name; the numbers of a folder that can't be reached are unknown.
+    are those of all drops, by name; the numbers of a folder that can't be reached are unknown. `is_new` is
+    whether no drop has a `sent_dir`: nothing was sent before.
     """
 
     problems: tuple[FileProblem, ...]
     expires: Mapping[str, datetime]
     places: Mapping[str, FolderPlace]
+    is_new: bool
 
     @property
     def fatal(self) -> tuple[FileProblem, ...]:
@@ -61,7 +63,8 @@ def examine_files(config: Config, now: datetime) -> FilesReport:
     expires = {name: expiry for name, expiry in expiries.items() if expiry is not None}
     folders = _examine_drops(config)
     places = {name: each.place for name, each in folders.items()}
-    return FilesReport(tuple(_file_problems(config, folders, now)), expires, places)
+    is_new = not any(each.has_sent for each in folders.values())
+    return FilesReport(tuple(_file_problems(config, folders, now)), expires, places, is_new)
 
 
 def file_problems(config: Config, now: datetime) -> list[FileProblem]:
@@ -162,12 +165,16 @@ _ANSWER_TIMEOUT: Final = 5.0
 
 @dataclass(slots=True)
 class _DropFolders:
-    """The place of a drop's folder, its real path, None until that is known, and its problems."""
+    """The place of a drop's folder, its real path, None until that is known, and its problems.
+
+    `has_sent` is whether it has a `sent_dir`, as far as that is known.
+    """
 
     named: _Named
     place: FolderPlace
     real_path: Path | None = None
     problems: tuple[FileProblem, ...] = ()
+    has_sent: bool = True
 
 
 def _examine_drops(config: Config) -> dict[str, _DropFolders]:
@@ -193,6 +200,7 @@ def _examine_drops(config: Config) -> dict[str, _DropFolders]:
             with suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # among the problems
                 status = os.stat(drop.path)
                 folders.place = FolderPlace(str(drop.path), status.st_dev, status.st_ino)
+            folders.has_sent = os.path.lexists(drop.path / drop.sent_dir.strip("/"))
         except OSError as error:
             text, hint = f"can't be used: {_reason(error)}", f"check its mount: `findmnt -T {drop.path}`"
             folders.problems = (folders.named.problem(text, hint, prevents_start=False),)

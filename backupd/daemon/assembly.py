@@ -43,7 +43,7 @@ def run_daemon(
         if opened.recreated is not None:
             lost = opened.recreated
             log.emit(events.LEDGER_RECREATED, path=lost.path, error=lost.error, hint=lost.hint)
-        assembly = Assembly(config, opened.ledger, log, report.places)
+        assembly = Assembly(config, opened.ledger, log, report)
         certificates = Certificates(assembly.runtime, log, examine_files, report)
         housekeeping = Housekeeping(assembly.runtime, log, assembly.device_tracker, assembly.clock)
         daemon = Daemon(
@@ -62,16 +62,14 @@ def run_daemon(
         return code
 
 
-_FIRST_READING = ClockReading(datetime.fromtimestamp(0, UTC))
-"""The clock reading of a new ledger: no time is known to be right, so that nothing is removed for a day."""
+_DISTRUSTED_READING = ClockReading(datetime.fromtimestamp(0, UTC))
+"""The clock reading of a lost ledger: no time is known to be right, so that nothing is removed for a day."""
 
 
 class Assembly:
     """Builds the runtime of a daemon from a configuration, and changes it to another configuration."""
 
-    def __init__(
-        self, config: Config, ledger: Ledger, log: EventLog, places: Mapping[str, FolderPlace]
-    ) -> None:
+    def __init__(self, config: Config, ledger: Ledger, log: EventLog, report: FilesReport) -> None:
         self._log = log
         self._ledger = ledger
         self._abort = Abort()
@@ -83,11 +81,13 @@ class Assembly:
 
         Also the earlier folders of drops, while archives in them are pending.
         """
-        self.clock = HostClock(ledger.last_clock_reading() or _FIRST_READING)
+        self.clock = HostClock(
+            ledger.last_clock_reading() or (None if report.is_new else _DISTRUSTED_READING)
+        )
         self.device_tracker = DeviceTracker(ledger, log)
         drops = {**self._drops}
         try:
-            self._add_earlier_folders(config, places)
+            self._add_earlier_folders(config, report.places)
             self.device_tracker.configure(drops, ledger.now())
         except LedgerFullError as error:  # no archive can be queued until there is room
             log_ledger_failure(log, error)

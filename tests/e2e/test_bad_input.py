@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from backupd.cli.options import BAD_CONFIG
 from tests.pki import Pki, in_days
 from tests.stage import TIMEOUT, Stage
 
@@ -341,8 +342,9 @@ def test_reports_an_unreadable_path_with_the_uid_of_the_daemon(
 def test_reports_a_drop_folder_without_write_permission(stage: Stage) -> None:
     stage.configure(UNREACHABLE_URL)
     with closed(stage.drop, 0o500):
-        done = backupd(stage, "run")
-    assert_refused(done, f"\ndrop.switches.path: {stage.drop} can't be read, written and searched")
+        done = backupd(stage, "check", "--offline")
+    assert done.returncode == BAD_CONFIG
+    assert f"failed: drop.switches.path: {stage.drop} can't be read, written and searched" in done.stdout
 
 
 @pytest.mark.long

@@ -169,11 +169,26 @@ def test_an_upload_in_progress_ends_with_the_old_configuration(stage: Stage) -> 
         assert daemon.stop() == 0
 
 
+def test_a_drop_folder_that_is_missing_at_a_reload_is_used_once_it_exists(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url)
+    daemon = stage.daemon().ready()
+    later = stage.base / "later"
+    text = stage.config.read_text().replace(f'path = "{stage.drop}"', f'path = "{later}"')
+    stage.config.write_text(text)
+    reload(daemon, "config.reloaded")
+    daemon.wait_for("drop.failed", path=str(later))
+    later.mkdir()
+    stage.put("r1.cfg", b"content", into=later)
+    daemon.wait_for("archive.disposed", archive="r1.cfg")
+    assert daemon.stop() == 0
+
+
 @pytest.mark.parametrize(
     ("text", "error"),
     [
         ("[drop.switches]\npaht = 3", "paht"),
-        ('[drop.switches]\npath = "/nowhere"\n[destination.vault]\nurl = "https://localhost/"', "/nowhere"),
         ("nonsense", "nonsense"),
     ],
 )
