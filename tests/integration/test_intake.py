@@ -388,7 +388,7 @@ def test_a_name_that_is_not_valid_utf_8_is_queued(events_only: RunningIntake) ->
 def test_a_file_with_the_name_of_an_own_folder_is_found_by_its_event(tmp_path: Path) -> None:
     with running_intake(tmp_path, rescan_every=LONG, sent_dir="sent.cfg") as scene:
         scene.put("sent.cfg")
-        scene.wait_queued("sent.cfg")
+        scene.wait_problems({"own_name": 1})
 
 
 def test_a_watched_folder_takes_one_thread_and_one_inotify_instance(events_only: RunningIntake) -> None:

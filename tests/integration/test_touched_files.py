@@ -386,7 +386,7 @@ def test_a_new_file_that_is_touched_all_the_time_is_queued(tmp_path: Path) -> No
 def test_a_damaged_archive_that_is_touched_all_the_time_is_rejected_after_its_grace(
     tmp_path: Path, checks: dict[str, Any]
 ) -> None:
-    with running_intake(tmp_path, inspect_grace="1s", **checks) as scene:
+    with running_intake(tmp_path, inspect_grace="1s", on_suspicious="reject", **checks) as scene:
         scene.put("r1.tar.gz.sha256", b"0" * 64)
         with touched_all_the_time(scene.root / "r1.tar.gz") as begun:
             scene.put("r1.tar.gz", gzip.compress(os.urandom(1000))[:-5])
