@@ -249,8 +249,6 @@ def _state_in_a_file(stage: Stage) -> None:
 
 
 BROKEN: list[tuple[Callable[[Stage], None], str, str]] = [
-    (_no_drop, "drop.switches.path", "does not exist"),
-    (_a_file_as_drop, "drop.switches.path", "is not a folder"),
     (_no_key, "destination.vault.key", "does not exist"),
     (_no_cert, "destination.vault.cert", "does not exist"),
     (_no_ca, "destination.vault.ca", "does not exist"),
@@ -279,6 +277,28 @@ def test_the_daemon_does_not_start_with_an_unusable_file_or_folder(
     checked = stage.backupd("check", "--offline")
     assert checked.returncode == 78
     assert f"failed: {key}: {stage.base}" in checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words", "error"),
+    [
+        (_no_drop, "does not exist", "No such file or directory"),
+        (_a_file_as_drop, "is not a folder", "Not a directory"),
+    ],
+)
+def test_the_daemon_starts_with_an_unusable_drop_folder_that_check_reports(
+    stage: Stage, break_it: Callable[[Stage], None], words: str, error: str
+) -> None:
+    stage.configure(UNREACHABLE_URL)
+    break_it(stage)
+    checked = stage.backupd("check", "--offline")
+    assert checked.returncode == BAD_CONFIG
+    assert f"failed: drop.switches.path: {stage.drop} {words}" in checked.stdout
+    daemon = stage.daemon().ready()
+    assert f"{stage.drop} {words}" in daemon.events("config.warning")[0]["error"]
+    assert daemon.events("drop.failed")[0]["error"] == error
+    assert stage.backupd("status", "--check").returncode == 2
+    assert daemon.stop() == 0
 
 
 def test_an_encrypted_key_without_a_password_file_is_refused_without_a_prompt(stage: Stage) -> None:
@@ -322,7 +342,6 @@ def closed(path: Path, mode: int = 0) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("what", "key", "faults"),
     [
-        ("drop", "drop.switches.path", 1),
         ("key", "destination.vault.key", 1),
         ("cert", "destination.vault.cert", 1),
         ("ca", "destination.vault.ca", 1),
@@ -339,12 +358,14 @@ def test_reports_an_unreadable_path_with_the_uid_of_the_daemon(
 
 
 @needs_permissions
-def test_reports_a_drop_folder_without_write_permission(stage: Stage) -> None:
+@pytest.mark.parametrize("mode", [0, 0o500])
+def test_check_reports_a_drop_folder_without_permissions(stage: Stage, mode: int) -> None:
     stage.configure(UNREACHABLE_URL)
-    with closed(stage.drop, 0o500):
+    with closed(stage.drop, mode):
         done = backupd(stage, "check", "--offline")
     assert done.returncode == BAD_CONFIG
     assert f"failed: drop.switches.path: {stage.drop} can't be read, written and searched" in done.stdout
+    assert f"(uid {os.geteuid()})" in done.stdout
 
 
 @pytest.mark.long
