@@ -139,7 +139,7 @@ def test_status_shows_each_drop(stage: Stage, receiver: RunningReceiver) -> None
     assert re.search(rf"switches +{stage.drop} +inotify +0 +0 B +- +one\.cfg +\d+ s ago", text)
     assert "\x1b" not in text
     [drop] = json.loads(stage.backupd("status", "--json").stdout)["drops"]
-    assert (drop["name"], drop["observer"], drop["record"]["pending"]) == ("switches", "inotify", 0)
+    assert (drop["name"], drop["state"]["observer"], drop["record"]["pending"]) == ("switches", "inotify", 0)
     assert drop["record"]["last"] == "one.cfg"
 
 
@@ -354,7 +354,7 @@ def test_list_filters_by_drop_device_destination_time_and_name(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
     pattern = """label_pattern = '(?P<site>[^/]+)/(?P<device>[^-]+)-.*'"""
-    a_sent_archive(stage, receiver, "north/r1-a.cfg", "north/r2-a.cfg", "south/r1-b.tar", drop=pattern)
+    a_sent_archive(stage, receiver, "north/r1-a.cfg", "north/r2-a.cfg", "south/r1-b.bin", drop=pattern)
     change(stage, "UPDATE archive SET queued_at = ? WHERE id = 1", micros(timedelta(days=3)))
 
     def listed(*arguments: str) -> list[str]:
@@ -362,12 +362,12 @@ def test_list_filters_by_drop_device_destination_time_and_name(
         assert done.returncode == 0, done.stderr
         return sorted(r["archive"]["relpath"] for r in json.loads(done.stdout))
 
-    everything = ["north/r1-a.cfg", "north/r2-a.cfg", "south/r1-b.tar"]
+    everything = ["north/r1-a.cfg", "north/r2-a.cfg", "south/r1-b.bin"]
     assert listed("--drop", "switches", "--destination", "vault", "--state", "delivered") == everything
-    assert listed("--device", "r1") == ["north/r1-a.cfg", "south/r1-b.tar"]
-    assert listed("--device", "r1", "--label", "site=south") == ["south/r1-b.tar"]
+    assert listed("--device", "r1") == ["north/r1-a.cfg", "south/r1-b.bin"]
+    assert listed("--device", "r1", "--label", "site=south") == ["south/r1-b.bin"]
     assert listed("--name", "*.CFG") == ["north/r1-a.cfg", "north/r2-a.cfg"]
-    assert listed("--name", "south/*") == ["south/r1-b.tar"]
+    assert listed("--name", "south/*") == ["south/r1-b.bin"]
     old = json.loads(stage.backupd("list", "--json", "--until", "2d").stdout)
     assert len(old) == 1
     assert len(listed("--since", "2d")) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import time
@@ -28,7 +29,7 @@ GRACE = 0.5
 DEFAULT_GRACE = 30.0
 LONG_TIMEOUTS = 'timeout = { connect = "1h", read = "1h", write = "1h" }'
 """Have only the stop of the daemon end an upload."""
-LARGE = bytes(16 * MIB)
+LARGE = os.urandom(16 * MIB)
 """More bytes than the buffers of a connection hold."""
 
 

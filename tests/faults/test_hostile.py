@@ -234,17 +234,17 @@ def test_a_sparse_file_of_eight_exbibytes_stops_no_other_archive(
     try:
         stage.configure(receiver.url, drop=FREQUENT_SCANS, destination="workers = 2")
         daemon = stage.daemon().ready()
-        with (stage.drop / "huge.tar.gz").open("wb") as stream:
+        with (stage.drop / "huge.cfg").open("wb") as stream:
             os.truncate(stream.fileno(), 2**63 - 1)
-        daemon.wait_for("archive.queued", archive="huge.tar.gz")
+        daemon.wait_for("archive.queued", archive="huge.cfg")
         for number in range(20):
             (stage.drop / f"r{number}.cfg").write_bytes(b"%d" % number)
         for number in range(20):
             daemon.wait_for("archive.disposed", archive=f"r{number}.cfg")
         assert daemon.memory("VmHWM") < 150 * 2**20
-        os.truncate(stage.drop / "huge.tar.gz", 5)
-        daemon.wait_for("archive.disposed", archive="huge.tar.gz")
-        assert (stage.sent / "huge.tar.gz").read_bytes() == bytes(5)
+        os.truncate(stage.drop / "huge.cfg", 5)
+        daemon.wait_for("archive.disposed", archive="huge.cfg")
+        assert (stage.sent / "huge.cfg").read_bytes() == bytes(5)
         assert daemon.stop() == 0
     finally:
         subprocess.run(["umount", "--lazy", str(stage.drop)], check=True)

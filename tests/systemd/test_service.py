@@ -14,7 +14,7 @@ from tests.uploading import MIB
 
 pytestmark = [pytest.mark.systemd, pytest.mark.xdist_group("systemd")]
 
-LARGE = bytes(16 * MIB)
+LARGE = os.urandom(16 * MIB)
 """More bytes than the buffers of a connection hold."""
 CAP_LEASE = 1 << 28
 UNIT_SUCCEEDED = "7ad2d189f7e94e70a38c781354912448"
