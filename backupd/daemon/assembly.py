@@ -8,7 +8,7 @@ from pathlib import Path
 
 from backupd.config.files import ExamineFiles, FilesReport
 from backupd.config.models import Config, DestinationConfig, DropConfig
-from backupd.core.errors import LedgerFullError
+from backupd.core.errors import LedgerDamagedError, LedgerFullError
 from backupd.core.folder_place import FolderPlace, label_of
 from backupd.daemon.certificates import Certificates
 from backupd.daemon.daemon import Daemon
@@ -43,7 +43,12 @@ def run_daemon(
         if opened.recreated is not None:
             lost = opened.recreated
             log.emit(events.LEDGER_RECREATED, path=lost.path, error=lost.error, hint=lost.hint)
-        assembly = Assembly(config, opened.ledger, log, report)
+        try:
+            assembly = Assembly(config, opened.ledger, log, report)
+        except LedgerDamagedError as error:
+            log.emit(events.DAEMON_FAILED, error=error.message, hint=error.hint)
+            opened.ended_cleanly, opened.damage = False, error
+            return 1
         certificates = Certificates(assembly.runtime, log, examine_files, report)
         housekeeping = Housekeeping(assembly.runtime, log, assembly.device_tracker, assembly.clock)
         daemon = Daemon(
