@@ -180,8 +180,7 @@ class Intake:
         if isinstance(event, WatchEndedEvent):
             self._next_scan = time.monotonic()
         elif event.is_directory:
-            self._problems.remove(relpath)  # it is added again if the directory is still unreadable
-            self._scan(relpath, None, detect_lost_events=False)
+            self._problems.recheck(relpath, lambda: self._scan(relpath, None, detect_lost_events=False))
         else:
             self._examiner.recheck(relpath)
             self._check(relpath)

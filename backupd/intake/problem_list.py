@@ -103,6 +103,13 @@ class ProblemList:
         )
         self._suspicious[relpath] = self._changed[relpath, SUSPICIOUS] = problem
 
+    def recheck(self, relpath: bytes, check: Callable[[], None]) -> None:
+        """Call `check`, and remove the problem of a path unless it is found again."""
+        self._found.discard(relpath)
+        check()
+        if relpath not in self._found:
+            self.remove(relpath)
+
     def scan_started(self) -> None:
         """Begin to note which problems are found."""
         self._found.clear()

@@ -69,9 +69,7 @@ def delivered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     for stage in a_stage(tmp_path_factory.mktemp("stage")):
         tls = ServerTls(stage.pki.server_cert, stage.pki.server_key, stage.pki.ca_pem)
         with RunningReceiver(stage.store, tls) as receiver:
-            stage.configure(
-                receiver.url + "?of={name}", drop=ALL, destination=TEMPLATES
-            )
+            stage.configure(receiver.url + "?of={name}", drop=ALL, destination=TEMPLATES)
             daemon = stage.daemon().ready()
             for name in NAMES:
                 stage.put(name, name)
