@@ -12,7 +12,7 @@ from enum import StrEnum
 from backupd.core.checksum import is_checksum_name
 
 _TEMPORARY = re.compile(
-    r"(?:\..*|.*~|~.*|#.*#|.*\.(?:part|partial|tmp|temp|filepart|crdownload|swp|swx|lock|writing|upload|inprogress|aria2|lftp-pget-status))",
+    r"(?:\..*|.*~|~.*|#.*#|.*\.(?:part|partial|tmp|temp|filepart|crdownload|swp|swx|lock|writing|upload|inprogress|aria2(?:__temp)?|lftp-pget-status))",
     re.IGNORECASE | re.DOTALL,
 )
 """Hidden names, and the names of unfinished files of editors, browsers, WinSCP, rsync and others.
@@ -29,10 +29,11 @@ _RUBBISH = re.compile(
 )
 """Names that file servers, desktops, shells and backupd itself give to what is no backup: always ignored."""
 
-COMPANION_SUFFIXES = (b".part", b".filepart", b".aria2", b".lftp-pget-status", b".st")
+COMPANION_SUFFIXES = (b".part", b".filepart", b".aria2", b".aria2__temp", b".lftp-pget-status", b".st")
 """While a file NAME with one of these exists, NAME is still being written.
 
-Source: the documentation of WinSCP, aria2, lftp and axel.
+aria2 writes its notes to the second of its names and renames them, each time. Source: the documentation of
+WinSCP, aria2, lftp and axel; `DefaultBtProgressInfoFile::save` of aria2.
 """
 
 

@@ -615,7 +615,7 @@ def test_a_folder_that_is_excluded_is_not_entered(tmp_path: Path) -> None:
         assert scene.queued() == ["new/r1.cfg"]
 
 
-@pytest.mark.parametrize("suffix", ["part", "filepart", "aria2", "lftp-pget-status", "st"])
+@pytest.mark.parametrize("suffix", ["part", "filepart", "aria2", "aria2__temp", "lftp-pget-status", "st"])
 def test_a_file_with_a_companion_of_a_download_waits_until_the_companion_is_gone(
     events_only: RunningIntake, suffix: str
 ) -> None:

@@ -27,6 +27,8 @@ def an_eligibility(
         b".r1.tar.gz.x7Gq2k",  # rsync
         b"r1.tar.gz.filepart",  # WinSCP
         b"r1.tar.gz.part",
+        b"r1.tar.gz.aria2",
+        b"r1.tar.gz.aria2__temp",  # renamed to the one before, each time that aria2 saves its notes
         b"r1.tar.gz.PARTIAL",
         b"r1.tar.gz.crdownload",
         b"r1.cfg~",
