@@ -153,7 +153,13 @@ class UnfinishedFiles:
         return self._eligibility.of_name(relpath) is None
 
     def add_unreadable(self, relpath: bytes, error: OSError) -> None:
-        """Add a file or directory that can't be read to the problems."""
+        """Add a file or directory that can't be read to the problems.
+
+        Not while the drop folder itself can't be read, as on a mount that died: that is one problem, which
+        the next scan finds, and afterwards it finds the files again.
+        """
+        if relpath not in self._problems and not self._is_folder_readable():
+            return
         hint = "give the daemon's user read permission (chmod, setfacl); retried at each rescan"
         if error.errno == errno.EAGAIN:
             hint = "its owner holds a write lease on it; retried at each rescan"
@@ -165,6 +171,13 @@ class UnfinishedFiles:
         """Add an earlier `sent_dir` or `rejected_dir` to the problems; `relpath` is in it."""
         self._forget(relpath)
         self._add_ignored(found.relpath, "earlier_folder", found.error, found.hint(self._whole_drop))
+
+    def _is_folder_readable(self) -> bool:
+        try:
+            self._folder.check_readable()
+        except OSError:
+            return False
+        return True
 
     def _forget(self, relpath: bytes) -> None:
         self._tracker.forget(relpath)

@@ -146,6 +146,28 @@ def test_a_mount_that_dies_and_comes_back_delivers_what_was_pending(
     assert daemon.stop() == 0
 
 
+def test_a_dead_mount_is_one_problem_and_none_of_each_file(
+    stage: Stage, mount: FuseMount, other: Path, receiver: RunningReceiver
+) -> None:
+    wait = 'stable_for = "2s"'
+    drop = f'[drop.other]\npath = "{other}"\n{wait}\n[log]\nlevel = "debug"'
+    stage.configure(receiver.url, drop=f'rescan_every = "1s"\n{wait}', more=drop)
+    (stage.drop / "site").mkdir()
+    daemon = stage.daemon().ready()
+    for name in ("a.cfg", "site/b.cfg"):
+        (stage.drop / name).write_bytes(name.encode())
+    daemon.wait_for("drop.scanned", drop="switches", unfinished_files=2)
+    mount.die()
+    daemon.wait_for("drop.failed", drop="switches")
+    stage.put("c.cfg", b"c", into=other)
+    daemon.wait_for("archive.disposed", drop="other")  # by now the others would have been unchanged for 2 s
+    assert the_problems(stage) == [("switches", "folder_failed")]
+    mount.remount()
+    daemon.wait_for("archive.disposed", 2, drop="switches")
+    assert not daemon.events("archive.ignored")
+    assert daemon.stop() == 0
+
+
 def test_a_mount_that_hangs_delays_no_other_drop(stage: Stage, mount: FuseMount, other: Path) -> None:
     daemon = stage.daemon().ready()
     mount.hang()
