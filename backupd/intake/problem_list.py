@@ -62,6 +62,11 @@ class ProblemList:
     def __contains__(self, relpath: object) -> bool:
         return relpath in self._problems
 
+    def reason(self, relpath: bytes) -> str:
+        """Return the reason of the problem of a path that scans find again, empty if it has none."""
+        known = self._problems.get(relpath)
+        return known.reason if known else ""
+
     def load(self) -> None:
         """Read the problems of an earlier run, which keep their age; raises LedgerError."""
         problems = self._ledger.problems(self._drop)

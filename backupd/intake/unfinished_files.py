@@ -21,6 +21,9 @@ from backupd.ledger.port import FileCandidate
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
 
+_UNREADABLE = "unreadable"
+"""The reason for a file or directory that can't be read."""
+
 _UNFINISHED_PROBLEM_AFTER = 3600.0
 """Seconds after which a file that is still being written to is a problem."""
 
@@ -158,14 +161,16 @@ class UnfinishedFiles:
         Not while the drop folder itself can't be read, as on a mount that died: that is one problem, which
         the next scan finds, and afterwards it finds the files again.
         """
-        if relpath not in self._problems and not self._is_folder_readable():
+        if self._problems.reason(relpath) != _UNREADABLE and not self._is_folder_readable():
             return
-        hint = "give the daemon's user read permission (chmod, setfacl); retried at each rescan"
+        hint = "see `dmesg` and `findmnt -T FILE`; retried at each rescan"
+        if error.errno in (errno.EACCES, errno.EPERM):
+            hint = "give the daemon's user read permission (chmod, setfacl); retried at each rescan"
         if error.errno == errno.EAGAIN:
             hint = "its owner holds a write lease on it; retried at each rescan"
         if error.errno == errno.ENAMETOOLONG:
             hint = "move it nearer to the drop folder: paths of 4096 bytes or more are not read"
-        self._add_ignored(relpath, "unreadable", error.strerror or str(error), hint)
+        self._add_ignored(relpath, _UNREADABLE, error.strerror or str(error), hint)
 
     def add_earlier_folder(self, relpath: bytes, found: EarlierFolder) -> None:
         """Add an earlier `sent_dir` or `rejected_dir` to the problems; `relpath` is in it."""

@@ -153,18 +153,20 @@ def test_a_dead_mount_is_one_problem_and_none_of_each_file(
     drop = f'[drop.other]\npath = "{other}"\n{wait}\n[log]\nlevel = "debug"'
     stage.configure(receiver.url, drop=f'rescan_every = "1s"\n{wait}', more=drop)
     (stage.drop / "site").mkdir()
+    (stage.drop / "empty.cfg").touch()
     daemon = stage.daemon().ready()
+    daemon.wait_for("archive.ignored", reason="too_small")
     for name in ("a.cfg", "site/b.cfg"):
         (stage.drop / name).write_bytes(name.encode())
-    daemon.wait_for("drop.scanned", drop="switches", unfinished_files=2)
+    daemon.wait_for("drop.scanned", drop="switches", unfinished_files=3)
     mount.die()
     daemon.wait_for("drop.failed", drop="switches")
     stage.put("c.cfg", b"c", into=other)
     daemon.wait_for("archive.disposed", drop="other")  # by now the others would have been unchanged for 2 s
-    assert the_problems(stage) == [("switches", "folder_failed")]
+    assert the_problems(stage) == [("switches", "folder_failed"), ("switches", "too_small")]
     mount.remount()
     daemon.wait_for("archive.disposed", 2, drop="switches")
-    assert not daemon.events("archive.ignored")
+    assert {event["reason"] for event in daemon.events("archive.ignored")} == {"too_small"}
     assert daemon.stop() == 0
 
 

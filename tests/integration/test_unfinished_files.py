@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -118,3 +119,14 @@ def test_a_write_lease_of_the_owner_is_named_in_the_hint(folder: Locked, unfinis
         assert "write lease" in record["hint"]
     finally:
         signal.signal(signal.SIGIO, before)
+
+
+@pytest.mark.parametrize(("number", "hint"), [(errno.EACCES, "read permission"), (errno.EIO, "dmesg")])
+def test_the_hint_of_an_unreadable_file_fits_its_error(
+    unfinished: UnfinishedFiles, folder: Locked, number: int, hint: str
+) -> None:
+    unfinished.add_unreadable(b"r1.cfg", OSError(number, os.strerror(number)))
+
+    (line,) = log_of(folder).read_text().splitlines()
+    assert json.loads(line)["error"] == os.strerror(number)
+    assert hint in json.loads(line)["hint"]
