@@ -15,6 +15,9 @@ from tests.faults.campaign import Campaign, CampaignOptions
 CAMPAIGNS = {"crash": 3.0, "network": 2.0, "load": 2.0, "soak": 1.5}
 """The modules of `tests.faults` with a campaign, in order, each with its share of the time."""
 
+BY_NAME_ONLY = {"day": 1.0}
+"""Those that run only if `--only` names them: they need root, and many programs."""
+
 
 def campaign_of(name: str) -> Campaign:
     campaign: Campaign = importlib.import_module(f"tests.faults.{name}").campaign
@@ -25,16 +28,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0, help="for all campaigns together (10)")
     parser.add_argument(
-        "--only", choices=[*CAMPAIGNS], action="append", help="run this campaign alone; may be repeated"
+        "--only",
+        choices=[*CAMPAIGNS, *BY_NAME_ONLY],
+        action="append",
+        help="run this campaign alone; may be repeated",
     )
     parser.add_argument("--archives", type=int, help="archives of the load campaign, however long it takes")
     parser.add_argument("--seed", type=int, default=random.randrange(1_000_000), help="repeat this run")
     arguments = parser.parse_args()
     chosen = arguments.only or [*CAMPAIGNS]
+    shares = CAMPAIGNS | BY_NAME_ONLY
     print(f"seed {arguments.seed}", flush=True)
     broken = 0
     for name in chosen:
-        share = arguments.minutes * 60 * CAMPAIGNS[name] / sum(CAMPAIGNS[other] for other in chosen)
+        share = arguments.minutes * 60 * shares[name] / sum(shares[other] for other in chosen)
         with tempfile.TemporaryDirectory(prefix="backupd-faults-") as base:
             Path(base).chmod(0o755)  # some cases run as another user
             began = time.monotonic()
