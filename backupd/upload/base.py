@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -113,7 +114,8 @@ class UploadJob:
         try:
             return self._current_fingerprint(fd)
         finally:
-            os.close(fd)
+            with suppress(OSError):  # of a network filesystem that is gone: the status was read, or not
+                os.close(fd)
 
     def _current_fingerprint(self, fd: int) -> Fingerprint:
         try:

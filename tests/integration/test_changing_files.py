@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable
@@ -243,3 +244,25 @@ def test_the_request_of_a_changed_file_never_completes(tmp_path: Path, change: C
     assert is_complete == [False]
     assert isinstance(again, Delivered)
     assert [request.archive for request in server.requests] == [b"x"]
+
+
+def test_a_file_that_is_read_but_fails_to_close_is_delivered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.cfg"
+    path.write_bytes(b"content")
+    close = os.close
+    failed: list[int] = []
+
+    def close_on_a_dead_mount(fd: int) -> None:
+        is_archive = os.readlink(f"/proc/self/fd/{fd}") == str(path)
+        close(fd)
+        if is_archive and not failed:  # not the descriptor of the sender, which it closes last
+            failed.append(fd)
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+
+    with ScriptedServer(accept_all) as server, a_sender(a_destination(server.url)) as sender:
+        monkeypatch.setattr(os, "close", close_on_a_dead_mount)
+        assert isinstance(sender.send(path), Delivered)
+        monkeypatch.undo()
+    assert failed
