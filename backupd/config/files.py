@@ -30,7 +30,7 @@ from backupd.config.problems import FileProblem
 from backupd.config.rules import overlap
 from backupd.core.filesystems import default_stable_for, has_change_time, is_remote
 from backupd.core.folder_place import FolderPlace
-from backupd.core.mountinfo import MountEntry, filesystem_at, parse_mountinfo, path_on_device
+from backupd.core.mountinfo import MountEntry, mounts_within, parse_mountinfo, path_on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,10 +191,9 @@ def _examine_drops(config: Config) -> dict[str, _DropFolders]:
         drop, folders = config.drop[name], found[name]
         try:
             real_path = _real_path(drop.path)
-            filesystem = _filesystem_of(real_path)
             folders.problems = (
                 *_drop_problems(name, drop, mounts),
-                *_filesystem_problems(name, drop, filesystem),
+                *_filesystem_problems(name, drop, real_path),
             )
             folders.real_path = real_path
             with suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # among the problems
@@ -338,33 +337,27 @@ def _directories(root: Path, skipped: Sequence[Path] | None) -> Iterator[tuple[P
                     yield here / name, status
 
 
-def _filesystem_of(real_path: Path) -> str:
-    """Return the type of a folder's filesystem, `unknown` if the mount table can't be read."""
-    try:
-        content = _MOUNTINFO.read_bytes()
-    except OSError:
-        content = b""
-    return filesystem_at(os.fsencode(real_path), parse_mountinfo(content))
-
-
-def _filesystem_problems(name: str, drop: DropConfig, filesystem: str) -> Iterator[FileProblem]:
-    """Yield the changes of files that can't be seen on a filesystem."""
-    if not has_change_time(filesystem):
-        yield _Named(f"drop.{name}.path", drop.path).problem(
-            f"is on {filesystem}, which has no change time: if a file is rewritten and its size and"
-            " modification time are restored, this is not seen",
-            "have files written under a temporary name and then renamed; `checksum_file` finds the others",
-            fatal=False,
-            prevents_start=False,
-        )
-    least = default_stable_for(filesystem)
-    if is_remote(filesystem) and drop.stable_for is not None and drop.stable_for.total_seconds() < least:
-        yield _Named(f"drop.{name}.stable_for", drop.path).problem(
-            f"is on {filesystem}, which may show a growing file unchanged for {least:g} s or more",
-            f'remove stable_for, or set it to "{least:g}s" unless the mount has shorter cache times',
-            fatal=False,
-            prevents_start=False,
-        )
+def _filesystem_problems(name: str, drop: DropConfig, real_path: Path) -> Iterator[FileProblem]:
+    """Yield the changes of files that can't be seen on the filesystems in a drop folder."""
+    for position, mount in enumerate(mounts_within(os.fsencode(real_path), _mount_entries(_MOUNTINFO))):
+        path = Path(os.fsdecode(mount.mount_point)) if position else drop.path
+        if not has_change_time(mount.filesystem):
+            yield _Named(f"drop.{name}.path", path).problem(
+                f"is on {mount.filesystem}, which has no change time: if a file is rewritten and its size and"
+                " modification time are restored, this is not seen",
+                "have files written under a temporary name, then renamed; `checksum_file` finds the others",
+                fatal=False,
+                prevents_start=False,
+            )
+        least = default_stable_for([mount])
+        is_short = drop.stable_for is not None and drop.stable_for.total_seconds() < least
+        if is_short and is_remote(mount.filesystem):
+            yield _Named(f"drop.{name}.stable_for", path).problem(
+                f"is on {mount.filesystem}, which may show a growing file unchanged for {least:g} s or more",
+                f'remove stable_for, or set it to "{least:g}s"',
+                fatal=False,
+                prevents_start=False,
+            )
 
 
 def _subfolder_problem(where: str, root: Path, relative: str, mounts: frozenset[Path]) -> FileProblem | None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
+from backupd.core.mountinfo import MountEntry
+
 _LOCAL_STABLE_SECONDS = 2.0
 
 _REMOTE_MARGIN_SECONDS = 5.0
@@ -57,19 +62,31 @@ _WITHOUT_CHANGE_TIME = frozenset(
 )
 
 
+_CACHE_OPTION = re.compile(r"\b(?:acregmax|actimeo)=(\d+)")
+"""The mount option of NFS and SMB with the seconds for which attributes are cached, if not the default."""
+
+
 def is_remote(filesystem: str) -> bool:
     """Return whether other hosts can write to a filesystem of this type without an inotify event here."""
     return filesystem in _CACHE_SECONDS or filesystem.split(".", maxsplit=1)[0] in ("fuse", "fuseblk")
 
 
-def default_stable_for(filesystem: str) -> float:
+def default_stable_for(mounts: Iterable[MountEntry] = ()) -> float:
     """Return the seconds for which a file must be unchanged, unless configured otherwise.
 
-    A file that another host writes looks unchanged here for as long as its attributes are cached.
+    `mounts` are those that the files are on. A file that another host writes looks unchanged here for as long
+    as its attributes are cached.
     """
-    if not is_remote(filesystem):
-        return _LOCAL_STABLE_SECONDS
-    return _CACHE_SECONDS.get(filesystem, _OTHER_FUSE_CACHE_SECONDS) + _REMOTE_MARGIN_SECONDS
+    return max(
+        (_cache_seconds(mount) + _REMOTE_MARGIN_SECONDS for mount in mounts if is_remote(mount.filesystem)),
+        default=_LOCAL_STABLE_SECONDS,
+    )
+
+
+def _cache_seconds(mount: MountEntry) -> float:
+    if configured := _CACHE_OPTION.search(mount.options):
+        return float(configured[1])
+    return _CACHE_SECONDS.get(mount.filesystem, _OTHER_FUSE_CACHE_SECONDS)
 
 
 def has_change_time(filesystem: str) -> bool:

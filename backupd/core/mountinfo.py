@@ -14,12 +14,14 @@ class MountEntry:
 
     `filesystem` is its type, such as `ext4` or `fuse.sshfs`; `device` is its number as `major:minor`. `root`
     is the directory of the filesystem that is mounted, `/` unless it is a bind mount or a subvolume.
+    `options` are those of the filesystem, separated by commas.
     """
 
     mount_point: bytes
     filesystem: str
     device: str
     root: bytes = b"/"
+    options: str = ""
 
 
 def parse_mountinfo(content: bytes) -> list[MountEntry]:
@@ -31,11 +33,11 @@ def parse_mountinfo(content: bytes) -> list[MountEntry]:
     entries = []
     for line in content.split(b"\n"):
         left, _, right = line.partition(b" - ")
-        fields, filesystem = left.split(b" "), right.partition(b" ")[0]
+        fields, (filesystem, _, rest) = left.split(b" "), right.partition(b" ")
         if len(fields) >= 6 and filesystem:
-            entries.append(
-                MountEntry(_unescape(fields[4]), _text(filesystem), _text(fields[2]), _unescape(fields[3]))
-            )
+            mount_point, device, root = _unescape(fields[4]), _text(fields[2]), _unescape(fields[3])
+            options = _text(rest.partition(b" ")[2])
+            entries.append(MountEntry(mount_point, _text(filesystem), device, root, options))
     return entries
 
 
@@ -55,6 +57,16 @@ def path_on_device(path: bytes, entries: list[MountEntry]) -> tuple[str, bytes] 
         return None
     below = path.removeprefix(entry.mount_point.rstrip(b"/"))
     return entry.device, entry.root.rstrip(b"/") + below or b"/"
+
+
+def mounts_within(path: bytes, entries: list[MountEntry]) -> list[MountEntry]:
+    """Return the entry that holds an absolute path without links, and those mounted below it."""
+    entry = _entry_of(path, entries)
+    below = path.rstrip(b"/") + b"/"
+    return [
+        *([entry] if entry is not None else []),
+        *(other for other in entries if other is not entry and other.mount_point.startswith(below)),
+    ]
 
 
 def _entry_of(path: bytes, entries: list[MountEntry]) -> MountEntry | None:

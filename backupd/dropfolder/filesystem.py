@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from backupd.core.filesystems import is_remote
-from backupd.core.mountinfo import MountEntry, filesystem_at, parse_mountinfo
+from backupd.core.mountinfo import MountEntry, filesystem_at, mounts_within, parse_mountinfo
 
 
 def filesystem_of(path: str, mountinfo: str = "/proc/self/mountinfo") -> str:
@@ -20,15 +20,12 @@ def filesystem_of(path: str, mountinfo: str = "/proc/self/mountinfo") -> str:
     return filesystem_at(os.fsencode(os.path.realpath(path)), _mounts(mountinfo))
 
 
-def has_remote_mount_below(path: str, mountinfo: str = "/proc/self/mountinfo") -> bool:
-    """Return whether a filesystem that other hosts can write to is mounted below a folder.
+def mounts_of(path: str, mountinfo: str = "/proc/self/mountinfo") -> list[MountEntry]:
+    """Return the mount that holds a folder, and those below it; links in the path are followed.
 
     Raises OSError if the mount table can't be read.
     """
-    below = os.fsencode(os.path.realpath(path)).rstrip(b"/") + b"/"
-    return any(
-        entry.mount_point.startswith(below) and is_remote(entry.filesystem) for entry in _mounts(mountinfo)
-    )
+    return mounts_within(os.fsencode(os.path.realpath(path)), _mounts(mountinfo))
 
 
 def _mounts(mountinfo: str) -> list[MountEntry]:

@@ -80,7 +80,7 @@ class UnfinishedFiles:
         self._is_recursive = config.recursive
         self._own_names = frozenset((drop.sent_dir, drop.rejected_dir))
         self._tracker = StabilityTracker(
-            default_stable_for("") if config.stable_for is None else config.stable_for.total_seconds()
+            default_stable_for() if config.stable_for is None else config.stable_for.total_seconds()
         )
         self._problems = problems
         self._unfinished_since: dict[bytes, float] = {}

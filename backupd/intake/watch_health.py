@@ -9,9 +9,10 @@ from watchdog.observers.api import EventQueue
 
 from backupd.core.drop_problem import FOLDER_FAILED, DropState
 from backupd.core.filesystems import default_stable_for, is_remote
+from backupd.core.mountinfo import MountEntry
 from backupd.core.names import as_text
 from backupd.dropfolder.drop import Drop
-from backupd.dropfolder.filesystem import blind_spot, filesystem_of, has_remote_mount_below
+from backupd.dropfolder.filesystem import blind_spot, filesystem_of, mounts_of
 from backupd.dropfolder.folder import FolderInUseError
 from backupd.intake.problem_list import ProblemList
 from backupd.intake.watcher import Watcher, WatchFault
@@ -59,7 +60,6 @@ class WatchHealth:
         """The state at the last start of the watcher, without its present fault."""
         self._watched = ("", "")
         """The observer and the filesystem that were logged last."""
-        self.stable_for = default_stable_for("")
         """Seconds for which a file must be unchanged."""
         self._degraded_reason = ""
         """The reason of the last `watch.degraded`; empty while events arrive."""
@@ -96,8 +96,6 @@ class WatchHealth:
             observer = "polling" if remote else "inotify"
             reason = "remote_filesystem" if remote else "local_filesystem"
         self._is_polling = observer == "polling"
-        configured = self._config.stable_for
-        self.stable_for = default_stable_for(filesystem) if configured is None else configured.total_seconds()
         unseen = blind_spot(self._folder.fileno(), filesystem)
         self._state = DropState(self._drop.name, observer, filesystem, "", unseen)
         if self._watched == (observer, filesystem):
@@ -128,16 +126,24 @@ class WatchHealth:
     def scan_every(self) -> float:
         """Return the seconds until the next scan."""
         every = self._config.rescan_every.total_seconds()
-        if self._is_polling or self.is_degraded or self._has_remote_mount():
+        are_events_missing = self._config.observer == "auto" and any(
+            is_remote(mount.filesystem) for mount in self._mounts()
+        )
+        if self._is_polling or self.is_degraded or are_events_missing:
             return min(every, _POLL_EVERY)
         return every
 
-    def _has_remote_mount(self) -> bool:
-        """Return whether events are missing of a filesystem that is mounted below the folder."""
+    @property
+    def stable_for(self) -> float:
+        """The seconds for which a file must be unchanged; the slowest mount in the folder decides."""
+        configured = self._config.stable_for
+        return default_stable_for(self._mounts()) if configured is None else configured.total_seconds()
+
+    def _mounts(self) -> list[MountEntry]:
         try:
-            return self._config.observer == "auto" and has_remote_mount_below(self._path)
+            return mounts_of(self._path)
         except OSError:
-            return False
+            return []
 
     def check_and_restart(self) -> bool:
         """Restart a watcher that does not work; return whether it has worked since the last check."""

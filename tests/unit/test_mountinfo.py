@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from backupd.core.mountinfo import MountEntry, filesystem_at, parse_mountinfo, path_on_device
+from backupd.core.mountinfo import (
+    MountEntry,
+    filesystem_at,
+    mounts_within,
+    parse_mountinfo,
+    path_on_device,
+)
 
 MOUNTINFO = rb"""21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
 22 21 0:5 / /proc rw,nosuid - proc proc rw
@@ -19,8 +25,8 @@ MOUNTINFO = rb"""21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
 
 def test_an_entry_has_mount_point_type_and_device() -> None:
     assert parse_mountinfo(MOUNTINFO)[2:4] == [
-        MountEntry(b"/srv", "xfs", "0:40"),
-        MountEntry(b"/srv/nas", "nfs4", "0:41"),
+        MountEntry(b"/srv", "xfs", "0:40", options="rw"),
+        MountEntry(b"/srv/nas", "nfs4", "0:41", options="rw"),
     ]
 
 
@@ -97,3 +103,15 @@ def test_a_path_through_a_bind_mount_is_that_of_the_directory_itself(
 
 def test_a_path_without_a_mount_entry_is_on_no_known_device() -> None:
     assert path_on_device(b"/srv", []) is None
+
+
+def test_the_mounts_within_a_folder_are_its_own_and_those_below() -> None:
+    entries = parse_mountinfo(MOUNTINFO)
+
+    def within(path: bytes) -> list[bytes]:
+        return [entry.mount_point for entry in mounts_within(path, entries)]
+
+    assert within(b"/srv/nas/drop") == [b"/srv/nas"]
+    assert within(b"/srv") == [b"/srv", *(entry.mount_point for entry in entries[3:])]
+    assert within(b"/srv/na") == [b"/srv"]
+    assert mounts_within(b"/srv", []) == []
