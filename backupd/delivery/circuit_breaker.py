@@ -77,11 +77,13 @@ class CircuitBreaker:
         return None if left is None else left.total_seconds()
 
     def release(self) -> None:
-        """Give back an acquired place without a result for the destination."""
+        """Give back an acquired place without a result for the destination.
+
+        The other workers are not woken: each would acquire the place, find no delivery that is due, and wake
+        the next one. The caller looks again itself once a delivery is due.
+        """
         with self._lock:
-            before, self._circuit = self._circuit, self._circuit.released(datetime.now(UTC))
-        if self._circuit is not before:
-            self._notifier.notify()
+            self._circuit = self._circuit.released(datetime.now(UTC))
 
     def record_outcome(self, outcome: Outcome) -> None:
         """Update the circuit by the outcome of an upload; log and save the change, if there is one."""

@@ -58,11 +58,13 @@ class SetRightAfterTheCheck(threading.Event):
         return was_set
 
 
-def a_queue(ledger: SqliteLedger, log: EventLog) -> DestinationQueue:
+def a_queue(
+    ledger: SqliteLedger, log: EventLog, kind: type[DestinationQueue] = DestinationQueue
+) -> DestinationQueue:
     notifier, backoff = Notifier(), Backoff(timedelta(hours=1), timedelta(hours=1))
     circuit = CircuitBreaker("vault", backoff, log, notifier, ledger)
     destination = Destination("vault", A_CONFIG, RetryPolicy(backoff, None), Priority.OLDEST)
-    return DestinationQueue(destination, ledger, circuit, notifier, {}, log)
+    return kind(destination, ledger, circuit, notifier, {}, log)
 
 
 class NoUploader(Uploader):
@@ -91,6 +93,39 @@ def test_a_stop_ends_the_wait_of_a_paused_worker(tmp_path: Path) -> None:
         thread.start()
         thread.join(TIMEOUT)
         assert not thread.is_alive()
+    ledger.close()
+
+
+class CountedQueue(DestinationQueue):
+    """Counts the queries for a delivery."""
+
+    queries = 0
+
+    def claim(self) -> Delivery | None:
+        self.queries += 1
+        return super().claim()
+
+
+def test_workers_do_not_wake_each_other_after_a_pause_if_no_delivery_is_due(tmp_path: Path) -> None:
+    ledger = SqliteLedger(open_ledger(tmp_path).connection)
+    with open(os.devnull, "wb") as null:
+        queue = a_queue(ledger, EventLog(LineWriter(null.fileno())), CountedQueue)
+        assert isinstance(queue, CountedQueue)
+        queue.circuit.record_outcome(deferred(Reason.FORBIDDEN))
+        queue.circuit.shift_earlier(timedelta(hours=2))
+        stop = threading.Event()
+        threads = [
+            threading.Thread(target=Worker(queue, NoUploader(), lambda result: None).run, args=(stop,))
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        stop.wait(1.0)
+        stop.set()
+        queue.notifier.notify()
+        for thread in threads:
+            thread.join(TIMEOUT)
+        assert queue.queries <= 2 * len(threads)
     ledger.close()
 
 
