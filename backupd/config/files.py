@@ -39,13 +39,15 @@ class FilesReport:
 
     `expires` has no entry for a destination without a client certificate, or with an unreadable one. `places`
     are those of all drops, by name; the numbers of a folder that can't be reached are unknown. `is_new` is
-    whether no drop has a `sent_dir`: nothing was sent before.
+    whether no drop has a `sent_dir`: nothing was sent before. `silent` are the drops with a filesystem that
+    does not answer.
     """
 
     problems: tuple[FileProblem, ...]
     expires: Mapping[str, datetime]
     places: Mapping[str, FolderPlace]
     is_new: bool
+    silent: frozenset[str]
 
     @property
     def fatal(self) -> tuple[FileProblem, ...]:
@@ -64,7 +66,8 @@ def examine_files(config: Config, now: datetime) -> FilesReport:
     folders = _examine_drops(config)
     places = {name: each.place for name, each in folders.items()}
     is_new = not any(each.has_sent for each in folders.values())
-    return FilesReport(tuple(_file_problems(config, folders, now)), expires, places, is_new)
+    silent = frozenset(name for name, each in folders.items() if not each.answers)
+    return FilesReport(tuple(_file_problems(config, folders, now)), expires, places, is_new, silent)
 
 
 def file_problems(config: Config, now: datetime) -> list[FileProblem]:
@@ -167,7 +170,8 @@ _ANSWER_TIMEOUT: Final = 5.0
 class _DropFolders:
     """The place of a drop's folder, its real path, None until that is known, and its problems.
 
-    `has_sent` is whether it has a `sent_dir`, as far as that is known.
+    `has_sent` is whether it has a `sent_dir`, as far as that is known, and `answers` whether its filesystem
+    answered in time.
     """
 
     named: _Named
@@ -175,6 +179,7 @@ class _DropFolders:
     real_path: Path | None = None
     problems: tuple[FileProblem, ...] = ()
     has_sent: bool = True
+    answers: bool = True
 
 
 def _examine_drops(config: Config) -> dict[str, _DropFolders]:
@@ -216,7 +221,8 @@ def _examine_drops(config: Config) -> dict[str, _DropFolders]:
                 f"check its file server or disk: `findmnt -T {path}`, `dmesg -T`",
                 prevents_start=False,
             )
-            found[name] = _DropFolders(found[name].named, FolderPlace(str(path)), None, (problem,))
+            place = FolderPlace(str(path))
+            found[name] = _DropFolders(found[name].named, place, None, (problem,), answers=False)
     return found
 
 

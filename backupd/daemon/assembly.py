@@ -61,6 +61,7 @@ def run_daemon(
             certificates,
             housekeeping,
             systemd,
+            report.silent,
         )
         code = daemon.run()
         opened.ended_cleanly, opened.damage = code == 0, daemon.damage
@@ -165,7 +166,7 @@ class Assembly:
         circuit = CircuitBreaker(name, backoff, self._log, notifier, self._ledger)
         queue = DestinationQueue(destination, self._ledger, circuit, notifier, self._drops, self._log)
         endpoint, submit = open_endpoint(config, self._abort), self.runtime.recorder.submit
-        workers = tuple(Worker(queue, endpoint.make_uploader(), submit) for _ in range(config.workers))
+        workers = [Worker(queue, endpoint.make_uploader(), submit) for _ in range(config.workers)]
         return RunningDestination(queue, workers, circuit, notifier, endpoint)
 
     def _retention_scope(self) -> RetentionScope:

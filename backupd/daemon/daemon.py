@@ -7,13 +7,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from backupd import __version__
-from backupd.config.files import ExamineFiles
+from backupd.config.files import ExamineFiles, FilesReport
 from backupd.config.load import load
 from backupd.config.models import Config
 from backupd.core.errors import BackupdError, ConfigError, LedgerDamagedError, LedgerError
@@ -54,7 +54,8 @@ class Daemon:
     """Runs the daemon's threads until a signal arrives or one of them fails.
 
     `examine_files` checks the configuration file and the files that it names; `change_to` applies a new
-    configuration to `runtime`, and `follow_folders` to the archives in the ledger.
+    configuration to `runtime`, and `follow_folders` to the archives in the ledger. `silent` are the drops
+    with a filesystem that does not answer at the start.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Daemon:
         certificates: Certificates,
         housekeeping: Housekeeping,
         systemd: SystemdNotifier,
+        silent: Collection[str],
     ) -> None:
         self._runtime = runtime
         self._log = log
@@ -78,6 +80,7 @@ class Daemon:
         self._certificates = certificates
         self._housekeeping = housekeeping
         self._systemd = systemd
+        self._silent = silent
         self._threads = Threads(log)
         self._retired: list[RunningDestination] = []
         """Destinations of an earlier configuration with an upload that has not ended."""
@@ -118,6 +121,7 @@ class Daemon:
         with self._housekeeping.logged_failures():
             self._housekeeping.bring_forward()
         self._housekeeping.check_clock()
+        self._housekeeping.take_over(self._silent)
         self._housekeeping.forget_removed_drops()
         pending_dispositions = pending = None
         with self._housekeeping.logged_failures():
@@ -143,7 +147,7 @@ class Daemon:
     ) -> None:
         for drop in drops.values():
             for part in (drop.intake, *drop.examiner_pool.threads):
-                self._threads.start(part.run, drop.stop, part.watchdog, may_hang=True)
+                self._threads.start(part.run, drop.stop, part.watchdog)
         self._wait_for_first_scans(drops, time.monotonic() + _FIRST_SCAN_HEAD_START)
         for destination in destinations.values():
             destination.circuit.save()
@@ -156,6 +160,7 @@ class Daemon:
             while not drop.intake.ready.wait(0.1) and not self._threads.failed and time.monotonic() < until:
                 self._systemd.extend_timeout()
                 self._notify_watchdog()
+                self._housekeeping.check_drops()
                 if signal.sigpending() & _STOP_SIGNALS:
                     return
 
@@ -174,6 +179,7 @@ class Daemon:
             self._housekeeping.check_clock()
             self._housekeeping.renew_session()
             self._housekeeping.check_drops()
+            self._replace_hung()
             self._reap_retired()
             if time.monotonic() >= next_heartbeat:
                 self._log_heartbeat()
@@ -215,10 +221,10 @@ class Daemon:
             )
         else:
             self._certificates.update(report)
-            self._apply(diff, report.places)
+            self._apply(diff, report)
         self._systemd.send("READY=1", self._status())
 
-    def _apply(self, diff: ReloadDiff, places: Mapping[str, FolderPlace]) -> None:
+    def _apply(self, diff: ReloadDiff, report: FilesReport) -> None:
         """Stop the removed threads and start the new ones; uploads in progress are finished."""
         for drop in diff.drops_stopped.values():
             drop.request_stop()
@@ -233,7 +239,8 @@ class Daemon:
             destination.request_stop()
         if diff.drops_stopped or diff.drops_started:
             with self._housekeeping.logged_failures():
-                self._follow_folders(places)
+                self._follow_folders(report.places)
+        self._housekeeping.take_over(report.silent)
         self._housekeeping.forget_removed_drops()
         self._retired += diff.destinations_stopped.values()
         if diff.drops_started:
@@ -246,6 +253,15 @@ class Daemon:
             drops_changed=sorted({*diff.drops_stopped, *diff.drops_started}),
             destinations_changed=sorted({*diff.destinations_stopped, *diff.destinations_started}),
         )
+
+    def _replace_hung(self) -> None:
+        """Have other threads take over from workers and a recorder that hang with the folder of a drop."""
+        for destination in self._runtime.destinations.values():
+            for worker in destination.replace_hung():
+                self._threads.start(worker.run, destination.stop, worker.watchdog)
+        recorder = self._runtime.recorder
+        if recorder.replace_hung():
+            self._threads.start(recorder.run, self._abandon, recorder.watchdog)
 
     def _reap_retired(self) -> None:
         """Forget the retired destinations of which all workers have ended and all claims are released."""

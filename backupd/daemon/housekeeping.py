@@ -6,7 +6,7 @@ import math
 import shlex
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 
@@ -25,6 +25,7 @@ from backupd.intake.device_tracker import DeviceTracker
 from backupd.ledger.port import ClockReading, DeviceLedger, DropBacklog
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog, log_ledger_failure
+from backupd.telemetry.thread_watchdog import HUNG_AFTER
 
 _MIN_STEP = timedelta(seconds=1)
 """Steps of the clock below this size are ignored: NTP adjusts the clock all the time."""
@@ -101,9 +102,6 @@ class HistoryPruning:
             if time.monotonic() >= until:
                 return
 
-
-_HUNG_AFTER = 30.0
-"""Seconds without a sign of life after which the filesystem of a drop counts as one that does not answer."""
 
 _SAVE_CLOCK_EVERY = 60.0
 """Seconds between two saved readings; after a crash the clock is distrusted for this much longer."""
@@ -212,28 +210,35 @@ class Housekeeping:
         """Save which drops have a filesystem that does not answer, and which one answers again."""
         for name, running in self._runtime.drops.items():
             seconds = max(watchdog.age() for watchdog in running.watchdogs)
-            is_hung, known = seconds > _HUNG_AFTER, self._hung.get(name)
-            if is_hung:
+            if seconds > HUNG_AFTER:
                 running.drop.folder.is_usable = False
-            if is_hung == (known is not None):
-                continue
-            with self.logged_failures():
-                if known is not None:
-                    self._runtime.ledger.save_problems([], [known])
+                self._add_hung(name, datetime.now(UTC) - timedelta(seconds=seconds))
+            elif name in self._hung and running.intake.ready.is_set():
+                with self.logged_failures():
+                    self._runtime.ledger.save_problems([], [self._hung[name]])
                     del self._hung[name]
-                    continue
-                since = datetime.now(UTC) - timedelta(seconds=seconds)
-                path = running.drop.folder.path
-                problem = DropProblem(
-                    name,
-                    b"",
-                    NOT_ANSWERING,
-                    since,
-                    "its filesystem does not answer",
-                    f"check its file server or disk: `findmnt -T {path}`, `dmesg -T`",
-                )
-                self._runtime.ledger.save_problems([problem], [])
-                self._hung[name] = problem
+
+    def take_over(self, silent: Collection[str]) -> None:
+        """Save which drops did not answer when the files were examined, and keep those of an earlier run.
+
+        Each is a problem until its first scan has ended.
+        """
+        with self.logged_failures():
+            known = [p for p in self._runtime.ledger.problems() if p.reason == NOT_ANSWERING]
+            self._hung = {p.drop: p for p in known if p.drop in self._runtime.drops} | self._hung
+        for name in silent:
+            self._add_hung(name, datetime.now(UTC))
+
+    def _add_hung(self, name: str, since: datetime) -> None:
+        if name in self._hung:
+            return
+        path = self._runtime.drops[name].drop.folder.path
+        error = "its filesystem does not answer"
+        hint = f"check its file server or disk: `findmnt -T {path}`, `dmesg -T`"
+        problem = DropProblem(name, b"", NOT_ANSWERING, since, error, hint)
+        with self.logged_failures():
+            self._runtime.ledger.save_problems([problem], [])
+            self._hung[name] = problem
 
     def save_clock(self) -> None:
         """Save the reading of the clock for the next start; called periodically and at the end."""

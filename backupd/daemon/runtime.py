@@ -49,7 +49,7 @@ class RunningDestination:
     """
 
     queue: DestinationQueue
-    workers: tuple[Worker, ...]
+    workers: list[Worker]
     circuit: CircuitBreaker
     notifier: Notifier
     endpoint: Endpoint
@@ -59,6 +59,13 @@ class RunningDestination:
         """Request the workers to stop; do not wait for them."""
         self.stop.set()
         self.notifier.notify()
+
+    def replace_hung(self) -> list[Worker]:
+        """Replace the workers that hang with a drop folder, and return the new ones, to be started."""
+        self.workers = [worker for worker in self.workers if worker.current or not worker.is_replaced]
+        new = [each.replaced_by(self.endpoint.make_uploader()) for each in self.workers if each.hangs]
+        self.workers += new
+        return new
 
 
 @dataclass(slots=True)

@@ -25,8 +25,6 @@ class Threads:
     def __init__(self, log: EventLog) -> None:
         self._log = log
         self._running: list[tuple[threading.Thread, ThreadWatchdog]] = []
-        self._may_hang: set[str] = set()
-        """Names of the threads without which the others go on."""
         self._logged_stalled: set[str] = set()
         """Names of the stalled threads that were logged."""
         self.failed = False
@@ -34,17 +32,9 @@ class Threads:
         """The damage of the ledger that a thread has found."""
 
     def start(
-        self,
-        body: Callable[[threading.Event], None],
-        stop: threading.Event,
-        watchdog: ThreadWatchdog,
-        *,
-        may_hang: bool = False,
+        self, body: Callable[[threading.Event], None], stop: threading.Event, watchdog: ThreadWatchdog
     ) -> None:
-        """Run `body(stop)` in a thread until it returns; it returns soon after `stop` is set.
-
-        A thread that `may_hang` is no reason to restart the daemon: all others go on without it.
-        """
+        """Run `body(stop)` in a thread until it returns; it returns soon after `stop` is set."""
 
         def supervised() -> None:
             try:
@@ -56,8 +46,6 @@ class Threads:
         thread = threading.Thread(target=supervised, name=watchdog.name, daemon=True)
         self._running = [each for each in self._running if each[0].is_alive()]
         self._running.append((thread, watchdog))
-        if may_hang:
-            self._may_hang.add(watchdog.name)
         thread.start()
 
     def join(self, watchdogs: Sequence[ThreadWatchdog], until: float) -> bool:
@@ -83,10 +71,10 @@ class Threads:
                     events.DAEMON_HUNG,
                     thread=watchdog.name,
                     stalled_s=watchdog.age(),
-                    hint=_MAY_HANG_HINT if watchdog.name in self._may_hang else _HUNG_HINT,
+                    hint=_MAY_HANG_HINT if watchdog.may_hang else _HUNG_HINT,
                 )
         self._logged_stalled = {watchdog.name for watchdog in stalled}
-        return all(watchdog.name in self._may_hang for watchdog in stalled)
+        return all(watchdog.may_hang for watchdog in stalled)
 
     def _fail(self, name: str, error: Exception) -> None:
         hint = "systemd restarts the daemon; report this exception"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shlex
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -28,6 +29,9 @@ from backupd.telemetry.log import EventLog
 _MAX_OPEN_DIRECTORIES = 16
 """Directories that stay open between two archives."""
 
+_FIRST_READ_SECONDS = 0.5
+"""Seconds for which a content is read before results that wait end it; twice as long each further time."""
+
 
 class Disposition:
     """Moves, deletes or keeps the files of archives, once their results are committed.
@@ -46,16 +50,26 @@ class Disposition:
         """The files that could not be moved or deleted yet, by the ids of their archives."""
         self.problems: dict[int, DropProblem] = {}
         """The problems of the files that could not be moved or deleted, by the ids of their archives."""
+        self._read_seconds: dict[int, float] = {}
+        """How long the content of each file that was not read to its end may be read next."""
+        self.in_drop: str | None = None
+        """The drop with the folder that is being used."""
+        self.left_alone: set[str] = set()
+        """The drops with a folder in which another thread hangs."""
 
     def dispose(
-        self, completed: Sequence[CompletedArchive], should_stop: ShouldStop = lambda: False
+        self,
+        completed: Sequence[CompletedArchive],
+        should_stop: ShouldStop = lambda: False,
+        is_awaited: Callable[[], bool] = lambda: False,
     ) -> tuple[list[DispositionResult], list[int]]:
         """Dispose of the file of each archive; return the results, and the ids of those that failed.
 
         The results are durable. `should_stop` is called before each file, and while one is read; once it
-        returns True, the others fail without a message. A file that cannot be moved or deleted is logged at
-        once. The rest is logged at the end, right before the caller's commit: after a crash in between it is
-        logged twice.
+        returns True, the others fail without a message. While other work waits for this call (`is_awaited`),
+        a long read of one file ends, and fails without a message, too. A file that cannot be moved or deleted
+        is logged at once. The rest is logged at the end, right before the caller's commit: after a crash in
+        between it is logged twice.
         """
         reports: list[Callable[[], None]] = []
         done: list[tuple[CompletedArchive, DispositionResult, str]] = []
@@ -71,15 +85,17 @@ class Disposition:
                     reports.append(partial(self._log_completed, one))
                 drop = self._drops.get(one.archive.drop)
                 result = None
-                if drop is not None and drop.folder.is_ready() and not should_stop():
-                    result = self._try_to_dispose(one, drop, should_stop, folders, changed, interrupted)
+                if drop is not None and self._is_ready(drop) and not should_stop():
+                    self.in_drop = drop.name
+                    must_stop = self._read_limit(one, should_stop, is_awaited)
+                    result = self._try_to_dispose(one, drop, must_stop, folders, changed, interrupted)
                 if result is None:
                     failed.append(one.archive.id)  # until the drop is configured, or its folder usable, again
                 else:
                     done.append((one, *result))
             self._remove_partial_files(interrupted, folders)
             try:
-                _sync(changed, folders)
+                self._sync(changed, folders)
             except OSError as error:
                 for one, _, _ in done:
                     reports.append(partial(self._log_failed, one, self._drops[one.archive.drop], error))
@@ -88,9 +104,31 @@ class Disposition:
             reports += [partial(self._log_disposed, *each) for each in done]
             return [result for _, result, _ in done], failed
         finally:
+            self.in_drop = None
             for report in reports:
                 report()
             _close_all(folders)
+
+    def _read_limit(
+        self, completed: CompletedArchive, should_stop: ShouldStop, is_awaited: Callable[[], bool]
+    ) -> ShouldStop:
+        """Return what ends the read of a file's content: `should_stop`, or other work after some time."""
+        id_ = completed.archive.id
+        seconds = self._read_seconds.get(id_, _FIRST_READ_SECONDS)
+        until = time.monotonic() + seconds
+
+        def should_end() -> bool:
+            if should_stop():
+                return True
+            is_over = time.monotonic() >= until and is_awaited()
+            if is_over:
+                self._read_seconds[id_] = 2 * seconds
+            return is_over
+
+        return should_end
+
+    def _is_ready(self, drop: Drop) -> bool:
+        return drop.name not in self.left_alone and drop.folder.is_ready()
 
     def _try_to_dispose(
         self,
@@ -103,7 +141,8 @@ class Disposition:
     ) -> tuple[DispositionResult, str] | None:
         """Return what `_dispose` returns, None if it has failed; log that."""
         id_ = completed.archive.id
-        expected = self._expected.pop(id_, None) or _expected_file(completed, should_stop)
+        expected = self._expected.pop(id_, None) or _expected_file(completed)
+        expected.should_stop = should_stop
         try:
             if drop.name not in folders:
                 folders[drop.name] = CachedFolder(drop.folder)
@@ -180,8 +219,17 @@ class Disposition:
         self, directories: set[tuple[str, bytes]], folders: Mapping[str, CachedFolder]
     ) -> None:
         for drop, directory in directories:
+            self.in_drop = drop
             with suppress(OSError):  # a file that is left does no harm
                 remove_partial_files(folders[drop], directory, self._session())
+
+    def _sync(self, changed: set[tuple[str, bytes]], folders: Mapping[str, CachedFolder]) -> None:
+        for drop, directory in sorted(changed):
+            self.in_drop = drop
+            if len(folders[drop]) > _MAX_OPEN_DIRECTORIES:
+                folders[drop].close()
+            with suppress(FileNotFoundError):  # the directory was removed with everything in it
+                folders[drop].sync(directory)
 
     def _log_completed(self, completed: CompletedArchive) -> None:
         archive = completed.archive
@@ -213,6 +261,7 @@ class Disposition:
 
     def _log_disposed(self, completed: CompletedArchive, result: DispositionResult, disposition: str) -> None:
         self.problems.pop(completed.archive.id, None)
+        self._read_seconds.pop(completed.archive.id, None)
         self._log.emit(
             events.ARCHIVE_DISPOSED,
             drop=completed.archive.drop,
@@ -234,9 +283,9 @@ class Disposition:
         )
 
 
-def _expected_file(completed: CompletedArchive, should_stop: ShouldStop) -> ExpectedFile:
+def _expected_file(completed: CompletedArchive) -> ExpectedFile:
     digest = Digest.parse(completed.digest) if completed.digest else None
-    return ExpectedFile(completed.archive.fingerprint, digest, should_stop)
+    return ExpectedFile(completed.archive.fingerprint, digest)
 
 
 def _and_parents(directory: bytes) -> Iterator[bytes]:
@@ -244,14 +293,6 @@ def _and_parents(directory: bytes) -> Iterator[bytes]:
         yield directory
         directory = directory.rpartition(b"/")[0]
     yield b""
-
-
-def _sync(changed: set[tuple[str, bytes]], folders: Mapping[str, CachedFolder]) -> None:
-    for drop, directory in sorted(changed):
-        if len(folders[drop]) > _MAX_OPEN_DIRECTORIES:
-            folders[drop].close()
-        with suppress(FileNotFoundError):  # the directory was removed with everything in it
-            folders[drop].sync(directory)
 
 
 def _close_all(folders: Mapping[str, CachedFolder]) -> None:

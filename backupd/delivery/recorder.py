@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,7 +17,7 @@ from backupd.delivery.disposition import Disposition
 from backupd.ledger.port import ClaimResult, CompletedArchive, DispositionResult, Ledger
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog, log_ledger_failure
-from backupd.telemetry.thread_watchdog import ThreadWatchdog
+from backupd.telemetry.thread_watchdog import HUNG_AFTER, ThreadWatchdog
 
 _MAX_BATCH = 256
 """Results that are committed in one transaction, and that wait in the queue."""
@@ -33,6 +33,14 @@ _RETRY_EVERY = 30.0
 
 _FIRST_COMMIT_WAIT, _MAX_COMMIT_WAIT = 0.5, 30.0
 """Seconds between attempts to commit to a ledger that fails; each wait is twice the one before."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """One run of the recorder's thread; `hangs_in` is the drop in which it hangs, once another took over."""
+
+    hangs_in: str | None = None
+
 
 RecheckFile = Callable[[str, bytes], None]
 """Called with the name of a drop and the relative path of a file that the intake has to check again."""
@@ -79,6 +87,7 @@ class Recorder:
         """The terms of the stewardship in which these dispositions were made, by drop."""
         self._problems: dict[tuple[str, bytes], DropProblem] = {}
         """The problems with dispositions that the ledger has, by drop and path."""
+        self._run = _Run()
         self.watchdog = ThreadWatchdog("recorder")
         self.last_delivered: datetime | None = None
         """When the last archive was delivered since the start of the daemon."""
@@ -109,8 +118,13 @@ class Recorder:
     def run(self, abandon: threading.Event) -> None:
         """Record until `finish`; a commit that fails is retried until `abandon` is set."""
         is_finished = False
+        run = self._run
         self._load_problems()
         while not is_finished:
+            if run.hangs_in is not None:
+                self._disposition.left_alone.discard(run.hangs_in)
+                self.recheck_dispositions(wait=False)
+                return
             self.watchdog.idle()
             batch, is_finished = self._next_batch()
             self.watchdog.alive()
@@ -120,6 +134,25 @@ class Recorder:
                 self._has_pending, self._after_id = False, 0
             if self._after_id is not None:
                 self._dispose_of_page(self._after_id, abandon)
+
+    def replace_hung(self) -> bool:
+        """Return whether `run` hangs with a drop folder; the caller starts another thread for it then.
+
+        The folder is not used again before it answers. The earlier call ends if it ever returns, and its
+        dispositions are repeated: files that it has moved are found.
+        """
+        hangs_in = self._disposition.in_drop
+        if hangs_in is None or self.watchdog.age() <= HUNG_AFTER:
+            return False
+        with self._lock:
+            self._run.hangs_in = hangs_in
+            self._disposition.left_alone.add(hangs_in)
+            self._disposition.in_drop = None
+            self._run = _Run()
+            self._after_id, self._has_pending, self._next_round = None, True, 0.0
+        self.watchdog.may_hang = True
+        self.watchdog = ThreadWatchdog("recorder")
+        return True
 
     def _load_problems(self) -> None:
         with suppress(LedgerError):  # their ages start again
@@ -187,17 +220,24 @@ class Recorder:
                 else:
                     self._tally.rejected += 1
 
+        run = self._run
+
         def should_stop() -> bool:
+            if run.hangs_in is not None:
+                return True
             self.watchdog.alive()
             return abandon.is_set()
 
-        done, still_due = self._disposition.dispose(own, should_stop)
-        self._save_problems(own)
-        if still_due:
-            self._has_pending, self._next_round = True, time.monotonic() + _RETRY_EVERY
-        self._done += done
-        self._still_due += still_due
-        self._terms.update(terms)
+        done, still_due = self._disposition.dispose(own, should_stop, lambda: not self._queue.empty())
+        with self._lock:
+            if run.hangs_in is not None:
+                return  # the thread that took over repeats it
+            if still_due:
+                self._has_pending, self._next_round = True, time.monotonic() + _RETRY_EVERY
+            self._done += done
+            self._still_due += still_due
+            self._terms.update(terms)
+        self._save_problems(own, {result.archive_id for result in done})
         self._commit_dispositions()
 
     def _commit_dispositions(self) -> None:
@@ -208,16 +248,15 @@ class Recorder:
         else:
             self._done, self._still_due, self._terms = [], [], {}
 
-    def _save_problems(self, completed: Sequence[CompletedArchive]) -> None:
-        """Write to the ledger which of these files have, or no longer have, a problem."""
+    def _save_problems(self, completed: Sequence[CompletedArchive], done: Collection[int]) -> None:
+        """Write to the ledger which of these files have a problem, and which of those done have none."""
         now = {
             (one.archive.drop, one.archive.relpath): self._disposition.problems.get(one.archive.id)
             for one in completed
         }
         found = {key: problem for key, problem in now.items() if problem and key not in self._problems}
-        solved = [
-            self._problems[key] for key, problem in now.items() if not problem and key in self._problems
-        ]
+        keys = {(one.archive.drop, one.archive.relpath) for one in completed if one.archive.id in done}
+        solved = [self._problems[key] for key in keys if key in self._problems and not now[key]]
         if not found and not solved:
             return
         try:

@@ -26,7 +26,7 @@ from backupd.dropfolder.folder import close_descriptor
 from backupd.ledger.port import ClaimResult
 from backupd.telemetry import events
 from backupd.telemetry.log import log_ledger_failure
-from backupd.telemetry.thread_watchdog import ThreadWatchdog
+from backupd.telemetry.thread_watchdog import HUNG_AFTER, ThreadWatchdog
 from backupd.upload.base import Uploader, UploadJob
 
 _MAX_SHORT_ATTEMPTS = 3
@@ -50,6 +50,8 @@ class Worker:
         self.watchdog = ThreadWatchdog(f"worker of {queue.destination.name}")
         self.current: Delivery | None = None
         """The delivery in progress."""
+        self.is_replaced = False
+        """Whether another worker took over from this one, which ends after its delivery."""
 
     def run(self, stop: threading.Event) -> None:
         """Deliver until `stop` is set and notified; a delivery that was started is finished."""
@@ -57,7 +59,7 @@ class Worker:
             while True:
                 # before the check: `stop` is set before the notification is sent
                 generation = self._queue.notifier.generation()
-                if stop.is_set():
+                if stop.is_set() or self.is_replaced:
                     return
                 self.watchdog.alive()
                 if not self._deliver_next(stop):
@@ -68,6 +70,23 @@ class Worker:
             self._queue.release_claims()
             self.watchdog.idle()
             self._uploader.close()
+
+    @property
+    def hangs(self) -> bool:
+        """Return whether a call on the drop folder of the delivery does not return; not if it is replaced."""
+        return self.current is not None and not self.is_replaced and self.watchdog.age() > HUNG_AFTER
+
+    def replaced_by(self, uploader: Uploader) -> Worker:
+        """Return a worker that takes over from this one, which hangs with a drop folder.
+
+        The folder is not used again before it answers. This worker ends after its delivery, if ever.
+        """
+        self.is_replaced = self.watchdog.may_hang = True
+        drop = self._queue.drops.get(self.current.archive.drop) if self.current is not None else None
+        if drop is not None:
+            drop.folder.is_usable = False
+        self._queue.circuit.release()  # this one may be the probe, for which all others wait
+        return Worker(self._queue, uploader, self._submit)
 
     def make_attempts(self, delivery: Delivery, stop: threading.Event) -> list[Attempt]:
         """Make the attempts of one claim, one right after the other; the outcome of the last one counts."""

@@ -36,7 +36,8 @@ class ExpectedFile:
         self.fingerprint = fingerprint
         """That of the archive, or of the file when its content was compared last."""
         self._digest = digest
-        self._should_stop = should_stop
+        self.should_stop = should_stop
+        """Called while the content is read, which ends once it returns True."""
 
     def is_at(self, directory: int, name: bytes) -> bool:
         """Return whether the file is under a name in an open directory.
@@ -76,7 +77,7 @@ class ExpectedFile:
             fd = open_file()
             try:
                 found = fingerprint_of(os.fstat(fd))
-                digest = digest_of(fd, self.fingerprint.size, self._digest.algorithm, self._should_stop)
+                digest = digest_of(fd, self.fingerprint.size, self._digest.algorithm, self.should_stop)
                 ended = fingerprint_of(os.fstat(fd))
             finally:
                 close_descriptor(fd)

@@ -113,7 +113,7 @@ class ExaminerThread:
     """
 
     def __init__(self, name: str) -> None:
-        self.watchdog = ThreadWatchdog(name)
+        self.watchdog = ThreadWatchdog(name, may_hang=True)
         self._tasks: queue.PriorityQueue[tuple[int, int, Task | None]] = queue.PriorityQueue()
         """Tasks that wait, each with its round and a number; None ends a wait."""
         self._numbers = itertools.count()

@@ -97,7 +97,7 @@ class Intake:
         self._not_enqueued: set[int] = set()
         """Hashes of the paths of finished files that the ledger could not queue."""
         self.ready = threading.Event()
-        self.watchdog = ThreadWatchdog(f"intake of {drop.name}")
+        self.watchdog = ThreadWatchdog(f"intake of {drop.name}", may_hang=True)
 
     @property
     def is_degraded(self) -> bool:

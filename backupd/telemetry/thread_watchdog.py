@@ -5,12 +5,19 @@ from __future__ import annotations
 import math
 import time
 
+HUNG_AFTER = 30.0
+"""Seconds without a sign of life after which a thread hangs with the filesystem of a drop."""
+
 
 class ThreadWatchdog:
-    """Measures the time since a thread's last sign of life; an idle thread waits for work and cannot hang."""
+    """Measures the time since a thread's last sign of life; an idle thread waits for work and cannot hang.
 
-    def __init__(self, name: str) -> None:
+    A thread that `may_hang` is no reason to restart the daemon: all others go on without it.
+    """
+
+    def __init__(self, name: str, *, may_hang: bool = False) -> None:
         self.name = name
+        self.may_hang = may_hang
         self._last = math.inf
 
     def alive(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 from backupd.cli.options import BAD_CONFIG
 from backupd.receiver.serve import RunningReceiver
 from tests.programs import do_without, require
-from tests.stage import Stage, until
+from tests.stage import Daemon, Stage, until
 
 pytestmark = pytest.mark.root  # mounting takes root
 
@@ -185,6 +186,59 @@ def test_a_mount_that_hangs_delays_no_other_drop(stage: Stage, mount: FuseMount,
     until(lambda: not the_problems(stage), "the end of the problem")
     (stage.drop / "b.cfg").write_bytes(b"b")
     daemon.wait_for("archive.disposed", drop="switches")
+    assert daemon.stop() == 0
+
+
+def open_files(daemon: Daemon, suffix: str) -> int:
+    """Return how many files with names of this kind the daemon has open."""
+    count = 0
+    for entry in Path(f"/proc/{daemon.process.pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            count += os.readlink(entry).endswith(suffix)
+    return count
+
+
+@pytest.mark.long
+def test_uploads_that_hang_with_a_mount_delay_no_other_drop(
+    stage: Stage, mount: FuseMount, other: Path, receiver: RunningReceiver
+) -> None:
+    config = stage.config.read_text()
+    stage.config.write_text(config.replace("[destination.vault]", '[destination.vault]\nbandwidth = "2MB/s"'))
+    daemon = stage.daemon().ready()
+    names = [f"{number}.bin" for number in range(3)]  # more than there are workers
+    for name in names:
+        (stage.drop / name).write_bytes(os.urandom(30_000_000))
+    daemon.wait_for("archive.queued", drop="switches", count=len(names))
+    until(lambda: open_files(daemon, ".bin") == 2, "two uploads")
+    mount.hang()
+    try:
+        stage.put("a.cfg", b"a", into=other)
+        daemon.wait_for("archive.disposed", drop="other")
+        assert open_files(daemon, ".bin") == 2
+        stage.config.write_text(config)  # the rest need not take so long
+    finally:
+        mount.go_on()
+    daemon.wait_for("archive.disposed", drop="switches", count=len(names))
+    assert len(stage.stored()) == len(names) + 1
+    assert daemon.stop() == 0
+
+
+def test_a_mount_that_hangs_at_the_start_is_a_problem_at_once(
+    stage: Stage, mount: FuseMount, other: Path
+) -> None:
+    mount.hang()
+    try:
+        for _ in range(2):  # a restart forgets nothing
+            daemon = stage.daemon()
+            daemon.wait_for("daemon.started")
+            until(lambda: ("switches", "not_answering") in the_problems(stage), "the problem")
+            assert not daemon.events("daemon.ready")
+            daemon.kill()
+            check_is_critical(stage)
+    finally:
+        mount.go_on()
+    daemon = stage.daemon().ready()
+    until(lambda: not the_problems(stage), "the end of the problem")
     assert daemon.stop() == 0
 
 

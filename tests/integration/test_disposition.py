@@ -377,3 +377,24 @@ def test_a_checksum_file_is_moved_with_its_archive_and_replaces_an_old_one(
     (root / "sent" / "r1.cfg.md5").symlink_to("/etc/passwd")
     remove_checksum_files(folder, b"sent/r1.cfg")
     assert [path.name for path in (root / "sent").iterdir()] == ["r1.cfg.md5"]
+
+
+def test_the_read_of_a_touched_file_makes_way_for_results_that_wait_but_ends(
+    folder: DropFolder, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backupd.delivery.disposition._FIRST_READ_SECONDS", 1e-6)
+    one = delivered(root, 1)
+    path = root / "r1.cfg"
+    path.write_bytes(bytes(8 * 1024 * 1024))
+    digest = str(a_digest(path.read_bytes()))
+    one = replace(one, archive=replace(one.archive, fingerprint=fingerprint_of(path.stat())), digest=digest)
+    path.chmod(0o640)
+    with (root.parent / "log").open("wb") as stream:
+        disposition = Disposition({"switches": a_drop(folder)}, EventLog(LineWriter(stream.fileno())))
+        assert disposition.dispose([one], is_awaited=lambda: True) == ([], [1])
+        for _ in range(40):  # each read is twice as long as the one before
+            done, failed = disposition.dispose([one], is_awaited=lambda: True)
+            if done:
+                break
+    assert ([each.moved_to for each in done], failed) == ([b"sent/r1.cfg"], [])
+    assert "disposition.failed" not in (root.parent / "log").read_text()

@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
+import pytest
+
+from backupd.core.model import fingerprint_of
 from backupd.delivery.disposition import Disposition
 from backupd.delivery.recorder import Recorder
 from backupd.dropfolder.folder import DropFolder
@@ -18,7 +21,7 @@ from backupd.ledger.sqlite.deliveries import SqliteLedger
 from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog
 from tests.factories import NOW, a_candidate, a_claim_result, a_drop, delivered
-from tests.stage import TIMEOUT
+from tests.stage import TIMEOUT, until
 
 
 def test_a_full_queue_does_not_delay_a_stop(tmp_path: Path) -> None:
@@ -111,3 +114,54 @@ def test_a_stop_takes_effect_between_two_pages_of_pending_dispositions(tmp_path:
 
 def _when_done(ledger: Ledger, recorder: Recorder) -> Callable[[], None]:
     return lambda: None if ledger.count_pending_dispositions() else recorder.finish()
+
+
+class HangingFolder(DropFolder):
+    """A folder with a filesystem that does not answer before `answers` is set."""
+
+    def __init__(self, path: str) -> None:
+        self.is_reached, self.answers = threading.Event(), threading.Event()
+        super().__init__(path)
+
+    def fileno(self) -> int:
+        self.is_reached.set()
+        assert self.answers.wait(TIMEOUT)
+        return super().fileno()
+
+
+def test_another_thread_takes_over_from_a_recorder_that_hangs_with_a_drop_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backupd.delivery.recorder.HUNG_AFTER", -1.0)
+    ledger = SqliteLedger(open_ledger(tmp_path).connection)
+    for name in ("hanging", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "r1").write_bytes(b"abc")
+        fingerprint = fingerprint_of((tmp_path / name / "r1").stat())
+        ledger.enqueue([a_candidate(b"r1", drop=name, fingerprint=fingerprint)], ["vault"], NOW)
+    claimed = ledger.claim("vault", NOW, limit=2)
+    ledger.record([a_claim_result(one, delivered()) for one in claimed], NOW)
+    hanging, other = HangingFolder(str(tmp_path / "hanging")), DropFolder(str(tmp_path / "other"))
+    with open(os.devnull, "wb") as null:
+        log = EventLog(LineWriter(null.fileno()))
+        drops = {"hanging": a_drop(hanging, name="hanging"), "other": a_drop(other, name="other")}
+        recorder = Recorder(ledger, Disposition(drops, log), log, lambda _drop, _path: None)
+        threads = [threading.Thread(target=recorder.run, args=(threading.Event(),)) for _ in range(2)]
+        assert not recorder.replace_hung()
+        threads[0].start()
+        assert hanging.is_reached.wait(TIMEOUT)
+        assert recorder.replace_hung()
+        threads[1].start()
+        until((tmp_path / "other" / "sent" / "r1").exists, "the move in the other drop")
+        until(lambda: ledger.count_pending_dispositions() == 1, "its record")
+        assert (tmp_path / "hanging" / "r1").exists()
+
+        hanging.answers.set()
+        threads[0].join(TIMEOUT)
+        assert not threads[0].is_alive()
+        until(lambda: ledger.count_pending_dispositions() == 0, "the record of the drop that answers again")
+        assert (tmp_path / "hanging" / "sent" / "r1").exists()
+        recorder.finish()
+        threads[1].join(TIMEOUT)
+        assert not threads[1].is_alive()
+    ledger.close()
