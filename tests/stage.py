@@ -8,11 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.forked import ForkedProcess, can_fork
 from tests.lines import check_log
 from tests.pki import Pki
 
@@ -49,12 +51,18 @@ class Daemon:
     ) -> None:
         self._log = log
         self._read_from = log.stat().st_size if log.exists() else 0
+        self.process: subprocess.Popen[bytes] | ForkedProcess
+        environ = {**os.environ, **(environ or {})}
+        arguments = ["run", "--config", str(config)]
         with log.open("ab") as stream:
+            if program == "backupd" and not before and can_fork(environ):
+                self.process = ForkedProcess(arguments, environ, stream.fileno(), stream.fileno())
+                return
             self.process = subprocess.Popen(
-                [*before, sys.executable, "-m", program, "run", "--config", str(config)],
+                [*before, sys.executable, "-m", program, *arguments],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(environ or {})},
+                env=environ,
             )
 
     @property
@@ -256,14 +264,25 @@ key = "{self.pki.client_key}"
         self, *arguments: str, environ: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run another command of `backupd` with this configuration."""
-        return subprocess.run(
-            [sys.executable, "-m", "backupd", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-            check=False,
-            env={**os.environ, "BACKUPD_CONFIG": str(self.config), **(environ or {})},
-        )
+        environ = {**os.environ, "BACKUPD_CONFIG": str(self.config), **(environ or {})}
+        if not can_fork(environ):
+            return subprocess.run(
+                [sys.executable, "-m", "backupd", *arguments],
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+                check=False,
+                env=environ,
+            )
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            process = ForkedProcess([*arguments], environ, out.fileno(), err.fileno())
+            try:
+                code = process.wait(TIMEOUT)
+            finally:
+                process.kill()
+            out.seek(0)
+            err.seek(0)
+            return subprocess.CompletedProcess(process.args, code, out.read(), err.read())
 
     def commands(self, *commands: Sequence[str]) -> list[subprocess.CompletedProcess[str]]:
         """Run several commands one after the other, faster: in one process that has imported the program."""

@@ -26,6 +26,7 @@ from types import FrameType
 
 from backupd.core.eligibility import COMPANION_SUFFIXES
 from backupd.core.filesystems import default_stable_for
+from backupd.core.mountinfo import MountEntry
 from backupd.core.names import RECEIPT_NAME
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.faults import file_servers
@@ -208,11 +209,11 @@ class Day:
         """Return the seconds after which a stump is a problem: caches, a scan, `stable_for`, a hold."""
         match drop:
             case "sshfs":
-                waits = 20.0 + default_stable_for("fuse.sshfs")
+                waits = 20.0 + default_stable_for([MountEntry(b"", "fuse.sshfs", "")])
             case "rclone":
                 waits = self.rclone_cache + self.rclone_cache + 5.0
             case _:
-                waits = default_stable_for("")
+                waits = default_stable_for()
         return waits + 2 * _RESCAN_EVERY + self.grace + _MARGIN
 
     def path_of(self, drop: str) -> Path:
