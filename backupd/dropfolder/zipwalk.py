@@ -18,6 +18,7 @@ from backupd.dropfolder.decompress import (
 
 _END_RECORD, _ENTRY, _LOCAL_HEADER = b"PK\x05\x06", b"PK\x01\x02", b"PK\x03\x04"
 _END_RECORD_64, _LOCATOR_64 = b"PK\x06\x06", b"PK\x06\x07"
+_SPLIT_MARKERS = (b"PK\x07\x08", b"PK00")
 _END_RECORD_BYTES, _ENTRY_BYTES, _LOCAL_HEADER_BYTES = 22, 46, 30
 _END_RECORD_64_BYTES, _LOCATOR_64_BYTES = 56, 20
 _MAX_COMMENT_BYTES = 0xFFFF
@@ -29,7 +30,7 @@ _ENCRYPTED = 1
 class _Directory:
     """The central directory: its place in the file, and by how much the offsets in it are too small.
 
-    `shift` is not 0 for a zip behind other data, such as a self-extracting one.
+    `shift` is 0, or 4 if the offsets do not count the marker of a split zip at the start of the file.
     """
 
     start: int
@@ -106,8 +107,12 @@ def _find_directory(source: BoundedFile) -> _Directory:
                 raise UnsoundError(Reason.DAMAGED, "the zip64 directory is not at its stated position")
             entries, size, offset = struct.unpack_from("<QQQ", record, 32)
     shift = end - size - offset
-    if shift < 0:
-        raise UnsoundError(Reason.DAMAGED, "the zip's central directory is not at its stated position")
+    if shift and not (shift == 4 and source.read(0, 4) in _SPLIT_MARKERS):
+        # a zip that was cut off can end with the whole directory of a zip inside it
+        raise UnsoundError(
+            Reason.DAMAGED,
+            "the zip's central directory is not at its stated position, or belongs to a zip inside it",
+        )
     return _Directory(end - size, end, entries, shift)
 
 

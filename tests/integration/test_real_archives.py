@@ -78,6 +78,7 @@ WHOLE = {
     "commented.zip": "cp template.zip $$.zip; echo a comment | zip -q -z $$.zip > log; cat $$.zip",
     "padded.zip": "cat template.zip; head -c 10240 /dev/zero",
     "file.zip": "cat template.zip",
+    "of-zips.zip": "for n in 1 2 3 4; do zip -q $$-$n.zip random; done; zip -q - $$-*.zip text",
     "bsdtar.zip": "bsdtar -cf - --format=zip text random",
     "gnu.tar": "tar -cf - text random folder",
     "posix.tar": "tar --format=posix -cf - text random folder",
@@ -138,7 +139,8 @@ CUT = [
     *("level-6.gz", "random.gz", "members.gz", "pigz.gz", "pigz-independent.gz", "bgzip-random.gz"),
     *("tar-z.tar.gz", "tar-z.tgz", "large.gz", "text.bz2", "random.bz2", "tar-j.tar.bz2", "text.xz"),
     *("random.xz", "threads.xz", "tar-J.tar.xz", "text.zst", "threads.zst", "tar-zstd.tar.zst"),
-    *("text.zip", "stored.zip", "encrypted.zip", "gnu.tar", "posix.tar", "bsdtar.tar", "sparse.tar"),
+    *("text.zip", "stored.zip", "encrypted.zip", "of-zips.zip"),
+    *("gnu.tar", "posix.tar", "bsdtar.tar", "sparse.tar"),
 ]
 """Archives of `WHOLE` that the tests cut."""
 

@@ -8,6 +8,7 @@ import io
 import lzma
 import os
 import random
+import re
 import sys
 import tarfile
 import tracemalloc
@@ -346,6 +347,42 @@ def test_a_zip_with_a_wrong_position_of_its_directory_is_damaged(file: File, at:
     found = file.inspected(bytes(content), "a.zip")
     assert found is not None
     assert found.reason is Reason.DAMAGED
+
+
+def a_zip_of_zips() -> bytes:
+    """Return a zip that contains zips as they are, an empty one among them, and a file."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("a.zip", a_zip())
+        archive.writestr("empty.zip", b"PK\5\6" + bytes(18))
+        archive.writestr("b.zip", a_zip(zipfile.ZIP_STORED))
+        archive.writestr("last.cfg", TEXT)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "quick"])
+def test_the_end_of_a_zip_inside_a_zip_is_not_taken_for_its_own(file: File, full: bool) -> None:
+    content = a_zip_of_zips()
+    assert file.examined(content, "r.zip", full=full) is None
+    for behind in (b"", bytes(500), TEXT):
+        for cut in range(100, len(content), 11):
+            assert file.inspected(content[:cut] + behind, "r.zip", full=full) is not None, cut
+        for end in re.finditer(re.escape(b"PK\5\6"), content[:-100]):
+            cut = content.index(b"PK\3\4", end.end())  # an inner zip is whole
+            assert file.inspected(content[:cut] + behind, "r.zip", full=full) is not None, cut
+
+
+@pytest.mark.parametrize("marker", [b"PK\7\x08", b"PK00"])
+@pytest.mark.parametrize("full", [True, False], ids=["full", "quick"])
+def test_a_split_zip_in_one_part_is_whole_whether_or_not_its_offsets_count_the_marker(
+    file: File, marker: bytes, full: bool
+) -> None:
+    out = io.BytesIO(marker)
+    out.seek(len(marker))
+    with zipfile.ZipFile(out, "a") as archive:
+        archive.writestr("running.cfg", TEXT)
+    assert file.examined(out.getvalue(), "r.zip", full=full) is None
+    assert file.examined(marker + a_zip(), "r.zip", full=full) is None
 
 
 def test_the_content_of_an_encrypted_entry_is_not_checked(file: File) -> None:
