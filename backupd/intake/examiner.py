@@ -97,6 +97,9 @@ _LARGE_BYTES = 64 * 1024 * 1024
 _TOUCHED_ALGORITHM = "sha256"
 """The algorithm of the digests by which a touched file is compared with itself."""
 
+_MAX_LOG_AFTER = 60.0
+"""Seconds after which, at the latest, a held file is a problem; from then on its grace survives a restart."""
+
 _MAX_TIME = 600.0
 """Seconds after which the inspection, or the digest, of an archive is abandoned."""
 
@@ -164,8 +167,8 @@ class ExaminerPool:
 class Examination:
     """The examination of one content, in one or more rounds; finished parts are kept for later rounds.
 
-    `added_at` and `due` are monotonic times. `result` is that of the last round: why the file is not queued,
-    the error that ended the round, or None if the file is to be queued.
+    `added_at`, at which the grace begins, and `due` are monotonic times. `result` is that of the last round:
+    why the file is not queued, the error that ended the round, or None if the file is to be queued.
     """
 
     candidate: FileCandidate
@@ -213,7 +216,7 @@ class Examiner:
         self._problems = problems
         self._required = config.checksum_file == "required"
         self._grace = config.inspect_grace.total_seconds()
-        self._log_after = min(self._grace, config.rescan_every.total_seconds())
+        self._log_after = min(self._grace, config.rescan_every.total_seconds(), _MAX_LOG_AFTER)
         """Seconds after which a held file is a problem."""
         self._closed = threading.Event()
         self._examinations: dict[bytes, Examination] = {}
@@ -303,9 +306,11 @@ class Examiner:
             if examination.must_repeat:
                 self._submit(examination)
                 return None
-            if result is not None and self._is_held(examination, result):
-                self._hold(examination, result)
-                return None
+            if result is not None:
+                self._resume_grace(examination, result)
+                if self._is_held(examination, result):
+                    self._hold(examination, result)
+                    return None
         del self._examinations[candidate.relpath]
         if isinstance(result, OSError):
             self._on_unreadable(candidate.relpath, result)
@@ -349,6 +354,17 @@ class Examiner:
         else:
             examination.must_repeat = True
 
+    def _resume_grace(self, examination: Examination, why: HoldReason) -> None:
+        """Begin the grace of a file when an earlier run listed it as a problem, or when it was changed since.
+
+        The change time shows the latter, as a program can restore the modification time.
+        """
+        fingerprint = examination.candidate.fingerprint
+        earlier = self._problems.earlier(examination.candidate.relpath, why.reason)
+        if earlier is not None and earlier.size_bytes == fingerprint.size:
+            age = time.time() - max(earlier.since.timestamp(), fingerprint.ctime_ns / 1e9)
+            examination.added_at = min(examination.added_at, time.monotonic() - age)
+
     def _is_held(self, examination: Examination, why: HoldReason) -> bool:
         """Return whether a file must wait: within its grace, or as long as a required digest is missing."""
         if time.monotonic() < examination.added_at + self._grace or why.reason == MISSING:
@@ -358,9 +374,9 @@ class Examiner:
     def _hold(self, examination: Examination, why: HoldReason) -> None:
         """Keep a file back until the next rescan or the end of its grace; after a while it is a problem."""
         candidate, now = examination.candidate, time.monotonic()
-        examination.due = now + self._config.rescan_every.total_seconds()
-        if now < examination.added_at + self._grace:
-            examination.due = min(examination.due, examination.added_at + self._grace)
+        ends = (examination.added_at + self._log_after, examination.added_at + self._grace)
+        next_rescan = now + self._config.rescan_every.total_seconds()
+        examination.due = min(next_rescan, *(end for end in ends if now < end))
         self._on_hold[candidate.relpath] = examination
         if now < examination.added_at + self._log_after:
             return

@@ -73,6 +73,10 @@ class ProblemList:
         self._earlier = {(p.relpath, p.reason): p for p in problems if p.reason not in _NOT_FROM_SCANS}
         self._suspicious = {p.relpath: p for p in problems if p.reason == SUSPICIOUS}
 
+    def earlier(self, relpath: bytes, reason: str) -> DropProblem | None:
+        """Return the problem that a file had in an earlier run, unless this run has found it already."""
+        return self._earlier.get((relpath, reason))
+
     def add(self, relpath: bytes, reason: str, error: str, hint: str, size: int | None = None) -> bool:
         """Add a problem, or confirm it; return whether it is new in this run."""
         known = self._problems.get(relpath)

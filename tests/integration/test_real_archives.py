@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from backupd.core.archive_formats import EMPTY, MISNAMED, NO_TAR_END, Damage, Note
+from backupd.core.drop_problem import DropProblem
 from backupd.core.errors import LedgerError
 from backupd.core.model import DeliveryState
 from backupd.dropfolder.inspect import inspect
 from backupd.ledger.port import EnqueueResult
+from backupd.ledger.sqlite.connection import open_ledger
 from backupd.ledger.sqlite.deliveries import SqliteLedger
 from tests.integration.test_intake import LONG, SHORT, RunningIntake, running_intake
 from tests.programs import require
@@ -312,6 +317,56 @@ def test_a_held_archive_that_is_completed_is_queued_without_a_problem(made: Path
         scene.wait_queued("r1.tar.gz")
         scene.wait_problems({})
         assert not scene.events("archive.suspicious")
+
+
+def hold_cut_archive(made: Path, tmp_path: Path) -> DropProblem:
+    """Run an intake that holds the cut archive `r1.gz` until it is a problem; return the problem."""
+    with running_intake(tmp_path, rescan_every=SHORT, inspect_grace=LONG) as scene:
+        scene.put("r1.gz", (made / "level-6.gz").read_bytes()[:-1])
+        scene.wait_problems({"truncated": 1})
+        (problem,) = scene.ledger.problems()
+        return problem
+
+
+def test_the_grace_of_a_held_archive_goes_on_after_a_restart(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold_cut_archive(made, tmp_path)
+    later = SimpleNamespace(monotonic=time.monotonic, time=lambda: time.time() + LONG.total_seconds())
+    monkeypatch.setattr("backupd.intake.examiner.time", later)
+
+    with running_intake(tmp_path, rescan_every=SHORT, inspect_grace=LONG) as scene:
+        scene.wait_queued("r1.gz")
+
+        scene.wait_problems({"suspicious": 1})
+
+
+def test_the_grace_of_a_held_archive_begins_again_if_it_was_changed_while_the_daemon_was_stopped(
+    made: Path, tmp_path: Path
+) -> None:
+    problem = hold_cut_archive(made, tmp_path)
+    path = tmp_path / "drop" / "r1.gz"
+    before = path.stat()
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    ledger = SqliteLedger(open_ledger(tmp_path / "state").connection)
+    ledger.save_problems([replace(problem, since=problem.since - LONG)], [])
+    ledger.close()
+
+    with running_intake(tmp_path, rescan_every=SHORT, inspect_grace=LONG) as scene:
+        scene.wait_event("archive.waiting", 2)  # once in each run
+
+        assert scene.queued() == []
+
+
+def test_a_held_archive_is_a_problem_long_before_the_next_rescan(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backupd.intake.examiner._MAX_LOG_AFTER", 0.3)
+    with running_intake(tmp_path, rescan_every=LONG, inspect_grace=2 * LONG) as scene:
+        scene.put("r1.gz", (made / "level-6.gz").read_bytes()[:-1])
+
+        scene.wait_problems({"truncated": 1})
 
 
 def test_a_suspicious_archive_is_listed_until_a_whole_one_of_its_name_is_queued(
