@@ -93,6 +93,16 @@ def magics(kind: ArchiveKind) -> tuple[bytes, ...]:
     return _MAGIC.get(kind, ()) + (_ZSTD_SKIPPABLE if kind is ArchiveKind.ZSTD else ())
 
 
+def is_cut_magic(data: bytes, kind: ArchiveKind) -> bool:
+    """Return whether data is the beginning of a magic number of this kind, but not all of it."""
+    return any(0 < len(data) < len(magic) and magic.startswith(data) for magic in magics(kind))
+
+
+def is_bgzf(head: bytes) -> bool:
+    """Return whether a gzip file is one of bgzip, which ends with an empty member; SAM/BAM, section 4.1."""
+    return head[:4] == b"\x1f\x8b\x08\x04" and head[12:16] == b"BC\2\0"
+
+
 def kind_from_name(name: bytes) -> ArchiveKind | None:
     """Return the kind that the suffix of a file name indicates, None if it indicates none."""
     name = name.lower()
@@ -130,9 +140,7 @@ def kind_of(name: bytes, head: bytes, size: int) -> ArchiveKind | Damage | Note 
         return Damage(
             Reason.TRUNCATED, "the archive starts with zeros only" if size else "the archive has no bytes"
         )
-    if size < BLOCK and (
-        expected is ArchiveKind.TAR or any(magic.startswith(head) for magic in magics(expected))
-    ):
+    if size < BLOCK and (expected is ArchiveKind.TAR or is_cut_magic(head, expected)):
         return Damage(Reason.TRUNCATED, f"the archive ends after {size} bytes, within its {expected} header")
     if expected is ArchiveKind.TAR and has_tar_magic(head):
         return Damage(Reason.DAMAGED, "the first header of the tar is damaged")

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from backupd.core.archive_formats import ArchiveKind, UnsoundError, magics
+from backupd.core.archive_formats import ArchiveKind, UnsoundError, is_bgzf, is_cut_magic, magics
 from backupd.core.policy import Reason
 
 if sys.version_info >= (3, 14):
@@ -23,6 +23,8 @@ else:
 
 _CHUNK_BYTES = 256 * 1024
 """Bytes of a file that are read at once."""
+
+_BGZF_HEADER_BYTES = 18
 
 _PIECE_BYTES = 1 << 20
 """Bytes of decompressed data that are produced at once, at most."""
@@ -122,18 +124,26 @@ def decompress_streams(source: BoundedFile, kind: ArchiveKind) -> Iterator[bytes
     """Yield the decompressed bytes of all concatenated streams of a file.
 
     Bytes after the last stream are ignored, as gzip and bzip2 do with a warning. Raises as `decompress`
-    does, and UnsoundError if the file ends within a stream.
+    does, and UnsoundError if the file ends within a stream or its magic number, or without the empty stream
+    that ends a file of bgzip.
     """
     chunks, data = source.chunks(), b""
+    has_end_stream = kind is ArchiveKind.GZIP and is_bgzf(source.read(0, _BGZF_HEADER_BYTES))
     while True:
-        decoder = _new_decoder(kind)
-        yield from decompress(source, decoder, chunks, kind, data)
+        decoder, is_empty = _new_decoder(kind), True
+        for piece in decompress(source, decoder, chunks, kind, data):
+            is_empty = is_empty and not piece
+            yield piece
         if not decoder.eof:
             raise UnsoundError(Reason.TRUNCATED, f"the archive ends in the middle of its {kind} data")
         data = decoder.unused_data.lstrip(b"\0")
         while len(data) < len(magics(kind)[0]) and (more := next(chunks, b"")):
             data = (data + more).lstrip(b"\0")
+        if is_cut_magic(data, kind):
+            raise UnsoundError(Reason.TRUNCATED, f"the archive ends in the header of its next {kind} data")
         if not data.startswith(magics(kind)):
+            if has_end_stream and not is_empty:
+                raise UnsoundError(Reason.TRUNCATED, "the archive ends without the end block of bgzip")
             return
 
 
