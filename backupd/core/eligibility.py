@@ -12,12 +12,14 @@ from enum import StrEnum
 from backupd.core.checksum import is_checksum_name
 
 _TEMPORARY = re.compile(
-    r"(?:\..*|.*~|~.*|#.*#|.*\.(?:part|partial|tmp|temp|filepart|crdownload|swp|swx|lock|writing|upload|inprogress|aria2(?:__temp)?|lftp-pget-status))",
+    r"(?:\..*|.*~|~.*|#.*#|.*\.(?:part|partial|tmp|temp|filepart|crdownload|opdownload|cyberduckpart"
+    r"|part\.minio|gstmp|dpkg-new|swp|swx|lock|writing|upload|inprogress|aria2(?:__temp)?|lftp-pget-status))",
     re.IGNORECASE | re.DOTALL,
 )
 """Hidden names, and the names of unfinished files of editors, browsers, WinSCP, rsync and others.
 
-Files and folders with such a name are ignored; after a day they are a problem.
+The MinIO client writes `NAME.part.minio`, gcloud `NAME_.gstmp`. Files and folders with such a name are
+ignored; after a day they are a problem.
 """
 
 _RUBBISH = re.compile(

@@ -31,6 +31,11 @@ def an_eligibility(
         b"r1.tar.gz.aria2__temp",  # renamed to the one before, each time that aria2 saves its notes
         b"r1.tar.gz.PARTIAL",
         b"r1.tar.gz.crdownload",
+        b"r1.tar.gz.opdownload",  # Opera
+        b"r1.tar.gz.cyberduckpart",
+        b"r1.tar.gz.part.minio",
+        b"r1.tar.gz_.gstmp",  # gcloud storage
+        b"r1.cfg.dpkg-new",
         b"r1.cfg~",
         b"~r1.cfg",
         b"#r1.cfg#",
@@ -44,7 +49,9 @@ def test_names_of_unfinished_files_are_temporary(name: bytes) -> None:
     assert is_temporary(name)
 
 
-@pytest.mark.parametrize("name", [b"r1.tar.gz", b"part", b"tmp.cfg", b"r1.tmp.gz", b"a#b", b"#a", b"\xff.gz"])
+@pytest.mark.parametrize(
+    "name", [b"r1.tar.gz", b"part", b"tmp.cfg", b"r1.tmp.gz", b"a#b", b"#a", b"\xff.gz", b"r1.minio"]
+)
 def test_other_names_are_not_temporary(name: bytes) -> None:
     assert not is_temporary(name)
 
