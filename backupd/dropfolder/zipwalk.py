@@ -95,17 +95,16 @@ def _find_directory(source: BoundedFile) -> _Directory:
         raise UnsoundError(Reason.TRUNCATED, "the zip ends without a central directory")
     entries, size, offset = struct.unpack_from("<HII", tail, found + 10)
     end = tail_start + found
-    if entries == 0xFFFF or 0xFFFFFFFF in (size, offset):
-        locator = source.read(max(end - _LOCATOR_64_BYTES, 0), _LOCATOR_64_BYTES)
-        if locator[:4] == _LOCATOR_64:
-            end -= _LOCATOR_64_BYTES + _END_RECORD_64_BYTES
-            record = source.read(max(end, 0), _END_RECORD_64_BYTES)
-            if record[:4] != _END_RECORD_64:
-                end = struct.unpack_from("<Q", locator, 8)[0]
-                record = source.read(min(end, source.size), _END_RECORD_64_BYTES)
-            if len(record) < _END_RECORD_64_BYTES or record[:4] != _END_RECORD_64:
-                raise UnsoundError(Reason.DAMAGED, "the zip64 directory is not at its stated position")
-            entries, size, offset = struct.unpack_from("<QQQ", record, 32)
+    locator = source.read(max(end - _LOCATOR_64_BYTES, 0), _LOCATOR_64_BYTES)
+    if locator[:4] == _LOCATOR_64:  # some writers add it to small archives
+        end -= _LOCATOR_64_BYTES + _END_RECORD_64_BYTES
+        record = source.read(max(end, 0), _END_RECORD_64_BYTES)
+        if record[:4] != _END_RECORD_64:
+            end = struct.unpack_from("<Q", locator, 8)[0]
+            record = source.read(min(end, source.size), _END_RECORD_64_BYTES)
+        if len(record) < _END_RECORD_64_BYTES or record[:4] != _END_RECORD_64:
+            raise UnsoundError(Reason.DAMAGED, "the zip64 directory is not at its stated position")
+        entries, size, offset = struct.unpack_from("<QQQ", record, 32)
     shift = end - size - offset
     if shift and not (shift == 4 and source.read(0, 4) in _SPLIT_MARKERS):
         # a zip that was cut off can end with the whole directory of a zip inside it

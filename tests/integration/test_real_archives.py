@@ -85,6 +85,7 @@ WHOLE = {
     "file.zip": "cat template.zip",
     "of-zips.zip": "for n in 1 2 3 4; do zip -q $$-$n.zip random; done; zip -q - $$-*.zip text",
     "bsdtar.zip": "bsdtar -cf - --format=zip text random",
+    "bsdtar-zip64.zip": "bsdtar -cf - --format=zip --options zip:zip64 text random",
     "gnu.tar": "tar -cf - text random folder",
     "posix.tar": "tar --format=posix -cf - text random folder",
     "ustar.tar": "tar --format=ustar -cf - text random",
