@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -19,6 +19,7 @@ from backupd.config.files import file_problems
 from backupd.config.load import load
 from backupd.config.models import Config, DestinationConfig
 from backupd.config.problems import FileProblem
+from backupd.config.time_limit import ANSWER_TIMEOUT, call_all
 from backupd.core.errors import LedgerError
 from backupd.core.names import as_text, printable
 from backupd.core.units import human_duration
@@ -40,8 +41,8 @@ _BLIND_SPOT_HINT = (
     " finished once it is unchanged for `stable_for`"
 )
 
-_MAX_TIME, _MIN_WALK_TIME = 5.0, 0.5
-"""Seconds for which folders are examined, and at least walked; a dead file server never answers."""
+_MIN_WALK_TIME = 0.5
+"""Seconds for which folders are walked at least, however long their examination took before."""
 
 
 def check(
@@ -54,7 +55,7 @@ def check(
     Connecting includes the TLS handshake and the sign-in. Nothing is uploaded. Exits with 78 if the daemon
     can't run with the configuration, 69 if a destination would not accept an archive now.
     """
-    loaded, until = load(config), time.monotonic() + _MAX_TIME
+    loaded, until = load(config), time.monotonic() + ANSWER_TIMEOUT
     problems = file_problems(loaded, datetime.now(UTC))
     problems += _drop_folder_problems(loaded, max(until, time.monotonic() + _MIN_WALK_TIME))
     probes = [] if offline else probe_all(loaded.destination)
@@ -95,11 +96,7 @@ def _drop_folder_problems(config: Config, until: float) -> list[FileProblem]:
                 where, message = f"drop.{name}.{each.key}", f"{path}: {each.error}"
                 found[name].append(FileProblem(where, message, each.hint(drop), fatal=False))
 
-    threads = [threading.Thread(target=examine, args=(name,), daemon=True) for name in found]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(until - time.monotonic(), 0.0))
+    call_all({name: partial(examine, name) for name in found}, until - time.monotonic())
     return [problem for name in config.drop for problem in found[name]]
 
 

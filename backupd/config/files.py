@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 import stat
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Final
@@ -28,6 +26,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from backupd.config.models import Config, DropConfig, TlsFiles
 from backupd.config.problems import FileProblem
 from backupd.config.rules import overlap
+from backupd.config.time_limit import NoAnswerError, call_all, filesystem_hint
+from backupd.core.eligibility import Eligibility, Patterns
 from backupd.core.filesystems import default_stable_for, has_change_time, is_remote
 from backupd.core.folder_place import FolderPlace
 from backupd.core.mountinfo import MountEntry, mounts_within, parse_mountinfo, path_on_device
@@ -162,11 +162,13 @@ _MOUNTINFO: Final = Path("/proc/self/mountinfo")
 _READ_WRITE_SEARCH: Final = os.R_OK | os.W_OK | os.X_OK
 
 
-_ANSWER_TIMEOUT: Final = 5.0
-"""Seconds within which the filesystem of a drop has to answer; that of a dead file server never does."""
+def folder_errors(config: Config, drops: Iterable[str]) -> dict[str, OSError]:
+    """Return why the folders of drops can't be reached, by drop; NoAnswerError if a filesystem hangs."""
+    calls = {name: partial(os.statvfs, config.drop[name].path) for name in drops}
+    return {name: answer for name, answer in call_all(calls).items() if isinstance(answer, OSError)}
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _DropFolders:
     """The place of a drop's folder, its real path, None until that is known, and its problems.
 
@@ -183,47 +185,39 @@ class _DropFolders:
 
 
 def _examine_drops(config: Config) -> dict[str, _DropFolders]:
-    """Examine the folders of all drops at the same time, each in a thread: one that hangs delays no other."""
+    """Examine the folders of all drops at the same time: one that hangs delays no other."""
     mounts = mount_points(_MOUNTINFO)
-    found = {
-        name: _DropFolders(_Named(f"drop.{name}.path", drop.path), FolderPlace(str(drop.path)))
-        for name, drop in config.drop.items()
+    answers = call_all({n: partial(_examine_drop, n, drop, mounts) for n, drop in config.drop.items()})
+    return {
+        name: _unusable_drop(name, config.drop[name], answer) if isinstance(answer, OSError) else answer
+        for name, answer in answers.items()
     }
-    until = time.monotonic() + _ANSWER_TIMEOUT
 
-    def examine(name: str) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are for the main thread
-        drop, folders = config.drop[name], found[name]
-        try:
-            real_path = _real_path(drop.path)
-            folders.problems = (
-                *_drop_problems(name, drop, mounts),
-                *_filesystem_problems(name, drop, real_path),
-            )
-            folders.real_path = real_path
-            with suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # among the problems
-                status = os.stat(drop.path)
-                folders.place = FolderPlace(str(drop.path), status.st_dev, status.st_ino)
-            folders.has_sent = os.path.lexists(drop.path / drop.sent_dir.strip("/"))
-        except OSError as error:
-            text, hint = f"can't be used: {_reason(error)}", f"check its mount: `findmnt -T {drop.path}`"
-            folders.problems = (folders.named.problem(text, hint, prevents_start=False),)
 
-    threads = {name: threading.Thread(target=examine, args=(name,), daemon=True) for name in found}
-    for thread in threads.values():
-        thread.start()
-    for name, thread in threads.items():
-        thread.join(max(until - time.monotonic(), 0.0))
-        if thread.is_alive():
-            path = config.drop[name].path
-            problem = found[name].named.problem(
-                f"does not answer within {_ANSWER_TIMEOUT:g} s",
-                f"check its file server or disk: `findmnt -T {path}`, `dmesg -T`",
-                prevents_start=False,
-            )
-            place = FolderPlace(str(path))
-            found[name] = _DropFolders(found[name].named, place, None, (problem,), answers=False)
-    return found
+def _examine_drop(name: str, drop: DropConfig, mounts: frozenset[Path]) -> _DropFolders:
+    real_path = _real_path(drop.path)
+    problems = (
+        *_drop_problems(name, drop, mounts),
+        *_filesystem_problems(name, drop, real_path),
+        *_unusable_mounts(name, _scanned_mounts(drop, real_path, mounts)),
+    )
+    place = FolderPlace(str(drop.path))
+    with suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # among the problems
+        status = os.stat(drop.path)
+        place = FolderPlace(str(drop.path), status.st_dev, status.st_ino)
+    has_sent = os.path.lexists(drop.path / drop.sent_dir.strip("/"))
+    return _DropFolders(_Named(f"drop.{name}.path", drop.path), place, real_path, problems, has_sent)
+
+
+def _unusable_drop(name: str, drop: DropConfig, error: OSError) -> _DropFolders:
+    folder = _Named(f"drop.{name}.path", drop.path)
+    problems, answers = (_unusable(folder, error),), not isinstance(error, NoAnswerError)
+    return _DropFolders(folder, FolderPlace(str(drop.path)), problems=problems, answers=answers)
+
+
+def _unusable(folder: _Named, error: OSError) -> FileProblem:
+    text = _reason(error) if isinstance(error, NoAnswerError) else f"can't be used: {_reason(error)}"
+    return folder.problem(text, filesystem_hint(folder.path, error), prevents_start=False)
 
 
 def _state_dir_problems(config: Config, folders: Mapping[str, _DropFolders]) -> Iterator[FileProblem]:
@@ -288,8 +282,8 @@ def _unmovable(folder: _Named, drop: DropConfig, mounts: frozenset[Path]) -> Ite
     """Yield warnings of files that could be delivered, but not moved away afterwards."""
     root = _real_path(drop.path)
     own = [root / drop.sent_dir.strip("/"), root / drop.rejected_dir.strip("/")]
-    for mount in sorted(mounts):
-        if root in mount.parents and not any(overlap(mount, each) for each in own):
+    for mount in _scanned_mounts(drop, root, mounts):
+        if not any(overlap(mount, each) for each in own):
             text = f"has a mount below it, {mount}: its files can't be moved out of it"
             hint = (
                 "mount it elsewhere and configure it as a drop of its own, or `exclude` it: archives are"
@@ -305,11 +299,34 @@ def _unmovable(folder: _Named, drop: DropConfig, mounts: frozenset[Path]) -> Ite
             "chmod g+w {}, and let writers create directories with umask 007; see the page about operations",
         ),
     }
-    for path, status in _directories(root, own if drop.recursive else None):
+    for path, status in _directories(root, {*own, *mounts} if drop.recursive else None):
         for applies, (text, hint) in list(kinds.items()):
             if applies(path, status):
                 del kinds[applies]  # one example is enough
                 yield _Named(folder.where, path).problem(text, hint.format(path), fatal=False)
+
+
+def _scanned_mounts(drop: DropConfig, root: Path, mounts: Collection[Path]) -> list[Path]:
+    """Return the mounts below the real path of a drop folder, except those that the daemon does not scan."""
+    eligibility = Eligibility(Patterns(drop.include), Patterns(drop.exclude), drop.min_size, drop.max_size)
+
+    def is_scanned(mount: Path) -> bool:
+        directories = (each for each in (mount, *mount.parents) if root in each.parents)
+        return not any(eligibility.of_directory(os.fsencode(each.relative_to(root))) for each in directories)
+
+    return sorted(m for m in mounts if drop.recursive and root in m.parents and is_scanned(m))
+
+
+_MOUNT_TIMEOUT: Final = 3.0
+"""Seconds within which a mount below a drop folder has to answer; the folder above has to by then, too."""
+
+
+def _unusable_mounts(name: str, mounts: Iterable[Path]) -> Iterator[FileProblem]:
+    """Yield a problem for each mount below a drop folder that fails or never answers."""
+    answers = call_all({str(mount): partial(os.statvfs, mount) for mount in mounts}, _MOUNT_TIMEOUT)
+    for path, answer in answers.items():
+        if isinstance(answer, OSError) and not isinstance(answer, FileNotFoundError | PermissionError):
+            yield _unusable(_Named(f"drop.{name}.path", Path(path)), answer)
 
 
 def _is_sticky(_path: Path, status: os.stat_result) -> bool:
@@ -324,7 +341,7 @@ _MAX_DIRECTORIES: Final = 10_000
 """Directories of a drop folder that are looked at before the start."""
 
 
-def _directories(root: Path, skipped: Sequence[Path] | None) -> Iterator[tuple[Path, os.stat_result]]:
+def _directories(root: Path, skipped: Collection[Path] | None) -> Iterator[tuple[Path, os.stat_result]]:
     """Yield a folder and the directories below it except the skipped ones; with None only the folder."""
     yield root, os.stat(root)
     if skipped is None:

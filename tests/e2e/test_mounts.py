@@ -7,16 +7,18 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from backupd.cli.options import BAD_CONFIG
 from backupd.receiver.serve import RunningReceiver
+from tests.e2e.test_as_root import AS_NOBODY, give_away
 from tests.programs import do_without, require
-from tests.stage import Daemon, Stage, until
+from tests.stage import TIMEOUT, Daemon, Stage, until
 
 pytestmark = pytest.mark.root  # mounting takes root
 
@@ -82,6 +84,16 @@ def mount(stage: Stage) -> Iterator[FuseMount]:
         yield mounted
     finally:
         mounted.unmount()
+
+
+BREAKS = pytest.mark.parametrize(
+    ("break_down", "error"),
+    [
+        pytest.param(FuseMount.hang, "does not answer within 5 s", id="hangs"),
+        pytest.param(FuseMount.die, "Transport endpoint is not connected", id="is dead"),
+    ],
+)
+"""Breaks the mount; commands show the error."""
 
 
 @pytest.fixture
@@ -270,3 +282,64 @@ def test_a_remote_filesystem_that_is_mounted_below_a_drop_folder_is_polled(
         assert daemon.stop() == 0
     finally:
         mounted.unmount()
+
+
+# Commands
+
+
+@pytest.mark.long
+@BREAKS
+def test_check_names_a_mount_below_a_drop_folder_that_cannot_be_used(
+    stage: Stage, receiver: RunningReceiver, break_down: Callable[[FuseMount], None], error: str
+) -> None:
+    source, below = stage.base / "exported", stage.drop / "site"
+    source.mkdir()
+    below.mkdir()
+    mounted = FuseMount(source, below)
+    try:
+        stage.configure(receiver.url)
+        break_down(mounted)
+        done = stage.backupd("check", "--offline")
+        stage.configure(receiver.url, drop='exclude = ["site"]')
+        excluded = stage.backupd("check", "--offline")
+    finally:
+        mounted.unmount()
+
+    shown = {
+        "does not answer within 5 s": "does not answer within 3 s",
+        "Transport endpoint is not connected": "can't be used: transport endpoint is not connected",
+    }[error]
+    assert done.returncode == BAD_CONFIG
+    assert f"failed: drop.switches.path: {below} {shown}\n  hint: check its" in done.stdout
+    assert excluded.returncode == 0
+    assert "does not answer" not in excluded.stdout
+    assert "has a mount below it" not in excluded.stdout
+
+
+@pytest.mark.long
+def test_a_mount_below_a_drop_folder_that_hangs_hides_no_other_problem_of_the_drop(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    source, below, closed = stage.base / "exported", stage.drop / "site", stage.drop / "closed"
+    for folder in (source, below, closed):
+        folder.mkdir()
+    closed.chmod(0o555)
+    stage.configure(receiver.url)
+    give_away(stage.base)
+    mounted = FuseMount(source, below)
+    try:
+        mounted.hang()
+        command = [*AS_NOBODY, sys.executable, "-m", "backupd", "check", "--offline", "--json"]
+        environ = {**os.environ, "BACKUPD_CONFIG": str(stage.config)}
+        done = subprocess.run(command, capture_output=True, check=False, env=environ, timeout=TIMEOUT)
+    finally:
+        mounted.unmount()
+
+    messages = [problem["message"] for problem in json.loads(done.stdout)["problems"]]
+    for expected in (
+        f"{stage.drop} has a mount below it, {below}: ",
+        f"{closed} can't be written by the daemon's user: ",
+        f"{below} does not answer within 3 s",
+    ):
+        assert len([message for message in messages if message.startswith(expected)]) == 1, messages
+    assert not [message for message in messages if message.startswith(f"{stage.drop} does not answer")]
