@@ -29,8 +29,10 @@ from backupd.cli.options import (
     parse_time,
 )
 from backupd.cli.output import print_json, print_line, print_table, progress_bar
+from backupd.config.files import folder_errors
 from backupd.config.load import load
 from backupd.config.models import Config
+from backupd.config.time_limit import filesystem_hint
 from backupd.core.errors import LedgerError, UsageError
 from backupd.core.folder_place import label_of
 from backupd.core.model import (
@@ -105,13 +107,14 @@ def audit(
     """Compare the files in sent_dir with the sizes and digests in the receipt files beside them.
 
     With --remote, also query each destination that has a query_url. Exits with 3 if a file is missing,
-    changed or unreadable or has no receipt file, or a destination no longer has it. Files that the daemon
-    removed (keep_sent_for, keep_sent_last, min_free) are not reported. The ledger is used only if there is no
-    sent_dir, to find out whether archives were sent.
+    changed or unreadable or has no receipt file, a destination no longer has it, or a drop folder can't be
+    read. Files that the daemon removed (keep_sent_for, keep_sent_last, min_free) are not reported. The
+    ledger is used only if there is no sent_dir, to find out whether archives were sent.
     """
     loaded = load(config)
     start = parse_time("--since", since, datetime.now(UTC))
     only = configured_name("--drop", drop, list(loaded.drop))
+    names = [only] if only else list(loaded.drop)
     verifier = RemoteVerifier(loaded) if remote else None
     counts: dict[str, Counter[str]] = {"kept": Counter()}
     wrong: list[AuditFinding] = []
@@ -119,8 +122,9 @@ def audit(
     try:
         with progress_bar(*columns, hidden=as_json) as progress:
             advance = partial(progress.advance, progress.add_task("archives", total=None))
-            for name in [only] if only else loaded.drop:
-                for finding in _audit_drop(loaded, name, start, verifier, advance):
+            errors = folder_errors(loaded, names)
+            for name in names:
+                for finding in _audit_drop(loaded, name, errors.get(name), start, verifier, advance):
                     counts.setdefault(finding.destination or "kept", Counter())[finding.verdict] += 1
                     if finding.verdict is not AuditVerdict.OK:
                         wrong.append(finding)
@@ -189,15 +193,21 @@ class RemoteVerifier:
 def _audit_drop(
     config: Config,
     name: str,
+    unreachable: OSError | None,
     since: datetime | None,
     verifier: RemoteVerifier | None,
     advance: Callable[[], None],
 ) -> Iterator[AuditFinding]:
+    """Yield the findings in a drop; its folder can't be used if `unreachable` is an error."""
     path = config.drop[name].path
     try:
+        if unreachable is not None:
+            raise unreachable
         folder = DropFolder(str(path))
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", "run this command as the daemon's user") from error
+        detail = f"{path}: {error.strerror}; {filesystem_hint(path, error)}"
+        yield _finding(name, b".", AuditVerdict.UNREADABLE, detail)
+        return
     unreadable: list[AuditFinding] = []
     missing: set[str] = set()
 

@@ -8,8 +8,10 @@ import socket
 import stat
 import threading
 import uuid
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -27,12 +29,13 @@ from backupd.cli.options import DEFAULT_CONFIG, PENDING, REJECTED, UNAVAILABLE, 
 from backupd.cli.output import print_json, progress_bar
 from backupd.config.load import load
 from backupd.config.models import Config
+from backupd.config.time_limit import NoAnswerError, call, filesystem_hint
 from backupd.core.errors import UsageError
 from backupd.core.model import Archive, Deferred, Delivered, Outcome, Rejected, Superseded, fingerprint_of
 from backupd.core.names import as_text, printable, template_values
 from backupd.core.policy import Reason, rule_of
 from backupd.delivery.worker import short_attempts
-from backupd.dropfolder.folder import DropFolder
+from backupd.dropfolder.folder import DropFolder, close_descriptor
 from backupd.upload.base import OnProgress, UploadJob
 from backupd.upload.registry import make_uploader
 
@@ -55,7 +58,9 @@ def push(
     files: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILE", help="The files to deliver; they are not moved or removed.", readable=False
+            metavar="FILE",
+            help="The files to deliver; they are not moved or removed.",
+            parser=Path,  # the parser of typer accesses the files, which may hang
         ),
     ],
     to: Annotated[
@@ -73,13 +78,12 @@ def push(
     unknown = [name for name in to or () if name not in loaded.destination]
     if unknown:
         raise UsageError(f"no destination named {unknown[0]}", f"there are: {', '.join(loaded.destination)}")
-    for file in files:  # all of them before the first upload
-        _require_file(file)
+    sizes = [_require_file(file) for file in files]  # all of them before the first upload
     results = []
     with _progress_bar(hidden=as_json) as progress:
         for name in to or loaded.destination:
-            for file in files:
-                results.append(_push(file, name, loaded, _add_task(progress, file, name)))
+            for file, size in zip(files, sizes, strict=True):
+                results.append(_push(file, name, loaded, _add_task(progress, file, size, name)))
                 if not as_json:
                     _print(results[-1])
     if as_json:
@@ -92,27 +96,30 @@ def push(
         raise typer.Exit(PENDING)
 
 
-def _require_file(file: Path) -> None:
+def _require_file(file: Path) -> int:
+    """Return the size of a file; raise UsageError if it can't be pushed."""
     try:
-        status = file.lstat()
+        status = call(file.lstat)
+        is_readable = call(partial(os.access, file, os.R_OK))
     except OSError as error:
-        raise UsageError(f"{printable(str(file))}: {error.strerror}") from error
+        hint = filesystem_hint(file, error) if isinstance(error, NoAnswerError) else ""
+        raise UsageError(f"{printable(str(file))}: {error.strerror}", hint) from error
     if not stat.S_ISREG(status.st_mode):
         raise UsageError(f"{printable(str(file))}: not a regular file", "give the paths of the archives")
     if status.st_size == 0:
         raise UsageError(f"{printable(str(file))}: is empty", "check the device that wrote the backup")
-    if not os.access(file, os.R_OK):
+    if not is_readable:
         raise UsageError(f"{printable(str(file))}: Permission denied", "let your user read it")
+    return status.st_size
 
 
 def _push(file: Path, destination: str, config: Config, on_progress: OnProgress) -> PushResult:
     name = os.fsencode(file.name)
     try:
-        folder = DropFolder(str(file.absolute().parent))
-        fd = folder.open(name)
+        fd, status = call(partial(_open, file))
     except OSError as error:
-        raise UsageError(f"{printable(str(file))}: {error.strerror}") from error
-    archive = Archive(0, "push", name, fingerprint_of(os.fstat(fd)), datetime.now(UTC))
+        return _result(as_text(name), destination, Deferred(Reason.UNREADABLE, error.strerror or str(error)))
+    archive = Archive(0, "push", name, fingerprint_of(status), datetime.now(UTC))
     variables = dict.fromkeys(_label_names(config), "") | template_values(archive, socket.gethostname(), None)
     job = UploadJob(str(uuid.uuid4()), name, fd, archive.fingerprint, variables, on_progress)
     uploader = make_uploader(config.destination[destination])
@@ -129,9 +136,15 @@ def _push(file: Path, destination: str, config: Config, on_progress: OnProgress)
         short_attempts(attempt, threading.Event())
     finally:
         uploader.close()
-        os.close(fd)
-        folder.close()
+        close_descriptor(fd)
     return _result(as_text(name), destination, outcomes[-1])
+
+
+def _open(file: Path) -> tuple[int, os.stat_result]:
+    """Return a descriptor of a regular file, which the caller closes, and its status."""
+    with closing(DropFolder(str(file.absolute().parent))) as folder:
+        fd = folder.open(os.fsencode(file.name))
+    return fd, os.fstat(fd)
 
 
 def _label_names(config: Config) -> set[str]:
@@ -184,8 +197,7 @@ def _progress_bar(*, hidden: bool) -> Progress:
     )
 
 
-def _add_task(progress: Progress, file: Path, destination: str) -> OnProgress:
+def _add_task(progress: Progress, file: Path, size: int, destination: str) -> OnProgress:
     """Add a bar for a file, and return the function that updates it."""
-    total = file.stat().st_size if file.is_file() else None
-    task = progress.add_task(f"{printable(file.name)} → {destination}", total=total)
+    task = progress.add_task(f"{printable(file.name)} → {destination}", total=size)
     return lambda sent_bytes: progress.update(task, completed=sent_bytes)

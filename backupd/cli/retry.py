@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
 
 from backupd.cli.options import DEFAULT_CONFIG, ConfigPath
+from backupd.config.files import folder_errors
 from backupd.config.load import load
 from backupd.config.models import Config
+from backupd.config.time_limit import filesystem_hint
 from backupd.core.errors import UsageError
 from backupd.core.model import Archive, DeliveryState
 from backupd.core.names import as_text, printable
@@ -46,7 +49,7 @@ def retry(
         return
     record = history.delivery(delivery)
     if record.state is DeliveryState.REJECTED:
-        if not _restore(loaded, history, record):
+        if not _restore(loaded, history, record, _folder_errors(loaded, [record])):
             raise UsageError(
                 f"{record.id}: its file is not in quarantine",
                 "it was put back or removed, or its other deliveries have not ended: see `backupd list`",
@@ -63,9 +66,11 @@ def retry(
 def _restore_all(config: Config, history: History, when: str) -> None:
     """Put back all rejected archives, oldest first; raise UsageError for those that fail, at the end."""
     restored, failed = 0, []
-    for record in reversed(history.find(Search(DeliveryState.REJECTED), _MAX_DELIVERIES)):
+    records = history.find(Search(DeliveryState.REJECTED), _MAX_DELIVERIES)
+    errors = _folder_errors(config, records)
+    for record in reversed(records):
         try:
-            restored += _restore(config, history, record)
+            restored += _restore(config, history, record, errors)
         except UsageError as error:
             failed.append(str(error))
     noun = "archive" if restored == 1 else "archives"
@@ -74,10 +79,16 @@ def _restore_all(config: Config, history: History, when: str) -> None:
         raise UsageError("some archives could not be put back:\n" + "\n".join(failed))
 
 
-def _restore(config: Config, history: History, record: DeliveryRecord) -> bool:
+def _folder_errors(config: Config, records: list[DeliveryRecord]) -> dict[str, OSError]:
+    """Return why the folders of the drops of rejected archives can't be reached, by drop."""
+    drops = {record.archive.drop for record in records if record.disposed_to is not None}
+    return folder_errors(config, drops & config.drop.keys())
+
+
+def _restore(config: Config, history: History, record: DeliveryRecord, errors: Mapping[str, OSError]) -> bool:
     """Move a file from rejected_dir to its place in the drop folder; return False if it is not there.
 
-    Raises UsageError if the file can't be moved.
+    Raises UsageError if the file can't be moved, or `errors` has one of its folder.
     """
     drop = config.drop.get(record.archive.drop)
     if record.disposed_to is None:
@@ -88,12 +99,12 @@ def _restore(config: Config, history: History, record: DeliveryRecord) -> bool:
             "configure a drop with that `path`, or move the file to another drop folder yourself",
         )
     try:
+        if error := errors.get(record.archive.drop):
+            raise error
         folder = DropFolder(str(drop.path))
         folder.imitates_owner = os.geteuid() == 0  # else the daemon could not move the archive out again
     except OSError as error:
-        raise UsageError(
-            f"{drop.path}: {error.strerror}", "check that the drop folder exists and is mounted"
-        ) from error
+        raise UsageError(f"{drop.path}: {error.strerror}", filesystem_hint(drop.path, error)) from error
     try:
         moved_to = _quarantined_path(folder, record.archive, record.disposed_to, drop.rejected_dir)
         return _put_back(history, record, folder, moved_to, checksums=drop.checksum_file != "off")
@@ -106,7 +117,7 @@ def _restore(config: Config, history: History, record: DeliveryRecord) -> bool:
     except OSError as error:
         path = printable(as_text(record.disposed_to))
         raise UsageError(
-            f"{drop.path}/{path}: {error.strerror}", "run this command as the daemon's user"
+            f"{drop.path}/{path}: {error.strerror}", filesystem_hint(drop.path, error)
         ) from error
     finally:
         folder.close()

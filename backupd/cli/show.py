@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import datetime
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -12,6 +13,7 @@ from backupd.cli.options import DEFAULT_CONFIG, AsJson, ConfigPath
 from backupd.cli.output import print_json, print_table, relative_time
 from backupd.config.load import load
 from backupd.config.models import DropConfig
+from backupd.config.time_limit import call
 from backupd.core.errors import UsageError
 from backupd.core.names import as_text, printable
 from backupd.core.policy import Reason, rule_of
@@ -62,9 +64,8 @@ def _archive_number(ident: str) -> int:
 
 def _print_archive(record: ArchiveRecord, drop: DropConfig | None) -> None:
     moved_to = as_text(record.disposed_to) if record.disposed_to else None
-    path = os.path.join(os.fsencode(drop.path), record.disposed_to) if drop and record.disposed_to else b""
-    if path and not os.path.lexists(path):
-        moved_to = f"{moved_to} (no longer there)"
+    if drop and record.disposed_to:
+        moved_to = f"{moved_to}{_absence(os.path.join(os.fsencode(drop.path), record.disposed_to))}"
     _print_facts(
         {
             "archive": f"@{record.archive.id} {record.archive.drop}: {as_text(record.archive.relpath)}",
@@ -75,6 +76,17 @@ def _print_archive(record: ArchiveRecord, drop: DropConfig | None) -> None:
             "disposed": _format_time(record.disposed_at),
         }
     )
+
+
+def _absence(path: bytes) -> str:
+    """Return a remark if a file is not at a path, or can't be reached; else an empty text."""
+    try:
+        call(partial(os.lstat, path))
+    except (FileNotFoundError, NotADirectoryError):
+        return " (no longer there)"
+    except OSError as error:
+        return f" (can't be reached: {error.strerror})"
+    return ""
 
 
 def _print_delivery(record: DeliveryRecord) -> None:

@@ -18,9 +18,11 @@ from typing import Any
 
 import pytest
 
+from backupd.cli.options import PENDING
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.e2e.test_outages import Endpoint
 from tests.pki import Pki, in_days
+from tests.scripted import Peer, ScriptedServer, accept_all, server_context
 from tests.stage import TIMEOUT, Daemon, Stage, until
 
 COMMAND = [sys.executable, "-m", "backupd"]
@@ -221,6 +223,29 @@ def test_push_checks_all_files_before_the_first_upload(
         assert words in done.stderr
         assert done.stdout == ""
     assert stage.stored() == []
+
+
+@pytest.mark.long
+def test_push_reports_a_file_that_disappears_and_delivers_all_others(stage: Stage, archive: Path) -> None:
+    gone, last = stage.base / "gone.tar.gz", stage.base / "last.tar.gz"
+    for path in (gone, last):
+        path.write_bytes(b"content")
+
+    def remove_then_accept(peer: Peer) -> None:
+        gone.unlink(missing_ok=True)
+        accept_all(peer)
+
+    with ScriptedServer(remove_then_accept, server_context(stage.pki)) as server:
+        stage.configure(server.url)
+        done = stage.backupd("push", "--json", str(archive), str(gone), str(last))
+
+    results = {each["file"]: (each["outcome"], each["reason"]) for each in json.loads(done.stdout)}
+    assert done.returncode == PENDING
+    assert results == {
+        archive.name: ("delivered", None),
+        "gone.tar.gz": ("deferred", "archive_unreadable"),
+        "last.tar.gz": ("delivered", None),
+    }
 
 
 @pytest.mark.long

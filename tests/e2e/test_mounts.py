@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from backupd.cli.options import BAD_CONFIG
+from backupd.cli.options import BAD_CONFIG, REJECTED
 from backupd.receiver.serve import RunningReceiver
 from tests.e2e.test_as_root import AS_NOBODY, give_away
 from tests.programs import do_without, require
+from tests.scripted import Peer, ScriptedServer, http_response, server_context
 from tests.stage import TIMEOUT, Daemon, Stage, until
 
 pytestmark = pytest.mark.root  # mounting takes root
@@ -285,6 +287,92 @@ def test_a_remote_filesystem_that_is_mounted_below_a_drop_folder_is_polled(
 
 
 # Commands
+
+
+@pytest.mark.long
+@BREAKS
+def test_audit_reports_a_folder_that_cannot_be_read_and_audits_all_others(
+    stage: Stage, mount: FuseMount, other: Path, break_down: Callable[[FuseMount], None], error: str
+) -> None:
+    daemon = stage.daemon().ready()
+    stage.put("a.cfg", b"a", into=other)
+    daemon.wait_for("archive.disposed")
+    assert daemon.stop() == 0
+    (other / "sent" / "a.cfg").write_bytes(b"b")
+    break_down(mount)
+
+    done = stage.backupd("audit", "--json")
+
+    wrong = json.loads(done.stdout)["wrong"]
+    assert done.returncode == REJECTED
+    assert [(w["drop"], w["path"], w["verdict"]) for w in wrong] == [
+        ("switches", ".", "unreadable"),
+        ("other", "sent/a.cfg", "changed"),
+    ]
+    assert wrong[0]["detail"].startswith(f"{stage.drop}: {error}; check its")
+    assert f"`findmnt -T {stage.drop}`" in wrong[0]["detail"]
+
+
+@pytest.mark.long
+@BREAKS
+def test_retry_puts_the_archives_of_all_other_drops_back(
+    stage: Stage, mount: FuseMount, other: Path, break_down: Callable[[FuseMount], None], error: str
+) -> None:
+    def refuse(peer: Peer) -> None:
+        peer.read_request()
+        peer.send(http_response(422))
+
+    with ScriptedServer(refuse, server_context(stage.pki)) as server:
+        stage.config.write_text(re.sub('url = ".*"', f'url = "{server.url}"', stage.config.read_text()))
+        daemon = stage.daemon().ready()
+        (stage.drop / "a.cfg").write_bytes(b"a")
+        daemon.wait_for("archive.disposed", drop="switches")
+        stage.put("b.cfg", b"b", into=other)
+        daemon.wait_for("archive.disposed", drop="other")
+        assert daemon.stop() == 0
+    ids = {each["archive"]["drop"]: each["id"] for each in json.loads(stage.backupd("list", "--json").stdout)}
+    break_down(mount)
+
+    every, one = stage.backupd("retry", "--all"), stage.backupd("retry", ids["switches"])
+
+    assert (every.returncode, every.stdout[:18]) == (2, "1 archive put back")
+    assert (other / "b.cfg").read_bytes() == b"b"
+    for done in (every, one):
+        assert f"{stage.drop}: {error}" in done.stderr
+    assert f"hint: check its {'mount' if 'not connected' in error else 'file server'}" in one.stderr
+
+
+@pytest.mark.long
+@BREAKS
+def test_show_does_not_claim_that_an_archive_is_gone_from_a_folder_that_cannot_be_read(
+    stage: Stage, mount: FuseMount, other: Path, break_down: Callable[[FuseMount], None], error: str
+) -> None:
+    daemon = stage.daemon().ready()
+    (stage.drop / "a.cfg").write_bytes(b"a")
+    daemon.wait_for("archive.disposed")
+    assert daemon.stop() == 0
+    break_down(mount)
+
+    done = stage.backupd("show", "@1")
+
+    assert done.returncode == 0, done.stderr
+    assert f"sent/a.cfg (can't be reached: {error})\n" in done.stdout
+
+
+@pytest.mark.long
+@BREAKS
+def test_push_and_init_name_a_file_that_cannot_be_reached(
+    stage: Stage, mount: FuseMount, other: Path, break_down: Callable[[FuseMount], None], error: str
+) -> None:
+    file = stage.drop / "a.cfg"
+    file.write_bytes(b"a")
+    break_down(mount)
+
+    pushed, written = stage.backupd("push", str(file)), stage.backupd("init", str(stage.drop / "new.toml"))
+
+    assert (pushed.returncode, written.returncode) == (2, 2)
+    assert f"{file}: {error}" in pushed.stderr
+    assert f"{stage.drop}/new.toml: can't be created ({error})" in written.stderr
 
 
 @pytest.mark.long
