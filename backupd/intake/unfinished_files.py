@@ -8,9 +8,11 @@ import stat
 import time
 from contextlib import suppress
 
+from backupd.core.archive_formats import Damage
 from backupd.core.eligibility import COMPANION_SUFFIXES, Ineligible
 from backupd.core.filesystems import default_stable_for
 from backupd.core.model import fingerprint_of, may_have_content_of
+from backupd.core.policy import Reason
 from backupd.core.stability import Stability, StabilityTracker
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.earlier_folders import EarlierFolder
@@ -60,7 +62,8 @@ _UNFINISHED_HINT = (
 )
 _NO_ROOM = "its filesystem has no room left, so that the file may be cut off"
 _NO_ROOM_HINT = (
-    "free some space (`df -h FILE`), and check that the file is whole: it is sent once there is room"
+    "free some space (`df -h FILE`): the file is sent once there is room, or once it has not been written to"
+    " for `inspect_grace`, and is then listed as suspicious"
 )
 
 
@@ -82,6 +85,7 @@ class UnfinishedFiles:
         self._tracker = StabilityTracker(
             default_stable_for() if config.stable_for is None else config.stable_for.total_seconds()
         )
+        self._grace = config.inspect_grace.total_seconds()
         self._problems = problems
         self._unfinished_since: dict[bytes, float] = {}
         """When each unfinished file was seen first (monotonic)."""
@@ -222,19 +226,19 @@ class UnfinishedFiles:
         if is_written or not may_have_content_of(opened, fingerprint_of(status)):
             self._tracker.hold(relpath, opened, now)
             return None
-        if not has_room:
+        if not has_room and _seconds_since(status.st_mtime) < self._grace:
             self._add_waiting(relpath, "no_room", _NO_ROOM, _NO_ROOM_HINT, status.st_size)
             self._tracker.hold(relpath, opened, now)
             return None
-        if stability is Stability.STABLE and opened == fingerprint_of(status):
-            return FileCandidate(self._drop, relpath, opened, folder_inode=folder_inode)
+        is_touched = stability is Stability.TOUCHED or opened != fingerprint_of(status)
         return FileCandidate(
             self._drop,
             relpath,
             opened,
             folder_inode=folder_inode,
-            digests=(digest,) if digest else (),
-            touched=True,
+            suspicion=None if has_room else Damage(Reason.TRUNCATED, _NO_ROOM),
+            digests=(digest,) if is_touched and digest else (),
+            touched=is_touched,
         )
 
     def _check_age(self, relpath: bytes, size: int, now: float) -> None:
@@ -291,6 +295,14 @@ class UnfinishedFiles:
 
 
 def _has_room(fd: int) -> bool:
-    """Return whether the filesystem of a file has room; some report neither its size nor its free space."""
+    """Return whether writing to a file could succeed, as far as its filesystem reports its free space.
+
+    True for a read-only filesystem: nothing is written there, and it never has free space.
+    """
     status = os.fstatvfs(fd)
-    return status.f_bavail > 0 or status.f_blocks == 0
+    return status.f_bavail > 0 or status.f_blocks == 0 or bool(status.f_flag & os.ST_RDONLY)
+
+
+def _seconds_since(changed_at: float) -> float:
+    """Return the age of a change; a time far in the future, of a wrong clock, counts as long ago."""
+    return abs(time.time() - changed_at)

@@ -41,10 +41,11 @@ class FileCandidate:
     """A stable, eligible file in a drop folder that is to be queued.
 
     `tracked` is its device, if the drop's devices are tracked. `rejected` is set if an inspection found the
-    file damaged, so that it is not to be uploaded; `suspicion`, which the ledger ignores, if it is damaged
-    and to be uploaded. `folder_inode` is the inode of the drop folder. `digests` are those of its content
-    that are known, with an empty value for one that can't be calculated. `touched` is whether its metadata
-    changed while it was to become stable: it is only stable if its content has one of `digests` still.
+    file damaged, so that it is not to be uploaded; `suspicion`, which the ledger ignores, if it may be
+    damaged and is to be uploaded. `folder_inode` is the inode of the drop folder. `digests` are those of its
+    content that are known, with an empty value for one that can't be calculated. `touched` is whether its
+    metadata changed while it was to become stable: it is only stable if its content has one of `digests`
+    still.
     """
 
     drop: str

@@ -1,4 +1,4 @@
-"""A filesystem in a file that loses the data that was not synced when its power is cut."""
+"""Disks for tests that run as root: one that loses unsynced data in a power cut, and a small one to fill."""
 
 from __future__ import annotations
 
@@ -47,6 +47,25 @@ class Disk:
             yield device
         finally:
             _run("losetup", "--detach", device)
+
+
+@contextlib.contextmanager
+def a_small_disk(folder: Path, size: str = "1m") -> Iterator[None]:
+    """Mount a filesystem of `size` on a folder during the block."""
+    folder.mkdir(exist_ok=True)
+    _run("mount", "-t", "tmpfs", "-o", f"size={size}", "backupd-test", folder)
+    try:
+        yield
+    finally:
+        _run("umount", "--lazy", folder)
+
+
+def fill(path: Path) -> Path:
+    """Append to a file until its filesystem is full, and return its path."""
+    with path.open("ab", buffering=0) as stream, contextlib.suppress(OSError):
+        while True:
+            stream.write(bytes(4096))
+    return path
 
 
 @contextlib.contextmanager

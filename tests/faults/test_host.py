@@ -18,6 +18,7 @@ import pytest
 
 from backupd.ledger.sqlite.connection import FILE_NAME, LOCK_NAME
 from backupd.receiver.serve import RunningReceiver
+from tests.faults.disk import a_small_disk, fill
 from tests.faults.shim import Shim
 from tests.scripted import Peer, ScriptedServer, receipt_for, server_context
 from tests.stage import TIMEOUT, Daemon, Stage, until
@@ -288,6 +289,27 @@ def assert_delivers_many(stage: Stage, process: subprocess.Popen[bytes]) -> None
     assert len(stage.stored()) == 300
     process.send_signal(signal.SIGTERM)
     assert process.wait(TIMEOUT) == 0
+
+
+@pytest.mark.root
+@pytest.mark.long
+def test_a_daemon_that_starts_with_a_full_drop_folder_frees_it(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url, drop='on_delivered = "delete"')
+    with a_small_disk(stage.drop):
+        two_days_ago = time.time() - 2 * DAYS
+        for number in range(5):
+            path = stage.drop / f"core-{number}.cfg"
+            path.write_bytes(os.urandom(30_000))
+            os.utime(path, (two_days_ago, two_days_ago))
+        fill(stage.drop / "core-5.cfg")
+        daemon = stage.daemon().ready()
+        daemon.wait_for("archive.disposed", 5)
+        daemon.wait_for("archive.delivered", archive="core-5.cfg")
+        assert stage.archives(stage.drop) == []
+        assert len(stage.stored()) == 6
+        daemon.stop()
 
 
 @pytest.mark.long

@@ -33,6 +33,7 @@ from backupd.ledger.sqlite.deliveries import SqliteLedger
 from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog
 from tests.factories import NOW, a_claim_result, delivered, record_dispositions
+from tests.faults.disk import a_small_disk, fill
 from tests.privileges import a_folder_of_nobody, without_rights
 from tests.stage import TIMEOUT, until
 
@@ -641,22 +642,52 @@ def test_a_companion_with_an_ambiguous_name_is_no_archive_beside_its_file(tmp_pa
 
 @pytest.mark.root
 def test_files_wait_while_the_filesystem_has_no_room(tmp_path: Path) -> None:
-    (tmp_path / "drop").mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "test", tmp_path / "drop"], check=True)
-    try:
-        with running_intake(tmp_path) as scene:
-            filler = scene.root / "filler.tmp"
-            filler.write_bytes(bytes(512 * 1024))
-            with (scene.root / "r1.cfg").open("wb", buffering=0) as stream, suppress(OSError):
-                while True:
-                    stream.write(bytes(4096))
-            scene.wait_problems({"no_room": 1})
-            assert scene.queued() == []
-            filler.unlink()
+    with a_small_disk(tmp_path / "drop"), running_intake(tmp_path) as scene:
+        filler = scene.root / "filler.tmp"
+        filler.write_bytes(bytes(512 * 1024))
+        fill(scene.root / "r1.cfg")
+        scene.wait_problems({"no_room": 1})
+        assert scene.queued() == []
+        filler.unlink()
+        scene.wait_queued("r1.cfg")
+        scene.wait_problems({})
+
+
+@pytest.mark.root
+def test_a_file_that_stays_as_it_is_on_a_full_disk_is_queued_and_listed_as_suspicious(tmp_path: Path) -> None:
+    grace = timedelta(seconds=1)
+    with a_small_disk(tmp_path / "drop"), running_intake(tmp_path, inspect_grace=grace) as scene:
+        fill(scene.root / "r1.cfg")
+        scene.wait_queued("r1.cfg")
+        scene.wait_problems({"suspicious": 1})
+        (event,) = scene.events("archive.suspicious")
+        assert "no room left" in event["error"]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("days", [-2, 2])
+def test_a_file_with_an_old_or_wrong_time_does_not_wait_for_room(tmp_path: Path, days: int) -> None:
+    with a_small_disk(tmp_path / "drop"):
+        written_at = time.time() + days * 24 * HOUR
+        (tmp_path / "drop" / "r1.cfg").write_bytes(b"abc")
+        os.utime(tmp_path / "drop" / "r1.cfg", (written_at, written_at))
+        fill(tmp_path / "drop" / "filler.tmp")
+        with running_intake(tmp_path, inspect_grace=LONG) as scene:
             scene.wait_queued("r1.cfg")
-            scene.wait_problems({})
-    finally:
-        subprocess.run(["umount", "--lazy", tmp_path / "drop"], check=True)
+            scene.wait_problems({"suspicious": 1})
+            assert scene.events("archive.waiting") == []
+
+
+@pytest.mark.root
+def test_a_file_on_a_read_only_filesystem_needs_no_room(tmp_path: Path) -> None:
+    with a_small_disk(tmp_path / "drop"):
+        (tmp_path / "drop" / "r1.cfg").write_bytes(b"abc")
+        fill(tmp_path / "drop" / "filler.tmp")
+        subprocess.run(["mount", "-o", "remount,ro", tmp_path / "drop"], check=True)
+        with running_intake(tmp_path) as scene:
+            scene.wait_queued("r1.cfg")
+            scene.wait_scan()
+            assert scene.problems() == {}
 
 
 def test_a_name_that_exists_for_a_moment_is_no_problem(tmp_path: Path) -> None:
