@@ -43,6 +43,8 @@ class ProblemList:
         """The listed problems by path, empty for the folder; a file has one at a time."""
         self._earlier: dict[tuple[bytes, str], DropProblem] = {}
         """Those of an earlier run by path and reason, until a scan of this run has not found them."""
+        self._replaced: dict[bytes, dict[str, DropProblem]] = {}
+        """Those that a listed path had before its present one, by reason: they are not new if they return."""
         self._found: set[bytes] = set()
         """The listed paths with a problem that was found since the scan began."""
         self._unlisted = 0
@@ -78,7 +80,10 @@ class ProblemList:
         return self._earlier.get((relpath, reason))
 
     def add(self, relpath: bytes, reason: str, error: str, hint: str, size: int | None = None) -> bool:
-        """Add a problem, or confirm it; return whether it is new in this run."""
+        """Add a problem, or confirm it; return whether it is new in this run.
+
+        A path with several problems in turn keeps the age of each, and none of them is new again.
+        """
         known = self._problems.get(relpath)
         if known is None and self.is_full:
             self._unlisted += 1
@@ -86,15 +91,19 @@ class ProblemList:
         self._found.add(relpath)
         if known is not None and known.reason == reason:
             return False
-        self._solve(known)
-        earlier = self._earlier.pop((relpath, reason), None)
+        if known is not None:
+            self._solve(known)
+            self._replaced.setdefault(relpath, {})[known.reason] = known
+        returned = self._replaced.get(relpath, {}).pop(reason, None)
+        earlier = returned or self._earlier.pop((relpath, reason), None)
         since = earlier.since if earlier else datetime.now(UTC)
         self._set(DropProblem(self._drop, relpath, reason, since, error, hint, size))
-        return True
+        return returned is None
 
     def remove(self, relpath: bytes) -> None:
         """Remove the problem of a path, if it has one."""
         self._solve(self._problems.pop(relpath, None))
+        self._replaced.pop(relpath, None)
 
     def archive_queued(self, relpath: bytes, suspicion: Damage | None, size: int) -> None:
         """Add or remove the problem of an archive that is queued with or without a suspicion.

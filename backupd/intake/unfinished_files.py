@@ -88,7 +88,7 @@ class UnfinishedFiles:
         self._grace = config.inspect_grace.total_seconds()
         self._problems = problems
         self._unfinished_since: dict[bytes, float] = {}
-        """When each unfinished file was seen first (monotonic)."""
+        """When each unfinished file was seen first, or last without room for it (monotonic)."""
 
     def __len__(self) -> int:
         return len(self._tracker)
@@ -227,6 +227,7 @@ class UnfinishedFiles:
             self._tracker.hold(relpath, opened, now)
             return None
         if not has_room and _seconds_since(status.st_mtime) < self._grace:
+            self._unfinished_since[relpath] = now  # so that the two problems do not replace each other
             self._add_waiting(relpath, "no_room", _NO_ROOM, _NO_ROOM_HINT, status.st_size)
             self._tracker.hold(relpath, opened, now)
             return None

@@ -665,6 +665,40 @@ def test_a_file_that_stays_as_it_is_on_a_full_disk_is_queued_and_listed_as_suspi
 
 
 @pytest.mark.root
+def test_a_file_that_waits_for_room_is_not_unfinished_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backupd.intake.unfinished_files._UNFINISHED_PROBLEM_AFTER", 1.0)
+    with a_small_disk(tmp_path / "drop"), running_intake(tmp_path) as scene:
+        fill(scene.root / "r1.cfg")
+        scene.wait_problems({"no_room": 1})
+        before = scene.ledger.problems()
+        seen_at = time.monotonic()
+        while time.monotonic() < seen_at + 2:
+            scene.wait_scan()
+        assert scene.ledger.problems() == before
+        assert len(scene.events("archive.waiting")) == 1
+
+
+def test_problems_of_a_file_that_alternate_are_logged_once_and_keep_their_ages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backupd.intake.unfinished_files._UNFINISHED_PROBLEM_AFTER", 0.1)
+    checks: dict[str, Any] = {"checksum_file": "required", "inspect_grace": timedelta(0)}
+    with running_intake(tmp_path, **checks) as scene:
+        scene.put("r1.cfg")
+        scene.wait_problems({"checksum_missing": 1})
+        before = scene.ledger.problems()
+        (scene.root / "r1.cfg.part").write_bytes(b"the parts that have arrived")
+        for _ in range(3):
+            scene.wait_problems({"unfinished": 1})
+            scene.wait_problems({"checksum_missing": 1})
+        assert scene.ledger.problems() == before
+        reasons = [event["reason"] for event in scene.events("archive.waiting")]
+        assert reasons == ["checksum_missing", "unfinished"]
+
+
+@pytest.mark.root
 @pytest.mark.parametrize("days", [-2, 2])
 def test_a_file_with_an_old_or_wrong_time_does_not_wait_for_room(tmp_path: Path, days: int) -> None:
     with a_small_disk(tmp_path / "drop"):
