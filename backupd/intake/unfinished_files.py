@@ -32,6 +32,9 @@ _UNFINISHED_PROBLEM_AFTER = 3600.0
 _TEMPORARY_PROBLEM_AFTER = 86400.0
 """Seconds after which a file that still has a temporary name is a problem: its upload was broken off."""
 
+_AMBIGUOUS_NOTES = b".st"
+"""The suffix of the notes of axel about a download; without that file it may be a program of a controller."""
+
 _ERRORS = {
     Ineligible.TEMPORARY: "it has had the name of an unfinished file for a day",
     Ineligible.NOT_INCLUDED: "its name matches no pattern of `include`",
@@ -135,8 +138,8 @@ class UnfinishedFiles:
             return None
         if stat.S_ISDIR(status.st_mode) and not self._is_recursive:
             return None
-        if why is None and relpath.endswith(b".st") and self._exists(relpath.removesuffix(b".st")):
-            why = Ineligible.TEMPORARY  # the notes of axel; alone it may be a program of a controller
+        if why is None and relpath.endswith(_AMBIGUOUS_NOTES) and self._has_download(relpath):
+            why = Ineligible.TEMPORARY
         if why is Ineligible.TEMPORARY:
             if time.time() - max(status.st_mtime, status.st_ctime) >= _TEMPORARY_PROBLEM_AFTER:
                 self._add_ineligible(relpath, why, status.st_size)
@@ -154,10 +157,13 @@ class UnfinishedFiles:
         self._tracker.hold(candidate.relpath, candidate.fingerprint, now, *candidate.digests)
 
     def is_new(self, relpath: bytes) -> bool:
-        """Return whether a path is eligible by its name and was never checked before."""
+        """Return whether a path is eligible by its name and was never checked before.
+
+        The names of `_AMBIGUOUS_NOTES` do not count: they become eligible when another file is gone.
+        """
         if relpath in self._problems or self._problems.is_full or relpath in self._tracker:
             return False
-        return self._eligibility.of_name(relpath) is None
+        return not relpath.endswith(_AMBIGUOUS_NOTES) and self._eligibility.of_name(relpath) is None
 
     def add_unreadable(self, relpath: bytes, error: OSError) -> None:
         """Add a file or directory that can't be read to the problems.
@@ -248,10 +254,10 @@ class UnfinishedFiles:
             return
         self._add_waiting(relpath, "unfinished", _UNFINISHED, _UNFINISHED_HINT, size)
 
-    def _exists(self, relpath: bytes) -> bool:
+    def _has_download(self, notes: bytes) -> bool:
+        """Return whether the file exists that a file with the name of `_AMBIGUOUS_NOTES` is about."""
         with suppress(OSError):
-            self._folder.stat(relpath)
-            return True
+            return stat.S_ISREG(self._folder.stat(notes.removesuffix(_AMBIGUOUS_NOTES)).st_mode)
         return False
 
     def _has_companion(self, relpath: bytes) -> bool:

@@ -640,6 +640,13 @@ def test_a_companion_with_an_ambiguous_name_is_no_archive_beside_its_file(tmp_pa
         assert scene.queued() == ["pump.st"]
 
 
+def test_a_companion_with_an_ambiguous_name_is_an_archive_beside_a_folder(tmp_path: Path) -> None:
+    with running_intake(tmp_path, include=("*",)) as scene:
+        (scene.root / "pump").mkdir()
+        scene.put("pump.st")
+        scene.wait_queued("pump.st")
+
+
 @pytest.mark.root
 def test_files_wait_while_the_filesystem_has_no_room(tmp_path: Path) -> None:
     with a_small_disk(tmp_path / "drop"), running_intake(tmp_path) as scene:
@@ -1064,6 +1071,21 @@ def test_events_that_arrived_are_not_taken_for_lost(tmp_path: Path, clock_ahead:
             clock_ahead[0] += 2 * HOUR
             scene.wait_scan()
         scene.wait_queued("open.cfg")
+        assert degraded_reasons(scene) == []
+
+
+def test_companions_with_an_ambiguous_name_are_not_taken_for_lost_events(
+    tmp_path: Path, clock_ahead: list[float]
+) -> None:
+    with running_intake(tmp_path, include=("*",)) as scene:
+        (scene.root / "r1.cfg").write_bytes(b"half of it")
+        (scene.root / "r1.cfg.st").write_bytes(b"the parts that have arrived")
+        scene.wait_found_by_event()
+        clock_ahead[0] += 2 * HOUR
+        scene.wait_scan()
+        assert degraded_reasons(scene) == []
+        (scene.root / "r1.cfg").rename(tmp_path / "r1.cfg")
+        scene.wait_queued("r1.cfg.st")
         assert degraded_reasons(scene) == []
 
 
