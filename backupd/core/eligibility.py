@@ -32,7 +32,7 @@ _RUBBISH = re.compile(
 """Names that file servers, desktops, shells and backupd itself give to what is no backup: always ignored."""
 
 COMPANION_SUFFIXES = (b".part", b".filepart", b".aria2", b".aria2__temp", b".lftp-pget-status", b".st")
-"""While a file NAME with one of these exists, NAME is still being written.
+"""While a regular file NAME with one of these exists, NAME is still being written, or its download broke off.
 
 aria2 writes its notes to the second of its names and renames them, each time. Source: the documentation of
 WinSCP, aria2, lftp and axel; `DefaultBtProgressInfoFile::save` of aria2.

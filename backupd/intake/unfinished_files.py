@@ -29,8 +29,11 @@ _UNREADABLE = "unreadable"
 _UNFINISHED_PROBLEM_AFTER = 3600.0
 """Seconds after which a file that is still being written to is a problem."""
 
-_TEMPORARY_PROBLEM_AFTER = 86400.0
-"""Seconds after which a file that still has a temporary name is a problem: its upload was broken off."""
+_BROKEN_OFF_AFTER = 86400.0
+"""Seconds without a change after which an upload has broken off.
+
+Then a temporary name is a problem, and a file with a companion is sent and listed as suspicious.
+"""
 
 _AMBIGUOUS_NOTES = b".st"
 """The suffix of the notes of axel about a download; without that file it may be a program of a controller."""
@@ -60,9 +63,10 @@ _UNFINISHED = (
     "it has been written to, held open for writing, or had a companion such as NAME.part for an hour"
 )
 _UNFINISHED_HINT = (
-    "`fuser -v FILE` shows the writing process; the file is sent once it is closed, has no companion and has"
-    " been unchanged for `stable_for`"
+    "`fuser -v FILE` shows the writing process; the file is sent once it is closed, has been unchanged for"
+    " `stable_for`, and its companion is gone or has been unchanged for a day"
 )
+_BROKEN_OFF = "a companion of an unfinished upload, such as NAME.part, has been beside it for a day"
 _NO_ROOM = "its filesystem has no room left, so that the file may be cut off"
 _NO_ROOM_HINT = (
     "free some space (`df -h FILE`): the file is sent once there is room, or once it has not been written to"
@@ -141,7 +145,7 @@ class UnfinishedFiles:
         if why is None and relpath.endswith(_AMBIGUOUS_NOTES) and self._has_download(relpath):
             why = Ineligible.TEMPORARY
         if why is Ineligible.TEMPORARY:
-            if time.time() - max(status.st_mtime, status.st_ctime) >= _TEMPORARY_PROBLEM_AFTER:
+            if _seconds_unchanged(status) >= _BROKEN_OFF_AFTER:
                 self._add_ineligible(relpath, why, status.st_size)
             return None
         candidate = self._check_finished(relpath, status, now, why)
@@ -223,13 +227,14 @@ class UnfinishedFiles:
                 folder_inode = self._folder.inode()
             finally:
                 close_descriptor(fd)
-            is_written = is_written or self._has_companion(relpath)
+            companion_age = self._companion_age(relpath)
         except FileNotFoundError:
             return None
         except OSError as error:
             self.add_unreadable(relpath, error)
             return None
-        if is_written or not may_have_content_of(opened, fingerprint_of(status)):
+        has_companion = companion_age is not None and companion_age < _BROKEN_OFF_AFTER
+        if is_written or has_companion or not may_have_content_of(opened, fingerprint_of(status)):
             self._tracker.hold(relpath, opened, now)
             return None
         if not has_room and _seconds_since(status.st_mtime) < self._grace:
@@ -237,13 +242,16 @@ class UnfinishedFiles:
             self._add_waiting(relpath, "no_room", _NO_ROOM, _NO_ROOM_HINT, status.st_size)
             self._tracker.hold(relpath, opened, now)
             return None
+        why_suspicious = None if companion_age is None else _BROKEN_OFF
+        if not has_room:
+            why_suspicious = _NO_ROOM
         is_touched = stability is Stability.TOUCHED or opened != fingerprint_of(status)
         return FileCandidate(
             self._drop,
             relpath,
             opened,
             folder_inode=folder_inode,
-            suspicion=None if has_room else Damage(Reason.TRUNCATED, _NO_ROOM),
+            suspicion=Damage(Reason.TRUNCATED, why_suspicious) if why_suspicious else None,
             digests=(digest,) if is_touched and digest else (),
             touched=is_touched,
         )
@@ -260,15 +268,17 @@ class UnfinishedFiles:
             return stat.S_ISREG(self._folder.stat(notes.removesuffix(_AMBIGUOUS_NOTES)).st_mode)
         return False
 
-    def _has_companion(self, relpath: bytes) -> bool:
-        """Return whether a program keeps its notes about an unfinished download beside the file."""
+    def _companion_age(self, relpath: bytes) -> float | None:
+        """Return the seconds since the last change of the companions of a file, None if it has none."""
+        ages: list[float] = []
         parent, _, name = relpath.rpartition(b"/")
         with self._folder.directory(parent) as directory:
             for suffix in COMPANION_SUFFIXES:
                 with suppress(OSError):  # there is none, or its name would be too long
-                    os.stat(name + suffix, dir_fd=directory, follow_symlinks=False)
-                    return True
-        return False
+                    status = os.stat(name + suffix, dir_fd=directory, follow_symlinks=False)
+                    if stat.S_ISREG(status.st_mode):
+                        ages.append(_seconds_unchanged(status))
+        return min(ages, default=None)
 
     def _add_waiting(self, relpath: bytes, reason: str, error: str, hint: str, size: int) -> None:
         if self._problems.add(relpath, reason, error, hint, size):
@@ -308,6 +318,11 @@ def _has_room(fd: int) -> bool:
     """
     status = os.fstatvfs(fd)
     return status.f_bavail > 0 or status.f_blocks == 0 or bool(status.f_flag & os.ST_RDONLY)
+
+
+def _seconds_unchanged(status: os.stat_result) -> float:
+    """Return the seconds since a file was changed, or got the time that it has."""
+    return _seconds_since(max(status.st_mtime, status.st_ctime))
 
 
 def _seconds_since(changed_at: float) -> float:

@@ -391,16 +391,17 @@ ARCHIVE_WAITING = _event(
     "drop archive size_bytes reason error hint",
     "{archive} is held back: {error}",
     "a file is not sent because it looks truncated or damaged, its checksum file is missing or does not match"
-    ", its filesystem has no room left, or it has been open for writing for an hour; logged once per content"
-    " and reason",
+    ", its filesystem has no room left, or it has been open for writing, or had a companion"
+    " such as NAME.part, for an hour; logged once per content and reason",
 )
 ARCHIVE_SUSPICIOUS = _event(
     "archive.suspicious",
     "warning",
     "drop archive size_bytes reason error hint",
     "{archive} was queued although it looks {reason}: {error}",
-    "an archive is sent that still looks truncated or damaged at the end of `inspect_grace`, or that was on a"
-    " full filesystem; logged once per content, and then counted by `drop.problem`",
+    "an archive is sent that still looks truncated or damaged at the end of `inspect_grace`, that was on a"
+    " full filesystem, or that had a companion such as NAME.part for a day; logged once per content, and then"
+    " counted by `drop.problem`",
 )
 INSPECTION_NOTED = _event(
     "inspection.noted",

@@ -630,6 +630,37 @@ def test_a_file_with_a_companion_of_a_download_waits_until_the_companion_is_gone
     scene.wait_queued("r1.cfg")
 
 
+def test_a_file_with_a_companion_that_is_a_day_old_is_queued_and_listed_as_suspicious(
+    scene: RunningIntake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (scene.root / "r1.cfg.filepart").write_bytes(b"of an upload that broke off")
+    scene.put("r1.cfg")
+    scene.wait_scan()
+    assert scene.queued() == []
+    now = time.time() + 86401
+    monkeypatch.setattr("backupd.intake.unfinished_files.time", SimpleNamespace(time=lambda: now))
+    scene.wait_queued("r1.cfg")
+    scene.wait_problems({"suspicious": 1, "temporary_name": 1})
+    (event,) = scene.events("archive.suspicious")
+    assert "companion" in event["error"]
+
+
+def test_only_a_regular_file_is_a_companion(scene: RunningIntake) -> None:
+    (scene.root / "r1.cfg.part").mkdir()
+    (scene.root / "r2.cfg.part").symlink_to("/etc/hostname")
+    scene.put("r1.cfg")
+    scene.put("r2.cfg")
+    scene.wait_queued("r1.cfg", "r2.cfg")
+    assert "suspicious" not in scene.problems()
+
+
+def test_a_temporary_name_with_a_time_in_the_future_is_a_problem(scene: RunningIntake) -> None:
+    (scene.root / "r1.cfg.part").write_bytes(b"abc")
+    in_two_days = time.time() + 48 * HOUR
+    os.utime(scene.root / "r1.cfg.part", (in_two_days, in_two_days))
+    scene.wait_problems({"temporary_name": 1})
+
+
 def test_a_companion_with_an_ambiguous_name_is_no_archive_beside_its_file(tmp_path: Path) -> None:
     with running_intake(tmp_path, include=("*",)) as scene:
         (scene.root / "r1.cfg.st").write_bytes(b"the parts that have arrived")
