@@ -480,7 +480,11 @@ class DropConfig(TableModel):
         default=(),
         description="Name patterns of files and folders to ignore, besides temporary and hidden ones.",
     )
-    recursive: bool = Field(default=True, strict=True, description="Watch subfolders too.")
+    recursive: bool = Field(
+        default=True,
+        strict=True,
+        description="Watch subfolders too; otherwise each one with files in it is a problem.",
+    )
     observer: Observer = Field(
         default="auto",
         description="How changes are detected; auto uses polling where other hosts can write, else inotify.",

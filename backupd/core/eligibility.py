@@ -47,6 +47,7 @@ class Ineligible(StrEnum):
     CHECKSUM = "checksum_file"
     NOT_INCLUDED = "not_included"
     OWN_NAME = "own_name"
+    SUBFOLDER = "subfolder"
     SYMLINK = "symlink"
     SPECIAL = "not_a_regular_file"
     TOO_SMALL = "too_small"

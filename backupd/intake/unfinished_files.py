@@ -42,6 +42,7 @@ _ERRORS = {
     Ineligible.TEMPORARY: "it has had the name of an unfinished file for a day",
     Ineligible.NOT_INCLUDED: "its name matches no pattern of `include`",
     Ineligible.OWN_NAME: "it has the name of `sent_dir` or `rejected_dir`",
+    Ineligible.SUBFOLDER: "it is a folder that is not empty, and `recursive` is false",
     Ineligible.SYMLINK: "it is a symbolic link",
     Ineligible.SPECIAL: "it is not a regular file",
     Ineligible.TOO_SMALL: "it is smaller than `min_size`",
@@ -52,6 +53,7 @@ _HINTS = {
     Ineligible.TEMPORARY: "remove it if its upload broke off, rename it if it is a backup, or `exclude` it",
     Ineligible.NOT_INCLUDED: "add it to `include` if it is a backup, or to `exclude` to stop this warning",
     Ineligible.OWN_NAME: "rename it: archives are moved into a folder with this name",
+    Ineligible.SUBFOLDER: "set `recursive = true` to send the files in it, or `exclude` the folder",
     Ineligible.SYMLINK: "links are not followed; write the file itself into the drop folder",
     Ineligible.SPECIAL: "only regular files are delivered; remove it from the drop folder",
     Ineligible.TOO_SMALL: "check the backup job of the device, or lower `min_size`",
@@ -140,13 +142,15 @@ class UnfinishedFiles:
             self._forget(relpath)
             self.add_unreadable(relpath, error)
             return None
-        if stat.S_ISDIR(status.st_mode) and not self._is_recursive:
-            return None
         if why is None and relpath.endswith(_AMBIGUOUS_NOTES) and self._has_download(relpath):
             why = Ineligible.TEMPORARY
         if why is Ineligible.TEMPORARY:
             if _seconds_unchanged(status) >= _BROKEN_OFF_AFTER:
                 self._add_ineligible(relpath, why, status.st_size)
+            return None
+        if stat.S_ISDIR(status.st_mode) and not self._is_recursive:
+            self._tracker.forget(relpath)
+            self._check_subfolder(relpath, status)
             return None
         candidate = self._check_finished(relpath, status, now, why)
         is_unfinished = relpath in self._tracker or (candidate is not None and candidate.touched)
@@ -255,6 +259,15 @@ class UnfinishedFiles:
             digests=(digest,) if is_touched and digest else (),
             touched=is_touched,
         )
+
+    def _check_subfolder(self, relpath: bytes, status: os.stat_result) -> None:
+        """Add a folder that is not entered to the problems, unless it is empty or has an own one."""
+        if any((name + b"/").startswith(relpath + b"/") for name in self._own_names):
+            return
+        with suppress(OSError), self._folder.directory(relpath) as fd, os.scandir(fd) as entries:
+            if next(entries, None) is None:
+                return
+        self._add_ineligible(relpath, Ineligible.SUBFOLDER, status.st_size)
 
     def _check_age(self, relpath: bytes, size: int, now: float) -> None:
         """Add a file that has not been finished for an hour to the problems: it may never be."""

@@ -434,6 +434,23 @@ def test_without_recursion_no_file_in_a_subfolder_is_queued(tmp_path: Path) -> N
         assert scene.queued() == ["seen.cfg"]
 
 
+def test_without_recursion_each_subfolder_with_files_is_a_problem(tmp_path: Path) -> None:
+    own: dict[str, Any] = {"sent_dir": "done/sent", "rejected_dir": "rejected", "exclude": ("old",)}
+    with running_intake(tmp_path, recursive=False, **own) as scene:
+        for name in ("empty", "done/sent", "rejected", "old", ".ssh", "set1.tmp", "below"):
+            (scene.root / name).mkdir(parents=True)
+            if name != "empty":
+                scene.put(f"{name}/r1.cfg")
+        scene.wait_problems({"subfolder": 1})
+        (problem,) = scene.ledger.problems()
+        assert (problem.relpath, problem.hint.split(" to ")[0]) == (b"below", "set `recursive = true`")
+        scene.wait_scan()
+        assert scene.problems() == {"subfolder": 1}
+        (scene.root / "below" / "r1.cfg").rename(scene.root / "r1.cfg")
+        scene.wait_problems({})
+        scene.wait_queued("r1.cfg")
+
+
 def test_polling_finds_files_without_inotify(tmp_path: Path) -> None:
     with running_intake(tmp_path, observer="polling") as scene:
         assert watched_inodes() == {}
