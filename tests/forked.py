@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import json
 import os
 import select
@@ -94,8 +95,7 @@ _running: list[subprocess.Popen[bytes]] = []
 
 def main() -> None:
     """Fork a process for each request until standard input ends, and run `backupd` in it."""
-    from backupd.cli import main as run_backupd
-
+    importlib.import_module("backupd.cli")  # the pytest process does not need it
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(f"\0{sys.argv[1]}")
         listener.listen(64)
@@ -105,7 +105,7 @@ def main() -> None:
         request = _next_request(listener)
     if request is not None:
         _become(*request)
-        run_backupd()
+        importlib.import_module("backupd.cli").main()
 
 
 def _next_request(listener: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
