@@ -68,6 +68,7 @@ class Sender:
                 on_idle=self.watchdog.idle,
                 known_digests=self.known_digests,
                 is_being_written=self.is_being_written,
+                open_path=lambda: os.open(path, os.O_RDONLY),
             )
             self.watchdog.alive()
             return self._uploader.upload(self._job)

@@ -181,6 +181,7 @@ class Worker:
                 unconfirmed_digest=delivery.unconfirmed_digest,
                 known_digests=delivery.known_digests,
                 is_being_written=partial(is_being_written, fd),
+                open_path=partial(drop.folder.open, archive.relpath),
             )
             outcome = self._uploader.upload(job)
             if isinstance(outcome, Delivered):

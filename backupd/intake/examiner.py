@@ -16,6 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -422,9 +423,14 @@ class Examiner:
             raise StoppedError from error
 
         def must_stop() -> bool:
+            if self._closed.is_set() or should_stop():
+                return True
             status = os.fstat(fd)
+            if status.st_nlink == 0:
+                with suppress(OSError):
+                    status = self._folder.stat(candidate.relpath)
             is_same = may_have_content_of(fingerprint_of(status), candidate.fingerprint)
-            return not is_same or status.st_nlink == 0 or self._closed.is_set() or should_stop()
+            return not is_same or status.st_nlink == 0
 
         try:
             self._calculate(examination, fd, must_stop)
@@ -434,9 +440,29 @@ class Examiner:
             why = None if examination.only_digests else self._reason_to_hold(examination, fd, must_stop)
             if must_stop():
                 raise StoppedError
+            if not self._is_content_in_place(candidate, fd, must_stop):
+                examination.inspected, examination.digests = False, {}
+                raise StoppedError
             return why
         finally:
             close_descriptor(fd)
+
+    def _is_content_in_place(self, candidate: FileCandidate, fd: int, should_stop: ShouldStop) -> bool:
+        """Return whether the path has the content that was examined, also if the file was replaced."""
+        if os.fstat(fd).st_nlink > 0:
+            return True
+        try:
+            replacement = self._folder.open(candidate.relpath)
+        except FileNotFoundError:
+            return False
+        size, limited = candidate.fingerprint.size, _with_time_limit(should_stop)
+        try:
+            digests = {digest_of(each, size, _TOUCHED_ALGORITHM, limited) for each in (fd, replacement)}
+            return len(digests) == 1
+        except UninspectableError:
+            return True  # as with every archive that takes too long to examine
+        finally:
+            close_descriptor(replacement)
 
     def _reason_to_hold(
         self, examination: Examination, fd: int, should_stop: ShouldStop

@@ -27,6 +27,10 @@ def _ignore() -> None:
     return
 
 
+def _open_nothing() -> int:
+    raise FileNotFoundError
+
+
 class FileChangedDuringUploadError(Exception):
     """The file changed after it was queued."""
 
@@ -49,6 +53,8 @@ class UploadJob:
     at least once a second while it works or waits for the network, and `on_idle` before a wait that it cannot
     bound, such as that for the name service. It sets `sent_bytes`, in bytes of the archive.
     `is_being_written` returns whether another process has the file open for writing, if that is known.
+    `open_path` opens the file that is under the archive's path now, or raises OSError: if the archive's file
+    was replaced by one with its size and modification time, `fd` becomes a descriptor of that one.
     `confirmed` is the fingerprint of the file when its content was compared last.
     """
 
@@ -63,8 +69,11 @@ class UploadJob:
     unconfirmed_digest: Digest | None = None
     known_digests: tuple[Digest, ...] = ()
     is_being_written: Callable[[], bool] = lambda: False
+    open_path: Callable[[], int] = _open_nothing
     sent_bytes: int = field(default=0, init=False)
     confirmed: Fingerprint | None = field(default=None, init=False)
+    _was_replaced: bool = field(default=False, init=False)
+    """Whether the bytes that were sent may be those of several files."""
 
     def read_at(self, offset: int, count: int) -> bytes:
         """Return up to `count` bytes at `offset`, none at the end of the file; raises ReadFailedError."""
@@ -76,8 +85,8 @@ class UploadJob:
     def check_unchanged(self) -> None:
         """Raise FileChangedDuringUploadError if the file changed after it was queued, or ReadFailedError.
 
-        A change of metadata alone is none. If the content may have changed nevertheless, `confirm_content`
-        finds it.
+        A change of metadata alone is none, and neither is another file with the same size and modification
+        time. If the content may have changed nevertheless, `confirm_content` finds it.
         """
         self._current_fingerprint(self.fd)
 
@@ -85,12 +94,12 @@ class UploadJob:
         """Check that the file has this digest; to be iterated over before the last bytes are sent.
 
         If the file has its fingerprint still, the content that was read is that of the file. If only metadata
-        differs, the content is read again, and each iteration reads a part of it. Raises
-        FileChangedDuringUploadError if it has another digest than this one or than `known_digests`, or
+        differs, or the file was replaced, the content is read again, and each iteration reads a part of it.
+        Raises FileChangedDuringUploadError if it has another digest than this one or than `known_digests`, or
         ReadFailedError.
         """
         found = self._reopened_fingerprint()
-        if found != self.fingerprint:
+        if found != self.fingerprint or self._was_replaced:
             expected = {digest, *self.known_digests}
             hashers = {each: hashlib.new(each.algorithm, usedforsecurity=False) for each in expected}
             for offset in range(0, self.fingerprint.size, _READ_BYTES):
@@ -122,15 +131,30 @@ class UploadJob:
             status = os.fstat(fd)
         except OSError as error:
             raise ReadFailedError(error.strerror) from error
+        if status.st_nlink == 0:
+            status = self._open_replacement()
         found = fingerprint_of(status)
         if not may_have_content_of(found, self.fingerprint):
             raise FileChangedDuringUploadError(
                 f"the file changed: {self.fingerprint.size} bytes when it was queued,"
                 f" {status.st_size} bytes now"
             )
-        if status.st_nlink == 0:
-            raise FileChangedDuringUploadError("the file was removed or replaced")
         return found
+
+    def _open_replacement(self) -> os.stat_result:
+        """Have `fd` be that of the file which has replaced the removed one, and return its status."""
+        try:
+            fd = self.open_path()
+        except OSError as error:
+            raise FileChangedDuringUploadError("the file was removed or replaced") from error
+        try:
+            os.dup2(fd, self.fd, inheritable=False)
+            self._was_replaced = True
+            return os.fstat(fd)
+        except OSError as error:
+            raise ReadFailedError(error.strerror) from error
+        finally:
+            os.close(fd)
 
 
 class Abort:

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import itertools
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,49 @@ def test_a_file_that_changes_during_its_examination_makes_room_for_the_next_one(
     full.wait_queued("large.tar", *([] if change == "removed" else ["huge.tar"]))
     assert not full.events("archive.ignored")
     assert not full.events("archive.waiting")
+
+
+def test_an_archive_that_is_replaced_by_copies_during_its_examination_is_queued(
+    full: RunningIntake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each run of `rsync --ignore-times` replaces it."""
+    path, aside = full.root / "r1.tar", full.base / "aside"
+
+    def replace_and_inspect(*args: Any, **keys: Any) -> Any:
+        shutil.copy2(path, aside)
+        aside.rename(path)
+        return inspect(*args, **keys)
+
+    monkeypatch.setattr("backupd.intake.examiner.inspect", replace_and_inspect)
+
+    put_sparse(full, "r1.tar", 4096, a_tar(4096))
+
+    full.wait_queued("r1.tar")
+
+
+def test_another_content_of_the_same_size_and_time_is_examined_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[bytes] = []
+
+    def replace_and_inspect(fd: int, *args: Any, **keys: Any) -> Any:
+        read.append(os.pread(fd, LARGE, 0))
+        if len(read) == 1:
+            before, aside = path.stat(), scene.base / "aside"
+            aside.write_bytes(bytes(before.st_size))
+            os.utime(aside, ns=(before.st_atime_ns, before.st_mtime_ns))
+            aside.rename(path)
+        return inspect(fd, *args, **keys)
+
+    monkeypatch.setattr("backupd.intake.examiner.inspect", replace_and_inspect)
+    options: dict[str, Any] = {"inspect": "full", "inspect_grace": "0s", "on_suspicious": "reject"}
+    with running_intake(tmp_path, rescan_every=LONG, **options) as scene:
+        path = scene.root / "r1.tar.gz"
+        scene.put(path.name, gzip.compress(a_tar(4096) + bytes(4096 - 512))[:-5])
+
+        until(scene.ledger.pending_dispositions, "the rejection")
+
+    assert read[1:] == [bytes(len(read[0]))]
 
 
 def test_a_file_with_changed_metadata_is_examined_again_without_a_scan(full: RunningIntake) -> None:

@@ -33,7 +33,16 @@ from backupd.telemetry.log import EventLog
 from tests.factories import NOW, a_claim_result, a_digest, a_drop, delivered, record_dispositions
 from tests.integration.test_intake import LONG, RunningIntake, running_intake
 from tests.programs import require
-from tests.scripted import Peer, ScriptedServer, accept_all, header_of, server_context
+from tests.scripted import (
+    Peer,
+    Request,
+    ScriptedServer,
+    accept_all,
+    header_of,
+    in_turn,
+    receipt_for,
+    server_context,
+)
 from tests.stage import Stage, until
 from tests.uploading import MIB, a_destination, a_sender
 
@@ -80,7 +89,21 @@ def set_owner(path: Path) -> None:
     os.chown(path, os.getuid(), os.getgid())
 
 
-TOUCHES = [chmod, set_owner, set_acl, link, copy_as_links, rsync_to_links, rename_and_back]
+def replace_by_copy(path: Path) -> None:
+    aside = path.parent.parent / "aside"
+    shutil.copy2(path, aside)
+    aside.rename(path)
+
+
+def rsync_again(path: Path) -> None:
+    """Write the file once more, as each run of `rsync --ignore-times` does."""
+    source = path.parent.parent / f"source-{time.monotonic_ns()}"
+    shutil.copy2(path, source)
+    subprocess.run([require("rsync"), "-aI", source, path], check=True)
+
+
+REPLACEMENTS = [replace_by_copy, rsync_again]
+TOUCHES = [chmod, set_owner, set_acl, link, copy_as_links, rsync_to_links, rename_and_back, *REPLACEMENTS]
 
 
 def rewrite(path: Path, content: bytes) -> None:
@@ -238,6 +261,33 @@ def test_an_archive_that_is_touched_all_the_time_is_delivered_once_and_moved(sta
     assert (stage.sent / "a.tar.gz").read_bytes() == CONTENT
     assert not daemon.events("archive.superseded")
     assert [line["disposition"] for line in daemon.events("archive.disposed")] == ["moved"]
+
+
+@pytest.mark.parametrize("replace", REPLACEMENTS)
+def test_an_archive_that_is_replaced_by_copies_during_its_upload_is_delivered_once(
+    stage: Stage, replace: Touch
+) -> None:
+    path = stage.drop / "a.tar.gz"
+
+    def replace_and_accept(peer: Peer) -> None:
+        head, body = peer.read_head(), b""
+        for _ in range(2):
+            body += peer.read(5 * MIB)
+            replace(path)
+        body += peer.read(int(header_of(head, "Content-Length") or 0) - len(body))
+        server.requests.append(Request(head, body))
+        peer.send(receipt_for(server.requests[0].archive))
+        accept_all(peer)
+
+    with ScriptedServer(in_turn(replace_and_accept, accept_all), server_context(stage.pki)) as server:
+        stage.configure(server.url, drop=KEPT)
+        daemon = stage.daemon().ready()
+        stage.put("a.tar.gz", CONTENT * 3)
+        daemon.wait_for("archive.disposed")
+        wait_until_known(stage, path)
+    assert [request.archive for request in server.requests] == [CONTENT * 3]
+    assert not daemon.events("archive.superseded")
+    assert len(fingerprints(stage)) == 1
 
 
 def test_a_kept_archive_is_not_sent_again_when_only_metadata_changes(stage: Stage) -> None:
