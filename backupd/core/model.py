@@ -157,6 +157,7 @@ class Delivery:
     `destination_failures` the latest ones in a row that failed because of the destination.
     `unconfirmed_digest` is the digest of a content that was sent completely, but without a response.
     `known_digests` are those of the archive's content that its deliveries have, to any destination.
+    `was_missing` is whether the last attempt did not find the file, and it has not been found since.
     """
 
     id: str
@@ -168,6 +169,7 @@ class Delivery:
     destination_failures: int = 0
     unconfirmed_digest: Digest | None = None
     known_digests: tuple[Digest, ...] = ()
+    was_missing: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ class Reason(StrEnum):
     # on this host
     LOCAL_FILES = "local_files_unusable"
     UNREADABLE = "archive_unreadable"
+    MISSING = "archive_missing"
     TRUNCATED = "truncated"
     DAMAGED = "damaged"
     CHECKSUM_MISMATCH = "checksum_mismatch"
@@ -335,6 +336,13 @@ RULES: tuple[FailureRule, ...] = (
         "check the permissions of the file, and the disk",
     ),
     FailureRule(
+        Reason.MISSING,
+        _A,
+        Action.RETRY,
+        "the file is not in its place; retried once, after `rescan_every`",
+        "move it back if it was renamed; if it is still missing then, `archive.missing` is logged",
+    ),
+    FailureRule(
         Reason.TRUNCATED,
         _A,
         Action.REJECT,
@@ -410,8 +418,8 @@ _OTHER_CAUSES = {
     Reason.MISMATCH: ("2xx",),
     **dict.fromkeys(
         (
-            *(Reason.LOCAL_FILES, Reason.UNREADABLE, Reason.TRUNCATED, Reason.DAMAGED),
-            *(Reason.CHECKSUM_MISMATCH, Reason.STOPPED, Reason.GAVE_UP, Reason.INTERNAL),
+            *(Reason.LOCAL_FILES, Reason.UNREADABLE, Reason.MISSING, Reason.TRUNCATED),
+            *(Reason.DAMAGED, Reason.CHECKSUM_MISMATCH, Reason.STOPPED, Reason.GAVE_UP, Reason.INTERNAL),
         ),
         ("on this host",),
     ),

@@ -164,10 +164,10 @@ class Worker:
             if drop.folder.is_unmounted(archive.folder_inode):
                 error = "its filesystem is not mounted on the drop folder"
                 return deferred(Reason.UNREADABLE, error), 0
-            return Superseded("the file is gone", missing=True), 0
+            return _missing(delivery, drop, "the file is gone"), 0
         except OSError as error:
             if _is_not_a_file(drop, archive.relpath):
-                return Superseded("its path is no longer a regular file", missing=True), 0
+                return _missing(delivery, drop, "its path is no longer a regular file"), 0
             return deferred(Reason.UNREADABLE, error.strerror or str(error)), 0
         try:
             job = UploadJob(
@@ -186,7 +186,7 @@ class Worker:
             outcome = self._uploader.upload(job)
             if isinstance(outcome, Delivered):
                 outcome = replace(outcome, fingerprint=job.confirmed)
-            return _refine_outcome(outcome, fd, drop, archive.relpath), job.sent_bytes
+            return _refine_outcome(outcome, fd, drop, delivery), job.sent_bytes
         except Exception as error:  # noqa: BLE001 -- a bug must cost neither the archive nor the worker
             self._queue.log.emit(events.DAEMON_FAILED, error=repr(error), exc_info=error)
             return deferred(Reason.INTERNAL, repr(error)), 0
@@ -258,14 +258,25 @@ def _is_not_a_file(drop: Drop, relpath: bytes) -> bool:
         return False
 
 
-def _refine_outcome(outcome: Outcome, fd: int, drop: Drop, relpath: bytes) -> Outcome:
+def _missing(delivery: Delivery, drop: Drop, error: str) -> Outcome:
+    """Return the outcome for a file that was not found: only the second time in a row it counts as removed.
+
+    Somebody may have renamed it for a moment.
+    """
+    if delivery.was_missing:
+        return Superseded(error, missing=True)
+    wait_time, digest = drop.config.rescan_every, delivery.unconfirmed_digest
+    return Deferred(Reason.MISSING, error, retry_after=wait_time, unconfirmed_digest=digest)
+
+
+def _refine_outcome(outcome: Outcome, fd: int, drop: Drop, delivery: Delivery) -> Outcome:
     """Return the outcome of an upload; for a changed file, determine whether it was removed."""
     if not isinstance(outcome, Superseded) or os.fstat(fd).st_nlink > 0:
         return outcome
     try:
-        drop.folder.stat(relpath)
+        drop.folder.stat(delivery.archive.relpath)
     except (FileNotFoundError, NotADirectoryError):
-        return replace(outcome, error="the file was removed during the upload", missing=True)
+        return _missing(delivery, drop, "the file was removed during the upload")
     except OSError:
         pass  # the intake logs it when it checks the path again
     return outcome

@@ -380,6 +380,8 @@ class Ledger(DeviceLedger, Protocol):
         newest archive, as `priority` requires. Several, up to `limit`, are returned only if their archives
         have no more than 4 MiB together: a caller works on them one after the other, and a large one must not
         delay a delivery that other workers could take. Archives of `except_drops` stay pending.
+        `Delivery.was_missing` is True if `Reason.MISSING` was recorded last, unless `enqueue` has given the
+        archive another fingerprint since.
         """
         ...
 

@@ -451,7 +451,7 @@ ARCHIVE_MISSING = _event(
     "warning",
     "drop archive size_bytes destination delivery_id error",
     "{archive} was removed before it was delivered[ to {destination}]",
-    "the file was removed before every destination had it; it cannot be delivered any more",
+    "the file was removed before every destination had it, and was still missing one `rescan_every` later",
 )
 ARCHIVE_DISPOSED = _event(
     "archive.disposed",

@@ -736,6 +736,22 @@ def test_a_superseded_archive_needs_no_disposition(ledger: Ledger) -> None:
     assert len(enqueue(ledger, candidate)) == 1  # the file in the folder is queued as a new archive
 
 
+def test_a_delivery_is_known_as_missing_until_its_file_is_found(bench: Bench) -> None:
+    enqueue(bench.ledger, a_candidate())
+    assert not claim(bench.ledger).was_missing
+    bench.ledger.release_own()
+    for reason in (Reason.MISSING, Reason.CONNECT, Reason.MISSING):
+        end(bench.ledger, deferred(reason))
+        ledger = bench.crash()
+        claimed = claim(ledger, now=LATER + timedelta(hours=1))
+        assert claimed.was_missing == (reason is Reason.MISSING)
+        ledger.release_own()
+        ledger.bring_forward("vault", LATER)
+    fingerprint = replace(claimed.archive.fingerprint, ctime_ns=1)
+    assert not enqueue(ledger, a_candidate(fingerprint=fingerprint))
+    assert not claim(ledger).was_missing
+
+
 def test_a_missing_file_is_queued_again_when_it_comes_back(ledger: Ledger) -> None:
     candidate = a_candidate()
     enqueue(ledger, candidate)

@@ -154,7 +154,7 @@ def test_the_upload_of_a_removed_file_ends_early(tmp_path: Path) -> None:
 
 def test_a_file_that_is_removed_during_its_upload_is_logged_as_missing(stage: Stage) -> None:
     with ScriptedServer(in_turn(pause_early, accept_all), server_context(stage.pki)) as server:
-        stage.configure(server.url, drop='rescan_every = "1h"', destination="workers = 1")
+        stage.configure(server.url, drop='rescan_every = "0.2s"', destination="workers = 1")
         daemon = stage.daemon().ready()
         path = stage.put("a.tar.gz", OLD)
         assert server.paused.wait(TIMEOUT)
@@ -178,7 +178,7 @@ def test_the_new_content_does_not_wait_for_the_upload_of_the_old_one(
     stage: Stage, change: Change, event_of_the_old: str
 ) -> None:
     with ScriptedServer(in_turn(pause_early, accept_all), server_context(stage.pki)) as server:
-        stage.configure(server.url, drop='rescan_every = "1h"', destination="workers = 2")
+        stage.configure(server.url, drop='rescan_every = "0.2s"', destination="workers = 2")
         daemon = stage.daemon().ready()
         path = stage.put("a.tar.gz", OLD)
         assert server.paused.wait(TIMEOUT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import os
 import shutil
 import sqlite3
@@ -261,6 +262,45 @@ def test_an_archive_that_is_touched_all_the_time_is_delivered_once_and_moved(sta
     assert (stage.sent / "a.tar.gz").read_bytes() == CONTENT
     assert not daemon.events("archive.superseded")
     assert [line["disposition"] for line in daemon.events("archive.disposed")] == ["moved"]
+
+
+FAST_RETRY = '[destination.vault.retry]\ninitial = "0.1s"\nmax = "0.3s"'
+
+
+def test_a_pending_archive_that_is_renamed_for_a_moment_keeps_its_delivery(stage: Stage) -> None:
+    aside = stage.base / "aside"
+    with ScriptedServer(accept_all, server_context(stage.pki)) as server:
+        server.refuse()
+        stage.configure(server.url, drop='rescan_every = "1h"', more=FAST_RETRY)
+        path = stage.drop / "r1.cfg"
+        stage.put(path.name, CONTENT)
+        for _ in range(2):
+            daemon = stage.daemon().ready()
+            daemon.wait_for("attempt.failed", reason="connect_failed")
+            path.rename(aside)
+            (missed,) = daemon.wait_for("attempt.failed", reason="archive_missing")
+            aside.rename(path)
+            wait_until_known(stage, path)
+            daemon.stop()
+        server.accept_again()
+        daemon = stage.daemon()
+        (verified,) = daemon.wait_for("delivery.verified")
+    assert verified["delivery_id"] == missed["delivery_id"]
+    events = [json.loads(line)["event"] for line in stage.log.read_text().splitlines()]
+    assert events.count("archive.queued") == 1
+    assert "archive.missing" not in events
+
+
+def test_a_file_that_is_missing_twice_is_removed(stage: Stage) -> None:
+    with ScriptedServer(accept_all, server_context(stage.pki)) as server:
+        server.refuse()
+        stage.configure(server.url, drop='rescan_every = "0.2s"', more=FAST_RETRY)
+        daemon = stage.daemon().ready()
+        path = stage.put("r1.cfg", CONTENT)
+        daemon.wait_for("attempt.failed", reason="connect_failed")
+        path.unlink()
+        daemon.wait_for("archive.missing", archive=path.name)
+    assert len([e for e in daemon.events("attempt.failed") if e["reason"] == "archive_missing"]) == 1
 
 
 @pytest.mark.parametrize("replace", REPLACEMENTS)

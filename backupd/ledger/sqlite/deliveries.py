@@ -29,6 +29,7 @@ from backupd.core.model import (
     Superseded,
     may_have_content_of,
 )
+from backupd.core.policy import Reason
 from backupd.core.transition import Priority, Transition, archive_state
 from backupd.ledger.port import (
     Backlog,
@@ -472,11 +473,14 @@ def open_for_daemon(state_dir: Path, on_progress: Callable[[], None]) -> Iterato
 
 @row_converter
 def _claim(db: sqlite3.Connection, delivery_id: str, session: int) -> Delivery:
-    archive_id, destination, token, attempts, archive_failures, destination_failures, digest = db.execute(
-        "UPDATE delivery SET state = 'claimed', session = ?, token = token + 1 WHERE id = ?"
-        " RETURNING archive_id, destination, token, attempts, archive_failures, destination_failures, digest",
-        (session, delivery_id),
-    ).fetchone()
+    archive_id, destination, token, attempts, archive_failures, destination_failures, digest, reason = (
+        db.execute(
+            "UPDATE delivery SET state = 'claimed', session = ?, token = token + 1 WHERE id = ? RETURNING"
+            " archive_id, destination, token, attempts, archive_failures, destination_failures, digest,"
+            " reason",
+            (session, delivery_id),
+        ).fetchone()
+    )
     return Delivery(
         delivery_id,
         _load_archive(db, archive_id),
@@ -489,6 +493,7 @@ def _claim(db: sqlite3.Connection, delivery_id: str, session: int) -> Delivery:
         # not confirmed by the destination; once it is delivered, that of the delivered content
         Digest.parse(digest) if digest else None,
         tuple(_digests(db, archive_id)),
+        reason == Reason.MISSING,
     )
 
 
@@ -571,6 +576,10 @@ def _set_fingerprint(
         "UPDATE archive SET folder_inode = ?, inode = ?, size = ?, mtime_ns = ?, ctime_ns = ?,"  # noqa: S608
         f" changed = {_CHANGE} WHERE id = ?",
         values,
+    )
+    db.execute(
+        "UPDATE delivery SET reason = NULL WHERE archive_id = ? AND state = 'pending' AND reason = ?",
+        (archive_id, Reason.MISSING),
     )
 
 
