@@ -377,7 +377,7 @@ class Examiner:
         candidate, now = examination.candidate, time.monotonic()
         ends = (examination.added_at + self._log_after, examination.added_at + self._grace)
         next_rescan = now + self._config.rescan_every.total_seconds()
-        examination.due = min(next_rescan, *(end for end in ends if now < end))
+        examination.due = min([next_rescan, *(end for end in ends if now < end)])
         self._on_hold[candidate.relpath] = examination
         if now < examination.added_at + self._log_after:
             return
