@@ -96,10 +96,10 @@ def a_candidate(
     *,
     drop: str = "switches",
     fingerprint: Fingerprint | None = None,
-    folder_inode: int = 0,
+    folder_id: int = 0,
 ) -> FileCandidate:
     """Return a candidate for a new file."""
-    return FileCandidate(drop, relpath, fingerprint or a_fingerprint(), folder_inode=folder_inode)
+    return FileCandidate(drop, relpath, fingerprint or a_fingerprint(), folder_id=folder_id)
 
 
 def a_digest(content: bytes = b"abc", algorithm: str = "sha256") -> Digest:

@@ -151,7 +151,7 @@ def _put_back(
             with folder.directory(source) as quarantine, folder.directory(target, create=True) as directory:
                 rename_no_replace(quarantine, name, directory, original_name)
         except FileNotFoundError:
-            if folder.is_unmounted(archive.folder_inode):
+            if folder.is_unmounted(archive.folder_id):
                 raise
             found = False  # it was removed by hand, and no longer counts as rejected
         else:

@@ -201,10 +201,9 @@ def _examine_drop(name: str, drop: DropConfig, mounts: frozenset[Path]) -> _Drop
         *_filesystem_problems(name, drop, real_path),
         *_unusable_mounts(name, _scanned_mounts(drop, real_path, mounts)),
     )
-    place = FolderPlace(str(drop.path))
+    place = FolderPlace(str(real_path))
     with suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # among the problems
-        status = os.stat(drop.path)
-        place = FolderPlace(str(drop.path), status.st_dev, status.st_ino)
+        place = _place_of(real_path, mounts)
     has_sent = os.path.lexists(drop.path / drop.sent_dir.strip("/"))
     return _DropFolders(_Named(f"drop.{name}.path", drop.path), place, real_path, problems, has_sent)
 
@@ -218,6 +217,13 @@ def _unusable_drop(name: str, drop: DropConfig, error: OSError) -> _DropFolders:
 def _unusable(folder: _Named, error: OSError) -> FileProblem:
     text = _reason(error) if isinstance(error, NoAnswerError) else f"can't be used: {_reason(error)}"
     return folder.problem(text, filesystem_hint(folder.path, error), prevents_start=False)
+
+
+def _place_of(folder: Path, mounts: frozenset[Path]) -> FolderPlace:
+    """Return the place of a folder, given by a path without links; `mounts` are all mount points."""
+    status, filesystem = os.stat(folder), os.statvfs(folder).f_fsid
+    is_root = folder in mounts or os.stat(folder.parent).st_dev != status.st_dev
+    return FolderPlace(str(folder), filesystem or status.st_dev, None if is_root else status.st_ino)
 
 
 def _state_dir_problems(config: Config, folders: Mapping[str, _DropFolders]) -> Iterator[FileProblem]:

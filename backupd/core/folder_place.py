@@ -8,18 +8,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class FolderPlace:
-    """The absolute path of a drop folder as it is configured, and its device and inode, None if unknown.
+    """The path of a drop folder, without links, and the numbers of its filesystem and inode.
 
-    A boot may change the number of the device, so that the numbers decide only if the path is another one.
+    The path is as configured if the folder does not answer. `filesystem` is None if the folder can't be
+    reached. `inode` is None then, too, and for the root of a mount, which has the same one on each disk. A
+    boot may change the number of a filesystem, so that the numbers decide only if the path is another one.
     """
 
     path: str
-    device: int | None = None
+    filesystem: int | None = None
     inode: int | None = None
 
     def has_numbers_of(self, other: FolderPlace) -> bool:
         """Return whether both are known to be one directory, whatever their paths are."""
-        return self.inode is not None and (self.device, self.inode) == (other.device, other.inode)
+        numbers = self.filesystem, self.inode
+        return self.inode is not None and numbers == (other.filesystem, other.inode)
 
     def is_same(self, other: FolderPlace) -> bool:
         """Return whether both are one folder: by the path, or by the numbers of the directory."""

@@ -113,9 +113,9 @@ class Digest:
 class Archive:
     """A finished backup file in the ledger; `relpath` is relative to its drop folder.
 
-    `folder_inode` is the inode of the drop folder that it was found in, 0 if unknown: it tells whether the
-    same directory is there when the file is missing. `host` is the name of the host that queued it, empty if
-    unknown.
+    `folder_id` is the number of the drop folder that it was found in, see `DropFolder.id`, 0 if unknown: it
+    shows whether the same directory is there when the file is missing. `host` is the name of the host that
+    queued it, empty if unknown.
     """
 
     id: int
@@ -123,7 +123,7 @@ class Archive:
     relpath: bytes
     fingerprint: Fingerprint
     queued_at: datetime
-    folder_inode: int = 0
+    folder_id: int = 0
     host: str = ""
 
 

@@ -87,6 +87,7 @@ class Assembly:
 
         Also the earlier folders of drops, while archives in them are pending.
         """
+        self._places = _reached(report.places)
         self.clock = HostClock(
             ledger.last_clock_reading() or (None if report.is_new else _DISTRUSTED_READING)
         )
@@ -107,17 +108,20 @@ class Assembly:
         self.runtime.destinations |= {n: self._build_destination(n, d) for n, d in config.destination.items()}
         self.runtime.drops |= {n: self._build_drop(n) for n in config.drop}
 
-    def change_to(self, config: Config) -> ReloadDiff:
+    def change_to(self, config: Config, places: Mapping[str, FolderPlace]) -> ReloadDiff:
         """Change the runtime where another configuration differs; the caller stops and starts the threads.
 
+        `places` are those of its drop folders. A drop with a link that leads to another folder now differs.
         Raises LedgerError, and changes nothing, if the ledger cannot be written.
         """
         runtime, before = self.runtime, self.runtime.config
-        changed = [name for name in config.drop if not _is_same_drop(name, before, config)]
-        drops = {name: self._changed_drop(name, config) for name in changed}
+        led_away = {name for name, place in places.items() if self._has_other_path(name, place)}
+        changed = [n for n in config.drop if n in led_away or not _is_same_drop(n, before, config)]
+        drops = {n: self._changed_drop(n, config, keep_folder=n not in led_away) for n in changed}
         current = {name: drops.get(name) or self._drops[name] for name in config.drop}
         self.device_tracker.configure(current, self._ledger.now())
         self._drops |= drops
+        self._places |= _reached(places)
         runtime.config = config
         destinations = {n: d for n, d in config.destination.items() if before.destination.get(n) != d}
         drops_gone = [n for n in runtime.drops if n in drops or n not in config.drop]
@@ -146,11 +150,16 @@ class Assembly:
             folder = DropFolder(place.path, is_open=False, opens_itself=True)
             self._drops[name] = Drop.of(name, table, folder, destinations_of(config, table))
 
-    def _changed_drop(self, name: str, config: Config) -> Drop:
-        """Build a drop from its changed table; the folder stays open if the path is the same."""
+    def _has_other_path(self, name: str, place: FolderPlace) -> bool:
+        """Return whether a drop folder is known to have another path without links than before."""
+        before = self._places.get(name)
+        return before is not None and place.filesystem is not None and before.path != place.path
+
+    def _changed_drop(self, name: str, config: Config, *, keep_folder: bool) -> Drop:
+        """Build a drop from its changed table; the folder stays open if its path is the same."""
         table = config.drop[name]
         before = self._drops[name] if name in self.runtime.config.drop else None  # a removed one is unlocked
-        is_same_folder = before is not None and before.folder.path == str(table.path)
+        is_same_folder = keep_folder and before is not None and before.folder.path == str(table.path)
         folder = before.folder if before and is_same_folder else _new_folder(table)
         return Drop.of(name, table, folder, destinations_of(config, table))
 
@@ -184,6 +193,10 @@ class Assembly:
             running = self.runtime.destinations.get(name)
             if running is not None:
                 running.notifier.notify()
+
+
+def _reached(places: Mapping[str, FolderPlace]) -> dict[str, FolderPlace]:
+    return {name: place for name, place in places.items() if place.filesystem is not None}
 
 
 def _is_same_drop(name: str, before: Config, after: Config) -> bool:

@@ -64,7 +64,7 @@ class Daemon:
         log: EventLog,
         config_path: Path,
         examine_files: ExamineFiles,
-        change_to: Callable[[Config], ReloadDiff],
+        change_to: Callable[[Config, Mapping[str, FolderPlace]], ReloadDiff],
         follow_folders: Callable[[Mapping[str, FolderPlace]], None],
         certificates: Certificates,
         housekeeping: Housekeeping,
@@ -211,7 +211,7 @@ class Daemon:
                 raise ConfigError(
                     "state_dir: can't be changed by a reload", "restart the daemon: systemctl restart backupd"
                 )
-            diff = self._change_to(config)
+            diff = self._change_to(config, report.places)
         except BackupdError as error:
             self._log.emit(
                 events.CONFIG_REFUSED,

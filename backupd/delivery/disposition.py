@@ -181,7 +181,7 @@ class Disposition:
             top = drop.sent_dir if action == "move" else drop.rejected_dir
             target = top + b"/" + parent if parent else top
         moved_to, was_moved = self._move(archive, expected, folder, target, name)
-        if moved_to is None and folder.is_unmounted(archive.folder_inode):
+        if moved_to is None and folder.is_unmounted(archive.folder_id):
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         if moved_to is None:
             return DispositionResult(archive.id, None, missing=True), "missing"

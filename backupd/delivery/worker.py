@@ -37,6 +37,11 @@ _LEDGER_POLL_EVERY = 5.0
 _REMOVED_DROP_RETRY_AFTER = timedelta(days=1)
 """Time until a delivery from a drop that is no longer configured is retried; a start or reload ends it."""
 
+_OTHER_FOLDER = (
+    "the drop folder is not the directory in which it was queued: mount its filesystem there again; after a"
+    " day it counts as missing"
+)
+
 
 class Worker:
     """Delivers archives to one destination, one at a time; `run` is the body of its thread."""
@@ -161,9 +166,8 @@ class Worker:
         try:
             fd = drop.folder.open(archive.relpath)
         except (FileNotFoundError, NotADirectoryError):
-            if drop.folder.is_unmounted(archive.folder_inode):
-                error = "its filesystem is not mounted on the drop folder"
-                return deferred(Reason.UNREADABLE, error), 0
+            if drop.folder.is_unmounted(archive.folder_id):
+                return deferred(Reason.UNREADABLE, _OTHER_FOLDER), 0
             return _missing(delivery, drop, "the file is gone"), 0
         except OSError as error:
             if _is_not_a_file(drop, archive.relpath):

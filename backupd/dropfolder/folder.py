@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import shlex
 import stat
@@ -28,6 +29,9 @@ _LOCK_TIMEOUT, _LOCK_RETRY_PAUSE = 1.0, 0.1
 
 _OPEN_EVERY = 5.0
 """Seconds between two attempts of a folder to open itself."""
+
+_MOUNT_GRACE = 24 * 3600.0
+"""Seconds for which a file that is missing in another directory than before may be in one not mounted."""
 
 OnUnreadable = Callable[[bytes, OSError], None]
 """Called with the relative path of a file or directory that can't be read, and the error."""
@@ -64,6 +68,8 @@ class DropFolder:
         self.is_usable = False
         """Whether the folder could be read when it was last checked; nothing else accesses it while not."""
         self._fd = -1
+        self.opened_at = 0.0
+        """When the directory that is held open was opened first (monotonic)."""
         self._opens_itself = opens_itself
         self._opener: threading.Thread | None = None
         self._next_try = 0.0
@@ -125,6 +131,7 @@ class DropFolder:
                 self._lock(self._fd)  # the lock of another descriptor would be refused
                 return
             self._lock(fd)
+            self.opened_at = time.monotonic()  # before another thread can use the directory
             if self._fd < 0:
                 self._fd, fd = fd, -1
             else:
@@ -171,18 +178,29 @@ class DropFolder:
             else:
                 return
 
-    def inode(self) -> int:
-        """Return the inode number of the directory that is held open."""
-        return os.fstat(self.fileno()).st_ino
+    def id(self) -> int:
+        """Return a number of the directory that is held open, made of its inode and its filesystem.
 
-    def is_unmounted(self, folder_inode: int) -> bool:
-        """Return whether a file that is missing may be on a filesystem that is not mounted now.
-
-        `folder_inode` is the inode that this folder had when it held the file. The result is True if the
-        folder's path leads to another directory, or if this one is empty and has another inode: an unused
-        mount point.
+        Most local filesystems have a number that no boot changes; the others get that of their device.
         """
-        return not self.is_in_place() or (self.inode() != folder_inode and _is_empty(self.fileno()))
+        fd = self.fileno()
+        filesystem, inode = os.fstatvfs(fd).f_fsid or os.fstat(fd).st_dev, os.fstat(fd).st_ino
+        digest = hashlib.blake2b(b"%d %d" % (filesystem, inode), digest_size=8).digest()
+        return int.from_bytes(digest, signed=True)
+
+    def is_unmounted(self, folder_id: int) -> bool:
+        """Return whether a file that is missing may be in another directory, which is not mounted here now.
+
+        `folder_id` is the number that this folder had when it held the file, 0 if unknown; earlier versions
+        stored its inode. The result is True if the folder's path leads to another directory than the one that
+        is held open, or if this one has another number and has been open for less than a day, or is empty.
+        """
+        if not self.is_in_place():
+            return True
+        if folder_id in (self.id(), os.fstat(self.fileno()).st_ino):
+            return False
+        is_new = folder_id != 0 and time.monotonic() - self.opened_at < _MOUNT_GRACE
+        return is_new or _is_empty(self.fileno())
 
     @contextmanager
     def directory(self, relpath: bytes, *, create: bool = False) -> Iterator[int]:
@@ -257,6 +275,7 @@ class CachedFolder(DropFolder):
     def __init__(self, folder: DropFolder) -> None:
         self.path = folder.path
         self._fd = folder.fileno()
+        self.opened_at = folder.opened_at
         self.imitates_owner = folder.imitates_owner
         self._directories: dict[bytes, int] = {}
 

@@ -228,7 +228,7 @@ class UnfinishedFiles:
             try:
                 opened, is_written = fingerprint_of(os.fstat(fd)), is_being_written(fd)
                 has_room = _has_room(fd)
-                folder_inode = self._folder.inode()
+                folder_id = self._folder.id()
             finally:
                 close_descriptor(fd)
             companion_age = self._companion_age(relpath)
@@ -254,7 +254,7 @@ class UnfinishedFiles:
             self._drop,
             relpath,
             opened,
-            folder_inode=folder_inode,
+            folder_id=folder_id,
             suspicion=Damage(Reason.TRUNCATED, why_suspicious) if why_suspicious else None,
             digests=(digest,) if is_touched and digest else (),
             touched=is_touched,

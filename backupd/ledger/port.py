@@ -42,10 +42,10 @@ class FileCandidate:
 
     `tracked` is its device, if the drop's devices are tracked. `rejected` is set if an inspection found the
     file damaged, so that it is not to be uploaded; `suspicion`, which the ledger ignores, if it may be
-    damaged and is to be uploaded. `folder_inode` is the inode of the drop folder. `digests` are those of its
-    content that are known, with an empty value for one that can't be calculated. `touched` is whether its
-    metadata changed while it was to become stable: it is only stable if its content has one of `digests`
-    still.
+    damaged and is to be uploaded. `folder_id` is the number of the drop folder, see `DropFolder.id`.
+    `digests` are those of its content that are known, with an empty value for one that can't be calculated.
+    `touched` is whether its metadata changed while it was to become stable: it is only stable if its content
+    has one of `digests` still.
     """
 
     drop: str
@@ -53,7 +53,7 @@ class FileCandidate:
     fingerprint: Fingerprint
     tracked: TrackedDevice | None = None
     rejected: Rejected | None = None
-    folder_inode: int = 0
+    folder_id: int = 0
     suspicion: Damage | None = None
     digests: tuple[Digest, ...] = ()
     touched: bool = False

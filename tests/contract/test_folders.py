@@ -16,7 +16,7 @@ from tests.contract.bench import Bench
 from tests.factories import NOW, a_candidate, a_claim_result, delivered, record_dispositions, rejected
 
 LATER = NOW + timedelta(hours=1)
-A, B = FolderPlace("/a", 8, 11), FolderPlace("/b", 8, (1 << 64) - 1)
+A, B = FolderPlace("/a", (1 << 64) - 2, 11), FolderPlace("/b", 8, (1 << 64) - 1)
 LEFT = "switches:/a"
 
 
@@ -135,7 +135,7 @@ def test_a_folder_that_cannot_be_reached_is_known_by_its_path(ledger: Ledger, hi
     ledger.assign_folders({"switches": A})
     queue(ledger, b"a.cfg")
     ledger.assign_folders({"switches": FolderPlace("/a")})
-    ledger.assign_folders({"core": FolderPlace("/moved", A.device, A.inode)})
+    ledger.assign_folders({"core": FolderPlace("/moved", A.filesystem, A.inode)})
     assert states(history) == {(b"a.cfg", "vault"): ("core", "pending")}
 
 

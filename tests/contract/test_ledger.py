@@ -101,8 +101,8 @@ def test_the_archives_of_excepted_drops_stay_pending(ledger: Ledger, priority: P
 
 @pytest.mark.parametrize("inode", [2, 1 << 63])
 def test_an_archive_keeps_the_inode_of_its_drop_folder(ledger: Ledger, inode: int) -> None:
-    (archive,) = enqueue(ledger, a_candidate(folder_inode=inode))
-    assert archive.folder_inode == inode
+    (archive,) = enqueue(ledger, a_candidate(folder_id=inode))
+    assert archive.folder_id == inode
     assert claim(ledger).archive == archive
     ledger.release_own()
     end(ledger, delivered())
@@ -216,7 +216,7 @@ def before() -> FileCandidate:
 
 
 def after(changed: Fingerprint, *digests: Digest) -> FileCandidate:
-    return replace(a_candidate(fingerprint=changed, folder_inode=9), digests=digests)
+    return replace(a_candidate(fingerprint=changed, folder_id=9), digests=digests)
 
 
 def keep(ledger: Ledger, *completed: CompletedArchive) -> None:
@@ -232,7 +232,7 @@ def test_a_touched_file_keeps_its_pending_deliveries_and_its_age(
     result = ledger.enqueue([after(changed)], BOTH, LATER)
 
     assert (result.queued, result.superseded, result.undecided) == ((), (), ())
-    expected = replace(archive, fingerprint=changed, folder_inode=9)
+    expected = replace(archive, fingerprint=changed, folder_id=9)
     assert [claim(ledger, name).archive for name in BOTH] == [expected, expected]
     assert known(ledger) == keys(after(changed))
 
@@ -341,7 +341,7 @@ def test_a_delivered_file_that_comes_back_is_the_same_with_the_same_content(ledg
     assert ledger.enqueue([after(TOUCHED[0])], ["vault"], LATER).undecided
     assert ledger.enqueue([after(TOUCHED[0], a_digest(b"abc"))], ["vault"], LATER).reappeared
     assert [one.archive for one in ledger.pending_dispositions()] == [
-        replace(archive, fingerprint=TOUCHED[0], folder_inode=9)
+        replace(archive, fingerprint=TOUCHED[0], folder_id=9)
     ]
 
 

@@ -270,6 +270,38 @@ def test_archives_that_are_pending_in_the_earlier_folder_of_a_drop_are_delivered
 
 
 @pytest.mark.long
+@both_ways
+def test_archives_are_delivered_from_the_folder_that_a_link_led_to_when_they_were_queued(
+    stage: Stage, receiver: RunningReceiver, apply_change: ApplyChange
+) -> None:
+    link, new = stage.base / "link", stage.base / "new"
+    link.symlink_to(stage.drop)
+    stage.put("other.cfg", b"in the new folder", into=new)
+    stage.configure("https://127.0.0.1:1/v1/upload", more=QUICK_RETRY, top='heartbeat_every = "1s"')
+    text = stage.config.read_text().replace(f'path = "{stage.drop}"', f'path = "{link}"')
+    stage.config.write_text(text)
+    daemon = stage.daemon().ready()
+    stage.put("r1.cfg", b"in the old folder")
+    daemon.wait_for("archive.queued")
+    daemon.wait_for("destination.paused")
+
+    link.unlink()
+    link.symlink_to(new)
+    daemon = apply_change(stage, daemon)
+    daemon.wait_for("archive.queued", archive="other.cfg")
+    (problem, *_) = daemon.wait_for("drop.problem", reason="not_configured")
+    assert str(stage.drop) in problem["error"]
+    stage.config.write_text(text.replace("https://127.0.0.1:1/v1/upload", receiver.url))
+    reload(stage, daemon)
+    daemon.wait_for("archive.disposed", 2, disposition="moved")
+
+    assert (stage.sent / "r1.cfg").exists()
+    assert (new / "sent" / "other.cfg").exists()
+    assert "archive.missing" not in stage.log.read_text()
+    assert daemon.stop() == 0
+
+
+@pytest.mark.long
 def test_a_folder_that_is_moved_to_another_filesystem_with_its_archives_is_delivered_once(
     stage: Stage, receiver: RunningReceiver
 ) -> None:

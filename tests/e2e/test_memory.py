@@ -80,7 +80,7 @@ def add_history(stage: Stage, archives: int) -> None:
         f"""
         BEGIN;
         WITH RECURSIVE number (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM number WHERE n < {archives})
-        INSERT INTO archive (drop_name, relpath, folder_inode, inode, size, mtime_ns, ctime_ns, queued_at,
+        INSERT INTO archive (drop_name, relpath, folder_id, inode, size, mtime_ns, ctime_ns, queued_at,
             state, digest, disposition, moved_to, disposed_at, has_entry)
         SELECT 'switches', CAST(printf('switch-%06d.tar.gz', n) AS BLOB), 1, n, 1000, 0, 0, {began} + n,
             'delivered', 'sha256:' || printf('%064d', n), 'done',

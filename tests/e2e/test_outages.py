@@ -294,14 +294,41 @@ def test_an_archive_that_one_of_two_destinations_refuses_is_rejected_after_both_
 
 
 @contextlib.contextmanager
-def mounted_over(folder: Path) -> Iterator[None]:
-    """Mount an empty filesystem over a folder for a while."""
+def mounted_over(folder: Path, *, file: str = "") -> Iterator[None]:
+    """Mount a filesystem, empty or with one file, over a folder for a while."""
     if subprocess.run(["mount", "-t", "tmpfs", "none", str(folder)], check=False).returncode:
         pytest.skip("no filesystem can be mounted here")
     try:
+        if file:
+            (folder / file).write_bytes(b"another")
         yield
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.long
+@pytest.mark.root
+def test_a_pending_archive_waits_while_another_disk_is_mounted_over_the_root_of_its_disk(
+    stage: Stage,
+) -> None:
+    """The roots of two disks have the same inode."""
+    port = stage.a_free_port()
+    stage.configure(f"https://127.0.0.1:{port}/v1/upload", destination=FAST_RETRY, drop='rescan_every = "1s"')
+    with mounted_over(stage.drop):
+        daemon = stage.daemon().ready()
+        (stage.drop / "core.tar.gz").write_bytes(b"content")
+        daemon.wait_for("archive.queued")
+        daemon.wait_for("destination.paused")
+        with mounted_over(stage.drop, file="other.tar.gz"):
+            daemon.wait_for("archive.queued", archive="other.tar.gz")
+            daemon.wait_for("attempt.failed", archive="core.tar.gz", reason="archive_unreadable")
+            assert daemon.stop() == 0
+            daemon = stage.daemon().ready()
+            daemon.wait_for("attempt.failed", archive="core.tar.gz", reason="archive_unreadable")
+        with a_receiver(stage, port):
+            daemon.wait_for("archive.disposed", archive="core.tar.gz", disposition="moved")
+        assert daemon.stop() == 0
+    assert "core.tar.gz" not in {e.get("archive") for e in daemon.events("archive.missing")}
 
 
 @pytest.mark.long
@@ -315,7 +342,7 @@ def test_a_pending_archive_waits_while_its_filesystem_is_not_mounted(stage: Stag
     daemon.wait_for("destination.paused")
     with mounted_over(stage.drop):
         failed = daemon.wait_for("attempt.failed", reason="archive_unreadable")[0]
-        assert failed["error"] == "its filesystem is not mounted on the drop folder"
+        assert failed["error"].startswith("the drop folder is not the directory in which it was queued")
         assert daemon.stop() == 0
         daemon = stage.daemon().ready()
         daemon.wait_for("attempt.failed", reason="archive_unreadable")

@@ -571,7 +571,7 @@ def test_queries_scan_no_table_of_a_hundred_thousand_archives(stage: Stage) -> N
     count = 100_000
     connection.execute("BEGIN")
     connection.executemany(
-        "INSERT INTO archive (id, drop_name, relpath, folder_inode, inode, size, mtime_ns, ctime_ns,"
+        "INSERT INTO archive (id, drop_name, relpath, folder_id, inode, size, mtime_ns, ctime_ns,"
         " queued_at, state, disposition, moved_to, disposed_at, has_entry)"
         " VALUES (?, 'switches', ?, 1, ?, 3, 1, 1, ?, 'delivered', 'done', ?, ?, 0)",
         ((n, b"r%d.cfg" % n, n, n * 10**6, b"sent/r%d.cfg" % n, n * 10**6) for n in range(1, count + 1)),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trustme
@@ -96,6 +97,42 @@ def a_warning(config: Config, now: datetime = NOW) -> str:
     assert not problem.fatal
     assert problem.hint
     return f"{problem.where}: {problem.message}"
+
+
+class TestPlaces:
+    def test_the_place_of_a_drop_folder_is_the_one_that_a_link_leads_to(self, place: Path) -> None:
+        (place / "link").symlink_to(place / "drop")
+        report = examine_files(a_config(place, DropConfig(path=place / "link")), NOW)
+        assert report.places == examine_files(a_config(place), NOW).places
+        assert report.places["d"].path == str(place / "drop")
+        assert report.places["d"].inode == (place / "drop").stat().st_ino
+
+    def test_a_folder_that_cannot_be_reached_has_no_numbers(self, place: Path) -> None:
+        (found,) = examine_files(a_config(place, DropConfig(path=place / "none")), NOW).places.values()
+        assert (found.filesystem, found.inode) == (None, None)
+
+    @pytest.mark.root
+    def test_the_inode_of_the_root_of_a_mount_is_not_used(self, place: Path) -> None:
+        if subprocess.run(["mount", "-t", "tmpfs", "none", str(place / "drop")], check=False).returncode:
+            pytest.skip("no filesystem can be mounted here")
+        try:
+            (place / "drop/below").mkdir()
+            below = a_config(place, DropConfig(path=place / "drop/below"))
+            (inner,) = examine_files(below, NOW).places.values()
+            (root,) = examine_files(a_config(place), NOW).places.values()
+        finally:
+            subprocess.run(["umount", "-l", str(place / "drop")], check=True)
+        assert (root.filesystem, root.inode) == (inner.filesystem, None)
+        assert inner.inode is not None
+
+    def test_disks_with_the_same_device_number_are_told_apart(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first = examine_files(a_config(place), NOW).places["d"]
+        monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_fsid=1 << 63))
+        second = examine_files(a_config(place), NOW).places["d"]
+        assert first.inode == second.inode
+        assert not first.has_numbers_of(second)
 
 
 class TestFolders:

@@ -268,8 +268,9 @@ def test_a_forgotten_device_that_is_listed_is_expected_from_then_on(
 
 
 VALUES_OF_EARLIER_COLUMNS = {
-    "device": "folder_inode",
-    "device_number": "folder_inode",
+    "device": "folder_id",
+    "device_number": "folder_id",
+    "folder_inode": "folder_id",
     "admitted_at": "queued_at",
     "disposed_to": "moved_to",
     "announced": "already_logged",
@@ -282,7 +283,7 @@ VALUES_OF_EARLIER_COLUMNS = {
 """Columns of earlier versions of the schema, and their values by the columns of today."""
 
 COLUMNS = {
-    "archive": "id, drop_name, relpath, folder_inode, inode, size, mtime_ns, ctime_ns, queued_at, state,"
+    "archive": "id, drop_name, relpath, folder_id, inode, size, mtime_ns, ctime_ns, queued_at, state,"
     " digest, disposition, moved_to, already_logged, disposed_at, has_entry, missing",
     "delivery": "id, archive_id, destination, size, state, due_at, attempts, archive_failures,"
     " destination_failures, ended_at, reason, error, digest, verified, http_status, receipt",
@@ -337,7 +338,7 @@ def test_the_inode_of_a_drop_folder_replaces_the_device_number(
     )
     db.close()
     db = close_after(open_ledger(tmp_path).connection)
-    assert db.execute("SELECT folder_inode FROM archive ORDER BY id").fetchall() == [(99,), (0,)]
+    assert db.execute("SELECT folder_id FROM archive ORDER BY id").fetchall() == [(99,), (0,)]
 
 
 @pytest.mark.parametrize("version", [7, 8])

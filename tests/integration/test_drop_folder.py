@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -244,20 +245,26 @@ def test_a_replaced_drop_folder_is_detected_and_reopened(folder: DropFolder, roo
     assert not os.get_inheritable(number)
 
 
-def test_a_missing_file_may_be_on_an_unmounted_filesystem_if_its_folder_is_an_empty_one(
-    folder: DropFolder, root: Path
+def test_a_missing_file_may_be_on_an_unmounted_filesystem_if_its_folder_is_another_one(
+    folder: DropFolder, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    earlier = folder.inode()
+    earlier = folder.id()
     assert not folder.is_unmounted(earlier)
+    assert not folder.is_unmounted(root.stat().st_ino)  # as earlier versions stored it
     root.rename(root.parent / "away")
     assert folder.is_unmounted(earlier)
     root.mkdir()  # the mount point
     assert folder.is_unmounted(earlier)
     folder.reopen()
     assert folder.is_unmounted(earlier)
-    assert not folder.is_unmounted(folder.inode())
+    assert not folder.is_unmounted(folder.id())
     put(root / "new.cfg")
+    assert folder.is_unmounted(earlier)
+    tomorrow = time.monotonic() + 86_400
+    monkeypatch.setattr(time, "monotonic", lambda: tomorrow)
     assert not folder.is_unmounted(earlier)
+    (root / "new.cfg").unlink()
+    assert folder.is_unmounted(earlier)
 
 
 # walking

@@ -77,7 +77,7 @@ def test_pending_archives_are_delivered_under_their_ids(ledger: Ledger) -> None:
 
 def test_the_disposition_of_a_delivered_archive_is_still_due(ledger: Ledger, version: int) -> None:
     (due,) = ledger.pending_dispositions()
-    assert due.archive.folder_inode == (2 if version == 7 else 0)
+    assert due.archive.folder_id == (2 if version == 7 else 0)
     assert (due.archive.id, due.state, due.digest, due.already_logged) == (
         4, DeliveryState.DELIVERED, SHA, True
     )  # fmt: skip

@@ -26,6 +26,16 @@ A_UNREACHABLE = FolderPlace("/a")
         pytest.param({"x": A, "y": B}, {"x": B, "y": A}, {"x": "y", "y": "x"}, {}, id="swapped names"),
         pytest.param({"x": A, "y": B}, {"x": C, "y": A}, {"x": "y"}, {"y": "y:/b"}, id="names move on"),
         pytest.param({"x": A}, {"x": B}, {}, {"x": "x:/a"}, id="another path"),
+        pytest.param(
+            {"x": FolderPlace("/a", 8)},
+            {"x": FolderPlace("/b", 8)},
+            {},
+            {"x": "x:/a"},
+            id="the root of another disk with the same number",
+        ),
+        pytest.param(
+            {"x": FolderPlace("/a", 8)}, {"y": FolderPlace("/b", 8)}, {}, {}, id="its root for a new name"
+        ),
         pytest.param({"x": B, "x:/a": A}, {"x": A}, {"x:/a": "x"}, {"x": "x:/b"}, id="the path before"),
         pytest.param(
             {"x": B, "x:/a": A}, {"x": B, "y": A}, {"x:/a": "y"}, {}, id="a drop for the path before"

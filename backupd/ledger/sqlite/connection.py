@@ -43,7 +43,7 @@ from backupd.ledger.port import ClaimResult, DeliveryResult
 FILE_NAME = "ledger.sqlite3"
 LOCK_NAME = "backupd.lock"
 
-ARCHIVE_COLUMNS = "id, drop_name, relpath, folder_inode, inode, size, mtime_ns, ctime_ns, queued_at, host"
+ARCHIVE_COLUMNS = "id, drop_name, relpath, folder_id, inode, size, mtime_ns, ctime_ns, queued_at, host"
 
 TOTAL_SIZE = "CAST(total(archive.size) AS INTEGER)"
 """The total size of archives; `sum` fails if it exceeds 64 bits, as that of a few sparse files may."""
@@ -524,8 +524,8 @@ def as_archive(row: Row) -> Archive:
     """Return the archive of a row of `ARCHIVE_COLUMNS`."""
     if not (isinstance(row[1], str) and isinstance(row[2], bytes) and isinstance(row[9], str)):
         raise TypeError("a drop or host is not a TEXT, or a path is not a BLOB")
-    folder_inode, *fingerprint = map(int, row[3:8])
-    return Archive(row[0], row[1], row[2], Fingerprint(*fingerprint), as_time(row[8]), folder_inode, row[9])
+    folder_id, *fingerprint = map(int, row[3:8])
+    return Archive(row[0], row[1], row[2], Fingerprint(*fingerprint), as_time(row[8]), folder_id, row[9])
 
 
 def storable_int(number: int) -> int | bytes:
@@ -544,9 +544,9 @@ def storable_text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\u2400")
 
 
-def fingerprint_columns(folder_inode: int, f: Fingerprint) -> Row:
+def fingerprint_columns(folder_id: int, f: Fingerprint) -> Row:
     """Return the stored values of the drop folder's inode, and of inode, size, mtime_ns and ctime_ns."""
-    return tuple(map(storable_int, (folder_inode, f.inode, f.size, f.mtime_ns, f.ctime_ns)))
+    return tuple(map(storable_int, (folder_id, f.inode, f.size, f.mtime_ns, f.ctime_ns)))
 
 
 @row_converter

@@ -224,7 +224,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                     undecided.append(UndecidedFile(candidate, algorithms))
                     continue
                 if known and _is_of_archive(db, known[-1], candidate):
-                    _set_fingerprint(db, known[-1].id, candidate.fingerprint, candidate.folder_inode)
+                    _set_fingerprint(db, known[-1].id, candidate.fingerprint, candidate.folder_id)
                     continue
                 superseded += [a for a in known if _supersede(db, a, now)]
                 if candidate.rejected is None and _adopt(db, candidate):
@@ -569,11 +569,11 @@ def _is_of_archive(db: sqlite3.Connection, archive: Archive, candidate: FileCand
 
 
 def _set_fingerprint(
-    db: sqlite3.Connection, archive_id: int, fingerprint: Fingerprint, folder_inode: int
+    db: sqlite3.Connection, archive_id: int, fingerprint: Fingerprint, folder_id: int
 ) -> None:
-    values = (*fingerprint_columns(folder_inode, fingerprint), archive_id)
+    values = (*fingerprint_columns(folder_id, fingerprint), archive_id)
     db.execute(
-        "UPDATE archive SET folder_inode = ?, inode = ?, size = ?, mtime_ns = ?, ctime_ns = ?,"  # noqa: S608
+        "UPDATE archive SET folder_id = ?, inode = ?, size = ?, mtime_ns = ?, ctime_ns = ?,"  # noqa: S608
         f" changed = {_CHANGE} WHERE id = ?",
         values,
     )
@@ -599,7 +599,7 @@ def _record_fingerprint(db: sqlite3.Connection, result: ClaimResult) -> bool:
     others = {row[0] for row in db.execute(query, (archive.id, delivery.id))}
     if others and str(outcome.digest) not in others:
         return False
-    _set_fingerprint(db, archive.id, fingerprint, archive.folder_inode)
+    _set_fingerprint(db, archive.id, fingerprint, archive.folder_id)
     return True
 
 
@@ -610,7 +610,7 @@ def _replace_result(db: sqlite3.Connection, result: ClaimResult, now: datetime) 
 
 def _resume_disposition(db: sqlite3.Connection, archive: Archive, candidate: FileCandidate) -> None:
     """Make the disposition of a delivered file that was missing and is back due again."""
-    _set_fingerprint(db, archive.id, candidate.fingerprint, candidate.folder_inode)
+    _set_fingerprint(db, archive.id, candidate.fingerprint, candidate.folder_id)
     db.execute(
         "UPDATE archive SET disposition = 'due', already_logged = 1, has_entry = 1, missing = 0 WHERE id = ?",
         (archive.id,),
@@ -658,9 +658,9 @@ def _adopt(db: sqlite3.Connection, candidate: FileCandidate) -> bool:
     if found is None:
         return False
     db.execute(
-        "UPDATE archive SET drop_name = ?, folder_inode = ?, inode = ?, size = ?, mtime_ns = ?, ctime_ns = ?,"  # noqa: S608
+        "UPDATE archive SET drop_name = ?, folder_id = ?, inode = ?, size = ?, mtime_ns = ?, ctime_ns = ?,"  # noqa: S608
         f" changed = {_CHANGE} WHERE id = ?",
-        (candidate.drop, *fingerprint_columns(candidate.folder_inode, fingerprint), found),
+        (candidate.drop, *fingerprint_columns(candidate.folder_id, fingerprint), found),
     )
     db.execute(f"{_RELEASE} AND archive_id = ?", (found,))
     return True
@@ -669,18 +669,18 @@ def _adopt(db: sqlite3.Connection, candidate: FileCandidate) -> bool:
 def _insert(
     db: sqlite3.Connection, candidate: FileCandidate, destinations: Sequence[str], now: datetime, host: str
 ) -> Archive:
-    at, fingerprint, folder_inode = to_micros(now), candidate.fingerprint, candidate.folder_inode
+    at, fingerprint, folder_id = to_micros(now), candidate.fingerprint, candidate.folder_id
     archive_id = db.execute(
-        "INSERT INTO archive (drop_name, relpath, folder_inode, inode, size, mtime_ns, ctime_ns, queued_at,"  # noqa: S608
+        "INSERT INTO archive (drop_name, relpath, folder_id, inode, size, mtime_ns, ctime_ns, queued_at,"  # noqa: S608
         f" host, changed) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, {_CHANGE})",
-        (candidate.drop, candidate.relpath, *fingerprint_columns(folder_inode, fingerprint), at, host),
+        (candidate.drop, candidate.relpath, *fingerprint_columns(folder_id, fingerprint), at, host),
     ).lastrowid
     db.executemany(
         "INSERT INTO delivery (id, archive_id, destination, size, due_at) VALUES (?, ?, ?, ?, ?)",
         [(str(uuid.uuid4()), archive_id, name, fingerprint.size, at) for name in destinations],
     )
     return Archive(
-        archive_id or 0, candidate.drop, candidate.relpath, fingerprint, as_time(at), folder_inode, host
+        archive_id or 0, candidate.drop, candidate.relpath, fingerprint, as_time(at), folder_id, host
     )
 
 

@@ -52,7 +52,7 @@ def assign_folders(db: sqlite3.Connection, places: Mapping[str, FolderPlace]) ->
         db.execute("DELETE FROM drop_folder WHERE drop_name = ?", (old,))
     for name, place in places.items():
         known = remembered.get(name)
-        if place.inode is None and known is not None and known.path == place.path:
+        if place.filesystem is None and known is not None and known.path == place.path:
             continue  # it can't be reached now
         _remember(db, name, place)
     left = [name for name in pending_drops(db) if label_of(name) != name and label_of(name) in places]
@@ -81,16 +81,16 @@ def earlier_names(db: sqlite3.Connection, drop: str) -> list[str]:
 def _places(db: sqlite3.Connection) -> dict[str, FolderPlace]:
     rows = db.execute("SELECT drop_name, path, device, inode FROM drop_folder ORDER BY drop_name")
     return {
-        name: FolderPlace(path, device, None if inode is None else int(inode))
-        for name, path, device, inode in rows
+        name: FolderPlace(path, *(None if number is None else int(number) for number in numbers))
+        for name, path, *numbers in rows
     }
 
 
 def _remember(db: sqlite3.Connection, name: str, place: FolderPlace) -> None:
-    inode = None if place.inode is None else storable_int(place.inode)
+    numbers = (None if number is None else storable_int(number) for number in (place.filesystem, place.inode))
     db.execute(
         "INSERT OR REPLACE INTO drop_folder (drop_name, path, device, inode) VALUES (?, ?, ?, ?)",
-        (name, place.path, place.device, inode),
+        (name, place.path, *numbers),
     )
 
 
