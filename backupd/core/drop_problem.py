@@ -26,7 +26,10 @@ SUSPICIOUS_FOR = timedelta(days=7)
 """How long that is a problem, unless an archive of the same name is queued before."""
 
 NOT_CONFIGURED = "not_configured"
-"""The reason that stands for the archives that wait in a folder that is no drop folder any more."""
+"""The reason that stands for the archives that wait in a folder that is no drop folder any more.
+
+Also for those that wait for a destination that was removed; `drop` is `destination:NAME` then.
+"""
 
 NOT_LISTED = "not_listed"
 """The reason that stands for further files, which are counted but not listed."""

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from backupd.core.clock_skew import ZERO, ClockSkew
@@ -22,7 +23,7 @@ from backupd.core.errors import LedgerError, LedgerHeldError
 from backupd.core.folder_place import label_of
 from backupd.daemon.runtime import Runtime
 from backupd.intake.device_tracker import DeviceTracker
-from backupd.ledger.port import ClockReading, DeviceLedger, DropBacklog
+from backupd.ledger.port import Backlog, ClockReading, DeviceLedger, DropBacklog
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog, log_ledger_failure
 from backupd.telemetry.thread_watchdog import HUNG_AFTER
@@ -107,10 +108,9 @@ _SAVE_CLOCK_EVERY = 60.0
 """Seconds between two saved readings; after a crash the clock is distrusted for this much longer."""
 
 
-def _not_configured(name: str, backlog: DropBacklog, since: datetime) -> DropProblem:
+def _removed_drop(name: str, backlog: DropBacklog, since: datetime) -> DropProblem:
     """Return the problem of the archives in a folder of which the drop was removed, or has another folder."""
     path, label = backlog.path or "its folder", label_of(name)
-    number = f"{backlog.archives} archive{'' if backlog.archives == 1 else 's'}"
     hint = (
         "configure a drop with this path again, under any name, until they are delivered; or give them up:"
         f" `backupd forget --drop {shlex.quote(name)}`"
@@ -120,8 +120,23 @@ def _not_configured(name: str, backlog: DropBacklog, since: datetime) -> DropPro
             f"they are delivered from there, but new files in it are not: move these to the folder of"
             f" {label}; or {hint}"
         )
-    error = f"{number} wait in {path}, which is no longer a drop folder"
+    error = f"{_number(backlog.archives)} in {path}, which is no longer a drop folder"
     return DropProblem(name, b"", NOT_CONFIGURED, since, error, hint, files=backlog.archives)
+
+
+def _removed_destination(name: str, backlog: Backlog, since: datetime) -> DropProblem:
+    """Return the problem of the archives that are pending for a destination that was removed."""
+    error = f"{_number(backlog.pending)} for the destination {name}, which is no longer configured"
+    hint = (
+        "configure this destination again until they are delivered; or give them up:"
+        f" `backupd forget --destination {shlex.quote(name)}`"
+    )
+    subject = f"destination:{name}"
+    return DropProblem(subject, b"", NOT_CONFIGURED, since, error, hint, files=backlog.pending)
+
+
+def _number(archives: int) -> str:
+    return f"{archives} archive{'' if archives == 1 else 's'} wait{'s' if archives == 1 else ''}"
 
 
 class Housekeeping:
@@ -140,8 +155,8 @@ class Housekeeping:
         self._pruning = HistoryPruning(runtime.ledger)
         self._hung: dict[str, DropProblem] = {}
         """The problems of the drops with a filesystem that does not answer, by their names."""
-        self._has_removed_drops = True
-        """Whether the ledger may have problems of drops that were removed, or left their folder."""
+        self._has_removed = True
+        """Whether the ledger may have problems of archives for which something is no longer configured."""
         self._clock_saved_at = -math.inf
         """When the reading of the clock was saved last (monotonic)."""
 
@@ -156,7 +171,7 @@ class Housekeeping:
         try:
             self._device_tracker.tick(now)
             self._pruning.tick(self._clock.trusted_now() - self._runtime.config.keep_history_for)
-            self._check_removed_drops()
+            self._check_removed()
             if self._runtime.ledger.count_pending_dispositions():  # a command may have ended their deliveries
                 self._runtime.recorder.recheck_dispositions(wait=False)
             self._runtime.ledger.check_storage()
@@ -176,27 +191,30 @@ class Housekeeping:
     def forget_removed_drops(self) -> None:
         """Forget the problems of drops that are no longer configured, and of hangs in an earlier run.
 
-        Drops with archives that still wait keep theirs.
+        Drops and destinations with archives that still wait keep theirs.
         """
         with self.logged_failures():
             ledger = self._runtime.ledger
-            ledger.forget_drops({*self._runtime.config.drop, *ledger.pending_drops()})
-            hung = [p for p in ledger.problems() if p.reason == NOT_ANSWERING and p.drop not in self._hung]
+            problems = ledger.problems()
+            removed = {p.drop for p in problems if p.reason == NOT_CONFIGURED}
+            ledger.forget_drops({*self._runtime.config.drop, *ledger.pending_drops(), *removed})
+            hung = [p for p in problems if p.reason == NOT_ANSWERING and p.drop not in self._hung]
             ledger.save_problems([], hung)
 
-    def _check_removed_drops(self) -> None:
-        """Save which folders have archives that wait, although they are no drop folders any more."""
-        ledger, now = self._runtime.ledger, datetime.now(UTC)
-        left = {n: b for n, b in ledger.pending_drops().items() if n not in self._runtime.config.drop}
-        if not left and not self._has_removed_drops:
+    def _check_removed(self) -> None:
+        """Save which archives wait in a folder that is no drop folder now, or for a removed destination."""
+        ledger, config, now = self._runtime.ledger, self._runtime.config, datetime.now(UTC)
+        drops = {n: b for n, b in ledger.pending_drops().items() if n not in config.drop}
+        destinations = {n: b for n, b in ledger.backlog().items() if n not in config.destination}
+        found = [_removed_drop(name, backlog, now) for name, backlog in drops.items()]
+        found += [_removed_destination(name, backlog, now) for name, backlog in destinations.items()]
+        if not found and not self._has_removed:
             return
         known = {p.drop: p for p in ledger.problems() if p.reason == NOT_CONFIGURED}
-        found = [
-            _not_configured(name, backlog, known[name].since if name in known else now)
-            for name, backlog in left.items()
-        ]
-        ledger.save_problems(found, [problem for name, problem in known.items() if name not in left])
-        self._has_removed_drops = bool(left)
+        ended = known.keys() - {problem.drop for problem in found}
+        found = [replace(p, since=known[p.drop].since) if p.drop in known else p for p in found]
+        ledger.save_problems(found, [known[name] for name in ended])
+        self._has_removed = bool(found)
 
     def _forget_suspicious(self) -> None:
         """End the problems of archives that were queued, although they look damaged, too long ago."""

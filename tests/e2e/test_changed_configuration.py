@@ -276,6 +276,7 @@ def test_archives_are_delivered_from_the_folder_that_a_link_led_to_when_they_wer
 ) -> None:
     link, new = stage.base / "link", stage.base / "new"
     link.symlink_to(stage.drop)
+    new.mkdir()
     stage.put("other.cfg", b"in the new folder", into=new)
     stage.configure("https://127.0.0.1:1/v1/upload", more=QUICK_RETRY, top='heartbeat_every = "1s"')
     text = stage.config.read_text().replace(f'path = "{stage.drop}"', f'path = "{link}"')
@@ -375,6 +376,11 @@ def test_forget_gives_up_what_is_pending_for_a_removed_destination(
     reload(stage, daemon)
     (warning,) = daemon.wait_for("config.warning", path="destination.annex")
     assert "`backupd forget --destination annex`" in warning["hint"]
+    (problem, *_) = daemon.wait_for("drop.problem", drop="destination:annex", reason="not_configured")
+    assert problem["problems"] == 1
+    assert "`backupd forget --destination annex`" in problem["hint"]
+    assert [each["drop"] for each in problems_of(stage)] == ["destination:annex"]
+    assert stage.backupd("status", "--check").returncode == 1
     until(
         lambda: "annex" in stage.backupd("list", "--destination", "annex").stdout, "the delivery to be listed"
     )
@@ -382,6 +388,7 @@ def test_forget_gives_up_what_is_pending_for_a_removed_destination(
     assert done.stdout.startswith("annex: 1 pending delivery given up")
 
     daemon.wait_for("archive.disposed", disposition="moved")
+    daemon.wait_for("drop.problem_solved", drop="destination:annex", reason="not_configured")
     assert len(stage.stored()) == 1
     assert not json.loads(stage.backupd("list", "--state", "pending", "--json").stdout)
     assert "nothing is pending" in stage.backupd("forget", "--destination", "annex").stderr
