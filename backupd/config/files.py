@@ -28,7 +28,7 @@ from backupd.config.problems import FileProblem
 from backupd.config.rules import overlap
 from backupd.config.time_limit import NoAnswerError, call_all, filesystem_hint
 from backupd.core.eligibility import Eligibility, Patterns
-from backupd.core.filesystems import default_stable_for, has_change_time, is_remote
+from backupd.core.filesystems import default_stable_for, has_change_time, hidden_cache_option, is_remote
 from backupd.core.folder_place import FolderPlace
 from backupd.core.mountinfo import MountEntry, mounts_within, parse_mountinfo, path_on_device
 
@@ -379,6 +379,15 @@ def _filesystem_problems(name: str, drop: DropConfig, real_path: Path) -> Iterat
                 prevents_start=False,
             )
         least = default_stable_for([mount])
+        option = hidden_cache_option(mount.filesystem)
+        if option is not None and drop.stable_for is None:
+            yield _Named(f"drop.{name}.stable_for", path).problem(
+                f"is on {mount.filesystem}, of which the cache time is not visible: a file is sent once it is"
+                f" unchanged for {least:g} s, and a longer {option} makes a growing file look unchanged",
+                f'set stable_for above {option}; with the default of {option}, to "{least:g}s"',
+                fatal=False,
+                prevents_start=False,
+            )
         is_short = drop.stable_for is not None and drop.stable_for.total_seconds() < least
         if is_short and is_remote(mount.filesystem):
             yield _Named(f"drop.{name}.stable_for", path).problem(

@@ -42,6 +42,17 @@ _CACHE_SECONDS = {
 }
 """Seconds for which each network filesystem caches size and times of a file, with its default options."""
 
+_HIDDEN_CACHE_OPTIONS = {
+    "davfs": "dir_refresh",
+    "fuse.blobfuse2": "attribute_cache.timeout-sec",
+    "fuse.gcsfuse": "metadata-cache.ttl-secs",
+    "fuse.goofys": "--stat-cache-ttl",
+    "fuse.rclone": "--dir-cache-time",
+    "fuse.s3fs": "stat_cache_expire",
+    "fuse.sshfs": "dcache_timeout",
+}
+"""The setting of the cache time of filesystems that do not have it among the mount options of the kernel."""
+
 _OTHER_FUSE_CACHE_SECONDS = 1.0
 """The default of libfuse."""
 
@@ -87,6 +98,11 @@ def _cache_seconds(mount: MountEntry) -> float:
     if configured := _CACHE_OPTION.search(mount.options):
         return float(configured[1])
     return _CACHE_SECONDS.get(mount.filesystem, _OTHER_FUSE_CACHE_SECONDS)
+
+
+def hidden_cache_option(filesystem: str) -> str | None:
+    """Return the setting of the cache time that the kernel does not show; None if there is none."""
+    return _HIDDEN_CACHE_OPTIONS.get(filesystem)
 
 
 def has_change_time(filesystem: str) -> bool:

@@ -136,6 +136,18 @@ class TestPlaces:
 
 
 class TestFolders:
+    def test_a_cache_time_that_is_not_visible_is_a_problem_until_stable_for_is_set(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (place / "mountinfo").write_text(f"7 1 0:40 / {place.resolve()} rw - fuse.rclone remote: rw\n")
+        monkeypatch.setattr("backupd.config.files._MOUNTINFO", place / "mountinfo")
+        default, explicit = a_config(place), DropConfig(path=place / "drop", stable_for=timedelta(hours=1))
+        found = {problem.where: problem for problem in file_problems(default, NOW)}
+        assert not found["drop.d.stable_for"].fatal
+        assert "a longer --dir-cache-time makes a growing file" in found["drop.d.stable_for"].message
+        assert found["drop.d.stable_for"].hint.endswith('with the default of --dir-cache-time, to "305s"')
+        assert [p.where for p in file_problems(a_config(place, explicit), NOW)] == ["drop.d.path"]
+
     def test_folders_that_can_be_used_are_no_problem(self, place: Path) -> None:
         (place / "drop/sent").mkdir()
         (place / "state").mkdir()

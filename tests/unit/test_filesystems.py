@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from backupd.core.filesystems import default_stable_for, has_change_time, is_remote
+from backupd.core.filesystems import default_stable_for, has_change_time, hidden_cache_option, is_remote
 from backupd.core.mountinfo import MountEntry
 
 
@@ -35,6 +35,11 @@ def test_a_file_on_a_network_filesystem_waits_for_longer_than_its_attributes_are
     filesystem: str, cache_seconds: float
 ) -> None:
     assert default_stable_for([a_mount(filesystem)]) > cache_seconds + 2
+
+
+def test_only_the_cache_time_of_user_space_filesystems_is_hidden() -> None:
+    assert hidden_cache_option("fuse.rclone") == "--dir-cache-time"
+    assert hidden_cache_option("nfs4") is None
 
 
 @pytest.mark.parametrize("filesystem", ["fuse.rclone", "fuse.sshfs", "vfat", "exfat"])
