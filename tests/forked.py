@@ -111,7 +111,7 @@ def main() -> None:
 def _next_request(listener: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     """Return, in a new process, a request and its descriptors; return None in this one in the end."""
     while True:
-        if 0 in select.select([0, listener], [], [])[0]:
+        if 0 in select.select([0, listener.fileno()], [], [])[0]:
             return None
         connection, _ = listener.accept()
         with connection:

@@ -15,7 +15,7 @@ from watchdog.observers.api import EventQueue
 
 from backupd.core.drop_problem import DropState
 from backupd.core.errors import LedgerError
-from backupd.core.model import fingerprint_of
+from backupd.core.model import Fingerprint, fingerprint_of
 from backupd.dropfolder.decompress import StoppedError
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.earlier_folders import EarlierFolders
@@ -191,7 +191,7 @@ class Intake:
             self._unfinished_files.add_earlier_folder(relpath, earlier)
             return
         candidate = self._unfinished_files.check(relpath, time.monotonic(), status)
-        if candidate is None:
+        if candidate is None or self._is_known(relpath, candidate.fingerprint):
             return
         is_examined = self._examiner.add(candidate)
         if is_examined:
@@ -207,6 +207,7 @@ class Intake:
     def _scan(self, below: bytes, stop: threading.Event | None, *, detect_lost_events: bool) -> None:
         """Check the files below a directory, except those that the ledger knows."""
         started, found, lost = time.monotonic(), 0, None
+        self._enqueue()  # or the scan takes the files that are about to be queued for new ones
         if not self._may_scan(below):
             return
 
@@ -230,7 +231,7 @@ class Intake:
                 self._check(relpath, status)
                 continue
             found += 1
-            if self._known.get(hash(relpath)) == content_key(relpath, fingerprint_of(status)):
+            if self._is_known(relpath, fingerprint_of(status)):
                 continue
             if detect_lost_events and lost is None and self._is_event_lost(relpath, status):
                 lost = relpath
@@ -285,6 +286,9 @@ class Intake:
         self._known.update(changes.added)
         self._known_cursor = changes.cursor
 
+    def _is_known(self, relpath: bytes, fingerprint: Fingerprint) -> bool:
+        return self._known.get(hash(relpath)) == content_key(relpath, fingerprint)
+
     def _is_event_lost(self, relpath: bytes, status: os.stat_result) -> bool:
         """Return whether the event of a file is lost: the file is new, and older than the time-out."""
         if time.time() - status.st_ctime <= _EVENT_TIMEOUT:
@@ -321,6 +325,8 @@ class Intake:
             self._problems.remove(candidate.relpath)
         self._ledger_failing = False
         self._not_enqueued -= {hash(candidate.relpath) for candidate in batch}
+        # an event may come for a file that a scan has found: it is not examined a second time
+        self._known |= {hash(a.relpath): content_key(a.relpath, a.fingerprint) for a in result.queued}
         for undecided in result.undecided:
             self._examiner.add_digests(undecided)
         self._log_enqueued(batch, result)

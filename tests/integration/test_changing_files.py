@@ -105,6 +105,7 @@ def test_a_file_that_changes_during_its_upload_is_delivered_with_its_new_content
     assert not daemon.events("daemon.failed")
 
 
+@pytest.mark.long
 def test_an_archive_is_moved_later_if_its_folder_is_replaced_before_the_move(stage: Stage) -> None:
     def delay_response(peer: Peer) -> None:
         archive = peer.read_request().archive
@@ -125,7 +126,7 @@ def test_an_archive_is_moved_later_if_its_folder_is_replaced_before_the_move(sta
         daemon.wait_for("watch.recovered")
 
         server.resume()
-        daemon.wait_for("archive.disposed", disposition="missing")
+        daemon.wait_for("disposition.failed")
         stage.drop.rename(other)
         moved.rename(stage.drop)
         daemon.wait_for("archive.disposed", disposition="moved")
