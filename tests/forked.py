@@ -20,6 +20,8 @@ from typing import Any
 
 _MAX_REQUEST = 1 << 20
 
+_EXECUTABLE = sys.executable
+
 
 class ForkedProcess:
     """A running `backupd`, with the interface of `subprocess.Popen` as far as the tests use it."""
@@ -69,12 +71,12 @@ class ForkedProcess:
 def can_fork(environ: dict[str, str]) -> bool:
     """Return whether a process with this environment can be forked: not if Python reads it at its start.
 
-    Nor if this process is another user for the moment.
+    Nor if this process is another user for the moment, or a test has replaced the interpreter.
     """
+    if sys.executable != _EXECUTABLE or os.geteuid() != os.getuid():
+        return False
     names = {name for name, value in environ.items() if os.environ.get(name) != value}
-    return os.geteuid() == os.getuid() and not any(
-        n.startswith(("PYTHON", "LD_", "LC_", "LANG")) for n in names
-    )
+    return not any(name.startswith(("PYTHON", "LD_", "LC_", "LANG")) for name in names)
 
 
 @functools.cache

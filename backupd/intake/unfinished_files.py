@@ -26,6 +26,8 @@ from backupd.telemetry.log import EventLog
 _UNREADABLE = "unreadable"
 """The reason for a file or directory that can't be read."""
 
+_ERRORS_OF_THE_PROCESS = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+
 _UNFINISHED_PROBLEM_AFTER = 3600.0
 """Seconds after which a file that is still being written to is a problem."""
 
@@ -186,6 +188,8 @@ class UnfinishedFiles:
             hint = "give the daemon's user read permission (chmod, setfacl); retried at each rescan"
         if error.errno == errno.EAGAIN:
             hint = "its owner holds a write lease on it; retried at each rescan"
+        if error.errno in _ERRORS_OF_THE_PROCESS:
+            hint = "give the daemon more descriptors (LimitNOFILE) or memory; retried at each rescan"
         if error.errno == errno.ENAMETOOLONG:
             hint = "move it nearer to the drop folder: paths of 4096 bytes or more are not read"
         self._add_ignored(relpath, _UNREADABLE, error.strerror or str(error), hint)
@@ -198,8 +202,8 @@ class UnfinishedFiles:
     def _is_folder_readable(self) -> bool:
         try:
             self._folder.check_readable()
-        except OSError:
-            return False
+        except OSError as error:
+            return error.errno in _ERRORS_OF_THE_PROCESS
         return True
 
     def _forget(self, relpath: bytes) -> None:
