@@ -11,12 +11,15 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import select
 import signal
 import socket
 import subprocess
 import sys
 from typing import Any
+
+import backupd
 
 _MAX_REQUEST = 1 << 20
 
@@ -97,7 +100,7 @@ _running: list[subprocess.Popen[bytes]] = []
 
 def main() -> None:
     """Fork a process for each request until standard input ends, and run `backupd` in it."""
-    importlib.import_module("backupd.cli")  # the pytest process does not need it
+    _import_all()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(f"\0{sys.argv[1]}")
         listener.listen(64)
@@ -108,6 +111,13 @@ def main() -> None:
     if request is not None:
         _become(*request)
         importlib.import_module("backupd.cli").main()
+
+
+def _import_all() -> None:
+    """Import the program with all its commands, which import themselves when they are called."""
+    for module in pkgutil.walk_packages(backupd.__path__, "backupd."):
+        if not module.name.startswith(("backupd.__main__", "backupd.receiver", "backupd.cli.receive")):
+            importlib.import_module(module.name)
 
 
 def _next_request(listener: socket.socket) -> tuple[dict[str, Any], list[int]] | None:

@@ -278,7 +278,7 @@ def test_a_decompression_bomb_takes_little_memory_and_is_delivered_with_the_othe
     stage.put("bomb.gz", bomb)
     for number in range(20):
         stage.put(f"r{number}.tar.gz", a_backup(5000))
-    daemon = stage.daemon().ready()
+    daemon = stage.daemon(before=["env"]).ready()  # with its own imports alone
 
     daemon.wait_for("archive.disposed", count=21)
 

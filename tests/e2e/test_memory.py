@@ -39,7 +39,7 @@ def peak_of_a_delivery(stage: Stage, size: int) -> int:
     try:
         with RunningReceiver(stage.store, tls) as receiver:
             stage.configure(receiver.url, drop='stable_for = "0s"')
-            daemon = stage.daemon().ready()
+            daemon = stage.daemon(before=["env"]).ready()  # with its own imports alone
             archive.rename(stage.drop / "big.tar")
             daemon.wait_for("archive.disposed", timeout=TIMEOUT + size / (2 * MIB))
             peak = daemon.memory("VmHWM")
@@ -101,7 +101,7 @@ def add_history(stage: Stage, archives: int) -> None:
 def idle(stage: Stage) -> tuple[int, int]:
     """Start and stop a daemon; return its memory, and the bytes that it read until it was ready."""
     stage.configure("https://localhost:1/")
-    daemon = stage.daemon().ready()
+    daemon = stage.daemon(before=["env"]).ready()  # with its own imports alone
     read = daemon.bytes_read()
     resident = daemon.memory("VmRSS")
     assert daemon.stop() == 0

@@ -14,7 +14,7 @@ from tests.stage import Stage, until
 
 pytestmark = pytest.mark.long
 
-COUNT = 1000
+COUNT = 400
 
 
 def _seconds_to_vault(stage: Stage, receiver: RunningReceiver, names: list[str], more: str) -> float:
