@@ -105,7 +105,7 @@ def test_claimed_deliveries_are_pending_again_after_a_stop(stage: Stage) -> None
         stage.configure(
             server.url,
             top=f'shutdown_grace = "{GRACE}s"',
-            drop='stable_for = "0s"',
+            drop='stable_for = "0s"\ninspect = "off"',  # so that all are queued at once
             destination=f"{LONG_TIMEOUTS}\nworkers = 1",
         )
         for number in range(10):
