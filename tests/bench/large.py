@@ -87,7 +87,7 @@ def memory(setting: Setting) -> list[Row]:
 
     def peak(size: int) -> Figures:
         backupd = setting.backupd()
-        source = backupd.drop.with_name("hole.tar.gz")
+        source = backupd.drop.with_name("hole.img")
         sparse(source, size)
         with backupd.running():
             os.rename(source, backupd.drop / source.name)
