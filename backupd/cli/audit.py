@@ -216,7 +216,7 @@ def _audit_drop(
 
     try:
         drop = Drop.of(name, config.drop[name], folder, ())
-        if not _exists(folder, drop.sent_dir) and _has_sent_archives(config, name):
+        if not folder.may_exist(drop.sent_dir) and _has_sent_archives(config, name):
             detail = "the folder is missing: mount it or move it back; the ledger has archives in it"
             yield _finding(name, drop.sent_dir, AuditVerdict.MISSING, detail)
         for file in StoredFolder.of_sent(drop).files(on_unreadable):
@@ -233,16 +233,6 @@ def _audit_drop(
         yield from unreadable
     finally:
         folder.close()
-
-
-def _exists(folder: DropFolder, relpath: bytes) -> bool:
-    try:
-        folder.stat(relpath)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True  # the audit reports that it is unreadable
-    return True
 
 
 def _has_sent_archives(config: Config, drop: str) -> bool:

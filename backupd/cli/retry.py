@@ -127,17 +127,7 @@ def _quarantined_path(folder: DropFolder, archive: Archive, moved_to: bytes, rej
     """Return where a rejected file is now: in the `rejected_dir` of today if that folder was renamed."""
     parent, name = archive.relpath.rpartition(b"/")[0], moved_to.rpartition(b"/")[2]
     renamed = os.path.join(os.fsencode(rejected_dir.strip("/")), parent, name)
-    return moved_to if _exists(folder, moved_to) or not _exists(folder, renamed) else renamed
-
-
-def _exists(folder: DropFolder, relpath: bytes) -> bool:
-    try:
-        folder.stat(relpath)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True  # the move reports why it can't be used
-    return True
+    return moved_to if folder.may_exist(moved_to) or not folder.may_exist(renamed) else renamed
 
 
 def _put_back(

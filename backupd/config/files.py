@@ -111,12 +111,8 @@ def key_password(path: Path) -> bytes:
     return path.read_bytes().rstrip(b"\r\n")
 
 
-def mount_points(table: Path) -> frozenset[Path]:
-    """Return the mount points in a file such as `/proc/self/mountinfo`; none if it can't be read."""
-    return frozenset(Path(os.fsdecode(entry.mount_point)) for entry in _mount_entries(table))
-
-
-def _mount_entries(table: Path) -> list[MountEntry]:
+def mount_entries(table: Path) -> list[MountEntry]:
+    """Return the entries of a file such as `/proc/self/mountinfo`; none if it can't be read."""
     try:
         return parse_mountinfo(table.read_bytes())
     except OSError:
@@ -186,19 +182,20 @@ class _DropFolders:
 
 def _examine_drops(config: Config) -> dict[str, _DropFolders]:
     """Examine the folders of all drops at the same time: one that hangs delays no other."""
-    mounts = mount_points(_MOUNTINFO)
-    answers = call_all({n: partial(_examine_drop, n, drop, mounts) for n, drop in config.drop.items()})
+    table = mount_entries(_MOUNTINFO)
+    answers = call_all({n: partial(_examine_drop, n, drop, table) for n, drop in config.drop.items()})
     return {
         name: _unusable_drop(name, config.drop[name], answer) if isinstance(answer, OSError) else answer
         for name, answer in answers.items()
     }
 
 
-def _examine_drop(name: str, drop: DropConfig, mounts: frozenset[Path]) -> _DropFolders:
+def _examine_drop(name: str, drop: DropConfig, table: list[MountEntry]) -> _DropFolders:
     real_path = _real_path(drop.path)
+    mounts = frozenset(Path(os.fsdecode(entry.mount_point)) for entry in table)
     problems = (
         *_drop_problems(name, drop, mounts),
-        *_filesystem_problems(name, drop, real_path),
+        *_filesystem_problems(name, drop, mounts_within(os.fsencode(real_path), table)),
         *_unusable_mounts(name, _scanned_mounts(drop, real_path, mounts)),
     )
     place = FolderPlace(str(real_path))
@@ -247,7 +244,7 @@ def _overlapping_drops(folders: Mapping[str, _DropFolders]) -> Iterator[FileProb
 
     `config.rules` checks the paths as they are written.
     """
-    mounts = _mount_entries(_MOUNTINFO)
+    mounts = mount_entries(_MOUNTINFO)
     for (one, first), (_, second) in combinations(folders.items(), 2):
         if not first.real_path or not second.real_path:
             continue
@@ -366,9 +363,9 @@ def _directories(root: Path, skipped: Collection[Path] | None) -> Iterator[tuple
                     yield here / name, status
 
 
-def _filesystem_problems(name: str, drop: DropConfig, real_path: Path) -> Iterator[FileProblem]:
-    """Yield the changes of files that can't be seen on the filesystems in a drop folder."""
-    for position, mount in enumerate(mounts_within(os.fsencode(real_path), _mount_entries(_MOUNTINFO))):
+def _filesystem_problems(name: str, drop: DropConfig, mounts: list[MountEntry]) -> Iterator[FileProblem]:
+    """Yield the changes of files that can't be seen on the filesystems in a drop folder; its own is first."""
+    for position, mount in enumerate(mounts):
         path = Path(os.fsdecode(mount.mount_point)) if position else drop.path
         if not has_change_time(mount.filesystem):
             yield _Named(f"drop.{name}.path", path).problem(

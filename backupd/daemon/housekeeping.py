@@ -244,7 +244,7 @@ class Housekeeping:
         with self.logged_failures():
             known = [p for p in self._runtime.ledger.problems() if p.reason == NOT_ANSWERING]
             self._hung = {p.drop: p for p in known if p.drop in self._runtime.drops} | self._hung
-        for name in silent:
+        for name in self._runtime.drops.keys() & set(silent):  # the file may have been edited since
             self._add_hung(name, datetime.now(UTC))
 
     def _add_hung(self, name: str, since: datetime) -> None:

@@ -275,12 +275,12 @@ def _missing(delivery: Delivery, drop: Drop, error: str) -> Outcome:
 
 def _refine_outcome(outcome: Outcome, fd: int, drop: Drop, delivery: Delivery) -> Outcome:
     """Return the outcome of an upload; for a changed file, determine whether it was removed."""
-    if not isinstance(outcome, Superseded) or os.fstat(fd).st_nlink > 0:
-        return outcome
     try:
+        if not isinstance(outcome, Superseded) or os.fstat(fd).st_nlink > 0:
+            return outcome
         drop.folder.stat(delivery.archive.relpath)
     except (FileNotFoundError, NotADirectoryError):
         return _missing(delivery, drop, "the file was removed during the upload")
     except OSError:
-        pass  # the intake logs it when it checks the path again
+        pass  # a filesystem that is gone, or the intake logs it when it checks the path again
     return outcome

@@ -229,6 +229,16 @@ class DropFolder:
         with self.directory(parent) as fd:
             return os.stat(name, dir_fd=fd, follow_symlinks=False)
 
+    def may_exist(self, relpath: bytes) -> bool:
+        """Return whether there is a file at a path, or it can't be determined."""
+        try:
+            self.stat(relpath)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True  # the caller's next access reports the error
+        return True
+
     def open(self, relpath: bytes) -> int:
         """Open a regular file for reading and return its descriptor, which the caller closes.
 

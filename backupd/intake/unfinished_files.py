@@ -192,12 +192,13 @@ class UnfinishedFiles:
             hint = "give the daemon more descriptors (LimitNOFILE) or memory; retried at each rescan"
         if error.errno == errno.ENAMETOOLONG:
             hint = "move it nearer to the drop folder: paths of 4096 bytes or more are not read"
-        self._add_ignored(relpath, _UNREADABLE, error.strerror or str(error), hint)
+        self._add(relpath, _UNREADABLE, error.strerror or str(error), hint)
 
     def add_earlier_folder(self, relpath: bytes, found: EarlierFolder) -> None:
         """Add an earlier `sent_dir` or `rejected_dir` to the problems; `relpath` is in it."""
         self._forget(relpath)
-        self._add_ignored(found.relpath, "earlier_folder", found.error, found.hint(self._whole_drop))
+        hint = found.hint(self._whole_drop)
+        self._add(found.relpath, "earlier_folder", found.error, hint)
 
     def _is_folder_readable(self) -> bool:
         try:
@@ -247,7 +248,7 @@ class UnfinishedFiles:
             return None
         if not has_room and _seconds_since(status.st_mtime) < self._grace:
             self._unfinished_since[relpath] = now  # so that the two problems do not replace each other
-            self._add_waiting(relpath, "no_room", _NO_ROOM, _NO_ROOM_HINT, status.st_size)
+            self._add(relpath, "no_room", _NO_ROOM, _NO_ROOM_HINT, status.st_size, waits=True)
             self._tracker.hold(relpath, opened, now)
             return None
         why_suspicious = None if companion_age is None else _BROKEN_OFF
@@ -277,7 +278,7 @@ class UnfinishedFiles:
         """Add a file that has not been finished for an hour to the problems: it may never be."""
         if now - self._unfinished_since.setdefault(relpath, now) < _UNFINISHED_PROBLEM_AFTER:
             return
-        self._add_waiting(relpath, "unfinished", _UNFINISHED, _UNFINISHED_HINT, size)
+        self._add(relpath, "unfinished", _UNFINISHED, _UNFINISHED_HINT, size, waits=True)
 
     def _has_download(self, notes: bytes) -> bool:
         """Return whether the file exists that a file with the name of `_AMBIGUOUS_NOTES` is about."""
@@ -297,28 +298,24 @@ class UnfinishedFiles:
                         ages.append(_seconds_unchanged(status))
         return min(ages, default=None)
 
-    def _add_waiting(self, relpath: bytes, reason: str, error: str, hint: str, size: int) -> None:
-        if self._problems.add(relpath, reason, error, hint, size):
-            self._log.emit(
-                events.ARCHIVE_WAITING,
-                drop=self._drop,
-                archive=relpath,
-                size_bytes=size,
-                reason=reason,
-                error=error,
-                hint=hint,
-            )
-
     def _add_ineligible(self, relpath: bytes, why: Ineligible, size: int) -> None:
-        self._add_ignored(relpath, why, _ERRORS[why], _HINTS[why], size)
+        self._add(relpath, why, _ERRORS[why], _HINTS[why], size)
 
-    def _add_ignored(
-        self, relpath: bytes, reason: str, error: str, hint: str, size: int | None = None
+    def _add(
+        self,
+        relpath: bytes,
+        reason: str,
+        error: str,
+        hint: str,
+        size: int | None = None,
+        *,
+        waits: bool = False,
     ) -> None:
-        """Add a problem; log it once."""
+        """Add a problem; log it once, as that of a file that waits or of one that is ignored."""
+        event = events.ARCHIVE_WAITING if waits else events.ARCHIVE_IGNORED
         if self._problems.add(relpath, reason, error, hint, size):
             self._log.emit(
-                events.ARCHIVE_IGNORED,
+                event,
                 drop=self._drop,
                 archive=relpath,
                 size_bytes=size,

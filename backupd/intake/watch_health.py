@@ -60,7 +60,6 @@ class WatchHealth:
         """The state at the last start of the watcher, without its present fault."""
         self._watched = ("", "")
         """The observer and the filesystem that were logged last."""
-        """Seconds for which a file must be unchanged."""
         self._degraded_reason = ""
         """The reason of the last `watch.degraded`; empty while events arrive."""
         self.root_is_failing = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +29,7 @@ def _ignore() -> None:
 
 
 def _open_nothing() -> int:
-    raise FileNotFoundError
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 
 class FileChangedDuringUploadError(Exception):
@@ -38,6 +39,9 @@ class FileChangedDuringUploadError(Exception):
 class ReadFailedError(Exception):
     """The file can't be read."""
 
+
+_NO_FILE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.ELOOP))
+"""Errors of a path with no file, or with one that is no regular file."""
 
 _READ_BYTES = 1024 * 1024
 """Bytes that are read at a time when the content is compared."""
@@ -146,7 +150,9 @@ class UploadJob:
         try:
             fd = self.open_path()
         except OSError as error:
-            raise FileChangedDuringUploadError("the file was removed or replaced") from error
+            if error.errno in _NO_FILE:
+                raise FileChangedDuringUploadError("the file was removed or replaced") from error
+            raise ReadFailedError(error.strerror) from error
         try:
             os.dup2(fd, self.fd, inheritable=False)
             self._was_replaced = True
@@ -154,7 +160,8 @@ class UploadJob:
         except OSError as error:
             raise ReadFailedError(error.strerror) from error
         finally:
-            os.close(fd)
+            with suppress(OSError):  # of a network filesystem that is gone: the other descriptor decides
+                os.close(fd)
 
 
 class Abort:

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,7 @@ class Transfer:
         return self.place.site / self.target
 
 
-class Writer:
+class Writer(ABC):
     """A way to write a file. `hides` is whether an unfinished file never has the final name.
 
     `drops` are the only drops that it writes to, None for all.
@@ -75,9 +76,9 @@ class Writer:
     def __init__(self, name: str) -> None:
         self.name = name
 
+    @abstractmethod
     def write(self, transfer: Transfer) -> bool:
         """Write a file; return whether the writer reports that it is complete."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)

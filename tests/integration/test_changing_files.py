@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from backupd.core.model import Delivered, Superseded
+from backupd.core.model import Delivered, Superseded, fingerprint_of
+from backupd.upload.base import FileChangedDuringUploadError, ReadFailedError, UploadJob
 from tests.scripted import Peer, ScriptedServer, accept_all, header_of, in_turn, receipt_for, server_context
 from tests.stage import TIMEOUT, Stage
 from tests.uploading import MIB, a_destination, a_sender
@@ -267,3 +268,30 @@ def test_a_file_that_is_read_but_fails_to_close_is_delivered(
         assert isinstance(sender.send(path), Delivered)
         monkeypatch.undo()
     assert failed
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (errno.ENOENT, FileChangedDuringUploadError),
+        (errno.ELOOP, FileChangedDuringUploadError),
+        (errno.ENOTCONN, ReadFailedError),
+        (errno.ESTALE, ReadFailedError),
+        (errno.EACCES, ReadFailedError),
+    ],
+)
+def test_a_removed_file_has_only_changed_if_its_folder_can_be_read(
+    tmp_path: Path, number: int, expected: type[Exception]
+) -> None:
+    def open_path() -> int:
+        raise OSError(number, os.strerror(number))
+
+    path = tmp_path / "a.cfg"
+    path.write_bytes(b"content")
+    with path.open("rb") as file:
+        fingerprint = fingerprint_of(os.fstat(file.fileno()))
+        job = UploadJob("1", b"a.cfg", file.fileno(), fingerprint, {}, open_path=open_path)
+        job.check_unchanged()
+        path.unlink()
+        with pytest.raises(expected):
+            job.check_unchanged()

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from backupd.config.files import days_left, earliest_expiry, examine_files, file_problems, mount_points
+from backupd.config.files import days_left, earliest_expiry, examine_files, file_problems, mount_entries
 from backupd.config.models import Config, DropConfig, HttpDestinationConfig
 from backupd.config.problems import FileProblem
 from tests.privileges import IS_ROOT
@@ -272,9 +272,9 @@ class TestFolders:
             b"22 28 0:21 / /proc rw,nosuid shared:5 - proc proc rw\n"
             b"36 35 98:0 /mnt1 /srv/a\\040b\\134\xc3\xbc rw - ext3 /dev/root rw\n"
         )
-        assert mount_points(table) == {Path("/proc"), Path("/srv/a b\\ü")}
-        assert Path("/proc") in mount_points(Path("/proc/self/mountinfo"))
-        assert mount_points(place / "none") == set()
+        assert {e.mount_point for e in mount_entries(table)} == {b"/proc", "/srv/a b\\ü".encode()}
+        assert b"/proc" in {e.mount_point for e in mount_entries(Path("/proc/self/mountinfo"))}
+        assert mount_entries(place / "none") == []
 
     @pytest.mark.root
     @pytest.mark.parametrize(("source", "is_error"), [("drop", True), ("drop/below", True), ("other", False)])

@@ -126,18 +126,18 @@ def replace_by(path: Path, content: bytes) -> None:
 @contextmanager
 def touched_all_the_time(path: Path) -> Iterator[threading.Event]:
     """Change the mode of a file all the time, wherever it is; the event is set after the first change."""
-    stop, begun = threading.Event(), threading.Event()
+    stop, has_touched = threading.Event(), threading.Event()
 
     def work() -> None:
         while not stop.wait(0.01):
             with suppress(FileNotFoundError):
                 path.chmod(path.stat().st_mode ^ 0o010)
-                begun.set()
+                has_touched.set()
 
     thread = threading.Thread(target=work)
     thread.start()
     try:
-        yield begun
+        yield has_touched
     finally:
         stop.set()
         thread.join()
@@ -254,9 +254,9 @@ def test_an_archive_that_is_touched_all_the_time_is_delivered_once_and_moved(sta
     with ScriptedServer(accept_all, server_context(stage.pki)) as server:
         stage.configure(server.url, drop='rescan_every = "0.2s"')
         daemon = stage.daemon().ready()
-        with touched_all_the_time(stage.drop / "a.tar.gz") as begun:
+        with touched_all_the_time(stage.drop / "a.tar.gz") as has_touched:
             stage.put("a.tar.gz", CONTENT)
-            assert begun.wait(60)
+            assert has_touched.wait(60)
             daemon.wait_for("archive.disposed")
     assert [request.archive for request in server.requests] == [CONTENT]
     assert (stage.sent / "a.tar.gz").read_bytes() == CONTENT
@@ -466,9 +466,9 @@ def scene_of_one(tmp_path: Path) -> Iterator[RunningIntake]:
 
 def test_a_new_file_that_is_touched_all_the_time_is_queued(tmp_path: Path) -> None:
     with running_intake(tmp_path, rescan_every=LONG) as scene:
-        with touched_all_the_time(scene.root / "r1.cfg") as begun:
+        with touched_all_the_time(scene.root / "r1.cfg") as has_touched:
             scene.put("r1.cfg")
-            assert begun.wait(60)
+            assert has_touched.wait(60)
             scene.wait_queued("r1.cfg")
 
 
@@ -478,9 +478,9 @@ def test_a_damaged_archive_that_is_touched_all_the_time_is_rejected_after_its_gr
 ) -> None:
     with running_intake(tmp_path, inspect_grace="1s", on_suspicious="reject", **checks) as scene:
         scene.put("r1.tar.gz.sha256", b"0" * 64)
-        with touched_all_the_time(scene.root / "r1.tar.gz") as begun:
+        with touched_all_the_time(scene.root / "r1.tar.gz") as has_touched:
             scene.put("r1.tar.gz", gzip.compress(os.urandom(1000))[:-5])
-            assert begun.wait(60)
+            assert has_touched.wait(60)
             until(scene.ledger.pending_dispositions, "the rejection")
             assert not scene.queued()
 
