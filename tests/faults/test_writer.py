@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from backupd.receiver.serve import RunningReceiver
+from tests.privileges import IS_ROOT
 from tests.scripted import Peer, ScriptedServer, receipt_for, server_context
 from tests.stage import TIMEOUT, Daemon, Stage, until
 
@@ -47,6 +50,29 @@ def test_a_file_that_is_still_open_for_writing_is_not_queued(stage: Stage, recei
         stream.write(b"second half")
     assert wait_until_sent(stage, daemon, 1) == [b"first half, second half"]
     assert len(stage.stored()) == 1
+    assert daemon.stop() == 0
+
+
+@pytest.mark.long
+def test_without_the_capability_for_leases_start_check_and_status_report_that_writers_are_invisible(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url, drop=FREQUENT_SCANS)
+    without_leases = ["setpriv", "--bounding-set=-lease"] if IS_ROOT else []
+    daemon = stage.daemon(before=without_leases).ready()
+    (watched,) = daemon.wait_for("drop.watched")
+    assert "CAP_LEASE" in watched["blind_spot"]
+
+    check = ["check", "--offline", "--config", str(stage.config)]
+    done = subprocess.run(
+        [*without_leases, sys.executable, "-m", "backupd", *check],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert "CAP_LEASE" in done.stdout + done.stderr, done
+    assert "CAP_LEASE" in stage.backupd("status").stdout
     assert daemon.stop() == 0
 
 
