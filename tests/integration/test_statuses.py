@@ -155,9 +155,16 @@ def test_retry_after_can_be_a_date(tmp_path: Path) -> None:
 
 
 def test_retry_after_is_ignored_for_a_rejected_archive(tmp_path: Path) -> None:
+    outcome, _ = upload(tmp_path, httpx.Response(422, headers={"Retry-After": "120"}))
+
+    assert outcome == Rejected(Reason.REFUSED, "422 Unprocessable Entity", 422)
+
+
+def test_an_archive_that_is_too_large_for_the_moment_is_not_rejected(tmp_path: Path) -> None:
     outcome, _ = upload(tmp_path, httpx.Response(413, headers={"Retry-After": "120"}))
 
-    assert outcome == Rejected(Reason.TOO_LARGE, "413 Request Entity Too Large", 413)
+    assert isinstance(outcome, Deferred)
+    assert (outcome.reason, outcome.retry_after) == (Reason.SERVER_ERROR, timedelta(minutes=2))
 
 
 def encoded(algorithm: str, encode: Callable[[bytes], bytes]) -> str:
@@ -193,10 +200,18 @@ def test_a_receipt_is_read_from_its_configured_place(
     assert outcome.verified
 
 
+def test_a_receipt_of_other_content_is_a_mismatch(tmp_path: Path) -> None:
+    stated = hashlib.sha256(b"something else").hexdigest()
+    outcome, _ = upload(tmp_path, httpx.Response(201, json={"sha256": stated}))
+
+    assert isinstance(outcome, Deferred)
+    assert (outcome.reason, outcome.http_status) == (Reason.MISMATCH, 201)
+    assert stated in outcome.error
+
+
 @pytest.mark.parametrize(
     "stated",
     [
-        hashlib.sha256(b"something else").hexdigest(),
         HEX[:16],
         HEX + "00",
         f"md5:{HEX}",
@@ -205,11 +220,14 @@ def test_a_receipt_is_read_from_its_configured_place(
         base64.b64encode(bytes.fromhex(HEX)).decode(),
     ],
 )
-def test_a_receipt_of_other_content_is_a_mismatch(tmp_path: Path, stated: str) -> None:
+def test_a_value_that_is_no_digest_in_the_configured_form_verifies_nothing(
+    tmp_path: Path, stated: str
+) -> None:
     outcome, _ = upload(tmp_path, httpx.Response(201, content=json.dumps({"sha256": stated}).encode()))
 
     assert isinstance(outcome, Deferred)
-    assert (outcome.reason, outcome.http_status) == (Reason.MISMATCH, 201)
+    assert (outcome.reason, outcome.http_status) == (Reason.UNVERIFIED, 201)
+    assert "no hex sha256" in outcome.error
     assert outcome.error.isprintable()
 
 

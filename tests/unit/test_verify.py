@@ -82,6 +82,18 @@ def test_a_long_wrong_digest_is_cut_in_the_error() -> None:
         (f"sha-256=:{B64}:", ReceiptExpectation(encoding="base64")),
         (f"sha-256=:{B64}:", ReceiptExpectation()),
         (f"md5=:kAFQmDzST7DWlj99KOF/cg==:, sha-256=:{B64}:", ReceiptExpectation()),
+        (f"SHA-256={B64}", ReceiptExpectation()),  # RFC 3230
+        (f"unixsum=30637,sha-256={B64}", ReceiptExpectation(encoding="base64")),
+        (f"sha256={SENT.hex}", ReceiptExpectation()),
+        (f"sha256={SENT.hex}", ReceiptExpectation(encoding="base64")),
+        (f"sha256-{B64}", ReceiptExpectation()),  # Subresource Integrity
+        (f"crc32c=AAAAAA==,sha256={B64}", ReceiptExpectation()),  # as in x-goog-hash
+        (":".join(SENT.hex[i : i + 2] for i in range(0, 64, 2)).upper(), ReceiptExpectation()),
+        (f'W/"{SENT.hex}"', ReceiptExpectation()),
+        (f'"{SENT.hex}-gzip"', ReceiptExpectation()),
+        (f'W/"{SENT.hex};br"', ReceiptExpectation()),
+        (f"{SENT.hex}, {SENT.hex.upper()}", ReceiptExpectation()),  # a header field that is given twice
+        (f'"{SENT.hex[:16]}"', ReceiptExpectation(prefix=16)),
     ],
 )
 def test_each_spelling_of_the_digest_matches(stated: str, expected: ReceiptExpectation) -> None:
@@ -104,6 +116,12 @@ def test_each_spelling_of_the_digest_matches(stated: str, expected: ReceiptExpec
         (SENT.hex, ReceiptExpectation(encoding="base64")),
         (f"sha-512=:{B64}:", ReceiptExpectation()),
         (f"sha-256=:{base64.b64encode(bytes(32)).decode()}:", ReceiptExpectation()),
+        (f"{SENT.hex}, {OTHER.hex}", ReceiptExpectation()),
+        (f"sha256={SENT.hex}, sha256={OTHER.hex}", ReceiptExpectation()),
+        (f"SHA-256={base64.b64encode(bytes(32)).decode()}", ReceiptExpectation()),
+        (f"sha256-{SENT.hex}00", ReceiptExpectation()),
+        (f'"{SENT.hex}-3"', ReceiptExpectation()),  # of a multipart upload to S3: no digest of the content
+        (SENT.hex[0] + ":" + SENT.hex[1:], ReceiptExpectation()),
     ],
 )
 def test_other_values_do_not_match(stated: str, expected: ReceiptExpectation) -> None:
@@ -144,3 +162,20 @@ def test_every_digest_matches_itself_and_no_other(content: bytes, algorithm: str
 def test_a_digest_in_quotes_as_in_an_etag_matches() -> None:
     digest = Digest("md5", "9e107d9d372bb6826bd81d3542a419d6")
     assert matches(digest, '"9e107d9d372bb6826bd81d3542a419d6"', ReceiptExpectation())
+
+
+@pytest.mark.parametrize(
+    "stated", ["", "stored", SENT.hex[:16], f"{SENT.hex}-3", f"md5:{SENT.hex[:32]}", B64, "sha256:"]
+)
+def test_a_value_that_is_no_digest_in_the_configured_form_is_described_as_such(stated: str) -> None:
+    outcome = verified(Receipt(200, stated))
+    assert reason(outcome) is Reason.UNVERIFIED
+    assert isinstance(outcome, Deferred)
+    assert "no hex sha256: see `receipt.encoding`" in outcome.error
+
+
+def test_a_size_that_has_to_be_stated_is_required_with_and_without_a_digest() -> None:
+    for required in (True, False):
+        expected = ReceiptExpectation(required, size_required=True)
+        assert reason(verified(Receipt(201, SENT.hex), expected)) is Reason.UNVERIFIED
+        assert isinstance(verified(Receipt(201, SENT.hex, 3), expected), Delivered)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import socket
 import ssl
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -28,15 +31,32 @@ _MAX_BODY_BYTES = 64 * 1024
 _MAX_DIGEST_LENGTH = 1024
 """Characters of a stated digest that are kept."""
 
+_MAX_QUOTED_LENGTH = 300
+"""Characters of a body that an error quotes."""
+
 _MAX_SIZE = 2**63
 """Upper bound of a stated size in bytes; no file has this size, so a larger one mismatches as well."""
 
-_NGINX_TLS_ERRORS = {
-    "The SSL certificate error": Reason.TLS_CLIENT,
-    "No required SSL certificate was sent": Reason.TLS_CLIENT,
-    "The plain HTTP request was sent to HTTPS port": Reason.PROTOCOL,
+_MAX_HTML_BYTES = 8 * 1024
+"""Bytes of an HTML or XML body that are searched for its text."""
+
+_CAUSES_OF_400 = {
+    "The SSL certificate error": Reason.TLS_CLIENT,  # nginx's 495
+    "No required SSL certificate was sent": Reason.TLS_CLIENT,  # nginx's 496
+    "The plain HTTP request was sent to HTTPS port": Reason.PROTOCOL,  # nginx's 497
+    "speaking plain HTTP to an SSL-enabled server port": Reason.PROTOCOL,  # Apache
+    "HTTP request to an HTTPS server": Reason.PROTOCOL,  # Go
+    "requires TLS": Reason.PROTOCOL,  # Tomcat
+    "Header Or Cookie Too Large": Reason.HEAD_TOO_LARGE,  # nginx's 494
+    "Header Fields Too Large": Reason.HEAD_TOO_LARGE,
+    "Size of a request header field exceeds server limit": Reason.HEAD_TOO_LARGE,  # Apache
+    "invalid_token": Reason.UNAUTHORIZED,  # RFC 6750 section 3.1
+    "ExpiredToken": Reason.UNAUTHORIZED,  # S3
+    "InvalidToken": Reason.UNAUTHORIZED,
+    "TokenRefreshRequired": Reason.UNAUTHORIZED,
+    "RequestTimeout": Reason.SERVER_ERROR,  # S3
 }
-"""Texts in a 400 by which nginx reports its statuses 495, 496 and 497; they do not concern the archive."""
+"""Texts in a 400 that does not concern the archive, although it is for faults of the request."""
 
 
 class ResponseEvaluator:
@@ -44,35 +64,45 @@ class ResponseEvaluator:
 
     def __init__(self, config: ReceiptConfig) -> None:
         self._config = config
-        self._expected = ReceiptExpectation(config.digest != "none", config.encoding, config.prefix)
+        self._expected = ReceiptExpectation(
+            config.digest != "none", config.encoding, config.prefix, bool(config.size)
+        )
 
     def evaluate_success(self, response: httpx.Response, sent: Digest, size: int) -> Outcome:
         """Return `Delivered` if the receipt matches the sent digest and size, else a failure."""
-        return self._evaluate_receipt(response, _read_body(response), sent, size)
+        return self._evaluate_receipt(response, read_body(response), sent, size)
 
-    def evaluate_duplicate(self, response: httpx.Response, sent: Digest, size: int) -> Delivered | Rejected:
-        """Return `Delivered` if the receipt in a 409 matches the archive, else the rejection."""
-        body = _read_body(response)
-        if self._expected.required:
-            outcome = self._evaluate_receipt(response, body, sent, size)
-            if isinstance(outcome, Delivered):
-                return outcome
-        refused = _failure(response, body)
-        assert isinstance(refused, Rejected)  # noqa: S101 -- the policy rejects the archive after a 409
-        return refused
+    def evaluate_duplicate(
+        self, response: httpx.Response, sent: Digest, size: int, *, is_webdav: bool = False
+    ) -> Outcome:
+        """Return `Delivered` if the receipt in a 409 matches the archive, else the failure.
 
-    def _evaluate_receipt(self, response: httpx.Response, body: bytes, sent: Digest, size: int) -> Outcome:
-        digest = _stated(self._config.digest, response.headers, body)
+        To a WebDAV server (RFC 4918 section 9.7.1), a 409 without a receipt means that the folder is missing.
+        """
+        body = read_body(response)
+        outcome = self._evaluate_receipt(response, body, sent, size) if self._expected.required else None
+        if isinstance(outcome, Delivered):
+            return outcome
+        if is_webdav and (outcome is None or outcome.reason is Reason.UNVERIFIED):
+            return Deferred(Reason.NO_FOLDER, _describe(response, body), response.status_code)
+        return _failure(response, body)
+
+    def _evaluate_receipt(
+        self, response: httpx.Response, body: bytes, sent: Digest, size: int
+    ) -> Delivered | Deferred:
+        digest = _stated(self._config.digest, response, body)
         receipt = self._receipt(response, body, digest if isinstance(digest, str) else None)
         outcome = verify_receipt(sent, size, receipt, self._expected)
-        if isinstance(outcome, Delivered) or not isinstance(digest, str):
+        if not isinstance(outcome, Deferred) or not isinstance(digest, str):
             return outcome
-        # the same failure, with an error text that contains no secret
         redacted = replace(receipt, digest=quotable(digest, response.request, _MAX_DIGEST_LENGTH))
-        return verify_receipt(sent, size, redacted, self._expected)
+        without_secret = verify_receipt(sent, size, redacted, self._expected)
+        if isinstance(without_secret, Deferred):
+            return replace(outcome, error=without_secret.error)
+        return replace(outcome, error="the receipt states several digests, and one is a secret")
 
     def _receipt(self, response: httpx.Response, body: bytes, digest: str | None) -> Receipt:
-        size = _stated(self._config.size, response.headers, body) if self._config.size else None
+        size = _stated(self._config.size, response, body) if self._config.size else None
         return Receipt(
             response.status_code,
             None if digest is None else digest[:_MAX_DIGEST_LENGTH],
@@ -87,7 +117,7 @@ def failure_from_response(response: httpx.Response) -> Deferred | Rejected:
     Its status counts whether or not its body arrives.
     """
     try:
-        return _failure(response, _read_body(response))
+        return _failure(response, read_body(response))
     except (AttemptEndedError, httpx.TransportError):
         return _failure(response, b"")
 
@@ -95,8 +125,8 @@ def failure_from_response(response: httpx.Response) -> Deferred | Rejected:
 def reason_from_refusal(status: int, text: str) -> Reason:
     """Return the reason for a response that is not a success; `text` is the beginning of its body."""
     if status == 400:
-        for nginx_error, reason in _NGINX_TLS_ERRORS.items():
-            if nginx_error in text:
+        for cause, reason in _CAUSES_OF_400.items():
+            if cause in text:
                 return reason
     return reason_of_status(status)
 
@@ -163,12 +193,15 @@ def _failure(response: httpx.Response, body: bytes) -> Deferred | Rejected:
     status, description = response.status_code, _describe(response, body)
     retry_after = response.headers.get("Retry-After")
     wait = parse_retry_after(retry_after, datetime.now(UTC)) if retry_after else None
-    return failure(reason_from_refusal(status, description), description, status, wait)
+    reason = reason_from_refusal(status, description)
+    if status == 413 and wait is not None:  # the condition is temporary (RFC 9110 section 15.5.14)
+        reason = Reason.SERVER_ERROR
+    return failure(reason, description, status, wait)
 
 
 def _describe(response: httpx.Response, body: bytes) -> str:
     """Return status and reason phrase of a response, and the beginning of its body."""
-    text = _body_text(response, body, 300).strip()
+    text = _plain_text(response, body)[:_MAX_QUOTED_LENGTH]
     line = f"{response.status_code} {quotable(response.reason_phrase, response.request, 100)}".strip()
     if 300 <= response.status_code < 400:
         location = quotable(response.headers.get("Location", "nowhere"), response.request, 200)
@@ -178,27 +211,59 @@ def _describe(response: httpx.Response, body: bytes) -> str:
 
 def _body_text(response: httpx.Response, body: bytes, max_length: int) -> str:
     """Return the beginning of a body without the request's secrets, which the endpoint may echo."""
-    return quotable(body.decode("utf-8", "backslashreplace"), response.request, max_length)
+    text = body.decode(_charset(response) or "utf-8", "backslashreplace")
+    return quotable(text, response.request, max_length)
 
 
-def _read_body(response: httpx.Response) -> bytes:
+def _plain_text(response: httpx.Response, body: bytes) -> str:
+    """Return the text of a body for people: of HTML and XML what is between the tags, in one line."""
+    text = _body_text(response, body, _MAX_HTML_BYTES).strip()
+    if text.startswith("<"):
+        text = re.sub(r"(?is)<!--.*?-->|<(script|style)\b.*?</\1\s*>|<[^>]*>", " ", text)
+        text = quotable(" ".join(html.unescape(text).split()), response.request, _MAX_HTML_BYTES)
+    return text
+
+
+_CHARSETS = re.compile(r"(?i)utf-(8|16|32)(le|be)?|iso-8859-\d{1,2}|windows-125\d|us-ascii")
+
+
+def _charset(response: httpx.Response) -> str | None:
+    """Return the character set that the response states, if it is a usual one."""
+    charset = response.charset_encoding or ""
+    return charset if _CHARSETS.fullmatch(charset) else None
+
+
+def read_body(response: httpx.Response, max_bytes: int = _MAX_BODY_BYTES) -> bytes:
+    """Return up to `max_bytes` of a body, decompressed if the endpoint compressed it without being asked."""
     data = b""
     for chunk in response.iter_raw():
         data += chunk
-        if len(data) > _MAX_BODY_BYTES:
+        if len(data) > max_bytes:
             break
-    return data[:_MAX_BODY_BYTES]
+    for wbits in _FORMATS.get(response.headers.get("Content-Encoding", "").strip().lower(), ()):
+        try:
+            return zlib.decompressobj(wbits).decompress(data, max_bytes)
+        except zlib.error:  # many servers send "deflate" without the zlib format around it
+            continue
+    return data[:max_bytes]
 
 
-def _stated(source: str, headers: Mapping[str, str], body: bytes) -> object:
+_GZIP, _ZLIB, _DEFLATE = zlib.MAX_WBITS | 16, zlib.MAX_WBITS, -zlib.MAX_WBITS
+_FORMATS = {"gzip": (_GZIP,), "x-gzip": (_GZIP,), "deflate": (_ZLIB, _DEFLATE)}
+"""The formats, in the numbers of zlib, in which a body with a Content-Encoding may be."""
+
+
+def _stated(source: str, response: httpx.Response, body: bytes) -> object:
     """Return the value at `body:/json/pointer` (RFC 6901) or `header:Name`; None if there is none."""
     kind, _, place = source.partition(":")
     if kind == "header":
-        return headers.get(place)
+        return response.headers.get(place)
     if kind != "body":
         return None
+    charset = _charset(response)
     try:
-        value: Any = json.loads(body)
+        # without a charset, JSON is in UTF-8, 16 or 32, and json tells which
+        value: Any = json.loads(body.decode(charset) if charset else body)
     except (ValueError, RecursionError):
         return None
     for token in place.split("/")[1:]:
@@ -215,6 +280,9 @@ def _stated(source: str, headers: Mapping[str, str], body: bytes) -> object:
 def _as_size(value: object) -> int | None:
     if isinstance(value, int) and not isinstance(value, bool):
         return min(max(value, -1), _MAX_SIZE)
-    if isinstance(value, str) and value.isascii() and value.isdigit():
-        return int(value[:20])
+    if isinstance(value, str):
+        numbers = {number.strip() for number in value.split(",")}  # a header field may be given twice
+        number = numbers.pop()
+        if not numbers and number.isascii() and number.isdigit():
+            return int(number[:20])
     return None
