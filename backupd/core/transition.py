@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 
@@ -44,6 +44,10 @@ class RetryPolicy:
     give_up_after: timedelta | None = None
 
 
+_MAX_WAIT_ALONE = timedelta(days=1)
+"""Longest wait before an archive that alone fails is sent again: it may be large, and nothing has changed."""
+
+
 def next_step(
     delivery: Delivery, outcome: Outcome, now: datetime, retry_policy: RetryPolicy, chance: float
 ) -> Transition:
@@ -73,7 +77,10 @@ def _deferred(
     rule = rule_of(outcome.reason)
     archive_failures = delivery.archive_failures + (rule.blame is Blame.ARCHIVE)
     destination_failures = delivery.destination_failures + 1 if rule.action is Action.PAUSE else 0
-    wait = retry_policy.backoff.before(max(archive_failures, destination_failures), chance)
+    backoff = retry_policy.backoff
+    if outcome.reason is Reason.FAILS_ALONE:
+        backoff = replace(backoff, longest=max(backoff.longest, _MAX_WAIT_ALONE))
+    wait = backoff.before(max(archive_failures, destination_failures), chance)
     if outcome.retry_after is not None:
         wait = max(wait, outcome.retry_after)
     return Transition(DeliveryState.PENDING, outcome, now + wait, archive_failures, destination_failures)

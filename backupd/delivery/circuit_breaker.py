@@ -10,7 +10,8 @@ from datetime import UTC, datetime, timedelta
 from backupd.core.backoff import Backoff
 from backupd.core.circuit import Circuit, CircuitState
 from backupd.core.errors import LedgerError
-from backupd.core.model import Deferred, Outcome, Superseded
+from backupd.core.model import Deferred, Delivery, Outcome, Superseded
+from backupd.core.outcome_review import OutcomeReview
 from backupd.core.policy import Action, rule_of
 from backupd.ledger.port import Ledger
 from backupd.telemetry import events
@@ -57,6 +58,7 @@ class CircuitBreaker:
         self._ledger = ledger
         self._lock = threading.Lock()
         self._circuit = Circuit()
+        self._outcome_review = OutcomeReview()
         self._retired = False
 
     @property
@@ -84,6 +86,11 @@ class CircuitBreaker:
         """
         with self._lock:
             self._circuit = self._circuit.released(datetime.now(UTC))
+
+    def review(self, delivery: Delivery, outcome: Outcome) -> Outcome:
+        """Return the outcome of an attempt, judged by those of other archives; see `OutcomeReview`."""
+        with self._lock:
+            return self._outcome_review.review(delivery, outcome)
 
     def record_outcome(self, outcome: Outcome) -> None:
         """Update the circuit by the outcome of an upload; log and save the change, if there is one."""

@@ -99,9 +99,10 @@ class Worker:
 
         def attempt_once() -> Outcome:
             nonlocal delivery
-            attempts.append(self._upload(delivery))
+            attempt = self._upload(delivery)
+            outcome = self._queue.circuit.review(delivery, attempt.outcome)
+            attempts.append(replace(attempt, outcome=outcome))
             self._log_failure(delivery, len(attempts), attempts[-1])
-            outcome = attempts[-1].outcome
             if isinstance(outcome, Deferred) and outcome.unconfirmed_digest != delivery.unconfirmed_digest:
                 # the next attempt queries for this content before it sends it, and sends no other content
                 delivery = replace(

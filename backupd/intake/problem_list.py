@@ -14,13 +14,14 @@ from backupd.core.drop_problem import (
     SUSPICIOUS,
     DropProblem,
 )
+from backupd.core.policy import Reason
 from backupd.ledger.port import Ledger
 
 _MAX_LISTED = 10_000
 """Problems that are listed one by one; further ones are only counted. The limit bounds memory and ledger."""
 
 
-_NOT_FROM_SCANS = frozenset((NOT_ANSWERING, NOT_CONFIGURED, NOT_MOVED, SUSPICIOUS))
+_NOT_FROM_SCANS = frozenset((NOT_ANSWERING, NOT_CONFIGURED, NOT_MOVED, SUSPICIOUS, Reason.FAILS_ALONE))
 """Reasons of problems that last until something else than a scan ends them."""
 
 _SUSPICIOUS_HINT = (

@@ -5,10 +5,12 @@ from __future__ import annotations
 from datetime import timedelta
 
 from backupd.core.drop_problem import DropProblem, DropState, ProblemCount
+from backupd.core.model import Outcome
+from backupd.core.policy import Reason, rule_of
 from backupd.ledger.history import History
 from backupd.ledger.port import Ledger
 from tests.contract.bench import Bench
-from tests.factories import NOW
+from tests.factories import NOW, a_candidate, a_claim_result, deferred, delivered
 
 
 def a_problem(
@@ -110,3 +112,37 @@ def test_the_last_state_of_each_drop_is_kept(ledger: Ledger, history: History) -
     assert history.drop_states() == [routers, switches]
     ledger.forget_drops(["switches"])
     assert history.drop_states() == [switches]
+
+
+def test_an_archive_that_alone_fails_is_a_problem_until_it_is_delivered(
+    ledger: Ledger, history: History
+) -> None:
+    def attempt(hour: int, outcome: Outcome) -> None:
+        now = NOW + timedelta(hours=hour)
+        (delivery,) = ledger.claim("vault", now)
+        ledger.record([a_claim_result(delivery, outcome, now=now)], now)
+
+    ledger.enqueue([a_candidate(b"large.cfg")], ("vault",), NOW)
+    attempt(1, deferred(Reason.SERVER_ERROR))
+    assert ledger.problems() == []
+
+    attempt(2, deferred(Reason.FAILS_ALONE))
+    hint = rule_of(Reason.FAILS_ALONE).hint
+    problem = DropProblem(
+        "switches",
+        b"large.cfg",
+        "fails_alone",
+        NOW,
+        "vault: did not work",
+        hint,
+        a_candidate().fingerprint.size,
+    )
+    assert ledger.problems() == history.problems("switches", 9) == [problem]
+    assert ledger.problem_counts() == [
+        ProblemCount("switches", "fails_alone", 1, NOW, b"large.cfg", "vault: did not work", hint)
+    ]
+    assert ledger.problems("routers") == []
+
+    attempt(3, delivered())
+    assert not ledger.problems()
+    assert not ledger.problem_counts()

@@ -73,6 +73,14 @@ def test_each_failure_lengthens_the_wait_up_to_the_longest() -> None:
     assert waits[-1] <= 60 * SECOND
 
 
+def test_an_archive_that_alone_fails_is_retried_up_to_a_day_apart() -> None:
+    step = next_step(
+        a_delivery(archive_failures=30), deferred(Reason.FAILS_ALONE), NOW, a_retry_policy(), 0.999
+    )
+    assert step.due_at is not None
+    assert timedelta(hours=23) < step.due_at - NOW <= timedelta(days=1)
+
+
 def test_a_longer_retry_after_is_honoured() -> None:
     wait = timedelta(minutes=40)
     step = next_step(

@@ -6,17 +6,28 @@ import sqlite3
 from collections.abc import Collection, Sequence
 
 from backupd.core.drop_problem import DropProblem, DropState, ProblemCount
+from backupd.core.policy import Reason, rule_of
 from backupd.ledger.sqlite.connection import as_time, to_micros
 
-_ONE_DROP = "(? IS NULL OR drop_name = ?)"
+_PROBLEMS = """
+    (SELECT drop_name, relpath, reason, since, error, hint, size, files FROM problem
+    UNION ALL
+    SELECT archive.drop_name, archive.relpath, delivery.reason, archive.queued_at,
+        delivery.destination || ': ' || coalesce(delivery.error, ''), :hint, delivery.size, 1
+    FROM delivery JOIN archive ON archive.id = delivery.archive_id
+    WHERE delivery.reason = 'fails_alone' AND delivery.state IN ('pending', 'claimed'))
+"""
+"""The problems that are stored, and the deliveries that alone fail."""
+
+_HINT = rule_of(Reason.FAILS_ALONE).hint
 
 
 def find_problems(db: sqlite3.Connection, drop: str | None, limit: int) -> list[DropProblem]:
     """Return up to `limit` problems of a drop, or of all drops if `drop` is None, the oldest first."""
     rows = db.execute(
-        "SELECT drop_name, relpath, reason, since, error, hint, size, files FROM problem"  # noqa: S608 -- own clause
-        f" WHERE {_ONE_DROP} ORDER BY since, drop_name, relpath, reason LIMIT ?",
-        (drop, drop, limit),
+        f"SELECT drop_name, relpath, reason, since, error, hint, size, files FROM {_PROBLEMS}"  # noqa: S608 -- own
+        " WHERE :drop IS NULL OR drop_name = :drop ORDER BY since, drop_name, relpath, reason LIMIT :limit",
+        {"drop": drop, "limit": limit, "hint": _HINT},
     )
     return [DropProblem(row[0], row[1], row[2], as_time(row[3]), *row[4:8]) for row in rows]
 
@@ -25,8 +36,9 @@ def count_problems(db: sqlite3.Connection) -> list[ProblemCount]:
     """Return the problems of each drop with each reason, by drop and reason."""
     # a bare column of an aggregate query with min() is from the row with the minimum
     rows = db.execute(
-        "SELECT drop_name, reason, sum(files), min(since), relpath, error, hint FROM problem"
-        " GROUP BY drop_name, reason ORDER BY drop_name, reason"
+        f"SELECT drop_name, reason, sum(files), min(since), relpath, error, hint FROM {_PROBLEMS}"  # noqa: S608
+        " GROUP BY drop_name, reason ORDER BY drop_name, reason",
+        {"hint": _HINT},
     )
     return [ProblemCount(row[0], row[1], row[2], as_time(row[3]), *row[4:7]) for row in rows]
 

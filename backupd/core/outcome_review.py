@@ -1,0 +1,104 @@
+"""The review of an outcome by those of other archives, to find whether archive or destination is at fault."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from backupd.core.model import Deferred, Delivered, Delivery, Outcome, Rejected, Superseded
+from backupd.core.names import as_text
+from backupd.core.policy import Action, Reason, rule_of
+
+_MAX_EQUAL_REJECTIONS = 3
+"""Archives that are rejected in a row with the same status and words, before it is the destination."""
+
+_MAX_REJECTIONS = 10
+"""The same whatever the words are."""
+
+_MIN_FAILURES_ALONE = 5
+"""Failures of one archive in a row before it is the archive."""
+
+_MIN_SUCCESSES = 2
+"""Successes of other archives between them, each at the first attempt."""
+
+_MAX_FAILING = 1000
+"""Archives of which the failures are counted."""
+
+_NOT_ABOUT_ONE = frozenset(
+    {
+        *(Reason.DNS, Reason.CONNECT, Reason.CONNECT_TIMEOUT, Reason.TLS, Reason.TLS_CLIENT, Reason.PROXY),
+        *(Reason.SIGN_IN, Reason.UNAUTHORIZED, Reason.RATE_LIMITED, Reason.LOCAL_FILES, Reason.STOPPED),
+        Reason.ALL_REFUSED,
+    }
+)
+"""Failures that no archive can cause: the destination has not seen it, or it limits all of them."""
+
+
+@dataclass(slots=True)
+class OutcomeReview:
+    """The latest outcomes of one destination; not safe to use from several threads.
+
+    A restart begins a new one: at worst, some more archives are rejected before it is certain again that the
+    destination is at fault.
+    """
+
+    _rejected: dict[tuple[int | None, str], set[int]] = field(default_factory=dict)
+    """The archives that were rejected since the last success, by status and words."""
+    _failing: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """The failures of each delivery in a row, and the number of successes before another one failed too."""
+    _successes: int = 0
+
+    def review(self, delivery: Delivery, outcome: Outcome) -> Outcome:
+        """Return an outcome, as a failure of the other party if those of other archives show this."""
+        match outcome:
+            case Delivered():
+                self._successes += 1
+                self._rejected.clear()
+                if delivery.id in self._failing:  # what fails now and then is the destination
+                    self._failing.clear()
+            case Rejected():
+                outcome = self._of_rejection(delivery, outcome)
+            case Deferred() if rule_of(outcome.reason).action is Action.PAUSE:
+                return self._of_failure(delivery, outcome)
+            case Deferred() | Superseded():
+                return outcome
+        self._failing.pop(delivery.id, None)
+        return outcome
+
+    def _of_rejection(self, delivery: Delivery, rejected: Rejected) -> Outcome:
+        if rejected.http_status is None:  # by this host
+            return rejected
+        words = _words(rejected.error, as_text(delivery.archive.relpath))
+        equal = self._rejected.get((rejected.http_status, words), set())
+        all_of_status = self._rejected.get((rejected.http_status, ""), set())
+        if len(equal) >= _MAX_EQUAL_REJECTIONS or len(all_of_status) >= _MAX_REJECTIONS:
+            return Deferred(Reason.ALL_REFUSED, rejected.error, rejected.http_status)
+        for key in (words, ""):
+            self._rejected.setdefault((rejected.http_status, key), set()).add(delivery.archive.id)
+        return rejected
+
+    def _of_failure(self, delivery: Delivery, failed: Deferred) -> Outcome:
+        if failed.reason in _NOT_ABOUT_ONE or failed.retry_after is not None:
+            return failed
+        if delivery.id not in self._failing:  # and others may have failed for the same cause
+            self._failing = {each: (count, self._successes) for each, (count, _) in self._failing.items()}
+            if len(self._failing) >= _MAX_FAILING:
+                del self._failing[next(iter(self._failing))]
+        failures, successes = self._failing.get(delivery.id, (0, self._successes))
+        self._failing[delivery.id] = failures + 1, successes
+        if failures + 1 < _MIN_FAILURES_ALONE or self._successes < successes + _MIN_SUCCESSES:
+            return failed
+        return Deferred(
+            Reason.FAILS_ALONE,
+            f"{rule_of(failed.reason).meaning}: {failed.error}",
+            failed.http_status,
+            unconfirmed_digest=failed.unconfirmed_digest,
+        )
+
+
+def _words(error: str, path: str) -> str:
+    """Return the words of a response without the archive's name, and without numbers and identifiers."""
+    for name in (path, path.rpartition("/")[2]):
+        error = error.replace(name, " ")
+    terms = (term for term in re.findall(r"[^\s\"'<>(){}\[\],;]+", error) if not re.search(r"\d", term))
+    return " ".join(word.lower() for word in re.findall(r"[^\W_]+", " ".join(terms)) if len(word) < 20)
