@@ -316,6 +316,11 @@ class HttpDestinationConfig(DestinationConfig):
     body: Literal["multipart", "raw"] = Field(
         default="multipart", description="Format of the request body; raw sends the archive itself."
     )
+    create_folders: bool = Field(
+        default=False,
+        strict=True,
+        description="Create missing folders of a WebDAV server by MKCOL; for PUT with a raw body.",
+    )
     fields: dict[FieldName, FieldText] = Field(
         default_factory=dict,
         description="Additional form fields, sent before the archive; values can contain placeholders.",

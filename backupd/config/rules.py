@@ -137,6 +137,9 @@ def _body_faults(destination: HttpDestinationConfig) -> Iterator[ConfigFault]:
             yield ConfigFault(("fields",), "a raw body has no form fields", (("body",),))
         if destination.digest_at == "before":
             yield ConfigFault(("digest_at",), 'expected "after" or "header" with a raw body', (("body",),))
+    if destination.create_folders and (destination.method, destination.body) != ("PUT", "raw"):
+        text = 'expected method "PUT" and body "raw": only WebDAV servers have folders'
+        yield ConfigFault(("create_folders",), text, (("method",), ("body",)))
     if destination.digest_at == "after":
         for place, text in destination.templates():
             if "digest" in TextTemplate.parse(text).names and place != ("query_url",):

@@ -46,8 +46,12 @@ class Reason(StrEnum):
     FORBIDDEN = "forbidden"
     NOT_FOUND = "not_found"
     CONFLICT = "conflict"
+    NO_FOLDER = "no_folder"
     TOO_LARGE = "too_large"
+    HEAD_TOO_LARGE = "head_too_large"
     REFUSED = "archive_refused"
+    ALL_REFUSED = "all_refused"
+    FAILS_ALONE = "fails_alone"
     RATE_LIMITED = "rate_limited"
     SERVER_ERROR = "server_error"
     UNEXPECTED_STATUS = "unexpected_status"
@@ -273,6 +277,13 @@ RULES: tuple[FailureRule, ...] = (
         "compare the archive with the stored content, then `backupd retry`",
     ),
     FailureRule(
+        Reason.NO_FOLDER,
+        _D,
+        Action.PAUSE,
+        "the folder in `url` does not exist at the destination",
+        "set `create_folders = true`, or create the folder there",
+    ),
+    FailureRule(
         Reason.TOO_LARGE,
         _A,
         Action.REJECT,
@@ -280,11 +291,32 @@ RULES: tuple[FailureRule, ...] = (
         "raise the destination's limit, then `backupd retry`",
     ),
     FailureRule(
+        Reason.HEAD_TOO_LARGE,
+        _D,
+        Action.PAUSE,
+        "the destination accepts no request with header fields of this size",
+        "check the size of the token and of `headers`, and raise the destination's limit",
+    ),
+    FailureRule(
         Reason.REFUSED,
         _A,
         Action.REJECT,
         "the destination refused the archive",
         "read the destination's response (`backupd show`), then `backupd retry`",
+    ),
+    FailureRule(
+        Reason.ALL_REFUSED,
+        _D,
+        Action.PAUSE,
+        "the destination refuses one archive after the other, always in the same words",
+        "read its response (`backupd show`), fix what it names, then `backupd retry` those in `rejected_dir`",
+    ),
+    FailureRule(
+        Reason.FAILS_ALONE,
+        _A,
+        Action.RETRY,
+        "the destination fails with this archive, and stores others; retried for up to a day apart",
+        "check the destination's log, and its limits for the size and the name of an archive",
     ),
     FailureRule(
         Reason.RATE_LIMITED,
@@ -404,12 +436,16 @@ _REASON_BY_STATUS = {
     422: Reason.REFUSED,
     425: Reason.SERVER_ERROR,
     429: Reason.RATE_LIMITED,
-    431: Reason.REFUSED,
+    431: Reason.HEAD_TOO_LARGE,
 }
 
 _OTHER_CAUSES = {
     Reason.TLS_CLIENT: ("TLS alert", "nginx's 400 for a client certificate"),
     Reason.EARLY_SUCCESS: ("2xx",),
+    Reason.NO_FOLDER: ("409 to a raw PUT",),
+    Reason.HEAD_TOO_LARGE: ("400 with such a text",),
+    Reason.ALL_REFUSED: ("three rejections in a row",),
+    Reason.FAILS_ALONE: ("five failures, and others pass",),
     Reason.REDIRECT: ("3xx",),
     Reason.SIGN_IN: ("response of the token endpoint",),
     Reason.SERVER_ERROR: ("5xx",),

@@ -235,6 +235,19 @@ def test_documented_webdav_stores_each_archive_under_its_path(stage: Stage, ngin
         assert (root / "plain.cfg").read_bytes() == b"second"
 
 
+def test_missing_folders_of_a_webdav_server_are_created(stage: Stage, nginx: Nginx) -> None:
+    archives = {"rack 1/row/sw.cfg": b"first", "rack 1/zürich/sw.cfg": b"second", "sw.cfg": b"third"}
+    for name in archives:
+        (stage.drop / name).parent.mkdir(parents=True, exist_ok=True)
+    stage.store.mkdir()
+    _configure(stage, block(PAGE, "WebDAV", "toml"), nginx.url)
+    with nginx.serving(f"location / {{ root {stage.store}; dav_methods PUT MKCOL; }}"):
+        daemon = _deliver(stage, archives)
+    root = stage.store / "archives" / "switches"
+    assert {name: (root / name).read_bytes() for name in archives} == archives
+    assert not daemon.events("attempt.failed")
+
+
 def test_the_documented_appliance_requires_user_password_and_api_key(stage: Stage, nginx: Nginx) -> None:
     users = stage.base / "users"
     users.write_text("ers-admin:{PLAIN}a-password\n")

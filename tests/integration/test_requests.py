@@ -385,7 +385,6 @@ def in_json(value: object) -> bytes:
         ),
         ({"digest": "body:/sha256", "size": "body:/n"}, in_json({"sha256": SHA256, "n": len(CONTENT)})),
         ({"digest": "body:/sha256", "size": "body:/n"}, in_json({"sha256": SHA256, "n": str(len(CONTENT))})),
-        ({"digest": "body:/sha256", "size": "body:/n"}, in_json({"sha256": SHA256})),
         (
             {"digest": "body:/sha256", "size": "header:X-Size"},
             http_response(201, json.dumps({"sha256": SHA256}).encode(), X_Size=str(len(CONTENT))),
@@ -404,6 +403,19 @@ def test_a_matching_receipt_is_accepted(
     assert outcome.verified
 
 
+LENGTH = len(CONTENT)
+SIZES_THAT_ARE_NO_NUMBER: list[dict[str, object]] = [
+    {},
+    {"n": float(LENGTH)},
+    {"n": f"{LENGTH} B"},
+    {"n": None},
+    {"n": True},
+    {"n": [LENGTH]},
+    {"n": ""},
+    {"n": f"+{LENGTH}"},
+]
+
+
 @pytest.mark.parametrize(
     ("receipt", "reply", "reason"),
     [
@@ -416,18 +428,32 @@ def test_a_matching_receipt_is_accepted(
         ({}, http_response(200, b"{" + b'"a":' * 5), Reason.UNVERIFIED),
         ({}, http_response(200, b"[" * 60_000), Reason.UNVERIFIED),
         ({}, http_response(200, b" " * 70_000 + json.dumps({"sha256": SHA256}).encode()), Reason.UNVERIFIED),
-        ({}, in_json({"sha256": ""}), Reason.MISMATCH),
+        ({}, in_json({"sha256": ""}), Reason.UNVERIFIED),
         ({}, in_json({"sha256": digest_of(b"else")}), Reason.MISMATCH),
-        ({}, in_json({"sha256": f"md5:{SHA256}"}), Reason.MISMATCH),
-        ({}, in_json({"sha256": SHA256[:12]}), Reason.MISMATCH),
-        ({}, in_json({"sha256": "\ud800"}), Reason.MISMATCH),
-        ({"prefix": 12}, in_json({"sha256": SHA256}), Reason.MISMATCH),
-        ({"encoding": "base64"}, in_json({"sha256": SHA256}), Reason.MISMATCH),
+        ({}, in_json({"sha256": f"md5:{SHA256}"}), Reason.UNVERIFIED),
+        ({}, in_json({"sha256": SHA256[:12]}), Reason.UNVERIFIED),
+        ({}, in_json({"sha256": "\ud800"}), Reason.UNVERIFIED),
+        ({"prefix": 12}, in_json({"sha256": SHA256}), Reason.UNVERIFIED),
+        ({"encoding": "base64"}, in_json({"sha256": SHA256}), Reason.UNVERIFIED),
         ({"digest": "header:X-Sum"}, http_response(201), Reason.UNVERIFIED),
-        ({"digest": "header:Repr-Digest"}, http_response(201, Repr_Digest="sha-256=:AAAA:"), Reason.MISMATCH),
-        ({"digest": "header:Repr-Digest"}, http_response(201, Repr_Digest="sha-512=:AAAA:"), Reason.MISMATCH),
+        (
+            {"digest": "header:Repr-Digest"},
+            http_response(201, Repr_Digest="sha-256=:AAAA:"),
+            Reason.UNVERIFIED,
+        ),
+        (
+            {"digest": "header:Repr-Digest"},
+            http_response(201, Repr_Digest="sha-512=:AAAA:"),
+            Reason.UNVERIFIED,
+        ),
         ({"size": "body:/n"}, in_json({"sha256": SHA256, "n": 5}), Reason.MISMATCH),
         ({"size": "body:/n", "digest": "none"}, in_json({"n": 5}), Reason.MISMATCH),
+        *(
+            ({"size": "body:/n", "digest": digest}, in_json({"sha256": SHA256, **size}), Reason.UNVERIFIED)
+            for digest in ("body:/sha256", "none")
+            for size in SIZES_THAT_ARE_NO_NUMBER
+        ),
+        ({"size": "header:X-Size", "digest": "none"}, http_response(201, X_Size="5, 6"), Reason.UNVERIFIED),
     ],
 )
 def test_a_success_without_a_matching_receipt_is_not_a_delivery(
@@ -447,7 +473,8 @@ def test_without_a_configured_receipt_a_success_is_delivered_and_not_verified(
 
 
 def test_an_unverified_archive_is_sent_again_and_stays_in_its_place(stage: Stage) -> None:
-    replies = [http_response(200), http_response(200, b'{"sha256":"%s"}' % digest_of(b"else").encode())] * 2
+    other = http_response(200, b'{"sha256":"%s"}' % digest_of(b"else").encode())
+    replies = [http_response(200), other, other] * 2  # a mismatch is confirmed over another connection
 
     def script(peer: Peer) -> None:
         while True:
@@ -467,7 +494,7 @@ def test_an_unverified_archive_is_sent_again_and_stays_in_its_place(stage: Stage
         assert failed == ["unverified", "digest_mismatch"] * 2
         assert daemon.stop() == 0
     assert len({request.header("idempotency-key") for request in server.requests}) == 1
-    assert len(server.requests) == 5
+    assert len(server.requests) == 7
 
 
 # Duplicates
@@ -621,6 +648,40 @@ def test_an_archive_is_not_sent_again_before_the_query_succeeds(tmp_path: Path, 
     assert vault.log == ["sent", "queried"]
 
 
+@pytest.mark.parametrize("status", [200, 201, 202, 204, 408, 499, 500, 502, 503, 504, 520, 522, 524])
+def test_an_archive_that_may_be_stored_is_queried_before_it_is_sent_again(
+    tmp_path: Path, pki: Pki, status: int
+) -> None:
+    """The endpoint has stored the archive, whatever it responds; no response of these has a receipt."""
+
+    def script(peer: Peer) -> None:
+        while True:
+            request = peer.read_request()
+            if request.head.startswith(b"GET"):
+                peer.send(receipt_for(CONTENT, 200))
+            else:
+                peer.send(http_response(status))
+
+    with ScriptedServer(script, server_context(pki)) as server:
+        destination = a_destination(server.url, pki, query_url=f"{server.url}/{{digest}}")
+        with a_ledger_sender(destination) as sender:
+            archive = an_archive(tmp_path, CONTENT)
+            first = sender.send(archive)
+            assert isinstance(first, Deferred)
+            assert (first.unconfirmed_digest, first.http_status) == (Digest("sha256", SHA256), status)
+            sender.unconfirmed = first.unconfirmed_digest
+            assert isinstance(sender.send(archive), Delivered)
+    assert [request.head[:4] for request in server.requests] == [b"POST", b"GET "]
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 422, 429, 501, 507])
+def test_an_archive_that_was_refused_is_sent_again_without_a_query(
+    tmp_path: Path, pki: Pki, status: int
+) -> None:
+    outcome, _ = upload(tmp_path, pki, always(http_response(status)), query_path="/{digest}")
+    assert getattr(outcome, "unconfirmed_digest", None) is None
+
+
 def test_push_queries_before_it_sends_again(stage: Stage) -> None:
     vault = Vault()
 
@@ -674,7 +735,7 @@ def fail_queries(tmp_path: Path, pki: Pki, status: int) -> tuple[Vault, list[Out
     return vault, outcomes
 
 
-@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
+@pytest.mark.parametrize("status", [202, 408, 425, 429, 500, 502, 503, 504])
 def test_nothing_is_sent_again_while_queries_fail_temporarily(tmp_path: Path, pki: Pki, status: int) -> None:
     vault, (first, second, third) = fail_queries(tmp_path, pki, status)
 

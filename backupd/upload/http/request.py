@@ -25,6 +25,10 @@ _GAP = "\0"
 """Takes the place of a placeholder's value where only the text around it counts."""
 
 
+BODY_HEADERS = frozenset({"Content-Type", "Content-Length", "Idempotency-Key", "Repr-Digest"})
+"""The header fields that belong to an upload alone; other requests have those of the configuration."""
+
+
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
     """The request for one upload."""

@@ -20,6 +20,10 @@ from backupd.upload.http.stream import DIRECT, ConnectOptions, Stream, connect
 TLS = "backupd.tls"
 """Name of the response extension that holds the `ssl.SSLObject` of the connection; None without TLS."""
 
+IS_REUSED = "backupd.is_reused"
+"""Name of the response extension that tells whether the response may be a stray one: one that responds to an
+earlier request, and arrived when this one was sent. HTTP/2 assigns each response to its request."""
+
 _MAX_ERROR_LENGTH = 500
 """Characters of an error text: h11 quotes the received bytes in it."""
 
@@ -68,7 +72,10 @@ class _Open:
 
 
 class HttpTransport(httpx.BaseTransport):
-    """An httpx transport that keeps to the limits of an attempt in every wait; for one thread."""
+    """An httpx transport that keeps to the limits of an attempt in every wait; for one thread.
+
+    With `is_kept` False, each request over HTTP/1.1 has its own connection.
+    """
 
     def __init__(
         self,
@@ -77,7 +84,9 @@ class HttpTransport(httpx.BaseTransport):
         *,
         connect_options: ConnectOptions = DIRECT,
         proxy: Proxy | None = None,
+        is_kept: bool = True,
     ) -> None:
+        self._is_kept = is_kept
         self._context = context
         self._limits = limits
         self._connect_options = connect_options
@@ -109,6 +118,7 @@ class HttpTransport(httpx.BaseTransport):
                     "http_version": head.http_version,
                     "reason_phrase": head.reason,
                     TLS: opened.tls,
+                    IS_REUSED: not opened.is_new and head.http_version != b"HTTP/2",
                 },
             )
 
@@ -144,6 +154,7 @@ class HttpTransport(httpx.BaseTransport):
         now, opened = time.monotonic(), self._open
         if (
             opened is not None
+            and (self._is_kept or not isinstance(opened.connection, Http1Connection))
             and opened.origin == _origin(url)
             and now < opened.used_at + _MAX_IDLE
             and now < opened.opened_at + _MAX_AGE

@@ -16,7 +16,7 @@ from backupd import __version__
 from backupd.config.models import AuthConfig, HttpDestinationConfig
 from backupd.core.errors import BackupdError
 from backupd.core.failure import failure
-from backupd.core.model import Deferred, Delivered, Digest, Outcome, Superseded
+from backupd.core.model import Deferred, Delivered, Digest, Outcome, Rejected, Superseded
 from backupd.core.policy import Reason
 from backupd.upload.base import (
     Abort,
@@ -30,11 +30,11 @@ from backupd.upload.http.auth import BasicFile, BearerFile, Grant, OAuth2, SignI
 from backupd.upload.http.body import UploadBody
 from backupd.upload.http.limits import AttemptEndedError, AttemptLimits, BandwidthLimit
 from backupd.upload.http.redact import read_secret
-from backupd.upload.http.request import PreparedRequest, RequestBuilder
+from backupd.upload.http.request import BODY_HEADERS, RequestBuilder
 from backupd.upload.http.response import ResponseEvaluator, failure_from_response, reason_from_error
 from backupd.upload.http.stream import ConnectOptions
 from backupd.upload.http.tls import ReloadingTlsContext, make_context
-from backupd.upload.http.transport import HttpTransport, Proxy
+from backupd.upload.http.transport import IS_REUSED, HttpTransport, Proxy
 
 HEADERS = {
     "User-Agent": f"backupd/{__version__}",
@@ -117,6 +117,8 @@ class HttpEndpoint(Endpoint):
             limits,
             connect_options=self.connect_options,
             proxy=_proxy(self.config),
+            # without a digest, nothing in a response shows that it is not that to an earlier request
+            is_kept=self.config.has_digest_receipt,
         )
 
 
@@ -167,14 +169,25 @@ def _proxy(config: HttpDestinationConfig) -> Proxy | None:
     return Proxy(split.hostname or "", split.port or 80, config.proxy_user, password)
 
 
-_GATEWAY_ERRORS = (502, 504)
-"""Statuses of a gateway that got no response from the server behind it, which may have stored the archive."""
+_MAY_BE_STORED = frozenset({408, 499, 500, 502, 503, 504, *range(520, 525)})
+"""Statuses after which the archive may be stored: those of a gateway that got no response from the server
+behind it, among them Cloudflare's, and those of a server that failed at some point of its work."""
+
+_FOLDER_MAY_BE_MISSING = (404, 409, 500)
+"""Statuses with which WebDAV servers respond if the folder above is missing: Go's, most, and nginx."""
+
+_CREATED = 201
+_FOLDER_EXISTS = (200, _CREATED, 204, 301, 405)
+"""Statuses in response to MKCOL for a folder that exists then."""
 
 _NOT_STORED = (404, 410)
 """Statuses in response to a query about a content that the destination does not have."""
 
 _NOT_IMPLEMENTED = 501
 """Status of an endpoint that supports no queries; other server errors can be temporary."""
+
+_IN_PROGRESS = 202
+"""Status of an endpoint that has received the content, and is still storing it."""
 
 _RELOAD_AFTER = frozenset({Reason.TLS, Reason.TLS_CLIENT, Reason.PROXY, Reason.LOCAL_FILES})
 """Failures after which the client is made again from its files: one of them may have been renewed."""
@@ -247,7 +260,7 @@ class HttpUploader(Uploader):
                     return found
                 if isinstance(found, Deferred) and _is_temporary(found):
                     return replace(found, error=f"query about the earlier upload: {found.error}")
-            return self._send(client, job, self._builder.build(job))
+            return self._send(client, job)
         except FileChangedDuringUploadError as error:
             return Superseded(str(error))
         except ReadFailedError as error:
@@ -276,7 +289,20 @@ class HttpUploader(Uploader):
         )
         return self._client
 
-    def _send(self, client: httpx.Client, job: UploadJob, prepared: PreparedRequest) -> Outcome:
+    def _send(self, client: httpx.Client, job: UploadJob) -> Outcome:
+        """Send an archive; if the response rejects it but may be a stray one, send it again to be certain."""
+        outcome, is_certain = self._send_once(client, job)
+        if not is_certain and (isinstance(outcome, Rejected) or _is_mismatch(outcome)):
+            self.close()
+            client = self._open_client()
+            outcome, _ = self._send_once(client, job)
+        if self._config.create_folders and getattr(outcome, "http_status", None) in _FOLDER_MAY_BE_MISSING:
+            outcome = self._create_folder(client, job, outcome) or self._send_once(client, job)[0]
+        return outcome
+
+    def _send_once(self, client: httpx.Client, job: UploadJob) -> tuple[Outcome, bool]:
+        """Send an archive; return the outcome, and whether the response certainly is that to this request."""
+        prepared = self._builder.build(job)
         body = prepared.body
         request = client.build_request(
             prepared.method,
@@ -288,28 +314,61 @@ class HttpUploader(Uploader):
         try:
             response = client.send(request, stream=True)
             try:
-                return self._evaluate(response, body, job)
+                outcome = self._evaluate(response, body, job)
+                return outcome, not response.extensions.get(IS_REUSED, False)
             finally:
                 response.close()
         except (AttemptEndedError, httpx.TransportError) as error:
             if not body.complete:
                 raise
-            return self._after_lost_response(client, job, body.digest, _outcome_of_error(error))
+            return self._after_lost_response(client, job, body.digest, _outcome_of_error(error)), True
 
     def _evaluate(self, response: httpx.Response, body: UploadBody, job: UploadJob) -> Outcome:
         status, size = response.status_code, job.fingerprint.size
         if status == 409 and self._config.on_duplicate == "verify":
             digest = body.digest if body.complete else self._builder.digest_of(job)
-            return self._evaluator.evaluate_duplicate(response, digest, size)
-        if status not in self._config.success:
-            refused = failure_from_response(response)
-            if status in _GATEWAY_ERRORS and body.complete and isinstance(refused, Deferred):
-                return replace(refused, unconfirmed_digest=body.digest)
-            return refused
-        if not body.complete:
-            error = f"responded {status} after {job.sent_bytes} of {size} bytes"
-            return failure(Reason.EARLY_SUCCESS, error, status)
-        return self._evaluator.evaluate_success(response, body.digest, size)
+            is_webdav = (self._config.method, self._config.body) == ("PUT", "raw")
+            return self._evaluator.evaluate_duplicate(response, digest, size, is_webdav=is_webdav)
+        if status in self._config.success:
+            if not body.complete:
+                error = f"responded {status} after {job.sent_bytes} of {size} bytes"
+                return failure(Reason.EARLY_SUCCESS, error, status)
+            outcome = self._evaluator.evaluate_success(response, body.digest, size)
+            may_be_stored = isinstance(outcome, Deferred) and outcome.reason is Reason.UNVERIFIED
+        else:
+            outcome = failure_from_response(response)
+            may_be_stored = status in _MAY_BE_STORED and body.complete
+        if isinstance(outcome, Deferred) and may_be_stored:
+            return replace(outcome, unconfirmed_digest=body.digest)
+        return outcome
+
+    def _create_folder(self, client: httpx.Client, job: UploadJob, outcome: Outcome) -> Outcome | None:
+        """Create the folder of an archive by WebDAV, and those above it that are missing.
+
+        Returns `outcome` if the folder exists, and the failure if it cannot be created. Source: RFC 4918
+        section 9.3.
+        """
+        prepared = self._builder.build(job)
+        headers = {k: v for k, v in prepared.headers.items() if k not in BODY_HEADERS}
+        extensions = self._builder.extensions(headers)
+        missing, is_created = [httpx.URL(prepared.url, query=None).join("./")], False
+        while missing:
+            self._limits.start(job.on_alive, job.on_idle)
+            with client.stream("MKCOL", missing[-1], headers=headers, extensions=extensions) as response:
+                status = response.status_code
+                if status in _FOLDER_EXISTS:
+                    is_created = is_created or status == _CREATED
+                    missing.pop()
+                    continue
+                refused = failure_from_response(response)
+            above = missing[-1].join("../")
+            if status not in _FOLDER_MAY_BE_MISSING or above in missing:
+                error = f"MKCOL {missing[-1].path}: {refused.error}"
+                if isinstance(refused, Deferred):
+                    return replace(refused, error=error)
+                return Deferred(Reason.NO_FOLDER, error, status)
+            missing.append(above)
+        return None if is_created else outcome
 
     def _after_lost_response(
         self, client: httpx.Client, job: UploadJob, digest: Digest, lost: Deferred
@@ -359,10 +418,16 @@ def _reset_body(request: httpx.Request) -> None:
         body.begin()
 
 
+def _is_mismatch(outcome: Outcome) -> bool:
+    return isinstance(outcome, Deferred) and outcome.reason is Reason.MISMATCH
+
+
 def _is_temporary(failed_query: Deferred) -> bool:
     """Return whether a query failed temporarily: the archive is not sent again before it succeeds."""
     is_server_error = failed_query.reason in (Reason.RATE_LIMITED, Reason.SERVER_ERROR)
-    return is_server_error and failed_query.http_status != _NOT_IMPLEMENTED
+    if failed_query.http_status == _NOT_IMPLEMENTED:
+        return False
+    return is_server_error or failed_query.http_status == _IN_PROGRESS
 
 
 def _outcome_of_error(error: Exception) -> Deferred:
