@@ -9,10 +9,10 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-from tests.scripted import Peer, Request, Script, http_response, receipt_for
+from tests.scripted import Peer, Request, Script, header_of, http_response, receipt_for
 
 CLIENT_ID = "backupd"
 CLIENT_SECRET = "s3cret/with+what=forms&escape"
@@ -108,6 +108,46 @@ def requires_sign_in(is_good: Callable[[Request], bool], *, delay: float = 0.0) 
             peer.send(receipt_for(request.archive) if is_signed_in else UNAUTHORIZED)
 
     return script
+
+
+class ScriptedProxy:
+    """A script for an HTTP proxy (RFC 9110 section 9.3.6); `tunnelled` holds the bytes that clients sent."""
+
+    def __init__(self, credentials: str = "", refusal: bytes = b"") -> None:
+        self.tunnelled = bytearray()
+        self.targets: list[str] = []
+        self.credentials: list[str | None] = []
+        self._expected = f"Basic {base64.b64encode(credentials.encode()).decode()}" if credentials else None
+        self._refusal = refusal
+
+    def __call__(self, peer: Peer) -> None:
+        head = peer.read_head()
+        self.credentials.append(header_of(head, "proxy-authorization"))
+        self.targets.append(head.split(b" ")[1].decode())
+        if self._refusal or self.credentials[-1] != self._expected:
+            peer.send(self._refusal or http_response(407, Proxy_Authenticate='Basic realm="proxy"'))
+            return
+        host, _, port = self.targets[-1].rpartition(":")
+        with socket.create_connection((host, int(port))) as target:
+            peer.send(http_response(200).replace(b"Content-Length: 0\r\n", b""))
+            back = threading.Thread(target=self._back, args=(target, peer))
+            back.start()
+            try:
+                while True:
+                    piece = peer._piece()
+                    self.tunnelled += piece
+                    target.sendall(piece)
+            finally:
+                with suppress(OSError):
+                    target.shutdown(socket.SHUT_RDWR)
+                back.join()
+
+    @staticmethod
+    def _back(target: socket.socket, peer: Peer) -> None:
+        with suppress(OSError):
+            while piece := target.recv(64 * 1024):
+                peer.send(piece)
+        peer.interrupt()
 
 
 @contextmanager

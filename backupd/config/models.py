@@ -42,6 +42,7 @@ from backupd.config.types import (
     ProxyUrl,
     Size,
     TlsPath,
+    TokenProxyUrl,
     TokenUrl,
     UrlTemplate,
     ValueSource,
@@ -106,6 +107,17 @@ class AuthConfig(TableModel):
     )
     scope: str = Field(default="", description="Scope to request for oauth2.")
     audience: str = Field(default="", description="Audience to request for oauth2.")
+    resource: str = Field(default="", description="Resource to request for oauth2 (RFC 8707).")
+    proxy: TokenProxyUrl = Field(
+        default="",
+        description='Proxy for the token endpoint, or "none"; that of the destination unless set.',
+    )
+    proxy_user: str = Field(default="", description="User name for that proxy.")
+    proxy_password_file: TlsPath | None = Field(
+        default=None,
+        description="File with the password for that proxy.",
+        examples=["/etc/backupd/login-proxy.password"],
+    )
     ca: TlsPath | None = Field(
         default=None,
         description="PEM file with the CAs to trust for the token endpoint; the system's CAs unless set.",

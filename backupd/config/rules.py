@@ -171,7 +171,12 @@ _AUTH_KEYS: Final = {
     "bearer": (frozenset({"token_file"}), frozenset[str]()),
     "oauth2": (
         frozenset({"token_url", "client_id", "client_secret_file"}),
-        frozenset({"secret_in", "scope", "audience", "ca", "cert", "key", "key_password_file"}),
+        frozenset(
+            {
+                *("secret_in", "scope", "audience", "resource", "ca", "cert", "key", "key_password_file"),
+                *("proxy", "proxy_user", "proxy_password_file"),
+            }
+        ),
     ),
 }
 """The keys that each authentication scheme requires, and those that it also accepts."""
@@ -187,7 +192,8 @@ def _auth_faults(auth: AuthConfig) -> Iterator[ConfigFault]:
         if key in needed | allowed | {"type"} or getattr(auth, key) == field.default:
             continue
         yield ConfigFault((key,), f'not used for type "{auth.type}"', (("type",),))
-    for key, companion in (("cert", "key"), ("key", "cert"), ("key_password_file", "key")):
+    companions = [("cert", "key"), ("key", "cert"), ("key_password_file", "key")]
+    for key, companion in (*companions, ("proxy_user", "proxy"), ("proxy_password_file", "proxy")):
         if getattr(auth, key) and not getattr(auth, companion):
             yield ConfigFault((key,), f'expected "{companion}" to be set too', ((companion,),))
 

@@ -477,6 +477,14 @@ def _proxy_url(value: str) -> str:
     return value
 
 
+NO_PROXY: Final = "none"
+"""The value of `auth.proxy` for a token endpoint that is reached without the destination's proxy."""
+
+
+def _token_proxy_url(value: str) -> str:
+    return value if value == NO_PROXY else _proxy_url(value)
+
+
 def _ip_address(value: str) -> str:
     if value:
         try:
@@ -534,6 +542,7 @@ HeaderText = Annotated[str, AfterValidator(_header_text)]
 DigestSource = Annotated[str, AfterValidator(_digest_source)]
 ValueSource = Annotated[str, AfterValidator(_value_source)]
 ProxyUrl = Annotated[str, AfterValidator(_proxy_url)]
+TokenProxyUrl = Annotated[str, AfterValidator(_token_proxy_url)]
 IpAddress = Annotated[str, AfterValidator(_ip_address)]
 HostName = Annotated[str, AfterValidator(_host_name)]
 ConnectTo = Annotated[str, AfterValidator(_connect_to)]

@@ -10,7 +10,7 @@ import ssl
 import threading
 import urllib.parse
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from backupd.upload.base import Abort, UploadJob
 from backupd.upload.http import transport
 from backupd.upload.http.limits import AttemptLimits
 from backupd.upload.http.stream import DIRECT, Stream, connect
-from tests.endpoints import a_full_listener
+from tests.endpoints import ScriptedProxy, a_full_listener
 from tests.pki import Pki
 from tests.scripted import (
     Peer,
@@ -89,52 +89,12 @@ def test_without_a_free_descriptor_the_connection_fails(
 # Proxies
 
 
-class Proxy:
-    """A script for an HTTP proxy (RFC 9110 section 9.3.6); `tunnelled` holds the bytes that clients sent."""
-
-    def __init__(self, credentials: str = "", refusal: bytes = b"") -> None:
-        self.tunnelled = bytearray()
-        self.targets: list[str] = []
-        self.credentials: list[str | None] = []
-        self._expected = f"Basic {base64.b64encode(credentials.encode()).decode()}" if credentials else None
-        self._refusal = refusal
-
-    def __call__(self, peer: Peer) -> None:
-        head = peer.read_head()
-        self.credentials.append(header_of(head, "proxy-authorization"))
-        self.targets.append(head.split(b" ")[1].decode())
-        if self._refusal or self.credentials[-1] != self._expected:
-            peer.send(self._refusal or http_response(407, Proxy_Authenticate='Basic realm="proxy"'))
-            return
-        host, _, port = self.targets[-1].rpartition(":")
-        with socket.create_connection((host, int(port))) as target:
-            peer.send(http_response(200).replace(b"Content-Length: 0\r\n", b""))
-            back = threading.Thread(target=self._back, args=(target, peer))
-            back.start()
-            try:
-                while True:
-                    piece = peer._piece()
-                    self.tunnelled += piece
-                    target.sendall(piece)
-            finally:
-                with suppress(OSError):
-                    target.shutdown(socket.SHUT_RDWR)
-                back.join()
-
-    @staticmethod
-    def _back(target: socket.socket, peer: Peer) -> None:
-        with suppress(OSError):
-            while piece := target.recv(64 * 1024):
-                peer.send(piece)
-        peer.interrupt()
-
-
 class TestProxy:
     @pytest.mark.parametrize("user", ["", "josé"])
     def test_tls_is_end_to_end_through_a_proxy(self, tmp_path: Path, pki: Pki, user: str) -> None:
         password = tmp_path / "password"
         password.write_text("p:w\n")
-        proxy = Proxy(f"{user}:p:w" if user else "")
+        proxy = ScriptedProxy(f"{user}:p:w" if user else "")
         keys = {"proxy_user": user, "proxy_password_file": password} if user else {}
         with (
             ScriptedServer(accept_all, server_context(pki)) as server,
@@ -159,7 +119,7 @@ class TestProxy:
     def test_http_1_1_is_used_through_a_proxy(self, tmp_path: Path, pki: Pki) -> None:
         context = server_context(pki)
         context.set_alpn_protocols(["h2", "http/1.1"])
-        with ScriptedServer(accept_all, context) as server, ScriptedServer(Proxy()) as proxy_at:
+        with ScriptedServer(accept_all, context) as server, ScriptedServer(ScriptedProxy()) as proxy_at:
             destination = a_destination(
                 server.url, pki, proxy=f"http://127.0.0.1:{proxy_at.port}", http2=True
             )
@@ -169,7 +129,7 @@ class TestProxy:
     def test_wrong_proxy_credentials_are_reported_and_never_logged(self, stage: Stage) -> None:
         password = stage.base / "password"
         password.write_text("wrong-password")
-        proxy = Proxy("me:right-password")
+        proxy = ScriptedProxy("me:right-password")
         with (
             ScriptedServer(accept_all, server_context(stage.pki)) as server,
             ScriptedServer(proxy) as proxy_at,
@@ -193,7 +153,7 @@ class TestProxy:
             assert base64.b64encode(f"me:{secret}".encode()).decode() not in daemon.text()
 
     def test_a_proxy_that_cannot_reach_the_endpoint_is_reported(self, tmp_path: Path, pki: Pki) -> None:
-        with ScriptedServer(Proxy(refusal=http_response(502))) as proxy_at:
+        with ScriptedServer(ScriptedProxy(refusal=http_response(502))) as proxy_at:
             destination = a_destination(
                 "https://vault.example.net/x", pki, proxy=f"http://127.0.0.1:{proxy_at.port}"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import os
 import socket
 import sqlite3
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +35,7 @@ from tests.endpoints import (
     CLIENT_SECRET,
     UNAUTHORIZED,
     Login,
+    ScriptedProxy,
     json_response,
     oauth_error,
     requires_sign_in,
@@ -419,7 +422,25 @@ class TestOAuth2:
             (json_response({"access_token": "a b"}), "that a header can't hold"),
             (json_response({"access_token": "a\r\nX: y"}), "that a header can't hold"),
             (json_response({"access_token": "x" * 70_000}), "exceeds 64 KiB"),
-            (json_response({"access_token": "x", "token_type": "mac"}), "is not a bearer token"),
+            (json_response({"access_token": "x", "token_type": "mac"}), "'mac', not Bearer"),
+            (json_response({"access_token": "x", "token_type": "DPoP"}), "'DPoP', not Bearer"),
+            (oauth_error("invalid_client", status=401), "or the secret is wrong"),
+            (http_response(400, b"error=invalid_scope&error_description=no"), "400: invalid_scope: no"),
+            (
+                http_response(403, b"<html><title>Blocked</title>by a <b>proxy</b></html>"),
+                "Blocked by a proxy",
+            ),
+            (json_response({"code": 5, "message": "no"}, 400), "the fields code, message"),
+            (json_response({"access_token": "x"}, 201), None),
+            (json_response({"access_token": "x", "token_type": "BearerToken"}), None),
+            (json_response({"access_token": "x", "token_type": "bearer "}), None),
+            (json_response({"access_token": "x", "token_type": None}), None),
+            (json_response({"access_token": "x", "token_type": ""}), None),
+            (http_response(200, b"access_token=x&token_type=bearer&expires_in=60"), None),
+            (
+                http_response(200, gzip.compress(b'{"access_token": "x"}'), Content_Encoding="gzip"),
+                None,
+            ),
             (json_response({"access_token": "x", "expires_in": 10**400}), None),
             (http_response(200, b'{"access_token": "x", "expires_in": NaN}'), None),
             (json_response({"access_token": "x", "expires_in": [1]}), None),
@@ -447,6 +468,62 @@ class TestOAuth2:
             assert outcome.reason is Reason.SIGN_IN
             assert error in outcome.error
             assert not server.peers  # without a token there is no connection to the endpoint
+
+    def test_retry_after_of_the_token_endpoint_is_honoured(
+        self, tmp_path: Path, pki: Pki, login_pki: Pki
+    ) -> None:
+        login = Login()
+        login.instead = http_response(429, b"", Retry_After="77")
+        with a_token_endpoint(login, login_pki) as tokens:
+            auth = grant(tokens, login_pki, tmp_path)
+            with a_sender(a_destination("https://127.0.0.1:9/", pki, auth=auth)) as sender:
+                outcome = sender.send(an_archive(tmp_path, b"content"))
+        assert isinstance(outcome, Deferred)
+        assert (outcome.reason, outcome.retry_after) == (Reason.SIGN_IN, timedelta(seconds=77))
+
+    def test_the_resource_is_requested(self, tmp_path: Path, pki: Pki, login_pki: Pki) -> None:
+        login = Login()
+        with (
+            a_token_endpoint(login, login_pki) as tokens,
+            ScriptedServer(requires_sign_in(login.is_good), server_context(pki)) as server,
+        ):
+            auth = grant(tokens, login_pki, tmp_path, resource="https://vault.example/")
+            with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
+                assert isinstance(sender.send(an_archive(tmp_path, b"content")), Delivered)
+        assert login.forms[0]["resource"] == "https://vault.example/"
+
+    @pytest.mark.parametrize("way", ["proxy of the destination", "none", "own proxy"])
+    def test_the_token_endpoint_has_its_own_proxy(
+        self, tmp_path: Path, pki: Pki, login_pki: Pki, way: str
+    ) -> None:
+        login, password = Login(), a_secret(tmp_path, "hidden", "proxy.password")
+        proxy, other = ScriptedProxy(), ScriptedProxy("backupd:hidden")
+        with (
+            a_token_endpoint(login, login_pki) as tokens,
+            ScriptedServer(requires_sign_in(login.is_good), server_context(pki)) as server,
+            ScriptedServer(proxy) as proxy_server,
+            ScriptedServer(other) as other_server,
+        ):
+            ways: dict[str, dict[str, Any]] = {
+                "proxy of the destination": {},
+                "none": {"proxy": "none"},
+                "own proxy": {
+                    "proxy": f"http://127.0.0.1:{other_server.port}",
+                    "proxy_user": "backupd",
+                    "proxy_password_file": password,
+                },
+            }
+            destination = a_destination(
+                server.url,
+                pki,
+                auth=grant(tokens, login_pki, tmp_path, **ways[way]),
+                proxy=f"http://127.0.0.1:{proxy_server.port}",
+            )
+            with a_sender(destination) as sender:
+                assert isinstance(sender.send(an_archive(tmp_path, b"content")), Delivered)
+            token_address = f"127.0.0.1:{tokens.port}"
+            assert (token_address in proxy.targets) == (way == "proxy of the destination")
+            assert (token_address in other.targets) == (way == "own proxy")
 
     def test_a_token_endpoint_that_is_down_is_reported(
         self, tmp_path: Path, pki: Pki, login_pki: Pki

@@ -10,18 +10,23 @@ import urllib.parse
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from backupd.core.backoff import parse_retry_after
 from backupd.core.policy import Reason
 from backupd.upload.http.limits import UNBOUNDED_WAIT, AttemptEndedError
 from backupd.upload.http.redact import SECRETS, quotable, read_secret
-from backupd.upload.http.response import reason_from_error
+from backupd.upload.http.response import plain_text, read_body, reason_from_error
 
 _MAX_RESPONSE_BYTES = 64 * 1024
 """Bytes of a token response; a header field could not hold a longer token."""
+
+_MAX_QUOTED_LENGTH = 300
+"""Characters of a response without JSON that an error quotes."""
 
 _REPLACE_BEFORE = 30.0
 """Seconds before a token expires at which it is replaced, or a tenth of its lifetime if that is less."""
@@ -33,7 +38,14 @@ AuthFlow = Generator[httpx.Request, httpx.Response, None]
 
 
 class SignInError(Exception):
-    """The token endpoint returned no token; the message gives the reason and contains no secret."""
+    """The token endpoint returned no token; the message gives the reason and contains no secret.
+
+    `retry_after` is the wait that the endpoint requests, if it does.
+    """
+
+    def __init__(self, message: str, retry_after: timedelta | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class BasicFile(httpx.Auth):
@@ -108,6 +120,7 @@ class Grant:
     client_secret_file: Path
     scope: str = ""
     audience: str = ""
+    resource: str = ""
     secret_in: str = "basic"  # noqa: S105 -- not a secret
 
 
@@ -130,7 +143,7 @@ class TokenSource:
         self._lock = threading.Lock()
         self._token: _Token | None = None
         self._fetches = 0
-        self._failure: str | None = None
+        self._failure: SignInError | None = None
         self.secrets: tuple[str, ...] = ()
         """The client secret of the last fetch."""
 
@@ -146,12 +159,12 @@ class TokenSource:
             if token is not None and token.value != refused and time.monotonic() < token.replace_at:
                 return token.value
             if self._failure is not None and self._fetches != fetches_before:
-                raise SignInError(self._failure)
+                raise SignInError(str(self._failure), self._failure.retry_after)
             self._token = self._failure = None
             try:
                 self._token = token = self._fetch()
             except SignInError as error:
-                self._failure = str(error)
+                self._failure = error
                 raise
             finally:
                 self._fetches += 1  # counted last: a thread that arrived during the fetch waited for it
@@ -160,10 +173,8 @@ class TokenSource:
     def _fetch(self) -> _Token:
         grant = self._grant
         form = {"grant_type": "client_credentials"}
-        if grant.scope:
-            form["scope"] = grant.scope
-        if grant.audience:
-            form["audience"] = grant.audience
+        optional = {"scope": grant.scope, "audience": grant.audience, "resource": grant.resource}
+        form |= {key: value for key, value in optional.items() if value}
         secret = read_secret(grant.client_secret_file)
         auth = httpx.Auth()
         if grant.secret_in == "post":  # noqa: S105
@@ -199,28 +210,27 @@ def _form_encoded(text: str) -> str:
 
 
 def _read_body(response: httpx.Response) -> bytes:
-    data = b""
-    for chunk in response.iter_raw():
-        data += chunk
-        if len(data) > _MAX_RESPONSE_BYTES:
-            raise SignInError("the response of the token endpoint exceeds 64 KiB")
+    data = read_body(response, _MAX_RESPONSE_BYTES + 1)
+    if len(data) > _MAX_RESPONSE_BYTES:
+        raise SignInError("the response of the token endpoint exceeds 64 KiB")
     return data
 
 
 def _parse_token(response: httpx.Response, body: bytes, requested_at: float) -> _Token:
     """Return the token in a response (RFC 6749 section 5.1); `requested_at` is monotonic."""
-    try:
-        fields: Any = json.loads(body)
-    except (ValueError, RecursionError):
-        fields = None
-    if response.status_code != 200 or not isinstance(fields, dict) or "access_token" not in fields:
-        description = quotable(_describe_error(fields), response.request, 1000)
-        raise SignInError(f"the token endpoint responded {response.status_code}{description}")
-    value, kind = fields["access_token"], fields.get("token_type", "bearer")
+    fields = _parse_fields(body)
+    if not response.is_success or fields is None or "access_token" not in fields:
+        description = quotable(_describe_error(fields, response, body), response.request, 1000)
+        retry_after = response.headers.get("Retry-After")
+        raise SignInError(
+            f"the token endpoint responded {response.status_code}{description}",
+            parse_retry_after(retry_after, datetime.now(UTC)) if retry_after else None,
+        )
+    value, kind = fields["access_token"], fields.get("token_type")
     if not isinstance(value, str) or not value or not all("!" <= char <= "~" for char in value):
         raise SignInError("the token endpoint returned a token with characters that a header can't hold")
-    if not isinstance(kind, str) or kind.lower() != "bearer":
-        raise SignInError("the token endpoint returned a token that is not a bearer token")
+    if kind and not (isinstance(kind, str) and kind.lower().startswith("bearer")):
+        raise SignInError(f"the token endpoint returned a token of the type {str(kind)[:50]!r}, not Bearer")
     try:
         lifetime = max(float(fields.get("expires_in", _DEFAULT_LIFETIME)), 0.0)
     except (TypeError, ValueError, OverflowError):
@@ -230,9 +240,35 @@ def _parse_token(response: httpx.Response, body: bytes, requested_at: float) -> 
     return _Token(value, requested_at + lifetime - min(_REPLACE_BEFORE, lifetime / 10))
 
 
-def _describe_error(fields: object) -> str:
-    """Return the error in a response (RFC 6749 section 5.2)."""
-    if not isinstance(fields, dict):
-        return " without JSON"
-    texts = [str(fields[key]) for key in ("error", "error_description") if key in fields]
-    return f": {': '.join(texts)}" if texts else ""
+def _parse_fields(body: bytes) -> dict[str, Any] | None:
+    """Return the fields of a response in JSON, or in the form encoding that some endpoints use."""
+    try:
+        fields: Any = json.loads(body)
+    except (ValueError, RecursionError):
+        form = dict(urllib.parse.parse_qsl(body.decode("ascii", "replace").strip()))
+        return form if form.keys() & {"access_token", "error"} else None
+    return fields if isinstance(fields, dict) else None
+
+
+_ERRORS = {
+    "invalid_client": "it does not know the client ID, or the secret is wrong or has expired",
+    "unauthorized_client": "this client may not use the client credentials grant",
+    "unsupported_grant_type": "it does not support the client credentials grant",
+    "invalid_scope": "it does not know the scope, or this client may not request it",
+    "invalid_target": "it does not know the audience or resource",
+    "invalid_request": "it needs another parameter, such as `scope` or `audience`, or another `secret_in`",
+    "temporarily_unavailable": "it is overloaded or in maintenance",
+}
+"""The meaning of error codes; source: RFC 6749 section 5.2 and RFC 8707 section 2."""
+
+
+def _describe_error(fields: dict[str, Any] | None, response: httpx.Response, body: bytes) -> str:
+    """Return the error in a response (RFC 6749 section 5.2), or the beginning of another response."""
+    if fields is None:
+        text = plain_text(response, body)[:_MAX_QUOTED_LENGTH]
+        return f" without JSON: {text}" if text else " without JSON"
+    texts = [str(fields[key]) for key in ("error", "error_description") if fields.get(key)]
+    if not texts:
+        return " without a token, with the fields " + ", ".join(sorted(map(str, fields))) if fields else ""
+    meaning = _ERRORS.get(texts[0])
+    return f": {': '.join(texts)}" + (f" ({meaning})" if meaning else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -23,6 +24,16 @@ _MAX_HEAD_BYTES = 100 * 1024
 _INTERIM = b"HTTP/1.1 1"
 """The beginning of an interim response."""
 
+_STATUS_LINE = b"HTTP/"
+"""The beginning of every response."""
+
+_END_OF_HEAD = re.compile(rb"\n\r?\n")
+_INTERIM_STATUS = re.compile(rb"HTTP/1\.[0-9] 1[0-9][0-9]")
+
+_FIELD_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_CONTROLS = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+"""Characters that no field value may contain (RFC 9110 section 5.5)."""
+
 _MAX_QUOTED_BYTES = 100
 """Bytes of an unexpected line that an error quotes."""
 
@@ -39,11 +50,17 @@ class Http1Connection(HttpConnection):
         self._stream = stream
         self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD_BYTES)
         self._early_response: h11.Response | None = None
+        self._head = b""
+        """The part of a response's head that was received, until it is complete."""
+        self._is_head_over = False
+        self._was_repaired = False
+        """Whether a response had lines that are no header fields: the connection is not used again."""
 
     def send(self, request: httpx.Request, target: bytes) -> ResponseHead:
         """See `HttpConnection.send`."""
         timeout = request.extensions["timeout"]
         self._stream.begin_request()
+        self._is_head_over = False
         with _httpx_errors():
             try:
                 self._send_request(request, target, timeout["write"])
@@ -66,7 +83,7 @@ class Http1Connection(HttpConnection):
             while self._h11.their_state is h11.SEND_BODY and self._h11.next_event() is not h11.NEED_DATA:
                 pass
             is_complete = self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE
-            if not is_complete or self._h11.trailing_data[0]:
+            if not is_complete or self._was_repaired or self._h11.trailing_data[0]:
                 return False
             self._h11.start_next_cycle()
             return True
@@ -134,7 +151,7 @@ class Http1Connection(HttpConnection):
             if isinstance(event, h11.Response):
                 self._early_response = event
                 raise EarlyResponseError
-        beginning = self._h11.trailing_data[0][: len(_INTERIM)]
+        beginning = (self._h11.trailing_data[0] or self._head)[: len(_INTERIM)]
         if not _INTERIM.startswith(beginning):
             raise EarlyResponseError
 
@@ -151,7 +168,39 @@ class Http1Connection(HttpConnection):
     def _received(self, data: bytes) -> None:
         if not data and self._h11.their_state is h11.SEND_RESPONSE:
             raise httpx.RemoteProtocolError(_DISCONNECTED)
-        self._h11.receive_data(data)
+        if self._is_head_over:
+            self._h11.receive_data(data)
+            return
+        self._head += data
+        while not self._is_head_over and (end := _END_OF_HEAD.search(self._head)):
+            head, self._head = self._head[: end.end()], self._head[end.end() :]
+            self._is_head_over = not _INTERIM_STATUS.match(head)
+            self._h11.receive_data(self._repaired(head))
+        is_http = self._head.startswith(_STATUS_LINE[: len(self._head)])
+        if self._is_head_over or not is_http or len(self._head) > _MAX_HEAD_BYTES:
+            self._is_head_over = True
+            if self._head:  # without data, h11 takes it for the end of the connection
+                self._h11.receive_data(self._head)
+            self._head = b""
+
+    def _repaired(self, head: bytes) -> bytes:
+        """Return a head without the lines that are no header fields, which h11 refuses, and clients ignore.
+
+        White space before a colon is removed, as RFC 9112 section 5.1 has proxies do it.
+        """
+        status_line, *lines = head.split(b"\n")
+        repaired, is_kept = [status_line], True
+        for line in lines:
+            name, colon, value = line.partition(b":")
+            token = name.rstrip(b" \t")
+            if not line.strip(b"\r"):  # the end
+                is_kept = True
+            elif line[:1] not in b" \t":  # else the value above goes on
+                is_kept = bool(colon and _FIELD_NAME.fullmatch(token) and not _CONTROLS.search(value[:-1]))
+            if is_kept:
+                repaired.append(line if token == name else token + colon + value)
+        self._was_repaired = self._was_repaired or repaired != [status_line, *lines]
+        return b"\n".join(repaired)
 
 
 @contextmanager

@@ -25,6 +25,9 @@ from backupd.upload.http.limits import AttemptEndedError
 from backupd.upload.http.redact import quotable
 from backupd.upload.http.stream import PIN_MISMATCH
 
+CONTENT_ENCODING = "backupd.content_encoding"
+"""Name of the response extension with the value of that header field, which the request does not ask for."""
+
 _MAX_BODY_BYTES = 64 * 1024
 """Bytes of a response body that are read."""
 
@@ -201,7 +204,7 @@ def _failure(response: httpx.Response, body: bytes) -> Deferred | Rejected:
 
 def _describe(response: httpx.Response, body: bytes) -> str:
     """Return status and reason phrase of a response, and the beginning of its body."""
-    text = _plain_text(response, body)[:_MAX_QUOTED_LENGTH]
+    text = plain_text(response, body)[:_MAX_QUOTED_LENGTH]
     line = f"{response.status_code} {quotable(response.reason_phrase, response.request, 100)}".strip()
     if 300 <= response.status_code < 400:
         location = quotable(response.headers.get("Location", "nowhere"), response.request, 200)
@@ -215,7 +218,7 @@ def _body_text(response: httpx.Response, body: bytes, max_length: int) -> str:
     return quotable(text, response.request, max_length)
 
 
-def _plain_text(response: httpx.Response, body: bytes) -> str:
+def plain_text(response: httpx.Response, body: bytes) -> str:
     """Return the text of a body for people: of HTML and XML what is between the tags, in one line."""
     text = _body_text(response, body, _MAX_HTML_BYTES).strip()
     if text.startswith("<"):
@@ -240,7 +243,7 @@ def read_body(response: httpx.Response, max_bytes: int = _MAX_BODY_BYTES) -> byt
         data += chunk
         if len(data) > max_bytes:
             break
-    for wbits in _FORMATS.get(response.headers.get("Content-Encoding", "").strip().lower(), ()):
+    for wbits in _FORMATS.get(response.extensions.get(CONTENT_ENCODING, "").strip().lower(), ()):
         try:
             return zlib.decompressobj(wbits).decompress(data, max_bytes)
         except zlib.error:  # many servers send "deflate" without the zlib format around it

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import httpx
 
 from backupd.upload.http.http1 import Http1Connection
-from backupd.upload.http.http_connection import HttpConnection, RequestRefusedError
+from backupd.upload.http.http_connection import HttpConnection, RequestRefusedError, ResponseHead
 from backupd.upload.http.limits import AttemptLimits
 from backupd.upload.http.redact import redact, secrets_of
+from backupd.upload.http.response import CONTENT_ENCODING
 from backupd.upload.http.stream import DIRECT, ConnectOptions, Stream, connect
 
 TLS = "backupd.tls"
@@ -110,14 +111,14 @@ class HttpTransport(httpx.BaseTransport):
                 raise
             return httpx.Response(
                 status_code=head.status,
-                # the request accepts no encoding: a body that is encoded anyway is not decoded, because a
-                # small body could become a large one
+                # httpx would decode an encoded body, of any size
                 headers=[(key, value) for key, value in head.headers if key.lower() != b"content-encoding"],
                 stream=_ResponseBody(self, opened.connection, request),
                 extensions={
                     "http_version": head.http_version,
                     "reason_phrase": head.reason,
                     TLS: opened.tls,
+                    CONTENT_ENCODING: _content_encoding(head),
                     IS_REUSED: not opened.is_new and head.http_version != b"HTTP/2",
                 },
             )
@@ -234,6 +235,12 @@ def _open_tunnel(stream: Stream, host: str, port: int, proxy: Proxy, request: ht
         raise httpx.ProxyError(f"no tunnel through the proxy: {error}") from error
     if not 200 <= head.status < 300:
         raise httpx.ProxyError(f"{head.status} {head.reason.decode('ascii', 'replace')}".strip())
+
+
+def _content_encoding(head: ResponseHead) -> str:
+    return ",".join(
+        v.decode("ascii", "replace") for key, v in head.headers if key.lower() == b"content-encoding"
+    )
 
 
 def _origin(url: httpx.URL) -> tuple[str, str, int]:

@@ -14,6 +14,7 @@ import httpx
 
 from backupd import __version__
 from backupd.config.models import AuthConfig, HttpDestinationConfig
+from backupd.config.types import NO_PROXY
 from backupd.core.errors import BackupdError
 from backupd.core.failure import failure
 from backupd.core.model import Deferred, Delivered, Digest, Outcome, Rejected, Superseded
@@ -141,7 +142,13 @@ def _make_auth(config: HttpDestinationConfig, abort: Abort) -> httpx.Auth | None
         return BearerFile(auth.token_file)
     if auth.type == "oauth2" and auth.client_secret_file:
         grant = Grant(
-            auth.token_url, auth.client_id, auth.client_secret_file, auth.scope, auth.audience, auth.secret_in
+            auth.token_url,
+            auth.client_id,
+            auth.client_secret_file,
+            auth.scope,
+            auth.audience,
+            auth.resource,
+            auth.secret_in,
         )
         return OAuth2(TokenSource(grant, lambda: _token_client(auth, config, abort)))
     return None
@@ -153,7 +160,7 @@ def _token_client(auth: AuthConfig, config: HttpDestinationConfig, abort: Abort)
     limits = AttemptLimits(abort, deadline=deadline)
     limits.start()
     return httpx.Client(
-        transport=HttpTransport(make_context(auth), limits, proxy=_proxy(config)),
+        transport=HttpTransport(make_context(auth), limits, proxy=_proxy(auth if auth.proxy else config)),
         timeout=timeouts(config),
         headers=HEADERS,
         trust_env=False,
@@ -161,8 +168,8 @@ def _token_client(auth: AuthConfig, config: HttpDestinationConfig, abort: Abort)
     )
 
 
-def _proxy(config: HttpDestinationConfig) -> Proxy | None:
-    if not config.proxy:
+def _proxy(config: HttpDestinationConfig | AuthConfig) -> Proxy | None:
+    if config.proxy in ("", NO_PROXY):
         return None
     split = urllib.parse.urlsplit(config.proxy)
     password = read_secret(config.proxy_password_file) if config.proxy_password_file else ""
@@ -435,7 +442,7 @@ def _outcome_of_error(error: Exception) -> Deferred:
         case AttemptEndedError():
             return Deferred(error.reason, error.error)
         case SignInError():
-            return Deferred(Reason.SIGN_IN, str(error))
+            return Deferred(Reason.SIGN_IN, str(error), retry_after=error.retry_after)
         case BackupdError():
             return Deferred(Reason.LOCAL_FILES, error.message)
         case httpx.TransportError():

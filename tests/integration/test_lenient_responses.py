@@ -1,0 +1,178 @@
+"""Responses with faults that other clients overlook: a receipt that can be read counts."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from pathlib import Path
+
+import pytest
+
+from backupd.core.model import Deferred, Delivered
+from backupd.core.policy import Reason
+from tests.pki import Pki
+from tests.scripted import Peer, ScriptedServer, server_context
+from tests.uploading import a_destination, a_sender, an_archive
+
+CONTENT = b"content"
+RECEIPT = json.dumps({"sha256": hashlib.sha256(CONTENT).hexdigest(), "note": "für"})
+
+
+@pytest.fixture
+def pki(tmp_path: Path) -> Pki:
+    return Pki(tmp_path / "pki")
+
+
+def response(*lines: bytes, body: bytes = RECEIPT.encode(), end: bytes = b"\r\n") -> bytes:
+    """Return a 201 with these header lines, and a Content-Length unless one of them has it."""
+    head = [b"HTTP/1.1 201 Created", *lines]
+    if not any(line.lower().startswith((b"content-length", b"transfer-encoding")) for line in lines):
+        head.append(b"Content-Length: %d" % len(body))
+    return end.join([*head, b"", b""]) + body
+
+
+LENGTH = b"%d" % len(RECEIPT.encode())
+
+FAULTY = [
+    response(b"Content-Length : " + LENGTH),
+    response(b"Content-Length\t:" + LENGTH),
+    response(b"X Powered By: PHP"),
+    response(b"X/Cache: HIT", b"Server: a"),
+    response(b"no colon at all"),
+    response(b": no name"),
+    response(b"(comment): x"),
+    response(b"X-Byte: a\x01b"),
+    response(b"X Folded: a", b" and more", b"Server: a"),
+    response("Größe: 5".encode()),
+    response(b"X Cache: HIT", end=b"\n"),
+]
+
+WELL_FORMED = [
+    response(b"Server: a", b"X-Empty:"),
+    response(b"X-Folded: a", b" and more"),
+    response(b"X-Latin: gr\xfc\xdfe"),
+    response(b"Server: a", end=b"\n"),
+    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + response(b"Server: a"),
+    response(b"Transfer-Encoding: chunked", body=b"%x\r\n%s\r\n0\r\n\r\n" % (int(LENGTH), RECEIPT.encode())),
+]
+
+
+@pytest.mark.parametrize("one_byte_each", [False, True], ids=["at once", "byte by byte"])
+@pytest.mark.parametrize("reply", FAULTY + WELL_FORMED)
+def test_a_receipt_below_a_faulty_head_counts_and_the_connection_is_closed(
+    tmp_path: Path, pki: Pki, reply: bytes, one_byte_each: bool
+) -> None:
+    def script(peer: Peer) -> None:
+        while True:
+            peer.read_request()
+            for piece in [bytes([byte]) for byte in reply] if one_byte_each else [reply]:
+                peer.send(piece)
+
+    with ScriptedServer(script, server_context(pki)) as server, a_sender(a_destination(server.url, pki)) as s:
+        outcomes = [s.send(an_archive(tmp_path, CONTENT)) for _ in range(2)]
+    assert [type(outcome) for outcome in outcomes] == [Delivered, Delivered], outcomes
+    assert len(server.peers) == (2 if reply in FAULTY else 1)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        response(b"Content-Length: 5", b"Content-Length: 6"),
+        response(b"Content-Length: five"),
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"HTTP/1.1 fine\r\n\r\n",
+        b"HTTP/1.1 201 Created\r\n" + b"X-Long: " + b"x" * 200_000,
+    ],
+)
+def test_a_head_that_leaves_the_length_or_the_status_open_voids_the_response(
+    tmp_path: Path, pki: Pki, reply: bytes
+) -> None:
+    def script(peer: Peer) -> None:
+        peer.read_request()
+        peer.send(reply)
+
+    with ScriptedServer(script, server_context(pki)) as server, a_sender(a_destination(server.url, pki)) as s:
+        outcome = s.send(an_archive(tmp_path, CONTENT))
+    assert isinstance(outcome, Deferred)
+    assert outcome.reason in (Reason.PROTOCOL, Reason.CONNECTION_LOST)
+
+
+def deflated(data: bytes, wbits: int) -> bytes:
+    compressor = zlib.compressobj(wbits=wbits)
+    return compressor.compress(data) + compressor.flush()
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        response(b"Content-Encoding: gzip", body=gzip.compress(RECEIPT.encode())),
+        response(b"Content-Encoding: X-GZIP", body=gzip.compress(RECEIPT.encode())),
+        response(b"Content-Encoding: deflate", body=deflated(RECEIPT.encode(), 15)),
+        response(b"Content-Encoding: deflate", body=deflated(RECEIPT.encode(), -15)),
+        response(b"Content-Encoding: identity"),
+        response(b"Content-Type: application/json; charset=utf-16", body=RECEIPT.encode("utf-16")),
+        response(b'Content-Type: application/json; charset="ISO-8859-1"', body=RECEIPT.encode("latin-1")),
+        response(b"Content-Type: text/plain; charset=windows-1252", body=RECEIPT.encode("cp1252")),
+        response(b"Content-Type: application/json; charset=punycode"),
+        response(body=b"\xef\xbb\xbf" + RECEIPT.encode()),
+    ],
+)
+def test_a_receipt_that_is_compressed_or_in_another_charset_is_read(
+    tmp_path: Path, pki: Pki, reply: bytes
+) -> None:
+    def script(peer: Peer) -> None:
+        peer.read_request()
+        peer.send(reply)
+
+    with ScriptedServer(script, server_context(pki)) as server, a_sender(a_destination(server.url, pki)) as s:
+        outcome = s.send(an_archive(tmp_path, CONTENT))
+    assert isinstance(outcome, Delivered), outcome
+
+
+@pytest.mark.parametrize("length", [1000, 50_000_000])
+def test_of_a_body_that_decompresses_to_a_large_one_only_the_beginning_is_kept(
+    tmp_path: Path, pki: Pki, length: int
+) -> None:
+    bomb = gzip.compress(b" " * length + RECEIPT.encode())
+
+    def script(peer: Peer) -> None:
+        peer.read_request()
+        peer.send(response(b"Content-Encoding: gzip", body=bomb))
+
+    with ScriptedServer(script, server_context(pki)) as server, a_sender(a_destination(server.url, pki)) as s:
+        outcome = s.send(an_archive(tmp_path, CONTENT))
+    assert isinstance(outcome, Delivered) == (length == 1000), outcome
+
+
+def test_an_html_response_is_quoted_by_its_text(tmp_path: Path, pki: Pki) -> None:
+    page = (
+        b"<!DOCTYPE html>\n<html><head><style>h1 { color: red }</style><title>Sign in &amp; wait</title>"
+        b"</head><body><!-- a comment --><h1>Maintenance</h1>\n<p>until&nbsp;noon</p></body></html>"
+    )
+
+    def script(peer: Peer) -> None:
+        peer.read_request()
+        peer.send(b"HTTP/1.1 503 Unavailable\r\nContent-Length: %d\r\n\r\n%s" % (len(page), page))
+
+    with ScriptedServer(script, server_context(pki)) as server, a_sender(a_destination(server.url, pki)) as s:
+        outcome = s.send(an_archive(tmp_path, CONTENT))
+    assert isinstance(outcome, Deferred)
+    assert outcome.error == "503 Unavailable: Sign in & wait Maintenance until noon"
+
+
+def test_a_secret_that_a_page_quotes_with_entities_is_redacted(tmp_path: Path, pki: Pki) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("a&b<c>d'secret")
+
+    def script(peer: Peer) -> None:
+        peer.read_request()
+        page = b"<html>key a&amp;b&lt;c&gt;d&#39;secret</html>"
+        peer.send(b"HTTP/1.1 403 Forbidden\r\nContent-Length: %d\r\n\r\n%s" % (len(page), page))
+
+    with ScriptedServer(script, server_context(pki)) as server:
+        with a_sender(a_destination(server.url, pki, header_files={"X-Key": str(secret)})) as sender:
+            outcome = sender.send(an_archive(tmp_path, CONTENT))
+    assert isinstance(outcome, Deferred)
+    assert outcome.error == "403 Forbidden: key ***"
