@@ -2,8 +2,9 @@
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final, Literal, get_args, get_origin
+from urllib.parse import unquote_plus
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -11,7 +12,7 @@ from pydantic.fields import FieldInfo
 from backupd.config.models import DESTINATION_MODELS, Config, DestinationConfig, models_of
 from backupd.config.paths import Table, subtables
 from backupd.config.toml import heading, setting
-from backupd.config.types import names_a_credential
+from backupd.config.types import may_hold_a_secret, names_a_credential
 
 HIDDEN: Final = "***"
 
@@ -24,10 +25,14 @@ def effective_toml(config: Config) -> str:
         name: destination.model_dump(mode="json", exclude_none=True)
         for name, destination in config.destination.items()
     }
+    hides: dict[str, Callable[[str, str], bool]] = {
+        "headers": _may_hold_a_secret,
+        "fields": lambda name, _: names_a_credential(name),
+    }
     for destination in data["destination"].values():
-        for key in ("headers", "fields"):
-            if key in destination:
-                destination[key] = {name: _hidden(name, value) for name, value in destination[key].items()}
+        for key, is_hidden in hides.items():
+            for name, value in destination.get(key, {}).items():
+                destination[key][name] = HIDDEN if is_hidden(name, value) else value
         auth = destination.get("auth", {})
         for table, key in ((destination, "url"), (destination, "query_url"), (auth, "token_url")):
             if key in table:
@@ -51,17 +56,19 @@ def json_schema() -> dict[str, Any]:
 
 # The effective configuration
 
-_QUERY_VALUE: Final = re.compile(r"(?<=[?&])(?P<name>[^=&]*)=[^&]*")
+_QUERY_VALUE: Final = re.compile(r"(?<=[?&])(?P<name>[^=&]*)=(?P<value>[^&]*)")
 
 
 def _without_credentials(url: str) -> str:
-    return _QUERY_VALUE.sub(
-        lambda found: f"{found['name']}={_hidden(found['name'], found.group().partition('=')[2])}", url
-    )
+    def hidden(found: re.Match[str]) -> str:
+        value = unquote_plus(found["value"])
+        return f"{found['name']}={HIDDEN if _may_hold_a_secret(found['name'], value) else found['value']}"
+
+    return _QUERY_VALUE.sub(hidden, url)
 
 
-def _hidden(name: str, value: str) -> str:
-    return HIDDEN if names_a_credential(name) else value
+def _may_hold_a_secret(name: str, template: str) -> bool:
+    return may_hold_a_secret(name, re.split(r"\{\w+\}", template))
 
 
 def _lines(config: BaseModel, data: Table, place: tuple[str, ...]) -> Iterator[str]:

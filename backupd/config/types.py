@@ -6,7 +6,7 @@ import os
 import posixpath
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -300,7 +300,20 @@ _RESERVED_HEADERS: Final = frozenset(
     {"content-length", "content-type", "host", "idempotency-key", "transfer-encoding"}
 )
 _CREDENTIAL_NAME: Final = re.compile(
-    r"auth|cookie|credential|key|passw|secret|signature|token", re.IGNORECASE
+    r"auth|cookie|credential|jwt|key|passw|secret|signature|token|(?:^|[-_])(?:code|pass|pwd|sid|sig)$",
+    re.IGNORECASE,
+)
+_HARMLESS_NAME: Final = re.compile(
+    r"(?:x-)?(?:"
+    r"accept|accept-.*|cache-control|content-.*|depth|from|if-.*|origin|overwrite|prefer|referer|user-agent"
+    r"|api-version|backup-.*|comp|date|device|dir|directory|drop|encoding|env|environment|file|file-?name"
+    r"|folder|format|host|hostname|kind|lang|method|mode|mtime|name|op|operation|path|project|repo|repository"
+    r"|restype|site|size|source|tag|tags|type|v|ver|version"
+    r")",
+    re.IGNORECASE,
+)
+_HARMLESS_TEXT: Final = re.compile(
+    r"[\W_]*|(?:true|false|yes|no|on|off)|\d{1,5}|\d{4}-\d{2}-\d{2}", re.IGNORECASE
 )
 _HOST: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 _HOST_OR_IP: Final = re.compile(r"[A-Za-z0-9:](?:[A-Za-z0-9.:-]{0,251}[A-Za-z0-9:])?")
@@ -310,6 +323,16 @@ _POINTER: Final = re.compile(r"(?:/(?:[^~/]|~[01])*)+")  # RFC 6901, section 3
 def names_a_credential(name: str) -> bool:
     """Return whether a header, field or query parameter with this name is likely to contain a secret."""
     return _CREDENTIAL_NAME.search(name) is not None
+
+
+def may_hold_a_secret(name: str, constants: Iterable[str]) -> bool:
+    """Return whether a header or query parameter may hold a secret, given its text between placeholders.
+
+    It does not if its name is a known one, or its text is punctuation, a small number, a date or a switch.
+    """
+    if names_a_credential(name):
+        return True
+    return not _HARMLESS_NAME.fullmatch(name) and not all(map(_HARMLESS_TEXT.fullmatch, constants))
 
 
 def _absolute(value: object, description: str) -> Path:

@@ -621,13 +621,17 @@ def test_prints_a_json_schema_that_editors_can_use(stage: Stage) -> None:
 @pytest.mark.long
 def test_the_effective_configuration_has_no_secrets_and_can_be_loaded(stage: Stage) -> None:
     stage.configure(
-        "https://127.0.0.1:9/upload?site=7&token=geheim1",
-        destination='headers = { Authorization = "Bearer geheim2", X-Site = "7" }',
+        "https://127.0.0.1:9/upload?site=7&token=geheim1&sv=2024-11-04&sig=geheim%2B3&file={name}",
+        destination="headers = { Authorization = 'Bearer geheim2', X-Site = '7', X-Pass = 'geheim4',"
+        " X-Unknown = 'geheim5', X-Backup-Source = 'backupd {host}', X-From = '{host}' }",
     )
     done = stage.backupd("config", "show")
     assert (done.returncode, done.stderr) == (0, "")
     assert "geheim" not in done.stdout
-    assert tomllib.loads(done.stdout)["destination"]["vault"]["headers"]["X-Site"] == "7"
+    vault = tomllib.loads(done.stdout)["destination"]["vault"]
+    assert vault["url"].endswith("/upload?site=7&token=***&sv=2024-11-04&sig=***&file={name}")
+    hidden = [name for name, value in vault["headers"].items() if value == "***"]
+    assert hidden == ["Authorization", "X-Pass", "X-Unknown"]
 
     again = stage.base / "again.toml"
     again.write_text(done.stdout)

@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote, unquote_to_bytes
 
 import pytest
 from cryptography.hazmat.primitives.serialization import (
@@ -665,6 +666,37 @@ def test_the_password_of_a_key_is_read_from_its_file(
         assert reason_of(outcome) is Reason.LOCAL_FILES
         assert str(secret if password is None else pki.client_key) in repr(outcome)
         assert "wrong" not in repr(outcome)
+
+
+@pytest.mark.parametrize(
+    ("keys", "secret"),
+    [
+        ({"headers": {"X-JWT": "geheim"}}, "geheim"),
+        ({"headers": {"X-Pass": "geheim-{name}"}}, "geheim-"),
+        ({"headers": {"X-Tenant": "geheim"}}, "geheim"),
+        *(
+            ({"query": f"file={{name}}&{name}=ge%2Bheim%3D"}, "ge+heim=")
+            for name in ("sig", "code", "pwd", "sid", "se", "apikey", "anything")
+        ),
+    ],
+)
+def test_configured_values_that_may_be_secrets_are_redacted(
+    tmp_path: Path, pki: Pki, keys: dict[str, Any], secret: str
+) -> None:
+    """The endpoint echoes the request's head, as it is and decoded."""
+
+    def script(peer: Peer) -> None:
+        head = peer.read_request().head
+        peer.send(http_response(503, head.replace(b"Bearer", b"") + unquote_to_bytes(head)))
+
+    with ScriptedServer(script, server_context(pki)) as server:
+        url = f"{server.url}?{keys.pop('query', '')}"
+        with a_sender(a_destination(url, pki, **keys)) as sender:
+            outcome = sender.send(an_archive(tmp_path, b"content"))
+    assert isinstance(outcome, Deferred)
+    assert "***" in outcome.error
+    assert secret not in outcome.error
+    assert quote(secret) not in outcome.error
 
 
 @pytest.mark.long

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 
+from backupd.config.types import may_hold_a_secret
 from backupd.core.backoff import parse_retry_after
 from backupd.core.policy import Reason
 from backupd.upload.http.limits import UNBOUNDED_WAIT, AttemptEndedError
@@ -145,7 +146,7 @@ class TokenSource:
         self._fetches = 0
         self._failure: SignInError | None = None
         self.secrets: tuple[str, ...] = ()
-        """The client secret of the last fetch."""
+        """The client secret of the last fetch, and the secrets in the URL of the token endpoint."""
 
     def token(self, refused: str | None = None) -> str:
         """Return a token, if possible not the one that the destination `refused`.
@@ -181,7 +182,8 @@ class TokenSource:
             form |= {"client_id": grant.client_id, "client_secret": secret}
         else:
             auth = httpx.BasicAuth(_form_encoded(grant.client_id), _form_encoded(secret))
-        self.secrets = (secret,)
+        query = urllib.parse.parse_qsl(urllib.parse.urlsplit(grant.token_url).query)
+        self.secrets = (secret, *(value for name, value in query if may_hold_a_secret(name, [value])))
         requested_at = time.monotonic()
         response, body = self._request(form, auth)
         return _parse_token(response, body, requested_at)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from backupd.config.models import HttpDestinationConfig
-from backupd.config.types import names_a_credential
+from backupd.config.types import may_hold_a_secret, names_a_credential
 from backupd.core.model import Digest
 from backupd.core.names import TextTemplate
 from backupd.core.verify import RFC_9530_NAMES
@@ -120,13 +120,16 @@ class RequestBuilder:
         return {SECRETS: (*self._secrets, *from_files), UNBOUNDED_WAIT: self._limits.unbounded_wait}
 
     def _secrets_in_templates(self) -> Iterator[str]:
-        """Yield the constant text of headers, fields and query parameters named like a credential."""
-        values = [(name, _with_gaps(text)) for name, text in (*self._headers.items(), *self._fields.items())]
+        """Yield the constant text of headers, fields and query parameters that may be a secret."""
+        for name, text in self._fields.items():
+            if names_a_credential(name):
+                yield from _with_gaps(text).split(_GAP)
+        values = [(name, _with_gaps(text)) for name, text in self._headers.items()]
         for url in (self._url, self._query_url):
             if url is not None:
                 values += urllib.parse.parse_qsl(urllib.parse.urlsplit(_with_gaps(url)).query)
         for name, value in values:
-            if names_a_credential(name):
+            if may_hold_a_secret(name, value.split(_GAP)):
                 yield from value.split(_GAP)
 
     def _framing(self, job: UploadJob, values: Mapping[str, str], digest: Digest | None) -> MultipartFraming:
