@@ -23,6 +23,7 @@ from backupd.core.drop_problem import DropState, ProblemCount
 from backupd.core.errors import BackupdError, UsageError
 from backupd.core.health import HealthFacts, HealthLevel, HealthLimits, plugin_line
 from backupd.core.names import as_text
+from backupd.core.policy import Reason
 from backupd.core.units import human_duration, human_size
 from backupd.ledger.factory import open_history
 from backupd.ledger.history import DestinationRecord, DropRecord, History
@@ -166,6 +167,7 @@ def health_facts(daemon_status: DaemonStatus, now: datetime) -> HealthFacts:
             for d in daemon_status.destinations
             if d.circuit not in (None, "working")
         },
+        {d.name for d in daemon_status.destinations if d.reason == Reason.LOCAL_FILES},
         {c.destination: c.days_left for c in daemon_status.certificates},
         [f"{d.device or 'all'} ({d.drop})" for d in daemon_status.overdue],
         daemon_status.problems,
@@ -176,7 +178,7 @@ def _certificates(config: Config, now: datetime) -> Iterator[CertificateStatus]:
     """Yield the readable client certificates; `backupd check` reports the others."""
     for name, destination in config.destination.items():
         files = destination.tls_files
-        end = earliest_expiry(files) if files else None
+        end = earliest_expiry(files, now) if files else None
         if files and files.cert is not None and end is not None:
             yield CertificateStatus(name, files.cert, days_left(end, now))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import binascii
 import os
+import re
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from itertools import combinations
@@ -54,6 +56,13 @@ class FilesReport:
         """Return the problems that prevent the daemon from starting with the configuration."""
         return tuple(problem for problem in self.problems if problem.fatal and problem.prevents_start)
 
+    def unusable(self, destination: str) -> tuple[FileProblem, ...]:
+        """Return the problems that prevent deliveries to a destination: of its CA, certificate or key."""
+        prefix = f"destination.{destination}."
+        return tuple(
+            problem for problem in self.problems if problem.fatal and problem.where.startswith(prefix)
+        )
+
 
 ExamineFiles = Callable[[], FilesReport]
 """Loads the configuration file again and examines the files that it names; raises ConfigError if it can't."""
@@ -61,7 +70,7 @@ ExamineFiles = Callable[[], FilesReport]
 
 def examine_files(config: Config, now: datetime) -> FilesReport:
     """Return the problems of the files and folders, and when the client certificates expire."""
-    expiries = {name: earliest_expiry(tls_files) for name, tls_files in _tls_files(config)}
+    expiries = {name: earliest_expiry(tls_files, now) for name, tls_files in _tls_files(config)}
     expires = {name: expiry for name, expiry in expiries.items() if expiry is not None}
     folders = _examine_drops(config)
     places = {name: each.place for name, each in folders.items()}
@@ -81,24 +90,27 @@ def _file_problems(config: Config, folders: Mapping[str, _DropFolders], now: dat
         *_overlapping_drops(folders),
         *(problem for folder in folders.values() for problem in folder.problems),
         *(
-            problem
+            replace(problem, prevents_start=False)  # only this destination has to wait for other files
             for name, tls_files in _tls_files(config)
             for problem in _tls_problems(name, tls_files, now)
         ),
     ]
 
 
-def earliest_expiry(destination: TlsFiles) -> datetime | None:
+def earliest_expiry(destination: TlsFiles, now: datetime) -> datetime | None:
     """Return when the first certificate in a destination's `cert` file expires: the client's or its chain's.
 
-    None if the destination has no `cert`, or the file can't be read.
+    One of the chain that has expired before `now` does not count, as servers do without it. None if the
+    destination has no `cert`, or the file can't be read.
     """
     if destination.cert is None:
         return None
     try:
-        return min(each.not_valid_after_utc for each in _certificates(_Named("cert", destination.cert)))
+        client, *chain = _certificates(_Named("cert", destination.cert))
     except _UnusableError:
         return None
+    ends = [each.not_valid_after_utc for each in chain]
+    return min([client.not_valid_after_utc, *(end for end in ends if end > now)])
 
 
 def days_left(end: datetime, now: datetime) -> int:
@@ -454,7 +466,12 @@ def _real_path(path: Path) -> Path:
 # Certificates and keys
 
 _EXPIRES_SOON: Final = timedelta(days=30)
-_CERTIFICATE_HEADER: Final = b"-----BEGIN CERTIFICATE-----"
+_PEM_CERTIFICATE: Final = re.compile(
+    rb"-----BEGIN ((?:TRUSTED |X509 )?CERTIFICATE)-----\s(.*?)-----END \1-----", re.DOTALL
+)
+_DER_HEAD: Final = 4
+_TWO_LENGTH_BYTES: Final = 0x82
+"""The second byte in DER of a value of 256 to 65,535 bytes, as each certificate is."""
 _CLIENT_PURPOSES: Final = frozenset(
     {ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}
 )
@@ -464,7 +481,7 @@ def _tls_problems(name: str, destination: TlsFiles, now: datetime) -> Iterator[F
     """Yield the problems of the certificates and the private key of the destination `name`."""
     if destination.ca:
         yield from _authority_problems(_Named(f"destination.{name}.ca", destination.ca), now)
-    client = None
+    client, chain = None, list[x509.Certificate]()
     if destination.cert:
         file = _Named(f"destination.{name}.cert", destination.cert)
         try:
@@ -472,10 +489,12 @@ def _tls_problems(name: str, destination: TlsFiles, now: datetime) -> Iterator[F
         except _UnusableError as unusable:
             yield unusable.problem
         else:
-            yield from _date_problems(file, [client, *chain], now)
+            yield from _date_problems(file, [client], now)
+            # servers need no certificate of the chain that they trust, such as that of a cross-signed root
+            yield from (replace(problem, fatal=False) for problem in _date_problems(file, chain, now))
             yield from _purpose_problems(file, client)
     if destination.key:
-        yield from _key_problems(name, destination, destination.key, client)
+        yield from _key_problems(name, destination, destination.key, [client, *chain] if client else [])
 
 
 def _authority_problems(file: _Named, now: datetime) -> Iterator[FileProblem]:
@@ -528,8 +547,9 @@ def _purpose_problems(file: _Named, client: x509.Certificate) -> Iterator[FilePr
 
 
 def _key_problems(
-    name: str, destination: TlsFiles, path: Path, client: x509.Certificate | None
+    name: str, destination: TlsFiles, path: Path, certificates: Sequence[x509.Certificate]
 ) -> Iterator[FileProblem]:
+    """Yield the problems of a private key; `certificates` are those of `cert`, the client's first."""
     key_file = _Named(f"destination.{name}.key", path)
     password_file = None
     if destination.key_password_file:
@@ -541,7 +561,14 @@ def _key_problems(
     except _UnusableError as unusable:
         yield unusable.problem
         return
-    if client and public_key != _public_bytes(client.public_key()):
+    keys = [_public_bytes(each.public_key()) for each in certificates]
+    if public_key in keys[1:] and public_key != keys[0]:
+        number = keys.index(public_key) + 1
+        yield key_file.problem(
+            f"is the key of certificate {number} in {destination.cert}, and has to be that of the first",
+            "put the client certificate first in that file, then the one that issued it, and so on",
+        )
+    elif keys and public_key != keys[0]:
         yield key_file.problem(
             f"is not the key of the certificate in {destination.cert}",
             "set cert and key to the two files of one pair",
@@ -569,8 +596,7 @@ def _private_key(key_file: _Named, password_file: _Named | None) -> PrivateKeyTy
                 f"does not have the password of {key_file.path}", "put the right password there"
             ) from None
         raise key_file.unusable(
-            "contains no private key in PEM",
-            'it must have a line that begins "-----BEGIN … PRIVATE KEY-----"',
+            "contains no private key in PEM", _conversion(key_file.path, content, "key")
         ) from None
 
 
@@ -585,17 +611,46 @@ def _password(file: _Named | None) -> bytes | None:
 
 
 def _certificates(file: _Named) -> list[x509.Certificate]:
-    """Return the certificates in a PEM file, at least one; raise _UnusableError if there is none."""
+    """Return the certificates in a PEM file, at least one; raise _UnusableError if there is none.
+
+    OpenSSL reads those with the labels TRUSTED CERTIFICATE and X509 CERTIFICATE as well; the former have its
+    trust settings appended.
+    """
     content = _content(file)
-    if _CERTIFICATE_HEADER not in content:
-        raise file.unusable(
-            "contains no certificate in PEM",
-            f"if it is in DER: openssl x509 -inform der -in {file.path} -out {file.path}.pem",
-        )
+    blocks = [found[2] for found in _PEM_CERTIFICATE.finditer(content)]
+    if not blocks and b"CERTIFICATE-----" not in content:
+        raise file.unusable("contains no certificate in PEM", _conversion(file.path, content, "cert"))
     try:
-        return x509.load_pem_x509_certificates(content)
+        found = [x509.load_der_x509_certificate(_first_value(binascii.a2b_base64(each))) for each in blocks]
     except ValueError:
-        raise file.unusable("contains a damaged certificate", "copy it again from its issuer") from None
+        found = []
+    if not found:
+        raise file.unusable("contains a damaged certificate", "copy it again from its issuer")
+    return found
+
+
+def _first_value(der: bytes) -> bytes:
+    """Return the first value in DER, without what follows; raise ValueError if it is cut."""
+    if len(der) < _DER_HEAD or der[1] != _TWO_LENGTH_BYTES:
+        return der
+    length = _DER_HEAD + int.from_bytes(der[2:_DER_HEAD], "big")
+    if len(der) < length:
+        raise ValueError("the value is cut")
+    return der[:length]
+
+
+def _conversion(path: Path, content: bytes, key: str) -> str:
+    """Return the command that makes the PEM file for `cert` or `key` from one in another format."""
+    if content.startswith(b"\x30") and b"\x02\x01\x03" in content[:8]:  # a SEQUENCE with the version 3
+        part = "-nokeys" if key == "cert" else "-nocerts -nodes"
+        return f"it is in PKCS#12: openssl pkcs12 -in {path} {part} -out {path}.{key}.pem"
+    if b"-----BEGIN PKCS7-----" in content:
+        return f"it is in PKCS#7: openssl pkcs7 -print_certs -in {path} -out {path}.pem"
+    if content.startswith(b"\x30"):
+        command = "x509" if key == "cert" else "pkey"
+        return f"if it is in DER: openssl {command} -inform der -in {path} -out {path}.pem"
+    kind = "CERTIFICATE" if key == "cert" else "… PRIVATE KEY"
+    return f'it must have a line that begins "-----BEGIN {kind}-----"'
 
 
 def _content(file: _Named) -> bytes:

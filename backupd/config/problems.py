@@ -35,7 +35,7 @@ class FileProblem:
     """A problem of a file or folder that the key `where` names; `hint` is the command or edit that fixes it.
 
     `fatal` is False for a warning. `prevents_start` is False for an error with which the daemon starts
-    nevertheless: a user with write access to one drop folder can cause it, and must not stop the other drops.
+    nevertheless: it concerns one drop or one destination, and must not stop the others.
     """
 
     where: str

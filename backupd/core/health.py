@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import IntEnum
@@ -28,7 +28,8 @@ class HealthFacts:
     """The state of a daemon and its queue.
 
     `pending_bytes` is the size of all `pending` archives, `oldest` the age of the oldest of them. `paused`
-    has the length of the pause of each paused destination, `days_left` the days until each destination's
+    has the length of the pause of each paused destination, `unusable` those with a CA, certificate or key
+    that cannot be used, `days_left` the days until each destination's
     client certificate expires, `overdue` the devices that should have sent an archive, and `problems` the
     files that will not be sent, or not moved, as things are.
     """
@@ -39,6 +40,7 @@ class HealthFacts:
     oldest: timedelta | None = None
     rejected: int = 0
     paused: Mapping[str, timedelta] = field(default_factory=dict)
+    unusable: Collection[str] = ()
     days_left: Mapping[str, int] = field(default_factory=dict)
     overdue: Sequence[str] = ()
     problems: Sequence[ProblemCount] = ()
@@ -75,7 +77,10 @@ def _problems(facts: HealthFacts, limits: HealthLimits) -> Iterator[tuple[Health
         yield HealthLevel.CRITICAL if facts.oldest >= limits.critical_age else HealthLevel.WARNING, text
     for name, length in facts.paused.items():
         text = f"{name} has been paused for {human_duration(length)}"
-        yield HealthLevel.CRITICAL if length >= limits.critical_age else HealthLevel.WARNING, text
+        if name in facts.unusable:
+            yield HealthLevel.CRITICAL, f"{text}: its CA, certificate or key cannot be used (`backupd check`)"
+        else:
+            yield HealthLevel.CRITICAL if length >= limits.critical_age else HealthLevel.WARNING, text
     if facts.rejected:
         yield HealthLevel.WARNING, f"{facts.rejected} rejected"
     for name, days in facts.days_left.items():

@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 
 from backupd.config.files import ExamineFiles, FilesReport, days_left
 from backupd.core.errors import BackupdError, ConfigError
+from backupd.core.model import Deferred
+from backupd.core.policy import Reason
 from backupd.daemon.runtime import Runtime
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
@@ -29,6 +31,7 @@ class Certificates:
         self._runtime = runtime
         self._log = log
         self._examine_files = examine_files
+        self._report = report
         self._expires = dict(report.expires)
         self._changing: set[str] = set()
         """Names of the destinations with files that changed since the last tick."""
@@ -47,8 +50,17 @@ class Certificates:
             self._apply_renewal(renewed)
 
     def update(self, report: FilesReport) -> None:
-        """Replace the expiry dates by those of a new report."""
-        self._expires = dict(report.expires)
+        """Replace the expiry dates by those of a new report, and pause destinations with unusable files."""
+        self._report, self._expires = report, dict(report.expires)
+        self.pause_unusable()
+
+    def pause_unusable(self) -> None:
+        """Pause each destination with files that cannot be used; each heartbeat tries them again."""
+        for name, running in self._runtime.destinations.items():
+            if problems := self._report.unusable(name):
+                error = "; ".join(problem.message for problem in problems)
+                running.circuit.record_outcome(Deferred(Reason.LOCAL_FILES, error))
+                self._refused.add(name)
 
     def days_left(self) -> Mapping[str, int]:
         """Return the whole days until the client certificate of each destination expires."""
@@ -96,12 +108,11 @@ class Certificates:
         except ConfigError:
             report = None  # the configuration is being edited; the certificates may be valid nevertheless
         for name in sorted(names):
-            prefix = f"destination.{name}."
-            fatal = [p for p in report.fatal if p.where.startswith(prefix)] if report else []
+            running, unusable = self._runtime.destinations[name], report.unusable(name) if report else ()
             try:
-                if fatal:
-                    raise ConfigError("; ".join(p.message for p in fatal), fatal[0].hint)
-                self._runtime.destinations[name].endpoint.reload_files()
+                if unusable:
+                    raise ConfigError("; ".join(p.message for p in unusable), unusable[0].hint)
+                running.endpoint.reload_files()
             except BackupdError as error:
                 self._log.emit(
                     events.CERTIFICATE_REFUSED, destination=name, error=error.message, hint=error.hint
@@ -109,6 +120,7 @@ class Certificates:
                 self._refused.add(name)
                 continue
             self._refused.discard(name)
+            running.circuit.files_renewed()
             if report and name in report.expires:
                 self._expires[name] = report.expires[name]
             self._log.emit(events.CERTIFICATE_RENEWED, destination=name, days_left=self.days_left().get(name))

@@ -127,6 +127,7 @@ class Daemon:
         with self._housekeeping.logged_failures():
             pending_dispositions = runtime.ledger.count_pending_dispositions()
         self._threads.start(runtime.recorder.run, self._abandon, runtime.recorder.watchdog)
+        self._certificates.pause_unusable()
         self._start_threads(runtime.drops, runtime.destinations)
         self._wait_for_first_scans(runtime.drops, self._started + _FIRST_SCAN_TIMEOUT)
         self._threads.start(runtime.retention.run, runtime.retention.stop, runtime.retention.watchdog)

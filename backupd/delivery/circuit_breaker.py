@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from backupd.core.backoff import Backoff
@@ -12,7 +13,7 @@ from backupd.core.circuit import Circuit, CircuitState
 from backupd.core.errors import LedgerError
 from backupd.core.model import Deferred, Delivery, Outcome, Superseded
 from backupd.core.outcome_review import OutcomeReview
-from backupd.core.policy import Action, rule_of
+from backupd.core.policy import Action, Reason, rule_of
 from backupd.ledger.port import Ledger
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
@@ -117,6 +118,23 @@ class CircuitBreaker:
             self._notifier.notify()
             self._log_change(before, after, outcome, now)
             self.save(outcome.error if isinstance(outcome, Deferred) else None)
+
+    def files_renewed(self) -> None:
+        """End a pause because of unusable files, as they can be used now; try again at once after others."""
+        with self._lock:
+            before = self._circuit
+            if before.state is not CircuitState.PAUSED:
+                return
+            now = datetime.now(UTC)
+            if before.reason is Reason.LOCAL_FILES:
+                self._circuit = before.record_success()
+            else:
+                self._circuit = replace(before, until=now)
+        self._notifier.notify()
+        if self._circuit.state is CircuitState.WORKING and not self._retired:
+            down_for = now - (before.since or now)
+            self._log.emit(events.DESTINATION_RESUMED, destination=self._destination, down_for_s=down_for)
+        self.save()
 
     def shift_earlier(self, by: timedelta) -> None:
         """Move the end of a pause by as much as the clock was set back."""

@@ -281,7 +281,7 @@ CERTIFICATE_REFUSED = _event(
     "certificate.refused",
     "error",
     "destination error hint",
-    "the new certificate files of {destination} were refused, the previous ones stay in use: {error}",
+    "the certificate files of {destination} cannot be used, and earlier ones stay in use: {error}",
     "new certificate files cannot be used; the last good ones stay in use",
 )
 CERTIFICATE_EXPIRING = _event(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from backupd.cli.options import BAD_CONFIG
+from backupd.receiver.serve import RunningReceiver
 from tests.pki import Pki, in_days
 from tests.stage import TIMEOUT, Stage
 
@@ -248,7 +249,7 @@ def _state_in_a_file(stage: Stage) -> None:
     stage.state.write_text("a file")
 
 
-BROKEN: list[tuple[Callable[[Stage], None], str, str]] = [
+UNUSABLE: list[tuple[Callable[[Stage], None], str, str]] = [
     (_no_key, "destination.vault.key", "does not exist"),
     (_no_cert, "destination.vault.cert", "does not exist"),
     (_no_ca, "destination.vault.ca", "does not exist"),
@@ -260,23 +261,54 @@ BROKEN: list[tuple[Callable[[Stage], None], str, str]] = [
     (_rubbish_as_ca, "destination.vault.ca", "contains no certificate in PEM"),
     (_expired, "destination.vault.cert", "which expired on 2001-01-01"),
     (_not_yet, "destination.vault.cert", "not valid before"),
-    (_state_in_a_file, "state_dir", "is not a folder"),
 ]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("break_it", "key", "words"), BROKEN)
-def test_the_daemon_does_not_start_with_an_unusable_file_or_folder(
-    stage: Stage, break_it: Callable[[Stage], None], key: str, words: str
+@pytest.mark.parametrize(("break_it", "key", "words"), UNUSABLE)
+def test_a_destination_with_an_unusable_file_is_paused_and_the_others_are_served(
+    stage: Stage, receiver: RunningReceiver, break_it: Callable[[Stage], None], key: str, words: str
 ) -> None:
-    stage.configure(UNREACHABLE_URL)
+    intact = shutil.copytree(stage.pki.folder, stage.base / "intact")
+    annex = stage.annex(receiver.url).replace(str(stage.pki.folder), str(intact))
+    stage.configure(receiver.url, top='heartbeat_every = "1s"', more=annex)
     break_it(stage)
+    checked = stage.backupd("check", "--offline")
+    assert checked.returncode == BAD_CONFIG
+    assert f"failed: {key}: {stage.base}" in checked.stdout
+
+    daemon = stage.daemon().ready()
+    (paused,) = daemon.wait_for("destination.paused", destination="vault", reason="local_files_unusable")
+    assert str(stage.pki.folder) in paused["error"]
+    assert words in paused["error"]
+    status = stage.backupd("status", "--check")
+    assert status.returncode == 2
+    assert "vault" in status.stdout
+    stage.put("sw.cfg", b"content")
+    daemon.wait_for("delivery.verified", destination="annex")
+    assert {event["destination"] for event in daemon.events("delivery.verified")} == {"annex"}
+
+    for path in stage.pki.folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.copytree(intact, stage.pki.folder, dirs_exist_ok=True)
+    daemon.wait_for("destination.resumed", destination="vault")
+    daemon.wait_for("archive.disposed", archive="sw.cfg")
+    assert stage.backupd("status", "--check").returncode == 0
+    assert daemon.stop() == 0
+
+
+@pytest.mark.long
+def test_the_daemon_does_not_start_with_an_unusable_state_folder(stage: Stage) -> None:
+    stage.configure(UNREACHABLE_URL)
+    _state_in_a_file(stage)
     done = stage.backupd("run")
 
-    assert_refused(done, f"{stage.config} can't be run:", f"\n{key}: {stage.base}", words, "\n  hint: ")
+    assert_refused(
+        done, f"{stage.config} can't be run:", f"\nstate_dir: {stage.base}", "is not a folder", "\n  hint: "
+    )
     checked = stage.backupd("check", "--offline")
     assert checked.returncode == 78
-    assert f"failed: {key}: {stage.base}" in checked.stdout
+    assert f"failed: state_dir: {stage.base}" in checked.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Checks of the files and folders that a configuration names."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -16,12 +17,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.serialization.pkcs12 import serialize_key_and_certificates
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from backupd.config.files import days_left, earliest_expiry, examine_files, file_problems, mount_entries
 from backupd.config.models import Config, DropConfig, HttpDestinationConfig
 from backupd.config.problems import FileProblem
+from backupd.upload.http.tls import make_context
 from tests.privileges import IS_ROOT
+from tests.programs import require
 
 NOW = datetime(2030, 6, 1, 12, tzinfo=UTC)
 NOBODY = 65534
@@ -451,10 +455,57 @@ class TestCertificates:
         assert "which expires on 2030-07-01, in 30 days" in a_warning(config)
         assert file_problems(config, NOW - timedelta(seconds=1)) == []
 
-    def test_an_expired_certificate_in_the_chain_is_an_error(self, tls: Tls) -> None:
+    def test_an_expired_certificate_in_the_chain_is_a_warning(self, tls: Tls) -> None:
+        """As that of a root which an expired one has signed, and which servers trust by itself."""
         old = tls.certificate_bytes("middle", end=timedelta(hours=-1))
         cert = tls.write("chain.pem", tls.cert_file.read_bytes() + old)
-        assert "contains CN=middle, which expired on" in an_error(tls.config(cert=cert))
+        assert "contains CN=middle, which expired on" in a_warning(tls.config(cert=cert))
+        assert examine_files(tls.config(cert=cert), NOW).expires == {"v": NOW + timedelta(days=365)}
+
+    def test_a_client_certificate_below_that_of_its_issuer_is_an_error(self, tls: Tls) -> None:
+        authority = trustme.CA()
+        issued = authority.issue_cert("client.example.net")
+        order = authority.cert_pem.bytes() + issued.cert_chain_pems[0].bytes()
+        config = tls.config(
+            cert=tls.write("order.pem", order), key=tls.write("issued.key", issued.private_key_pem.bytes())
+        )
+        (problem,) = file_problems(config, datetime.now(UTC))
+        assert "is the key of certificate 2 in" in problem.message
+        assert "put the client certificate first" in problem.hint
+
+    @pytest.mark.parametrize("label", [b"X509 CERTIFICATE", b"TRUSTED CERTIFICATE"])
+    def test_the_older_labels_of_certificates_are_read(self, tls: Tls, label: bytes) -> None:
+        path, end = tls.folder / "labelled.pem", NOW + timedelta(days=365)
+        if label == b"TRUSTED CERTIFICATE":
+            require("openssl")
+            trust = ["-trustout", "-setalias", "vault", "-addtrust", "clientAuth"]
+            subprocess.run(["openssl", "x509", "-in", tls.cert_file, *trust, "-out", path], check=True)
+        else:
+            path.write_bytes(tls.cert_file.read_bytes().replace(b"CERTIFICATE", label))
+        assert label in path.read_bytes()
+        config = tls.config(cert=path, ca=path)
+        assert file_problems(config, NOW) == []
+        assert examine_files(config, NOW).expires == {"v": end}
+        files = config.destination["v"].tls_files
+        assert files is not None
+        make_context(files)
+
+    @pytest.mark.parametrize(
+        ("key", "command"),
+        [("cert", "openssl pkcs12 -in {} -nokeys -out {}.cert.pem"), ("key", "-nocerts -nodes -out")],
+    )
+    def test_a_file_in_pkcs12_has_a_hint_that_converts_it(self, tls: Tls, key: str, command: str) -> None:
+        encryption = serialization.BestAvailableEncryption(b"secret")
+        certificate = x509.load_pem_x509_certificate(tls.cert_file.read_bytes())
+        path = tls.write(
+            "c.p12", serialize_key_and_certificates(b"c", tls.key, certificate, None, encryption)
+        )
+        (problem,) = file_problems(tls.config(**{key: path}), NOW)
+        assert command.format(path, path) in problem.hint
+        if key == "cert":
+            command = f"{problem.hint.partition(': ')[2]} -passin pass:secret"
+            subprocess.run(shlex.split(command), check=True)
+            assert file_problems(tls.config(cert=Path(f"{path}.cert.pem")), NOW) == []
 
     def test_a_certificate_for_servers_only_is_a_warning(self, tls: Tls) -> None:
         cert = tls.certificate("server", purpose=ExtendedKeyUsageOID.SERVER_AUTH)
@@ -505,7 +556,7 @@ class TestCertificates:
         middle = tls.certificate_bytes("middle", end=timedelta(days=90))
         chain = tls.write("chain.pem", tls.cert_file.read_bytes() + middle)
         destination = HttpDestinationConfig(url="https://vault/", cert=chain, key=tls.key_file)
-        assert earliest_expiry(destination) == NOW + timedelta(days=90)
+        assert earliest_expiry(destination, NOW) == NOW + timedelta(days=90)
         assert examine_files(tls.config(cert=chain), NOW).expires == {"v": NOW + timedelta(days=90)}
 
     def test_an_unreadable_certificate_has_no_expiry(self, tls: Tls) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -31,10 +32,12 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 
+from backupd.config.models import HttpDestinationConfig
 from backupd.core.model import Deferred, Delivered, Outcome
 from backupd.core.policy import Reason
 from backupd.receiver.serve import RunningReceiver
 from tests.pki import KeyPair, Pki
+from tests.programs import require
 from tests.scripted import Peer, ScriptedServer, accept_all, server_context
 from tests.stage import TIMEOUT, Stage
 from tests.uploading import MIB, a_destination, a_sender, an_archive
@@ -142,6 +145,40 @@ def test_both_host_names_and_addresses_are_verified(tmp_path: Path, pki: Pki) ->
 
     assert isinstance(by_name, Delivered)
     assert failed(by_address).reason is Reason.TLS
+
+
+@pytest.mark.parametrize("trusted", ["root", "issuer", "the certificate itself", "another root"])
+def test_ca_may_be_any_certificate_of_the_chain_as_with_curl(tmp_path: Path, trusted: str) -> None:
+    root, other = trustme.CA(), trustme.CA()
+    issuer = root.create_child_ca()
+    issued = issuer.issue_cert("localhost", "127.0.0.1")
+    pair = KeyPair(tmp_path / "server.pem", tmp_path / "server.key")
+    pair.cert.write_bytes(b"".join(each.bytes() for each in issued.cert_chain_pems))
+    issued.private_key_pem.write_to_path(pair.key)
+    ca = tmp_path / "ca.pem"
+    ca.write_bytes(
+        {
+            "root": root.cert_pem.bytes(),
+            "issuer": issuer.cert_pem.bytes(),
+            "the certificate itself": issued.cert_chain_pems[0].bytes(),
+            "another root": other.cert_pem.bytes(),
+        }[trusted]
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair.cert, pair.key)
+    destination = HttpDestinationConfig(url="https://localhost/", ca=ca)
+    with ScriptedServer(accept_all, context) as server:
+        destination = destination.model_copy(update={"url": server.url})
+        with a_sender(destination) as sender:
+            outcome = sender.send(an_archive(tmp_path, b"content"))
+        curl = subprocess.run(
+            [require("curl"), "--silent", "--cacert", ca, "-F", f"file=@{tmp_path}/a.tar.gz", server.url],
+            capture_output=True,
+            check=False,
+            timeout=TIMEOUT,
+        )
+    assert isinstance(outcome, Delivered) == (trusted != "another root")
+    assert (curl.returncode == 0) == (trusted != "another root")
 
 
 def test_a_server_of_tls_1_1_is_refused(tmp_path: Path, pki: Pki) -> None:
@@ -279,18 +316,6 @@ def test_a_refused_certificate_leads_to_exponential_backoff(stage: Stage, foreig
     assert len(attempts) <= len(pauses) + 2  # the second worker before the circuit opened, and the end
     assert connections <= len(attempts) + 1
     assert len(stage.archives(stage.drop)) == 10
-
-
-def test_an_expired_certificate_is_reported_before_the_daemon_runs(stage: Stage) -> None:
-    expired = stage.pki.issue_expired_client("client")
-    assert expired.cert == stage.pki.client_cert
-    stage.configure("https://127.0.0.1:1/v1/upload")
-
-    ended = stage.backupd("run")
-
-    assert ended.returncode == 78
-    assert "destination.vault.cert" in ended.stderr
-    assert "expired" in ended.stderr
 
 
 def encrypt(key: Path, password: bytes) -> None:

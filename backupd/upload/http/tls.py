@@ -83,6 +83,8 @@ def _load_authorities(context: ssl.SSLContext, ca: Path | None) -> None:
     if ca is None:
         context.load_default_certs(ssl.Purpose.SERVER_AUTH)
         return
+    # `ca` may be the authority that issued the server's certificate, or that certificate, and not the root
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     try:
         context.load_verify_locations(cafile=ca)
     except (OSError, ssl.SSLError) as error:
