@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -11,6 +12,7 @@ import h11
 import httpx
 
 from backupd.upload.http.http_connection import (
+    EXPECT_CONTINUE,
     EarlyResponseError,
     HttpConnection,
     RequestRefusedError,
@@ -39,6 +41,12 @@ _MAX_QUOTED_BYTES = 100
 
 _DISCONNECTED = "disconnected without a response"
 
+_CONTINUE = 100
+"""Status with which a server asks for the body (RFC 9110 section 10.1.1)."""
+
+_MAX_WAIT_FOR_CONTINUE = 1.0
+"""Seconds to wait for that: many servers do not support it. curl waits for as long."""
+
 _WAIT_FOR_RESPONSE = 0.2
 """Seconds to wait for the response or TLS alert that explains why the server closed the connection."""
 
@@ -53,6 +61,7 @@ class Http1Connection(HttpConnection):
         self._head = b""
         """The part of a response's head that was received, until it is complete."""
         self._is_head_over = False
+        self._is_new = True
         self._was_repaired = False
         """Whether a response had lines that are no header fields: the connection is not used again."""
 
@@ -101,14 +110,40 @@ class Http1Connection(HttpConnection):
 
     def _send_request(self, request: httpx.Request, target: bytes, timeout: float | None) -> None:
         assert isinstance(request.stream, httpx.SyncByteStream)  # noqa: S101 -- the client is not async
-        head = h11.Request(method=request.method, target=target, headers=request.headers.raw)
+        headers = request.headers.raw
+        asks_first = self._is_new and request.extensions.get(EXPECT_CONTINUE, False)
+        self._is_new = False
+        if asks_first:
+            headers = [*headers, (b"Expect", b"100-continue")]
+        head = h11.Request(method=request.method, target=target, headers=headers)
         pieces = self._h11.send_with_data_passthrough(head) or []
+        if asks_first:
+            self._write(pieces, timeout)
+            self._wait_for_continue()
+            pieces = []
         for chunk in request.stream:  # the head and the first bytes of the body are sent together
             pieces += self._h11.send_with_data_passthrough(h11.Data(data=chunk)) or ()
             self._write(pieces, timeout)
             pieces = []
         pieces += self._h11.send_with_data_passthrough(h11.EndOfMessage()) or ()
         self._write(pieces, timeout)
+
+    def _wait_for_continue(self) -> None:
+        """Wait until the server asks for the body, for a while; raise EarlyResponseError if it responds."""
+        until = time.monotonic() + _MAX_WAIT_FOR_CONTINUE
+        while (left := until - time.monotonic()) > 0:
+            try:
+                self._received(self._stream.receive(left))
+            except httpx.ReadTimeout:
+                return
+            is_asked = False
+            while (event := self._h11.next_event()) is not h11.NEED_DATA:
+                if isinstance(event, h11.Response):
+                    self._early_response = event
+                    raise EarlyResponseError
+                is_asked = is_asked or getattr(event, "status_code", None) == _CONTINUE
+            if is_asked:
+                return
 
     def _write(self, pieces: list[bytes], timeout: float | None) -> None:
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)

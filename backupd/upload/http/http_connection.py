@@ -7,6 +7,9 @@ from typing import NamedTuple, Protocol
 
 import httpx
 
+EXPECT_CONTINUE = "backupd.expect_continue"
+"""Name of the request extension that tells whether to send `Expect: 100-continue` over a new connection."""
+
 
 class ResponseHead(NamedTuple):
     """The head of a response: status, reason phrase, version such as `HTTP/1.1`, and header fields."""

@@ -75,6 +75,7 @@ def make_context(files: TlsFiles, *, http2: bool = False, tls_min: str = "1.2") 
     context.set_alpn_protocols(["h2", "http/1.1"] if http2 else ["http/1.1"])
     _load_authorities(context, files.ca)
     if files.cert is not None and files.key is not None:
+        context.post_handshake_auth = True  # some servers ask for the certificate once they know the path
         _load_certificate(context, files.cert, files.key, files.key_password_file)
     return context
 

@@ -12,7 +12,12 @@ from dataclasses import dataclass
 import httpx
 
 from backupd.upload.http.http1 import Http1Connection
-from backupd.upload.http.http_connection import HttpConnection, RequestRefusedError, ResponseHead
+from backupd.upload.http.http_connection import (
+    EXPECT_CONTINUE,
+    HttpConnection,
+    RequestRefusedError,
+    ResponseHead,
+)
 from backupd.upload.http.limits import AttemptLimits
 from backupd.upload.http.redact import redact, secrets_of
 from backupd.upload.http.response import CONTENT_ENCODING
@@ -33,6 +38,9 @@ _MAX_IDLE = 30.0
 
 _MAX_AGE = 300.0
 """Seconds after which a connection is not used again, so that changes of the name service take effect."""
+
+_EXPECTATION_FAILED = 417
+"""Status of a server that does not support `Expect: 100-continue`."""
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -109,6 +117,10 @@ class HttpTransport(httpx.BaseTransport):
                 if isinstance(error, RequestRefusedError) and not opened.is_new:
                     continue
                 raise
+            if head.status == _EXPECTATION_FAILED and request.extensions.get(EXPECT_CONTINUE):
+                self.close()
+                request.extensions[EXPECT_CONTINUE] = False
+                continue
             return httpx.Response(
                 status_code=head.status,
                 # httpx would decode an encoded body, of any size

@@ -29,6 +29,7 @@ from backupd.upload.base import (
 )
 from backupd.upload.http.auth import BasicFile, BearerFile, Grant, OAuth2, SignInError, TokenSource
 from backupd.upload.http.body import UploadBody
+from backupd.upload.http.http_connection import EXPECT_CONTINUE
 from backupd.upload.http.limits import AttemptEndedError, AttemptLimits, BandwidthLimit
 from backupd.upload.http.redact import read_secret
 from backupd.upload.http.request import BODY_HEADERS, RequestBuilder
@@ -180,6 +181,11 @@ _MAY_BE_STORED = frozenset({408, 499, 500, 502, 503, 504, *range(520, 525)})
 """Statuses after which the archive may be stored: those of a gateway that got no response from the server
 behind it, among them Cloudflare's, and those of a server that failed at some point of its work."""
 
+_TOO_LARGE = 413
+
+_MAX_BUFFERED_BYTES = 32 * 1024
+"""Bytes of a body that each server keeps while it asks for a certificate: Apache 128 KiB, IIS 48."""
+
 _FOLDER_MAY_BE_MISSING = (404, 409, 500)
 """Statuses with which WebDAV servers respond if the folder above is missing: Go's, most, and nginx."""
 
@@ -223,6 +229,8 @@ class HttpUploader(Uploader):
         self._client: httpx.Client | None = None
         self._reloads = 0
         self._reload_first = False
+        self._asks_first = False
+        """Whether the destination takes a large body only after `Expect: 100-continue`."""
         self._builder = RequestBuilder(self._config, self._limits)
         self._evaluator = ResponseEvaluator(self._config.receipt)
 
@@ -300,12 +308,21 @@ class HttpUploader(Uploader):
         """Send an archive; if the response rejects it but may be a stray one, send it again to be certain."""
         outcome, is_certain = self._send_once(client, job)
         if not is_certain and (isinstance(outcome, Rejected) or _is_mismatch(outcome)):
-            self.close()
+            outcome = self._send_over_new_connection(job)
+        if not self._asks_first and self._config.cert and _status_of(outcome) == _TOO_LARGE:
+            # it may ask for the client certificate once it knows the path, and buffer only a small body
+            self._asks_first = True
+            outcome = self._send_over_new_connection(job)
+            self._asks_first = _status_of(outcome) != _TOO_LARGE
+        if self._config.create_folders and _status_of(outcome) in _FOLDER_MAY_BE_MISSING:
             client = self._open_client()
-            outcome, _ = self._send_once(client, job)
-        if self._config.create_folders and getattr(outcome, "http_status", None) in _FOLDER_MAY_BE_MISSING:
             outcome = self._create_folder(client, job, outcome) or self._send_once(client, job)[0]
         return outcome
+
+    def _send_over_new_connection(self, job: UploadJob) -> Outcome:
+        self.close()
+        self._limits.start(job.on_alive, job.on_idle)
+        return self._send_once(self._open_client(), job)[0]
 
     def _send_once(self, client: httpx.Client, job: UploadJob) -> tuple[Outcome, bool]:
         """Send an archive; return the outcome, and whether the response certainly is that to this request."""
@@ -316,7 +333,11 @@ class HttpUploader(Uploader):
             _parse_url(prepared.url),
             content=body,
             headers=prepared.headers,
-            extensions={**self._builder.extensions(prepared.headers), _BODY: body},
+            extensions={
+                **self._builder.extensions(prepared.headers),
+                _BODY: body,
+                EXPECT_CONTINUE: self._asks_first and body.size > _MAX_BUFFERED_BYTES,
+            },
         )
         try:
             response = client.send(request, stream=True)
@@ -423,6 +444,10 @@ def _reset_body(request: httpx.Request) -> None:
     body = request.extensions.get(_BODY)
     if body is not None:
         body.begin()
+
+
+def _status_of(outcome: Outcome) -> int | None:
+    return outcome.http_status if isinstance(outcome, Deferred | Rejected) else None
 
 
 def _is_mismatch(outcome: Outcome) -> bool:
