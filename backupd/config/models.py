@@ -407,6 +407,10 @@ class HttpDestinationConfig(DestinationConfig):
     server_name: HostName = Field(
         default="", description="Host name for SNI and certificate verification instead of the one in url."
     )
+    connection_max_age: PositiveDuration = Field(
+        default=timedelta(minutes=5),
+        description="Age from which on a connection is not used again, so that a changed name is followed.",
+    )
     pin_sha256: tuple[Pin, ...] = Field(
         default=(),
         description="SHA-256 pins of public keys; the destination's certificate must have one of these keys.",

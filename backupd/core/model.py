@@ -237,9 +237,13 @@ Outcome = Delivered | Deferred | Rejected | Superseded
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One upload attempt of a delivery, and its outcome."""
+    """One upload attempt of a delivery, and its outcome.
+
+    `address` is that of the destination or its proxy, empty if unknown; the ledger does not keep it.
+    """
 
     started_at: datetime
     duration: timedelta
     sent_bytes: int
     outcome: Outcome
+    address: str = ""

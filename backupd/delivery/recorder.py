@@ -306,6 +306,7 @@ class Recorder:
                     digest=digest,
                     attempt=delivery.attempts + len(result.attempts),
                     http_status=receipt.http_status,
+                    address=last.address or None,
                     verified=verified,
                     duration_s=seconds,
                     bytes_per_s=round(size / seconds) if seconds > 0 else None,

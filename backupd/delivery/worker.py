@@ -152,28 +152,29 @@ class Worker:
     def _upload(self, delivery: Delivery) -> Attempt:
         self.watchdog.alive()
         started_at, started = datetime.now(UTC), time.monotonic()
-        outcome, sent_bytes = self._open_and_upload(delivery)
+        outcome, sent_bytes, address = self._open_and_upload(delivery)
         duration = timedelta(seconds=time.monotonic() - started)
-        return Attempt(started_at, duration, sent_bytes, outcome)
+        return Attempt(started_at, duration, sent_bytes, outcome, address)
 
-    def _open_and_upload(self, delivery: Delivery) -> tuple[Outcome, int]:
+    def _open_and_upload(self, delivery: Delivery) -> tuple[Outcome, int, str]:
+        """Return the outcome, the bytes of the archive that were sent, and the address they were sent to."""
         archive = delivery.archive
         deferred = partial(Deferred, unconfirmed_digest=delivery.unconfirmed_digest)
         drop = self._queue.drops.get(archive.drop)
         if drop is None:
             self._queue.log_removed_drop(archive.drop)
             error = f"the drop {archive.drop} is no longer configured"
-            return deferred(Reason.UNREADABLE, error, retry_after=_REMOVED_DROP_RETRY_AFTER), 0
+            return deferred(Reason.UNREADABLE, error, retry_after=_REMOVED_DROP_RETRY_AFTER), 0, ""
         try:
             fd = drop.folder.open(archive.relpath)
         except (FileNotFoundError, NotADirectoryError):
             if drop.folder.is_unmounted(archive.folder_id):
-                return deferred(Reason.UNREADABLE, _OTHER_FOLDER), 0
-            return _missing(delivery, drop, "the file is gone"), 0
+                return deferred(Reason.UNREADABLE, _OTHER_FOLDER), 0, ""
+            return _missing(delivery, drop, "the file is gone"), 0, ""
         except OSError as error:
             if _is_not_a_file(drop, archive.relpath):
-                return _missing(delivery, drop, "its path is no longer a regular file"), 0
-            return deferred(Reason.UNREADABLE, error.strerror or str(error)), 0
+                return _missing(delivery, drop, "its path is no longer a regular file"), 0, ""
+            return deferred(Reason.UNREADABLE, error.strerror or str(error)), 0, ""
         try:
             job = UploadJob(
                 delivery.id,
@@ -191,10 +192,10 @@ class Worker:
             outcome = self._uploader.upload(job)
             if isinstance(outcome, Delivered):
                 outcome = replace(outcome, fingerprint=job.confirmed)
-            return _refine_outcome(outcome, fd, drop, delivery), job.sent_bytes
+            return _refine_outcome(outcome, fd, drop, delivery), job.sent_bytes, job.address
         except Exception as error:  # noqa: BLE001 -- a bug must cost neither the archive nor the worker
             self._queue.log.emit(events.DAEMON_FAILED, error=repr(error), exc_info=error)
-            return deferred(Reason.INTERNAL, repr(error)), 0
+            return deferred(Reason.INTERNAL, repr(error)), 0, ""
         finally:
             close_descriptor(fd)
 
@@ -223,6 +224,7 @@ class Worker:
             hint=rule_of(outcome.reason).hint,
             http_status=outcome.http_status,
             sent_bytes=attempt.sent_bytes,
+            address=attempt.address or None,
             duration_s=attempt.duration,
         )
 

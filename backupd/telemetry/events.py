@@ -81,6 +81,7 @@ KEYS: dict[str, Key] = {
         Key("duration_s", NUMBER, "duration in seconds"),
         Key("bytes_per_s", COUNT, "throughput in bytes per second"),
         Key("http_status", COUNT, "HTTP status of the response"),
+        Key("address", TEXT, "IP address and port of the destination or its proxy"),
         Key("verified", FLAG, 'whether a receipt was checked; false only with `receipt.digest = "none"`'),
         Key("reason", TEXT, "the cause, one word of a fixed list"),
         Key("error", TEXT, "the cause in words"),
@@ -495,14 +496,15 @@ RETENTION_SKIPPED = _event(
 ATTEMPT_FAILED = _event(
     "attempt.failed",
     "warning",
-    "drop archive destination delivery_id attempt reason error hint http_status sent_bytes duration_s",
+    "drop archive destination delivery_id attempt reason error hint http_status sent_bytes address"
+    " duration_s",
     "attempt {attempt} to upload {archive} to {destination} failed: {error}",
     "an attempt to upload an archive failed",
 )
 DELIVERY_VERIFIED = _event(
     "delivery.verified",
     "info",
-    "drop archive size_bytes digest destination delivery_id attempt http_status verified duration_s"
+    "drop archive size_bytes digest destination delivery_id attempt http_status address verified duration_s"
     " bytes_per_s",
     "{destination} confirmed {archive}[ after {duration_s}]",
     "the destination's receipt matches the bytes that were sent",

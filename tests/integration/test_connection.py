@@ -8,9 +8,10 @@ import hashlib
 import socket
 import ssl
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from backupd.core.model import Deferred, Delivered, Outcome
 from backupd.core.policy import Reason
 from backupd.upload.base import Abort, UploadJob
 from backupd.upload.http import transport
-from backupd.upload.http.limits import AttemptLimits
+from backupd.upload.http.dialing import Address, _alternating
+from backupd.upload.http.limits import AttemptEndedError, AttemptLimits
 from backupd.upload.http.stream import DIRECT, Stream, connect
 from tests.endpoints import ScriptedProxy, a_full_listener
 from tests.pki import Pki
@@ -73,6 +75,90 @@ def test_an_address_of_an_unsupported_family_is_skipped(
 
     assert isinstance(accepted, Delivered)
     assert failed(refused) == (Reason.CONNECT, f"Connection refused (127.0.0.1 port {server.port})")
+
+
+def resolve_to(monkeypatch: pytest.MonkeyPatch, *ports: int) -> None:
+    """Have every name resolve to these ports of the loopback address."""
+
+    def getaddrinfo(_host: str, _port: int, **_keys: Any) -> list[tuple[Any, ...]]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+def test_addresses_that_do_not_answer_are_passed_over_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        a_full_listener() as silent,
+        a_full_listener() as other,
+        ScriptedServer(accept_all) as server,
+        a_sender(a_destination(server.url, timeout={"connect": "1h"})) as sender,
+    ):
+        resolve_to(monkeypatch, silent, other, server.port)
+        assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
+        resolve_to(monkeypatch, server.port, silent)
+        with a_sender(a_destination(server.url)) as another:
+            assert isinstance(another.send(an_archive(tmp_path, CONTENT)), Delivered)
+    assert len(server.peers) == 2
+
+
+def test_an_address_that_refuses_costs_no_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ScriptedServer(accept_all) as server, a_sender(a_destination(server.url)) as sender:
+        resolve_to(monkeypatch, *[9] * 200, server.port)  # 50 s, were each given its head start
+        began = time.monotonic()
+        assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
+        assert time.monotonic() - began < 25
+
+
+def test_if_no_address_answers_the_connection_times_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        a_full_listener() as silent,
+        a_full_listener() as other,
+        a_sender(a_destination("http://127.0.0.1/", timeout={"connect": "0.5s"})) as sender,
+    ):
+        resolve_to(monkeypatch, silent, other)
+        outcome = sender.send(an_archive(tmp_path, CONTENT))
+    assert failed(outcome) == (Reason.CONNECT_TIMEOUT, f"no response from 127.0.0.1 port {silent}")
+
+
+def test_a_race_between_addresses_can_be_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
+    abort = Abort()
+    with a_full_listener() as silent, closing(abort):
+        resolve_to(monkeypatch, silent, silent)
+        threading.Timer(0.5, abort.set).start()
+        with pytest.raises(AttemptEndedError):
+            connect("vault.test", 443, None, AttemptLimits(abort), DIRECT)
+
+
+def test_families_of_addresses_alternate() -> None:
+    def address(family: int, number: int) -> Address:
+        return (family, 1, 6, "", number)
+
+    found = [address(socket.AF_INET6, n) for n in range(3)] + [
+        address(socket.AF_INET, n) for n in range(3, 5)
+    ]
+    assert [each[4] for each in _alternating(found)] == [0, 3, 1, 4, 2]
+
+
+def test_the_log_tells_to_which_address_an_archive_went(stage: Stage) -> None:
+    with ScriptedServer(accept_all, server_context(stage.pki)) as server:
+        stage.configure(server.url, destination=FAST_RETRY)
+        daemon = stage.daemon().ready()
+        stage.put("a.cfg", CONTENT)
+        (verified,) = daemon.wait_for("delivery.verified")
+        assert verified["address"] == f"127.0.0.1:{server.port}"
+        assert daemon.stop() == 0
+
+
+def test_a_connection_is_not_used_again_from_its_age_on(tmp_path: Path) -> None:
+    with ScriptedServer(accept_all) as server:
+        with a_sender(a_destination(server.url, connection_max_age="0.001s")) as sender:
+            for _ in range(3):
+                assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
+        assert len(server.peers) == 3
 
 
 def test_without_a_free_descriptor_the_connection_fails(
@@ -542,17 +628,6 @@ def test_a_server_that_sends_before_the_request_rejects_no_archive(
         "the destination sent b'HTTP/1.1 400 As Scripted' before the request",
     )
     assert server.received == 0
-
-
-def test_a_connection_is_replaced_after_its_maximum_age(
-    tmp_path: Path, pki: Pki, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with ScriptedServer(accept_all, server_context(pki)) as server:
-        with a_sender(a_destination(server.url, pki)) as sender:
-            for maximum, connections in ((300.0, 1), (300.0, 1), (0.0, 2), (300.0, 2)):
-                monkeypatch.setattr(transport, "_MAX_AGE", maximum)
-                assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
-                assert len(server.peers) == connections
 
 
 def test_a_silent_connection_is_kept_alive_from_45_seconds_on() -> None:

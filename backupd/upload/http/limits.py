@@ -65,6 +65,8 @@ class AttemptLimits:
         self._on_idle: Callable[[], None] = lambda: None
         self.server_certificate_expires: float | None = None
         """When the certificate of the last TLS handshake expires, in seconds since the epoch."""
+        self.address = ""
+        """The address and port of the last connection: of the destination, or of its proxy."""
 
     def start(
         self, on_alive: Callable[[], None] = lambda: None, on_idle: Callable[[], None] = lambda: None

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import base64
-import errno
 import hashlib
-import os
 import select
 import socket
 import ssl
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import httpx
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from backupd.upload.http.dialing import dial
 from backupd.upload.http.limits import AttemptLimits
 
 PIN_MISMATCH = "pin mismatch"
@@ -34,22 +32,6 @@ _MAX_RECEIVED_BYTES = 1024 * 1024
 
 _SENT_PER_RECEIVED = 8
 """Bytes of an upload that permit one more byte from the server, such as of WINDOW_UPDATE frames."""
-
-_MAX_UNSENT_BYTES = 512 * 1024
-"""Bytes in the socket's send buffer: enough for every network, and few after an early refusal."""
-
-_SOCKET_OPTIONS = (
-    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-    (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT_BYTES),
-    # firewalls forget a connection that is silent for some minutes, such as while a server stores an archive
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 45),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 8),
-)
-
-_LOCAL_ERRORS = (errno.EAFNOSUPPORT, errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EMFILE, errno.ENFILE)
-"""Errors of this host, such as that it has no IPv6 or no free descriptor."""
 
 _WANT_READ = (ssl.SSLWantReadError, BlockingIOError)
 _WANT_WRITE = (ssl.SSLWantWriteError,)
@@ -218,7 +200,7 @@ class Stream:
 def connect(
     host: str, port: int, timeout: float | None, limits: AttemptLimits, options: ConnectOptions
 ) -> Stream:
-    """Connect to the first address that accepts; `timeout` is for each address, in seconds.
+    """Connect to the first address of a host that accepts; `timeout` is for each address, in seconds.
 
     Raises ConnectError or ConnectTimeout.
     """
@@ -228,59 +210,18 @@ def connect(
             addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise httpx.ConnectError(str(error)) from error
-    failures: list[httpx.ConnectError | httpx.ConnectTimeout] = []
-    for family, kind, protocol, _, address in addresses:
-        try:
-            sock = socket.socket(family, kind, protocol)
-        except OSError as error:  # this host has no such addresses, or no free descriptor
-            failures.append(_connect_error(error))
-            continue
-        try:
-            _connect(sock, address, timeout, limits, options.local_address)
-        except OSError as error:
-            failures.append(_connect_error(error))
-        except httpx.ConnectTimeout as error:
-            failures.append(error)
-        except BaseException:
-            sock.close()
-            raise
-        else:
-            return Stream(sock, limits)
-        sock.close()
-    # a failure at another address explains more than that this host has no IPv6
-    raise min(failures, key=_is_local, default=httpx.ConnectError(f"no address for {host}"))
+    sock = dial(addresses, timeout, limits, options.local_address)
+    limits.address = _address_of(sock)
+    return Stream(sock, limits)
 
 
-def _connect(
-    sock: socket.socket, address: Any, timeout: float | None, limits: AttemptLimits, local_address: str
-) -> None:
-    sock.setblocking(False)
-    for option in _SOCKET_OPTIONS:
-        sock.setsockopt(*option)
-    if local_address:
-        try:
-            sock.bind((local_address, 0))
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror} (local_address {local_address})") from error
-    code = sock.connect_ex(address)
-    if code == errno.EINPROGRESS:
-        if not limits.wait(sock.fileno(), select.POLLOUT, timeout):
-            raise httpx.ConnectTimeout(f"no response from {address[0]} port {address[1]}")
-        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if code:
-        raise OSError(code, f"{os.strerror(code)} ({address[0]} port {address[1]})")
-
-
-def _connect_error(cause: OSError) -> httpx.ConnectError:
-    error = httpx.ConnectError(cause.strerror or str(cause))
-    error.__cause__ = cause
-    return error
-
-
-def _is_local(failure: Exception) -> bool:
-    """Return whether a failure to connect is caused by this host."""
-    cause = failure.__cause__
-    return isinstance(cause, OSError) and cause.errno in _LOCAL_ERRORS
+def _address_of(sock: socket.socket) -> str:
+    """Return the address and port that a socket is connected to; empty if it has been reset."""
+    try:
+        host, port = sock.getpeername()[:2]
+    except OSError:
+        return ""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _check_pins(sock: TlsSocket, pins: frozenset[str]) -> None:

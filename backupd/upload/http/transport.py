@@ -83,7 +83,8 @@ class _Open:
 class HttpTransport(httpx.BaseTransport):
     """An httpx transport that keeps to the limits of an attempt in every wait; for one thread.
 
-    With `is_kept` False, each request over HTTP/1.1 has its own connection.
+    With `is_kept` False, each request over HTTP/1.1 has its own connection. A connection that is `max_age`
+    seconds old is not used again.
     """
 
     def __init__(
@@ -94,8 +95,10 @@ class HttpTransport(httpx.BaseTransport):
         connect_options: ConnectOptions = DIRECT,
         proxy: Proxy | None = None,
         is_kept: bool = True,
+        max_age: float = _MAX_AGE,
     ) -> None:
         self._is_kept = is_kept
+        self._max_age = max_age
         self._context = context
         self._limits = limits
         self._connect_options = connect_options
@@ -170,7 +173,7 @@ class HttpTransport(httpx.BaseTransport):
             and (self._is_kept or not isinstance(opened.connection, Http1Connection))
             and opened.origin == _origin(url)
             and now < opened.used_at + _MAX_IDLE
-            and now < opened.opened_at + _MAX_AGE
+            and now < opened.opened_at + self._max_age
             and opened.connection.is_reusable()
         ):
             return opened

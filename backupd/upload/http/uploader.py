@@ -121,6 +121,7 @@ class HttpEndpoint(Endpoint):
             proxy=_proxy(self.config),
             # without a digest, nothing in a response shows that it is not that to an earlier request
             is_kept=self.config.has_digest_receipt,
+            max_age=self.config.connection_max_age.total_seconds(),
         )
 
 
@@ -286,6 +287,7 @@ class HttpUploader(Uploader):
             if self._limits.server_certificate_expires is not None:
                 expires = self._limits.server_certificate_expires
                 self._endpoint.tls_context.server_certificate_expires = expires
+            job.address = self._limits.address
 
     def _open_client(self) -> httpx.Client:
         """Return the open client, or a new one."""
