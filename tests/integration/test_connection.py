@@ -155,7 +155,7 @@ def test_the_log_tells_to_which_address_an_archive_went(stage: Stage) -> None:
 
 def test_a_connection_is_not_used_again_from_its_age_on(tmp_path: Path) -> None:
     with ScriptedServer(accept_all) as server:
-        with a_sender(a_destination(server.url, connection_max_age="0.001s")) as sender:
+        with a_sender(a_destination(server.url, connection_max_age="0.000001s")) as sender:
             for _ in range(3):
                 assert isinstance(sender.send(an_archive(tmp_path, CONTENT)), Delivered)
         assert len(server.peers) == 3

@@ -370,14 +370,14 @@ def test_no_password_is_prompted_for_on_the_terminal(stage: Stage, caller: str) 
         )
         command = [sys.executable, "-c", program, str(config)]
 
-    output = on_a_terminal(command)
+    output = on_a_terminal(command, b"is paused" if caller == "run" else b"")
 
     assert "is encrypted" in " ".join(output.split())
     assert "PEM pass phrase" not in output
 
 
-def on_a_terminal(command: list[str]) -> str:
-    """Run a command with a controlling terminal, and return its output there."""
+def on_a_terminal(command: list[str], last: bytes) -> str:
+    """Run a command with a controlling terminal, and return its output there, up to `last` if that is set."""
     master, slave = pty.openpty()
     output = b""
     with (
@@ -386,7 +386,7 @@ def on_a_terminal(command: list[str]) -> str:
     ):
         os.close(slave)
         try:
-            while select.select([terminal], [], [], TIMEOUT)[0]:
+            while not (last and last in output) and select.select([terminal], [], [], TIMEOUT)[0]:
                 output += os.read(master, 4096)
         except OSError:  # the command closed its side
             pass
