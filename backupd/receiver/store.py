@@ -118,8 +118,8 @@ class Store:
 
     def _prepare(self) -> None:
         """Create the folders, and remove the incomplete uploads that a crash left."""
-        self.archives.mkdir(exist_ok=True)
-        self._incoming.mkdir(exist_ok=True)
+        self.archives.mkdir(mode=0o700, exist_ok=True)
+        self._incoming.mkdir(mode=0o700, exist_ok=True)
         for leftover in self._incoming.iterdir():
             leftover.unlink(missing_ok=True)
 
@@ -196,6 +196,12 @@ def _open_locked(folder: Path) -> int:
 
 
 def _open_index(path: Path) -> sqlite3.Connection:
+    """Open the index, which other users cannot read: form fields may hold secrets."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        os.chmod(path, 0o600)  # an earlier version let others read it
+    except OSError as error:
+        raise ConfigError(f"{path}: the index can't be used: {error}") from error
     index = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
         index.execute("PRAGMA journal_mode = WAL")

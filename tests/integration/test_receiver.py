@@ -168,6 +168,9 @@ def test_stores_an_archive_and_responds_with_its_receipt(
     assert archive.name == response.json()["id"]
     assert archive.read_bytes() == b"an archive"
     assert stat.S_IMODE(archive.stat().st_mode) == 0o600
+    store = archive.parent.parent
+    modes = {path.is_dir(): stat.S_IMODE(path.stat().st_mode) for path in store.iterdir()}
+    assert modes == {True: 0o700, False: 0o600}  # the form fields are in the index
     assert not incomplete_uploads(receiver)
 
 
