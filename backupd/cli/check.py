@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from backupd.cli.options import BAD_CONFIG, DEFAULT_CONFIG, UNAVAILABLE, AsJson, ConfigPath
 from backupd.cli.output import print_json
+from backupd.cli.push import PushResult, push_file
 from backupd.config.files import file_problems
 from backupd.config.load import load
 from backupd.config.models import Config, DestinationConfig
 from backupd.config.problems import FileProblem
 from backupd.config.time_limit import ANSWER_TIMEOUT, call_all
-from backupd.core.errors import LedgerError
+from backupd.core.errors import LedgerError, UsageError
 from backupd.core.names import as_text, printable
 from backupd.core.units import human_duration
 from backupd.dropfolder.drop import Drop
@@ -48,27 +52,50 @@ _MIN_WALK_TIME = 0.5
 def check(
     config: ConfigPath = DEFAULT_CONFIG,
     offline: Annotated[bool, typer.Option("--offline", help="Do not connect to the destinations.")] = False,
+    send: Annotated[
+        bool, typer.Option("--send", help="Deliver a small test archive to every destination.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check the configuration, folders, keys and certificates, and the connection to every destination.
 
-    Connecting includes the TLS handshake and the sign-in. Nothing is uploaded. Exits with 78 if the daemon
-    can't run with the configuration, 69 if a destination would not accept an archive now.
+    Connecting includes the TLS handshake and the sign-in. Nothing is uploaded without --send. Exits with 78
+    if the daemon can't run with the configuration, 69 if a destination would not accept an archive now.
     """
+    if offline and send:
+        raise UsageError("--offline and --send contradict each other", "leave one of them out")
     loaded, until = load(config), time.monotonic() + ANSWER_TIMEOUT
     problems = file_problems(loaded, datetime.now(UTC))
     problems += _drop_folder_problems(loaded, max(until, time.monotonic() + _MIN_WALK_TIME))
     probes = [] if offline else probe_all(loaded.destination)
+    sent = {probe.destination: _send_test_archive(loaded, probe) for probe in probes} if send else {}
     if as_json:
-        print_json({"problems": problems, "destinations": [_as_dict(probe) for probe in probes]})
+        print_json(
+            {
+                "problems": problems,
+                "destinations": [_as_dict(probe) for probe in probes],
+                **({"sent": [result for result in sent.values() if result]} if send else {}),
+            }
+        )
     else:
         _print_problems(problems)
         for probe in probes:
-            _print_probe(probe, loaded.destination[probe.destination])
+            _print_probe(probe, loaded.destination[probe.destination], sent.get(probe.destination))
     if any(problem.fatal for problem in problems):
         raise typer.Exit(BAD_CONFIG)
-    if any(probe.reason for probe in probes):
+    if any(probe.reason for probe in probes) or any(r and r.outcome != "delivered" for r in sent.values()):
         raise typer.Exit(UNAVAILABLE)
+
+
+def _send_test_archive(config: Config, probe: ProbeResult) -> PushResult | None:
+    """Deliver a small archive as the daemon would, unless the probe shows already that it is no use."""
+    if probe.reason is not None:
+        return None
+    now, host = datetime.now(UTC), socket.gethostname()
+    with tempfile.TemporaryDirectory(prefix="backupd-") as folder:
+        file = Path(folder) / f"backupd-check-{now:%Y%m%dT%H%M%SZ}.txt"
+        file.write_text(f"A test archive of `backupd check --send` on {host} at {now.isoformat()}.\n")
+        return push_file(file, probe.destination, config)
 
 
 def _drop_folder_problems(config: Config, until: float) -> list[FileProblem]:
@@ -113,19 +140,38 @@ def _print_problems(problems: list[FileProblem]) -> None:
         typer.echo("ok: configuration, folders, keys and certificates")
 
 
-def _print_probe(probe: ProbeResult, destination: DestinationConfig) -> None:
+def _print_probe(probe: ProbeResult, destination: DestinationConfig, sent: PushResult | None) -> None:
     where = f"destination.{probe.destination}: {destination.address}"
-    if probe.reason is None:
-        tls = f"{probe.tls or 'no TLS'}, " if probe.http_version else ""
-        typer.echo(f"ok: {where}: {tls}{probe.detail}, in {probe.took_s:.2f} s")
+    tls = f"{probe.tls or 'no TLS'}, " if probe.http_version else ""
+    if probe.reason is None and probe.is_proven:
+        typer.echo(f"ok: {where}: {tls}{printable(probe.detail)}, in {probe.took_s:.2f} s")
+    elif probe.reason is None:
+        typer.echo(f"connected: {where}: {tls}{printable(probe.detail)}, in {probe.took_s:.2f} s")
+        if sent is None:
+            typer.echo("  an upload could not be tried without sending; `backupd check --send` does")
+            typer.echo(f"  hint: {probe.hint}" if probe.hint else "", nl=bool(probe.hint))
     else:
         typer.echo(f"failed: {where}: {printable(probe.detail)} ({probe.reason})")
         typer.echo(f"  hint: {probe.hint}")
+    if sent is not None:
+        _print_sent(sent)
     for name, value in _facts(probe):
         line = f"  {name:{_NAME_WIDTH}}{printable(value)}"
         typer.echo(line if len(line) <= _MAX_WIDTH else f"{line[: _MAX_WIDTH - 1]}…")
     if probe.clock_is_off:
         typer.echo("  hint: set the clock that is wrong; certificates and tokens depend on it")
+
+
+def _print_sent(sent: PushResult) -> None:
+    if sent.outcome != "delivered":
+        typer.echo(f"  failed: {sent.file} was not stored: {printable(sent.error or '')} ({sent.reason})")
+        if sent.hint:
+            typer.echo(f"  hint: {sent.hint}")
+        return
+    proof = "and its receipt matches" if sent.verified else "and states no digest"
+    typer.echo(f"  ok: {sent.file} was sent: the destination responded {sent.http_status}, {proof}")
+    if sent.response:
+        typer.echo(f"  {'response':{_NAME_WIDTH}}{printable(sent.response)}"[:_MAX_WIDTH])
 
 
 def _facts(probe: ProbeResult) -> Iterator[tuple[str, str]]:

@@ -42,7 +42,11 @@ from backupd.upload.registry import make_uploader
 
 @dataclass(frozen=True, slots=True)
 class PushResult:
-    """The result of pushing a file to a destination; `outcome` is an outcome's class name in lower case."""
+    """The result of pushing a file to a destination; `outcome` is an outcome's class name in lower case.
+
+    `verified` is whether a receipt was checked, and `response` the beginning of the response of a destination
+    that has the file.
+    """
 
     file: str
     destination: str
@@ -52,6 +56,8 @@ class PushResult:
     error: str | None
     hint: str | None
     http_status: int | None
+    verified: bool = False
+    response: str = ""
 
 
 def push(
@@ -83,7 +89,7 @@ def push(
     with _progress_bar(hidden=as_json) as progress:
         for name in to or loaded.destination:
             for file, size in zip(files, sizes, strict=True):
-                results.append(_push(file, name, loaded, _add_task(progress, file, size, name)))
+                results.append(push_file(file, name, loaded, _add_task(progress, file, size, name)))
                 if not as_json:
                     _print(results[-1])
     if as_json:
@@ -113,7 +119,10 @@ def _require_file(file: Path) -> int:
     return status.st_size
 
 
-def _push(file: Path, destination: str, config: Config, on_progress: OnProgress) -> PushResult:
+def push_file(
+    file: Path, destination: str, config: Config, on_progress: OnProgress = lambda _sent: None
+) -> PushResult:
+    """Deliver a file to a destination, and return the result; `on_progress` gets the bytes sent so far."""
     name = os.fsencode(file.name)
     try:
         fd, status = call(partial(_open, file))
@@ -156,8 +165,11 @@ def _label_names(config: Config) -> set[str]:
 def _result(file: str, destination: str, outcome: Outcome) -> PushResult:
     kind = type(outcome).__name__.lower()
     match outcome:
-        case Delivered(digest=digest, receipt=receipt):
-            return PushResult(file, destination, kind, str(digest), None, None, None, receipt.http_status)
+        case Delivered(digest=digest, receipt=receipt, verified=verified):
+            status, response = receipt.http_status, receipt.body
+            return PushResult(
+                file, destination, kind, str(digest), None, None, None, status, verified, response
+            )
         case Superseded(error=error):
             hint = "push it again once it is finished"
             return PushResult(file, destination, kind, None, None, error, hint, None)

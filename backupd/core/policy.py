@@ -337,7 +337,7 @@ RULES: tuple[FailureRule, ...] = (
         _D,
         Action.PAUSE,
         "the status is not one of `success`",
-        "check `url`, or add the status to `success`",
+        "check `url`; if it is a 2xx with which the destination accepts archives, add it to `success`",
     ),
     FailureRule(
         Reason.UNVERIFIED,

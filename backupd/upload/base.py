@@ -247,7 +247,8 @@ class ProbeResult:
     destination refuses clients without a certificate. `signed_in` is False if it refused the sign-in by
     `sign_in_scheme`, None if there is no sign-in or the probe did not get that far. `server_days_left` is for
     how many days its certificate is valid, `clock_ahead_s` by how many seconds its clock is ahead of this
-    host's.
+    host's. `is_proven` is False if the reaction shows neither that it would take an upload nor that it would
+    not.
     """
 
     destination: str
@@ -265,6 +266,7 @@ class ProbeResult:
     took_s: float = 0.0
     advice: str = ""
     sign_in_scheme: str = ""
+    is_proven: bool = True
 
     @property
     def hint(self) -> str:

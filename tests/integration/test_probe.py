@@ -9,17 +9,32 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from email.utils import formatdate
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from backupd.core.policy import Reason
 from backupd.upload.base import ProbeResult
 from backupd.upload.registry import probe_all
 from tests.endpoints import CLIENT_ID, CLIENT_SECRET, Login, a_full_listener, oauth_error
-from tests.pki import Pki, in_days
-from tests.scripted import Peer, Request, Script, ScriptedServer, header_of, http_response, server_context
+from tests.pki import KeyPair, Pki, in_days
+from tests.scripted import (
+    Peer,
+    Request,
+    Script,
+    ScriptedServer,
+    header_of,
+    http_response,
+    receipt_for,
+    server_context,
+)
 from tests.stage import TIMEOUT, Stage
 from tests.uploading import a_destination
 
@@ -133,24 +148,51 @@ def test_a_closed_port_is_distinguished_from_one_that_drops_packets(pki: Pki) ->
 @pytest.mark.parametrize(
     ("status", "reason"),
     [
-        (404, Reason.NOT_FOUND),
         (401, Reason.UNAUTHORIZED),
         (403, Reason.FORBIDDEN),
         (302, Reason.REDIRECT),
-        (503, Reason.SERVER_ERROR),
-        (429, Reason.RATE_LIMITED),
-        (405, None),
-        (200, None),
+        (431, Reason.HEAD_TOO_LARGE),
     ],
 )
-def test_the_status_decides_whether_an_upload_could_work(
-    pki: Pki, status: int, reason: Reason | None
+def test_a_status_that_an_upload_would_get_as_well_is_a_failure(
+    pki: Pki, status: int, reason: Reason
 ) -> None:
-    with ScriptedServer(respond_with(status, Location="/x"), server_context(pki)) as server:
+    with ScriptedServer(respond_with(status, Location="/x", Allow="POST"), server_context(pki)) as server:
         found = probe(server.url, pki)
     assert found.reason is reason
     assert found.http_status == status
-    assert bool(found.hint) == (reason is not None)
+    assert found.hint
+    assert found.is_proven
+
+
+@pytest.mark.parametrize("status", [200, 201, 204, 400, 404, 405, 415, 429, 500, 501, 502, 503])
+@pytest.mark.parametrize(
+    ("headers", "is_proven"),
+    [
+        ({}, False),
+        ({"Allow": "GET, HEAD"}, False),
+        ({"Access_Control_Allow_Methods": "POST"}, False),
+        ({"Allow": "OPTIONS, post"}, True),
+    ],
+)
+def test_a_status_for_options_proves_nothing_unless_the_url_allows_the_method(
+    pki: Pki, status: int, headers: dict[str, Any], is_proven: bool
+) -> None:
+    with ScriptedServer(respond_with(status, **headers), server_context(pki)) as server:
+        found = probe(server.url, pki)
+    assert (found.reason, found.is_proven) == (None, is_proven)
+    assert ("which allows" in found.detail) == ("Allow" in headers)
+
+
+def test_a_connection_that_is_closed_in_place_of_a_response_proves_nothing(pki: Pki) -> None:
+    def script(peer: Peer) -> None:
+        peer.read_request()
+
+    with ScriptedServer(script, server_context(pki)) as server:
+        found = probe(server.url, pki)
+    assert (found.reason, found.is_proven) == (None, False)
+    assert "disconnected" in found.detail
+    assert "`cert`" in found.hint
 
 
 @pytest.mark.parametrize("scheme", ["basic", "bearer", "header"])
@@ -366,10 +408,12 @@ def test_the_command_prints_the_facts_in_short_lines(stage: Stage) -> None:
     pair = stage.pki.issue_server("many", ("127.0.0.1", *names), not_after=in_days(7.5))
     with (
         ScriptedServer(respond_with(clock_ahead=3700), server_context(stage.pki, pair)) as server,
-        ScriptedServer(respond_with(404), server_context(stage.pki)) as wrong,
+        ScriptedServer(respond_with(401, Allow="POST"), server_context(stage.pki)) as wrong,
+        ScriptedServer(respond_with(405, Allow="POST"), server_context(stage.pki)) as good,
     ):
         more = f'[destination.vault.auth]\ntype = "bearer"\ntoken_file = "{token}"'
-        stage.configure(server.url, more=more + table("other", wrong.url, stage.pki))
+        tables = table("other", wrong.url, stage.pki) + table("good", good.url, stage.pki)
+        stage.configure(server.url, more=more + tables)
         done = stage.backupd("check")
     assert done.returncode == 69
     assert done.stderr == ""
@@ -377,14 +421,16 @@ def test_the_command_prints_the_facts_in_short_lines(stage: Stage) -> None:
     assert all(len(line) <= 100 for line in facts)
     text = " ".join(done.stdout.split())
     for expected in (
-        f"ok: destination.vault: {server.url}: TLSv1.3, responded 204 to OPTIONS",
+        f"connected: destination.vault: {server.url}: TLSv1.3, responded 204 to OPTIONS, in",
+        "an upload could not be tried without sending; `backupd check --send` does",
+        f"ok: destination.good: {good.url}: TLSv1.3, responded 405 to OPTIONS, which allows POST, in",
         "connection TLSv1.3 HTTP/1.1",
         "server certificate 7 days left, for 127.0.0.1, host-0.vault.example.net",
         "issued by OU=Testing CA",
         "client certificate required",
         "sign-in bearer: not refused",
         "server clock 1 h 1 min ahead of this host's hint: set the clock",
-        f"failed: destination.other: {wrong.url}: responded 404 to OPTIONS (not_found)",
+        f"failed: destination.other: {wrong.url}: responded 401 to OPTIONS, which allows POST (unauthorized)",
         "server clock same as this host's",
     ):
         assert expected in text
@@ -411,6 +457,7 @@ def test_the_command_prints_the_facts_as_json(
         "server_days_left": 0,
         "certificate_required": True,
         "signed_in": None,
+        "is_proven": False,
         "clock_ahead_s": 0,
         "took_s": 0,
         "hint": "",
@@ -418,3 +465,78 @@ def test_the_command_prints_the_facts_as_json(
     assert down["reason"] == "connect_failed"
     assert down["hint"]
     assert down["tls"] is None
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_test_archive_is_delivered_on_request(stage: Stage, works: bool) -> None:
+    def script(peer: Peer) -> None:
+        while True:
+            request = peer.read_request()
+            if request.head.startswith(b"OPTIONS"):
+                peer.send(http_response(405))
+            else:
+                peer.send(receipt_for(request.archive) if works else http_response(422, b"no such tenant"))
+
+    with ScriptedServer(script, server_context(stage.pki)) as server:
+        stage.configure(server.url)
+        done = stage.backupd("check", "--send")
+        as_json = stage.backupd("check", "--send", "--json")
+    text = " ".join(done.stdout.split())
+    assert (done.returncode, as_json.returncode) == ((0, 0) if works else (69, 69)), done
+    (sent,) = json.loads(as_json.stdout)["sent"]
+    assert (sent["outcome"], sent["verified"]) == (("delivered", True) if works else ("rejected", False))
+    if works:
+        assert "was sent: the destination responded 201, and its receipt matches" in text
+        assert 'response {"id": "1"' in text
+    else:
+        assert "was not stored: 422 As Scripted: no such tenant (archive_refused)" in text
+    uploads = [request for request in server.requests if request.head.startswith(b"POST")]
+    assert b"A test archive of `backupd check --send`" in uploads[0].archive
+
+
+def test_offline_and_send_contradict_each_other(stage: Stage) -> None:
+    stage.configure("https://127.0.0.1:9/")
+    assert stage.backupd("check", "--offline", "--send").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "remedy"),
+    [
+        ("a short key", "shorter than OpenSSL accepts", "RSA of 2048 bits"),
+        ("another purpose", "not issued for servers", "serverAuth"),
+        ("no TLS", "does not speak TLS", "check the port"),
+    ],
+)
+def test_each_failure_of_tls_has_its_own_words_and_remedy(
+    pki: Pki, tmp_path: Path, kind: str, words: str, remedy: str
+) -> None:
+    if kind == "no TLS":
+        with ScriptedServer(lambda peer: peer.send(http_response(400))) as server:
+            found = probe(f"https://127.0.0.1:{server.port}/", pki)
+    else:
+        purpose = ExtendedKeyUsageOID.CLIENT_AUTH if kind == "another purpose" else None
+        pair = self_signed(tmp_path, 1024 if kind == "a short key" else 2048, purpose)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.set_ciphers("DEFAULT:@SECLEVEL=0")
+        context.load_cert_chain(pair.cert, pair.key)
+        with ScriptedServer(respond_with(), context) as server:
+            found = probe(server.url, pki, ca=pair.cert)
+    assert found.reason is not None
+    assert words in found.detail
+    assert remedy in found.hint
+
+
+def self_signed(folder: Path, bits: int, purpose: x509.ObjectIdentifier | None) -> KeyPair:
+    """Return a certificate for 127.0.0.1 with an RSA key of so many bits."""
+    key = rsa.generate_private_key(65537, bits)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "weak")])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(in_days(-1)).not_valid_after(in_days(1))
+    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    builder = builder.add_extension(address, critical=False)
+    if purpose is not None:
+        builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+    pair = KeyPair(folder / "weak.pem", folder / "weak.key")
+    pair.cert.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+    pair.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption()))
+    return pair

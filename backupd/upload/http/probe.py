@@ -22,14 +22,14 @@ from backupd.upload.base import Abort, ProbeResult
 from backupd.upload.http.auth import OAuth2, SignInError
 from backupd.upload.http.limits import AttemptEndedError, AttemptLimits
 from backupd.upload.http.request import RequestBuilder
-from backupd.upload.http.response import reason_from_error, reason_from_refusal
+from backupd.upload.http.response import is_disconnect, reason_from_error, reason_from_refusal
 from backupd.upload.http.stream import PIN_MISMATCH, Stream, connect
 from backupd.upload.http.tls import ReloadingTlsContext
 from backupd.upload.http.transport import TLS
 from backupd.upload.http.uploader import HEADERS, HttpEndpoint, timeouts
 
-_ACCEPTABLE = frozenset({200, 201, 202, 204, 400, 405, 411, 415, 422, 501})
-"""Statuses with which endpoints that accept uploads respond to OPTIONS, or to a GET of their URL."""
+_DEFINITE = frozenset({401, 403, 407, 431, *range(300, 400)})
+"""Statuses to OPTIONS that an upload would get as well; others may be for OPTIONS alone."""
 
 _MAX_READ_TIMEOUT = 30.0
 """Seconds to wait for the response to a request without a body; `timeout.read` is made for uploads."""
@@ -40,10 +40,8 @@ _LOCAL_FILES_ADVICE = (
     "fix the files that its table names: a certificate, key or CA must be PEM, a secret one line, "
     "and the daemon's user must be able to read them"
 )
-_ADVICE = {
-    # many servers close the connection without an alert when they refuse a certificate
-    Reason.CONNECTION_LOST: "check in the endpoint's log whether it trusts the CA that issued `cert`",
-}
+_ADVICE = "if that fails too, check in the endpoint's log whether it trusts the CA that issued `cert`"
+"""Many servers close the connection without an alert when they refuse a certificate."""
 
 
 async def probe(name: str, config: HttpDestinationConfig, abort: Abort) -> ProbeResult:
@@ -73,14 +71,15 @@ class _ProbeResponse:
     tls: str | None
     certificate: bytes | None
     text: str
+    allow: tuple[str, ...] = ()
+    """The methods that the URL supports."""
 
     @property
     def reason(self) -> Reason | None:
-        """Return why the destination would not accept an upload; None if it would."""
+        """Return why the destination would not accept an upload; None if that is not certain."""
         reason = reason_from_refusal(self.status, self.text)
-        if self.status in _ACCEPTABLE and reason is reason_of_status(self.status):
-            return None
-        return reason
+        is_about_options = self.status not in _DEFINITE and reason is reason_of_status(self.status)
+        return None if is_about_options else reason
 
 
 async def _request(endpoint: HttpEndpoint) -> _ProbeResponse:
@@ -112,6 +111,7 @@ async def _request(endpoint: HttpEndpoint) -> _ProbeResponse:
         facts.tls_version,
         facts.certificate,
         response.content[:1000].decode("utf-8", "replace"),
+        tuple(each.strip().upper() for each in response.headers.get("Allow", "").split(",") if each.strip()),
     )
 
 
@@ -176,16 +176,18 @@ def _connection_facts(response: httpx.Response) -> ConnectionFacts:
 def _result(name: str, config: HttpDestinationConfig, response: _ProbeResponse) -> ProbeResult:
     now = datetime.now(UTC)
     signs_in = config.auth.type != "none" or bool(config.header_files)
+    allowed = f", which allows {', '.join(response.allow)[:100]}" if response.allow else ""
     result = ProbeResult(
         name,
         response.reason,
-        f"responded {response.status} to OPTIONS",
+        f"responded {response.status} to OPTIONS{allowed}",
         response.tls,
         response.http_version,
         response.status,
         signed_in=response.status not in (401, 403) if signs_in else None,
         sign_in_scheme=config.auth.type if config.auth.type != "none" else "headers",
         clock_ahead_s=_clock_ahead(response.date, now),
+        is_proven=response.reason is not None or config.method in response.allow,
     )
     return _with_certificate(result, response.certificate, now) if response.certificate else result
 
@@ -240,9 +242,10 @@ def _failed(name: str, error: Exception) -> ProbeResult:
             return ProbeResult(name, Reason.SIGN_IN, str(error), signed_in=False)
         case AttemptEndedError():
             return ProbeResult(name, error.reason, error.error)
+        case httpx.RemoteProtocolError() if is_disconnect(error):  # as nginx does for OPTIONS by its 444
+            return ProbeResult(name, None, f"{error} to OPTIONS", advice=_ADVICE, is_proven=False)
         case httpx.TransportError():
-            reason, description = reason_from_error(error)
-            return ProbeResult(name, reason, description, advice=_ADVICE.get(reason, ""))
+            return ProbeResult(name, *reason_from_error(error))
         case _:
             return ProbeResult(name, Reason.PROTOCOL, str(error))
 
@@ -290,6 +293,14 @@ def _tls_advice(detail: str, config: HttpDestinationConfig) -> str:
         return f"set `ca` to the authority that issued the endpoint's certificate; {store} is another one"
     if "mismatch" in detail or "not valid for" in detail:
         return "the certificate has other names; use one of them in `url`, or set `server_name`"
+    if "too weak" in detail or "too small" in detail:
+        return "have the endpoint use a certificate with RSA of 2048 bits or more, or EC, signed with SHA-256"
+    if "legacy renegotiation" in detail:
+        return "update the endpoint, or the TLS proxy before it: it lacks RFC 5746"
+    if "purpose" in detail:
+        return "have the endpoint use a certificate with the extended key usage serverAuth"
+    if "wrong version number" in detail:
+        return "check the port in `url`: no TLS server listens there"
     if "expired" in detail or "not yet valid" in detail:
         return "the endpoint's certificate is out of date, or this host's clock is wrong"
     return ""

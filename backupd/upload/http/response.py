@@ -150,7 +150,7 @@ def reason_from_error(error: httpx.TransportError | OSError) -> tuple[Reason, st
     for kind, reason in _REASON_BY_TYPE:
         if isinstance(error, kind):
             return reason, description
-    if isinstance(error, httpx.RemoteProtocolError) and not _is_disconnect(error):
+    if isinstance(error, httpx.RemoteProtocolError) and not is_disconnect(error):
         return Reason.PROTOCOL, description
     return Reason.CONNECTION_LOST, description
 
@@ -167,7 +167,7 @@ _REASON_BY_TYPE: tuple[tuple[type[httpx.TransportError], Reason], ...] = (
 )
 
 
-def _is_disconnect(error: httpx.RemoteProtocolError) -> bool:
+def is_disconnect(error: httpx.RemoteProtocolError) -> bool:
     """Return whether the connection ended before or within the response, as our code and h11 report it."""
     return "disconnected" in str(error) or "peer closed connection" in str(error)
 
@@ -175,14 +175,32 @@ def _is_disconnect(error: httpx.RemoteProtocolError) -> bool:
 def _reason_from_tls_error(error: ssl.SSLError) -> tuple[Reason, str]:
     """Distinguish alerts about the client certificate; in TLS 1.3 they arrive after the handshake."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return Reason.TLS, f"the destination's certificate: {error.verify_message}"
+        return Reason.TLS, f"the destination's certificate: {_in_words(error.verify_message)}"
     name = (error.reason or "").upper()
-    description = (error.reason or str(error)).replace("_", " ").lower()
+    description = _in_words((error.reason or str(error)).replace("_", " ").lower())
     if "ALERT" in name and ("CERTIFICATE" in name or "UNKNOWN_CA" in name or "ACCESS_DENIED" in name):
         return Reason.TLS_CLIENT, description
     if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
         return Reason.CONNECTION_LOST, description
     return Reason.TLS, description
+
+
+_TLS_WORDS = {
+    "key too weak": "its key is shorter than OpenSSL accepts on this host",
+    "key too small": "its key is shorter than OpenSSL accepts on this host",
+    "md too weak": "it is signed with an old digest such as SHA-1",
+    "legacy renegotiation": "the destination does not support secure renegotiation, RFC 5746",
+    "certificate purpose": "it is not issued for servers",
+    "wrong version number": "the destination does not speak TLS at this port",
+    "internal error": "the destination failed in the handshake: see its log",
+    "handshake failure": "the two sides have no cipher in common, or the destination requires a certificate",
+}
+"""The meaning of OpenSSL's texts that are not plain."""
+
+
+def _in_words(text: str) -> str:
+    meaning = next((words for part, words in _TLS_WORDS.items() if part in text.lower()), None)
+    return f"{text} ({meaning})" if meaning else text
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
