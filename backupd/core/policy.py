@@ -316,7 +316,7 @@ RULES: tuple[FailureRule, ...] = (
         _A,
         Action.RETRY,
         "the destination fails with this archive, and stores others; retried for up to a day apart",
-        "check the destination's log, and its limits for the size and the name of an archive",
+        "check the destination's log, and its limits for size and name of an archive, then `backupd retry`",
     ),
     FailureRule(
         Reason.RATE_LIMITED,
