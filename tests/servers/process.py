@@ -56,7 +56,10 @@ def running(
         )
     try:
         if pki is not None:
-            until(lambda: process.poll() is not None or _accepts_tls(listener, pki), f"{command[0]} to start")
+            until(
+                lambda: process.poll() is not None or accepts_tls(listener.getsockname(), pki),
+                f"{command[0]} to start",
+            )
         yield
         assert process.poll() is None, f"{command[0]} ended: {log.read_text(errors='replace')[-4000:]}"
     finally:
@@ -64,12 +67,13 @@ def running(
         process.wait(TIMEOUT)
 
 
-def _accepts_tls(listener: socket.socket, pki: Pki) -> bool:
+def accepts_tls(address: tuple[str, int], pki: Pki) -> bool:
+    """Return whether a server completes a TLS handshake with a client certificate."""
     context = ssl.create_default_context(cafile=pki.ca_pem)
     context.load_cert_chain(pki.client_cert, pki.client_key)
     try:
         with (
-            socket.create_connection(listener.getsockname(), timeout=0.5) as sock,
+            socket.create_connection(address, timeout=0.5) as sock,
             context.wrap_socket(sock, server_hostname="localhost"),
         ):
             return True

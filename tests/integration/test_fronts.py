@@ -1,0 +1,72 @@
+"""Common web servers and proxies before an endpoint: each archive arrives once, while they reload."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from tests.scripted import ScriptedServer, accept_all, server_context
+from tests.servers.fronts import FRONTS, SQUID, running_front
+from tests.stage import Stage
+from tests.uploading import MIB
+
+pytestmark = pytest.mark.long
+
+FAST_RETRY = 'retry = { initial = "0.1s", max = "1s" }'
+SIZES = [1, 1000, 65_536, 300_000, MIB, 12 * MIB]
+
+
+def deliver_through_reloads(stage: Stage, reload: Callable[[], None]) -> list[bytes]:
+    """Deliver 24 archives through three reloads; return their contents."""
+    daemon = stage.daemon().ready()
+    contents = [os.urandom(SIZES[number % len(SIZES)]) for number in range(24)]
+    for number, content in enumerate(contents):
+        stage.put(f"sw-{number}.cfg", content)
+        if number % 8 == 4:
+            daemon.wait_for("archive.disposed", number // 2)  # others are uploading
+            reload()
+    daemon.wait_for("archive.disposed", len(contents))
+    assert len(stage.archives(stage.sent)) == len(contents)
+    assert not daemon.events("archive.rejected")
+    assert daemon.stop() == 0
+    return contents
+
+
+def stored(endpoint: ScriptedServer) -> Counter[bytes]:
+    """Return how often each content was stored."""
+    return Counter(request.archive for request in endpoint.requests if request.head.startswith(b"POST"))
+
+
+@pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
+@pytest.mark.parametrize("name", FRONTS)
+def test_each_archive_is_stored_once_through_three_reloads(stage: Stage, name: str, http2: bool) -> None:
+    port = stage.a_free_port()
+    with (
+        ScriptedServer(accept_all) as endpoint,
+        running_front(FRONTS[name], port, endpoint.port, stage.pki) as reload,
+    ):
+        stage.configure(
+            f"https://localhost:{port}/v1/upload",
+            destination=f"http2 = {str(http2).lower()}\nworkers = 3\n{FAST_RETRY}",
+        )
+        (probe,) = json.loads(stage.backupd("check", "--json").stdout)["destinations"]
+        assert probe["http_version"] == ("HTTP/2" if http2 else "HTTP/1.1"), probe
+        contents = deliver_through_reloads(stage, reload)
+    assert stored(endpoint) == Counter(contents)
+
+
+def test_each_archive_is_stored_once_through_three_reloads_of_a_proxy(stage: Stage) -> None:
+    port = stage.a_free_port()
+    with (
+        ScriptedServer(accept_all, server_context(stage.pki)) as endpoint,
+        running_front(SQUID, port, endpoint.port, stage.pki) as reload,
+    ):
+        stage.configure(
+            endpoint.url, destination=f'proxy = "http://127.0.0.1:{port}"\nworkers = 3\n{FAST_RETRY}'
+        )
+        contents = deliver_through_reloads(stage, reload)
+    assert stored(endpoint) == Counter(contents)
