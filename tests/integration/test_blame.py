@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,15 @@ from backupd.config.models import HttpDestinationConfig
 from backupd.core.model import Deferred, Delivered, Rejected
 from backupd.core.policy import Reason
 from tests.pki import Pki
-from tests.scripted import Peer, Request, ScriptedServer, http_response, receipt_for, server_context
+from tests.scripted import (
+    Peer,
+    Request,
+    ScriptedServer,
+    http_response,
+    in_turn,
+    receipt_for,
+    server_context,
+)
 from tests.stage import Daemon, Stage, until
 from tests.uploading import a_destination, a_sender, an_archive
 
@@ -102,6 +111,29 @@ def test_a_response_that_arrives_just_after_the_request_was_sent_rejects_nothing
         assert isinstance(s.send(an_archive(tmp_path, b"first")), Delivered)
         assert isinstance(s.send(an_archive(tmp_path, b"second")), Delivered)
     assert len(server.peers) == 2
+
+
+def test_the_confirmation_of_a_rejection_is_part_of_the_attempt(tmp_path: Path, pki: Pki) -> None:
+    """`deadline` is for both requests together."""
+
+    def script(peer: Peer) -> None:
+        peer.send(receipt_for(peer.read_request().archive))
+        peer.read_request()
+        peer.send(http_response(422))
+        peer.drain()
+
+    def silent(peer: Peer) -> None:
+        peer.read_request()
+        peer.drain()
+
+    with ScriptedServer(in_turn(script, silent), server_context(pki)) as server:
+        with a_sender(a_destination(server.url, pki, deadline="2s")) as sender:
+            assert isinstance(sender.send(an_archive(tmp_path, b"first")), Delivered)
+            began = time.monotonic()
+            outcome = sender.send(an_archive(tmp_path, b"second"))
+            assert time.monotonic() - began >= 2
+    assert isinstance(outcome, Deferred)
+    assert outcome.reason is Reason.DEADLINE
 
 
 def test_a_rejection_over_a_new_connection_is_not_repeated(tmp_path: Path, pki: Pki) -> None:

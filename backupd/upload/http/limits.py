@@ -78,6 +78,11 @@ class AttemptLimits:
         self._measurement = None
         self._start_outside_body_timeout(now)
 
+    def begin_request(self) -> None:
+        """Start the time-out before the body for a further request of the same attempt."""
+        self._measurement = None
+        self._start_outside_body_timeout(time.monotonic())
+
     def body_started(self) -> None:
         """Start to measure the rate, and stop the time-out outside the body."""
         self._measurement = _RateMeasurement(time.monotonic()) if self._min_rate else None
@@ -85,8 +90,7 @@ class AttemptLimits:
 
     def body_sent(self) -> None:
         """Stop to measure the rate, and start the time-out for the response."""
-        self._measurement = None
-        self._start_outside_body_timeout(time.monotonic())
+        self.begin_request()
 
     def count_bytes(self, count: int) -> None:
         """Count bytes that the socket accepted; raises as `wait` does."""

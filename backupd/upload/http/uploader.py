@@ -323,7 +323,7 @@ class HttpUploader(Uploader):
 
     def _send_over_new_connection(self, job: UploadJob) -> Outcome:
         self.close()
-        self._limits.start(job.on_alive, job.on_idle)
+        self._limits.begin_request()
         return self._send_once(self._open_client(), job)[0]
 
     def _send_once(self, client: httpx.Client, job: UploadJob) -> tuple[Outcome, bool]:
@@ -383,7 +383,7 @@ class HttpUploader(Uploader):
         extensions = self._builder.extensions(headers)
         missing, is_created = [httpx.URL(prepared.url, query=None).join("./")], False
         while missing:
-            self._limits.start(job.on_alive, job.on_idle)
+            self._limits.begin_request()
             with client.stream("MKCOL", missing[-1], headers=headers, extensions=extensions) as response:
                 status = response.status_code
                 if status in _FOLDER_EXISTS:
