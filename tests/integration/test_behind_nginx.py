@@ -137,6 +137,24 @@ def test_a_rate_limit_delays_archives_and_loses_none(
     assert nginx.statuses().count(201) == len(archives)
 
 
+def test_a_token_that_is_too_large_for_nginx_rejects_no_archive(
+    stage: Stage, nginx: Nginx, receiver: RunningReceiver
+) -> None:
+    token = stage.base / "token"
+    token.write_text("x" * 40_000)
+    stage.configure(
+        f"{nginx.url}/v1/upload", destination=f'header_files = {{ X-Token = "{token}" }}\n{FAST_RETRY}'
+    )
+    with nginx.serving(_pass_to(nginx, receiver.port)):
+        daemon = stage.daemon().ready()
+        archives = _put(stage, 5)
+        _assert_paused(stage, daemon, Reason.HEAD_TOO_LARGE, archives)
+        token.write_text("short")
+        daemon.wait_for("archive.disposed", len(archives))
+
+    _assert_delivered(stage, archives)
+
+
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_redirect_is_not_followed_and_pauses_the_destination(
     stage: Stage, nginx: Nginx, receiver: RunningReceiver, status: int
