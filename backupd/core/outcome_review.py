@@ -19,7 +19,7 @@ _MIN_FAILURES_ALONE = 5
 """Failures of one archive in a row before it is the archive."""
 
 _MIN_SUCCESSES = 2
-"""Successes of other archives between them, each at the first attempt."""
+"""Successes of other archives since the first of these attempts began, each at the first attempt."""
 
 _MAX_FAILING = 1000
 """Archives of which the failures are counted."""
@@ -45,11 +45,19 @@ class OutcomeReview:
     _rejected: dict[tuple[int | None, str], set[int]] = field(default_factory=dict)
     """The archives that were rejected since the last success, by status and words."""
     _failing: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """The failures of each delivery in a row, and the number of successes before another one failed too."""
+    """The failures of each delivery in a row, and the number of successes before its first attempt began, or
+    before another one began to fail."""
+    _begun: dict[str, int] = field(default_factory=dict)
+    """The number of successes before each attempt that is under way."""
     _successes: int = 0
+
+    def begin(self, delivery: Delivery) -> None:
+        """Note that an attempt begins; `review` gets its outcome."""
+        self._begun[delivery.id] = self._successes
 
     def review(self, delivery: Delivery, outcome: Outcome) -> Outcome:
         """Return an outcome, as a failure of the other party if those of other archives show this."""
+        before = self._begun.pop(delivery.id, self._successes)
         match outcome:
             case Delivered():
                 self._successes += 1
@@ -59,7 +67,7 @@ class OutcomeReview:
             case Rejected():
                 outcome = self._of_rejection(delivery, outcome)
             case Deferred() if rule_of(outcome.reason).action is Action.PAUSE:
-                return self._of_failure(delivery, outcome)
+                return self._of_failure(delivery, outcome, before)
             case Deferred() | Superseded():
                 return outcome
         self._failing.pop(delivery.id, None)
@@ -77,14 +85,14 @@ class OutcomeReview:
             self._rejected.setdefault((rejected.http_status, key), set()).add(delivery.archive.id)
         return rejected
 
-    def _of_failure(self, delivery: Delivery, failed: Deferred) -> Outcome:
+    def _of_failure(self, delivery: Delivery, failed: Deferred, before: int) -> Outcome:
         if failed.reason in _NOT_ABOUT_ONE or failed.retry_after is not None:
             return failed
         if delivery.id not in self._failing:  # and others may have failed for the same cause
             self._failing = {each: (count, self._successes) for each, (count, _) in self._failing.items()}
             if len(self._failing) >= _MAX_FAILING:
                 del self._failing[next(iter(self._failing))]
-        failures, successes = self._failing.get(delivery.id, (0, self._successes))
+        failures, successes = self._failing.get(delivery.id, (0, before))
         self._failing[delivery.id] = failures + 1, successes
         if failures + 1 < _MIN_FAILURES_ALONE or self._successes < successes + _MIN_SUCCESSES:
             return failed

@@ -88,6 +88,11 @@ class CircuitBreaker:
         with self._lock:
             self._circuit = self._circuit.released(datetime.now(UTC))
 
+    def begin(self, delivery: Delivery) -> None:
+        """Note that an attempt begins; `review` gets its outcome."""
+        with self._lock:
+            self._outcome_review.begin(delivery)
+
     def review(self, delivery: Delivery, outcome: Outcome) -> Outcome:
         """Return the outcome of an attempt, judged by those of other archives; see `OutcomeReview`."""
         with self._lock:

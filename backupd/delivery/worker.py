@@ -99,6 +99,7 @@ class Worker:
 
         def attempt_once() -> Outcome:
             nonlocal delivery
+            self._queue.circuit.begin(delivery)
             attempt = self._upload(delivery)
             outcome = self._queue.circuit.review(delivery, attempt.outcome)
             attempts.append(replace(attempt, outcome=outcome))

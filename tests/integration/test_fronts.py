@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.scripted import ScriptedServer, accept_all, server_context
-from tests.servers.fronts import FRONTS, SQUID, running_front
+from tests.servers.fronts import CADDY_WITH_LIMIT, FRONTS, SQUID, running_front
 from tests.stage import Stage
 from tests.uploading import MIB
 
@@ -70,3 +70,25 @@ def test_each_archive_is_stored_once_through_three_reloads_of_a_proxy(stage: Sta
         )
         contents = deliver_through_reloads(stage, reload)
     assert stored(endpoint) == Counter(contents)
+
+
+def test_an_archive_that_is_too_large_for_caddy_alone_fails_and_is_listed(stage: Stage) -> None:
+    port = stage.a_free_port()
+    with (
+        ScriptedServer(accept_all) as endpoint,
+        running_front(CADDY_WITH_LIMIT, port, endpoint.port, stage.pki),
+    ):
+        stage.configure(f"https://localhost:{port}/v1/upload", destination=FAST_RETRY)
+        daemon = stage.daemon().ready()
+        stage.put("large.cfg", bytes(1_000_000))
+        for number in range(3):
+            stage.put(f"small-{number}.cfg", b"content %d" % number)
+        daemon.wait_for("archive.disposed", 3)
+        (alone, *_) = daemon.wait_for("attempt.failed", archive="large.cfg", reason="fails_alone")
+        assert alone["http_status"] == 502
+        stage.put("later.cfg", b"later")
+        daemon.wait_for("archive.disposed", 4)
+        (problem,) = json.loads(stage.backupd("list", "--problems", "--json").stdout)
+        assert (problem["relpath"], problem["reason"]) == ("large.cfg", "fails_alone")
+        assert json.loads(stage.backupd("status", "--json").stdout)["destinations"][0]["circuit"] == "working"
+        assert daemon.stop() == 0

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tests.pki import Pki
@@ -131,16 +132,17 @@ backend endpoint
     return ["-W", "-f", str(conf)]
 
 
-def _caddy(place: Place) -> Sequence[str]:
+def _caddy(place: Place, max_body: int | None = None) -> Sequence[str]:
     certificate = {"certificate": str(place.pki.server_cert), "key": str(place.pki.server_key)}
     upstream = {"handler": "reverse_proxy", "upstreams": [{"dial": f"127.0.0.1:{place.endpoint}"}]}
+    limit = [{"handler": "request_body", "max_size": max_body}] if max_body is not None else []
     authorities = [str(place.pki.ca_pem)]
     verification = {"mode": "require_and_verify", "trusted_ca_certs_pem_files": authorities}
     server = {
         "listen": [f"127.0.0.1:{place.port}"],
         "automatic_https": {"disable": True},
         "tls_connection_policies": [{"client_authentication": verification}],
-        "routes": [{"handle": [upstream]}],
+        "routes": [{"handle": [*limit, upstream]}],
     }
     conf = place.folder / "caddy.json"
     apps = {"http": {"servers": {"front": server}}, "tls": {"certificates": {"load_files": [certificate]}}}
@@ -198,6 +200,9 @@ FRONTS = {
     "lighttpd": Front("lighttpd", _lighttpd, signal.SIGUSR1),
 }
 """Servers with TLS and HTTP/2 that pass requests on to an endpoint."""
+
+CADDY_WITH_LIMIT = Front("caddy", partial(_caddy, max_body=100_000), FRONTS["caddy"].reload_by)
+"""Caddy that takes bodies of up to 100,000 bytes; it responds 502 to larger ones."""
 
 SQUID = Front("squid", _squid, signal.SIGHUP)
 """A proxy for CONNECT, without TLS."""

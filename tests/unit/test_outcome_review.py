@@ -97,6 +97,21 @@ def test_an_archive_that_fails_while_others_pass_is_at_fault() -> None:
     assert "502 Bad Gateway" in outcomes[-1].error
 
 
+def test_an_archive_that_fails_after_others_passed_during_its_attempt_is_at_fault() -> None:
+    review, others = OutcomeReview(), deliveries()
+    large = next(others)
+    review.begin(large)
+    for _ in range(2):
+        other = next(others)
+        review.begin(other)
+        review.review(other, STORED)
+    outcomes = []
+    for _ in range(5):
+        outcomes.append(review.review(large, failed()))
+        review.begin(large)
+    assert reasons(outcomes) == [Reason.SERVER_ERROR] * 4 + [Reason.FAILS_ALONE]
+
+
 def test_two_archives_that_fail_while_others_pass_are_at_fault() -> None:
     review, others = OutcomeReview(), deliveries()
     large = [next(others), next(others)]
