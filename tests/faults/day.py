@@ -24,6 +24,7 @@ from itertools import cycle
 from pathlib import Path
 from types import FrameType
 
+from backupd.core.drop_problem import NOT_MOVED
 from backupd.core.eligibility import COMPANION_SUFFIXES
 from backupd.core.filesystems import default_stable_for
 from backupd.core.mountinfo import MountEntry
@@ -492,7 +493,9 @@ def untrue(
         is_stump = problem is not None and problem[1] in STUMP_REASONS
         # rclone shows names that are gone for as long as it caches them, and fails to open them with EIO
         is_gone = problem is not None and problem.groups() == ("unreadable", "rclone")
-        if not (is_folder or is_stump or is_gone):
+        # an archive that was delivered just before the mount died
+        is_held = problem is not None and problem.groups() == (NOT_MOVED, dying) and may_fail
+        if not (is_folder or is_stump or is_gone or is_held):
             yield f"there is no reason for {part!r}"
 
 
