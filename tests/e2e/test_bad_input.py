@@ -345,7 +345,14 @@ def test_an_encrypted_key_without_a_password_file_is_refused_without_a_prompt(st
             serialization.BestAvailableEncryption(b"geheim"),
         )
     )
-    assert_refused(stage.backupd("run"), "destination.vault.key: ", "is encrypted", "key_password_file")
+    checked = stage.backupd("check", "--offline")
+    assert checked.returncode == BAD_CONFIG
+    assert "destination.vault.key: " in checked.stdout
+    assert "key_password_file" in checked.stdout
+    daemon = stage.daemon().ready()
+    (paused,) = daemon.wait_for("destination.paused", reason="local_files_unusable")
+    assert "is encrypted" in paused["error"]
+    assert daemon.stop() == 0
 
 
 def _unreadable(path: str) -> Callable[[Stage], Path]:

@@ -311,7 +311,8 @@ class HttpUploader(Uploader):
         outcome, is_certain = self._send_once(client, job)
         if not is_certain and (isinstance(outcome, Rejected) or _is_mismatch(outcome)):
             outcome = self._send_over_new_connection(job)
-        if not self._asks_first and self._config.cert and _status_of(outcome) == _TOO_LARGE:
+        is_large = job.fingerprint.size > _MAX_BUFFERED_BYTES
+        if is_large and not self._asks_first and self._config.cert and _status_of(outcome) == _TOO_LARGE:
             # it may ask for the client certificate once it knows the path, and buffer only a small body
             self._asks_first = True
             outcome = self._send_over_new_connection(job)
