@@ -392,8 +392,11 @@ def test_reports_an_unreadable_path_with_the_uid_of_the_daemon(
 ) -> None:
     stage.configure(UNREACHABLE_URL)
     with closed(_unreadable(what)(stage)):
-        done = backupd(stage, "run")
-    assert_refused(done, f"\n{key}: ", f"(uid {os.geteuid()})", faults=faults)
+        done = backupd(stage, "check", "--offline")
+    assert done.returncode == BAD_CONFIG
+    assert f"\nfailed: {key}: " in f"\n{done.stdout}"
+    assert f"(uid {os.geteuid()})" in done.stdout
+    assert done.stdout.count("failed: ") == faults
 
 
 @needs_permissions
