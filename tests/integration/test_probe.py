@@ -184,15 +184,20 @@ def test_a_status_for_options_proves_nothing_unless_the_url_allows_the_method(
     assert ("which allows" in found.detail) == ("Allow" in headers)
 
 
-def test_a_connection_that_is_closed_in_place_of_a_response_proves_nothing(pki: Pki) -> None:
+@pytest.mark.parametrize("closes_always", [True, False])
+def test_a_connection_that_is_closed_for_options_alone_proves_nothing(pki: Pki, closes_always: bool) -> None:
     def script(peer: Peer) -> None:
-        peer.read_request()
+        if peer.read_request().head.startswith(b"GET") and not closes_always:
+            peer.send(http_response(404))
 
     with ScriptedServer(script, server_context(pki)) as server:
         found = probe(server.url, pki)
-    assert (found.reason, found.is_proven) == (None, False)
-    assert "disconnected" in found.detail
-    assert "`cert`" in found.hint
+    if closes_always:
+        assert found.reason is Reason.CONNECTION_LOST
+        assert "`cert`" in found.hint
+    else:
+        assert (found.reason, found.is_proven) == (None, False)
+        assert found.detail == "responded 404 to GET"
 
 
 @pytest.mark.parametrize("scheme", ["basic", "bearer", "header"])

@@ -6,7 +6,7 @@ import asyncio
 import ssl
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -40,8 +40,10 @@ _LOCAL_FILES_ADVICE = (
     "fix the files that its table names: a certificate, key or CA must be PEM, a secret one line, "
     "and the daemon's user must be able to read them"
 )
-_ADVICE = "if that fails too, check in the endpoint's log whether it trusts the CA that issued `cert`"
-"""Many servers close the connection without an alert when they refuse a certificate."""
+_ADVICE = {
+    # many servers close the connection without an alert when they refuse a certificate
+    Reason.CONNECTION_LOST: "check in the endpoint's log whether it trusts the CA that issued `cert`",
+}
 
 
 async def probe(name: str, config: HttpDestinationConfig, abort: Abort) -> ProbeResult:
@@ -49,10 +51,10 @@ async def probe(name: str, config: HttpDestinationConfig, abort: Abort) -> Probe
     started_at = time.monotonic()
     endpoint = HttpEndpoint.open(config, abort)
     try:
-        response = await _request(endpoint)
-        result = _result(name, config, response)
+        response, method = await _response(endpoint)
+        result = _result(name, config, response, method)
         if config.cert is not None:
-            required = await _is_certificate_required(endpoint, response)
+            required = await _is_certificate_required(endpoint, response, method)
             result = replace(result, certificate_required=required)
     except _FAILURES as error:
         result = _failed(name, error)
@@ -82,8 +84,24 @@ class _ProbeResponse:
         return None if is_about_options else reason
 
 
-async def _request(endpoint: HttpEndpoint) -> _ProbeResponse:
-    """Send an OPTIONS request with the URL, headers and sign-in of an upload; raises as an upload does."""
+async def _response(endpoint: HttpEndpoint) -> tuple[_ProbeResponse, str]:
+    """Return the response to OPTIONS, or to GET if the connection is closed in place of one, and the method.
+
+    nginx does so for some methods (its status 444); a server that does not accept the client certificate
+    closes the connection whatever the method is.
+    """
+    try:
+        return await _request(endpoint), "OPTIONS"
+    except httpx.RemoteProtocolError as error:
+        if not is_disconnect(error):
+            raise
+        with suppress(*_FAILURES):
+            return await _request(endpoint, "GET"), "GET"
+        raise
+
+
+async def _request(endpoint: HttpEndpoint, method: str = "OPTIONS") -> _ProbeResponse:
+    """Send a request with the URL, headers and sign-in of an upload; raises as an upload does."""
     config = endpoint.config
     connect = config.timeout.connect.total_seconds()
     limits = AttemptLimits(endpoint.abort, deadline=2 * connect + _MAX_READ_TIMEOUT)
@@ -102,7 +120,8 @@ async def _request(endpoint: HttpEndpoint) -> _ProbeResponse:
     ) as client:
         builder = RequestBuilder(config, limits)
         url, headers = builder.probe_request(_placeholder_values(config))
-        response = await client.options(url, headers=headers, extensions=builder.extensions(headers))
+        extensions = builder.extensions(headers)
+        response = await client.request(method, url, headers=headers, extensions=extensions)
     facts = response.extensions["connection_facts"]
     return _ProbeResponse(
         response.status_code,
@@ -173,14 +192,14 @@ def _connection_facts(response: httpx.Response) -> ConnectionFacts:
     return ConnectionFacts(tls.version(), tls.getpeercert(binary_form=True))
 
 
-def _result(name: str, config: HttpDestinationConfig, response: _ProbeResponse) -> ProbeResult:
+def _result(name: str, config: HttpDestinationConfig, response: _ProbeResponse, method: str) -> ProbeResult:
     now = datetime.now(UTC)
     signs_in = config.auth.type != "none" or bool(config.header_files)
     allowed = f", which allows {', '.join(response.allow)[:100]}" if response.allow else ""
     result = ProbeResult(
         name,
         response.reason,
-        f"responded {response.status} to OPTIONS{allowed}",
+        f"responded {response.status} to {method}{allowed}",
         response.tls,
         response.http_version,
         response.status,
@@ -216,14 +235,17 @@ def _with_certificate(result: ProbeResult, der: bytes, now: datetime) -> ProbeRe
     )
 
 
-async def _is_certificate_required(endpoint: HttpEndpoint, response: _ProbeResponse) -> bool | None:
+async def _is_certificate_required(
+    endpoint: HttpEndpoint, response: _ProbeResponse, method: str
+) -> bool | None:
     """Return whether the destination refuses a request without the client certificate; None if unknown.
 
     `response` is that to the request with it.
     """
     bare = endpoint.config.model_copy(update={"cert": None, "key": None, "key_password_file": None})
     try:
-        without = await _request(replace(endpoint, config=bare, tls_context=ReloadingTlsContext(bare)))
+        endpoint = replace(endpoint, config=bare, tls_context=ReloadingTlsContext(bare))
+        without = await _request(endpoint, method)
     except httpx.TransportError as error:
         reason, _ = reason_from_error(error)
         return True if reason in (Reason.TLS, Reason.TLS_CLIENT, Reason.CONNECTION_LOST) else None
@@ -242,10 +264,9 @@ def _failed(name: str, error: Exception) -> ProbeResult:
             return ProbeResult(name, Reason.SIGN_IN, str(error), signed_in=False)
         case AttemptEndedError():
             return ProbeResult(name, error.reason, error.error)
-        case httpx.RemoteProtocolError() if is_disconnect(error):  # as nginx does for OPTIONS by its 444
-            return ProbeResult(name, None, f"{error} to OPTIONS", advice=_ADVICE, is_proven=False)
         case httpx.TransportError():
-            return ProbeResult(name, *reason_from_error(error))
+            reason, description = reason_from_error(error)
+            return ProbeResult(name, reason, description, advice=_ADVICE.get(reason, ""))
         case _:
             return ProbeResult(name, Reason.PROTOCOL, str(error))
 
