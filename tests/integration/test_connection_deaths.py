@@ -76,7 +76,9 @@ def test_the_first_attempt_after_many_deaths_delivers(tmp_path: Path, step: str,
         with a_sender(a_destination(url, pki, **keys)) as sender:
             for number in range(TIMES):
                 outcome = sender.send(an_archive(tmp_path, b"%d" % number, size=300_000))
-                assert isinstance(outcome, Delivered if step == "after the response" else Deferred), outcome
+                # a connection may die when the next request is just being sent
+                allowed = (Delivered, Deferred) if step == "after the response" else Deferred
+                assert isinstance(outcome, allowed), outcome
             endpoint.works = True
             outcome = sender.send(an_archive(tmp_path, b"the last one"))
     assert isinstance(outcome, Delivered), outcome
