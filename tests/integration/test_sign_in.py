@@ -439,7 +439,7 @@ class TestOAuth2:
             (json_response({"access_token": "x", "token_type": ""}), None),
             (http_response(200, b"access_token=x&token_type=bearer&expires_in=60"), None),
             (
-                http_response(200, gzip.compress(b'{"access_token": "x"}'), Content_Encoding="gzip"),
+                http_response(200, gzip.compress(b'{"access_token": "x"}', mtime=0), Content_Encoding="gzip"),
                 None,
             ),
             (json_response({"access_token": "x", "expires_in": 10**400}), None),
