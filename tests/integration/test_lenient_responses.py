@@ -99,6 +99,33 @@ def test_a_head_that_leaves_the_length_or_the_status_open_voids_the_response(
     assert outcome.reason in (Reason.PROTOCOL, Reason.CONNECTION_LOST)
 
 
+@pytest.mark.parametrize("lines", [[b"no colon"], [b"X: a\x01b"], [b"Content Length: 5"]])
+def test_a_body_of_unknown_length_below_a_faulty_head_is_not_waited_for(
+    tmp_path: Path, pki: Pki, lines: list[bytes]
+) -> None:
+    def script(peer: Peer) -> None:
+        peer.read_request()
+        peer.send(b"\r\n".join([b"HTTP/1.1 500 No", *lines, b"", b""]))
+        peer.drain()
+
+    with ScriptedServer(script, server_context(pki)) as server:
+        with a_sender(a_destination(server.url, pki, timeout={"read": "1h"})) as sender:
+            outcome = sender.send(an_archive(tmp_path, CONTENT))
+    assert isinstance(outcome, Deferred)
+    assert (outcome.reason, outcome.http_status) == (Reason.SERVER_ERROR, 500)
+
+
+def test_a_body_that_ends_with_the_connection_below_a_faulty_head_is_read(tmp_path: Path, pki: Pki) -> None:
+    def script(peer: Peer) -> None:
+        peer.read_request()
+        peer.send(
+            b"HTTP/1.1 201 Created\r\nX Powered By: PHP\r\nConnection: close\r\n\r\n" + RECEIPT.encode()
+        )
+
+    with ScriptedServer(script, server_context(pki)) as server, a_sender(a_destination(server.url, pki)) as s:
+        assert isinstance(s.send(an_archive(tmp_path, CONTENT)), Delivered)
+
+
 def deflated(data: bytes, wbits: int) -> bytes:
     compressor = zlib.compressobj(wbits=wbits)
     return compressor.compress(data) + compressor.flush()

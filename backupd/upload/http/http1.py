@@ -221,21 +221,26 @@ class Http1Connection(HttpConnection):
     def _repaired(self, head: bytes) -> bytes:
         """Return a head without the lines that are no header fields, which h11 refuses, and clients ignore.
 
-        White space before a colon is removed, as RFC 9112 section 5.1 has proxies do it.
+        White space before a colon is removed, as RFC 9112 section 5.1 has proxies do it. If the length of the
+        body was in such a line, or nowhere, and the server does not announce to close the connection, there
+        is none: it could be waited for in vain.
         """
         status_line, *lines = head.split(b"\n")
-        repaired, is_kept = [status_line], True
-        for line in lines:
+        repaired, names, is_kept = [status_line], set[bytes](), True
+        for line in lines[:-2]:
             name, colon, value = line.partition(b":")
             token = name.rstrip(b" \t")
-            if not line.strip(b"\r"):  # the end
-                is_kept = True
-            elif line[:1] not in b" \t":  # else the value above goes on
+            if line[:1] not in b" \t":  # else the value above goes on
                 is_kept = bool(colon and _FIELD_NAME.fullmatch(token) and not _CONTROLS.search(value[:-1]))
+                names |= {token.lower()} if is_kept else set()
             if is_kept:
                 repaired.append(line if token == name else token + colon + value)
-        self._was_repaired = self._was_repaired or repaired != [status_line, *lines]
-        return b"\n".join(repaired)
+        if repaired == [status_line, *lines[:-2]]:
+            return head
+        self._was_repaired = True
+        if not names & {b"content-length", b"transfer-encoding", b"connection"}:
+            repaired.append(b"Content-Length: 0\r")
+        return b"\n".join([*repaired, *lines[-2:]])
 
 
 @contextmanager
