@@ -92,10 +92,14 @@ def _send_test_archive(config: Config, probe: ProbeResult) -> PushResult | None:
     if probe.reason is not None:
         return None
     now, host = datetime.now(UTC), socket.gethostname()
-    with tempfile.TemporaryDirectory(prefix="backupd-") as folder:
-        file = Path(folder) / f"backupd-check-{now:%Y%m%dT%H%M%SZ}.txt"
-        file.write_text(f"A test archive of `backupd check --send` on {host} at {now.isoformat()}.\n")
-        return push_file(file, probe.destination, config)
+    try:
+        with tempfile.TemporaryDirectory(prefix="backupd-") as folder:
+            file = Path(folder) / f"backupd-check-{now:%Y%m%dT%H%M%SZ}.txt"
+            file.write_text(f"A test archive of `backupd check --send` on {host} at {now.isoformat()}.\n")
+            return push_file(file, probe.destination, config)
+    except OSError as error:
+        hint = "free some space there, or name another folder: TMPDIR=/var/tmp backupd check --send"
+        raise UsageError(f"no test archive can be written: {error}", hint) from error
 
 
 def _drop_folder_problems(config: Config, until: float) -> list[FileProblem]:
@@ -149,7 +153,6 @@ def _print_probe(probe: ProbeResult, destination: DestinationConfig, sent: PushR
         typer.echo(f"connected: {where}: {tls}{printable(probe.detail)}, in {probe.took_s:.2f} s")
         if sent is None:
             typer.echo("  an upload could not be tried without sending; `backupd check --send` does")
-            typer.echo(f"  hint: {probe.hint}" if probe.hint else "", nl=bool(probe.hint))
     else:
         typer.echo(f"failed: {where}: {printable(probe.detail)} ({probe.reason})")
         typer.echo(f"  hint: {probe.hint}")

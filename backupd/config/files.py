@@ -469,9 +469,10 @@ _EXPIRES_SOON: Final = timedelta(days=30)
 _PEM_CERTIFICATE: Final = re.compile(
     rb"-----BEGIN ((?:TRUSTED |X509 )?CERTIFICATE)-----\s(.*?)-----END \1-----", re.DOTALL
 )
+_PEM_BEGIN: Final = re.compile(rb"-----BEGIN (?:TRUSTED |X509 )?CERTIFICATE-----")
 _DER_HEAD: Final = 4
 _TWO_LENGTH_BYTES: Final = 0x82
-"""The second byte in DER of a value of 256 to 65,535 bytes, as each certificate is."""
+"""The second byte in DER of a value of 256 to 65,535 bytes, as nearly every certificate is."""
 _CLIENT_PURPOSES: Final = frozenset(
     {ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}
 )
@@ -618,15 +619,15 @@ def _certificates(file: _Named) -> list[x509.Certificate]:
     """
     content = _content(file)
     blocks = [found[2] for found in _PEM_CERTIFICATE.finditer(content)]
-    if not blocks and b"CERTIFICATE-----" not in content:
+    begun = len(_PEM_BEGIN.findall(content))
+    if not begun:
         raise file.unusable("contains no certificate in PEM", _conversion(file.path, content, "cert"))
     try:
-        found = [x509.load_der_x509_certificate(_first_value(binascii.a2b_base64(each))) for each in blocks]
+        if len(blocks) < begun:
+            raise ValueError("a certificate is cut")
+        return [x509.load_der_x509_certificate(_first_value(binascii.a2b_base64(each))) for each in blocks]
     except ValueError:
-        found = []
-    if not found:
-        raise file.unusable("contains a damaged certificate", "copy it again from its issuer")
-    return found
+        raise file.unusable("contains a damaged certificate", "copy it again from its issuer") from None
 
 
 def _first_value(der: bytes) -> bytes:

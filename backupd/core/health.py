@@ -29,9 +29,9 @@ class HealthFacts:
 
     `pending_bytes` is the size of all `pending` archives, `oldest` the age of the oldest of them. `paused`
     has the length of the pause of each paused destination, `unusable` those with a CA, certificate or key
-    that cannot be used, `days_left` the days until each destination's
-    client certificate expires, `overdue` the devices that should have sent an archive, and `problems` the
-    files that will not be sent, or not moved, as things are.
+    that cannot be used, `days_left` the days until each destination's client certificate expires, `overdue`
+    the devices that should have sent an archive, and `problems` the files that will not be sent, or not
+    moved, as things are.
     """
 
     running: bool = True

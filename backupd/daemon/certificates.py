@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 
 from backupd.config.files import ExamineFiles, FilesReport, days_left
@@ -50,16 +50,18 @@ class Certificates:
             self._apply_renewal(renewed)
 
     def update(self, report: FilesReport) -> None:
-        """Replace the expiry dates by those of a new report, and pause destinations with unusable files."""
+        """Replace the problems and expiry dates by those of a new report."""
         self._report, self._expires = report, dict(report.expires)
-        self.pause_unusable()
 
-    def pause_unusable(self) -> None:
-        """Pause each destination with files that cannot be used; each heartbeat tries them again."""
-        for name, running in self._runtime.destinations.items():
+    def pause_unusable(self, started: Iterable[str]) -> None:
+        """Pause those of the started destinations of which the files cannot be used.
+
+        Each heartbeat tries the files again. A destination that has run before goes on with its earlier ones.
+        """
+        for name in started:
             if problems := self._report.unusable(name):
                 error = "; ".join(problem.message for problem in problems)
-                running.circuit.record_outcome(Deferred(Reason.LOCAL_FILES, error))
+                self._runtime.destinations[name].circuit.record_outcome(Deferred(Reason.LOCAL_FILES, error))
                 self._refused.add(name)
 
     def days_left(self) -> Mapping[str, int]:

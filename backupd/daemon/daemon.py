@@ -127,7 +127,7 @@ class Daemon:
         with self._housekeeping.logged_failures():
             pending_dispositions = runtime.ledger.count_pending_dispositions()
         self._threads.start(runtime.recorder.run, self._abandon, runtime.recorder.watchdog)
-        self._certificates.pause_unusable()
+        self._certificates.pause_unusable(runtime.destinations)
         self._start_threads(runtime.drops, runtime.destinations)
         self._wait_for_first_scans(runtime.drops, self._started + _FIRST_SCAN_TIMEOUT)
         self._threads.start(runtime.retention.run, runtime.retention.stop, runtime.retention.watchdog)
@@ -247,6 +247,7 @@ class Daemon:
         if diff.drops_started:
             with suppress(LedgerError):  # deliveries that wait for a new drop are retried within a day anyway
                 self._housekeeping.bring_forward()
+        self._certificates.pause_unusable(diff.destinations_started)
         self._start_threads(diff.drops_started, diff.destinations_started)
         self._log.emit(
             events.CONFIG_RELOADED,

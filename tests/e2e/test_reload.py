@@ -262,9 +262,11 @@ def test_a_certificate_with_another_key_is_refused_and_the_last_valid_pair_stays
         refused = daemon.wait_for("certificate.refused")[0]
         assert refused["destination"] == "vault"
         assert "is not the key of the certificate" in refused["error"]
+        reload(daemon)
         stage.put("a.cfg", b"abc")
         daemon.wait_for("archive.disposed", archive="a.cfg")
         assert not daemon.events("attempt.failed")
+        assert not daemon.events("destination.paused")
         assert daemon.stop() == 0
 
 

@@ -541,6 +541,11 @@ class TestCertificates:
         config = tls.config(cert=tls.write("cut.pem", content[: len(content) // 2]))
         assert an_error(config).endswith("contains a damaged certificate")
 
+    def test_a_cut_certificate_below_a_whole_one_is_an_error(self, tls: Tls) -> None:
+        content = tls.cert_file.read_bytes()
+        path = tls.write("bundle.pem", content + content[: len(content) // 2])
+        assert an_error(tls.config(ca=path)).endswith("contains a damaged certificate")
+
     def test_a_key_is_not_an_authority(self, tls: Tls) -> None:
         assert an_error(tls.config(ca=tls.key_file)) == (
             f"destination.v.ca: {tls.key_file} contains no certificate in PEM"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from backupd.core.model import Deferred, Delivered
+from backupd.core.model import Deferred, Delivered, Outcome
 from backupd.core.policy import Reason
 from tests.pki import Pki
 from tests.scripted import Peer, ScriptedServer, server_context
@@ -31,6 +31,18 @@ def response(*lines: bytes, body: bytes = RECEIPT.encode(), end: bytes = b"\r\n"
     if not any(line.lower().startswith((b"content-length", b"transfer-encoding")) for line in lines):
         head.append(b"Content-Length: %d" % len(body))
     return end.join([*head, b"", b""]) + body
+
+
+def send_to(folder: Path, pki: Pki, reply: bytes) -> Outcome:
+    """Send an archive to an endpoint that responds with these bytes, and return the outcome."""
+
+    def script(peer: Peer) -> None:
+        peer.read_request()
+        peer.send(reply)
+
+    with ScriptedServer(script, server_context(pki)) as server:
+        with a_sender(a_destination(server.url, pki)) as sender:
+            return sender.send(an_archive(folder, CONTENT))
 
 
 LENGTH = b"%d" % len(RECEIPT.encode())
@@ -89,12 +101,7 @@ def test_a_receipt_below_a_faulty_head_counts_and_the_connection_is_closed(
 def test_a_head_that_leaves_the_length_or_the_status_open_voids_the_response(
     tmp_path: Path, pki: Pki, reply: bytes
 ) -> None:
-    def script(peer: Peer) -> None:
-        peer.read_request()
-        peer.send(reply)
-
-    with ScriptedServer(script, server_context(pki)) as server, a_sender(a_destination(server.url, pki)) as s:
-        outcome = s.send(an_archive(tmp_path, CONTENT))
+    outcome = send_to(tmp_path, pki, reply)
     assert isinstance(outcome, Deferred)
     assert outcome.reason in (Reason.PROTOCOL, Reason.CONNECTION_LOST)
 
@@ -143,18 +150,16 @@ def deflated(data: bytes, wbits: int) -> bytes:
         response(b'Content-Type: application/json; charset="ISO-8859-1"', body=RECEIPT.encode("latin-1")),
         response(b"Content-Type: text/plain; charset=windows-1252", body=RECEIPT.encode("cp1252")),
         response(b"Content-Type: application/json; charset=punycode"),
+        response(b"Content-Type: application/json; charset=iso-8859-12"),
+        response(b"Content-Type: application/json; charset=utf-8le"),
+        response(b"Content-Type: application/json; charset=windows-1259"),
         response(body=b"\xef\xbb\xbf" + RECEIPT.encode()),
     ],
 )
 def test_a_receipt_that_is_compressed_or_in_another_charset_is_read(
     tmp_path: Path, pki: Pki, reply: bytes
 ) -> None:
-    def script(peer: Peer) -> None:
-        peer.read_request()
-        peer.send(reply)
-
-    with ScriptedServer(script, server_context(pki)) as server, a_sender(a_destination(server.url, pki)) as s:
-        outcome = s.send(an_archive(tmp_path, CONTENT))
+    outcome = send_to(tmp_path, pki, reply)
     assert isinstance(outcome, Delivered), outcome
 
 
@@ -164,12 +169,7 @@ def test_of_a_body_that_decompresses_to_a_large_one_only_the_beginning_is_kept(
 ) -> None:
     bomb = gzip.compress(b" " * length + RECEIPT.encode(), mtime=0)
 
-    def script(peer: Peer) -> None:
-        peer.read_request()
-        peer.send(response(b"Content-Encoding: gzip", body=bomb))
-
-    with ScriptedServer(script, server_context(pki)) as server, a_sender(a_destination(server.url, pki)) as s:
-        outcome = s.send(an_archive(tmp_path, CONTENT))
+    outcome = send_to(tmp_path, pki, response(b"Content-Encoding: gzip", body=bomb))
     assert isinstance(outcome, Delivered) == (length == 1000), outcome
 
 
@@ -179,12 +179,9 @@ def test_an_html_response_is_quoted_by_its_text(tmp_path: Path, pki: Pki) -> Non
         b"</head><body><!-- a comment --><h1>Maintenance</h1>\n<p>until&nbsp;noon</p></body></html>"
     )
 
-    def script(peer: Peer) -> None:
-        peer.read_request()
-        peer.send(b"HTTP/1.1 503 Unavailable\r\nContent-Length: %d\r\n\r\n%s" % (len(page), page))
-
-    with ScriptedServer(script, server_context(pki)) as server, a_sender(a_destination(server.url, pki)) as s:
-        outcome = s.send(an_archive(tmp_path, CONTENT))
+    outcome = send_to(
+        tmp_path, pki, b"HTTP/1.1 503 Unavailable\r\nContent-Length: %d\r\n\r\n%s" % (len(page), page)
+    )
     assert isinstance(outcome, Deferred)
     assert outcome.error == "503 Unavailable: Sign in & wait Maintenance until noon"
 

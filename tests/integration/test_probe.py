@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -497,6 +500,30 @@ def test_a_test_archive_is_delivered_on_request(stage: Stage, works: bool) -> No
         assert "was not stored: 422 As Scripted: no such tenant (archive_refused)" in text
     uploads = [request for request in server.requests if request.head.startswith(b"POST")]
     assert b"A test archive of `backupd check --send`" in uploads[0].archive
+
+
+@pytest.mark.root
+def test_without_room_for_the_test_archive_the_command_says_so(stage: Stage) -> None:
+    full = stage.base / "tmp"
+    full.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=2", "none", full], check=False).returncode:
+        pytest.skip("this root may not mount")
+    try:
+        with ScriptedServer(respond_with(405), server_context(stage.pki)) as server:
+            stage.configure(server.url)
+            done = subprocess.run(
+                [sys.executable, "-m", "backupd", "check", "--send", "--config", stage.config],
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+                check=False,
+                env={**os.environ, "TMPDIR": str(full)},
+            )
+    finally:
+        subprocess.run(["umount", full], check=True)
+    assert done.returncode == 2
+    assert "no test archive can be written" in done.stderr
+    assert "No space left on device" in done.stderr
 
 
 def test_offline_and_send_contradict_each_other(stage: Stage) -> None:

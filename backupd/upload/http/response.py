@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import html
 import json
 import re
@@ -251,7 +252,12 @@ _CHARSETS = re.compile(r"(?i)utf-(8|16|32)(le|be)?|iso-8859-\d{1,2}|windows-125\
 def _charset(response: httpx.Response) -> str | None:
     """Return the character set that the response states, if it is a usual one."""
     charset = response.charset_encoding or ""
-    return charset if _CHARSETS.fullmatch(charset) else None
+    if not _CHARSETS.fullmatch(charset):
+        return None
+    try:
+        return codecs.lookup(charset).name
+    except LookupError:  # there is no ISO-8859-12
+        return None
 
 
 def read_body(response: httpx.Response, max_bytes: int = _MAX_BODY_BYTES) -> bytes:
