@@ -47,7 +47,7 @@ def test_each_archive_is_stored_once_through_three_reloads(stage: Stage, name: s
     port = stage.a_free_port()
     with (
         ScriptedServer(accept_all) as endpoint,
-        running_front(FRONTS[name], port, endpoint.port, stage.pki) as reload,
+        running_front(FRONTS[name], port, endpoint.port, stage.pki) as (reload, _),
     ):
         stage.configure(
             f"https://localhost:{port}/v1/upload",
@@ -63,7 +63,7 @@ def test_each_archive_is_stored_once_through_three_reloads_of_a_proxy(stage: Sta
     port = stage.a_free_port()
     with (
         ScriptedServer(accept_all, server_context(stage.pki)) as endpoint,
-        running_front(SQUID, port, endpoint.port, stage.pki) as reload,
+        running_front(SQUID, port, endpoint.port, stage.pki) as (reload, _),
     ):
         stage.configure(
             endpoint.url, destination=f'proxy = "http://127.0.0.1:{port}"\nworkers = 3\n{FAST_RETRY}'

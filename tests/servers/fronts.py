@@ -68,17 +68,9 @@ def _nginx(place: Place) -> Sequence[str]:
     return ["-p", str(place.folder), "-e", "stderr", "-c", str(conf)]
 
 
-def _apache(place: Place) -> Sequence[str]:
-    modules = (
-        "mpm_event",
-        "authn_core",
-        "authz_core",
-        "ssl",
-        "socache_shmcb",
-        "http2",
-        "proxy",
-        "proxy_http",
-    )
+def _apache(place: Place, modules: Sequence[str], server: str) -> Sequence[str]:
+    """`server` is for the virtual host; `{endpoint}` and `{folder}` in it are those of the place."""
+    modules = ["mpm_event", "authn_core", "authz_core", "ssl", "socache_shmcb", "http2", *modules]
     load = "\n".join(f"LoadModule {name}_module /usr/lib/apache2/modules/mod_{name}.so" for name in modules)
     conf = place.folder / "apache.conf"
     conf.write_text(
@@ -94,18 +86,39 @@ def _apache(place: Place) -> Sequence[str]:
         ErrorLog {place.folder}/error.log
         Mutex file:{place.folder}
         <VirtualHost *:{place.port}>
-        Protocols h2 http/1.1
         SSLEngine on
         SSLCertificateFile {place.pki.server_cert}
         SSLCertificateKeyFile {place.pki.server_key}
         SSLCACertificateFile {place.pki.ca_pem}
-        SSLVerifyClient require
-        SSLVerifyDepth 3
-        ProxyPass / http://127.0.0.1:{place.endpoint}/
+        {server.format(endpoint=place.endpoint, folder=place.folder)}
         </VirtualHost>
         """
     )
     return ["-DFOREGROUND", "-f", str(conf)]
+
+
+_PASSED_ON = """
+    Protocols h2 http/1.1
+    SSLVerifyClient require
+    SSLVerifyDepth 3
+    ProxyPass / http://127.0.0.1:{endpoint}/
+"""
+
+_WEBDAV = """
+    DocumentRoot {folder}/files
+    DavLockDB {folder}/dav-lock
+    <Location />
+        Dav On
+        SSLVerifyClient require
+        SSLVerifyDepth 3
+    </Location>
+"""
+
+
+def apache_that_asks_late(tls_version: str) -> Front:
+    """Return Apache with WebDAV on `files`; it asks for the client certificate once it knows the path."""
+    server = f"SSLProtocol -all +TLSv{tls_version}\nSSLVerifyClient none\n{_WEBDAV}"
+    return Front("apache2", partial(_apache, modules=["dav", "dav_fs"], server=server), signal.SIGUSR1)
 
 
 def _haproxy(place: Place) -> Sequence[str]:
@@ -192,7 +205,11 @@ pinger_enable off
 
 FRONTS = {
     "nginx": Front("nginx", _nginx, signal.SIGHUP),
-    "apache": Front("apache2", _apache, signal.SIGUSR1),
+    "apache": Front(
+        "apache2",
+        partial(_apache, modules=["proxy", "proxy_http"], server=_PASSED_ON),
+        signal.SIGUSR1,
+    ),
     "haproxy": Front("haproxy", _haproxy, signal.SIGUSR2),
     "caddy": Front(
         "caddy", _caddy, ["reload", "--config", "caddy.json", "--address", "unix/{folder}/admin", "--force"]
@@ -209,15 +226,19 @@ SQUID = Front("squid", _squid, signal.SIGHUP)
 
 
 @contextmanager
-def running_front(front: Front, port: int, endpoint: int, pki: Pki) -> Iterator[Callable[[], None]]:
-    """Run a front until the end of the block; yield a function that reloads it.
+def running_front(
+    front: Front, port: int, endpoint: int, pki: Pki
+) -> Iterator[tuple[Callable[[], None], Path]]:
+    """Run a front until the end of the block; yield a function that reloads it, and its folder.
 
-    Its folder is one that each user can reach: some servers change theirs.
+    The folder is one that each user can reach: some servers change theirs. `files` in it is for files.
     """
     program = require(front.program)
     with tempfile.TemporaryDirectory(prefix=f"backupd-{front.program}-") as base:
         folder = Path(base)
         folder.chmod(0o777)
+        (folder / "files").mkdir()
+        (folder / "files").chmod(0o777)
         command = front.configure(Place(folder, port, endpoint, pki))
         with (folder / "output.log").open("wb") as output:
             process = subprocess.Popen(
@@ -234,7 +255,7 @@ def running_front(front: Front, port: int, endpoint: int, pki: Pki) -> Iterator[
                 f"{program} to start",
             )
             assert process.poll() is None, (folder / "output.log").read_text()
-            yield lambda: _reload(front, process, folder)
+            yield (lambda: _reload(front, process, folder)), folder
             assert process.poll() is None, (folder / "output.log").read_text()
         finally:
             process.send_signal(signal.SIGTERM)
