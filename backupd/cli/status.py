@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -15,10 +15,11 @@ import typer
 
 from backupd.cli.options import DEFAULT_CONFIG, AsJson, ConfigPath
 from backupd.cli.output import print_json, print_line, print_table, relative_time
-from backupd.config.files import days_left, earliest_expiry
+from backupd.config.files import certificate_limits, client_validity
 from backupd.config.load import load
 from backupd.config.models import Config
 from backupd.config.types import parse_duration
+from backupd.core.certificate_life import CertificateLife, CertificateState
 from backupd.core.drop_problem import DropState, ProblemCount
 from backupd.core.errors import BackupdError, UsageError
 from backupd.core.health import HealthFacts, HealthLevel, HealthLimits, plugin_line
@@ -31,8 +32,12 @@ from backupd.ledger.history import DestinationRecord, DropRecord, History
 _WATCH_INTERVAL = 2.0
 """Seconds between two refreshes of `--watch`."""
 
-_DEFAULT_LIMITS = HealthLimits(warning_age=timedelta(hours=1), critical_age=timedelta(hours=6))
-"""The limits of `--check` without further options."""
+_CERTIFICATE_STYLES = {
+    CertificateState.VALID: "green",
+    CertificateState.EXPIRING: "yellow",
+    CertificateState.CRITICAL: "bold red",
+    CertificateState.EXPIRED: "bold red",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +56,14 @@ class DropStatus:
 
 @dataclass(frozen=True, slots=True)
 class CertificateStatus:
-    """The client certificate of a destination; `days_left` is the least of the certificate and its chain."""
+    """The client certificate of a destination, or that of its chain which needs a renewal first."""
 
     destination: str
     path: Path
     days_left: int
+    expires_at: datetime
+    state: CertificateState
+    life: CertificateLife
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +110,8 @@ def status(
     """Show the backlog and state of each drop and destination, rejected archives and certificates.
 
     With --check, these are critical: the daemon does not run, a drop folder cannot be used, or a certificate
-    has fewer than 3 days left. These are warnings: a paused destination, a rejected archive, a file with a
-    problem, an overdue device, or a certificate with fewer than 14 days left.
+    expires within `certificate_critical`. These are warnings: a paused destination, a rejected archive, a
+    file with a problem, an overdue device, or a certificate that expires within `certificate_warning`.
     """
     if check and (watch or as_json):
         raise UsageError("--check prints one line", "leave --watch and --json out")
@@ -168,7 +176,7 @@ def health_facts(daemon_status: DaemonStatus, now: datetime) -> HealthFacts:
             if d.circuit not in (None, "working")
         },
         {d.name for d in daemon_status.destinations if d.reason == Reason.LOCAL_FILES},
-        {c.destination: c.days_left for c in daemon_status.certificates},
+        {c.destination: c.life for c in daemon_status.certificates},
         [f"{d.device or 'all'} ({d.drop})" for d in daemon_status.overdue],
         daemon_status.problems,
     )
@@ -176,11 +184,13 @@ def health_facts(daemon_status: DaemonStatus, now: datetime) -> HealthFacts:
 
 def _certificates(config: Config, now: datetime) -> Iterator[CertificateStatus]:
     """Yield the readable client certificates; `backupd check` reports the others."""
+    limits = certificate_limits(config)
     for name, destination in config.destination.items():
         files = destination.tls_files
-        end = earliest_expiry(files, now) if files else None
-        if files and files.cert is not None and end is not None:
-            yield CertificateStatus(name, files.cert, days_left(end, now))
+        validity = client_validity(files, limits, now) if files else None
+        if files and files.cert is not None and validity is not None:
+            life = limits.life(validity, now)
+            yield CertificateStatus(name, files.cert, life.days_left, validity.ends, life.state, life)
 
 
 def _overdue_devices(config: Config, history: History, now: datetime) -> list[OverdueDevice]:
@@ -286,10 +296,7 @@ def _print_overdue(devices: list[OverdueDevice]) -> None:
 
 
 def _print_certificate(certificate: CertificateStatus) -> None:
-    days = certificate.days_left
-    if days < _DEFAULT_LIMITS.critical_days:
-        style = "bold red"
-    else:
-        style = "yellow" if days < _DEFAULT_LIMITS.warning_days else "green"
-    left = f"{days} days left" if days >= 0 else "EXPIRED"
+    state = certificate.state
+    left = "EXPIRED" if state is CertificateState.EXPIRED else f"{certificate.life} left"
+    style = _CERTIFICATE_STYLES[state]
     print_line(f"certificate of {certificate.destination}: {left} ({certificate.path})", style)

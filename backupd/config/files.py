@@ -29,6 +29,7 @@ from backupd.config.models import Config, DropConfig, TlsFiles
 from backupd.config.problems import FileProblem
 from backupd.config.rules import overlap
 from backupd.config.time_limit import NoAnswerError, call_all, filesystem_hint
+from backupd.core.certificate_life import CertificateLife, CertificateLimits, CertificateState, Validity
 from backupd.core.eligibility import Eligibility, Patterns
 from backupd.core.filesystems import default_stable_for, has_change_time, hidden_cache_option, is_remote
 from backupd.core.folder_place import FolderPlace
@@ -37,16 +38,17 @@ from backupd.core.mountinfo import MountEntry, mounts_within, parse_mountinfo, p
 
 @dataclass(frozen=True, slots=True)
 class FilesReport:
-    """The problems of all named files and folders, when each `cert` expires, and where the drop folders are.
+    """The problems of all named files and folders, the validity of each `cert`, and the drop folders' places.
 
-    `expires` has no entry for a destination without a client certificate, or with an unreadable one. `places`
-    are those of all drops, by name; the numbers of a folder that can't be reached are unknown. `is_new` is
-    whether no drop has a `sent_dir`: nothing was sent before. `silent` are the drops with a filesystem that
-    does not answer.
+    `validities` has no entry for a destination without a client certificate, or with an unreadable one.
+    `places` are those of all drops, by name; the numbers of a folder that can't be reached are unknown.
+    `is_new` is whether no drop has a `sent_dir`: nothing was sent before. `silent` are the drops with a
+    filesystem that does not answer.
     """
 
     problems: tuple[FileProblem, ...]
-    expires: Mapping[str, datetime]
+    certificate_limits: CertificateLimits
+    validities: Mapping[str, Validity]
     places: Mapping[str, FolderPlace]
     is_new: bool
     silent: frozenset[str]
@@ -69,14 +71,16 @@ ExamineFiles = Callable[[], FilesReport]
 
 
 def examine_files(config: Config, now: datetime) -> FilesReport:
-    """Return the problems of the files and folders, and when the client certificates expire."""
-    expiries = {name: earliest_expiry(tls_files, now) for name, tls_files in _tls_files(config)}
-    expires = {name: expiry for name, expiry in expiries.items() if expiry is not None}
+    """Return the problems of the files and folders, and the validity of the client certificates."""
+    limits = certificate_limits(config)
+    found = {name: client_validity(tls_files, limits, now) for name, tls_files in _tls_files(config)}
+    validities = {name: validity for name, validity in found.items() if validity is not None}
     folders = _examine_drops(config)
     places = {name: each.place for name, each in folders.items()}
     is_new = not any(each.has_sent for each in folders.values())
     silent = frozenset(name for name, each in folders.items() if not each.answers)
-    return FilesReport(tuple(_file_problems(config, folders, now)), expires, places, is_new, silent)
+    problems = tuple(_file_problems(config, folders, now))
+    return FilesReport(problems, limits, validities, places, is_new, silent)
 
 
 def file_problems(config: Config, now: datetime) -> list[FileProblem]:
@@ -92,13 +96,18 @@ def _file_problems(config: Config, folders: Mapping[str, _DropFolders], now: dat
         *(
             replace(problem, prevents_start=False)  # only this destination has to wait for other files
             for name, tls_files in _tls_files(config)
-            for problem in _tls_problems(name, tls_files, now)
+            for problem in _tls_problems(name, tls_files, certificate_limits(config), now)
         ),
     ]
 
 
-def earliest_expiry(destination: TlsFiles, now: datetime) -> datetime | None:
-    """Return when the first certificate in a destination's `cert` file expires: the client's or its chain's.
+def certificate_limits(config: Config) -> CertificateLimits:
+    """Return the limits of all certificates."""
+    return CertificateLimits(config.certificate_warning, config.certificate_critical)
+
+
+def client_validity(destination: TlsFiles, limits: CertificateLimits, now: datetime) -> Validity | None:
+    """Return the validity of the client certificate in `cert`, or of that of its chain which ends first.
 
     One of the chain that has expired before `now` does not count, as servers do without it. None if the
     destination has no `cert`, or the file can't be read.
@@ -109,13 +118,17 @@ def earliest_expiry(destination: TlsFiles, now: datetime) -> datetime | None:
         client, *chain = _certificates(_Named("cert", destination.cert))
     except _UnusableError:
         return None
-    ends = [each.not_valid_after_utc for each in chain]
-    return min([client.not_valid_after_utc, *(end for end in ends if end > now)])
+    valid = [client, *(each for each in chain if each.not_valid_after_utc > now)]
+    return min(map(_validity, valid), key=lambda validity: _urgency(limits.life(validity, now)))
 
 
-def days_left(end: datetime, now: datetime) -> int:
-    """Return the whole days from `now` to `end`, rounded down: 0 on the last day, negative afterwards."""
-    return (end - now).days
+def _validity(certificate: x509.Certificate) -> Validity:
+    return Validity(certificate.not_valid_before_utc, certificate.not_valid_after_utc)
+
+
+def _urgency(life: CertificateLife) -> timedelta:
+    """Return the time until the warning, negative after it."""
+    return life.left - life.limits.warning
 
 
 def key_password(path: Path) -> bytes:
@@ -465,7 +478,6 @@ def _real_path(path: Path) -> Path:
 
 # Certificates and keys
 
-_EXPIRES_SOON: Final = timedelta(days=30)
 _PEM_CERTIFICATE: Final = re.compile(
     rb"-----BEGIN ((?:TRUSTED |X509 )?CERTIFICATE)-----\s(.*?)-----END \1-----", re.DOTALL
 )
@@ -478,10 +490,12 @@ _CLIENT_PURPOSES: Final = frozenset(
 )
 
 
-def _tls_problems(name: str, destination: TlsFiles, now: datetime) -> Iterator[FileProblem]:
+def _tls_problems(
+    name: str, destination: TlsFiles, limits: CertificateLimits, now: datetime
+) -> Iterator[FileProblem]:
     """Yield the problems of the certificates and the private key of the destination `name`."""
     if destination.ca:
-        yield from _authority_problems(_Named(f"destination.{name}.ca", destination.ca), now)
+        yield from _authority_problems(_Named(f"destination.{name}.ca", destination.ca), limits, now)
     client, chain = None, list[x509.Certificate]()
     if destination.cert:
         file = _Named(f"destination.{name}.cert", destination.cert)
@@ -490,21 +504,21 @@ def _tls_problems(name: str, destination: TlsFiles, now: datetime) -> Iterator[F
         except _UnusableError as unusable:
             yield unusable.problem
         else:
-            yield from _date_problems(file, [client], now)
+            yield from _date_problems(file, [client], limits, now)
             # servers need no certificate of the chain that they trust, such as that of a cross-signed root
-            yield from (replace(problem, fatal=False) for problem in _date_problems(file, chain, now))
+            yield from (replace(problem, fatal=False) for problem in _date_problems(file, chain, limits, now))
             yield from _purpose_problems(file, client)
     if destination.key:
         yield from _key_problems(name, destination, destination.key, [client, *chain] if client else [])
 
 
-def _authority_problems(file: _Named, now: datetime) -> Iterator[FileProblem]:
+def _authority_problems(file: _Named, limits: CertificateLimits, now: datetime) -> Iterator[FileProblem]:
     try:
         authorities = _certificates(file)
     except _UnusableError as unusable:
         yield unusable.problem
         return
-    problems = list(_date_problems(file, authorities, now))
+    problems = list(_date_problems(file, authorities, limits, now))
     # an expired authority does no harm if another one in the file is valid
     is_fatal = sum(problem.fatal for problem in problems) == len(authorities)
     for problem in problems:
@@ -512,7 +526,7 @@ def _authority_problems(file: _Named, now: datetime) -> Iterator[FileProblem]:
 
 
 def _date_problems(
-    file: _Named, certificates: Sequence[x509.Certificate], now: datetime
+    file: _Named, certificates: Sequence[x509.Certificate], limits: CertificateLimits, now: datetime
 ) -> Iterator[FileProblem]:
     for certificate in certificates:
         subject = certificate.subject.rfc4514_string() or "a certificate without a subject"
@@ -526,10 +540,11 @@ def _date_problems(
                 f"contains {subject}, which is not valid before {start:%Y-%m-%d %H:%M} UTC",
                 "correct the clock of this host, or wait",
             )
-        elif end - now <= _EXPIRES_SOON:
+        elif (life := limits.life(_validity(certificate), now)).state is not CertificateState.VALID:
+            when = f"on {end:%Y-%m-%d}" if life.days_left else f"at {end:%H:%M} UTC"
             yield file.problem(
-                f"contains {subject}, which expires on {end:%Y-%m-%d}, in {days_left(end, now)} days",
-                "renew the certificate before that day",
+                f"contains {subject}, which expires {when}, in {life}",
+                "renew the certificate before then",
                 fatal=False,
             )
 

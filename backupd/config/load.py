@@ -141,6 +141,8 @@ class _Settings(BaseSettings):
     state_dir: str | None = None
     shutdown_grace: str | None = None
     heartbeat_every: str | None = None
+    certificate_warning: str | None = None
+    certificate_critical: str | None = None
     keep_history_for: str | None = None
     log: dict[str, str] | None = None
 

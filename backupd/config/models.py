@@ -597,6 +597,14 @@ class Config(TableModel):
         default=timedelta(days=400),
         description="How long the ledger keeps the history of completed archives.",
     )
+    certificate_warning: PositiveDuration = Field(
+        default=timedelta(days=14),
+        description="A certificate with less time left is a warning; at most a quarter of its lifetime.",
+    )
+    certificate_critical: PositiveDuration = Field(
+        default=timedelta(days=3),
+        description="A certificate with less time left is critical; at most a tenth of its lifetime.",
+    )
     log: LogConfig = Field(default_factory=LogConfig, description="Log of the daemon.")
     drop: dict[Name, DropConfig] = Field(
         min_length=1, description="Drop folders, each with a name of your choice."

@@ -199,7 +199,14 @@ def _auth_faults(auth: AuthConfig) -> Iterator[ConfigFault]:
 
 
 def between_tables(config: Config) -> Iterator[ConfigFault]:
-    """Yield the contradictions between drops and destinations."""
+    """Yield the contradictions at the top level, and between drops and destinations."""
+    if config.certificate_critical > config.certificate_warning:
+        yield ConfigFault(
+            ("certificate_critical",),
+            f'expected at most certificate_warning, "{format_duration(config.certificate_warning)}", '
+            f'got "{format_duration(config.certificate_critical)}"',
+            (("certificate_warning",),),
+        )
     for name, drop in config.drop.items():
         yield from _unknown_destinations(name, drop, config)
         yield from _unverified_deletions(name, drop, config)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import IntEnum
 
+from backupd.core.certificate_life import CertificateLife, CertificateState
 from backupd.core.drop_problem import FOLDER_REASONS, ProblemCount
 from backupd.core.units import human_duration
 
@@ -29,9 +30,9 @@ class HealthFacts:
 
     `pending_bytes` is the size of all `pending` archives, `oldest` the age of the oldest of them. `paused`
     has the length of the pause of each paused destination, `unusable` those with a CA, certificate or key
-    that cannot be used, `days_left` the days until each destination's client certificate expires, `overdue`
-    the devices that should have sent an archive, and `problems` the files that will not be sent, or not
-    moved, as things are.
+    that cannot be used, `certificates` the client certificate of each destination, `overdue` the devices
+    that should have sent an archive, and `problems` the files that will not be sent, or not moved, as things
+    are.
     """
 
     running: bool = True
@@ -41,23 +42,17 @@ class HealthFacts:
     rejected: int = 0
     paused: Mapping[str, timedelta] = field(default_factory=dict)
     unusable: Collection[str] = ()
-    days_left: Mapping[str, int] = field(default_factory=dict)
+    certificates: Mapping[str, CertificateLife] = field(default_factory=dict)
     overdue: Sequence[str] = ()
     problems: Sequence[ProblemCount] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class HealthLimits:
-    """The limits of a warning and of a critical state.
-
-    The ages are those of the oldest pending archive and of a pause, the days those until a certificate
-    expires.
-    """
+    """The ages of the oldest pending archive, or of a pause, from which on they are a warning or critical."""
 
     warning_age: timedelta
     critical_age: timedelta
-    warning_days: int = 14
-    critical_days: int = 3
 
 
 def plugin_line(facts: HealthFacts, limits: HealthLimits) -> tuple[HealthLevel, str]:
@@ -83,15 +78,20 @@ def _problems(facts: HealthFacts, limits: HealthLimits) -> Iterator[tuple[Health
             yield HealthLevel.CRITICAL if length >= limits.critical_age else HealthLevel.WARNING, text
     if facts.rejected:
         yield HealthLevel.WARNING, f"{facts.rejected} rejected"
-    for name, days in facts.days_left.items():
-        if days < limits.warning_days:
-            when = f"expires in {days} day{'' if days == 1 else 's'}" if days >= 0 else "has expired"
-            text = f"the certificate of {name} {when}"
-            yield HealthLevel.CRITICAL if days < limits.critical_days else HealthLevel.WARNING, text
+    for name, life in facts.certificates.items():
+        if life.state is not CertificateState.VALID:
+            yield _certificate_problem(name, life)
     for problem in facts.problems:
         yield _problem(problem)
     if facts.overdue:
         yield HealthLevel.WARNING, f"overdue: {', '.join(facts.overdue)}"
+
+
+def _certificate_problem(name: str, life: CertificateLife) -> tuple[HealthLevel, str]:
+    if life.state is CertificateState.EXPIRED:
+        return HealthLevel.CRITICAL, f"the certificate of {name} has expired"
+    level = HealthLevel.CRITICAL if life.state is CertificateState.CRITICAL else HealthLevel.WARNING
+    return level, f"the certificate of {name} expires in {life}"
 
 
 def _problem(problem: ProblemCount) -> tuple[HealthLevel, str]:
@@ -112,7 +112,11 @@ def _perfdata(facts: HealthFacts, limits: HealthLimits) -> str:
         f"overdue={len(facts.overdue)}",
         f"problems={sum(problem.files for problem in facts.problems)}",
     ]
-    if facts.days_left:
-        days = min(facts.days_left.values())
-        values.append(f"certificate_days={days};{limits.warning_days}:;{limits.critical_days}:")
+    if facts.certificates:
+        life = min(facts.certificates.values(), key=lambda life: life.left)
+        left, warning_days, critical_days = (
+            f"{each / timedelta(days=1):.2f}".removesuffix(".00")
+            for each in (life.left, life.limits.warning, life.limits.critical)
+        )
+        values.append(f"certificate_days={left};{warning_days}:;{critical_days}:")
     return " ".join(values)

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 
-from backupd.config.files import ExamineFiles, FilesReport, days_left
+from backupd.config.files import ExamineFiles, FilesReport
+from backupd.core.certificate_life import CertificateLife, CertificateState, Validity
 from backupd.core.errors import BackupdError, ConfigError
 from backupd.core.model import Deferred
 from backupd.core.policy import Reason
 from backupd.daemon.runtime import Runtime
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
-
-_WARNING_DAYS = (1, 3, 7, 14, 30)
-"""Numbers of days before the expiry at which a warning is logged."""
 
 _RENEW_HINTS = {
     "client": "renew the files that `cert` and `key` name; the daemon loads them without a restart",
@@ -32,11 +30,11 @@ class Certificates:
         self._log = log
         self._examine_files = examine_files
         self._report = report
-        self._expires = dict(report.expires)
+        self._validities = dict(report.validities)
         self._changing: set[str] = set()
         """Names of the destinations with files that changed since the last tick."""
-        self._logged_steps: dict[tuple[str, str], int] = {}
-        """The number of days of the last warning, by destination and role of the certificate."""
+        self._logged: dict[tuple[str, str], tuple[CertificateState, int]] = {}
+        """State and days left in the last warning, by destination and role of the certificate."""
         self._refused: set[str] = set()
         """Names of the destinations with new files that could not be loaded."""
 
@@ -51,7 +49,7 @@ class Certificates:
 
     def update(self, report: FilesReport) -> None:
         """Replace the problems and expiry dates by those of a new report."""
-        self._report, self._expires = report, dict(report.expires)
+        self._report, self._validities = report, dict(report.validities)
 
     def pause_unusable(self, started: Iterable[str]) -> None:
         """Pause those of the started destinations of which the files cannot be used.
@@ -64,44 +62,47 @@ class Certificates:
                 self._runtime.destinations[name].circuit.record_outcome(Deferred(Reason.LOCAL_FILES, error))
                 self._refused.add(name)
 
-    def days_left(self) -> Mapping[str, int]:
-        """Return the whole days until the client certificate of each destination expires."""
+    def client_lives(self) -> Mapping[str, CertificateLife]:
+        """Return how long the client certificate of each destination is still valid."""
         now = datetime.now(UTC)
-        destinations = self._runtime.destinations
-        return {name: days_left(end, now) for name, end in self._expires.items() if name in destinations}
+        return {
+            name: self._report.certificate_limits.life(validity, now)
+            for name, validity in self._validities.items()
+            if name in self._runtime.destinations
+        }
 
     def log_expiring(self) -> None:
-        """Log each certificate that has reached the next number of days in `_WARNING_DAYS`.
+        """Log each certificate that is about to expire or has expired: if its state changes, and once a day.
 
         Refused files are retried first: the fault may be fixed without a change of these files.
         """
         if refused := self._refused & set(self._runtime.destinations):
             self._apply_renewal(refused)
         now = datetime.now(UTC)
-        for name, role, end in self._all():
-            days = days_left(end, now)
-            step = next((step for step in _WARNING_DAYS if days < step), None)
-            if step is not None and self._logged_steps.get((name, role)) != step:
+        for name, role, validity in self._all():
+            life = self._report.certificate_limits.life(validity, now)
+            step = (life.state, life.days_left)
+            if life.state is CertificateState.VALID:
+                self._logged.pop((name, role), None)
+            elif self._logged.get((name, role)) != step:
+                self._logged[name, role] = step
                 self._log.emit(
                     events.CERTIFICATE_EXPIRING,
                     destination=name,
                     certificate_role=role,
-                    days_left=days,
-                    expires_at=end,
+                    certificate_state=life.state,
+                    days_left=life.days_left,
+                    expires_at=validity.ends,
                     hint=_RENEW_HINTS[role],
                 )
-            if step is None:
-                self._logged_steps.pop((name, role), None)
-            else:
-                self._logged_steps[name, role] = step
 
-    def _all(self) -> Iterator[tuple[str, str, datetime]]:
-        """Yield destination, role and expiry of each certificate."""
+    def _all(self) -> Iterator[tuple[str, str, Validity]]:
+        """Yield destination, role and validity of each certificate."""
         for name, running in self._runtime.destinations.items():
-            if name in self._expires:
-                yield name, "client", self._expires[name]
-            if running.endpoint.server_certificate_expires is not None:
-                yield name, "server", datetime.fromtimestamp(running.endpoint.server_certificate_expires, UTC)
+            if name in self._validities:
+                yield name, "client", self._validities[name]
+            if running.endpoint.server_certificate is not None:
+                yield name, "server", running.endpoint.server_certificate
 
     def _apply_renewal(self, names: set[str]) -> None:
         """Load the files of some destinations; those that cannot be used leave the earlier ones in use."""
@@ -123,6 +124,9 @@ class Certificates:
                 continue
             self._refused.discard(name)
             running.circuit.files_renewed()
-            if report and name in report.expires:
-                self._expires[name] = report.expires[name]
-            self._log.emit(events.CERTIFICATE_RENEWED, destination=name, days_left=self.days_left().get(name))
+            if report and name in report.validities:
+                self._validities[name] = report.validities[name]
+            life = self.client_lives().get(name)
+            self._log.emit(
+                events.CERTIFICATE_RENEWED, destination=name, days_left=life.days_left if life else None
+            )

@@ -279,7 +279,7 @@ class Daemon:
         self._heartbeat.log(
             self._runtime.circuits,
             self._in_flight(),
-            self._certificates.days_left(),
+            self._certificates.client_lives(),
             self._housekeeping.overdue_devices,
             sum(drop.intake.is_degraded for drop in self._runtime.drops.values()),
         )

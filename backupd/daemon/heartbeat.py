@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 
+from backupd.core.certificate_life import CertificateLife
 from backupd.core.drop_problem import ProblemCount
 from backupd.core.errors import LedgerError
 from backupd.delivery.circuit_breaker import CircuitBreaker
@@ -38,13 +39,13 @@ class Heartbeat:
         self,
         circuits: Mapping[str, CircuitBreaker],
         in_flight: int,
-        days_left: Mapping[str, int] | None = None,
+        certificates: Mapping[str, CertificateLife] | None = None,
         overdue_devices: int | None = None,
         degraded_drops: int | None = None,
     ) -> None:
         """Log a heartbeat, and a line for each destination.
 
-        `days_left` are those of the destinations' client certificates. Values that are None are left out.
+        `certificates` are the client certificates of the destinations. Values that are None are left out.
         """
         try:
             backlog = self._ledger.backlog()
@@ -54,7 +55,7 @@ class Heartbeat:
             log_ledger_failure(self._log, error)
             return
         now = datetime.now(UTC)
-        days_left = days_left or {}
+        certificates = certificates or {}
         by_destination = {name: backlog.get(name, _EMPTY) for name in [*circuits, *backlog]}
         ages = {name: _age(each, now) for name, each in by_destination.items()}
         tally, process, seconds = self._recorder.pop_tally(), process_stats(), self._since_last()
@@ -74,7 +75,7 @@ class Heartbeat:
             bytes_per_s=round(tally.delivered_bytes / seconds),
             archives_per_s=tally.delivered / seconds,
             quarantined=quarantined,
-            days_left_by_destination=days_left or None,
+            days_left_by_destination={name: life.days_left for name, life in certificates.items()} or None,
             overdue_devices=overdue_devices,
             degraded_drops=degraded_drops,
             problems=sum(each.files for each in problems),
@@ -85,6 +86,7 @@ class Heartbeat:
         for name, each in by_destination.items():
             if name not in circuits:
                 self._log_removed(name, each)
+            life = certificates.get(name)
             self._log.emit(
                 events.DESTINATION_STATUS,
                 destination=name,
@@ -92,7 +94,8 @@ class Heartbeat:
                 pending=each.pending,
                 pending_bytes=each.pending_bytes,
                 oldest_s=ages[name],
-                days_left=days_left.get(name),
+                days_left=life.days_left if life else None,
+                certificate_state=life.state if life else None,
             )
 
         self._log_problems(problems, now)

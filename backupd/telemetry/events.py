@@ -141,6 +141,11 @@ KEYS: dict[str, Key] = {
         Key("stalled_s", NUMBER, "seconds since the thread's last sign of life"),
         Key("certificate_role", TEXT, "client or server"),
         Key("expires_at", TIME, "expiry of the certificate"),
+        Key(
+            "certificate_state",
+            TEXT,
+            "valid, expiring, critical or expired, by `certificate_warning` and such",
+        ),
         Key("days_left", INTEGER, "whole days until the certificate expires"),
         Key(
             "days_left_by_destination",
@@ -288,9 +293,9 @@ CERTIFICATE_REFUSED = _event(
 CERTIFICATE_EXPIRING = _event(
     "certificate.expiring",
     "warning",
-    "destination certificate_role days_left expires_at hint",
+    "destination certificate_role certificate_state days_left expires_at hint",
     "the {certificate_role} certificate of {destination} expires at {expires_at} ({days_left})",
-    "a certificate expires in fewer than 30, 14, 7, 3 or 1 days; logged at each step and at every start",
+    "a certificate expires within `certificate_warning`; logged once a day, at a new state and at a start",
 )
 
 LEDGER_RECREATED = _event(
@@ -533,7 +538,7 @@ DESTINATION_RESUMED = _event(
 DESTINATION_STATUS = _event(
     "destination.status",
     "info",
-    "destination circuit pending pending_bytes oldest_s days_left",
+    "destination circuit pending pending_bytes oldest_s days_left certificate_state",
     "{destination}[ is {circuit}]: {pending} pending ({pending_bytes}[, oldest {oldest_s}])"
     "[, certificate: {days_left}]",
     "the state of a destination, after each heartbeat",

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from backupd.core.certificate_life import Validity
 from backupd.core.model import Digest, Fingerprint, Outcome, fingerprint_of, may_have_content_of
 from backupd.core.policy import Reason, rule_of
 
@@ -230,8 +231,8 @@ class Endpoint(Protocol):
         """
 
     @property
-    def server_certificate_expires(self) -> float | None:
-        """Return when the destination's own certificate expires, in seconds since the epoch, if known."""
+    def server_certificate(self) -> Validity | None:
+        """Return the validity of the destination's own certificate; None if it is not known."""
         return None
 
 

@@ -24,7 +24,7 @@ from backupd.cli.audit import audit
 from backupd.ledger.sqlite.connection import open_ledger
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.pki import in_days
-from tests.scripted import Peer, ScriptedServer, http_response, receipt_for, server_context
+from tests.scripted import Peer, ScriptedServer, accept_all, http_response, receipt_for, server_context
 from tests.stage import TIMEOUT, Daemon, Stage, a_stage, until
 
 STUCK = '[destination.vault.retry]\ninitial = "1h"\nmax = "1h"'
@@ -324,15 +324,52 @@ def test_status_and_the_daemon_report_the_certificate_of_a_chain_that_expires_fi
 
     [heartbeat, *_] = daemon.wait_for("daemon.heartbeat")
     assert heartbeat["days_left_by_destination"] == {"vault": days}
-    certificate = {"destination": "vault", "path": str(stage.pki.client_cert), "days_left": days}
-    assert json.loads(stage.backupd("status", "--json").stdout)["certificates"] == [certificate]
+    [status] = daemon.wait_for("destination.status")[:1]
+    (certificate,) = json.loads(stage.backupd("status", "--json").stdout)["certificates"]
+    assert certificate["path"] == str(stage.pki.client_cert)
+    state = {"destination": "vault", "days_left": days, "state": status["certificate_state"]}
+    assert certificate.items() >= state.items()
     assert (
         f"certificate of vault: {days} days left ({stage.pki.client_cert})" in stage.backupd("status").stdout
     )
     found, line = checked(stage)
     assert found == code
     assert line.startswith(f"{level} - the certificate of vault expires in {days} days | ")
-    assert f"certificate_days={days};14:;3:" in line
+    assert re.search(rf"certificate_days={days}\.\d+;14:;3:", line)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("hours", "state", "code", "words"),
+    [
+        (12.0, "valid", 0, "OK"),
+        (5.5, "expiring", 1, "the certificate of vault expires in 5 h"),
+        (2.2, "critical", 2, "the certificate of vault expires in 2 h"),
+    ],
+)
+def test_a_certificate_that_lives_a_day_is_judged_by_its_lifetime_everywhere(
+    stage: Stage, hours: float, state: str, code: int, words: str
+) -> None:
+    begin, end = in_days((hours - 24) / 24), in_days(hours / 24)
+    pair = stage.pki.issue_client("daily", not_before=begin, not_after=end)
+    server_pair = stage.pki.issue_server("day", not_before=begin, not_after=end)
+    stage.pki.client_cert.write_bytes(pair.cert.read_bytes())
+    stage.pki.client_key.write_bytes(pair.key.read_bytes())
+    with ScriptedServer(accept_all, server_context(stage.pki, server_pair)) as server:
+        stage.configure(server.url, top='heartbeat_every = "1s"')
+        daemon = stage.daemon().ready()
+        stage.put("r1.cfg", b"content")
+        daemon.wait_for("archive.disposed")
+        found, line = checked(stage)
+        assert (found, words in line) == (code, True), line
+        assert f"certificate of vault: {hours:.0f}"[:-1] in stage.backupd("status").stdout
+        daemon.wait_for("destination.status", 3)
+        assert {each["certificate_state"] for each in daemon.events("destination.status")} == {state}
+        logged = {each["certificate_role"] for each in daemon.events("certificate.expiring")}
+        assert logged == (set() if state == "valid" else {"client", "server"})
+        done = stage.backupd("check")
+        assert done.returncode == 0
+        assert ("which expires at" in done.stdout + done.stderr) == (state != "valid")
 
 
 @pytest.mark.long

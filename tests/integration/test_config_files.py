@@ -20,9 +20,10 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization.pkcs12 import serialize_key_and_certificates
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from backupd.config.files import days_left, earliest_expiry, examine_files, file_problems, mount_entries
+from backupd.config.files import client_validity, examine_files, file_problems, mount_entries
 from backupd.config.models import Config, DropConfig, HttpDestinationConfig
 from backupd.config.problems import FileProblem
+from backupd.core.certificate_life import CertificateLimits
 from backupd.upload.http.tls import make_context
 from tests.privileges import IS_ROOT
 from tests.programs import require
@@ -450,17 +451,31 @@ class TestCertificates:
         )
 
     def test_a_certificate_that_expires_soon_is_a_warning(self, tls: Tls) -> None:
-        cert = tls.certificate("soon", end=timedelta(days=30))
+        cert = tls.certificate("soon", begin=timedelta(days=-90), end=timedelta(days=14, seconds=-1))
         config = tls.config(cert=cert)
-        assert "which expires on 2030-07-01, in 30 days" in a_warning(config)
+        assert "which expires on 2030-06-15, in 13 days" in a_warning(config)
         assert file_problems(config, NOW - timedelta(seconds=1)) == []
+
+    def test_the_limits_of_an_expiring_certificate_can_be_set(self, tls: Tls) -> None:
+        cert = tls.certificate("soon", begin=timedelta(days=-90), end=timedelta(days=20))
+        assert file_problems(tls.config(cert=cert), NOW) == []
+        config = tls.config(cert=cert).model_copy(update={"certificate_warning": timedelta(days=21)})
+        assert "which expires on 2030-06-21, in 20 days" in a_warning(config)
+
+    def test_a_certificate_that_lives_a_day_is_judged_by_its_lifetime(self, tls: Tls) -> None:
+        cert = tls.certificate("daily", begin=timedelta(hours=-16), end=timedelta(hours=8))
+        config = tls.config(cert=cert)
+        assert file_problems(config, NOW) == []
+        (found,) = file_problems(config, NOW + timedelta(hours=3))
+        assert not found.fatal
+        assert "which expires at 20:00 UTC, in 5 h" in found.message
 
     def test_an_expired_certificate_in_the_chain_is_a_warning(self, tls: Tls) -> None:
         """As that of a root which an expired one has signed, and which servers trust by itself."""
         old = tls.certificate_bytes("middle", end=timedelta(hours=-1))
         cert = tls.write("chain.pem", tls.cert_file.read_bytes() + old)
         assert "contains CN=middle, which expired on" in a_warning(tls.config(cert=cert))
-        assert examine_files(tls.config(cert=cert), NOW).expires == {"v": NOW + timedelta(days=365)}
+        assert examine_files(tls.config(cert=cert), NOW).validities["v"].ends == NOW + timedelta(days=365)
 
     def test_a_client_certificate_below_that_of_its_issuer_is_an_error(self, tls: Tls) -> None:
         authority = trustme.CA()
@@ -485,7 +500,7 @@ class TestCertificates:
         assert label in path.read_bytes()
         config = tls.config(cert=path, ca=path)
         assert file_problems(config, NOW) == []
-        assert examine_files(config, NOW).expires == {"v": end}
+        assert examine_files(config, NOW).validities["v"].ends == end
         files = config.destination["v"].tls_files
         assert files is not None
         make_context(files)
@@ -561,24 +576,13 @@ class TestCertificates:
         middle = tls.certificate_bytes("middle", end=timedelta(days=90))
         chain = tls.write("chain.pem", tls.cert_file.read_bytes() + middle)
         destination = HttpDestinationConfig(url="https://vault/", cert=chain, key=tls.key_file)
-        assert earliest_expiry(destination, NOW) == NOW + timedelta(days=90)
-        assert examine_files(tls.config(cert=chain), NOW).expires == {"v": NOW + timedelta(days=90)}
+        validity = client_validity(destination, CertificateLimits(), NOW)
+        assert validity
+        assert validity.ends == NOW + timedelta(days=90)
+        assert examine_files(tls.config(cert=chain), NOW).validities == {"v": validity}
 
     def test_an_unreadable_certificate_has_no_expiry(self, tls: Tls) -> None:
-        assert examine_files(tls.config(cert=tls.folder / "none.pem"), NOW).expires == {}
-
-    @pytest.mark.parametrize(
-        ("left", "days"),
-        [
-            (timedelta(days=30), 30),
-            (timedelta(days=2, seconds=-1), 1),
-            (timedelta(seconds=1), 0),
-            (timedelta(seconds=-1), -1),
-            (timedelta(days=-1, seconds=-1), -2),
-        ],
-    )
-    def test_days_left_are_rounded_down(self, left: timedelta, days: int) -> None:
-        assert days_left(NOW + left, NOW) == days
+        assert examine_files(tls.config(cert=tls.folder / "none.pem"), NOW).validities == {}
 
 
 class TestKeys:

@@ -101,6 +101,7 @@ def test_rare_events_become_metrics(tmp_path: Path) -> None:
     log = tmp_path / "rare.log"
     unreadable = {"reason": "unreadable", "problems": 7, "problem_age_s": 5.0}
     forged = '{"timestamp":"2026-03-04T05:06:07.000Z","level":"info","event":"archive.missing"'
+    expired = {"days_left": -3, "certificate_state": "expired"}
     lines: list[dict[str, object]] = [
         {"event": "watch.degraded", "drop": "switches"},
         {"event": "drop.overdue", "drop": "switches", "device": 'r"1', "overdue_s": 5.0},
@@ -117,7 +118,7 @@ def test_rare_events_become_metrics(tmp_path: Path) -> None:
         {"event": "drop.problem", "drop": "people", **unreadable, "reason": "symlink"},
         {"event": "drop.problem_solved", "drop": "people", "reason": "symlink", "problems": 0},
         {"event": "daemon.heartbeat", "quarantined": 0, "overdue_devices": 2},
-        {"event": "destination.status", "destination": "vault", "circuit": "probing", "days_left": -3},
+        {"event": "destination.status", "destination": "vault", "circuit": "probing", **expired},
     ]
     time = "2026-03-04T05:06:07.000Z"
     log.write_text("".join(_line_of_log({"timestamp": time, "level": "info"} | line) for line in lines))
@@ -137,6 +138,7 @@ def test_rare_events_become_metrics(tmp_path: Path) -> None:
         "backupd_overdue_devices{}": 2,
         "backupd_heartbeat_timestamp_seconds{}": 1772600767,
         'backupd_certificate_days_left{destination="vault"}': -3,
+        'backupd_certificate_state{destination="vault"}': 3,
     }
 
 

@@ -6,11 +6,17 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from backupd.core.certificate_life import CertificateLife, CertificateLimits
 from backupd.core.drop_problem import FOLDER_FAILED, ProblemCount
 from backupd.core.health import HealthFacts, HealthLevel, HealthLimits, plugin_line
 
 HOUR = timedelta(hours=1)
 LIMITS = HealthLimits(HOUR, 6 * HOUR)
+
+
+def lives(**days: float) -> dict[str, CertificateLife]:
+    """Return the certificates of destinations, each with the days left, of a lifetime of years."""
+    return {name: CertificateLife(timedelta(days=left), CertificateLimits()) for name, left in days.items()}
 
 
 def a_count(reason: str, files: int = 1) -> ProblemCount:
@@ -47,18 +53,22 @@ def a_count(reason: str, files: int = 1) -> ProblemCount:
         (HealthFacts(paused={"vault": HOUR / 60}), HealthLevel.WARNING, "vault has been paused for 1 min"),
         (HealthFacts(paused={"vault": 6 * HOUR}), HealthLevel.CRITICAL, "vault has been paused for 6 h"),
         (HealthFacts(rejected=2), HealthLevel.WARNING, "WARNING - 2 rejected"),
-        (HealthFacts(days_left={"vault": 14}), HealthLevel.OK, "OK"),
+        (HealthFacts(certificates=lives(vault=14)), HealthLevel.OK, "OK"),
         (
-            HealthFacts(days_left={"vault": 13}),
+            HealthFacts(certificates=lives(vault=13.9)),
             HealthLevel.WARNING,
             "the certificate of vault expires in 13 days",
         ),
         (
-            HealthFacts(days_left={"vault": 2}),
+            HealthFacts(certificates=lives(vault=2)),
             HealthLevel.CRITICAL,
             "the certificate of vault expires in 2 days",
         ),
-        (HealthFacts(days_left={"vault": -1}), HealthLevel.CRITICAL, "the certificate of vault has expired"),
+        (
+            HealthFacts(certificates=lives(vault=-1)),
+            HealthLevel.CRITICAL,
+            "the certificate of vault has expired",
+        ),
         (HealthFacts(pending=1, oldest=72 * HOUR), HealthLevel.CRITICAL, "archive has waited for 3 d"),
         (HealthFacts(overdue=["r1 (switches)"]), HealthLevel.WARNING, "overdue: r1 (switches)"),
         (
@@ -66,7 +76,11 @@ def a_count(reason: str, files: int = 1) -> ProblemCount:
             HealthLevel.CRITICAL,
             "CRITICAL - the daemon is not running; 1 rejected",
         ),
-        (HealthFacts(rejected=1, days_left={"v": 1}), HealthLevel.CRITICAL, "v expires in 1 day; 1 rejected"),
+        (
+            HealthFacts(rejected=1, certificates=lives(v=1)),
+            HealthLevel.CRITICAL,
+            "v expires in 24 h; 1 rejected",
+        ),
     ],
 )
 def test_the_worst_problem_comes_first_and_sets_the_exit_code(
@@ -84,7 +98,7 @@ def test_the_performance_data_follows_a_single_vertical_bar() -> None:
         pending_bytes=10,
         oldest=90 * HOUR / 60,
         paused={"a|b": HOUR},
-        days_left={"x": 100, "y": 20},
+        certificates=lives(x=100, y=20),
         overdue=["r|1"],
         problems=[a_count("unreadable", 5)],
     )

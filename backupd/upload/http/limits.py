@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from backupd.core.bandwidth import RateSchedule, TokenBucket
+from backupd.core.certificate_life import Validity
 from backupd.core.policy import Reason
 from backupd.upload.base import Abort
 
@@ -63,8 +64,8 @@ class AttemptLimits:
         self._is_uncounted = False
         self._on_alive: Callable[[], None] = lambda: None
         self._on_idle: Callable[[], None] = lambda: None
-        self.server_certificate_expires: float | None = None
-        """When the certificate of the last TLS handshake expires, in seconds since the epoch."""
+        self.server_certificate: Validity | None = None
+        """The validity of the destination's certificate in the last TLS handshake."""
         self.address = ""
         """The address and port of the last connection: of the destination, or of its proxy."""
 

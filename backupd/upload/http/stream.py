@@ -10,11 +10,13 @@ import ssl
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import httpx
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from backupd.core.certificate_life import Validity
 from backupd.upload.http.dialing import dial
 from backupd.upload.http.limits import AttemptLimits
 
@@ -85,7 +87,7 @@ class Stream:
             sock = TlsSocket(context, self._sock, options.server_name or host, self.limits)
             self._do_handshake(sock, timeout)
             _check_pins(sock, options.pins)
-            self.limits.server_certificate_expires = _expiry(sock.tls)
+            self.limits.server_certificate = _validity(sock.tls)
         except (OSError, ValueError) as error:
             raise httpx.ConnectError(str(error)) from error
         self._sock = sock
@@ -239,10 +241,12 @@ def spki_pin(certificate: bytes) -> str:
     return base64.b64encode(hashlib.sha256(der).digest()).decode("ascii")
 
 
-def _expiry(tls: ssl.SSLObject) -> float | None:
-    """Return when the server's certificate expires, in seconds since the epoch; None if not verified."""
-    not_after = (tls.getpeercert() or {}).get("notAfter")
-    return ssl.cert_time_to_seconds(not_after) if isinstance(not_after, str) else None
+def _validity(tls: ssl.SSLObject) -> Validity | None:
+    """Return the validity of the server's certificate; None if that was not verified."""
+    certificate = tls.getpeercert() or {}
+    times = [certificate.get(name) for name in ("notBefore", "notAfter")]
+    texts = [ssl.cert_time_to_seconds(time) for time in times if isinstance(time, str)]
+    return Validity(*(datetime.fromtimestamp(each, UTC) for each in texts)) if len(texts) == 2 else None
 
 
 class TlsSocket:

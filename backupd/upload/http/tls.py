@@ -13,6 +13,7 @@ from pathlib import Path
 
 from backupd.config.files import key_password
 from backupd.config.models import HttpDestinationConfig, TlsFiles
+from backupd.core.certificate_life import Validity
 from backupd.core.errors import BackupdError, ConfigError
 
 
@@ -32,8 +33,8 @@ class ReloadingTlsContext:
         self._file_states = self._stat_files()
         self.reloads = 0
         """How often the context was replaced: connections from before must not be reused."""
-        self.server_certificate_expires: float | None = None
-        """When the destination's own certificate expires, in seconds since the epoch; None until seen."""
+        self.server_certificate: Validity | None = None
+        """The validity of the destination's own certificate; None until seen."""
 
     def context(self) -> ssl.SSLContext:
         """Return the active context; raises TlsFilesError if none could be made yet."""

@@ -15,6 +15,7 @@ import httpx
 from backupd import __version__
 from backupd.config.models import AuthConfig, HttpDestinationConfig
 from backupd.config.types import NO_PROXY
+from backupd.core.certificate_life import Validity
 from backupd.core.errors import BackupdError
 from backupd.core.failure import failure
 from backupd.core.model import Deferred, Delivered, Digest, Outcome, Rejected, Superseded
@@ -80,9 +81,9 @@ class HttpEndpoint(Endpoint):
         self.tls_context.reload()
 
     @property
-    def server_certificate_expires(self) -> float | None:
-        """See `Endpoint.server_certificate_expires`."""
-        return self.tls_context.server_certificate_expires
+    def server_certificate(self) -> Validity | None:
+        """See `Endpoint.server_certificate`."""
+        return self.tls_context.server_certificate
 
     def limits(self) -> AttemptLimits:
         """Return new limits for the attempts of one uploader."""
@@ -284,9 +285,8 @@ class HttpUploader(Uploader):
         except _FAILURES as error:
             return _outcome_of_error(error)
         finally:
-            if self._limits.server_certificate_expires is not None:
-                expires = self._limits.server_certificate_expires
-                self._endpoint.tls_context.server_certificate_expires = expires
+            if self._limits.server_certificate is not None:
+                self._endpoint.tls_context.server_certificate = self._limits.server_certificate
             job.address = self._limits.address
 
     def _open_client(self) -> httpx.Client:
