@@ -38,10 +38,11 @@ _NOT_ABOUT_ONE = frozenset(
 class OutcomeReview:
     """The latest outcomes of one destination; not safe to use from several threads.
 
-    A restart begins a new one: at worst, some more archives are rejected before it is certain again that the
-    destination is at fault.
+    `was_refusing` is whether the destination refused every archive before the start, so that one more refusal
+    is its fault as well. The counts begin anew with each start.
     """
 
+    was_refusing: bool = False
     _rejected: dict[tuple[int | None, str], set[int]] = field(default_factory=dict)
     """The archives that were rejected since the last success, by status and words."""
     _failing: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -62,6 +63,7 @@ class OutcomeReview:
             case Delivered():
                 self._successes += 1
                 self._rejected.clear()
+                self.was_refusing = False
                 if delivery.id in self._failing:  # what fails now and then is the destination
                     self._failing.clear()
             case Rejected():
@@ -79,7 +81,7 @@ class OutcomeReview:
         words = _words(rejected.error, as_text(delivery.archive.relpath))
         equal = self._rejected.get((rejected.http_status, words), set())
         all_of_status = self._rejected.get((rejected.http_status, ""), set())
-        if len(equal) >= _MAX_EQUAL_REJECTIONS or len(all_of_status) >= _MAX_REJECTIONS:
+        if self.was_refusing or len(equal) >= _MAX_EQUAL_REJECTIONS or len(all_of_status) >= _MAX_REJECTIONS:
             return Deferred(Reason.ALL_REFUSED, rejected.error, rejected.http_status)
         for key in (words, ""):
             self._rejected.setdefault((rejected.http_status, key), set()).add(delivery.archive.id)

@@ -59,7 +59,7 @@ class CircuitBreaker:
         self._ledger = ledger
         self._lock = threading.Lock()
         self._circuit = Circuit()
-        self._outcome_review = OutcomeReview()
+        self._outcome_review = OutcomeReview(was_refusing=self._saved_failure() == Reason.ALL_REFUSED)
         self._retired = False
 
     @property
@@ -123,6 +123,11 @@ class CircuitBreaker:
             self._notifier.notify()
             self._log_change(before, after, outcome, now)
             self.save(outcome.error if isinstance(outcome, Deferred) else None)
+
+    def _saved_failure(self) -> str | None:
+        with suppress(LedgerError):
+            return self._ledger.saved_failure(self._destination)
+        return None
 
     def files_renewed(self) -> None:
         """End a pause because of unusable files, as they can be used now; try again at once after others."""

@@ -456,10 +456,14 @@ class Ledger(DeviceLedger, Protocol):
         ...
 
     def save_circuit(self, destination: str, circuit: Circuit, error: str | None) -> None:
-        """Replace the saved circuit of a destination, for `backupd status`.
+        """Replace the saved circuit of a destination.
 
         `error` is the last error of the destination, None for a working one.
         """
+        ...
+
+    def saved_failure(self, destination: str) -> str | None:
+        """Return the reason in the saved circuit of a destination; None if it works, or none was saved."""
         ...
 
     def save_problems(self, found: Sequence[DropProblem], solved: Sequence[DropProblem]) -> None:

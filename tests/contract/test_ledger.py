@@ -953,10 +953,12 @@ def test_a_saved_circuit_replaces_the_one_before_and_survives_a_crash(bench: Ben
     assert saved_circuit(bench) == ("paused", Reason.CONNECT, "connection refused", NOW, LATER)
     ledger = bench.crash()
     assert saved_circuit(bench) == ("paused", Reason.CONNECT, "connection refused", NOW, LATER)
+    assert (ledger.saved_failure("vault"), ledger.saved_failure("annex")) == (Reason.CONNECT, None)
     ledger.save_circuit("vault", paused, "no Unicode: \ud800\udcff")
     assert saved_circuit(bench) == ("paused", Reason.CONNECT, "no Unicode: \\ud800\\udcff", NOW, LATER)
     ledger.save_circuit("vault", Circuit(), None)
     assert saved_circuit(bench) == working
+    assert ledger.saved_failure("vault") is None
     assert bench.history().destination("annex").circuit is None
 
 

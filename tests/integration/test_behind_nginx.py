@@ -155,6 +155,16 @@ def test_a_token_that_is_too_large_for_nginx_rejects_no_archive(
     _assert_delivered(stage, archives)
 
 
+def test_check_connects_where_nginx_closes_the_connection_for_options(
+    stage: Stage, nginx: Nginx, receiver: RunningReceiver
+) -> None:
+    stage.configure(f"{nginx.url}/v1/upload")
+    with nginx.serving("if ($request_method = OPTIONS) { return 444; }" + _pass_to(nginx, receiver.port)):
+        done = stage.backupd("check")
+    assert done.returncode == 0, done.stdout
+    assert "ok: destination.vault" in done.stdout
+
+
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_redirect_is_not_followed_and_pauses_the_destination(
     stage: Stage, nginx: Nginx, receiver: RunningReceiver, status: int

@@ -194,6 +194,11 @@ def test_of_twenty_archives_that_are_refused_in_the_same_words_seventeen_stay(
         assert len(stage.archives(stage.drop)) - 3 == 17  # `rejected` is in the drop folder
         assert "all_refused" in stage.backupd("status").stdout
 
+        daemon.kill()
+        daemon = stage.daemon().ready()
+        daemon.wait_for("destination.paused", 3, reason="all_refused")
+        assert len(stage.archives(stage.rejected)) == 3
+
         endpoint.works.set()
         delivered(stage, daemon, 17)
         assert stage.backupd("retry", "--all").returncode == 0

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+from backupd.core.policy import Reason
 from tests.scripted import ScriptedServer, accept_all, server_context
 from tests.servers.fronts import CADDY_WITH_LIMIT, FRONTS, SQUID, running_front
 from tests.stage import Stage
@@ -70,6 +71,27 @@ def test_each_archive_is_stored_once_through_three_reloads_of_a_proxy(stage: Sta
         )
         contents = deliver_through_reloads(stage, reload)
     assert stored(endpoint) == Counter(contents)
+
+
+def test_a_token_that_is_too_large_for_node_rejects_no_archive(stage: Stage) -> None:
+    port, token = stage.a_free_port(), stage.base / "token"
+    token.write_text("x" * 40_000)
+    with (
+        ScriptedServer(accept_all) as endpoint,
+        running_front(FRONTS["node"], port, endpoint.port, stage.pki),
+    ):
+        stage.configure(
+            f"https://localhost:{port}/",
+            destination=f'header_files = {{ X-Token = "{token}" }}\n{FAST_RETRY}',
+        )
+        for number in range(5):
+            stage.put(f"r{number}.cfg", b"%d" % number)
+        daemon = stage.daemon().ready()
+        paused = daemon.wait_for("destination.paused", 3)
+        assert {event["reason"] for event in paused} == {Reason.HEAD_TOO_LARGE}
+        token.write_text("short")
+        daemon.wait_for("archive.disposed", 5)
+    assert len(stage.archives(stage.sent)) == 5
 
 
 def test_an_archive_that_is_too_large_for_caddy_alone_fails_and_is_listed(stage: Stage) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -28,6 +29,7 @@ from backupd.upload.base import ProbeResult
 from backupd.upload.registry import probe_all
 from tests.endpoints import CLIENT_ID, CLIENT_SECRET, Login, a_full_listener, oauth_error
 from tests.pki import KeyPair, Pki, in_days
+from tests.programs import require
 from tests.scripted import (
     Peer,
     Request,
@@ -537,25 +539,51 @@ def test_offline_and_send_contradict_each_other(stage: Stage) -> None:
         ("a short key", "shorter than OpenSSL accepts", "RSA of 2048 bits"),
         ("another purpose", "not issued for servers", "serverAuth"),
         ("no TLS", "does not speak TLS", "check the port"),
+        ("an old digest", "an old digest such as SHA-1", "signed with SHA-256"),
+        ("legacy renegotiation", "does not support secure renegotiation", "lacks RFC 5746"),
     ],
 )
 def test_each_failure_of_tls_has_its_own_words_and_remedy(
     pki: Pki, tmp_path: Path, kind: str, words: str, remedy: str
 ) -> None:
-    if kind == "no TLS":
-        with ScriptedServer(lambda peer: peer.send(http_response(400))) as server:
+    plain = {"no TLS": http_response(400), "legacy renegotiation": SERVER_HELLO_OF_2008}
+    if kind in plain:
+        with ScriptedServer(lambda peer: peer.send(plain[kind])) as server:
             found = probe(f"https://127.0.0.1:{server.port}/", pki)
     else:
         purpose = ExtendedKeyUsageOID.CLIENT_AUTH if kind == "another purpose" else None
         pair = self_signed(tmp_path, 1024 if kind == "a short key" else 2048, purpose)
+        ca = pair.cert
+        if kind == "an old digest":
+            pair, ca = signed_with_sha1(tmp_path), tmp_path / "ca.pem"
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.set_ciphers("DEFAULT:@SECLEVEL=0")
         context.load_cert_chain(pair.cert, pair.key)
         with ScriptedServer(respond_with(), context) as server:
-            found = probe(server.url, pki, ca=pair.cert)
+            found = probe(server.url, pki, ca=ca)
     assert found.reason is not None
     assert words in found.detail
     assert remedy in found.hint
+
+
+SERVER_HELLO_OF_2008 = bytes.fromhex("160303002a 02000026 0303") + bytes(32) + bytes.fromhex("00 c02f 00")
+"""A response to a client that offers TLS 1.2, without an extension, so without RFC 5746."""
+
+
+def signed_with_sha1(folder: Path) -> KeyPair:
+    """Return a certificate for 127.0.0.1 that is signed with SHA-1, below an authority at `ca.pem`."""
+    pair, authority = KeyPair(folder / "old.pem", folder / "old.key"), trustme.CA()
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    authority.private_key_pem.write_to_path(folder / "ca.key")
+    request = ["req", "-new", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=old", "-keyout", str(pair.key)]
+    made = subprocess.run([require("openssl"), *request], capture_output=True, check=True)
+    (folder / "names.cnf").write_text("subjectAltName = IP:127.0.0.1\n")
+    signing = (
+        "x509 -req -sha1 -days 9 -CA ca.pem -CAkey ca.key -CAcreateserial -extfile names.cnf -out old.pem"
+    )
+    command = [require("openssl"), *signing.split()]
+    subprocess.run(command, cwd=folder, input=made.stdout, capture_output=True, check=True)
+    return pair
 
 
 def self_signed(folder: Path, bits: int, purpose: x509.ObjectIdentifier | None) -> KeyPair:

@@ -185,6 +185,11 @@ def _lighttpd(place: Place) -> Sequence[str]:
     return ["-D", "-f", str(conf)]
 
 
+def _node(place: Place) -> Sequence[str]:
+    files = (place.pki.server_cert, place.pki.server_key, place.pki.ca_pem)
+    return [str(Path(__file__).with_name("front.mjs")), *map(str, (place.port, place.endpoint, *files))]
+
+
 def _squid(place: Place) -> Sequence[str]:
     conf = place.folder / "squid.conf"
     conf.write_text(
@@ -215,6 +220,7 @@ FRONTS = {
         "caddy", _caddy, ["reload", "--config", "caddy.json", "--address", "unix/{folder}/admin", "--force"]
     ),
     "lighttpd": Front("lighttpd", _lighttpd, signal.SIGUSR1),
+    "node": Front("node", _node, signal.SIGHUP),
 }
 """Servers with TLS and HTTP/2 that pass requests on to an endpoint."""
 

@@ -405,6 +405,12 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
                 (destination, circuit.state, circuit.reason, text, *times),
             )
 
+    def saved_failure(self, destination: str) -> str | None:
+        """See `Ledger.saved_failure`."""
+        with self._reading() as db:
+            row = db.execute("SELECT reason FROM circuit WHERE destination = ?", (destination,)).fetchone()
+        return row[0] if row else None
+
     def save_problems(self, found: Sequence[DropProblem], solved: Sequence[DropProblem]) -> None:
         """See `Ledger.save_problems`."""
         with self._transaction(durable=False) as db:

@@ -178,7 +178,9 @@ def _reason_from_tls_error(error: ssl.SSLError) -> tuple[Reason, str]:
     if isinstance(error, ssl.SSLCertVerificationError):
         return Reason.TLS, f"the destination's certificate: {_in_words(error.verify_message)}"
     name = (error.reason or "").upper()
-    description = _in_words((error.reason or str(error)).replace("_", " ").lower())
+    text = (error.reason or str(error)).replace("_", " ").lower()
+    # OpenSSL puts the version in front that brought the alert, not that of the connection
+    description = _in_words(re.sub(r"^(sslv3|tlsv1|tlsv13) alert", "TLS alert", text))
     if "ALERT" in name and ("CERTIFICATE" in name or "UNKNOWN_CA" in name or "ACCESS_DENIED" in name):
         return Reason.TLS_CLIENT, description
     if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
@@ -187,13 +189,29 @@ def _reason_from_tls_error(error: ssl.SSLError) -> tuple[Reason, str]:
 
 
 _TLS_WORDS = {
+    "unable to get": "`ca` lacks the authority that issued it, or the destination sends no intermediate",
+    "self-signed certificate": "`ca` holds another authority",
+    "self signed certificate": "`ca` holds another authority",
+    "signature failure": "`ca` holds another authority of that name",
+    "invalid ca certificate": "a certificate in the chain is not marked as an authority: CA:TRUE is missing",
     "key too weak": "its key is shorter than OpenSSL accepts on this host",
     "key too small": "its key is shorter than OpenSSL accepts on this host",
     "md too weak": "it is signed with an old digest such as SHA-1",
+    "digest algorithm too weak": "it is signed with an old digest such as SHA-1",
     "legacy renegotiation": "the destination does not support secure renegotiation, RFC 5746",
     "certificate purpose": "it is not issued for servers",
     "wrong version number": "the destination does not speak TLS at this port",
     "internal error": "the destination failed in the handshake: see its log",
+    "alert protocol version": "the destination supports only other versions of TLS: see `tls_min`",
+    "alert unknown ca": "it does not trust the CA of `cert`, or that file lacks an intermediate certificate",
+    "alert certificate expired": "it regards the client certificate as expired",
+    "alert certificate revoked": "the client certificate was revoked",
+    "alert unsupported certificate": "it is not issued for clients, or its kind is not supported",
+    "alert bad certificate": "it could not verify the client certificate: see its log",
+    "alert certificate unknown": "it could not verify the client certificate: see its log",
+    "certificate required": "it requires a client certificate: set `cert` and `key`",
+    "alert access denied": "it trusts the client certificate, and does not permit it",
+    "alert unrecognized name": "it serves other host names: see `server_name`",
     "handshake failure": "the two sides have no cipher in common, or the destination requires a certificate",
 }
 """The meaning of OpenSSL's texts that are not plain."""

@@ -117,6 +117,8 @@ def _load_certificate(context: ssl.SSLContext, cert: Path, key: Path, password_f
 
 
 def _error_text(error: OSError) -> str:
+    if "KEY_VALUES_MISMATCH" in str(error):
+        return "the key is not that of the first certificate"
     if "PEM lib" in str(error) or "PEM_LIB" in str(error):
         return "not in PEM, damaged, or encrypted with another password"
     return getattr(error, "reason", None) or error.strerror or str(error)

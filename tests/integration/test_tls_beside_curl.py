@@ -1,0 +1,324 @@
+"""Certificates, keys and servers of many kinds, each tried by curl with the same files.
+
+Where curl delivers, backupd delivers too. Where neither does, backupd names the cause.
+"""
+
+from __future__ import annotations
+
+import ssl
+import subprocess
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from ipaddress import ip_address
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from backupd.core.model import Deferred, Delivered
+from tests.pki import in_days
+from tests.programs import require
+from tests.scripted import ScriptedServer, accept_all
+from tests.stage import TIMEOUT
+from tests.uploading import a_destination, a_sender, an_archive
+
+Key = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+SERVER, CLIENT = ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH
+
+
+def a_key(kind: str = "EC") -> Key:
+    """Return a new private key: `EC`, `P-521`, `Ed25519`, or the number of bits of an RSA key."""
+    if kind == "Ed25519":
+        return ed25519.Ed25519PrivateKey.generate()
+    if kind.isdigit():
+        return rsa.generate_private_key(65537, int(kind))
+    return ec.generate_private_key(ec.SECP521R1() if kind == "P-521" else ec.SECP256R1())
+
+
+@dataclass(frozen=True, slots=True)
+class Issued:
+    """A certificate and its private key."""
+
+    certificate: x509.Certificate
+    key: Key
+
+    @property
+    def pem(self) -> bytes:
+        return self.certificate.public_bytes(Encoding.PEM)
+
+    def key_pem(self, layout: PrivateFormat = PrivateFormat.PKCS8, password: bytes = b"") -> bytes:
+        encryption = BestAvailableEncryption(password) if password else NoEncryption()
+        return self.key.private_bytes(Encoding.PEM, layout, encryption)
+
+
+def issue(
+    name: str,
+    by: Issued | None = None,
+    *,
+    key: str = "EC",
+    names: Sequence[str] = ("127.0.0.1", "localhost"),
+    days: tuple[float, float] = (-1, 60),
+    purpose: x509.ObjectIdentifier | None = None,
+    of: Issued | None = None,
+) -> Issued:
+    """Return a new certificate; `of` gives its subject and key. Without `names` it is an authority."""
+    own_key = of.key if of else a_key(key)
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    issuer, signer = (by.certificate.subject, by.key) if by else (subject, own_key)
+    builder = x509.CertificateBuilder(
+        issuer, subject, own_key.public_key(), x509.random_serial_number(), in_days(days[0]), in_days(days[1])
+    )
+    if names:
+        entries = [
+            x509.IPAddress(ip_address(each)) if each[0].isdigit() else x509.DNSName(each)
+            for each in names
+            if each != "none"
+        ]
+        if entries:
+            builder = builder.add_extension(x509.SubjectAlternativeName(entries), critical=False)
+    else:
+        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    if purpose is not None:
+        builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+    algorithm = None if isinstance(signer, ed25519.Ed25519PrivateKey) else hashes.SHA256()
+    return Issued(builder.sign(signer, algorithm), own_key)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """The files of a server and of its client, and the host in the url."""
+
+    server: bytes
+    server_key: bytes
+    ca: bytes
+    cert: bytes
+    key: bytes
+    password: str = ""
+    host: str = "127.0.0.1"
+    version: ssl.TLSVersion | None = None
+
+    def served_by(self, leaf: Issued, *chain: Issued) -> Site:
+        pem = b"".join(each.pem for each in (leaf, *chain))
+        return replace(self, server=pem, server_key=leaf.key_pem())
+
+    def shown(self, leaf: Issued, *chain: Issued) -> Site:
+        pem = b"".join(each.pem for each in (leaf, *chain))
+        return replace(self, cert=pem, key=leaf.key_pem())
+
+
+@cache
+def root() -> Issued:
+    return issue("root", names=())
+
+
+@cache
+def intermediate() -> Issued:
+    return issue("intermediate", root(), names=())
+
+
+@cache
+def a_site() -> Site:
+    server, client = issue("server", root(), purpose=SERVER), issue("client", root(), purpose=CLIENT)
+    return Site(server.pem, server.key_pem(), root().pem, client.pem, client.key_pem())
+
+
+def with_text(pem: bytes) -> bytes:
+    """Return certificates with text around them, as `openssl x509 -text` and browsers write it."""
+    return b"# the chain, in \xe4nother charset\n\nCertificate:\n    Data:\n" + pem + b"\n\n-- end --\n"
+
+
+def cross_signed() -> Site:
+    """A client chain that ends with an expired certificate of a root which the server knows by itself."""
+    old = issue("old root", names=())
+    expired = issue("root", old, names=(), days=(-9, -1), of=root())
+    return a_site().shown(issue("client", intermediate()), intermediate(), expired)
+
+
+def served_with(key: str) -> Site:
+    return a_site().served_by(issue("server", root(), key=key))
+
+
+def shown_with(key: str) -> Site:
+    return a_site().shown(issue("client", root(), key=key))
+
+
+def with_client_key(kind: str, layout: PrivateFormat, password: str) -> Site:
+    client = issue("client", root(), key=kind)
+    key = client.key_pem(layout, password.encode())
+    return replace(a_site(), cert=client.pem, key=key, password=password)
+
+
+LAYOUTS = {"PKCS 8": PrivateFormat.PKCS8, "the layout of its own": PrivateFormat.TraditionalOpenSSL}
+
+DELIVERED: dict[str, Callable[[], Site]] = {
+    "tls 1.2": lambda: replace(a_site(), version=ssl.TLSVersion.TLSv1_2),
+    "tls 1.3": lambda: replace(a_site(), version=ssl.TLSVersion.TLSv1_3),
+    **{f"server with {key}": partial(served_with, key) for key in ("2048", "3072", "P-521", "Ed25519")},
+    **{f"client with {key}": partial(shown_with, key) for key in ("2048", "4096", "P-521", "Ed25519")},
+    "server below an intermediate": lambda: a_site().served_by(
+        issue("server", intermediate()), intermediate()
+    ),
+    "server that sends the root too": lambda: a_site().served_by(issue("server", root()), root()),
+    "server that sends a foreign certificate too": lambda: a_site().served_by(
+        issue("server", root()), issue("other", names=())
+    ),
+    "issuer as ca": lambda: replace(
+        a_site().served_by(issue("server", intermediate()), intermediate()),
+        ca=intermediate().pem,
+    ),
+    "server's own certificate as ca": lambda: replace(a_site(), ca=a_site().server),
+    "ca with text": lambda: replace(a_site(), ca=with_text(root().pem)),
+    "ca with CRLF": lambda: replace(a_site(), ca=root().pem.replace(b"\n", b"\r\n")),
+    "ca with others": lambda: replace(
+        a_site(), ca=issue("other", names=()).pem + root().pem + issue("old", names=(), days=(-9, -1)).pem
+    ),
+    "ca without a line end": lambda: replace(a_site(), ca=root().pem.rstrip()),
+    "chain of the client": lambda: a_site().shown(issue("client", intermediate()), intermediate()),
+    "expired cross-signed root in the chain": cross_signed,
+    "cert with text": lambda: replace(a_site(), cert=with_text(a_site().cert)),
+    "cert with CRLF": lambda: replace(
+        a_site(), cert=a_site().cert.replace(b"\n", b"\r\n"), key=a_site().key.replace(b"\n", b"\r\n")
+    ),
+    "key below the certificate": lambda: replace(
+        a_site(), cert=a_site().cert + a_site().key, key=a_site().cert + a_site().key
+    ),
+    "key above the certificate": lambda: replace(
+        a_site(), cert=a_site().key + a_site().cert, key=a_site().key + a_site().cert
+    ),
+    "common name alone": lambda: replace(
+        a_site().served_by(issue("localhost", root(), names=("none",))), host="localhost"
+    ),
+    "name": lambda: replace(a_site(), host="localhost"),
+    "wildcard": lambda: replace(
+        a_site().served_by(issue("server", root(), names=("*.vault.test",))), host="one.vault.test"
+    ),
+    **{
+        f"{kind} key in {layout}, {'encrypted' if password else 'plain'}": partial(
+            with_client_key, kind, LAYOUTS[layout], password
+        )
+        for kind, layout, password in product(("EC", "2048"), LAYOUTS, ("", "a secret"))
+    },
+}
+
+
+REFUSED: dict[str, tuple[Callable[[], Site], str]] = {
+    "another root": (
+        lambda: replace(a_site(), ca=issue("other", names=()).pem),
+        "`ca` holds another authority",
+    ),
+    "another root of the same name": (
+        lambda: replace(a_site(), ca=issue("root", names=()).pem),
+        "`ca` holds another authority",
+    ),
+    "missing intermediate": (lambda: a_site().served_by(issue("server", intermediate())), "no intermediate"),
+    "self-signed": (lambda: a_site().served_by(issue("server")), "self-signed"),
+    "expired": (lambda: a_site().served_by(issue("server", root(), days=(-9, -1))), "expired"),
+    "not yet valid": (lambda: a_site().served_by(issue("server", root(), days=(1, 9))), "not yet valid"),
+    "expired intermediate": (
+        lambda: a_site().served_by(
+            issue("server", issue("middle", root(), names=(), days=(-9, -1), of=intermediate())),
+            issue("middle", root(), names=(), days=(-9, -1), of=intermediate()),
+        ),
+        "expired",
+    ),
+    "other name": (lambda: a_site().served_by(issue("server", root(), names=("vault.test",))), "127.0.0.1"),
+    "other address": (lambda: a_site().served_by(issue("server", root(), names=("10.0.0.1",))), "127.0.0.1"),
+    "wildcard of another level": (
+        lambda: replace(
+            a_site().served_by(issue("server", root(), names=("*.vault.test",))), host="a.b.vault.test"
+        ),
+        "a.b.vault.test",
+    ),
+    "client's certificate as the server's": (
+        lambda: a_site().served_by(issue("server", root(), purpose=CLIENT)),
+        "not issued for servers",
+    ),
+    "signed by a leaf": (
+        lambda: a_site().served_by(issue("server", issue("leaf", root()))),
+        "issuer",
+    ),
+    "short key": (lambda: a_site().served_by(issue("server", root(), key="1024")), "shorter than"),
+    "tls 1.1": (lambda: replace(a_site(), version=ssl.TLSVersion.TLSv1_1), "other versions of TLS"),
+    "client expired": (lambda: a_site().shown(issue("client", root(), days=(-9, -1))), "expired"),
+    "client of another root": (
+        lambda: a_site().shown(issue("client", issue("other", names=()))),
+        "does not trust the CA",
+    ),
+    "client without its intermediate": (
+        lambda: a_site().shown(issue("client", intermediate())),
+        "lacks an intermediate",
+    ),
+    "server's certificate as the client's": (
+        lambda: a_site().shown(issue("client", root(), purpose=SERVER)),
+        "it is not issued for clients",
+    ),
+    "client's chain in the wrong order": (
+        lambda: replace(
+            (site := a_site().shown(issue("client", intermediate()))), cert=intermediate().pem + site.cert
+        ),
+        "the key is not that of the first",
+    ),
+}
+
+
+def deliver(site: Site, folder: Path) -> tuple[Delivered | Deferred, int]:
+    """Send an archive by backupd and by curl; return the outcome of one and the exit code of the other."""
+    files = {name: folder / f"{name}.pem" for name in ("server", "server_key", "ca", "cert", "key")}
+    for name, path in files.items():
+        path.write_bytes(getattr(site, name))
+        path.chmod(0o600)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_ciphers("DEFAULT:@SECLEVEL=0")
+    context.load_cert_chain(files["server"], files["server_key"])
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(cadata=root().pem.decode())
+    if site.version is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            context.minimum_version = context.maximum_version = site.version
+    keys: dict[str, Any] = {"ca": files["ca"], "cert": files["cert"], "key": files["key"]}
+    if site.password:
+        keys["key_password_file"] = folder / "password"
+        (folder / "password").write_text(site.password)
+    archive = an_archive(folder, b"content")
+    with ScriptedServer(accept_all, context) as server:
+        url = server.url.replace("127.0.0.1", site.host)
+        address = f"127.0.0.1:{server.port}"
+        with a_sender(a_destination(url, connect_to=address, **keys)) as sender:
+            outcome = sender.send(archive)
+        tls = ["--cacert", str(files["ca"]), "--cert", str(files["cert"]), "--key", str(files["key"])]
+        password = ["--pass", site.password] if site.password else []
+        to = ["--connect-to", f"::{address}", "-F", f"file=@{archive}", url]
+        command = [require("curl"), "--silent", "--fail", *tls, *password, *to]
+        code = subprocess.run(command, check=False, timeout=TIMEOUT).returncode
+    assert isinstance(outcome, Delivered | Deferred), outcome
+    return outcome, code
+
+
+@pytest.mark.parametrize("case", DELIVERED)
+def test_backupd_delivers_as_curl_does(tmp_path: Path, case: str) -> None:
+    outcome, curl = deliver(DELIVERED[case](), tmp_path)
+    assert isinstance(outcome, Delivered), outcome
+    assert curl == 0
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_backupd_names_the_cause_where_curl_does_not_deliver_either(tmp_path: Path, case: str) -> None:
+    make, words = REFUSED[case]
+    outcome, curl = deliver(make(), tmp_path)
+    assert isinstance(outcome, Deferred), outcome
+    assert words in outcome.error
+    assert curl != 0
