@@ -15,7 +15,8 @@ import typer
 
 from backupd.cli.options import DEFAULT_CONFIG, AsJson, ConfigPath
 from backupd.cli.output import print_json, print_line, print_table, relative_time
-from backupd.config.files import certificate_limits, client_validity
+from backupd.config.certificate_files import client_validity
+from backupd.config.files import certificate_limits
 from backupd.config.load import load
 from backupd.config.models import Config
 from backupd.config.types import parse_duration

@@ -1,35 +1,24 @@
-"""Checks of the files and folders that a configuration names, and the expiry of its certificates."""
+"""Checks of the files and folders that a configuration names."""
 
 from __future__ import annotations
 
-import binascii
 import os
-import re
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Final
 
-from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.types import (
-    CertificatePublicKeyTypes,
-    PrivateKeyTypes,
-    PublicKeyTypes,
-)
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
-from cryptography.x509.oid import ExtendedKeyUsageOID
-
+from backupd.config.certificate_files import client_validity, tls_problems
 from backupd.config.models import Config, DropConfig, TlsFiles
-from backupd.config.problems import FileProblem
+from backupd.config.problems import FileProblem, NamedPath, error_text
 from backupd.config.rules import overlap
 from backupd.config.time_limit import NoAnswerError, call_all, filesystem_hint
-from backupd.core.certificate_life import CertificateLife, CertificateLimits, CertificateState, Validity
+from backupd.core.certificate_life import CertificateLimits, Validity
 from backupd.core.eligibility import Eligibility, Patterns
 from backupd.core.filesystems import default_stable_for, has_change_time, hidden_cache_option, is_remote
 from backupd.core.folder_place import FolderPlace
@@ -96,7 +85,7 @@ def _file_problems(config: Config, folders: Mapping[str, _DropFolders], now: dat
         *(
             replace(problem, prevents_start=False)  # only this destination has to wait for other files
             for name, tls_files in _tls_files(config)
-            for problem in _tls_problems(name, tls_files, certificate_limits(config), now)
+            for problem in tls_problems(name, tls_files, certificate_limits(config), now)
         ),
     ]
 
@@ -104,36 +93,6 @@ def _file_problems(config: Config, folders: Mapping[str, _DropFolders], now: dat
 def certificate_limits(config: Config) -> CertificateLimits:
     """Return the limits of all certificates."""
     return CertificateLimits(config.certificate_warning, config.certificate_critical)
-
-
-def client_validity(destination: TlsFiles, limits: CertificateLimits, now: datetime) -> Validity | None:
-    """Return the validity of the client certificate in `cert`, or of that of its chain which ends first.
-
-    One of the chain that has expired before `now` does not count, as servers do without it. None if the
-    destination has no `cert`, or the file can't be read.
-    """
-    if destination.cert is None:
-        return None
-    try:
-        client, *chain = _certificates(_Named("cert", destination.cert))
-    except _UnusableError:
-        return None
-    valid = [client, *(each for each in chain if each.not_valid_after_utc > now)]
-    return min(map(_validity, valid), key=lambda validity: _urgency(limits.life(validity, now)))
-
-
-def _validity(certificate: x509.Certificate) -> Validity:
-    return Validity(certificate.not_valid_before_utc, certificate.not_valid_after_utc)
-
-
-def _urgency(life: CertificateLife) -> timedelta:
-    """Return the time until the warning, negative after it."""
-    return life.left - life.limits.warning
-
-
-def key_password(path: Path) -> bytes:
-    """Return the password in the file at `path`: its content without the line end."""
-    return path.read_bytes().rstrip(b"\r\n")
 
 
 def mount_entries(table: Path) -> list[MountEntry]:
@@ -149,32 +108,6 @@ def _tls_files(config: Config) -> Iterator[tuple[str, TlsFiles]]:
     for name, destination in config.destination.items():
         if destination.tls_files is not None:
             yield name, destination.tls_files
-
-
-@dataclass(frozen=True, slots=True)
-class _Named:
-    """A file or folder, and the key of the configuration that names it."""
-
-    where: str
-    path: Path
-
-    def problem(
-        self, text: str, hint: str, *, fatal: bool = True, prevents_start: bool = True
-    ) -> FileProblem:
-        """Return a problem with a message of the path and `text`."""
-        return FileProblem(self.where, f"{self.path} {text}", hint, fatal, prevents_start)
-
-    def unusable(self, text: str, hint: str) -> _UnusableError:
-        """Return the same problem as an exception."""
-        return _UnusableError(self.problem(text, hint))
-
-
-class _UnusableError(Exception):
-    """A file can't be used because of `problem`."""
-
-    def __init__(self, problem: FileProblem) -> None:
-        super().__init__(problem.message)
-        self.problem = problem
 
 
 # Folders
@@ -197,7 +130,7 @@ class _DropFolders:
     answered in time.
     """
 
-    named: _Named
+    named: NamedPath
     place: FolderPlace
     real_path: Path | None = None
     problems: tuple[FileProblem, ...] = ()
@@ -227,17 +160,17 @@ def _examine_drop(name: str, drop: DropConfig, table: list[MountEntry]) -> _Drop
     with suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # among the problems
         place = _place_of(real_path, mounts)
     has_sent = os.path.lexists(drop.path / drop.sent_dir.strip("/"))
-    return _DropFolders(_Named(f"drop.{name}.path", drop.path), place, real_path, problems, has_sent)
+    return _DropFolders(NamedPath(f"drop.{name}.path", drop.path), place, real_path, problems, has_sent)
 
 
 def _unusable_drop(name: str, drop: DropConfig, error: OSError) -> _DropFolders:
-    folder = _Named(f"drop.{name}.path", drop.path)
+    folder = NamedPath(f"drop.{name}.path", drop.path)
     problems, answers = (_unusable(folder, error),), not isinstance(error, NoAnswerError)
     return _DropFolders(folder, FolderPlace(str(drop.path)), problems=problems, answers=answers)
 
 
-def _unusable(folder: _Named, error: OSError) -> FileProblem:
-    text = _reason(error) if isinstance(error, NoAnswerError) else f"can't be used: {_reason(error)}"
+def _unusable(folder: NamedPath, error: OSError) -> FileProblem:
+    text = error_text(error) if isinstance(error, NoAnswerError) else f"can't be used: {error_text(error)}"
     return folder.problem(text, filesystem_hint(folder.path, error), prevents_start=False)
 
 
@@ -253,10 +186,10 @@ def _state_dir_problems(config: Config, folders: Mapping[str, _DropFolders]) -> 
     existing = next(each for each in (folder, *folder.parents) if os.path.exists(each))
     needed = _READ_WRITE_SEARCH if existing == folder else os.W_OK | os.X_OK
     if not os.path.isdir(existing):
-        yield _Named("state_dir", existing).problem("is not a folder", "set state_dir to another folder")
+        yield NamedPath("state_dir", existing).problem("is not a folder", "set state_dir to another folder")
     elif not _is_permitted(existing, needed):
         verb = "written to" if existing == folder else "created"
-        yield _Named("state_dir", folder).problem(f"can't be {verb}", _permission_hint(existing))
+        yield NamedPath("state_dir", folder).problem(f"can't be {verb}", _permission_hint(existing))
     for drop in folders.values():
         if drop.real_path is not None and overlap(_real_path(folder), drop.real_path):
             yield drop.named.problem(
@@ -292,7 +225,7 @@ def _overlap_on_device(one: Path, other: Path, mounts: list[MountEntry]) -> bool
 
 
 def _drop_problems(name: str, drop: DropConfig, mounts: frozenset[Path]) -> Iterator[FileProblem]:
-    folder = _Named(f"drop.{name}.path", drop.path)
+    folder = NamedPath(f"drop.{name}.path", drop.path)
     if problem := _folder_problem(folder):
         yield problem
         return
@@ -306,7 +239,7 @@ def _drop_problems(name: str, drop: DropConfig, mounts: frozenset[Path]) -> Iter
         yield from _unmovable(folder, drop, mounts)
 
 
-def _unmovable(folder: _Named, drop: DropConfig, mounts: frozenset[Path]) -> Iterator[FileProblem]:
+def _unmovable(folder: NamedPath, drop: DropConfig, mounts: frozenset[Path]) -> Iterator[FileProblem]:
     """Yield warnings of files that could be delivered, but not moved away afterwards."""
     root = _real_path(drop.path)
     own = [root / drop.sent_dir.strip("/"), root / drop.rejected_dir.strip("/")]
@@ -331,7 +264,7 @@ def _unmovable(folder: _Named, drop: DropConfig, mounts: frozenset[Path]) -> Ite
         for applies, (text, hint) in list(kinds.items()):
             if applies(path, status):
                 del kinds[applies]  # one example is enough
-                yield _Named(folder.where, path).problem(text, hint.format(path), fatal=False)
+                yield NamedPath(folder.where, path).problem(text, hint.format(path), fatal=False)
 
 
 def _scanned_mounts(drop: DropConfig, root: Path, mounts: Collection[Path]) -> list[Path]:
@@ -354,7 +287,7 @@ def _unusable_mounts(name: str, mounts: Iterable[Path]) -> Iterator[FileProblem]
     answers = call_all({str(mount): partial(os.statvfs, mount) for mount in mounts}, _MOUNT_TIMEOUT)
     for path, answer in answers.items():
         if isinstance(answer, OSError) and not isinstance(answer, FileNotFoundError | PermissionError):
-            yield _unusable(_Named(f"drop.{name}.path", Path(path)), answer)
+            yield _unusable(NamedPath(f"drop.{name}.path", Path(path)), answer)
 
 
 def _is_sticky(_path: Path, status: os.stat_result) -> bool:
@@ -393,7 +326,7 @@ def _filesystem_problems(name: str, drop: DropConfig, mounts: list[MountEntry]) 
     for position, mount in enumerate(mounts):
         path = Path(os.fsdecode(mount.mount_point)) if position else drop.path
         if not has_change_time(mount.filesystem):
-            yield _Named(f"drop.{name}.path", path).problem(
+            yield NamedPath(f"drop.{name}.path", path).problem(
                 f"is on {mount.filesystem}, which has no change time: if a file is rewritten and its size and"
                 " modification time are restored, this is not seen",
                 "have files written under a temporary name, then renamed; `checksum_file` finds the others",
@@ -403,7 +336,7 @@ def _filesystem_problems(name: str, drop: DropConfig, mounts: list[MountEntry]) 
         least = default_stable_for([mount])
         option = hidden_cache_option(mount.filesystem)
         if option is not None and drop.stable_for is None:
-            yield _Named(f"drop.{name}.stable_for", path).problem(
+            yield NamedPath(f"drop.{name}.stable_for", path).problem(
                 f"is on {mount.filesystem}, of which the cache time is not visible: a file is sent once it is"
                 f" unchanged for {least:g} s, and a longer {option} makes a growing file look unchanged",
                 f'set stable_for above {option}; with the default of {option}, to "{least:g}s"',
@@ -412,7 +345,7 @@ def _filesystem_problems(name: str, drop: DropConfig, mounts: list[MountEntry]) 
             )
         is_short = drop.stable_for is not None and drop.stable_for.total_seconds() < least
         if is_short and is_remote(mount.filesystem):
-            yield _Named(f"drop.{name}.stable_for", path).problem(
+            yield NamedPath(f"drop.{name}.stable_for", path).problem(
                 f"is on {mount.filesystem}, which may show a growing file unchanged for {least:g} s or more",
                 f'remove stable_for, or set it to "{least:g}s"',
                 fatal=False,
@@ -426,7 +359,7 @@ def _subfolder_problem(where: str, root: Path, relative: str, mounts: frozenset[
     path = root
     for part in relative.split("/"):
         path /= part
-        folder = _Named(where, path)
+        folder = NamedPath(where, path)
         if not os.path.lexists(path):
             return None  # the daemon creates it
         if os.path.islink(path):
@@ -445,7 +378,7 @@ def _subfolder_problem(where: str, root: Path, relative: str, mounts: frozenset[
     return None
 
 
-def _folder_problem(folder: _Named) -> FileProblem | None:
+def _folder_problem(folder: NamedPath) -> FileProblem | None:
     """Return the problem that prevents files from being moved out of and into a folder, if any."""
     path = folder.path
     try:
@@ -453,7 +386,7 @@ def _folder_problem(folder: _Named) -> FileProblem | None:
     except FileNotFoundError:
         text, hint = "does not exist", f"mkdir -p {path}, or name another folder"
     except OSError as error:
-        text, hint = f"can't be reached: {_reason(error)}", _permission_hint(path.parent)
+        text, hint = f"can't be reached: {error_text(error)}", _permission_hint(path.parent)
     else:
         if not stat.S_ISDIR(mode):
             text, hint = "is not a folder", "name a folder, or replace the file with one"
@@ -474,236 +407,3 @@ def _is_permitted(path: Path, mode: int) -> bool:
 
 def _real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
-
-
-# Certificates and keys
-
-_PEM_CERTIFICATE: Final = re.compile(
-    rb"-----BEGIN ((?:TRUSTED |X509 )?CERTIFICATE)-----\s(.*?)-----END \1-----", re.DOTALL
-)
-_PEM_BEGIN: Final = re.compile(rb"-----BEGIN (?:TRUSTED |X509 )?CERTIFICATE-----")
-_DER_HEAD: Final = 4
-_TWO_LENGTH_BYTES: Final = 0x82
-"""The second byte in DER of a value of 256 to 65,535 bytes, as nearly every certificate is."""
-_CLIENT_PURPOSES: Final = frozenset(
-    {ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}
-)
-
-
-def _tls_problems(
-    name: str, destination: TlsFiles, limits: CertificateLimits, now: datetime
-) -> Iterator[FileProblem]:
-    """Yield the problems of the certificates and the private key of the destination `name`."""
-    if destination.ca:
-        yield from _authority_problems(_Named(f"destination.{name}.ca", destination.ca), limits, now)
-    client, chain = None, list[x509.Certificate]()
-    if destination.cert:
-        file = _Named(f"destination.{name}.cert", destination.cert)
-        try:
-            client, *chain = _certificates(file)
-        except _UnusableError as unusable:
-            yield unusable.problem
-        else:
-            yield from _date_problems(file, [client], limits, now)
-            # servers need no certificate of the chain that they trust, such as that of a cross-signed root
-            yield from (replace(problem, fatal=False) for problem in _date_problems(file, chain, limits, now))
-            yield from _purpose_problems(file, client)
-    if destination.key:
-        yield from _key_problems(name, destination, destination.key, [client, *chain] if client else [])
-
-
-def _authority_problems(file: _Named, limits: CertificateLimits, now: datetime) -> Iterator[FileProblem]:
-    try:
-        authorities = _certificates(file)
-    except _UnusableError as unusable:
-        yield unusable.problem
-        return
-    problems = list(_date_problems(file, authorities, limits, now))
-    # an expired authority does no harm if another one in the file is valid
-    is_fatal = sum(problem.fatal for problem in problems) == len(authorities)
-    for problem in problems:
-        yield FileProblem(problem.where, problem.message, problem.hint, problem.fatal and is_fatal)
-
-
-def _date_problems(
-    file: _Named, certificates: Sequence[x509.Certificate], limits: CertificateLimits, now: datetime
-) -> Iterator[FileProblem]:
-    for certificate in certificates:
-        subject = certificate.subject.rfc4514_string() or "a certificate without a subject"
-        start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-        if end <= now:
-            yield file.problem(
-                f"contains {subject}, which expired on {end:%Y-%m-%d at %H:%M} UTC", "renew the certificate"
-            )
-        elif start > now:
-            yield file.problem(
-                f"contains {subject}, which is not valid before {start:%Y-%m-%d %H:%M} UTC",
-                "correct the clock of this host, or wait",
-            )
-        elif (life := limits.life(_validity(certificate), now)).state is not CertificateState.VALID:
-            when = f"on {end:%Y-%m-%d}" if life.days_left else f"at {end:%H:%M} UTC"
-            yield file.problem(
-                f"contains {subject}, which expires {when}, in {life}",
-                "renew the certificate before then",
-                fatal=False,
-            )
-
-
-def _purpose_problems(file: _Named, client: x509.Certificate) -> Iterator[FileProblem]:
-    try:
-        purposes = client.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    except (x509.ExtensionNotFound, ValueError):
-        return
-    if not _CLIENT_PURPOSES.intersection(purposes):
-        yield file.problem(
-            "is not a client certificate: its extended key usage lacks clientAuth",
-            "have a certificate with clientAuth issued; servers may refuse this one",
-            fatal=False,
-        )
-
-
-def _key_problems(
-    name: str, destination: TlsFiles, path: Path, certificates: Sequence[x509.Certificate]
-) -> Iterator[FileProblem]:
-    """Yield the problems of a private key; `certificates` are those of `cert`, the client's first."""
-    key_file = _Named(f"destination.{name}.key", path)
-    password_file = None
-    if destination.key_password_file:
-        password_file = _Named(f"destination.{name}.key_password_file", destination.key_password_file)
-    for file in (key_file, password_file):
-        yield from _mode_problems(file) if file else ()
-    try:
-        public_key = _public_bytes(_private_key(key_file, password_file).public_key())
-    except _UnusableError as unusable:
-        yield unusable.problem
-        return
-    keys = [_public_bytes(each.public_key()) for each in certificates]
-    if public_key in keys[1:] and public_key != keys[0]:
-        number = keys.index(public_key) + 1
-        yield key_file.problem(
-            f"is the key of certificate {number} in {destination.cert}, and has to be that of the first",
-            "put the client certificate first in that file, then the one that issued it, and so on",
-        )
-    elif keys and public_key != keys[0]:
-        yield key_file.problem(
-            f"is not the key of the certificate in {destination.cert}",
-            "set cert and key to the two files of one pair",
-        )
-
-
-def _private_key(key_file: _Named, password_file: _Named | None) -> PrivateKeyTypes:
-    """Return the key in a file, decrypted with the password in the other one."""
-    content, password = _content(key_file), _password(password_file)
-    try:
-        return load_pem_private_key(content, password)
-    except TypeError:  # either a password is needed and missing, or there is one and none is needed
-        if password_file:
-            raise password_file.unusable(
-                f"has a password for {key_file.path}, which is not encrypted", "remove key_password_file"
-            ) from None
-        raise key_file.unusable(
-            "is encrypted", "set key_password_file to the file with its password"
-        ) from None
-    except UnsupportedAlgorithm:
-        raise key_file.unusable("contains an unsupported type of key", "use an RSA or EC key") from None
-    except ValueError:
-        if password_file and b"ENCRYPTED" in content:
-            raise password_file.unusable(
-                f"does not have the password of {key_file.path}", "put the right password there"
-            ) from None
-        raise key_file.unusable(
-            "contains no private key in PEM", _conversion(key_file.path, content, "key")
-        ) from None
-
-
-def _password(file: _Named | None) -> bytes | None:
-    if file is None:
-        return None
-    _content(file)
-    password = key_password(file.path)
-    if not password:
-        raise file.unusable("is empty", "put the password of the key there")
-    return password
-
-
-def _certificates(file: _Named) -> list[x509.Certificate]:
-    """Return the certificates in a PEM file, at least one; raise _UnusableError if there is none.
-
-    OpenSSL reads those with the labels TRUSTED CERTIFICATE and X509 CERTIFICATE as well; the former have its
-    trust settings appended.
-    """
-    content = _content(file)
-    blocks = [found[2] for found in _PEM_CERTIFICATE.finditer(content)]
-    begun = len(_PEM_BEGIN.findall(content))
-    if not begun:
-        raise file.unusable("contains no certificate in PEM", _conversion(file.path, content, "cert"))
-    try:
-        if len(blocks) < begun:
-            raise ValueError("a certificate is cut")
-        return [x509.load_der_x509_certificate(_first_value(binascii.a2b_base64(each))) for each in blocks]
-    except ValueError:
-        raise file.unusable("contains a damaged certificate", "copy it again from its issuer") from None
-
-
-def _first_value(der: bytes) -> bytes:
-    """Return the first value in DER, without what follows; raise ValueError if it is cut."""
-    if len(der) < _DER_HEAD or der[1] != _TWO_LENGTH_BYTES:
-        return der
-    length = _DER_HEAD + int.from_bytes(der[2:_DER_HEAD], "big")
-    if len(der) < length:
-        raise ValueError("the value is cut")
-    return der[:length]
-
-
-def _conversion(path: Path, content: bytes, key: str) -> str:
-    """Return the command that makes the PEM file for `cert` or `key` from one in another format."""
-    if content.startswith(b"\x30") and b"\x02\x01\x03" in content[:8]:  # a SEQUENCE with the version 3
-        part = "-nokeys" if key == "cert" else "-nocerts -nodes"
-        return f"it is in PKCS#12: openssl pkcs12 -in {path} {part} -out {path}.{key}.pem"
-    if b"-----BEGIN PKCS7-----" in content:
-        return f"it is in PKCS#7: openssl pkcs7 -print_certs -in {path} -out {path}.pem"
-    if content.startswith(b"\x30"):
-        command = "x509" if key == "cert" else "pkey"
-        return f"if it is in DER: openssl {command} -inform der -in {path} -out {path}.pem"
-    kind = "CERTIFICATE" if key == "cert" else "… PRIVATE KEY"
-    return f'it must have a line that begins "-----BEGIN {kind}-----"'
-
-
-def _content(file: _Named) -> bytes:
-    try:
-        return file.path.read_bytes()
-    except FileNotFoundError:
-        raise file.unusable("does not exist", "create the file, or name another one") from None
-    except PermissionError:
-        raise file.unusable(
-            "is not readable",
-            f"permit the daemon's user (uid {os.geteuid()}) to read it and to search the folders above",
-        ) from None
-    except OSError as error:
-        raise file.unusable(f"can't be read: {_reason(error)}", "name a regular file") from None
-
-
-def _mode_problems(file: _Named) -> Iterator[FileProblem]:
-    """Warn of a secret that other users may read.
-
-    systemd protects the folder of its credentials, and gives the files in it group bits.
-    """
-    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
-    if credentials and file.path.is_relative_to(credentials):
-        return
-    try:
-        mode = stat.S_IMODE(os.stat(file.path).st_mode)
-    except OSError:
-        return
-    if mode & 0o077:
-        yield file.problem(
-            f"is accessible to group or others (mode {mode:04o})", f"chmod 0600 {file.path}", fatal=False
-        )
-
-
-def _public_bytes(key: CertificatePublicKeyTypes | PublicKeyTypes) -> bytes:
-    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or "unknown error").lower()

@@ -5,9 +5,12 @@ prevents the configuration from being loaded. A file problem is found on this ho
 missing folder, an unreadable key, a certificate that expires soon.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 
 from pydantic_core import PydanticCustomError
 
@@ -46,6 +49,37 @@ class FileProblem:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}" + (f"\n  hint: {self.hint}" if self.hint else "")
+
+
+@dataclass(frozen=True, slots=True)
+class NamedPath:
+    """A file or folder, and the key of the configuration that names it."""
+
+    where: str
+    path: Path
+
+    def problem(
+        self, text: str, hint: str, *, fatal: bool = True, prevents_start: bool = True
+    ) -> FileProblem:
+        """Return a problem with a message of the path and `text`."""
+        return FileProblem(self.where, f"{self.path} {text}", hint, fatal, prevents_start)
+
+    def unusable(self, text: str, hint: str) -> UnusableFileError:
+        """Return the same problem as an exception."""
+        return UnusableFileError(self.problem(text, hint))
+
+
+class UnusableFileError(Exception):
+    """A file can't be used because of `problem`."""
+
+    def __init__(self, problem: FileProblem) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+
+
+def error_text(error: OSError) -> str:
+    """Return the text of an error in lower case."""
+    return (error.strerror or "unknown error").lower()
 
 
 EXPECTED = "expected"

@@ -20,7 +20,8 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization.pkcs12 import serialize_key_and_certificates
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from backupd.config.files import client_validity, examine_files, file_problems, mount_entries
+from backupd.config.certificate_files import client_validity
+from backupd.config.files import examine_files, file_problems, mount_entries
 from backupd.config.models import Config, DropConfig, HttpDestinationConfig
 from backupd.config.problems import FileProblem
 from backupd.core.certificate_life import CertificateLimits

@@ -11,7 +11,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from backupd.config.files import key_password
+from backupd.config.certificate_files import key_password
 from backupd.config.models import HttpDestinationConfig, TlsFiles
 from backupd.core.certificate_life import Validity
 from backupd.core.errors import BackupdError, ConfigError
