@@ -85,7 +85,7 @@ def _file_problems(config: Config, folders: Mapping[str, _DropFolders], now: dat
         *(
             replace(problem, prevents_start=False)  # only this destination has to wait for other files
             for name, tls_files in _tls_files(config)
-            for problem in tls_problems(name, tls_files, certificate_limits(config), now)
+            for problem in tls_problems(f"destination.{name}", tls_files, certificate_limits(config), now)
         ),
     ]
 

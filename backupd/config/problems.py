@@ -64,18 +64,6 @@ class NamedPath:
         """Return a problem with a message of the path and `text`."""
         return FileProblem(self.where, f"{self.path} {text}", hint, fatal, prevents_start)
 
-    def unusable(self, text: str, hint: str) -> UnusableFileError:
-        """Return the same problem as an exception."""
-        return UnusableFileError(self.problem(text, hint))
-
-
-class UnusableFileError(Exception):
-    """A file can't be used because of `problem`."""
-
-    def __init__(self, problem: FileProblem) -> None:
-        super().__init__(problem.message)
-        self.problem = problem
-
 
 def error_text(error: OSError) -> str:
     """Return the text of an error in lower case."""

@@ -212,6 +212,11 @@ def _a_folder_as_ca(stage: Stage) -> None:
     stage.pki.ca_pem.mkdir()
 
 
+def _a_fifo_as_ca(stage: Stage) -> None:
+    stage.pki.ca_pem.unlink()
+    os.mkfifo(stage.pki.ca_pem)
+
+
 def _another_key(stage: Stage) -> None:
     stage.pki.client_key.write_bytes(stage.pki.issue_client("other").key.read_bytes())
 
@@ -226,7 +231,7 @@ def _rubbish_as_cert(stage: Stage) -> None:
 
 def _a_damaged_cert(stage: Stage) -> None:
     lines = stage.pki.client_cert.read_text().splitlines()
-    stage.pki.client_cert.write_text("\n".join([*lines[:3], "AAAA" + lines[3][4:-4] + "AAAA", *lines[4:]]))
+    stage.pki.client_cert.write_text("\n".join([*lines[:3], *lines[4:]]))
 
 
 def _rubbish_as_ca(stage: Stage) -> None:
@@ -254,10 +259,11 @@ UNUSABLE: list[tuple[Callable[[Stage], None], str, str]] = [
     (_no_cert, "destination.vault.cert", "does not exist"),
     (_no_ca, "destination.vault.ca", "does not exist"),
     (_a_folder_as_ca, "destination.vault.ca", "can't be read: is a directory"),
+    (_a_fifo_as_ca, "destination.vault.ca", "is not a regular file"),
     (_another_key, "destination.vault.key", "is not the key of the certificate in"),
     (_rubbish_as_key, "destination.vault.key", "contains no private key in PEM"),
     (_rubbish_as_cert, "destination.vault.cert", "contains no certificate in PEM"),
-    (_a_damaged_cert, "destination.vault.cert", ""),
+    (_a_damaged_cert, "destination.vault.cert", "contains a damaged certificate"),
     (_rubbish_as_ca, "destination.vault.ca", "contains no certificate in PEM"),
     (_expired, "destination.vault.cert", "which expired on 2001-01-01"),
     (_not_yet, "destination.vault.cert", "not valid before"),

@@ -15,7 +15,7 @@ import pytest
 import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization.pkcs12 import serialize_key_and_certificates
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -24,8 +24,10 @@ from backupd.config.certificate_files import client_validity
 from backupd.config.files import examine_files, file_problems, mount_entries
 from backupd.config.models import Config, DropConfig, HttpDestinationConfig
 from backupd.config.problems import FileProblem
+from backupd.config.tls_loading import TlsFilesError
 from backupd.core.certificate_life import CertificateLimits
 from backupd.upload.http.tls import make_context
+from tests.odd_certificates import altered, with_private_extensions
 from tests.privileges import IS_ROOT
 from tests.programs import require
 
@@ -538,6 +540,37 @@ class TestCertificates:
     def test_a_folder_is_not_a_certificate(self, tls: Tls) -> None:
         assert an_error(tls.config(cert=tls.folder)).endswith("can't be read: is a directory")
 
+    @pytest.mark.parametrize("key", ["ca", "cert", "key", "password"])
+    def test_only_a_regular_file_is_read(self, tls: Tls, key: str) -> None:
+        fifo, link = tls.folder / "fifo", tls.folder / "link"
+        os.mkfifo(fifo)
+        link.symlink_to(fifo)
+        more = {"key": tls.private_key("locked.key", password=b"secret")} if key == "password" else {}
+        config = tls.config(**{**more, key: link})
+        assert [p.message for p in file_problems(config, NOW) if p.fatal] == [f"{link} is not a regular file"]
+        files = config.destination["v"].tls_files
+        assert files is not None
+        with pytest.raises(TlsFilesError, match="is not a regular file"):
+            make_context(files)
+
+    def test_a_certificate_with_unreadable_dates_is_a_warning(self, tls: Tls) -> None:
+        builder = x509.CertificateBuilder(x509.Name([]), x509.Name([]), tls.key.public_key(), 1, NOW, NOW)
+        certificate = with_private_extensions(builder).sign(tls.key, hashes.SHA256())
+        odd = tls.write("odd.pem", altered(certificate, tls.key, "times without seconds"))
+        config = tls.config(cert=odd)
+        assert "of which the dates can't be read" in a_warning(config)
+        assert examine_files(config, NOW).validities == {}
+        chain = tls.write("chain.pem", tls.cert_file.read_bytes() + odd.read_bytes())
+        assert "of which the dates can't be read" in a_warning(tls.config(cert=chain))
+        assert "v" in examine_files(tls.config(cert=chain), NOW).validities
+
+    def test_a_revocation_list_is_not_an_authority(self, tls: Tls) -> None:
+        builder = x509.CertificateRevocationListBuilder(
+            x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "ca")]), NOW, NOW + timedelta(days=9)
+        )
+        pem = builder.sign(tls.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+        assert an_error(tls.config(ca=tls.write("crl.pem", pem))).endswith("contains no certificate in PEM")
+
     def test_an_unreadable_certificate_is_an_error(self, tls: Tls, as_a_plain_user: None) -> None:
         (tls.folder / "closed").mkdir(mode=0o000)
         config = a_config(
@@ -636,12 +669,36 @@ class TestKeys:
             f"destination.v.key_password_file: {empty} is empty"
         )
 
-    def test_a_password_for_an_unencrypted_key_is_an_error(self, tls: Tls) -> None:
-        password = tls.write("password", b"secret")
-        assert an_error(tls.config(password=password)) == (
-            f"destination.v.key_password_file: {password} has a password for {tls.key_file}, "
-            "which is not encrypted"
+    @pytest.mark.parametrize("content", [b"secret", b"x" * 2000, b""])
+    def test_a_password_for_an_unencrypted_key_is_a_warning(self, tls: Tls, content: bytes) -> None:
+        password = tls.write("password", content)
+        config = tls.config(password=password)
+        assert a_warning(config) == (
+            f"destination.v.key_password_file: {password} is not needed: {tls.key_file} is not encrypted"
         )
+        files = config.destination["v"].tls_files
+        assert files is not None
+        make_context(files)
+
+    def test_a_password_that_openssl_does_not_take_is_an_error_of_its_file(self, tls: Tls) -> None:
+        key = tls.private_key("locked.key", password=b"secret")
+        password = tls.write("long", b"x" * 1025 + b"\n")
+        config = tls.config(key=key, password=password)
+        assert an_error(config) == (
+            f"destination.v.key_password_file: {password} has 1025 bytes, and the password of a key has at"
+            " most 1024"
+        )
+        files = config.destination["v"].tls_files
+        assert files is not None
+        with pytest.raises(TlsFilesError, match="has 1025 bytes"):
+            make_context(files)
+
+    def test_a_key_of_another_kind_is_not_that_of_the_certificate(self, tls: Tls) -> None:
+        key = rsa.generate_private_key(65537, 2048)
+        pem = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        assert "is not the key of the certificate in" in an_error(tls.config(key=tls.write("rsa.key", pem)))
 
     def test_a_password_file_that_others_may_read_is_a_warning(self, tls: Tls) -> None:
         key = tls.private_key("locked.key", password=b"secret")

@@ -350,7 +350,8 @@ def test_an_encrypted_key_without_its_password_is_reported(tmp_path: Path, passw
     outcome, server = upload(server_context(own), own, tmp_path, key_password_file=named)
 
     assert failed(outcome).reason is Reason.LOCAL_FILES
-    assert str(own.client_key) in failed(outcome).error
+    at_fault = password_file if password == "missing file" else own.client_key
+    assert str(at_fault) in failed(outcome).error
     assert "guessed" not in failed(outcome).error
     assert server.peers == []
 
@@ -364,7 +365,8 @@ def test_no_password_is_prompted_for_on_the_terminal(stage: Stage, caller: str) 
     if caller == "the uploader":
         program = (
             "import pathlib, sys; from backupd.config.load import load\n"
-            "from backupd.upload.http.tls import *\n"
+            "from backupd.config.tls_loading import TlsFilesError\n"
+            "from backupd.upload.http.tls import make_context\n"
             "try: make_context(load(pathlib.Path(sys.argv[1])).destination['vault'])\n"
             "except TlsFilesError as error: sys.exit(error.message)"
         )

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ssl
 import subprocess
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import cache, partial
 from ipaddress import ip_address
 from itertools import product
@@ -28,7 +30,14 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from backupd.config.certificate_files import tls_problems
+from backupd.config.problems import FileProblem
+from backupd.core.certificate_life import CertificateLimits
 from backupd.core.model import Deferred, Delivered
+from backupd.core.policy import Reason
+from backupd.upload.base import ProbeResult
+from backupd.upload.registry import probe_all
+from tests.odd_certificates import ODDITIES, altered, with_private_extensions
 from tests.pki import in_days
 from tests.programs import require
 from tests.scripted import ScriptedServer, accept_all
@@ -50,14 +59,15 @@ def a_key(kind: str = "EC") -> Key:
 
 @dataclass(frozen=True, slots=True)
 class Issued:
-    """A certificate and its private key."""
+    """A certificate and its private key; `altered` is its PEM if that differs."""
 
     certificate: x509.Certificate
     key: Key
+    altered: bytes = b""
 
     @property
     def pem(self) -> bytes:
-        return self.certificate.public_bytes(Encoding.PEM)
+        return self.altered or self.certificate.public_bytes(Encoding.PEM)
 
     def key_pem(self, layout: PrivateFormat = PrivateFormat.PKCS8, password: bytes = b"") -> bytes:
         encryption = BestAvailableEncryption(password) if password else NoEncryption()
@@ -73,8 +83,12 @@ def issue(
     days: tuple[float, float] = (-1, 60),
     purpose: x509.ObjectIdentifier | None = None,
     of: Issued | None = None,
+    oddity: str = "",
 ) -> Issued:
-    """Return a new certificate; `of` gives its subject and key. Without `names` it is an authority."""
+    """Return a new certificate; `of` gives its subject and key. Without `names` it is an authority.
+
+    An `oddity` is one of `ODDITIES`.
+    """
     own_key = of.key if of else a_key(key)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     issuer, signer = (by.certificate.subject, by.key) if by else (subject, own_key)
@@ -94,12 +108,19 @@ def issue(
     if purpose is not None:
         builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
     algorithm = None if isinstance(signer, ed25519.Ed25519PrivateKey) else hashes.SHA256()
-    return Issued(builder.sign(signer, algorithm), own_key)
+    if not oddity:
+        return Issued(builder.sign(signer, algorithm), own_key)
+    assert isinstance(signer, ec.EllipticCurvePrivateKey)
+    certificate = with_private_extensions(builder).sign(signer, algorithm)
+    return Issued(certificate, own_key, altered(certificate, signer, oddity))
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """The files of a server and of its client, and the host in the url."""
+    """The files of a server and of its client, and the host in the url.
+
+    `client_ca` is the authority of the client if that is not the root.
+    """
 
     server: bytes
     server_key: bytes
@@ -107,6 +128,8 @@ class Site:
     cert: bytes
     key: bytes
     password: str = ""
+    client_ca: bytes = b""
+    asks_for_certificate: bool = True
     host: str = "127.0.0.1"
     version: ssl.TLSVersion | None = None
 
@@ -135,6 +158,15 @@ def a_site() -> Site:
     return Site(server.pem, server.key_pem(), root().pem, client.pem, client.key_pem())
 
 
+def commented(pem: bytes) -> bytes:
+    return b"".join(b"# " + line + b"\n" for line in pem.splitlines())
+
+
+def in_one_line(pem: bytes) -> bytes:
+    first, *middle, last = pem.splitlines()
+    return first + b"\n" + b"".join(middle) + b"\n" + last + b"\n"
+
+
 def with_text(pem: bytes) -> bytes:
     """Return certificates with text around them, as `openssl x509 -text` and browsers write it."""
     return b"# the chain, in \xe4nother charset\n\nCertificate:\n    Data:\n" + pem + b"\n\n-- end --\n"
@@ -153,6 +185,52 @@ def served_with(key: str) -> Site:
 
 def shown_with(key: str) -> Site:
     return a_site().shown(issue("client", root(), key=key))
+
+
+def openssl(folder: Path, command: str) -> None:
+    """Run a command of openssl(1) in a folder."""
+    words = [require("openssl"), *command.split()]
+    subprocess.run(words, cwd=folder, check=True, capture_output=True, timeout=TIMEOUT)
+
+
+def issued_by_openssl(options: str = "", curve: str = "") -> Site:
+    """Return a client that openssl(1) has issued: below the root, or an authority with a key on a curve."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "ca").write_bytes(root().pem)
+        (folder / "ca.key").write_bytes(root().key_pem())
+        if curve:
+            key = f"-newkey ec -pkeyopt ec_paramgen_curve:{curve} -nodes -keyout ca.key"
+            openssl(folder, f"req -x509 {key} -out ca -subj /CN=old")
+        openssl(folder, "req -newkey rsa:2048 -nodes -keyout key -out request -subj /CN=client")
+        openssl(folder, f"x509 -req {options} -in request -CA ca -CAkey ca.key -CAcreateserial -out cert")
+        ca, cert, own_key = ((folder / each).read_bytes() for each in ("ca", "cert", "key"))
+        return replace(a_site(), cert=cert + ca, key=own_key, client_ca=ca)
+
+
+def with_old_encryption(command: str) -> Site:
+    """Return a client with a key that a command of openssl(1) has encrypted in an old way."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, client = Path(name), issue("client", root(), key="2048")
+        (folder / "key").write_bytes(client.key_pem())
+        providers = "-provider legacy -provider default"
+        openssl(folder, f"{command} {providers} -in key -passout pass:secret -out old")
+        return replace(a_site(), cert=client.pem, key=(folder / "old").read_bytes(), password="secret")
+
+
+def laid_out(name: str, change: Callable[[bytes], bytes]) -> Site:
+    changed: dict[str, Any] = {name: change(getattr(a_site(), name))}
+    return replace(a_site(), **changed)
+
+
+def client_with(oddity: str) -> Site:
+    site = a_site().shown(issue("client", root(), purpose=CLIENT, oddity=oddity))
+    # a server of OpenSSL refuses the times, and Python's can't print the name
+    return replace(site, asks_for_certificate=not oddity.startswith(("times", "a name")))
+
+
+def server_with(oddity: str) -> Site:
+    return a_site().served_by(issue("server", root(), names=("localhost", "127.0.0.1"), oddity=oddity))
 
 
 def with_client_key(kind: str, layout: PrivateFormat, password: str) -> Site:
@@ -211,8 +289,34 @@ DELIVERED: dict[str, Callable[[], Site]] = {
         )
         for kind, layout, password in product(("EC", "2048"), LAYOUTS, ("", "a secret"))
     },
+    **{f"client with {oddity}": partial(client_with, oddity) for oddity in ODDITIES},
+    **{
+        f"server with {oddity}": partial(server_with, oddity)
+        for oddity in ODDITIES
+        if not oddity.startswith("times")
+    },
+    "issuer of the client on an unknown curve": lambda: issued_by_openssl(curve="prime239v1"),
+    "cert below an old one in comments": lambda: replace(
+        a_site(), cert=commented(issue("client", root(), days=(-9, -1)).pem) + a_site().cert
+    ),
+    "cert below a comment about PEM": lambda: replace(
+        a_site(), cert=b"# begins with -----BEGIN CERTIFICATE-----\n" + a_site().cert
+    ),
+    "ca below an old one in comments": lambda: replace(
+        a_site(), ca=commented(issue("root", names=(), days=(-9, -1)).pem) + root().pem
+    ),
+    "cert with trailing blanks": lambda: replace(a_site(), cert=a_site().cert.replace(b"\n", b" \t\n")),
+    "cert with a byte order mark": lambda: replace(a_site(), cert=b"\xef\xbb\xbf" + a_site().cert),
+    "cert in one line": lambda: replace(a_site(), cert=in_one_line(a_site().cert)),
+    "password that is not needed": lambda: replace(a_site(), password="secret"),
 }
 
+LAYOUT_FAULTS: dict[str, Callable[[bytes], bytes]] = {
+    "is indented": lambda pem: b"  " + pem.replace(b"\n", b"\n  "),
+    "has lines that end with CR alone": lambda pem: pem.replace(b"\n", b"\r"),
+    "has blank lines within its PEM": lambda pem: pem.replace(b"\n", b"\n\n"),
+    "is in UTF-16": lambda pem: pem.decode().encode("utf-16"),
+}
 
 REFUSED: dict[str, tuple[Callable[[], Site], str]] = {
     "another root": (
@@ -234,6 +338,7 @@ REFUSED: dict[str, tuple[Callable[[], Site], str]] = {
         ),
         "expired",
     ),
+    "times without seconds": (partial(server_with, "times without seconds"), "format error"),
     "other name": (lambda: a_site().served_by(issue("server", root(), names=("vault.test",))), "127.0.0.1"),
     "other address": (lambda: a_site().served_by(issue("server", root(), names=("10.0.0.1",))), "127.0.0.1"),
     "wildcard of another level": (
@@ -269,13 +374,41 @@ REFUSED: dict[str, tuple[Callable[[], Site], str]] = {
         lambda: replace(
             (site := a_site().shown(issue("client", intermediate()))), cert=intermediate().pem + site.cert
         ),
-        "the key is not that of the first",
+        "is the key of certificate 2 in",
+    ),
+    "client's short key": (lambda: shown_with("1024"), "a key that is shorter than OpenSSL accepts"),
+    "client's old digest": (lambda: issued_by_openssl("-sha1"), "an old digest such as SHA-1"),
+    **{
+        f"{name} {text}": (partial(laid_out, name, change), text)
+        for name, (text, change) in product(("ca", "cert", "key"), LAYOUT_FAULTS.items())
+    },
+    "key encrypted with DES in PKCS 8": (
+        lambda: with_old_encryption("pkcs8 -topk8 -v1 PBE-MD5-DES"),
+        "is encrypted with an old algorithm",
+    ),
+    "key encrypted with RC2 in PKCS 8": (
+        lambda: with_old_encryption("pkcs8 -topk8 -v1 PBE-SHA1-RC2-40"),
+        "is encrypted with an old algorithm",
+    ),
+    "key encrypted with DES in the layout of its own": (
+        lambda: with_old_encryption("rsa -des -traditional"),
+        "is encrypted with an old algorithm",
     ),
 }
 
 
-def deliver(site: Site, folder: Path) -> tuple[Delivered | Deferred, int]:
-    """Send an archive by backupd and by curl; return the outcome of one and the exit code of the other."""
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """The outcome of an upload, the exit code of curl, and the errors that `backupd check` finds."""
+
+    outcome: Delivered | Deferred
+    curl: int
+    errors: list[FileProblem]
+    probe: ProbeResult
+
+
+def deliver(site: Site, folder: Path) -> Trial:
+    """Send an archive by backupd and by curl, and check the destination."""
     files = {name: folder / f"{name}.pem" for name in ("server", "server_key", "ca", "cert", "key")}
     for name, path in files.items():
         path.write_bytes(getattr(site, name))
@@ -283,8 +416,8 @@ def deliver(site: Site, folder: Path) -> tuple[Delivered | Deferred, int]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.set_ciphers("DEFAULT:@SECLEVEL=0")
     context.load_cert_chain(files["server"], files["server_key"])
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.load_verify_locations(cadata=root().pem.decode())
+    context.verify_mode = ssl.CERT_REQUIRED if site.asks_for_certificate else ssl.CERT_NONE
+    context.load_verify_locations(cadata=(site.client_ca or root().pem).decode())
     if site.version is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -297,28 +430,38 @@ def deliver(site: Site, folder: Path) -> tuple[Delivered | Deferred, int]:
     with ScriptedServer(accept_all, context) as server:
         url = server.url.replace("127.0.0.1", site.host)
         address = f"127.0.0.1:{server.port}"
-        with a_sender(a_destination(url, connect_to=address, **keys)) as sender:
+        destination = a_destination(url, connect_to=address, **keys)
+        with a_sender(destination) as sender:
             outcome = sender.send(archive)
+        (probe,) = probe_all({"vault": destination})
         tls = ["--cacert", str(files["ca"]), "--cert", str(files["cert"]), "--key", str(files["key"])]
         password = ["--pass", site.password] if site.password else []
         to = ["--connect-to", f"::{address}", "-F", f"file=@{archive}", url]
         command = [require("curl"), "--silent", "--fail", *tls, *password, *to]
         code = subprocess.run(command, check=False, timeout=TIMEOUT).returncode
     assert isinstance(outcome, Delivered | Deferred), outcome
-    return outcome, code
+    problems = tls_problems("destination.vault", destination, CertificateLimits(), datetime.now(UTC))
+    return Trial(outcome, code, [problem for problem in problems if problem.fatal], probe)
 
 
 @pytest.mark.parametrize("case", DELIVERED)
 def test_backupd_delivers_as_curl_does(tmp_path: Path, case: str) -> None:
-    outcome, curl = deliver(DELIVERED[case](), tmp_path)
-    assert isinstance(outcome, Delivered), outcome
-    assert curl == 0
+    trial = deliver(DELIVERED[case](), tmp_path)
+    assert isinstance(trial.outcome, Delivered), trial.outcome
+    assert trial.curl == 0
+    assert trial.errors == []
+    assert trial.probe.reason is None, trial.probe
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_backupd_names_the_cause_where_curl_does_not_deliver_either(tmp_path: Path, case: str) -> None:
     make, words = REFUSED[case]
-    outcome, curl = deliver(make(), tmp_path)
-    assert isinstance(outcome, Deferred), outcome
-    assert words in outcome.error
-    assert curl != 0
+    trial = deliver(make(), tmp_path)
+    assert isinstance(trial.outcome, Deferred), trial.outcome
+    assert words in trial.outcome.error
+    assert trial.curl != 0
+    assert trial.probe.reason is trial.outcome.reason
+    if trial.outcome.reason is Reason.LOCAL_FILES:  # `check` explains it in the same words
+        assert [error.message for error in trial.errors] == [trial.outcome.error]
+        assert trial.errors[0].hint == trial.probe.hint
+        assert "backupd check" not in trial.probe.hint

@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 import httpx
-from cryptography import x509
 
+from backupd.config.certificate_facts import CertificateFacts
 from backupd.config.models import HttpDestinationConfig
 from backupd.core.errors import BackupdError
 from backupd.core.names import TextTemplate
@@ -36,10 +36,6 @@ _MAX_READ_TIMEOUT = 30.0
 
 _FAILURES = (BackupdError, SignInError, AttemptEndedError, httpx.TransportError, httpx.InvalidURL)
 
-_LOCAL_FILES_ADVICE = (
-    "fix the files that its table names: a certificate, key or CA must be PEM, a secret one line, "
-    "and the daemon's user must be able to read them"
-)
 _ADVICE = {
     # many servers close the connection without an alert when they refuse a certificate
     Reason.CONNECTION_LOST: "check in the endpoint's log whether it trusts the CA that issued `cert`",
@@ -220,18 +216,13 @@ def _clock_ahead(date: str | None, now: datetime) -> float | None:
 
 
 def _with_certificate(result: ProbeResult, der: bytes, now: datetime) -> ProbeResult:
-    """Return a result with the facts of the server's certificate."""
-    certificate = x509.load_der_x509_certificate(der)
-    try:
-        extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        names = tuple(str(name.value) for name in extension)
-    except x509.ExtensionNotFound:
-        names = ()
+    """Return a result with the facts of the server's certificate, as far as they can be read."""
+    facts = CertificateFacts.of(der)
     return replace(
         result,
-        server_names=names,
-        server_issuer=certificate.issuer.rfc4514_string(),
-        server_days_left=(certificate.not_valid_after_utc - now).days,
+        server_names=facts.names,
+        server_issuer=facts.issuer,
+        server_days_left=(facts.validity.ends - now).days if facts.validity else None,
     )
 
 
@@ -259,7 +250,7 @@ async def _is_certificate_required(
 def _failed(name: str, error: Exception) -> ProbeResult:
     match error:
         case BackupdError():
-            return ProbeResult(name, Reason.LOCAL_FILES, error.message, advice=_LOCAL_FILES_ADVICE)
+            return ProbeResult(name, Reason.LOCAL_FILES, error.message, advice=error.hint)
         case SignInError():
             return ProbeResult(name, Reason.SIGN_IN, str(error), signed_in=False)
         case AttemptEndedError():

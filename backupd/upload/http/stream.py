@@ -10,12 +10,10 @@ import ssl
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import httpx
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from backupd.config.certificate_facts import CertificateFacts, public_key_info
 from backupd.core.certificate_life import Validity
 from backupd.upload.http.dialing import dial
 from backupd.upload.http.limits import AttemptLimits
@@ -236,17 +234,14 @@ def _check_pins(sock: TlsSocket, pins: frozenset[str]) -> None:
 
 def spki_pin(certificate: bytes) -> str:
     """Return the SHA-256, in base64, of the public key in a DER certificate (RFC 7469 section 2.4)."""
-    key = x509.load_der_x509_certificate(certificate).public_key()
-    der = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    return base64.b64encode(hashlib.sha256(der).digest()).decode("ascii")
+    return base64.b64encode(hashlib.sha256(public_key_info(certificate)).digest()).decode("ascii")
 
 
 def _validity(tls: ssl.SSLObject) -> Validity | None:
-    """Return the validity of the server's certificate; None if that was not verified."""
-    certificate = tls.getpeercert() or {}
-    times = [certificate.get(name) for name in ("notBefore", "notAfter")]
-    texts = [ssl.cert_time_to_seconds(time) for time in times if isinstance(time, str)]
-    return Validity(*(datetime.fromtimestamp(each, UTC) for each in texts)) if len(texts) == 2 else None
+    """Return the validity of the server's certificate; None if that was not verified, or can't be read."""
+    if tls.context.verify_mode is ssl.CERT_NONE:
+        return None
+    return CertificateFacts.of(tls.getpeercert(binary_form=True) or b"").validity
 
 
 class TlsSocket:

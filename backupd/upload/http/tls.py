@@ -11,14 +11,10 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from backupd.config.certificate_files import key_password
 from backupd.config.models import HttpDestinationConfig, TlsFiles
+from backupd.config.tls_loading import load_authorities, load_certificate
 from backupd.core.certificate_life import Validity
-from backupd.core.errors import BackupdError, ConfigError
-
-
-class TlsFilesError(ConfigError):
-    """The CA, the certificate or the private key can't be used."""
+from backupd.core.errors import BackupdError
 
 
 class ReloadingTlsContext:
@@ -74,54 +70,11 @@ def make_context(files: TlsFiles, *, http2: bool = False, tls_min: str = "1.2") 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3 if tls_min == "1.3" else ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["h2", "http/1.1"] if http2 else ["http/1.1"])
-    _load_authorities(context, files.ca)
-    if files.cert is not None and files.key is not None:
-        context.post_handshake_auth = True  # some servers ask for the certificate once they know the path
-        _load_certificate(context, files.cert, files.key, files.key_password_file)
+    # some servers ask for the certificate once they know the path
+    context.post_handshake_auth = files.cert is not None
+    load_authorities(context, files.ca)
+    load_certificate(context, files)
     return context
-
-
-def _load_authorities(context: ssl.SSLContext, ca: Path | None) -> None:
-    if ca is None:
-        context.load_default_certs(ssl.Purpose.SERVER_AUTH)
-        return
-    # `ca` may be the authority that issued the server's certificate, or that certificate, and not the root
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    try:
-        context.load_verify_locations(cafile=ca)
-    except (OSError, ssl.SSLError) as error:
-        raise TlsFilesError(
-            f"{ca}: no usable CA certificate ({_error_text(error)})", "name a PEM file in `ca`"
-        ) from error
-
-
-def _load_certificate(context: ssl.SSLContext, cert: Path, key: Path, password_file: Path | None) -> None:
-    def password() -> bytes:
-        if password_file is None:  # without this callback OpenSSL would prompt on the terminal
-            raise TlsFilesError(f"{key}: is encrypted", "name its password file in `key_password_file`")
-        try:
-            return key_password(password_file)
-        except OSError as error:
-            raise TlsFilesError(
-                f"{password_file}: the password of {key} can't be read ({error.strerror})",
-                "let the daemon's user read the file",
-            ) from error
-
-    try:
-        context.load_cert_chain(cert, key, password=password)
-    except (OSError, ssl.SSLError) as error:
-        raise TlsFilesError(
-            f"{cert}, {key}: no usable certificate and key ({_error_text(error)})",
-            "both must be PEM files of one pair; run `backupd check` for details",
-        ) from error
-
-
-def _error_text(error: OSError) -> str:
-    if "KEY_VALUES_MISMATCH" in str(error):
-        return "the key is not that of the first certificate"
-    if "PEM lib" in str(error) or "PEM_LIB" in str(error):
-        return "not in PEM, damaged, or encrypted with another password"
-    return getattr(error, "reason", None) or error.strerror or str(error)
 
 
 _FileState = tuple[int, int, int] | None
