@@ -132,6 +132,7 @@ class Site:
     asks_for_certificate: bool = True
     host: str = "127.0.0.1"
     version: ssl.TLSVersion | None = None
+    ciphers: str = "DEFAULT"
 
     def served_by(self, leaf: Issued, *chain: Issued) -> Site:
         pem = b"".join(each.pem for each in (leaf, *chain))
@@ -241,9 +242,26 @@ def with_client_key(kind: str, layout: PrivateFormat, password: str) -> Site:
 
 LAYOUTS = {"PKCS 8": PrivateFormat.PKCS8, "the layout of its own": PrivateFormat.TraditionalOpenSSL}
 
+CIPHERS = (
+    "AES128-SHA",
+    "AES256-SHA",
+    "AES128-SHA256",
+    "AES256-GCM-SHA384",
+    "ECDHE-RSA-AES128-SHA",
+    "ECDHE-RSA-AES256-SHA384",
+    "DHE-RSA-AES256-SHA",
+)
+"""Ciphers of TLS 1.2, of which a server with an RSA key may offer only one."""
+
+
+def with_cipher(cipher: str) -> Site:
+    return replace(served_with("2048"), version=ssl.TLSVersion.TLSv1_2, ciphers=cipher)
+
+
 DELIVERED: dict[str, Callable[[], Site]] = {
     "tls 1.2": lambda: replace(a_site(), version=ssl.TLSVersion.TLSv1_2),
     "tls 1.3": lambda: replace(a_site(), version=ssl.TLSVersion.TLSv1_3),
+    **{f"server with the cipher {cipher}": partial(with_cipher, cipher) for cipher in CIPHERS},
     **{f"server with {key}": partial(served_with, key) for key in ("2048", "3072", "P-521", "Ed25519")},
     **{f"client with {key}": partial(shown_with, key) for key in ("2048", "4096", "P-521", "Ed25519")},
     "server below an intermediate": lambda: a_site().served_by(
@@ -414,8 +432,11 @@ def deliver(site: Site, folder: Path) -> Trial:
         path.write_bytes(getattr(site, name))
         path.chmod(0o600)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.set_ciphers("DEFAULT:@SECLEVEL=0")
+    context.set_ciphers(f"{site.ciphers}:@SECLEVEL=0")
     context.load_cert_chain(files["server"], files["server_key"])
+    if site.ciphers.startswith("DHE"):
+        openssl(folder, "genpkey -genparam -algorithm DH -pkeyopt group:ffdhe2048 -out dh.pem")
+        context.load_dh_params(str(folder / "dh.pem"))
     context.verify_mode = ssl.CERT_REQUIRED if site.asks_for_certificate else ssl.CERT_NONE
     context.load_verify_locations(cadata=(site.client_ca or root().pem).decode())
     if site.version is not None:

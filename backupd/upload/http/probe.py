@@ -284,6 +284,7 @@ def _unverified_connection(endpoint: HttpEndpoint) -> Iterator[Stream]:
     """Yield a TLS connection without verification of the server certificate."""
     config, timeout = endpoint.config, endpoint.config.timeout.connect.total_seconds()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.set_ciphers("DEFAULT")
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     limits = AttemptLimits(endpoint.abort, deadline=2 * timeout)
     limits.start()

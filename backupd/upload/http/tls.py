@@ -69,6 +69,7 @@ def make_context(files: TlsFiles, *, http2: bool = False, tls_min: str = "1.2") 
     # not create_default_context: it writes the session keys to the file in SSLKEYLOGFILE
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3 if tls_min == "1.3" else ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("DEFAULT")  # OpenSSL's, as curl has: Python's own list has fewer for TLS 1.2
     context.set_alpn_protocols(["h2", "http/1.1"] if http2 else ["http/1.1"])
     # some servers ask for the certificate once they know the path
     context.post_handshake_auth = files.cert is not None
