@@ -470,6 +470,31 @@ class TestOAuth2:
             assert error in outcome.error
             assert not server.peers  # without a token there is no connection to the endpoint
 
+    @pytest.mark.parametrize(
+        ("content_type", "body"),
+        [
+            ("application/xml", b"<token><access_token>eyJSECRET</access_token></token>"),
+            ("application/jwt", b"eyJSECRET.eyJSECRET.abc"),
+            ("application/json", b'"eyJSECRET"'),
+            ("application/json; charset=utf-8", b'[{"access_token": "eyJSECRET"}]'),
+            ("application/json", b'{"access_token": "eyJSECRET", "expires'),
+            ("", b"token: eyJSECRET"),
+        ],
+    )
+    def test_a_token_in_another_form_is_not_quoted(
+        self, tmp_path: Path, pki: Pki, login_pki: Pki, content_type: str, body: bytes
+    ) -> None:
+        login = Login()
+        login.instead = http_response(200, body, **({"Content_Type": content_type} if content_type else {}))
+        with a_token_endpoint(login, login_pki) as tokens:
+            auth = grant(tokens, login_pki, tmp_path)
+            with a_sender(a_destination("https://127.0.0.1:9/", pki, auth=auth)) as sender:
+                outcome = sender.send(an_archive(tmp_path, b"content"))
+        assert isinstance(outcome, Deferred)
+        assert "SECRET" not in outcome.error
+        kind = content_type.partition(";")[0] or "no content type"
+        assert outcome.error.endswith(f"200 without JSON fields, but with {len(body)} bytes of {kind}")
+
     def test_retry_after_of_the_token_endpoint_is_honoured(
         self, tmp_path: Path, pki: Pki, login_pki: Pki
     ) -> None:

@@ -29,6 +29,9 @@ _MAX_RESPONSE_BYTES = 64 * 1024
 _MAX_QUOTED_LENGTH = 300
 """Characters of a response without JSON that an error quotes."""
 
+_MAX_TYPE_LENGTH = 100
+"""Characters of a content type that an error quotes."""
+
 _REPLACE_BEFORE = 30.0
 """Seconds before a token expires at which it is replaced, or a tenth of its lifetime if that is less."""
 
@@ -265,12 +268,22 @@ _ERRORS = {
 
 
 def _describe_error(fields: dict[str, Any] | None, response: httpx.Response, body: bytes) -> str:
-    """Return the error in a response (RFC 6749 section 5.2), or the beginning of another response."""
+    """Return the error in a response (RFC 6749 section 5.2), or the beginning of another response.
+
+    The body of a success may be the token itself, in another form, and is not quoted.
+    """
     if fields is None:
-        text = plain_text(response, body)[:_MAX_QUOTED_LENGTH]
-        return f" without JSON: {text}" if text else " without JSON"
+        return f" without JSON fields{_describe_body(response, body)}"
     texts = [str(fields[key]) for key in ("error", "error_description") if fields.get(key)]
     if not texts:
         return " without a token, with the fields " + ", ".join(sorted(map(str, fields))) if fields else ""
     meaning = _ERRORS.get(texts[0])
     return f": {': '.join(texts)}" + (f" ({meaning})" if meaning else "")
+
+
+def _describe_body(response: httpx.Response, body: bytes) -> str:
+    if response.is_success:
+        kind = response.headers.get("Content-Type", "no content type").partition(";")[0][:_MAX_TYPE_LENGTH]
+        return f", but with {len(body)} bytes of {kind}"
+    text = plain_text(response, body)[:_MAX_QUOTED_LENGTH]
+    return f": {text}" if text else ""
