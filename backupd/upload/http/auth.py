@@ -32,6 +32,9 @@ _MAX_QUOTED_LENGTH = 300
 _MAX_TYPE_LENGTH = 100
 """Characters of a content type that an error quotes."""
 
+_MAX_TEXTS = 5
+"""Texts in a list of errors that an error quotes."""
+
 _REPLACE_BEFORE = 30.0
 """Seconds before a token expires at which it is replaced, or a tenth of its lifetime if that is less."""
 
@@ -257,7 +260,7 @@ def _parse_fields(body: bytes) -> dict[str, Any] | None:
 
 _ERRORS = {
     "invalid_client": "it does not know the client ID, or the secret is wrong or has expired",
-    "unauthorized_client": "this client may not use the client credentials grant",
+    "unauthorized_client": "this client may not use the client credentials grant, or its secret is wrong",
     "unsupported_grant_type": "it does not support the client credentials grant",
     "invalid_scope": "it does not know the scope, or this client may not request it",
     "invalid_target": "it does not know the audience or resource",
@@ -274,16 +277,36 @@ def _describe_error(fields: dict[str, Any] | None, response: httpx.Response, bod
     """
     if fields is None:
         return f" without JSON fields{_describe_body(response, body)}"
-    texts = [str(fields[key]) for key in ("error", "error_description") if fields.get(key)]
+    keys = _ERROR_FIELDS[:2] if response.is_success else _ERROR_FIELDS
+    texts = list(dict.fromkeys(text for key in keys for text in _texts_in(fields.get(key))))
     if not texts:
         return " without a token, with the fields " + ", ".join(sorted(map(str, fields))) if fields else ""
     meaning = _ERRORS.get(texts[0])
     return f": {': '.join(texts)}" + (f" ({meaning})" if meaning else "")
 
 
+_ERROR_FIELDS = ("error", "error_description", "errorSummary", "message", "title", "detail", "errors")
+"""Fields with the texts of an error: those of RFC 6749, then of Okta, of many, of RFC 9457, and of Vault."""
+
+
+def _texts_in(value: object) -> list[str]:
+    """Return the texts of an error, which some endpoints give as a list, or as an object with a message."""
+    if isinstance(value, str):
+        return [value] if value else []
+    if isinstance(value, list):
+        inner = (each for each in value[:_MAX_TEXTS] if not isinstance(each, list))
+        return [text for each in inner for text in _texts_in(each)]
+    if isinstance(value, dict):
+        texts = (value.get(key) for key in _ERROR_FIELDS)
+        return [text for text in texts if text and isinstance(text, str)]
+    return []
+
+
 def _describe_body(response: httpx.Response, body: bytes) -> str:
     if response.is_success:
         kind = response.headers.get("Content-Type", "no content type").partition(";")[0][:_MAX_TYPE_LENGTH]
         return f", but with {len(body)} bytes of {kind}"
+    if response.is_redirect:
+        return f": it redirects to {response.headers.get('Location', 'nowhere').partition('?')[0]}"
     text = plain_text(response, body)[:_MAX_QUOTED_LENGTH]
     return f": {text}" if text else ""
