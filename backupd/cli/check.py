@@ -69,6 +69,7 @@ def check(
     problems += _drop_folder_problems(loaded, max(until, time.monotonic() + _MIN_WALK_TIME))
     probes = [] if offline else probe_all(loaded.destination)
     sent = {probe.destination: _send_test_archive(loaded, probe) for probe in probes} if send else {}
+    probes = [_with_proof(probe, sent.get(probe.destination)) for probe in probes]
     if as_json:
         print_json(
             {
@@ -88,8 +89,11 @@ def check(
 
 
 def _send_test_archive(config: Config, probe: ProbeResult) -> PushResult | None:
-    """Deliver a small archive as the daemon would, unless the probe shows already that it is no use."""
-    if probe.reason is not None:
+    """Deliver a small archive as the daemon would, unless no request reaches the destination.
+
+    A status that refuses the probe is no reason: an endpoint may permit nothing but uploads.
+    """
+    if probe.reason is not None and probe.http_status is None:
         return None
     now, host = datetime.now(UTC), socket.gethostname()
     try:
@@ -100,6 +104,12 @@ def _send_test_archive(config: Config, probe: ProbeResult) -> PushResult | None:
     except OSError as error:
         hint = "free some space there, or name another folder: TMPDIR=/var/tmp backupd check --send"
         raise UsageError(f"no test archive can be written: {error}", hint) from error
+
+
+def _with_proof(probe: ProbeResult, sent: PushResult | None) -> ProbeResult:
+    """Return a result in which a delivered archive outweighs a status to the probe."""
+    is_delivered = sent is not None and sent.outcome == "delivered"
+    return dataclasses.replace(probe, reason=None, is_proven=False) if is_delivered else probe
 
 
 def _drop_folder_problems(config: Config, until: float) -> list[FileProblem]:
@@ -155,7 +165,8 @@ def _print_probe(probe: ProbeResult, destination: DestinationConfig, sent: PushR
             typer.echo("  an upload could not be tried without sending; `backupd check --send` does")
     else:
         typer.echo(f"failed: {where}: {printable(probe.detail)} ({probe.reason})")
-        typer.echo(f"  hint: {probe.hint}")
+        if sent is None:  # else it has a hint itself
+            typer.echo(f"  hint: {probe.hint}")
     if sent is not None:
         _print_sent(sent)
     for name, value in _facts(probe):

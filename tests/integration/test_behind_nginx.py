@@ -355,3 +355,25 @@ def test_restarts_of_nginx_lose_no_archive_and_store_none_twice(
 
     _assert_delivered(stage, archives)
     assert len(daemon.events("archive.delivered")) == len(archives)
+
+
+@pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
+@pytest.mark.parametrize(
+    ("rule", "proves_failure"),
+    [
+        ("if ($request_method = OPTIONS) { return 444; }", False),
+        ("if ($request_method = OPTIONS) { return 403; }", False),
+        ("limit_except POST { deny all; }", True),
+    ],
+)
+def test_check_distinguishes_a_rule_for_options_from_one_for_uploads(
+    stage: Stage, nginx: Nginx, receiver: RunningReceiver, rule: str, proves_failure: bool, http2: bool
+) -> None:
+    stage.configure(f"{nginx.url}/v1/upload", destination=f"http2 = {str(http2).lower()}")
+    with nginx.serving(_pass_to(nginx, receiver.port, rule), http2=http2):
+        plain = stage.backupd("check")
+        sent = stage.backupd("check", "--send")
+    assert plain.returncode == (69 if proves_failure else 0), plain
+    assert ("check --send` tries a real upload" in plain.stdout) == proves_failure
+    assert sent.returncode == 0, sent
+    assert "its receipt matches" in sent.stdout

@@ -185,7 +185,7 @@ def test_a_status_for_options_proves_nothing_unless_the_url_allows_the_method(
 ) -> None:
     with ScriptedServer(respond_with(status, **headers), server_context(pki)) as server:
         found = probe(server.url, pki)
-    assert (found.reason, found.is_proven) == (None, is_proven)
+    assert (found.reason, found.is_proven) == (None, is_proven and status in (200, 201, 204, 405))
     assert ("which allows" in found.detail) == ("Allow" in headers)
 
 
@@ -203,6 +203,72 @@ def test_a_connection_that_is_closed_for_options_alone_proves_nothing(pki: Pki, 
     else:
         assert (found.reason, found.is_proven) == (None, False)
         assert found.detail == "responded 404 to GET"
+
+
+def respond_by_method(options: bytes, get: bytes, post: bytes = b"") -> Script:
+    """Return a script with a response for each method; one without bytes closes the connection."""
+
+    def script(peer: Peer) -> None:
+        while True:
+            request = peer.read_request()
+            if request.head.startswith(b"POST") and not post:
+                response = receipt_for(request.archive)
+            else:
+                by_method = {b"OPTIONS": options, b"GET": get, b"POST": post}
+                response = by_method[request.head.partition(b" ")[0]]
+            if not response:
+                return
+            peer.send(response)
+
+    return script
+
+
+@pytest.mark.parametrize("get", [b"", http_response(200), http_response(404), http_response(405)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        http_response(401),
+        http_response(403),
+        http_response(301, Location="/x"),
+        http_response(302, Location="/x"),
+        http_response(431),
+        b"",
+        b"junk\r\n\r\n",
+    ],
+)
+def test_a_refusal_of_options_alone_proves_nothing(
+    pki: Pki, tmp_path: Path, options: bytes, get: bytes
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("good")
+    auth = {"type": "bearer", "token_file": token}
+    with ScriptedServer(respond_by_method(options, get), server_context(pki)) as server:
+        found = probe(server.url, pki, auth=auth)
+    if options.startswith(b"HTTP") or get:
+        assert (found.reason, found.is_proven) == (None, False), found
+        assert found.signed_in in (None, True)
+    else:
+        assert found.reason in (Reason.CONNECTION_LOST, Reason.PROTOCOL)
+
+
+def test_options_that_is_never_answered_proves_nothing(pki: Pki) -> None:
+    def script(peer: Peer) -> None:
+        if peer.read_request().head.startswith(b"GET"):
+            peer.send(http_response(405))
+        peer.pause()
+
+    with ScriptedServer(script, server_context(pki)) as server:
+        found = probe(server.url, pki, timeout={"read": "1s"})
+    assert (found.reason, found.is_proven, found.detail) == (None, False, "responded 405 to GET")
+
+
+def test_a_path_that_does_not_exist_is_not_proven_by_the_methods_of_the_server(pki: Pki) -> None:
+    """Apache states the methods of its handler for static files, whatever the path is."""
+    options = http_response(200, Allow="GET,POST,OPTIONS,HEAD")
+    with ScriptedServer(respond_by_method(options, http_response(404)), server_context(pki)) as server:
+        found = probe(server.url, pki)
+    assert (found.reason, found.is_proven) == (None, False)
+    assert found.detail == "responded 200 to OPTIONS, which allows GET, POST, OPTIONS, HEAD, and 404 to GET"
 
 
 @pytest.mark.parametrize("scheme", ["basic", "bearer", "header"])
@@ -502,6 +568,25 @@ def test_a_test_archive_is_delivered_on_request(stage: Stage, works: bool) -> No
         assert "was not stored: 422 As Scripted: no such tenant (archive_refused)" in text
     uploads = [request for request in server.requests if request.head.startswith(b"POST")]
     assert b"A test archive of `backupd check --send`" in uploads[0].archive
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+def test_a_status_that_refuses_the_probe_is_outweighed_by_a_test_archive(stage: Stage, accepts: bool) -> None:
+    refused = http_response(403)
+    script = respond_by_method(refused, refused, b"" if accepts else refused)
+    with ScriptedServer(script, server_context(stage.pki)) as server:
+        stage.configure(server.url)
+        plain = stage.backupd("check")
+        done = stage.backupd("check", "--send")
+    assert plain.returncode == 69
+    assert "`backupd check --send` tries a real upload" in plain.stdout
+    assert done.returncode == (0 if accepts else 69)
+    assert "check --send" not in done.stdout
+    if accepts:
+        assert "connected: destination.vault" in done.stdout
+        assert "was sent: the destination responded 201" in done.stdout
+    else:
+        assert "was not stored: 403" in done.stdout
 
 
 @pytest.mark.root

@@ -1,4 +1,4 @@
-"""The probe of an HTTP destination for `backupd check`: an OPTIONS request, without an archive."""
+"""The probe of an HTTP destination for `backupd check`: OPTIONS and GET, without an archive."""
 
 from __future__ import annotations
 
@@ -17,24 +17,32 @@ from backupd.config.certificate_facts import CertificateFacts
 from backupd.config.models import HttpDestinationConfig
 from backupd.core.errors import BackupdError
 from backupd.core.names import TextTemplate
-from backupd.core.policy import Reason, reason_of_status
+from backupd.core.policy import Reason, reason_of_status, rule_of
 from backupd.upload.base import Abort, ProbeResult
 from backupd.upload.http.auth import OAuth2, SignInError
 from backupd.upload.http.limits import AttemptEndedError, AttemptLimits
 from backupd.upload.http.request import RequestBuilder
-from backupd.upload.http.response import is_disconnect, reason_from_error, reason_from_refusal
+from backupd.upload.http.response import reason_from_error, reason_from_refusal
 from backupd.upload.http.stream import PIN_MISMATCH, Stream, connect
 from backupd.upload.http.tls import ReloadingTlsContext
 from backupd.upload.http.transport import TLS
 from backupd.upload.http.uploader import HEADERS, HttpEndpoint, timeouts
 
-_DEFINITE = frozenset({401, 403, 407, 431, *range(300, 400)})
-"""Statuses to OPTIONS that an upload would get as well; others may be for OPTIONS alone."""
+_UNCERTAIN = frozenset({401, 403, 431, *range(300, 400)})
+"""Statuses that may be for OPTIONS alone, and that an upload gets as well if GET does."""
+
+_PROXY_SIGN_IN = 407
+"""Status of the proxy, whatever the method is."""
+
+_UNCERTAIN_ERRORS = frozenset({Reason.CONNECTION_LOST, Reason.PROTOCOL, Reason.READ_TIMEOUT, Reason.DEADLINE})
+"""Failures that may be for OPTIONS alone: nginx closes the connection for some methods (its status 444)."""
 
 _MAX_READ_TIMEOUT = 30.0
 """Seconds to wait for the response to a request without a body; `timeout.read` is made for uploads."""
 
 _FAILURES = (BackupdError, SignInError, AttemptEndedError, httpx.TransportError, httpx.InvalidURL)
+
+_SEND_ADVICE = "`backupd check --send` tries a real upload: some endpoints permit no other request"
 
 _ADVICE = {
     # many servers close the connection without an alert when they refuse a certificate
@@ -43,14 +51,14 @@ _ADVICE = {
 
 
 async def probe(name: str, config: HttpDestinationConfig, abort: Abort) -> ProbeResult:
-    """Return whether a destination would accept an upload, by an OPTIONS request to its URL."""
+    """Return whether a destination would accept an upload, by requests of OPTIONS and GET to its URL."""
     started_at = time.monotonic()
     endpoint = HttpEndpoint.open(config, abort)
     try:
-        response, method = await _response(endpoint)
-        result = _result(name, config, response, method)
+        responses = await _responses(endpoint)
+        result = _result(name, config, responses)
         if config.cert is not None:
-            required = await _is_certificate_required(endpoint, response, method)
+            required = await _is_certificate_required(endpoint, responses.first)
             result = replace(result, certificate_required=required)
     except _FAILURES as error:
         result = _failed(name, error)
@@ -63,6 +71,7 @@ async def probe(name: str, config: HttpDestinationConfig, abort: Abort) -> Probe
 class _ProbeResponse:
     """The parts of a response that a probe evaluates; `text` is the beginning of the body."""
 
+    method: str
     status: int
     http_version: str
     date: str | None
@@ -72,28 +81,73 @@ class _ProbeResponse:
     allow: tuple[str, ...] = ()
     """The methods that the URL supports."""
 
+    def seems_to_allow(self, method: str) -> bool:
+        """Return whether the response states that the URL supports a method.
+
+        An error, such as 404 and 503, may come from another server, which knows nothing of the URL.
+        """
+        return method in self.allow and (200 <= self.status < 300 or self.status == 405)
+
+    @property
+    def reason(self) -> Reason | None:
+        """Return why the destination would not accept an upload; None if the status shows nothing."""
+        reason = reason_from_refusal(self.status, self.text)
+        shows_nothing = self.status not in _UNCERTAIN | {_PROXY_SIGN_IN}
+        return None if shows_nothing and reason is reason_of_status(self.status) else reason
+
+
+@dataclass(frozen=True, slots=True)
+class _Responses:
+    """The first response, and that to GET if it was needed to confirm the one to OPTIONS."""
+
+    first: _ProbeResponse
+    confirmation: _ProbeResponse | None = None
+
     @property
     def reason(self) -> Reason | None:
         """Return why the destination would not accept an upload; None if that is not certain."""
-        reason = reason_from_refusal(self.status, self.text)
-        is_about_options = self.status not in _DEFINITE and reason is reason_of_status(self.status)
-        return None if is_about_options else reason
+        reason = self.first.reason
+        if self.first.status not in _UNCERTAIN:
+            return reason
+        return reason if self.confirmation is not None and self.confirmation.reason is reason else None
+
+    def is_allowed(self, method: str) -> bool:
+        """Return whether the URL certainly accepts a method.
+
+        Some servers state the methods of the whole server, also for a path that does not exist.
+        """
+        get = self.first if self.first.method == "GET" else self.confirmation
+        return self.first.seems_to_allow(method) and get is not None and get.status != 404
+
+    @property
+    def description(self) -> str:
+        """Return the statuses, and the methods that the URL accepts."""
+        first, second = self.first, self.confirmation
+        allowed = f", which allows {', '.join(first.allow)[:100]}" if first.allow else ""
+        text = f"responded {first.status} to {first.method}{allowed}"
+        if second is None or second.status == first.status:
+            return text
+        return f"{text}, and {second.status} to {second.method}"
 
 
-async def _response(endpoint: HttpEndpoint) -> tuple[_ProbeResponse, str]:
-    """Return the response to OPTIONS, or to GET if the connection is closed in place of one, and the method.
-
-    nginx does so for some methods (its status 444); a server that does not accept the client certificate
-    closes the connection whatever the method is.
-    """
+async def _responses(endpoint: HttpEndpoint) -> _Responses:
+    """Return the response to OPTIONS, and that to GET where the first may be for OPTIONS alone."""
     try:
-        return await _request(endpoint), "OPTIONS"
-    except httpx.RemoteProtocolError as error:
-        if not is_disconnect(error):
+        first = await _request(endpoint)
+    except (AttemptEndedError, httpx.TransportError) as error:
+        if _reason_of(error) not in _UNCERTAIN_ERRORS:
             raise
         with suppress(*_FAILURES):
-            return await _request(endpoint, "GET"), "GET"
+            return _Responses(await _request(endpoint, "GET"))
         raise
+    if first.status in _UNCERTAIN or first.seems_to_allow(endpoint.config.method):
+        with suppress(*_FAILURES):
+            return _Responses(first, await _request(endpoint, "GET"))
+    return _Responses(first)
+
+
+def _reason_of(error: AttemptEndedError | httpx.TransportError) -> Reason:
+    return error.reason if isinstance(error, AttemptEndedError) else reason_from_error(error)[0]
 
 
 async def _request(endpoint: HttpEndpoint, method: str = "OPTIONS") -> _ProbeResponse:
@@ -120,6 +174,7 @@ async def _request(endpoint: HttpEndpoint, method: str = "OPTIONS") -> _ProbeRes
         response = await client.request(method, url, headers=headers, extensions=extensions)
     facts = response.extensions["connection_facts"]
     return _ProbeResponse(
+        method,
         response.status_code,
         response.http_version,
         response.headers.get("Date"),
@@ -188,23 +243,25 @@ def _connection_facts(response: httpx.Response) -> ConnectionFacts:
     return ConnectionFacts(tls.version(), tls.getpeercert(binary_form=True))
 
 
-def _result(name: str, config: HttpDestinationConfig, response: _ProbeResponse, method: str) -> ProbeResult:
-    now = datetime.now(UTC)
+def _result(name: str, config: HttpDestinationConfig, responses: _Responses) -> ProbeResult:
+    now, first, reason = datetime.now(UTC), responses.first, responses.reason
     signs_in = config.auth.type != "none" or bool(config.header_files)
-    allowed = f", which allows {', '.join(response.allow)[:100]}" if response.allow else ""
+    is_refused = first.status in (401, 403)
     result = ProbeResult(
         name,
-        response.reason,
-        f"responded {response.status} to {method}{allowed}",
-        response.tls,
-        response.http_version,
-        response.status,
-        signed_in=response.status not in (401, 403) if signs_in else None,
+        reason,
+        responses.description,
+        first.tls,
+        first.http_version,
+        first.status,
+        # a refusal of OPTIONS alone shows nothing about the sign-in
+        signed_in=not is_refused if signs_in and (reason or not is_refused) else None,
         sign_in_scheme=config.auth.type if config.auth.type != "none" else "headers",
-        clock_ahead_s=_clock_ahead(response.date, now),
-        is_proven=response.reason is not None or config.method in response.allow,
+        clock_ahead_s=_clock_ahead(first.date, now),
+        advice=f"{rule_of(reason).hint}; {_SEND_ADVICE}" if reason is Reason.FORBIDDEN else "",
+        is_proven=reason is not None or responses.is_allowed(config.method),
     )
-    return _with_certificate(result, response.certificate, now) if response.certificate else result
+    return _with_certificate(result, first.certificate, now) if first.certificate else result
 
 
 def _clock_ahead(date: str | None, now: datetime) -> float | None:
@@ -226,9 +283,7 @@ def _with_certificate(result: ProbeResult, der: bytes, now: datetime) -> ProbeRe
     )
 
 
-async def _is_certificate_required(
-    endpoint: HttpEndpoint, response: _ProbeResponse, method: str
-) -> bool | None:
+async def _is_certificate_required(endpoint: HttpEndpoint, response: _ProbeResponse) -> bool | None:
     """Return whether the destination refuses a request without the client certificate; None if unknown.
 
     `response` is that to the request with it.
@@ -236,7 +291,7 @@ async def _is_certificate_required(
     bare = endpoint.config.model_copy(update={"cert": None, "key": None, "key_password_file": None})
     try:
         endpoint = replace(endpoint, config=bare, tls_context=ReloadingTlsContext(bare))
-        without = await _request(endpoint, method)
+        without = await _request(endpoint, response.method)
     except httpx.TransportError as error:
         reason, _ = reason_from_error(error)
         return True if reason in (Reason.TLS, Reason.TLS_CLIENT, Reason.CONNECTION_LOST) else None
