@@ -15,7 +15,7 @@ import typer
 
 from backupd.cli.options import DEFAULT_CONFIG, AsJson, ConfigPath
 from backupd.cli.output import print_json, print_line, print_table, relative_time
-from backupd.config.certificate_files import client_validity
+from backupd.config.certificate_files import first_to_renew
 from backupd.config.files import certificate_limits
 from backupd.config.load import load
 from backupd.config.models import Config
@@ -57,7 +57,7 @@ class DropStatus:
 
 @dataclass(frozen=True, slots=True)
 class CertificateStatus:
-    """The client certificate of a destination, or that of its chain which needs a renewal first."""
+    """The certificate of a destination, its chain and its token endpoint that needs a renewal first."""
 
     destination: str
     path: Path
@@ -187,11 +187,10 @@ def _certificates(config: Config, now: datetime) -> Iterator[CertificateStatus]:
     """Yield the readable client certificates; `backupd check` reports the others."""
     limits = certificate_limits(config)
     for name, destination in config.destination.items():
-        files = destination.tls_files
-        validity = client_validity(files, limits, now) if files else None
-        if files and files.cert is not None and validity is not None:
+        if (first := first_to_renew(destination, limits, now)) is not None:
+            path, validity = first
             life = limits.life(validity, now)
-            yield CertificateStatus(name, files.cert, life.days_left, validity.ends, life.state, life)
+            yield CertificateStatus(name, path, life.days_left, validity.ends, life.state, life)
 
 
 def _overdue_devices(config: Config, history: History, now: datetime) -> list[OverdueDevice]:

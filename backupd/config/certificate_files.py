@@ -14,7 +14,7 @@ from typing import Final
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from backupd.config.certificate_facts import CertificateFacts
-from backupd.config.models import TlsFiles
+from backupd.config.models import DestinationConfig, TlsFiles
 from backupd.config.problems import FileProblem, NamedPath
 from backupd.config.tls_loading import (
     TlsFilesError,
@@ -62,10 +62,25 @@ def client_validity(files: TlsFiles, limits: CertificateLimits, now: datetime) -
     client, *chain = [each.validity for each in _certificates(files.cert)] or [None]
     valid = [client, *(each for each in chain if each and each.ends > now)]
     known = (validity for validity in valid if validity is not None)
-    return min(known, key=lambda validity: urgency(limits.life(validity, now)), default=None)
+    return min(known, key=lambda validity: _urgency(limits.life(validity, now)), default=None)
 
 
-def urgency(life: CertificateLife) -> timedelta:
+def first_to_renew(
+    destination: DestinationConfig, limits: CertificateLimits, now: datetime
+) -> tuple[Path, Validity] | None:
+    """Return the file and validity of the client certificate that needs a renewal first.
+
+    A destination has up to two: its own, and that for its token endpoint.
+    """
+    found = [
+        (files.cert, validity)
+        for files in (destination.tls_files, destination.sign_in_tls_files)
+        if files and files.cert and (validity := client_validity(files, limits, now))
+    ]
+    return min(found, key=lambda each: _urgency(limits.life(each[1], now)), default=None)
+
+
+def _urgency(life: CertificateLife) -> timedelta:
     """Return the time until the warning, negative after it."""
     return life.left - life.limits.warning
 

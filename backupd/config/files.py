@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Final
 
-from backupd.config.certificate_files import client_validity, tls_problems
+from backupd.config.certificate_files import first_to_renew, tls_problems
 from backupd.config.models import Config, DropConfig, TlsFiles
 from backupd.config.problems import FileProblem, NamedPath, error_text
 from backupd.config.rules import overlap
@@ -27,9 +27,10 @@ from backupd.core.mountinfo import MountEntry, mounts_within, parse_mountinfo, p
 
 @dataclass(frozen=True, slots=True)
 class FilesReport:
-    """The problems of all named files and folders, the validity of each `cert`, and the drop folders' places.
+    """The problems of all named files and folders, validities of certificates, and the drop folders' places.
 
-    `validities` has no entry for a destination without a client certificate, or with an unreadable one.
+    `validities` are those of each destination's client certificate that needs a renewal first; one without a
+    client certificate, or with an unreadable one, has no entry.
     `places` are those of all drops, by name; the numbers of a folder that can't be reached are unknown.
     `is_new` is whether no drop has a `sent_dir`: nothing was sent before. `silent` are the drops with a
     filesystem that does not answer.
@@ -62,8 +63,8 @@ ExamineFiles = Callable[[], FilesReport]
 def examine_files(config: Config, now: datetime) -> FilesReport:
     """Return the problems of the files and folders, and the validity of the client certificates."""
     limits = certificate_limits(config)
-    found = {name: client_validity(tls_files, limits, now) for name, tls_files in _tls_files(config)}
-    validities = {name: validity for name, validity in found.items() if validity is not None}
+    found = {name: first_to_renew(each, limits, now) for name, each in config.destination.items()}
+    validities = {name: first[1] for name, first in found.items() if first is not None}
     folders = _examine_drops(config)
     places = {name: each.place for name, each in folders.items()}
     is_new = not any(each.has_sent for each in folders.values())
@@ -84,8 +85,8 @@ def _file_problems(config: Config, folders: Mapping[str, _DropFolders], now: dat
         *(problem for folder in folders.values() for problem in folder.problems),
         *(
             replace(problem, prevents_start=False)  # only this destination has to wait for other files
-            for name, tls_files in _tls_files(config)
-            for problem in tls_problems(f"destination.{name}", tls_files, certificate_limits(config), now)
+            for table, files in _tls_files(config)
+            for problem in tls_problems(table, files, certificate_limits(config), now)
         ),
     ]
 
@@ -104,10 +105,12 @@ def mount_entries(table: Path) -> list[MountEntry]:
 
 
 def _tls_files(config: Config) -> Iterator[tuple[str, TlsFiles]]:
-    """Yield the name and the TLS files of each destination of a kind that has any."""
+    """Yield the tables that name TLS files, and these."""
     for name, destination in config.destination.items():
         if destination.tls_files is not None:
-            yield name, destination.tls_files
+            yield f"destination.{name}", destination.tls_files
+        if destination.sign_in_tls_files is not None:
+            yield f"destination.{name}.auth", destination.sign_in_tls_files
 
 
 # Folders

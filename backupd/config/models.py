@@ -268,6 +268,11 @@ class DestinationConfig(TableModel):
         return None
 
     @property
+    def sign_in_tls_files(self) -> TlsFiles | None:
+        """Return those of the connection to the token endpoint, in the table `auth`; None without one."""
+        return None
+
+    @property
     def has_digest_receipt(self) -> bool:
         """Return whether the destination states the digest of the content that it stored."""
         return True
@@ -430,6 +435,11 @@ class HttpDestinationConfig(DestinationConfig):
     def tls_files(self) -> TlsFiles:
         """See `DestinationConfig.tls_files`."""
         return self
+
+    @property
+    def sign_in_tls_files(self) -> TlsFiles | None:
+        """See `DestinationConfig.sign_in_tls_files`."""
+        return self.auth if self.auth.type == "oauth2" else None
 
     @property
     def has_digest_receipt(self) -> bool:

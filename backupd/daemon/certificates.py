@@ -15,7 +15,7 @@ from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
 
 _RENEW_HINTS = {
-    "client": "renew the files that `cert` and `key` name; the daemon loads them without a restart",
+    "client": "renew the files that `cert` and `key`, or those of `auth`, name; no restart is needed",
     "server": "ask the operator of the destination to renew it",
 }
 

@@ -615,6 +615,31 @@ class TestCertificates:
         assert validity.ends == NOW + timedelta(days=90)
         assert examine_files(tls.config(cert=chain), NOW).validities == {"v": validity}
 
+    def test_the_files_of_the_token_endpoint_are_examined_as_well(self, tls: Tls) -> None:
+        soon = tls.certificate("soon", begin=timedelta(days=-90), end=timedelta(days=5))
+        auth = {
+            "type": "oauth2",
+            "token_url": "https://login.example.net/token",
+            "client_id": "backupd",
+            "client_secret_file": tls.write("secret", b"secret"),
+            "ca": tls.folder / "none.pem",
+            "cert": soon,
+            "key": tls.key_file,
+        }
+        config = tls.config()
+        vault = HttpDestinationConfig.model_validate(
+            {"url": "https://vault/", "cert": tls.cert_file, "key": tls.key_file, "auth": auth}
+        )
+        config = config.model_copy(update={"destination": {"v": vault}})
+        report = examine_files(config, NOW)
+        assert [(problem.where, problem.fatal) for problem in report.problems] == [
+            ("destination.v.auth.ca", True),
+            ("destination.v.auth.cert", False),
+        ]
+        assert report.fatal == ()
+        assert report.unusable("v")[0].where == "destination.v.auth.ca"
+        assert report.validities["v"].ends == NOW + timedelta(days=5)
+
     def test_an_unreadable_certificate_has_no_expiry(self, tls: Tls) -> None:
         assert examine_files(tls.config(cert=tls.folder / "none.pem"), NOW).validities == {}
 

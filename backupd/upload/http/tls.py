@@ -56,8 +56,8 @@ class ReloadingTlsContext:
         return make_context(config, http2=config.http2 and not config.proxy, tls_min=config.tls_min)
 
     def _stat_files(self) -> tuple[_FileState, ...]:
-        config = self._config
-        paths = (config.ca, config.cert, config.key, config.key_password_file)
+        tables = (self._config, self._config.auth)  # a token endpoint's files are loaded at each use
+        paths = (path for each in tables for path in (each.ca, each.cert, each.key, each.key_password_file))
         return tuple(_file_state(path) for path in paths if path is not None)
 
 
