@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from backupd.config.models import DESTINATION_MODELS, Config, DestinationConfig, models_of
 from backupd.config.paths import Table, subtables
 from backupd.config.toml import heading, setting
-from backupd.config.types import may_hold_a_secret, names_a_credential
+from backupd.config.types import may_be_a_secret, may_hold_a_secret, names_a_credential
 
 HIDDEN: Final = "***"
 
@@ -56,19 +56,25 @@ def json_schema() -> dict[str, Any]:
 
 # The effective configuration
 
-_QUERY_VALUE: Final = re.compile(r"(?<=[?&])(?P<name>[^=&]*)=(?P<value>[^&]*)")
+_PARAMETER: Final = re.compile(r"(?<=[?&])(?P<name>[^=&#]+)(?:=(?P<value>[^&#]*))?")
 
 
 def _without_credentials(url: str) -> str:
     def hidden(found: re.Match[str]) -> str:
-        value = unquote_plus(found["value"])
-        return f"{found['name']}={HIDDEN if _may_hold_a_secret(found['name'], value) else found['value']}"
+        name, value = found["name"], found["value"]
+        if value is None:
+            return HIDDEN if any(map(may_be_a_secret, _constants(unquote_plus(name)))) else name
+        return f"{name}={HIDDEN if _may_hold_a_secret(name, unquote_plus(value)) else value}"
 
-    return _QUERY_VALUE.sub(hidden, url)
+    return _PARAMETER.sub(hidden, url)
 
 
 def _may_hold_a_secret(name: str, template: str) -> bool:
-    return may_hold_a_secret(name, re.split(r"\{\w+\}", template))
+    return may_hold_a_secret(name, _constants(template))
+
+
+def _constants(template: str) -> list[str]:
+    return re.split(r"\{\w+\}", template)
 
 
 def _lines(config: BaseModel, data: Table, place: tuple[str, ...]) -> Iterator[str]:

@@ -306,15 +306,15 @@ _CREDENTIAL_NAME: Final = re.compile(
 _HARMLESS_NAME: Final = re.compile(
     r"(?:x-)?(?:"
     r"accept|accept-.*|cache-control|content-.*|depth|from|if-.*|origin|overwrite|prefer|referer|user-agent"
-    r"|api-version|backup-.*|comp|date|device|dir|directory|drop|encoding|env|environment|file|file-?name"
-    r"|folder|format|host|hostname|kind|lang|method|mode|mtime|name|op|operation|path|project|repo|repository"
-    r"|restype|site|size|source|tag|tags|type|v|ver|version"
+    r"|api-version|backup-.*|comp|count|date|days|device|dir|directory|drop|encoding|env|environment|file|file-?name"
+    r"|folder|format|host|hostname|kind|lang|level|limit|max|method|min|mode|mtime|name|offset|op|operation"
+    r"|page|part|path|port|priority|project|replicas|repo|repository|restype|retention|retries|site|size"
+    r"|source|tag|tags|timeout|ttl|type|v|ver|version"
     r")",
     re.IGNORECASE,
 )
-_HARMLESS_TEXT: Final = re.compile(
-    r"[\W_]*|(?:true|false|yes|no|on|off)|\d{1,5}|\d{4}-\d{2}-\d{2}", re.IGNORECASE
-)
+_HARMLESS_TEXT: Final = re.compile(r"[\W_]*|(?:true|false|yes|no|on|off)|\d{4}-\d{2}-\d{2}", re.IGNORECASE)
+_FLAG: Final = re.compile(r"(?=.{1,20}\Z)[a-z]+(?:[-_.][a-z]+)*")
 _HOST: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 _HOST_OR_IP: Final = re.compile(r"[A-Za-z0-9:](?:[A-Za-z0-9.:-]{0,251}[A-Za-z0-9:])?")
 _POINTER: Final = re.compile(r"(?:/(?:[^~/]|~[01])*)+")  # RFC 6901, section 3
@@ -328,11 +328,17 @@ def names_a_credential(name: str) -> bool:
 def may_hold_a_secret(name: str, constants: Iterable[str]) -> bool:
     """Return whether a header or query parameter may hold a secret, given its text between placeholders.
 
-    It does not if its name is a known one, or its text is punctuation, a small number, a date or a switch.
+    It does not if its name is a known one, or its text is punctuation, a date or a switch.
     """
     if names_a_credential(name):
         return True
     return not _HARMLESS_NAME.fullmatch(name) and not all(map(_HARMLESS_TEXT.fullmatch, constants))
+
+
+def may_be_a_secret(parameter: str) -> bool:
+    """Return whether a query parameter without a value may be a secret: it is not a word in lower case."""
+    harmless = (_HARMLESS_NAME, _HARMLESS_TEXT, _FLAG)
+    return not any(pattern.fullmatch(parameter) for pattern in harmless)
 
 
 def _absolute(value: object, description: str) -> Path:

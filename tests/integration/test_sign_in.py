@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import json
 import os
 import socket
 import sqlite3
@@ -26,7 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from backupd.core.model import Deferred, Delivered, Outcome
+from backupd.core.model import Deferred, Delivered, Outcome, Rejected
 from backupd.core.policy import Reason
 from backupd.ledger.sqlite.connection import FILE_NAME
 from backupd.upload.base import Abort
@@ -711,6 +712,10 @@ def test_the_password_of_a_key_is_read_from_its_file(
         ({"headers": {"X-JWT": "geheim"}}, "geheim"),
         ({"headers": {"X-Pass": "geheim-{name}"}}, "geheim-"),
         ({"headers": {"X-Tenant": "geheim"}}, "geheim"),
+        ({"headers": {"X-Pin": "48213"}}, "48213"),
+        ({"query": "pin2=48213"}, "48213"),
+        ({"query": "BAREQUERYsecret"}, "BAREQUERYsecret"),
+        ({"query": "{name}-BAREQUERYsecret"}, "BAREQUERYsecret"),
         *(
             ({"query": f"file={{name}}&{name}=ge%2Bheim%3D"}, "ge+heim=")
             for name in ("sig", "code", "pwd", "sid", "se", "apikey", "anything")
@@ -734,6 +739,32 @@ def test_configured_values_that_may_be_secrets_are_redacted(
     assert "***" in outcome.error
     assert secret not in outcome.error
     assert quote(secret) not in outcome.error
+
+
+@pytest.mark.parametrize("scheme", ["basic", "post"])
+def test_a_secret_that_a_response_escapes_is_redacted(
+    tmp_path: Path, pki: Pki, login_pki: Pki, scheme: str
+) -> None:
+    password = """p"w&<x\\y'z/q"""
+    in_json = json.dumps(password)
+    echo = " ".join((in_json, in_json.replace("/", r"\/"), in_json.replace("&", r"\u0026"))).encode()
+    login = Login()
+    login.instead = http_response(400, echo)
+
+    def script(peer: Peer) -> None:
+        peer.read_request()
+        peer.send(http_response(400, echo))
+
+    secret = a_secret(tmp_path, password)
+    with a_token_endpoint(login, login_pki) as tokens, ScriptedServer(script, server_context(pki)) as server:
+        auth = {
+            "basic": {"type": "basic", "user": "me", "password_file": secret},
+            "post": grant(tokens, login_pki, tmp_path, secret_in="post", client_secret_file=secret),
+        }[scheme]
+        with a_sender(a_destination(server.url, pki, auth=auth)) as sender:
+            outcome = sender.send(an_archive(tmp_path, b"content"))
+    assert isinstance(outcome, Deferred | Rejected)
+    assert outcome.error.endswith('"***" "***" "***"')
 
 
 @pytest.mark.long

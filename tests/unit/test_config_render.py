@@ -105,6 +105,22 @@ def test_the_effective_configuration_hides_credentials() -> None:
     assert hidden.fields == {"token": "***", "site": "south"}
 
 
+@pytest.mark.parametrize(
+    ("query", "shown"),
+    [
+        ("BAREQUERYsecret", "***"),
+        ("site=east&{name}-f81d4fae7dec", "site=east&***"),
+        ("uploads&list-type=2", "uploads&list-type=***"),
+        ("pin2=48213&timeout=30", "pin2=***&timeout=30"),
+    ],
+)
+def test_the_effective_configuration_hides_bare_parameters_and_numbers(query: str, shown: str) -> None:
+    text = a_file(destination='headers = { X-Pin = "48213", Depth = "1" }')
+    config = read(text.replace("{name}", "{name}?" + query))
+    assert f"/{{name}}?{shown}" in effective_toml(config)
+    assert vault(read(effective_toml(config))).headers == {"X-Pin": "***", "Depth": "1"}
+
+
 @given(st.dictionaries(st.text(), st.text() | st.integers() | st.booleans() | st.lists(st.text())))
 def test_every_written_table_is_parsed_back(table: dict[str, object]) -> None:
     text = "\n".join(setting(key, value) for key, value in table.items())

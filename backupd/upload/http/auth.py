@@ -16,11 +16,10 @@ from typing import Any
 
 import httpx
 
-from backupd.config.types import may_hold_a_secret
 from backupd.core.backoff import parse_retry_after
 from backupd.core.policy import Reason
 from backupd.upload.http.limits import UNBOUNDED_WAIT, AttemptEndedError
-from backupd.upload.http.redact import SECRETS, quotable, read_secret
+from backupd.upload.http.redact import SECRETS, quotable, read_secret, secrets_in_query
 from backupd.upload.http.response import plain_text, read_body, reason_from_error
 
 _MAX_RESPONSE_BYTES = 64 * 1024
@@ -188,8 +187,7 @@ class TokenSource:
             form |= {"client_id": grant.client_id, "client_secret": secret}
         else:
             auth = httpx.BasicAuth(_form_encoded(grant.client_id), _form_encoded(secret))
-        query = urllib.parse.parse_qsl(urllib.parse.urlsplit(grant.token_url).query)
-        self.secrets = (secret, *(value for name, value in query if may_hold_a_secret(name, [value])))
+        self.secrets = (secret, *secrets_in_query(grant.token_url))
         requested_at = time.monotonic()
         response, body = self._request(form, auth)
         return _parse_token(response, body, requested_at)

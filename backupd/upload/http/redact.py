@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 import urllib.parse
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -11,10 +12,14 @@ from pathlib import Path
 
 import httpx
 
+from backupd.config.types import may_be_a_secret, may_hold_a_secret
 from backupd.core.errors import ConfigError
 
 SECRETS = "backupd.secrets"
 """Name of the request extension that lists the secrets of a request, other than those in Authorization."""
+
+GAP = "\0"
+"""Takes the place of a placeholder's value where only the text around it counts."""
 
 _MAX_SECRET_FILE_BYTES = 64 * 1024
 
@@ -46,10 +51,10 @@ def read_secret(path: Path) -> str:
 
 
 def redact(text: str, secrets: Iterable[str]) -> str:
-    """Return a text with `***` in place of the secrets: as they are, percent-encoded, and in base64."""
-    forms = {form for secret in secrets if len(secret) >= _MIN_SECRET_LENGTH for form in _forms(secret)}
-    for form in sorted(forms, key=len, reverse=True):
-        text = text.replace(form, "***")
+    """Return a text with `***` in place of the secrets, in every escaping that an endpoint may use."""
+    for secret in sorted(set(secrets), key=len, reverse=True):
+        if len(secret) >= _MIN_SECRET_LENGTH:
+            text = _pattern(secret).sub("***", text)
     return text
 
 
@@ -72,18 +77,48 @@ def secrets_of(request: httpx.Request) -> Iterator[str]:
         yield pair.partition(":")[2]
 
 
+def secrets_in_query(url: str) -> Iterator[str]:
+    """Yield the values and the bare parameters in a URL's query that may be secrets."""
+    for parameter in urllib.parse.urlsplit(url).query.split("&"):
+        name, is_pair, value = map(urllib.parse.unquote_plus, parameter.partition("="))
+        if is_pair and may_hold_a_secret(name, value.split(GAP)):
+            yield from value.split(GAP)
+        elif not is_pair:
+            yield from filter(may_be_a_secret, name.split(GAP))
+
+
 @lru_cache(maxsize=64)  # the receipt of each archive is searched for the same few secrets
-def _forms(secret: str) -> frozenset[str]:
-    """Return the forms of a secret in which an endpoint may quote it; base64 without its padding."""
+def _pattern(secret: str) -> re.Pattern[str]:
+    """Return a pattern of a secret: with any of its characters escaped, or in base64 without its padding."""
     encoded = base64.b64encode(secret.encode()).decode("ascii").rstrip("=")
-    return frozenset(
-        (
-            secret,
-            secret.replace("\\", "\\\\").replace("'", "\\'"),  # as h11 quotes received bytes in its errors
-            urllib.parse.quote(secret),
-            urllib.parse.quote(secret, safe=""),
-            urllib.parse.quote_plus(secret),
-            encoded,
-            encoded.translate(str.maketrans("+/", "-_")),
-        )
-    )
+    forms = (_SPECIAL.sub(_escaped, secret), re.escape(encoded), re.escape(encoded.translate(_URL_SAFE)))
+    return re.compile("|".join(forms))
+
+
+_URL_SAFE = str.maketrans("+/", "-_")
+
+_SPECIAL = re.compile(r"\\+|[^A-Za-z0-9]")
+"""Characters that some encoding escapes; several backslashes count as one, or the search could take long."""
+
+_AMPERSAND = r"(?:&|\\{1,4}u0026|%26)(?:amp;)*"
+_ENTITIES = {'"': "quot", "'": "apos", "&": "amp", "<": "lt", ">": "gt"}
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """Return a pattern of a character as it is, and in JSON, PHP, HTML and URLs, also in one another."""
+    text = found[0]
+    if text.startswith("\\"):
+        count = len(text)
+        one = rf"%(?:25)*5c|{_AMPERSAND}#(?:92|x5c);|\\{{1,4}}u005c"
+        return rf"(?:\\{{{count},{8 * count}}}|(?i:{one}){{{count}}})"
+    code = ord(text)
+    percent = "".join(f"%(?:25)*{byte:02x}" for byte in text.encode("utf-8", "surrogatepass"))
+    forms = [
+        rf"\\{{0,7}}{re.escape(text)}",
+        rf"(?i:\\{{1,4}}(?:u{code:04x}|x{code:02x})|{percent}|{_AMPERSAND}#(?:0*{code}|x0*{code:x});)",
+    ]
+    if text in _ENTITIES:
+        forms.append(f"{_AMPERSAND}{_ENTITIES[text]};")
+    if text == " ":
+        forms.append(r"\+")
+    return f"(?:{'|'.join(forms)})"

@@ -19,11 +19,7 @@ from backupd.core.verify import RFC_9530_NAMES
 from backupd.upload.base import UploadJob
 from backupd.upload.http.body import CHUNK, MultipartFraming, UploadBody, frame, raw
 from backupd.upload.http.limits import UNBOUNDED_WAIT, AttemptLimits
-from backupd.upload.http.redact import SECRETS, read_secret
-
-_GAP = "\0"
-"""Takes the place of a placeholder's value where only the text around it counts."""
-
+from backupd.upload.http.redact import GAP, SECRETS, read_secret, secrets_in_query
 
 BODY_HEADERS = frozenset({"Content-Type", "Content-Length", "Idempotency-Key", "Repr-Digest"})
 """The header fields that belong to an upload alone; other requests have those of the configuration."""
@@ -123,14 +119,14 @@ class RequestBuilder:
         """Yield the constant text of headers, fields and query parameters that may be a secret."""
         for name, text in self._fields.items():
             if names_a_credential(name):
-                yield from _with_gaps(text).split(_GAP)
-        values = [(name, _with_gaps(text)) for name, text in self._headers.items()]
+                yield from _with_gaps(text).split(GAP)
+        for name, text in self._headers.items():
+            constants = _with_gaps(text).split(GAP)
+            if may_hold_a_secret(name, constants):
+                yield from constants
         for url in (self._url, self._query_url):
             if url is not None:
-                values += urllib.parse.parse_qsl(urllib.parse.urlsplit(_with_gaps(url)).query)
-        for name, value in values:
-            if may_hold_a_secret(name, value.split(_GAP)):
-                yield from value.split(_GAP)
+                yield from secrets_in_query(_with_gaps(url))
 
     def _framing(self, job: UploadJob, values: Mapping[str, str], digest: Digest | None) -> MultipartFraming:
         config = self._config
@@ -144,7 +140,7 @@ class RequestBuilder:
 
 
 def _with_gaps(template: TextTemplate) -> str:
-    return template.render(dict.fromkeys(template.names, _GAP))
+    return template.render(dict.fromkeys(template.names, GAP))
 
 
 def _render_url(template: TextTemplate, values: Mapping[str, str]) -> str:
