@@ -661,11 +661,17 @@ def test_the_value_of_a_header_file_is_read_before_each_request(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("where", ["basic", "bearer", "oauth2", "header"])
-@pytest.mark.parametrize("content", [None, b"", b"\n", b"two\nlines", "käse".encode(), b"x" * 70_000])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"\n", b"two\nlines", "käse".encode(), b"x" * 70_000, b"FIFO"]
+)
 def test_an_unusable_secret_is_reported_with_its_file_and_without_its_content(
     tmp_path: Path, pki: Pki, login_pki: Pki, where: str, content: bytes | None
 ) -> None:
-    secret = tmp_path / "the.secret" if content is None else a_secret(tmp_path, content, "the.secret")
+    secret = tmp_path / "the.secret"
+    if content == b"FIFO":
+        os.mkfifo(secret)
+    elif content is not None:
+        a_secret(tmp_path, content, "the.secret")
     login = Login()
     with (
         a_token_endpoint(login, login_pki) as tokens,

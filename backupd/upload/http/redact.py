@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import re
+import stat
 import urllib.parse
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -34,8 +36,14 @@ class SecretError(ConfigError):
 
 
 def read_secret(path: Path) -> str:
-    """Return the content of a secret's file without white space at the end; raises SecretError."""
+    """Return the content of a secret's file without white space at the end; raises SecretError.
+
+    Only that of a regular file: reading a FIFO or a device may never end.
+    """
     try:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise SecretError(f"{path}: is not a regular file", "name a regular file, or a link to one")
         with path.open("rb") as stream:
             content = stream.read(_MAX_SECRET_FILE_BYTES + 1)
     except OSError as error:
