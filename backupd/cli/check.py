@@ -19,11 +19,13 @@ import typer
 from backupd.cli.options import BAD_CONFIG, DEFAULT_CONFIG, UNAVAILABLE, AsJson, ConfigPath
 from backupd.cli.output import print_json
 from backupd.cli.push import PushResult, push_file
-from backupd.config.files import file_problems
+from backupd.config.certificate_files import end_of
+from backupd.config.files import certificate_limits, file_problems
 from backupd.config.load import load
 from backupd.config.models import Config, DestinationConfig
 from backupd.config.problems import FileProblem
 from backupd.config.time_limit import ANSWER_TIMEOUT, call_all
+from backupd.core.certificate_life import CertificateLimits, CertificateState
 from backupd.core.errors import LedgerError, UsageError
 from backupd.core.names import as_text, printable
 from backupd.core.units import human_duration
@@ -68,6 +70,7 @@ def check(
     problems = file_problems(loaded, datetime.now(UTC))
     problems += _drop_folder_problems(loaded, max(until, time.monotonic() + _MIN_WALK_TIME))
     probes = [] if offline else probe_all(loaded.destination)
+    problems += _expiring_servers(probes, certificate_limits(loaded))
     sent = {probe.destination: _send_test_archive(loaded, probe) for probe in probes} if send else {}
     probes = [_with_proof(probe, sent.get(probe.destination)) for probe in probes]
     if as_json:
@@ -86,6 +89,20 @@ def check(
         raise typer.Exit(BAD_CONFIG)
     if any(probe.reason for probe in probes) or any(r and r.outcome != "delivered" for r in sent.values()):
         raise typer.Exit(UNAVAILABLE)
+
+
+def _expiring_servers(probes: list[ProbeResult], limits: CertificateLimits) -> Iterator[FileProblem]:
+    """Yield a warning for each destination with a certificate that expires soon."""
+    now = datetime.now(UTC)
+    for probe in probes:
+        validity = probe.server_validity
+        if validity is None:
+            continue
+        life = limits.life(validity, now)
+        if life.state in (CertificateState.EXPIRING, CertificateState.CRITICAL):
+            message = f"the destination's certificate expires {end_of(validity, life)}"
+            hint = "ask the operator of the destination to renew it before then"
+            yield FileProblem(f"destination.{probe.destination}", message, hint, fatal=False)
 
 
 def _send_test_archive(config: Config, probe: ProbeResult) -> PushResult | None:
@@ -143,7 +160,7 @@ def _drop_folder_problems(config: Config, until: float) -> list[FileProblem]:
 
 def _as_dict(probe: ProbeResult) -> dict[str, object]:
     fields = dataclasses.asdict(probe)
-    del fields["advice"], fields["sign_in_scheme"]
+    del fields["advice"], fields["sign_in_scheme"], fields["server_validity"]
     return {**fields, "hint": probe.hint}
 
 

@@ -80,6 +80,12 @@ def first_to_renew(
     return min(found, key=lambda each: _urgency(limits.life(each[1], now)), default=None)
 
 
+def end_of(validity: Validity, life: CertificateLife) -> str:
+    """Return when a certificate expires, such as `on 2030-06-15, in 13 days` or `at 20:00 UTC, in 5 h`."""
+    when = f"on {validity.ends:%Y-%m-%d}" if life.days_left else f"at {validity.ends:%H:%M} UTC"
+    return f"{when}, in {life}"
+
+
 def _urgency(life: CertificateLife) -> timedelta:
     """Return the time until the warning, negative after it."""
     return life.left - life.limits.warning
@@ -142,9 +148,8 @@ def _date_problems(
                 "correct the clock of this host, or wait",
             )
         elif (life := limits.life(validity, now)).state is not CertificateState.VALID:
-            when = f"on {validity.ends:%Y-%m-%d}" if life.days_left else f"at {validity.ends:%H:%M} UTC"
             yield file.problem(
-                f"contains {subject}, which expires {when}, in {life}",
+                f"contains {subject}, which expires {end_of(validity, life)}",
                 "renew the certificate before then",
                 fatal=False,
             )

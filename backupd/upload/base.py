@@ -247,9 +247,9 @@ class ProbeResult:
     A field that a kind of destination does not know is None. `certificate_required` is whether the
     destination refuses clients without a certificate. `signed_in` is False if it refused the sign-in by
     `sign_in_scheme`, None if there is no sign-in or the probe did not get that far. `server_days_left` is for
-    how many days its certificate is valid, `clock_ahead_s` by how many seconds its clock is ahead of this
-    host's. `is_proven` is False if the reaction shows neither that it would take an upload nor that it would
-    not.
+    how many days its certificate is valid, by `server_validity`, `clock_ahead_s` by how many seconds its
+    clock is ahead of this host's. `is_proven` is False if the reaction shows neither that it would take an
+    upload nor that it would not.
     """
 
     destination: str
@@ -261,6 +261,7 @@ class ProbeResult:
     server_names: tuple[str, ...] = ()
     server_issuer: str | None = None
     server_days_left: int | None = None
+    server_validity: Validity | None = None
     certificate_required: bool | None = None
     signed_in: bool | None = None
     clock_ahead_s: float | None = None

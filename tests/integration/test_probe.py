@@ -513,6 +513,28 @@ def test_the_command_prints_the_facts_in_short_lines(stage: Stage) -> None:
     assert "the-token" not in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("begins", "ends", "warning"),
+    [
+        (-90, 7.5, True),
+        (-0.9, 0.1, True),
+        (-0.2, 0.8, False),
+        (-90, 15.5, False),
+    ],
+)
+def test_the_command_warns_of_a_server_certificate_that_expires_soon(
+    stage: Stage, begins: float, ends: float, warning: bool
+) -> None:
+    pair = stage.pki.issue_server("soon", not_before=in_days(begins), not_after=in_days(ends))
+    with ScriptedServer(respond_with(405, Allow="POST"), server_context(stage.pki, pair)) as server:
+        stage.configure(server.url)
+        done = stage.backupd("check")
+        as_json = json.loads(stage.backupd("check", "--json").stdout)
+    assert done.returncode == 0
+    assert ("warning: destination.vault: the destination's certificate expires" in done.stdout) == warning
+    assert [problem["where"] for problem in as_json["problems"]] == ["destination.vault"] * warning
+
+
 def test_the_command_prints_the_facts_as_json(
     stage: Stage, record_property: Callable[[str, object], None]
 ) -> None:

@@ -280,6 +280,7 @@ def _with_certificate(result: ProbeResult, der: bytes, now: datetime) -> ProbeRe
         server_names=facts.names,
         server_issuer=facts.issuer,
         server_days_left=(facts.validity.ends - now).days if facts.validity else None,
+        server_validity=facts.validity,
     )
 
 
