@@ -168,7 +168,7 @@ RULES: tuple[FailureRule, ...] = (
         _D,
         Action.PAUSE,
         "the TLS handshake failed",
-        "check `ca`, and the host name and dates in the destination's certificate",
+        "run `backupd check`: it knows the fix for this error, and shows the destination's certificate",
     ),
     FailureRule(
         Reason.TLS_CLIENT,

@@ -673,6 +673,30 @@ def test_each_failure_of_tls_has_its_own_words_and_remedy(
     assert remedy in found.hint
 
 
+@pytest.mark.parametrize(
+    ("alert", "keys", "words", "remedy"),
+    [
+        (40, {}, "no cipher in common", "openssl ciphers DEFAULT"),
+        (70, {}, "only other versions of TLS", "update the endpoint to TLS 1.2"),
+        (70, {"tls_min": "1.3"}, "only other versions of TLS", "remove `tls_min`"),
+        (80, {}, "failed in the handshake", "the endpoint's log"),
+        (112, {}, "it serves other host names", "`server_name`"),
+        (120, {}, "alert no application protocol (it speaks none", "set `http2 = true`"),
+        (120, {"http2": True}, "alert no application protocol (it speaks none", "check the port"),
+        (115, {}, "", "the endpoint's log"),
+    ],
+)
+def test_each_alert_in_the_handshake_has_its_own_words_and_remedy(
+    pki: Pki, alert: int, keys: dict[str, Any], words: str, remedy: str
+) -> None:
+    with ScriptedServer(lambda peer: peer.send(bytes([21, 3, 3, 0, 2, 2, alert]))) as server:
+        found = probe(f"https://127.0.0.1:{server.port}/", pki, **keys)
+    assert found.reason is Reason.TLS
+    assert words in found.detail
+    assert "ssl.c" not in found.detail
+    assert remedy in found.hint
+
+
 SERVER_HELLO_OF_2008 = bytes.fromhex("160303002a 02000026 0303") + bytes(32) + bytes.fromhex("00 c02f 00")
 """A response to a client that offers TLS 1.2, without an extension, so without RFC 5746."""
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, partial
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -84,10 +84,12 @@ def issue(
     purpose: x509.ObjectIdentifier | None = None,
     of: Issued | None = None,
     oddity: str = "",
+    path_length: int | None = None,
+    excluded: str = "",
 ) -> Issued:
     """Return a new certificate; `of` gives its subject and key. Without `names` it is an authority.
 
-    An `oddity` is one of `ODDITIES`.
+    An `oddity` is one of `ODDITIES`. `path_length` and `excluded`, a network, restrict an authority.
     """
     own_key = of.key if of else a_key(key)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -104,7 +106,10 @@ def issue(
         if entries:
             builder = builder.add_extension(x509.SubjectAlternativeName(entries), critical=False)
     else:
-        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        builder = builder.add_extension(x509.BasicConstraints(True, path_length), critical=True)
+    if excluded:
+        constraints = x509.NameConstraints(None, [x509.IPAddress(ip_network(excluded))])
+        builder = builder.add_extension(constraints, critical=True)
     if purpose is not None:
         builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
     algorithm = None if isinstance(signer, ed25519.Ed25519PrivateKey) else hashes.SHA256()
@@ -133,6 +138,7 @@ class Site:
     host: str = "127.0.0.1"
     version: ssl.TLSVersion | None = None
     ciphers: str = "DEFAULT"
+    dh_group: str = "ffdhe2048"
 
     def served_by(self, leaf: Issued, *chain: Issued) -> Site:
         pem = b"".join(each.pem for each in (leaf, *chain))
@@ -228,6 +234,12 @@ def client_with(oddity: str) -> Site:
     site = a_site().shown(issue("client", root(), purpose=CLIENT, oddity=oddity))
     # a server of OpenSSL refuses the times, and Python's can't print the name
     return replace(site, asks_for_certificate=not oddity.startswith(("times", "a name")))
+
+
+def trusting(*authorities: Issued) -> Site:
+    """Return a server below the last of some authorities, and a client that trusts the first."""
+    site = a_site().served_by(issue("server", authorities[-1]), *authorities[1:])
+    return replace(site, ca=authorities[0].pem)
 
 
 def server_with(oddity: str) -> Site:
@@ -374,6 +386,18 @@ REFUSED: dict[str, tuple[Callable[[], Site], str]] = {
         "issuer",
     ),
     "short key": (lambda: a_site().served_by(issue("server", root(), key="1024")), "shorter than"),
+    "short DH parameters": (
+        lambda: replace(with_cipher("DHE-RSA-AES256-SHA"), dh_group="modp_1536"),
+        "Diffie-Hellman parameters are shorter",
+    ),
+    "excluded name": (
+        lambda: trusting(issue("narrow", names=(), excluded="127.0.0.0/8")),
+        "may not issue certificates for this name",
+    ),
+    "path that is too long": (
+        lambda: trusting((top := issue("top", names=(), path_length=0)), issue("middle", top, names=())),
+        "none of so many others below it",
+    ),
     "tls 1.1": (lambda: replace(a_site(), version=ssl.TLSVersion.TLSv1_1), "other versions of TLS"),
     "client expired": (lambda: a_site().shown(issue("client", root(), days=(-9, -1))), "expired"),
     "client of another root": (
@@ -435,7 +459,7 @@ def deliver(site: Site, folder: Path) -> Trial:
     context.set_ciphers(f"{site.ciphers}:@SECLEVEL=0")
     context.load_cert_chain(files["server"], files["server_key"])
     if site.ciphers.startswith("DHE"):
-        openssl(folder, "genpkey -genparam -algorithm DH -pkeyopt group:ffdhe2048 -out dh.pem")
+        openssl(folder, f"genpkey -genparam -algorithm DH -pkeyopt group:{site.dh_group} -out dh.pem")
         context.load_dh_params(str(folder / "dh.pem"))
     context.verify_mode = ssl.CERT_REQUIRED if site.asks_for_certificate else ssl.CERT_NONE
     context.load_verify_locations(cadata=(site.client_ca or root().pem).decode())
@@ -485,4 +509,5 @@ def test_backupd_names_the_cause_where_curl_does_not_deliver_either(tmp_path: Pa
     if trial.outcome.reason is Reason.LOCAL_FILES:  # `check` explains it in the same words
         assert [error.message for error in trial.errors] == [trial.outcome.error]
         assert trial.errors[0].hint == trial.probe.hint
-        assert "backupd check" not in trial.probe.hint
+    assert trial.probe.hint
+    assert "backupd check" not in trial.probe.hint  # the user runs it already

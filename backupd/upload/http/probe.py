@@ -352,24 +352,42 @@ def _unverified_connection(endpoint: HttpEndpoint) -> Iterator[Stream]:
 
 
 def _tls_advice(detail: str, config: HttpDestinationConfig) -> str:
-    """Return how to fix a failed TLS handshake; empty if unknown."""
+    """Return how to fix a failed TLS handshake."""
     if detail.startswith(PIN_MISMATCH):
         return "if the operator of the endpoint confirms that this is its key, add it to `pin_sha256`"
     if "protocol version" in detail or "unsupported protocol" in detail:
-        return f"the endpoint does not support TLS {config.tls_min} or later; update it, or lower `tls_min`"
+        if config.tls_min == "1.2":
+            return "update the endpoint to TLS 1.2 or later: backupd uses no older version"
+        return f"the endpoint does not support TLS {config.tls_min}; update it, or remove `tls_min`"
+    if "no application protocol" in detail and not config.http2:
+        return "set `http2 = true`: the endpoint may speak no HTTP/1.1"
     if "issuer" in detail or "self-signed" in detail or "self signed" in detail:
         store = str(config.ca) if config.ca else "the system's store"
         return f"set `ca` to the authority that issued the endpoint's certificate; {store} is another one"
-    if "mismatch" in detail or "not valid for" in detail:
-        return "the certificate has other names; use one of them in `url`, or set `server_name`"
-    if "too weak" in detail or "too small" in detail:
-        return "have the endpoint use a certificate with RSA of 2048 bits or more, or EC, signed with SHA-256"
-    if "legacy renegotiation" in detail:
-        return "update the endpoint, or the TLS proxy before it: it lacks RFC 5746"
-    if "purpose" in detail:
-        return "have the endpoint use a certificate with the extended key usage serverAuth"
-    if "wrong version number" in detail:
-        return "check the port in `url`: no TLS server listens there"
-    if "expired" in detail or "not yet valid" in detail:
-        return "the endpoint's certificate is out of date, or this host's clock is wrong"
-    return ""
+    return next((advice for part, advice in _TLS_ADVICE.items() if part in detail), _UNKNOWN_TLS_ADVICE)
+
+
+_WEAK_CERTIFICATE = "have the endpoint use a certificate with RSA of 2048 bits or EC, signed with SHA-256"
+_OTHER_NAMES = "the certificate has other names; use one of them in `url`, or set `server_name`"
+_OUT_OF_DATE = "the endpoint's certificate is out of date, or this host's clock is wrong"
+
+_TLS_ADVICE = {
+    "mismatch": _OTHER_NAMES,
+    "not valid for": _OTHER_NAMES,
+    "unrecognized name": "use a host name that the endpoint serves in `url`, or set `server_name`",
+    "dh key too small": "have the endpoint use DH parameters of 2048 bits or more, or ECDHE",
+    "too weak": _WEAK_CERTIFICATE,
+    "too small": _WEAK_CERTIFICATE,
+    "legacy renegotiation": "update the endpoint, or the TLS proxy before it: it lacks RFC 5746",
+    "purpose": "have the endpoint use a certificate with the extended key usage serverAuth",
+    "wrong version number": "check the port in `url`: no TLS server listens there",
+    "no application protocol": "check the port in `url`: that server speaks neither HTTP/1.1 nor HTTP/2",
+    "expired": _OUT_OF_DATE,
+    "not yet valid": _OUT_OF_DATE,
+    "subtree violation": "have the certificate issued by an authority with name constraints that permit it",
+    "path length": "have the certificate issued by an authority that may have others below it",
+    "handshake failure": "set `cert` and `key`, or have it offer a cipher of `openssl ciphers DEFAULT`",
+}
+"""The advice for a part of the text of OpenSSL."""
+
+_UNKNOWN_TLS_ADVICE = "give this error to the operator of the endpoint; the endpoint's log may have the cause"

@@ -178,7 +178,9 @@ def _reason_from_tls_error(error: ssl.SSLError) -> tuple[Reason, str]:
     if isinstance(error, ssl.SSLCertVerificationError):
         return Reason.TLS, f"the destination's certificate: {_in_words(error.verify_message)}"
     name = (error.reason or "").upper()
-    text = (error.reason or str(error)).replace("_", " ").lower()
+    # Python has no name for some alerts, and its text has the library and the line around that of OpenSSL
+    bare = re.sub(r"^\[\w+\] | \(_ssl\.c:\d+\)$", "", str(error))
+    text = (error.reason or bare).replace("_", " ").lower()
     # OpenSSL puts the version in front that brought the alert, not that of the connection
     description = _in_words(re.sub(r"^(sslv3|tlsv1|tlsv13) alert", "TLS alert", text))
     if "ALERT" in name and ("CERTIFICATE" in name or "UNKNOWN_CA" in name or "ACCESS_DENIED" in name):
@@ -194,6 +196,11 @@ _TLS_WORDS = {
     "self signed certificate": "`ca` holds another authority",
     "signature failure": "`ca` holds another authority of that name",
     "invalid ca certificate": "a certificate in the chain is not marked as an authority: CA:TRUE is missing",
+    "dh key too small": "its Diffie-Hellman parameters are shorter than OpenSSL accepts on this host",
+    "subtree violation": "an authority of its chain may not issue certificates for this name",
+    "path length constraint": "an authority of its chain may have none of so many others below it",
+    "no application protocol": "it speaks none of the versions of HTTP that were offered: see `http2`",
+    "unsupported protocol": "the destination supports only versions of TLS below `tls_min`",
     "key too weak": "its key is shorter than OpenSSL accepts on this host",
     "key too small": "its key is shorter than OpenSSL accepts on this host",
     "md too weak": "it is signed with an old digest such as SHA-1",
@@ -211,7 +218,7 @@ _TLS_WORDS = {
     "alert certificate unknown": "it could not verify the client certificate: see its log",
     "certificate required": "it requires a client certificate: set `cert` and `key`",
     "alert access denied": "it trusts the client certificate, and does not permit it",
-    "alert unrecognized name": "it serves other host names: see `server_name`",
+    "unrecognized name": "it serves other host names: see `server_name`",
     "handshake failure": "the two sides have no cipher in common, or the destination requires a certificate",
 }
 """The meaning of OpenSSL's texts that are not plain."""
