@@ -241,6 +241,23 @@ def test_a_request_with_refused_stream_is_sent_on_a_new_connection_immediately(
     assert endpoint.archives == [b"0", b"1", b"2"]
 
 
+@pytest.mark.parametrize("by", ["RST_STREAM", "GOAWAY"])
+def test_a_destination_that_requires_http_1_1_names_the_key_to_set(tmp_path: Path, pki: Pki, by: str) -> None:
+    class Old(Http2Server):
+        def request_started(self, exchange: Exchange) -> None:
+            if by == "GOAWAY":
+                exchange.send(GoAwayFrame(0, last_stream_id=1, error_code=13))
+            else:
+                exchange.connection.reset_stream(exchange.stream, error_code=13)
+
+    with ScriptedServer(Old(), http2_context(pki)) as server:
+        with a_sender(a_destination(server.url, pki, http2=True)) as sender:
+            outcome = sender.send(an_archive(tmp_path, b"content"))
+    assert isinstance(outcome, Deferred)
+    assert outcome.reason is Reason.PROTOCOL
+    assert "requires HTTP/1.1 for this request: set `http2 = false`" in outcome.error
+
+
 @pytest.mark.parametrize("size", [100_000, 2 * MIB])
 def test_the_unread_rest_of_a_response_does_not_affect_the_next_request(
     tmp_path: Path, pki: Pki, size: int

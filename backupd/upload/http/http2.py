@@ -194,7 +194,7 @@ class Http2Connection(HttpConnection):
         event = self._events.popleft()
         if isinstance(event, h2.events.StreamReset):
             self._raise_if_refused(event.error_code == h2.errors.ErrorCodes.REFUSED_STREAM)
-            raise httpx.RemoteProtocolError(f"the server reset the stream, error {event.error_code}")
+            raise _remote_error("the server reset the stream", event.error_code)
         return event
 
     def _acknowledge(self, event: h2.events.DataReceived) -> None:
@@ -211,7 +211,7 @@ class Http2Connection(HttpConnection):
         for event in self._h2.receive_data(self._frames.without_goaway(data)):
             match event:
                 case h2.events.ConnectionTerminated():
-                    raise httpx.RemoteProtocolError(f"the server sent GOAWAY, error {event.error_code}")
+                    raise _remote_error("the server sent GOAWAY", event.error_code)
                 case h2.events.RemoteSettingsChanged():
                     self._knows_settings = True
                 case (
@@ -237,6 +237,15 @@ class Http2Connection(HttpConnection):
         """Send the frames that are due; frames of the server do not end this wait."""
         with nullcontext() if counts_as_progress else self._stream.limits.uncounted():
             self._stream.send(self._h2.data_to_send(), self._write_timeout)
+
+
+def _remote_error(text: str, code: int | None) -> httpx.RemoteProtocolError:
+    if code == h2.errors.ErrorCodes.HTTP_1_1_REQUIRED:
+        # as Apache does if it asks for a client certificate once it knows the path
+        return httpx.RemoteProtocolError(
+            "the destination requires HTTP/1.1 for this request: set `http2 = false`"
+        )
+    return httpx.RemoteProtocolError(f"{text}, error {code}")
 
 
 class _GoAwayFilter:
