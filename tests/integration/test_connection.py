@@ -248,6 +248,32 @@ class TestProxy:
         assert reason is Reason.PROXY
         assert "502" in error
 
+    @pytest.mark.parametrize(
+        ("refusal", "words"),
+        [
+            (b"407 X\r\nProxy-Authenticate: NTLM\r\nProxy-Authenticate: Negotiate", "offers NTLM, Negotiate"),
+            (b'407 X\r\nProxy-Authenticate: Digest realm="a, b", nonce="x"', "it offers Digest, and"),
+            (b'407 X\r\nProxy-Authenticate: NTLM, Basic realm="a"', "407 X"),
+            (b"302 X\r\nLocation: https://login.example.net/?from=x", "302 X to https://login.example.net/"),
+        ],
+    )
+    def test_a_refusal_of_the_proxy_is_explained(self, refusal: bytes, words: str, tmp_path: Path) -> None:
+        def script(peer: Peer) -> None:
+            peer.read_head()
+            peer.send(b"HTTP/1.1 " + refusal + b"\r\nContent-Length: 0\r\n\r\n")
+
+        with ScriptedServer(script) as proxy_at:
+            destination = a_destination(
+                "https://vault.example.net/x", proxy=f"http://127.0.0.1:{proxy_at.port}"
+            )
+            with a_sender(destination) as sender:
+                outcome = sender.send(an_archive(tmp_path, b"content"))
+        assert isinstance(outcome, Deferred)
+        assert outcome.reason is Reason.PROXY
+        assert words in outcome.error
+        assert ("it offers" in outcome.error) == ("offers" in words)
+        assert "from=x" not in outcome.error
+
     @pytest.mark.parametrize("reply", [b"", b"SSH-2.0-OpenSSH_9.2\r\n\r\n"], ids=["end", "no HTTP"])
     def test_a_failure_of_the_proxy_is_not_one_of_the_destination(self, tmp_path: Path, reply: bytes) -> None:
         def script(peer: Peer) -> None:

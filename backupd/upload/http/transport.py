@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import ssl
 import time
 from collections.abc import Iterator
@@ -133,7 +134,7 @@ class HttpTransport(httpx.BaseTransport):
                     "http_version": head.http_version,
                     "reason_phrase": head.reason,
                     TLS: opened.tls,
-                    CONTENT_ENCODING: _content_encoding(head),
+                    CONTENT_ENCODING: _field(head, b"content-encoding"),
                     IS_REUSED: not opened.is_new and head.http_version != b"HTTP/2",
                 },
             )
@@ -249,13 +250,27 @@ def _open_tunnel(stream: Stream, host: str, port: int, proxy: Proxy, request: ht
     except httpx.TransportError as error:
         raise httpx.ProxyError(f"no tunnel through the proxy: {error}") from error
     if not 200 <= head.status < 300:
-        raise httpx.ProxyError(f"{head.status} {head.reason.decode('ascii', 'replace')}".strip())
+        raise httpx.ProxyError(_describe_refusal(head))
 
 
-def _content_encoding(head: ResponseHead) -> str:
-    return ",".join(
-        v.decode("ascii", "replace") for key, v in head.headers if key.lower() == b"content-encoding"
-    )
+_AUTH_SCHEME = re.compile(r"(?:^|,)\s*([A-Za-z][\w-]*)(?=\s|,|$)")
+"""The name of a scheme in Proxy-Authenticate, and no parameter, which a `=` follows (RFC 9110 section 11)."""
+
+
+def _describe_refusal(head: ResponseHead) -> str:
+    """Return the status of a proxy, with the schemes that it offers instead of Basic, or its redirect."""
+    text = f"{head.status} {head.reason.decode('ascii', 'replace')}".strip()
+    if location := _field(head, b"location"):
+        return f"{text} to {location.partition('?')[0][:200]}"
+    schemes = _AUTH_SCHEME.findall(_field(head, b"proxy-authenticate"))
+    if schemes and "basic" not in map(str.lower, schemes):
+        return f"{text} (it offers {', '.join(schemes)}, and backupd supports Basic alone)"
+    return text
+
+
+def _field(head: ResponseHead, name: bytes) -> str:
+    """Return the values of a header field, empty if there is none."""
+    return ",".join(v.decode("ascii", "replace") for key, v in head.headers if key.lower() == name)
 
 
 def _origin(url: httpx.URL) -> tuple[str, str, int]:
