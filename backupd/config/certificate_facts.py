@@ -6,15 +6,20 @@ extension given twice, an unknown version or curve, or times in an uncommon form
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from cryptography import x509
+from cryptography.utils import CryptographyDeprecationWarning
 
 from backupd.core.certificate_life import Validity
 
 T = TypeVar("T")
+
+# of a serial number that is 0 or negative; the operator of this host can't change it
+warnings.filterwarnings("ignore", "Parsed a serial number", CryptographyDeprecationWarning)
 
 _SEQUENCE = 0x30
 _VERSION = 0xA0

@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -563,6 +564,52 @@ class TestCertificates:
         chain = tls.write("chain.pem", tls.cert_file.read_bytes() + odd.read_bytes())
         assert "of which the dates can't be read" in a_warning(tls.config(cert=chain))
         assert "v" in examine_files(tls.config(cert=chain), NOW).validities
+
+    def test_a_serial_number_of_0_is_not_reported_on_the_terminal(self, tls: Tls) -> None:
+        builder = x509.CertificateBuilder(
+            x509.Name([]), x509.Name([]), tls.key.public_key(), 1, NOW, NOW + timedelta(days=9)
+        )
+        certificate = with_private_extensions(builder).sign(tls.key, hashes.SHA256())
+        odd = tls.write("odd.pem", altered(certificate, tls.key, "serial number 0"))
+        program = (
+            "import pathlib, sys; from backupd.config.tls_loading import certificates\n"
+            "print(certificates(pathlib.Path(sys.argv[1]).read_bytes())[0].validity is not None)"
+        )
+        command = [sys.executable, "-W", "default", "-c", program, str(odd)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert (done.stdout, done.stderr) == ("True\n", "")
+
+    @pytest.mark.parametrize(
+        ("content", "text", "hint"),
+        [
+            (bytes.fromhex("308006092a864886f70d010702"), "", "openssl pkcs7 -inform der -print_certs"),
+            (b"-----BEGIN CERTIFICATE REQUEST-----\nMIIB\n", "a certificate request", "has issued for it"),
+            (b"\xfe\xed\xfe\xed\0\0\0\x02", "is a Java key store", "keytool -importkeystore"),
+        ],
+    )
+    def test_another_format_has_its_own_words(self, tls: Tls, content: bytes, text: str, hint: str) -> None:
+        problem = only(tls.config(cert=tls.write("other", content)))
+        assert text in problem.message
+        assert hint in problem.hint
+
+    def test_a_key_of_openssh_has_a_hint_that_converts_it(self, tls: Tls) -> None:
+        form = serialization.PrivateFormat.OpenSSH
+        key = tls.private_key("ssh.key", form=form)
+        problem = only(tls.config(key=key))
+        assert "is in the format of OpenSSH" in problem.message
+        assert "ssh-keygen -p -m PKCS8" in problem.hint
+
+    @pytest.mark.parametrize("algorithm", ["PBE-SHA1-RC2-40", "AES-256-CBC"])
+    def test_the_command_that_converts_pkcs12_knows_old_algorithms(self, tls: Tls, algorithm: str) -> None:
+        path = tls.folder / "c.p12"
+        pair = ["-inkey", str(tls.key_file), "-in", str(tls.cert_file), "-out", str(path)]
+        old = ["-legacy"] if "RC2" in algorithm else []
+        export = ["pkcs12", "-export", "-certpbe", algorithm, *old, *pair, "-passout", "pass:secret"]
+        subprocess.run([require("openssl"), *export], check=True, capture_output=True)
+        path.chmod(0o600)
+        command = only(tls.config(cert=path)).hint.partition(": ")[2]
+        subprocess.run(shlex.split(f"{command} -passin pass:secret"), check=True)
+        assert file_problems(tls.config(cert=Path(f"{path}.cert.pem")), NOW) == []
 
     def test_a_revocation_list_is_not_an_authority(self, tls: Tls) -> None:
         builder = x509.CertificateRevocationListBuilder(
