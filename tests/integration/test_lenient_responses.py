@@ -173,8 +173,9 @@ def test_of_a_body_that_decompresses_to_a_large_one_only_the_beginning_is_kept(
     assert isinstance(outcome, Delivered) == (length == 1000), outcome
 
 
-def test_an_html_response_is_quoted_by_its_text(tmp_path: Path, pki: Pki) -> None:
-    page = (
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_an_html_response_is_quoted_by_its_text(tmp_path: Path, pki: Pki, mark: bytes) -> None:
+    page = mark + (
         b"<!DOCTYPE html>\n<html><head><style>h1 { color: red }</style><title>Sign in &amp; wait</title>"
         b"</head><body><!-- a comment --><h1>Maintenance</h1>\n<p>until&nbsp;noon</p></body></html>"
     )

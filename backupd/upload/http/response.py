@@ -264,7 +264,7 @@ def _body_text(response: httpx.Response, body: bytes, max_length: int) -> str:
 
 def plain_text(response: httpx.Response, body: bytes) -> str:
     """Return the text of a body for people: of HTML and XML what is between the tags, in one line."""
-    text = _body_text(response, body, _MAX_HTML_BYTES).strip()
+    text = _body_text(response, body, _MAX_HTML_BYTES).strip("\ufeff \t\r\n")  # a byte order mark, and blanks
     if text.startswith("<"):
         text = re.sub(r"(?is)<!--.*?-->|<(script|style)\b.*?</\1\s*>|<[^>]*>", " ", text)
         text = quotable(" ".join(html.unescape(text).split()), response.request, _MAX_HTML_BYTES)
