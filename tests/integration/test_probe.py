@@ -592,6 +592,17 @@ def test_a_test_archive_is_delivered_on_request(stage: Stage, works: bool) -> No
     assert b"A test archive of `backupd check --send`" in uploads[0].archive
 
 
+def test_a_test_archive_without_a_receipt_may_have_been_stored(stage: Stage) -> None:
+    script = respond_by_method(http_response(405), http_response(405), http_response(201))
+    with ScriptedServer(script, server_context(stage.pki)) as server:
+        stage.configure(server.url)
+        done = stage.backupd("check", "--send")
+    assert done.returncode == 69
+    assert "may have been stored: " in done.stdout
+    assert "(unverified)" in done.stdout
+    assert "was not stored" not in done.stdout
+
+
 @pytest.mark.parametrize("accepts", [True, False])
 def test_a_status_that_refuses_the_probe_is_outweighed_by_a_test_archive(stage: Stage, accepts: bool) -> None:
     refused = http_response(403)
