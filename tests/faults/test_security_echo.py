@@ -151,6 +151,8 @@ TOKEN_PLACES: dict[str, Response] = {
     "a description that is cut": lambda secret: http_response(
         400, json.dumps({"error": "no", "error_description": "x" * 985 + secret}).encode()
     ),
+    "a content type that is cut": lambda secret: http_response(200, b"x", Content_Type="x" * 190 + secret),
+    "a list of errors": lambda secret: http_response(403, json.dumps({"errors": [secret]}).encode()),
     "an error that is an object": lambda secret: http_response(
         400, json.dumps({"error": {"text": secret}}).encode()
     ),

@@ -28,8 +28,8 @@ _MAX_RESPONSE_BYTES = 64 * 1024
 _MAX_QUOTED_LENGTH = 300
 """Characters of a response without JSON that an error quotes."""
 
-_MAX_TYPE_LENGTH = 100
-"""Characters of a content type that an error quotes."""
+_MAX_FIELD_LENGTH = 200
+"""Characters of a header field that an error quotes."""
 
 _MAX_TEXTS = 5
 """Texts in a list of errors that an error quotes."""
@@ -302,9 +302,13 @@ def _texts_in(value: object) -> list[str]:
 
 def _describe_body(response: httpx.Response, body: bytes) -> str:
     if response.is_success:
-        kind = response.headers.get("Content-Type", "no content type").partition(";")[0][:_MAX_TYPE_LENGTH]
+        kind = _quoted_field("Content-Type", "no content type", response).partition(";")[0]
         return f", but with {len(body)} bytes of {kind}"
     if response.is_redirect:
-        return f": it redirects to {response.headers.get('Location', 'nowhere').partition('?')[0]}"
+        return f": it redirects to {_quoted_field('Location', 'nowhere', response).partition('?')[0]}"
     text = plain_text(response, body)[:_MAX_QUOTED_LENGTH]
     return f": {text}" if text else ""
+
+
+def _quoted_field(name: str, default: str, response: httpx.Response) -> str:
+    return quotable(response.headers.get(name, default), response.request, _MAX_FIELD_LENGTH)

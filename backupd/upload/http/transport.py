@@ -6,7 +6,7 @@ import base64
 import re
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -250,17 +250,20 @@ def _open_tunnel(stream: Stream, host: str, port: int, proxy: Proxy, request: ht
     except httpx.TransportError as error:
         raise httpx.ProxyError(f"no tunnel through the proxy: {error}") from error
     if not 200 <= head.status < 300:
-        raise httpx.ProxyError(_describe_refusal(head))
+        raise httpx.ProxyError(_describe_refusal(head, (*secrets_of(request), *proxy.secrets)))
 
 
 _AUTH_SCHEME = re.compile(r"(?:^|,)\s*([A-Za-z][\w-]*)(?=\s|,|$)")
 """The name of a scheme in Proxy-Authenticate, and no parameter, which a `=` follows (RFC 9110 section 11)."""
 
 
-def _describe_refusal(head: ResponseHead) -> str:
-    """Return the status of a proxy, with the schemes that it offers instead of Basic, or its redirect."""
+def _describe_refusal(head: ResponseHead, secrets: Iterable[str]) -> str:
+    """Return the status of a proxy, with the schemes that it offers instead of Basic, or its redirect.
+
+    The secrets are removed before the text is cut.
+    """
     text = f"{head.status} {head.reason.decode('ascii', 'replace')}".strip()
-    if location := _field(head, b"location"):
+    if location := redact(_field(head, b"location"), secrets):
         return f"{text} to {location.partition('?')[0][:200]}"
     schemes = _AUTH_SCHEME.findall(_field(head, b"proxy-authenticate"))
     if schemes and "basic" not in map(str.lower, schemes):
