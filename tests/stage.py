@@ -78,6 +78,10 @@ class Daemon:
         lines, _ = self._lines(self._read_from)
         return [line for line in lines if not name or line["event"] == name]
 
+    def count(self, name: str) -> int:
+        """Return how many events of a name there were, those that were left out of the log included."""
+        return sum(1 + event.get("left_out", 0) for event in self.events(name))
+
     def _lines(self, offset: int) -> tuple[list[dict[str, Any]], int]:
         """Return the complete lines of the log from an offset on, and the offset behind them."""
         with self._log.open("rb") as stream:

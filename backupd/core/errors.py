@@ -52,13 +52,9 @@ class LedgerFullError(LedgerError):
 
 
 class LedgerUnreachableError(LedgerError):
-    """The ledger can't be reached at the moment, as after an I/O error; a later attempt may succeed.
-
-    `is_repeated` is whether an earlier call has raised it in this outage, so that the outage is logged.
-    """
+    """The ledger can't be reached at the moment, as after an I/O error; a later attempt may succeed."""
 
     exit_code = 69
-    is_repeated = False
 
 
 class LedgerDamagedError(BackupdError):

@@ -21,6 +21,9 @@ _MIN_FAILURES_ALONE = 5
 _MIN_SUCCESSES = 2
 """Successes of other archives since the first of these attempts began, each at the first attempt."""
 
+_CERTAINLY_ALONE = 30
+"""The same numbers of failures and successes, if the destination now and then fails with others as well."""
+
 _MAX_FAILING = 1000
 """Archives of which the failures are counted."""
 
@@ -35,19 +38,39 @@ _NOT_ABOUT_ONE = frozenset(
 
 
 @dataclass(slots=True)
+class _Failures:
+    """The failures of one delivery in a row, and the successes of others before them.
+
+    `recent` are those since a delivery last succeeded after a failure: the destination may have been at
+    fault until then. `since` is the number of successes before them, or before another delivery began to
+    fail.
+    """
+
+    since: int
+    first_since: int
+    recent: int = 0
+    count: int = 0
+
+    def show_fault(self, successes: int) -> bool:
+        """Return whether the archive is at fault, after so many successes."""
+        if self.recent >= _MIN_FAILURES_ALONE and successes >= self.since + _MIN_SUCCESSES:
+            return True
+        return self.count >= _CERTAINLY_ALONE and successes >= self.first_since + _CERTAINLY_ALONE
+
+
+@dataclass(slots=True)
 class OutcomeReview:
     """The latest outcomes of one destination; not safe to use from several threads.
 
     `was_refusing` is whether the destination refused every archive before the start, so that one more refusal
-    is its fault as well. The counts begin anew with each start.
+    is its fault as well. The counts begin at zero with each start.
     """
 
     was_refusing: bool = False
     _rejected: dict[tuple[int | None, str], set[int]] = field(default_factory=dict)
     """The archives that were rejected since the last success, by status and words."""
-    _failing: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """The failures of each delivery in a row, and the number of successes before its first attempt began, or
-    before another one began to fail."""
+    _failing: dict[str, _Failures] = field(default_factory=dict)
+    """The failures of each delivery."""
     _begun: dict[str, int] = field(default_factory=dict)
     """The number of successes before each attempt that is under way."""
     _successes: int = 0
@@ -64,8 +87,9 @@ class OutcomeReview:
                 self._successes += 1
                 self._rejected.clear()
                 self.was_refusing = False
-                if delivery.id in self._failing:  # what fails now and then is the destination
-                    self._failing.clear()
+                if self._failing.pop(delivery.id, None):  # what fails now and then is the destination
+                    for each in self._failing.values():
+                        each.recent, each.since = 0, self._successes
             case Rejected():
                 outcome = self._of_rejection(delivery, outcome)
             case Deferred() if rule_of(outcome.reason).action is Action.PAUSE:
@@ -88,20 +112,23 @@ class OutcomeReview:
         return rejected
 
     def _of_failure(self, delivery: Delivery, failed: Deferred, before: int) -> Outcome:
-        if failed.reason in _NOT_ABOUT_ONE or failed.retry_after is not None:
+        if failed.reason in _NOT_ABOUT_ONE:
             return failed
         if delivery.id not in self._failing:  # and others may have failed for the same cause
-            self._failing = {each: (count, self._successes) for each, (count, _) in self._failing.items()}
+            for each in self._failing.values():
+                each.since = self._successes
             if len(self._failing) >= _MAX_FAILING:
                 del self._failing[next(iter(self._failing))]
-        failures, successes = self._failing.get(delivery.id, (0, before))
-        self._failing[delivery.id] = failures + 1, successes
-        if failures + 1 < _MIN_FAILURES_ALONE or self._successes < successes + _MIN_SUCCESSES:
+        failures = self._failing.setdefault(delivery.id, _Failures(before, before))
+        failures.recent += failed.retry_after is None  # else the destination says that it is at fault
+        failures.count += 1
+        if not failures.show_fault(self._successes):
             return failed
         return Deferred(
             Reason.FAILS_ALONE,
             f"{rule_of(failed.reason).meaning}: {failed.error}",
             failed.http_status,
+            failed.retry_after,
             unconfirmed_digest=failed.unconfirmed_digest,
         )
 

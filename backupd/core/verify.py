@@ -20,7 +20,7 @@ _ALGORITHMS = {name: name for name in (*DIGEST_BYTES, *_OTHER_NAMES)} | {"sha": 
 _NAMED = re.compile(r"([A-Za-z0-9]+(?:-[0-9]+)?)\s*[-=:]\s*(.+)", re.DOTALL)
 """A value after the name of its algorithm: `sha256:…`, `SHA-256=…`, `sha256-…`, `sha-256=:…:`."""
 
-_ETAG_SUFFIX = re.compile(r"(?:--?|;)(?:gzip|br|deflate|zstd)$")
+_ETAG_SUFFIX = re.compile(r"(?:--?|;|:)(?:gzip|br|deflate|zstd)$")
 """The suffix of an entity tag for a response that a server may compress."""
 
 _HEX_PAIRS = re.compile(r"[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2})+")
@@ -87,7 +87,8 @@ def stated_digests(algorithm: str, stated: str, expected: ReceiptExpectation) ->
     list of them after the names of their algorithms: RFC 9530 `sha-256=:…:`, RFC 3230 `SHA-256=…`,
     `sha256:…`, `sha256=…`, `sha256-…` (Subresource Integrity), `md5=…` (x-goog-hash). It may be an entity
     tag, weak or with the suffix of a compressed response. A digest has the length of its algorithm, or of the
-    expected prefix. After a name, its encoding is that which fits.
+    expected prefix. After a name, its encoding is that which fits. Values of other algorithms are left out;
+    none is returned if anything else is among them.
     """
     found = []
     for member in stated.split(","):
@@ -98,13 +99,15 @@ def stated_digests(algorithm: str, stated: str, expected: ReceiptExpectation) ->
         if named and name:
             if name != algorithm:
                 continue
-            text = named[2].strip(':" ')
-            encodings += ({"hex", "base64"} - {*encodings}) if not expected.prefix else ()
+            text = named[2].partition(";")[0].strip(':" ')  # after it, parameters of RFC 9651
+            encodings += () if expected.prefix else ("hex", "base64", "base64url")
         for encoding in encodings:
             value = _normalized(text, encoding)
             if _is_whole(value, encoding, DIGEST_BYTES[algorithm], expected.prefix):
                 found.append((encoding, value))
                 break
+        else:
+            return []
     return found
 
 

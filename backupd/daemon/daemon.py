@@ -276,6 +276,7 @@ class Daemon:
         """Do the work of a heartbeat, then log the state of the daemon."""
         self._housekeeping.tick()
         self._certificates.log_expiring()
+        self._log.log_left_out()
         self._heartbeat.log(
             self._runtime.circuits,
             self._in_flight(),
@@ -337,6 +338,7 @@ class Daemon:
                 self._housekeeping.save_clock()
                 pending = sum(b.pending for b in self._runtime.ledger.backlog().values())
             self._runtime.ledger.close()
+        self._log.log_left_out()
         self._log.emit(
             events.DAEMON_STOPPED, duration_s=time.monotonic() - started, clean=clean, pending=pending
         )

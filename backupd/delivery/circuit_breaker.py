@@ -96,7 +96,11 @@ class CircuitBreaker:
     def review(self, delivery: Delivery, outcome: Outcome) -> Outcome:
         """Return the outcome of an attempt, judged by those of other archives; see `OutcomeReview`."""
         with self._lock:
-            return self._outcome_review.review(delivery, outcome)
+            was_refusing = self._outcome_review.was_refusing
+            reviewed = self._outcome_review.review(delivery, outcome)
+        if was_refusing and not self._outcome_review.was_refusing:
+            self.save()
+        return reviewed
 
     def record_outcome(self, outcome: Outcome) -> None:
         """Update the circuit by the outcome of an upload; log and save the change, if there is one."""
@@ -155,8 +159,8 @@ class CircuitBreaker:
 
     def save(self, error: str | None = None) -> None:
         """Write the state of the circuit to the ledger."""
-        if self._retired:
-            return
+        if self._retired or (self._outcome_review.was_refusing and self._circuit == Circuit()):
+            return  # the pause before the start counts until there is an outcome
         # nothing depends on this copy; a ledger that fails is logged by the next write that matters
         with suppress(LedgerError):
             self._ledger.save_circuit(self._destination, self._circuit, error)

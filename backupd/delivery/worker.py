@@ -32,7 +32,8 @@ from backupd.upload.base import Uploader, UploadJob
 _MAX_SHORT_ATTEMPTS = 3
 
 _LEDGER_POLL_EVERY = 5.0
-"""Seconds until a worker queries the ledger without a notification: another process may have written."""
+"""Seconds until a worker queries the ledger without a notification: another process may have written, or it
+failed."""
 
 _REMOVED_DROP_RETRY_AFTER = timedelta(days=1)
 """Time until a delivery from a drop that is no longer configured is retried; a start or reload ends it."""
@@ -55,6 +56,7 @@ class Worker:
         self.watchdog = ThreadWatchdog(f"worker of {queue.destination.name}")
         self.current: Delivery | None = None
         """The delivery in progress."""
+        self._has_failing_ledger = False
         self.is_replaced = False
         """Whether another worker took over from this one, which ends after its delivery."""
 
@@ -124,10 +126,12 @@ class Worker:
             queue.release_claims()
             return False
         delivery = None
+        self._has_failing_ledger = False
         try:
             delivery = queue.claim()
         except LedgerError as error:
             log_ledger_failure(queue.log, error)
+            self._has_failing_ledger = True
         if delivery is None:
             queue.circuit.release()
             return False
@@ -138,7 +142,9 @@ class Worker:
         return True
 
     def _wait_time(self) -> float:
-        """Return the seconds until a delivery may be due."""
+        """Return the seconds until a delivery may be due, or the ledger may work again."""
+        if self._has_failing_ledger:
+            return _LEDGER_POLL_EVERY
         paused_for = self._queue.circuit.wait_time()
         if paused_for != 0.0:
             return _LEDGER_POLL_EVERY if paused_for is None else paused_for

@@ -38,7 +38,8 @@ class Event:
     """One kind of log line.
 
     `keys` are the keys that a line may have in addition to `COMMON_KEYS`. `message` is the template of its
-    sentence, see `telemetry.message`.
+    sentence, see `telemetry.message`. Of an event that may repeat as long as a trouble lasts, at most `limit`
+    lines are logged between two heartbeats with the same values of the keys in `cause`; None is no limit.
     """
 
     name: str
@@ -46,6 +47,8 @@ class Event:
     keys: tuple[str, ...]
     message: str
     meaning: str
+    cause: tuple[str, ...] = ()
+    limit: int | None = None
 
 
 COMMON_KEYS = ("timestamp", "level", "event", "message", "host")
@@ -132,6 +135,7 @@ KEYS: dict[str, Key] = {
         Key("archives_per_s", NUMBER, "archives delivered per second since the last heartbeat"),
         Key("uptime_s", NUMBER, "seconds since the start of the daemon"),
         Key("logger", TEXT, "name of the library's logger"),
+        Key("left_out", COUNT, "lines of the same cause that were left out since the last such line"),
         Key("lost_lines", COUNT, "log lines that could not be written"),
         Key("drops_changed", NAMES, "names of the drops that were added, removed or restarted"),
         Key("destinations_changed", NAMES, "names of the destinations that were added, removed or restarted"),
@@ -179,6 +183,18 @@ def _event(name: str, level: str, keys: str, message: str, meaning: str) -> Even
     return event
 
 
+def _repeated(
+    name: str, level: str, keys: str, message: str, meaning: str, *, cause: str, limit: int = 8
+) -> Event:
+    """Return an event of which only some lines are logged if it repeats with the same `cause`."""
+    all_keys = (*keys.split(), "left_out")
+    event = Event(
+        name, level, all_keys, message + "[; {left_out} more like this]", meaning, tuple(cause.split()), limit
+    )
+    CATALOGUE[name] = event
+    return event
+
+
 DAEMON_STARTED = _event(
     "daemon.started",
     "info",
@@ -219,12 +235,13 @@ DAEMON_STOPPED = _event(
     "stopped after {duration_s}[, {pending} pending]",
     "the daemon ends; `pending` is missing if the ledger could not be read",
 )
-DAEMON_FAILED = _event(
+DAEMON_FAILED = _repeated(
     "daemon.failed",
     "error",
     "error hint exception",
     "internal failure: {error}",
     "an error that backupd has no rule for; if it ended a thread, the daemon stops and systemd restarts it",
+    cause="",
 )
 DAEMON_HUNG = _event(
     "daemon.hung",
@@ -261,12 +278,13 @@ CLOCK_STEPPED = _event(
     "the clock of the host was stepped by {step_s}",
     "the host's clock was set by more than a second; time that the host was suspended does not count",
 )
-LIBRARY_WARNING = _event(
+LIBRARY_WARNING = _repeated(
     "library.warning",
     "warning",
     "logger error",
     "{logger}: {error}",
     "a library logged a warning or an error",
+    cause="logger",
 )
 LOG_LOST = _event(
     "log.lost",
@@ -312,12 +330,14 @@ LEDGER_INCOMPLETE = _event(
     "a new ledger does not know all devices of {drop} yet: {error}",
     "receipt files that show when a device last sent an archive cannot be used; repeated every hour",
 )
-LEDGER_FAILED = _event(
+LEDGER_FAILED = _repeated(
     "ledger.failed",
     "error",
     "error hint",
     "the ledger cannot be used: {error}",
     "the ledger cannot be used at the moment; retried",
+    cause="error",
+    limit=1,
 )
 
 DROP_WATCHED = _event(
@@ -334,19 +354,21 @@ DROP_SCANNED = _event(
     "the scan of the drop {drop} found {found_files} files; {unfinished_files} unfinished",
     "the scan of a drop folder ended",
 )
-DROP_FAILED = _event(
+DROP_FAILED = _repeated(
     "drop.failed",
     "error",
     "drop path error hint",
     "the drop folder {path} cannot be used: {error}",
     "a drop folder cannot be read or written; retried at each rescan",
+    cause="drop",
 )
-WATCH_DEGRADED = _event(
+WATCH_DEGRADED = _repeated(
     "watch.degraded",
     "warning",
     "drop path reason error hint",
     "new files in {path} may be noticed only by the rescan: {error}",
     "events were lost or may have been lost; the rescan finds the files",
+    cause="drop",
 )
 WATCH_RECOVERED = _event(
     "watch.recovered",
@@ -384,14 +406,15 @@ ARCHIVE_QUEUED = _event(
     "{archive} was queued for {destinations}",
     "a finished archive was noticed and recorded in the ledger",
 )
-ARCHIVE_IGNORED = _event(
+ARCHIVE_IGNORED = _repeated(
     "archive.ignored",
     "warning",
     "drop archive size_bytes reason error hint",
     "{archive} is ignored: {error}",
     "a file in a drop folder is not an archive; logged once, and then counted by `drop.problem`",
+    cause="drop reason",
 )
-ARCHIVE_WAITING = _event(
+ARCHIVE_WAITING = _repeated(
     "archive.waiting",
     "warning",
     "drop archive size_bytes reason error hint",
@@ -399,8 +422,9 @@ ARCHIVE_WAITING = _event(
     "a file is not sent because it looks truncated or damaged, its checksum file is missing or does not match"
     ", its filesystem has no room left, or it has been open for writing, or had a companion"
     " such as NAME.part, for an hour; logged once per content and reason",
+    cause="drop reason",
 )
-ARCHIVE_SUSPICIOUS = _event(
+ARCHIVE_SUSPICIOUS = _repeated(
     "archive.suspicious",
     "warning",
     "drop archive size_bytes reason error hint",
@@ -408,6 +432,7 @@ ARCHIVE_SUSPICIOUS = _event(
     "an archive is sent that still looks truncated or damaged at the end of `inspect_grace`, that was on a"
     " full filesystem, or that had a companion such as NAME.part for a day; logged once per content, and then"
     " counted by `drop.problem`",
+    cause="drop reason",
 )
 INSPECTION_NOTED = _event(
     "inspection.noted",
@@ -466,12 +491,13 @@ ARCHIVE_DISPOSED = _event(
     "{archive} was {disposition}[ to {moved_to}]",
     "the file was moved, deleted or kept after its last delivery",
 )
-DISPOSITION_FAILED = _event(
+DISPOSITION_FAILED = _repeated(
     "disposition.failed",
     "error",
     "drop archive error hint",
     "{archive} cannot be moved or deleted: {error}",
     "the file cannot be moved or deleted; retried",
+    cause="drop",
 )
 ARCHIVE_EXPIRED = _event(
     "archive.expired",
@@ -489,22 +515,24 @@ ARCHIVE_UNKNOWN = _event(
     "`rejected_dir` has files that `backupd retry` cannot put back, as after the loss of a ledger; repeated"
     " every hour",
 )
-RETENTION_SKIPPED = _event(
+RETENTION_SKIPPED = _repeated(
     "retention.skipped",
     "warning",
     "drop path skipped_files error hint",
     "files in {path} that the retention rules cannot remove: {error}",
     "files in `sent_dir` have no valid receipt file, have a time in the future, or cannot be read or removed;"
     " repeated with each walk",
+    cause="drop",
 )
 
-ATTEMPT_FAILED = _event(
+ATTEMPT_FAILED = _repeated(
     "attempt.failed",
     "warning",
     "drop archive destination delivery_id attempt reason error hint http_status sent_bytes address"
     " duration_s",
     "attempt {attempt} to upload {archive} to {destination} failed: {error}",
     "an attempt to upload an archive failed",
+    cause="destination reason",
 )
 DELIVERY_VERIFIED = _event(
     "delivery.verified",
@@ -514,19 +542,21 @@ DELIVERY_VERIFIED = _event(
     "{destination} confirmed {archive}[ after {duration_s}]",
     "the destination's receipt matches the bytes that were sent",
 )
-DELIVERY_DEFERRED = _event(
+DELIVERY_DEFERRED = _repeated(
     "delivery.deferred",
     "warning",
     "drop archive destination delivery_id reason retry_at",
     "the upload of {archive} to {destination} will be retried[ at {retry_at}][ ({reason})]",
     "the delivery is retried later",
+    cause="destination reason",
 )
-DESTINATION_PAUSED = _event(
+DESTINATION_PAUSED = _repeated(
     "destination.paused",
     "error",
     "destination reason error hint failures paused_for_s down_for_s",
     "{destination} is paused for {paused_for_s}: {error}",
     "the destination is down or misconfigured and is paused; no archive is rejected for it",
+    cause="destination reason",
 )
 DESTINATION_RESUMED = _event(
     "destination.resumed",

@@ -6,14 +6,16 @@ import enum
 import json
 import logging
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from backupd.core.errors import LedgerError, LedgerUnreachableError
+from backupd.core.errors import LedgerError
 from backupd.core.names import as_text, printable
 from backupd.telemetry.events import CATALOGUE, LEDGER_FAILED, LIBRARY_WARNING, LOG_LOST, Event
 from backupd.telemetry.journal import JournalWriter, LineWriter
@@ -22,8 +24,20 @@ from backupd.telemetry.message import render
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
+@dataclass(slots=True)
+class _Repetition:
+    """The lines of one cause since the last heartbeat: logged, left out, and the last that was left out."""
+
+    logged: int = 0
+    left_out: int = 0
+    last: tuple[Event, Mapping[str, Any]] | None = None
+
+
 class EventLog:
     """Logs events of the catalogue; safe for use by several threads.
+
+    Of an event with a `limit`, further lines of the same cause are left out and counted, unless the level is
+    `debug`. `log_left_out` logs the last of them, with their number.
 
     Values of the model become values of JSON: a file name in bytes becomes text, a duration becomes seconds,
     a key with None is left out. A file name cannot forge a line or a key, because both formats escape it.
@@ -33,6 +47,9 @@ class EventLog:
         self, writer: LineWriter | JournalWriter, *, level: str = "info", console: bool = False
     ) -> None:
         self._writer = writer
+        self._is_limited = level != "debug"
+        self._repetitions: dict[tuple[object, ...], _Repetition] = {}
+        self._lock = threading.Lock()
         self._logger = structlog.wrap_logger(
             writer,
             wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
@@ -45,20 +62,44 @@ class EventLog:
 
     def emit(self, event: Event, *, exc_info: BaseException | None = None, **keys: object) -> None:
         """Log an event with some of its keys; never raises."""
+        values = {key: _json_value(value) for key, value in keys.items() if value is not None}
+        if exc_info is not None:
+            values["exc_info"] = exc_info  # rendered without the values of local variables
+        if event.limit is None or self._is_within_limit(event, event.limit, values):
+            self._write(event, values)
+
+    def log_left_out(self) -> None:
+        """Log one line for each cause of which lines were left out since the last call."""
+        with self._lock:
+            repetitions, self._repetitions = self._repetitions, {}
+        for each in repetitions.values():
+            if each.last is not None:
+                event, values = each.last
+                others = {"left_out": each.left_out - 1} if each.left_out > 1 else {}
+                self._write(event, {**values, **others})
+
+    def _is_within_limit(self, event: Event, limit: int, values: Mapping[str, Any]) -> bool:
+        cause = (event.name, *(values.get(key) for key in event.cause))
+        with self._lock:
+            repetition = self._repetitions.setdefault(cause, _Repetition())
+            if repetition.logged < limit or not self._is_limited:
+                repetition.logged += 1
+                return True
+            repetition.left_out += 1
+            repetition.last = event, values
+            return False
+
+    def _write(self, event: Event, values: Mapping[str, Any]) -> None:
         lost = self._writer.lost
         if lost:
             is_written = self._logger.error(LOG_LOST.name, lost_lines=lost)
             self._writer.subtract_lost(lost if is_written else 1)  # the writer counted this line as well
-        values = {key: _json_value(value) for key, value in keys.items() if value is not None}
-        if exc_info is not None:
-            values["exc_info"] = exc_info  # rendered without the values of local variables
         getattr(self._logger, event.level)(event.name, **values)
 
 
 def log_ledger_failure(log: EventLog, error: LedgerError) -> None:
-    """Log that the ledger failed; only the first failure of an outage, which may cause one in each thread."""
-    if not (isinstance(error, LedgerUnreachableError) and error.is_repeated):
-        log.emit(LEDGER_FAILED, error=error.message, hint=error.hint)
+    """Log that the ledger failed."""
+    log.emit(LEDGER_FAILED, error=error.message, hint=error.hint)
 
 
 def log_library_warnings(log: EventLog) -> None:

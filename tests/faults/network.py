@@ -149,7 +149,7 @@ def deliver(
             injected = sum((proxy.injected for proxy in proxies), Counter[Kind]())
             assert injected == Counter(fault.kind for fault in schedule)
             _check(stage, digests, names)
-            failed = len(daemon.events("attempt.failed"))
+            failed = daemon.count("attempt.failed")
             return Result(len(digests), injected, failed, _sent_completely(stage))
     finally:
         stage.end()

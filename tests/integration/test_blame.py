@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -197,7 +198,14 @@ def test_of_twenty_archives_that_are_refused_in_the_same_words_seventeen_stay(
         daemon.kill()
         daemon = stage.daemon().ready()
         daemon.wait_for("destination.paused", 3, reason="all_refused")
+        for number in range(1, 4):
+            stage.configure(server.url, destination=f"{FAST_RETRY}\nworkers = {number}")
+            daemon.process.send_signal(signal.SIGHUP)
+            daemon.wait_for("config.reloaded", number)
+        requests = len(server.requests)
+        until(lambda: len(server.requests) > requests + 3, "further attempts")
         assert len(stage.archives(stage.rejected)) == 3
+        assert "all_refused" in stage.backupd("status").stdout
 
         endpoint.works.set()
         delivered(stage, daemon, 17)
@@ -216,6 +224,7 @@ def test_of_twenty_archives_that_are_refused_in_the_same_words_seventeen_stay(
         (400, "<?xml version='1.0'?><Error><Code>RequestTimeout</Code></Error>", Reason.SERVER_ERROR),
         (400, "<Error><Code>ExpiredToken</Code><Message>expired</Message></Error>", Reason.UNAUTHORIZED),
         (400, '{"error": "invalid_token"}', Reason.UNAUTHORIZED),
+        (400, f"<p>{'x' * 1000}</p><h1>the ssl certificate error</h1>", Reason.TLS_CLIENT),
         (400, "Client sent an HTTP request to an HTTPS server.\n", Reason.PROTOCOL),
         (400, "This combination of host and port requires TLS.\r\n", Reason.PROTOCOL),
         (
@@ -326,6 +335,39 @@ def test_a_409_for_a_missing_folder_is_the_fault_of_the_destination(tmp_path: Pa
     assert isinstance(outcome, Deferred)
     assert outcome.reason is Reason.NO_FOLDER
     assert len(dav.requests) == 1
+
+
+@pytest.mark.parametrize("status", [404, 409, 500])
+@pytest.mark.parametrize("exists", ["/v1/upload/a/", "/v1/", "/", "none"])
+def test_a_folder_that_is_missing_whatever_is_created_ends_the_attempt(
+    tmp_path: Path, pki: Pki, status: int, exists: str
+) -> None:
+    """As with mod_dav and an unusable DavLockDB."""
+
+    def script(peer: Peer) -> None:
+        while True:
+            is_there = peer.read_request().head.startswith(b"MKCOL %s HTTP" % exists.encode())
+            peer.send(http_response(405 if is_there else status))
+
+    with ScriptedServer(script, server_context(pki)) as server:
+        with a_sender(webdav(pki, server.url, create_folders=True)) as sender:
+            outcome = sender.send(an_archive(tmp_path, b"x", name="sw.cfg"))
+    assert isinstance(outcome, Deferred)
+    assert outcome.reason is Reason.NO_FOLDER
+    assert "MKCOL /" in outcome.error
+    assert len(server.requests) <= 8
+
+
+@pytest.mark.parametrize("body", ["column invalid_token is missing", "the field RequestTimeouts is unknown"])
+def test_words_that_contain_those_of_a_fault_of_the_destination_are_of_the_archive(
+    tmp_path: Path, pki: Pki, body: str
+) -> None:
+    def script(peer: Peer) -> None:
+        peer.read_request()
+        peer.send(http_response(400, body.encode()))
+
+    with ScriptedServer(script, server_context(pki)) as server, a_sender(a_destination(server.url, pki)) as s:
+        assert isinstance(s.send(an_archive(tmp_path, b"content")), Rejected)
 
 
 def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path, pki: Pki) -> None:

@@ -225,6 +225,20 @@ def test_a_goaway_within_a_response_leaves_the_upload_unconfirmed(
     assert outcome.unconfirmed_digest is not None
 
 
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_goaway_after_a_response_does_not_void_it(tmp_path: Path, pki: Pki, code: int) -> None:
+    class Leaving(Http2Server):
+        def request_complete(self, exchange: Exchange) -> None:
+            super().request_complete(exchange)
+            goaway = GoAwayFrame(0, last_stream_id=exchange.stream, error_code=code).serialize()
+            exchange.peer.send(exchange.connection.data_to_send() + goaway)
+            raise EndedError
+
+    endpoint, contents = Leaving(), [b"one", b"two"]
+    assert_delivered_at_once(endpoint, contents, tmp_path, pki)
+    assert endpoint.connections == 2
+
+
 def test_a_request_with_refused_stream_is_sent_on_a_new_connection_immediately(
     tmp_path: Path, pki: Pki
 ) -> None:

@@ -17,7 +17,7 @@ from tests.scripted import Peer, ScriptedServer, server_context
 from tests.uploading import a_destination, a_sender, an_archive
 
 CONTENT = b"content"
-RECEIPT = json.dumps({"sha256": hashlib.sha256(CONTENT).hexdigest(), "note": "für"})
+RECEIPT = json.dumps({"sha256": hashlib.sha256(CONTENT).hexdigest(), "note": "für"}, ensure_ascii=False)
 
 
 @pytest.fixture
@@ -47,6 +47,8 @@ def send_to(folder: Path, pki: Pki, reply: bytes) -> Outcome:
 
 LENGTH = b"%d" % len(RECEIPT.encode())
 
+CHUNKED = b"%x\r\n%s\r\n0\r\n\r\n" % (len(RECEIPT.encode()), RECEIPT.encode())
+
 FAULTY = [
     response(b"Content-Length : " + LENGTH),
     response(b"Content-Length\t:" + LENGTH),
@@ -59,6 +61,11 @@ FAULTY = [
     response(b"X Folded: a", b" and more", b"Server: a"),
     response("Größe: 5".encode()),
     response(b"X Cache: HIT", end=b"\n"),
+    response(b"Transfer-Encoding: identity", b"Content-Length: " + LENGTH),
+    response(b"Transfer-Encoding: chunked, chunked", body=CHUNKED),
+    response(b"Transfer-Encoding: Chunked", b"Server: a", b"transfer-encoding: chunked", body=CHUNKED),
+    response(b"Server: a").replace(b"HTTP/1.1", b"HTTP/2"),
+    response(b"Server: a").replace(b"HTTP/1.1 ", b"HTTP/1.1  "),
 ]
 
 WELL_FORMED = [
@@ -67,7 +74,7 @@ WELL_FORMED = [
     response(b"X-Latin: gr\xfc\xdfe"),
     response(b"Server: a", end=b"\n"),
     b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + response(b"Server: a"),
-    response(b"Transfer-Encoding: chunked", body=b"%x\r\n%s\r\n0\r\n\r\n" % (int(LENGTH), RECEIPT.encode())),
+    response(b"Transfer-Encoding: chunked", body=CHUNKED),
 ]
 
 
@@ -122,12 +129,18 @@ def test_a_body_of_unknown_length_below_a_faulty_head_is_not_waited_for(
     assert (outcome.reason, outcome.http_status) == (Reason.SERVER_ERROR, 500)
 
 
-def test_a_body_that_ends_with_the_connection_below_a_faulty_head_is_read(tmp_path: Path, pki: Pki) -> None:
+@pytest.mark.parametrize("ends", ["closes the connection", "says so and closes it", "keeps it open"])
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+def test_a_body_without_a_length_below_a_faulty_head_is_read(
+    tmp_path: Path, pki: Pki, ends: str, version: bytes
+) -> None:
     def script(peer: Peer) -> None:
         peer.read_request()
-        peer.send(
-            b"HTTP/1.1 201 Created\r\nX Powered By: PHP\r\nConnection: close\r\n\r\n" + RECEIPT.encode()
-        )
+        connection = b"Connection: close\r\n" if "says so" in ends else b""
+        head = b"HTTP/%s 201 Created\r\nX Powered By: PHP\r\n%s\r\n" % (version, connection)
+        peer.send(head + RECEIPT.encode())
+        if "open" in ends:
+            peer.drain()
 
     with ScriptedServer(script, server_context(pki)) as server, a_sender(a_destination(server.url, pki)) as s:
         assert isinstance(s.send(an_archive(tmp_path, CONTENT)), Delivered)
@@ -150,6 +163,12 @@ def deflated(data: bytes, wbits: int) -> bytes:
         response(b'Content-Type: application/json; charset="ISO-8859-1"', body=RECEIPT.encode("latin-1")),
         response(b"Content-Type: text/plain; charset=windows-1252", body=RECEIPT.encode("cp1252")),
         response(b"Content-Type: application/json; charset=punycode"),
+        response(b"Content-Type: application/json; charset=utf-8", body=b"\xef\xbb\xbf" + RECEIPT.encode()),
+        response(b"Content-Type: application/json; charset=us-ascii"),
+        response(b"Content-Type: application/json; charset=latin1", body=RECEIPT.encode("latin-1")),
+        response(b"Content-Type: application/json", body=RECEIPT.encode("latin-1")),
+        response(b"Content-Type: application/json; charset=GBK", body=RECEIPT.encode("gbk")),
+        response(b"Content-Type: application/json; charset=unknown", body=RECEIPT.encode("latin-1")),
         response(b"Content-Type: application/json; charset=iso-8859-12"),
         response(b"Content-Type: application/json; charset=utf-8le"),
         response(b"Content-Type: application/json; charset=windows-1259"),

@@ -648,7 +648,10 @@ def test_an_archive_is_not_sent_again_before_the_query_succeeds(tmp_path: Path, 
     assert vault.log == ["sent", "queried"]
 
 
-@pytest.mark.parametrize("status", [200, 201, 202, 204, 408, 499, 500, 502, 503, 504, 520, 522, 524])
+@pytest.mark.parametrize(
+    "status",
+    [200, 201, 202, 204, 206, 207, 302, 303, 408, 444, 499, 500, 502, 503, 504, 509, 520, 524, 530, 599],
+)
 def test_an_archive_that_may_be_stored_is_queried_before_it_is_sent_again(
     tmp_path: Path, pki: Pki, status: int
 ) -> None:

@@ -160,11 +160,14 @@ def test_retry_after_is_ignored_for_a_rejected_archive(tmp_path: Path) -> None:
     assert outcome == Rejected(Reason.REFUSED, "422 Unprocessable Entity", 422)
 
 
-def test_an_archive_that_is_too_large_for_the_moment_is_not_rejected(tmp_path: Path) -> None:
-    outcome, _ = upload(tmp_path, httpx.Response(413, headers={"Retry-After": "120"}))
+@pytest.mark.parametrize(("value", "wait"), [("120", timedelta(minutes=2)), ("1.5", None), ("soon", None)])
+def test_an_archive_that_is_too_large_for_the_moment_is_not_rejected(
+    tmp_path: Path, value: str, wait: timedelta | None
+) -> None:
+    outcome, _ = upload(tmp_path, httpx.Response(413, headers={"Retry-After": value}))
 
     assert isinstance(outcome, Deferred)
-    assert (outcome.reason, outcome.retry_after) == (Reason.SERVER_ERROR, timedelta(minutes=2))
+    assert (outcome.reason, outcome.retry_after) == (Reason.SERVER_ERROR, wait)
 
 
 def encoded(algorithm: str, encode: Callable[[bytes], bytes]) -> str:

@@ -118,6 +118,7 @@ def test_rare_events_become_metrics(tmp_path: Path) -> None:
         {"event": "drop.problem", "drop": "people", **unreadable, "reason": "symlink"},
         {"event": "drop.problem_solved", "drop": "people", "reason": "symlink", "problems": 0},
         {"event": "daemon.heartbeat", "quarantined": 0, "overdue_devices": 2},
+        {"event": "attempt.failed", "destination": "vault", "reason": "connect_failed", "left_out": 4},
         {"event": "destination.status", "destination": "vault", "circuit": "probing", **expired},
     ]
     time = "2026-03-04T05:06:07.000Z"
@@ -139,6 +140,7 @@ def test_rare_events_become_metrics(tmp_path: Path) -> None:
         "backupd_heartbeat_timestamp_seconds{}": 1772600767,
         'backupd_certificate_days_left{destination="vault"}': -3,
         'backupd_certificate_state{destination="vault"}': 3,
+        'backupd_attempts_failed_total{destination="vault",reason="connect_failed"}': 5,
     }
 
 

@@ -236,6 +236,48 @@ def test_lost_lines_are_logged_once_lines_can_be_written_again() -> None:
     assert lines[0]["lost_lines"] == 5
 
 
+def a_failed_attempt(number: int, **keys: Any) -> dict[str, Any]:
+    return {"destination": "vault", "reason": "connect_failed", "archive": b"r%d" % number, **keys}
+
+
+def test_of_equal_causes_only_some_lines_are_logged_and_the_others_are_counted() -> None:
+    pipe = Pipe(level="info")
+    limit = events.ATTEMPT_FAILED.limit
+    assert limit
+    for number in range(limit + 5):
+        pipe.log.emit(events.ATTEMPT_FAILED, **a_failed_attempt(number))
+    pipe.log.emit(events.ATTEMPT_FAILED, **a_failed_attempt(99, reason="dns_failed"))
+    pipe.log.emit(events.ARCHIVE_QUEUED, archive=b"r1")
+    pipe.log.log_left_out()
+    pipe.log.log_left_out()
+    lines = pipe.lines()
+    assert [line["archive"] for line in lines[:limit]] == [f"r{number}" for number in range(limit)]
+    assert [line["archive"] for line in lines[limit:]] == ["r99", "r1", f"r{limit + 4}"]
+    assert lines[-1]["left_out"] == 4
+    assert lines[-1]["message"].endswith("; 4 more like this")
+    assert not any("left_out" in line for line in lines[:-1])
+    pipe.close()
+
+
+def test_after_a_heartbeat_lines_of_the_same_cause_are_logged_again() -> None:
+    pipe = Pipe(level="info")
+    for _ in range(2):
+        for number in range(2):
+            pipe.log.emit(events.LEDGER_FAILED, error="disk full", hint=str(number))
+        pipe.log.log_left_out()
+    assert [line["hint"] for line in pipe.lines()] == ["0", "1", "0", "1"]
+    pipe.close()
+
+
+def test_at_the_level_debug_no_line_is_left_out() -> None:
+    pipe = Pipe(level="debug")
+    for number in range(50):
+        pipe.log.emit(events.ATTEMPT_FAILED, **a_failed_attempt(number))
+    pipe.log.log_left_out()
+    assert len(pipe.lines()) == 50
+    pipe.close()
+
+
 def test_a_partial_line_damages_no_other_line(pipe: Pipe) -> None:
     """Simulate a disk that is full for a while."""
     os.set_blocking(pipe.fd, False)

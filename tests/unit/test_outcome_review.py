@@ -157,6 +157,22 @@ def test_a_failure_that_no_archive_can_cause_is_that_of_the_destination(outcome:
     assert set(reasons(outcomes)) == {outcome.reason}
 
 
+@pytest.mark.parametrize("retry_after", [None, timedelta(seconds=1)])
+def test_an_archive_that_never_passes_is_at_fault_even_where_others_fail_now_and_then(
+    retry_after: timedelta | None,
+) -> None:
+    review, others = OutcomeReview(), deliveries()
+    large = next(others)
+    outcomes = []
+    for _ in range(40):
+        outcomes.append(review.review(large, failed(retry_after=retry_after)))
+        other = next(others)
+        review.review(other, failed())
+        review.review(other, STORED)
+    assert reasons(outcomes) == [Reason.SERVER_ERROR] * 30 + [Reason.FAILS_ALONE] * 10
+    assert {outcome.retry_after for outcome in outcomes if isinstance(outcome, Deferred)} == {retry_after}
+
+
 def test_memory_is_bounded_while_archives_fail() -> None:
     review, others = OutcomeReview(), deliveries()
     for number in range(3000):

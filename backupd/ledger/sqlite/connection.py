@@ -400,7 +400,6 @@ class Transactions:
         try:
             yield
         except LedgerUnreachableError as error:
-            error.is_repeated = self._outage is not None
             self._outage = self._outage or (error.message, error.hint)
             raise
 

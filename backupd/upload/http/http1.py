@@ -32,6 +32,7 @@ _STATUS_LINE = b"HTTP/"
 _END_OF_HEAD = re.compile(rb"\n\r?\n")
 _INTERIM_STATUS = re.compile(rb"HTTP/1\.[0-9] 1[0-9][0-9]")
 
+_LENIENT_STATUS_LINE = re.compile(rb"HTTP/(\d(?:\.\d)?)[ \t]+(\d{3})((?:[ \t].*)?\r?)")
 _FIELD_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CONTROLS = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 """Characters that no field value may contain (RFC 9110 section 5.5)."""
@@ -50,6 +51,9 @@ _MAX_WAIT_FOR_CONTINUE = 1.0
 _WAIT_FOR_RESPONSE = 0.2
 """Seconds to wait for the response or TLS alert that explains why the server closed the connection."""
 
+_WAIT_FOR_END = 2.0
+"""Seconds to wait for more of a body of which the length is unknown because of a faulty head."""
+
 
 class Http1Connection(HttpConnection):
     """An HTTP/1.1 connection."""
@@ -63,7 +67,9 @@ class Http1Connection(HttpConnection):
         self._is_head_over = False
         self._is_new = True
         self._was_repaired = False
-        """Whether a response had lines that are no header fields: the connection is not used again."""
+        """Whether a response had a faulty head: the connection is not used again."""
+        self._ends_unknown = False
+        """Whether its head states no length of the body."""
 
     def send(self, request: httpx.Request, target: bytes) -> ResponseHead:
         """See `HttpConnection.send`."""
@@ -82,9 +88,15 @@ class Http1Connection(HttpConnection):
 
     def chunks(self, timeout: float | None) -> Iterator[bytes]:
         """See `HttpConnection.chunks`."""
+        if self._ends_unknown:
+            timeout = min(_WAIT_FOR_END, timeout or _WAIT_FOR_END)
         with _httpx_errors():
-            while isinstance(event := self._next_event(timeout), h11.Data):
-                yield bytes(event.data)
+            try:
+                while isinstance(event := self._next_event(timeout), h11.Data):
+                    yield bytes(event.data)
+            except httpx.ReadTimeout:
+                if not self._ends_unknown:
+                    raise
 
     def end_response(self) -> bool:
         """See `HttpConnection.end_response`."""
@@ -219,14 +231,14 @@ class Http1Connection(HttpConnection):
             self._head = b""
 
     def _repaired(self, head: bytes) -> bytes:
-        """Return a head without the lines that are no header fields, which h11 refuses, and clients ignore.
+        """Return a head in the form that h11 accepts; other clients accept more.
 
-        White space before a colon is removed, as RFC 9112 section 5.1 has proxies do it. If the length of the
-        body was in such a line, or nowhere, and the server does not announce to close the connection, there
-        is none: it could be waited for in vain.
+        Lines that are no header fields are left out. White space before a colon is removed, as RFC 9112
+        section 5.1 has proxies do it. If the body has no length then, it ends where nothing more arrives
+        within `_WAIT_FOR_END` seconds.
         """
         status_line, *lines = head.split(b"\n")
-        repaired, names, is_kept = [status_line], set[bytes](), True
+        repaired, names, is_kept = list[bytes](), set[bytes](), True
         for line in lines[:-2]:
             name, colon, value = line.partition(b":")
             token = name.rstrip(b" \t")
@@ -235,12 +247,30 @@ class Http1Connection(HttpConnection):
                 names |= {token.lower()} if is_kept else set()
             if is_kept:
                 repaired.append(line if token == name else token + colon + value)
+        repaired = [_usual_status_line(status_line), *_usual_codings(repaired)]
         if repaired == [status_line, *lines[:-2]]:
             return head
         self._was_repaired = True
-        if not names & {b"content-length", b"transfer-encoding", b"connection"}:
-            repaired.append(b"Content-Length: 0\r")
+        self._ends_unknown = not names & {b"content-length", b"transfer-encoding"}
         return b"\n".join([*repaired, *lines[-2:]])
+
+
+def _usual_status_line(line: bytes) -> bytes:
+    """Return a status line with single spaces, and HTTP/1.1 in place of a version that it can't be."""
+    if not (match := _LENIENT_STATUS_LINE.fullmatch(line)):
+        return line
+    version = match[1] if match[1] in (b"1.0", b"1.1") else b"1.1"
+    return b"HTTP/%s %s%s" % (version, match[2], match[3])
+
+
+def _usual_codings(lines: list[bytes]) -> list[bytes]:
+    """Return the fields of a head with `chunked` only once, and without the obsolete `identity`."""
+    stated = [line for line in lines if line.lower().startswith(b"transfer-encoding:")]
+    codings = [each.strip().lower() for line in stated for each in line.partition(b":")[2].split(b",")]
+    if not {*codings} <= {b"chunked", b"identity"} or codings == [b"chunked"]:
+        return lines
+    others = [line for line in lines if line not in stated]
+    return [*others, b"Transfer-Encoding: chunked\r"] if b"chunked" in codings else others
 
 
 @contextmanager

@@ -61,6 +61,8 @@ class Http2Connection(HttpConnection):
         self._knows_settings = False
         self._is_ending = False
         """Whether the server accepts no further requests, or a request or response is incomplete."""
+        self._is_closed = False
+        """Whether the server has ended the connection with an error."""
         self._stream_id = 0
         self._events: deque[h2.events.Event] = deque()
         """The events of the current stream that were received and not used yet."""
@@ -198,8 +200,9 @@ class Http2Connection(HttpConnection):
         return event
 
     def _acknowledge(self, event: h2.events.DataReceived) -> None:
-        self._h2.acknowledge_received_data(event.flow_controlled_length or 0, self._stream_id)
-        self._flush()
+        if not self._is_closed:
+            self._h2.acknowledge_received_data(event.flow_controlled_length or 0, self._stream_id)
+            self._flush()
 
     def _receive(self, timeout: float | None) -> None:
         self._received(self._stream.receive(timeout))
@@ -211,7 +214,9 @@ class Http2Connection(HttpConnection):
         for event in self._h2.receive_data(self._frames.without_goaway(data)):
             match event:
                 case h2.events.ConnectionTerminated():
-                    raise _remote_error("the server sent GOAWAY", event.error_code)
+                    self._is_ending = self._is_closed = True
+                    if not any(isinstance(each, h2.events.StreamEnded) for each in self._events):
+                        raise _remote_error("the server sent GOAWAY", event.error_code)
                 case h2.events.RemoteSettingsChanged():
                     self._knows_settings = True
                 case (

@@ -44,22 +44,24 @@ _MAX_SIZE = 2**63
 _MAX_HTML_BYTES = 8 * 1024
 """Bytes of an HTML or XML body that are searched for its text."""
 
-_CAUSES_OF_400 = {
-    "The SSL certificate error": Reason.TLS_CLIENT,  # nginx's 495
-    "No required SSL certificate was sent": Reason.TLS_CLIENT,  # nginx's 496
-    "The plain HTTP request was sent to HTTPS port": Reason.PROTOCOL,  # nginx's 497
-    "speaking plain HTTP to an SSL-enabled server port": Reason.PROTOCOL,  # Apache
-    "HTTP request to an HTTPS server": Reason.PROTOCOL,  # Go
-    "requires TLS": Reason.PROTOCOL,  # Tomcat
-    "Header Or Cookie Too Large": Reason.HEAD_TOO_LARGE,  # nginx's 494
-    "Header Fields Too Large": Reason.HEAD_TOO_LARGE,
-    "Size of a request header field exceeds server limit": Reason.HEAD_TOO_LARGE,  # Apache
-    "invalid_token": Reason.UNAUTHORIZED,  # RFC 6750 section 3.1
-    "ExpiredToken": Reason.UNAUTHORIZED,  # S3
-    "InvalidToken": Reason.UNAUTHORIZED,
-    "TokenRefreshRequired": Reason.UNAUTHORIZED,
-    "RequestTimeout": Reason.SERVER_ERROR,  # S3
-}
+_CAUSES_OF_400 = [
+    (re.compile(text, re.IGNORECASE), reason)
+    for text, reason in (
+        (r"The SSL certificate error", Reason.TLS_CLIENT),  # nginx's 495
+        (r"No required SSL certificate was sent", Reason.TLS_CLIENT),  # nginx's 496
+        (r"The plain HTTP request was sent to HTTPS port", Reason.PROTOCOL),  # nginx's 497
+        (r"speaking plain HTTP to an SSL-enabled server port", Reason.PROTOCOL),  # Apache
+        (r"HTTP request to an HTTPS server", Reason.PROTOCOL),  # Go
+        (r"requires TLS", Reason.PROTOCOL),  # Tomcat
+        (r"Header Or Cookie Too Large", Reason.HEAD_TOO_LARGE),  # nginx's 494
+        (r"Header Fields Too Large", Reason.HEAD_TOO_LARGE),
+        (r"Size of a request header field exceeds server limit", Reason.HEAD_TOO_LARGE),  # Apache
+        (r"[\"']invalid_token\b", Reason.UNAUTHORIZED),  # RFC 6750 section 3.1
+        (r"(?-i:\b(Expired|Invalid)Token\b)", Reason.UNAUTHORIZED),  # S3
+        (r"(?-i:\bTokenRefreshRequired\b)", Reason.UNAUTHORIZED),
+        (r"(?-i:\bRequestTimeout\b)", Reason.SERVER_ERROR),  # S3
+    )
+]
 """Texts in a 400 that does not concern the archive, although it is for faults of the request."""
 
 
@@ -88,7 +90,8 @@ class ResponseEvaluator:
         if isinstance(outcome, Delivered):
             return outcome
         if is_webdav and (outcome is None or outcome.reason is Reason.UNVERIFIED):
-            return Deferred(Reason.NO_FOLDER, _describe(response, body), response.status_code)
+            description = _describe(response, plain_text(response, body))
+            return Deferred(Reason.NO_FOLDER, description, response.status_code)
         return _failure(response, body)
 
     def _evaluate_receipt(
@@ -97,7 +100,11 @@ class ResponseEvaluator:
         digest = _stated(self._config.digest, response, body)
         receipt = self._receipt(response, body, digest if isinstance(digest, str) else None)
         outcome = verify_receipt(sent, size, receipt, self._expected)
-        if not isinstance(outcome, Deferred) or not isinstance(digest, str):
+        if not isinstance(outcome, Deferred):
+            return outcome
+        if digest is None and len(body) == _MAX_BODY_BYTES and self._config.digest.startswith("body:"):
+            return replace(outcome, error="the response is longer than 64 KiB: it is not read as a receipt")
+        if not isinstance(digest, str):
             return outcome
         redacted = replace(receipt, digest=quotable(digest, response.request, _MAX_DIGEST_LENGTH))
         without_secret = verify_receipt(sent, size, redacted, self._expected)
@@ -129,8 +136,8 @@ def failure_from_response(response: httpx.Response) -> Deferred | Rejected:
 def reason_from_refusal(status: int, text: str) -> Reason:
     """Return the reason for a response that is not a success; `text` is the beginning of its body."""
     if status == 400:
-        for cause, reason in _CAUSES_OF_400.items():
-            if cause in text:
+        for cause, reason in _CAUSES_OF_400:
+            if cause.search(text):
                 return reason
     return reason_of_status(status)
 
@@ -237,18 +244,18 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _failure(response: httpx.Response, body: bytes) -> Deferred | Rejected:
-    status, description = response.status_code, _describe(response, body)
+    status, text = response.status_code, plain_text(response, body)
     retry_after = response.headers.get("Retry-After")
     wait = parse_retry_after(retry_after, datetime.now(UTC)) if retry_after else None
-    reason = reason_from_refusal(status, description)
-    if status == 413 and wait is not None:  # the condition is temporary (RFC 9110 section 15.5.14)
+    reason = reason_from_refusal(status, text)
+    if status == 413 and retry_after is not None:  # the condition is temporary (RFC 9110 section 15.5.14)
         reason = Reason.SERVER_ERROR
-    return failure(reason, description, status, wait)
+    return failure(reason, _describe(response, text), status, wait)
 
 
-def _describe(response: httpx.Response, body: bytes) -> str:
-    """Return status and reason phrase of a response, and the beginning of its body."""
-    text = plain_text(response, body)[:_MAX_QUOTED_LENGTH]
+def _describe(response: httpx.Response, text: str) -> str:
+    """Return status and reason phrase of a response, and the beginning of the text in its body."""
+    text = text[:_MAX_QUOTED_LENGTH]
     line = f"{response.status_code} {quotable(response.reason_phrase, response.request, 100)}".strip()
     if 300 <= response.status_code < 400:
         location = quotable(response.headers.get("Location", "nowhere"), response.request, 200)
@@ -271,7 +278,10 @@ def plain_text(response: httpx.Response, body: bytes) -> str:
     return text
 
 
-_CHARSETS = re.compile(r"(?i)utf-(8|16|32)(le|be)?|iso-8859-\d{1,2}|windows-125\d|us-ascii")
+_CHARSETS = re.compile(
+    r"(?i)utf[-_]?(8|16|32)([-_]?[lb]e)?|iso[-_]?8859[-_]\d{1,2}|latin[-_]?\d|(windows[-_]?|cp)\d{3,4}"
+    r"|(us-)?ascii|shift[-_]jis|euc[-_](jp|kr)|gbk|gb2312|gb18030|big5|koi8-[ru]"
+)
 
 
 def _charset(response: httpx.Response) -> str | None:
@@ -312,10 +322,9 @@ def _stated(source: str, response: httpx.Response, body: bytes) -> object:
         return response.headers.get(place)
     if kind != "body":
         return None
-    charset = _charset(response)
+    charset = _charset(response) or json.detect_encoding(body)
     try:
-        # without a charset, JSON is in UTF-8, 16 or 32, and json tells which
-        value: Any = json.loads(body.decode(charset) if charset else body)
+        value: Any = json.loads(body.decode(charset, "replace").removeprefix("\ufeff"))
     except (ValueError, RecursionError):
         return None
     for token in place.split("/")[1:]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -179,9 +179,11 @@ def _proxy(config: HttpDestinationConfig | AuthConfig) -> Proxy | None:
     return Proxy(split.hostname or "", split.port or 80, config.proxy_user, password)
 
 
-_MAY_BE_STORED = frozenset({408, 499, 500, 502, 503, 504, *range(520, 525)})
-"""Statuses after which the archive may be stored: those of a gateway that got no response from the server
-behind it, among them Cloudflare's, and those of a server that failed at some point of its work."""
+_MAY_BE_STORED = frozenset(
+    {*range(200, 300), 302, 303, 408, 444, 460, 499, *range(500, 600)} - {501, 505, 506, 507, 508, 510, 511}
+)
+"""Statuses after which the archive may be stored: success, or a redirect to the page about it, those of a
+gateway that got no response from the server behind it, and those of a server that failed at some point."""
 
 _TOO_LARGE = 413
 
@@ -272,11 +274,9 @@ class HttpUploader(Uploader):
             client = self._open_client()
             if job.unconfirmed_digest is not None:
                 self._builder.confirm_content(job, job.unconfirmed_digest)
-                found = self._query_safely(client, job, job.unconfirmed_digest)
-                if isinstance(found, Delivered):
+                found = self._query_earlier(client, job, job.unconfirmed_digest)
+                if found is not None:
                     return found
-                if isinstance(found, Deferred) and _is_temporary(found):
-                    return replace(found, error=f"query about the earlier upload: {found.error}")
             return self._send(client, job)
         except FileChangedDuringUploadError as error:
             return Superseded(str(error))
@@ -288,6 +288,19 @@ class HttpUploader(Uploader):
             if self._limits.server_certificate is not None:
                 self._endpoint.tls_context.server_certificate = self._limits.server_certificate
             job.address = self._limits.address
+
+    def _query_earlier(self, client: httpx.Client, job: UploadJob, digest: Digest) -> Outcome | None:
+        """Query the content of an earlier upload; return None if the archive is to be sent."""
+        try:
+            found = self._query_safely(client, job, digest)
+        except _FAILURES as error:
+            found = _outcome_of_error(error)
+        else:
+            if isinstance(found, Delivered):
+                return found
+            if not isinstance(found, Deferred) or not _is_temporary(found):
+                return None
+        return replace(found, error=f"query_url: {found.error}")
 
     def _open_client(self) -> httpx.Client:
         """Return the open client, or a new one."""
@@ -381,25 +394,31 @@ class HttpUploader(Uploader):
         """
         prepared = self._builder.build(job)
         headers = {k: v for k, v in prepared.headers.items() if k not in BODY_HEADERS}
+        folder, missing, is_created = httpx.URL(prepared.url, query=None).join("./"), [], False
+        status, refused = self._make_folder(client, folder, headers)
+        while status in _FOLDER_MAY_BE_MISSING and folder.path != "/":
+            missing.append(folder)
+            folder = folder.join("../")
+            status, refused = self._make_folder(client, folder, headers)
+        while status in _FOLDER_EXISTS:
+            is_created = is_created or status == _CREATED
+            if not missing:
+                return None if is_created else outcome
+            folder = missing.pop()
+            status, refused = self._make_folder(client, folder, headers)
+        error = f"MKCOL {folder.path}: {refused.error}"
+        if isinstance(refused, Deferred) and status not in _FOLDER_MAY_BE_MISSING:
+            return replace(refused, error=error)
+        return Deferred(Reason.NO_FOLDER, error, status)
+
+    def _make_folder(
+        self, client: httpx.Client, folder: httpx.URL, headers: Mapping[str, str]
+    ) -> tuple[int, Deferred | Rejected]:
+        """Create one folder; return the status, and the failure if there is one."""
+        self._limits.begin_request()
         extensions = self._builder.extensions(headers)
-        missing, is_created = [httpx.URL(prepared.url, query=None).join("./")], False
-        while missing:
-            self._limits.begin_request()
-            with client.stream("MKCOL", missing[-1], headers=headers, extensions=extensions) as response:
-                status = response.status_code
-                if status in _FOLDER_EXISTS:
-                    is_created = is_created or status == _CREATED
-                    missing.pop()
-                    continue
-                refused = failure_from_response(response)
-            above = missing[-1].join("../")
-            if status not in _FOLDER_MAY_BE_MISSING or above in missing:
-                error = f"MKCOL {missing[-1].path}: {refused.error}"
-                if isinstance(refused, Deferred):
-                    return replace(refused, error=error)
-                return Deferred(Reason.NO_FOLDER, error, status)
-            missing.append(above)
-        return None if is_created else outcome
+        with client.stream("MKCOL", folder, headers=headers, extensions=extensions) as response:
+            return response.status_code, failure_from_response(response)
 
     def _after_lost_response(
         self, client: httpx.Client, job: UploadJob, digest: Digest, lost: Deferred
