@@ -17,8 +17,10 @@ from backupd import __version__
 from backupd.core.errors import BackupdError
 from backupd.core.names import printable
 
-_OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
-"""Errors of the disk that standard output is redirected to; they are no bugs of backupd."""
+_HOST_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+"""Errors of the disk that standard output is redirected to, and of the host's limits; they are no bugs."""
+
+_LIMITS = "`MemoryMax=`, `TasksMax=` or `LimitAS=`"
 
 _HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 
@@ -95,9 +97,14 @@ def main() -> None:
         sys.stderr.write(_format_error(error))
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.errno not in _OUTPUT_ERRORS:
+        if error.errno not in _HOST_ERRORS:
             raise
         sys.stderr.write(_format_error(error))
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't start new thread" not in str(error):
+            raise
+        sys.stderr.write(f"backupd: {error or 'no memory is left'}: raise {_LIMITS} of the unit\n")
         sys.exit(1)
 
 

@@ -14,7 +14,7 @@ class CircuitState(StrEnum):
     """The state of a circuit; a circuit breaker calls these states closed, open and half-open.
 
     `working` lets every delivery through and `paused` none. `probing` has let a single delivery through and
-    waits for its result.
+    waits for its result, or until its upload has been under way for some seconds.
     """
 
     WORKING = "working"
@@ -27,7 +27,8 @@ class Circuit:
     """The state of a destination's circuit.
 
     `until` is the end of the pause. `failures` counts the destination's failures in a row, `reason` is that
-    of the last one, and `since` the time of the first.
+    of the last one, and `since` the time of the first. `takes_bytes` is whether the probe has shown that the
+    destination takes an archive, so that others need not wait for its end.
     """
 
     state: CircuitState = CircuitState.WORKING
@@ -35,19 +36,20 @@ class Circuit:
     failures: int = 0
     reason: Reason | None = None
     since: datetime | None = None
+    takes_bytes: bool = False
 
     def try_acquire(self, now: datetime) -> Circuit | None:
         """Return the circuit after it let one more delivery through, or None if it lets none through now."""
-        if self.state is CircuitState.WORKING:
+        if self.state is CircuitState.WORKING or self.takes_bytes:
             return self
         if self.state is CircuitState.PAUSED and self.until is not None and now >= self.until:
             return replace(self, state=CircuitState.PROBING)
         return None
 
     def wait_time(self, now: datetime) -> timedelta | None:
-        """Return the time until `try_acquire` can succeed; None while the probe has no result."""
+        """Return the time until `try_acquire` can succeed; None while that depends on the probe."""
         if self.state is CircuitState.PROBING:
-            return None
+            return timedelta(0) if self.takes_bytes else None
         return timedelta(0) if self.until is None else max(self.until - now, timedelta(0))
 
     def record_failure(
@@ -84,6 +86,6 @@ class Circuit:
 
         The next delivery probes at once.
         """
-        if self.state is CircuitState.PROBING:
+        if self.state is CircuitState.PROBING and not self.takes_bytes:
             return replace(self, state=CircuitState.PAUSED, until=now)
         return self

@@ -31,7 +31,7 @@ _NOT_ABOUT_ONE = frozenset(
     {
         *(Reason.DNS, Reason.CONNECT, Reason.CONNECT_TIMEOUT, Reason.TLS, Reason.TLS_CLIENT, Reason.PROXY),
         *(Reason.SIGN_IN, Reason.UNAUTHORIZED, Reason.RATE_LIMITED, Reason.LOCAL_FILES, Reason.STOPPED),
-        Reason.ALL_REFUSED,
+        *(Reason.ALL_REFUSED, Reason.HOST_LIMIT),
     }
 )
 """Failures that no archive can cause: the destination has not seen it, or it limits all of them."""

@@ -59,6 +59,7 @@ class Reason(StrEnum):
     MISMATCH = "digest_mismatch"
     # on this host
     LOCAL_FILES = "local_files_unusable"
+    HOST_LIMIT = "host_limit"
     UNREADABLE = "archive_unreadable"
     MISSING = "archive_missing"
     TRUNCATED = "truncated"
@@ -361,6 +362,13 @@ RULES: tuple[FailureRule, ...] = (
         "run `backupd check`",
     ),
     FailureRule(
+        Reason.HOST_LIMIT,
+        _D,
+        Action.PAUSE,
+        "this host lacks descriptors or memory for a connection",
+        "raise `LimitNOFILE=` or `MemoryMax=` of the unit; `open_files` in the heartbeat shows the use",
+    ),
+    FailureRule(
         Reason.UNREADABLE,
         _A,
         Action.RETRY,
@@ -454,7 +462,7 @@ _OTHER_CAUSES = {
     Reason.MISMATCH: ("2xx",),
     **dict.fromkeys(
         (
-            *(Reason.LOCAL_FILES, Reason.UNREADABLE, Reason.MISSING, Reason.TRUNCATED),
+            *(Reason.LOCAL_FILES, Reason.HOST_LIMIT, Reason.UNREADABLE, Reason.MISSING, Reason.TRUNCATED),
             *(Reason.DAMAGED, Reason.CHECKSUM_MISMATCH, Reason.STOPPED, Reason.GAVE_UP, Reason.INTERNAL),
         ),
         ("on this host",),

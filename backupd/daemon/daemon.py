@@ -112,6 +112,9 @@ class Daemon:
             self._log.emit(events.DAEMON_FAILED, error=error.message, hint=error.hint)
             self._threads.failed, self._threads.damage = True, error
             received = signal.SIGTERM
+        except Exception as error:  # noqa: BLE001 -- no memory, threads or descriptors are left, or a bug
+            self._threads.log_failure("main", error)
+            self._threads.failed, received = True, signal.SIGTERM
         return self._shut_down(received)
 
     def _start(self) -> None:
@@ -175,6 +178,7 @@ class Daemon:
                 return signal.Signals(received.si_signo)
             if received is not None:
                 self._reload()
+            self._threads.check_ended()
             self._notify_watchdog()
             self._certificates.tick()
             self._housekeeping.check_clock()

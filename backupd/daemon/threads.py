@@ -18,6 +18,10 @@ _HUNG_HINT = (
 )
 _MAY_HANG_HINT = "its filesystem does not answer, see `dmesg -T`; all other drops and destinations go on"
 
+_FAILED_HINT = "systemd restarts the daemon; report this exception"
+_ENDED_HINT = "systemd restarts the daemon; the memory may be short: see `MemoryMax=` and `dmesg -T`"
+_LIMIT_HINT = "systemd restarts the daemon; raise `MemoryMax=`, `TasksMax=` or `LimitAS=` of the unit"
+
 
 class Threads:
     """Starts threads; an exception in one of them stops the daemon, and systemd restarts it."""
@@ -39,14 +43,18 @@ class Threads:
         def supervised() -> None:
             try:
                 body(stop)
+                watchdog.has_returned = True
             except Exception as error:  # noqa: BLE001 -- every exception is logged and stops the daemon
-                self._fail(watchdog.name, error)
+                self.log_failure(watchdog.name, error)
+            finally:  # even if that fails, as without memory
+                if not watchdog.has_returned:
+                    self._stop_daemon()
 
         # a daemon thread: one that hangs in a system call must not keep the process from exiting
         thread = threading.Thread(target=supervised, name=watchdog.name, daemon=True)
         self._running = [each for each in self._running if each[0].is_alive()]
-        self._running.append((thread, watchdog))
         thread.start()
+        self._running.append((thread, watchdog))
 
     def join(self, watchdogs: Sequence[ThreadWatchdog], until: float) -> bool:
         """Wait for the threads of these watchdogs until a monotonic time; return whether all have ended."""
@@ -54,6 +62,14 @@ class Threads:
         for thread in threads:
             thread.join(max(until - time.monotonic(), 0))
         return not any(thread.is_alive() for thread in threads)
+
+    def check_ended(self) -> None:
+        """Stop the daemon if a thread has ended without returning, whatever has prevented its report."""
+        for thread, watchdog in self._running:
+            if not thread.is_alive() and not watchdog.has_returned and not self.failed:
+                error = f"the thread {watchdog.name} has ended"
+                self._log.emit(events.DAEMON_FAILED, error=error, hint=_ENDED_HINT)
+                self._stop_daemon()
 
     def running(self) -> list[ThreadWatchdog]:
         """Return the watchdogs of all running threads."""
@@ -76,12 +92,15 @@ class Threads:
         self._logged_stalled = {watchdog.name for watchdog in stalled}
         return all(watchdog.may_hang for watchdog in stalled)
 
-    def _fail(self, name: str, error: Exception) -> None:
-        hint = "systemd restarts the daemon; report this exception"
-        if isinstance(error, BackupdError):
-            hint = error.hint
-        self._log.emit(events.DAEMON_FAILED, error=f"thread {name}: {error!r}", hint=hint, exc_info=error)
-        self.failed = True
+    def log_failure(self, name: str, error: Exception) -> None:
+        """Log the exception of a thread."""
         if isinstance(error, LedgerDamagedError):
             self.damage = error
+        hint = error.hint if isinstance(error, BackupdError) else _FAILED_HINT
+        if isinstance(error, MemoryError) or "can't start new thread" in str(error):
+            hint = _LIMIT_HINT
+        self._log.emit(events.DAEMON_FAILED, error=f"thread {name}: {error!r}", hint=hint, exc_info=error)
+
+    def _stop_daemon(self) -> None:
+        self.failed = True
         os.kill(os.getpid(), signal.SIGTERM)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -17,6 +18,9 @@ from backupd.core.policy import Action, Reason, rule_of
 from backupd.ledger.port import Ledger
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
+
+_MAX_SECONDS_ALONE = 3.0
+"""Seconds after which the bytes of a probe that still go out show that the destination works."""
 
 
 class Notifier:
@@ -60,6 +64,8 @@ class CircuitBreaker:
         self._lock = threading.Lock()
         self._circuit = Circuit()
         self._outcome_review = OutcomeReview(was_refusing=self._saved_failure() == Reason.ALL_REFUSED)
+        self._probing_since = 0.0
+        """When the probe began (monotonic)."""
         self._retired = False
 
     @property
@@ -71,8 +77,21 @@ class CircuitBreaker:
         """Return whether one more delivery may start; each True needs a `release` or `record_outcome`."""
         with self._lock:
             acquired = self._circuit.try_acquire(datetime.now(UTC))
-            self._circuit = acquired or self._circuit
+            if acquired is not None and acquired is not self._circuit:
+                self._circuit, self._probing_since = acquired, time.monotonic()
         return acquired is not None
+
+    def report_progress(self, _sent_bytes: int) -> None:
+        """Note that bytes of an archive went out: a probe that takes long does not delay the others."""
+        circuit = self._circuit
+        if circuit.state is not CircuitState.PROBING or circuit.takes_bytes:
+            return
+        if time.monotonic() < self._probing_since + _MAX_SECONDS_ALONE:
+            return
+        with self._lock:
+            if self._circuit == circuit:
+                self._circuit = replace(circuit, takes_bytes=True)
+        self._notifier.notify()
 
     def wait_time(self) -> float | None:
         """Return the seconds until `try_acquire` may succeed; None if that depends on another upload."""

@@ -189,6 +189,7 @@ class Worker:
                 fd,
                 archive.fingerprint,
                 template_values(replace(archive, drop=drop.label), archive.host, drop.label_pattern),
+                self._queue.circuit.report_progress,
                 on_alive=self.watchdog.alive,
                 on_idle=self.watchdog.idle,
                 unconfirmed_digest=delivery.unconfirmed_digest,

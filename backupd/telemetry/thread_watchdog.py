@@ -18,6 +18,8 @@ class ThreadWatchdog:
     def __init__(self, name: str, *, may_hang: bool = False) -> None:
         self.name = name
         self.may_hang = may_hang
+        self.has_returned = False
+        """Whether the thread has ended as it should."""
         self._last = math.inf
 
     def alive(self) -> None:

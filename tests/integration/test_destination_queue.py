@@ -28,7 +28,8 @@ from backupd.telemetry.journal import LineWriter
 from backupd.telemetry.log import EventLog
 from backupd.upload.base import Uploader, UploadJob
 from tests.factories import NOW, a_candidate, a_digest, a_drop, deferred
-from tests.stage import TIMEOUT
+from tests.scripted import Peer, Request, ScriptedServer, header_of, receipt_for, server_context
+from tests.stage import TIMEOUT, Stage, until
 
 A_CONFIG = HttpDestinationConfig(url="https://vault.example.net/")
 
@@ -177,3 +178,35 @@ def test_claims_that_cannot_be_released_are_kept_and_delivered(tmp_path: Path) -
     queue.release_claims()
     assert len(ledger.claim("vault", NOW, limit=4)) == 2
     ledger.close()
+
+
+def test_a_large_probe_does_not_delay_small_archives(stage: Stage) -> None:
+    """After an outage the first archive that is sent again is a large one, over a slow connection."""
+    small = {f"{number}.cfg": b"%d" % number for number in range(5)}
+    finish = threading.Event()
+
+    def script(peer: Peer) -> None:
+        while True:
+            head, body = peer.read_head(), b""
+            size = int(header_of(head, "content-length") or 0)
+            while size - len(body) > 100_000 and not finish.wait(0.2):
+                body += peer.read(50_000)
+            peer.send(receipt_for(Request(head, body + peer.read(size - len(body))).archive))
+
+    with ScriptedServer(script, server_context(stage.pki)) as server:
+        retry = 'retry = { initial = "0.1s", max = "0.2s" }'
+        stage.configure(server.url, destination=f"workers = 2\n{retry}")
+        server.refuse()
+        stage.put("large.tar", os.urandom(40_000_000))
+        daemon = stage.daemon().ready()
+        daemon.wait_for("destination.paused", 2)
+        server.accept_again()
+        until(lambda: server.received > 100_000, "the large archive to be under way")
+        for name, content in small.items():
+            stage.put(name, content)
+        daemon.wait_for("archive.disposed", len(small))
+        assert (stage.drop / "large.tar").exists()
+        finish.set()
+        daemon.wait_for("archive.disposed", len(small) + 1)
+        assert len(daemon.events("destination.resumed")) == 1
+        assert daemon.stop() == 0

@@ -1,5 +1,6 @@
 """The circuit of a destination: paused after a failure, then probed by one delivery."""
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from hypothesis import given
@@ -53,6 +54,16 @@ def test_after_the_pause_a_single_delivery_probes_the_destination() -> None:
     assert circuit.state is CircuitState.PROBING
     assert circuit.try_acquire(NOW + timedelta(days=1)) is None
     assert circuit.wait_time(NOW + timedelta(days=1)) is None
+
+
+def test_a_probe_that_goes_on_lets_others_through_until_one_of_them_fails() -> None:
+    circuit = replace(probing(), takes_bytes=True)
+    assert circuit.try_acquire(NOW) is circuit
+    assert circuit.wait_time(NOW) == timedelta(0)
+    assert circuit.released(NOW) is circuit
+    failed = paused(circuit, NOW + timedelta(hours=1))
+    assert (failed.state, failed.failures, failed.takes_bytes) == (CircuitState.PAUSED, 2, False)
+    assert circuit.record_success() == Circuit()
 
 
 def test_a_failed_probe_pauses_the_circuit_for_longer() -> None:

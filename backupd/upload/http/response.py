@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import html
 import json
 import re
@@ -152,8 +153,9 @@ def reason_from_error(error: httpx.TransportError | OSError) -> tuple[Reason, st
         for cause in _causes(error):
             if isinstance(cause, ssl.SSLError) and not isinstance(cause, _TLS_NOT_READY):
                 return _reason_from_tls_error(cause)
-            if isinstance(cause, socket.gaierror):
-                return Reason.DNS, cause.strerror or str(cause)
+            if isinstance(cause, socket.gaierror) or getattr(cause, "errno", None) in _HOST_LIMITS:
+                reason = Reason.DNS if isinstance(cause, socket.gaierror) else Reason.HOST_LIMIT
+                return reason, getattr(cause, "strerror", None) or str(cause)
     description = str(error) or type(error).__name__
     for kind, reason in _REASON_BY_TYPE:
         if isinstance(error, kind):
@@ -162,6 +164,8 @@ def reason_from_error(error: httpx.TransportError | OSError) -> tuple[Reason, st
         return Reason.PROTOCOL, description
     return Reason.CONNECTION_LOST, description
 
+
+_HOST_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 _TLS_NOT_READY = (ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
