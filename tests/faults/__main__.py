@@ -15,8 +15,8 @@ from tests.faults.campaign import Campaign, CampaignOptions
 CAMPAIGNS = {"crash": 3.0, "network": 2.0, "load": 2.0, "soak": 1.5}
 """The modules of `tests.faults` with a campaign, in order, each with its share of the time."""
 
-BY_NAME_ONLY = {"day": 1.0}
-"""Those that run only if `--only` names them: they need root, and many programs."""
+BY_NAME_ONLY = {"day": 1.0, "troubles": 1.0}
+"""Those that run only if `--only` names them: they need root, and many programs or a fixed time."""
 
 
 def campaign_of(name: str) -> Campaign:
