@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import backupd
@@ -38,7 +39,9 @@ class ForkedProcess:
         request = {"arguments": arguments, "environ": environ, "cwd": os.getcwd(), "umask": umask}
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-                connection.connect(_server())
+                with _starting:
+                    address = _server()
+                connection.connect(address)
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MAX_REQUEST)
                 socket.send_fds(connection, [json.dumps(request).encode()], [stdout, stderr, write])
         finally:
@@ -96,6 +99,7 @@ def _server() -> str:
 
 
 _running: list[subprocess.Popen[bytes]] = []
+_starting = threading.Lock()
 
 
 def main() -> None:

@@ -45,6 +45,7 @@ class Sender:
         self._job: UploadJob | None = None
         self._unchanged = (0, 0)
         self.known_digests: tuple[Digest, ...] = ()
+        self.unconfirmed_digest: Digest | None = None
         self.is_being_written: Callable[[], bool] = lambda: False
 
     @property
@@ -66,6 +67,7 @@ class Sender:
                 progress,
                 on_alive=self.watchdog.alive,
                 on_idle=self.watchdog.idle,
+                unconfirmed_digest=self.unconfirmed_digest,
                 known_digests=self.known_digests,
                 is_being_written=self.is_being_written,
                 open_path=lambda: os.open(path, os.O_RDONLY),
@@ -74,6 +76,10 @@ class Sender:
             return self._uploader.upload(self._job)
         finally:
             os.close(fd)
+
+    def disconnect(self) -> None:
+        """Close the connections; the next archive is sent over a new one."""
+        self._uploader.close()
 
     def is_stuck(self) -> bool:
         """Return whether `sent` is unchanged since twenty calls."""
