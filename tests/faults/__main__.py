@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.faults.campaign import Campaign, CampaignOptions
 
-CAMPAIGNS = {"crash": 3.0, "network": 2.0, "load": 2.0, "soak": 1.5}
+CAMPAIGNS = {"crash": 3.0, "network": 2.0, "load": 2.0, "soak": 1.5, "fuzz": 1.0}
 """The modules of `tests.faults` with a campaign, in order, each with its share of the time."""
 
 BY_NAME_ONLY = {"day": 1.0, "troubles": 1.0}

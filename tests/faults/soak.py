@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import re
+import resource
 import signal
 import sqlite3
 import statistics
@@ -114,6 +115,22 @@ class Soak:
             daemon.wait_for("ledger.failed", known + 1)
             ledger.execute("ROLLBACK")
 
+    def folder_gone(self, daemon: Daemon) -> None:
+        """Rename the drop folder away until the daemon logs that, as an unmounted disk."""
+        known, away = len(daemon.events("drop.failed")), self.stage.base / "away"
+        self.stage.drop.rename(away)
+        daemon.wait_for("drop.failed", known + 1)
+        away.rename(self.stage.drop)
+
+    def no_descriptors(self, daemon: Daemon) -> None:
+        """Leave the daemon without a free descriptor until it logs a fault of any kind."""
+        limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+        known = sum(event["level"] == "error" for event in daemon.events())
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        self.arrive()
+        until(lambda: sum(event["level"] == "error" for event in daemon.events()) > known, "an error")
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limits)
+
     def stopped(self, daemon: Daemon) -> None:
         """Stop the daemon while archives arrive, as on a host that sleeps."""
         daemon.process.send_signal(signal.SIGSTOP)
@@ -147,6 +164,8 @@ class Soak:
             self.outage,
             self.reload,
             self.locked_ledger,
+            self.folder_gone,
+            self.no_descriptors,
             self.stopped,
             self.changes,
         ]

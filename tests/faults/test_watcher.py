@@ -211,6 +211,23 @@ def test_an_inotify_limit_for_some_directories_is_logged(stage: Stage, receiver:
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
+@pytest.mark.usefixtures("own_limits")
+def test_directories_beyond_an_inotify_limit_cost_little_memory(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    for number in range(100):
+        for below in range(200):
+            (stage.drop / f"{number}" / f"{below}").mkdir(parents=True)
+    stage.configure(receiver.url, top='heartbeat_every = "1s"')
+    daemon = stage.daemon(before=within_limits(max_inotify_watches=100)).ready()
+    daemon.wait_for("watch.degraded", reason="refused")
+    daemon.wait_for("daemon.heartbeat", len(daemon.events("daemon.heartbeat")) + 3)
+    assert daemon.memory("VmHWM") < 100 * 2**20
+    deliver(stage, daemon, "99/199/found.tar.gz")
+    assert daemon.stop() == 0
+
+
 @pytest.mark.usefixtures("own_limits")
 def test_each_further_fault_of_the_watcher_is_logged(stage: Stage, receiver: RunningReceiver) -> None:
     """The drop folder is replaced while the limit allows no new watcher."""

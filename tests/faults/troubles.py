@@ -223,7 +223,7 @@ def ledger_full(stage: Stage, count: int) -> Iterator[tuple[Daemon, Callable[[],
         filler.unlink()
 
     with (
-        a_small_disk(stage.state, "4m"),
+        a_small_disk(stage.state, "32m"),
         _ledger_that_fails_while_the_destination_works(stage, count, full) as running,
     ):
         yield running

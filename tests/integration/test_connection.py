@@ -169,7 +169,10 @@ def test_without_a_free_descriptor_the_connection_fails(
 
     with a_sender(a_destination("http://127.0.0.1:9/")) as sender:
         monkeypatch.setattr(socket, "socket", no_socket)
-        assert failed(sender.send(an_archive(tmp_path, CONTENT))) == (Reason.HOST_LIMIT, "Too many open files")
+        assert failed(sender.send(an_archive(tmp_path, CONTENT))) == (
+            Reason.HOST_LIMIT,
+            "Too many open files",
+        )
 
 
 # Proxies
