@@ -487,7 +487,9 @@ class LogConfig(TableModel):
         default="auto",
         description="Format of the log; auto is console on a terminal and json otherwise.",
     )
-    level: LogLevel = Field(default="info", description="Lowest level to log.")
+    level: LogLevel = Field(
+        default="info", description="Lowest level to log; debug also logs every line of a trouble that lasts."
+    )
 
 
 class DropConfig(TableModel):
