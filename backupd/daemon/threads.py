@@ -52,7 +52,7 @@ class Threads:
 
         # a daemon thread: one that hangs in a system call must not keep the process from exiting
         thread = threading.Thread(target=supervised, name=watchdog.name, daemon=True)
-        self._running = [each for each in self._running if each[0].is_alive()]
+        self._running = [each for each in self._running if each[0].is_alive() or not each[1].has_returned]
         thread.start()
         self._running.append((thread, watchdog))
 

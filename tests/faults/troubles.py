@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from tests.endpoints import a_full_listener
@@ -170,40 +171,37 @@ def token_endpoint_down(stage: Stage, count: int) -> Iterator[tuple[Daemon, Call
         yield daemon, lambda: _reconfigured(stage, daemon, server.url)
 
 
+Fault = Callable[[], AbstractContextManager[None]]
+
+
 @contextmanager
-def _ledger_that_fails_while_the_destination_works(
-    stage: Stage, count: int, fault: Callable[[], AbstractContextManager[None]]
+def _with_a_failing_ledger(
+    stage: Stage, count: int, fault: Fault, *, arrive_later: bool = False
 ) -> Iterator[tuple[Daemon, Callable[[], None]]]:
-    """Begin the fault while the archives are pending, then let the destination take them."""
+    """Begin the fault while the archives are pending, or before they arrive; the destination works then."""
     with (
         ScriptedServer(Endpoint(), server_context(stage.pki)) as server,
         ExitStack() as faults,
     ):
         stage.configure(server.url, destination='retry = { initial = "1s", max = "1s" }')
-        server.refuse()
-        daemon = started(stage, count)
-        until(lambda: _pending(stage) == count, "all archives to be in the ledger")
-        faults.enter_context(fault())
-        server.accept_again()
+        if arrive_later:
+            daemon = stage.daemon().ready()
+            faults.enter_context(fault())
+            put_all(stage, count)
+        else:
+            server.refuse()
+            daemon = started(stage, count)
+            faults.enter_context(fault())
+            server.accept_again()
         daemon.wait_for("ledger.failed")
         yield daemon, faults.close
 
 
-def _pending(stage: Stage) -> int:
-    with closing(sqlite3.connect(stage.state / "ledger.sqlite3")) as ledger:
-        return int(ledger.execute("SELECT count(*) FROM delivery WHERE state = 'pending'").fetchone()[0])
-
-
 @contextmanager
-def ledger_locked(stage: Stage, count: int) -> Iterator[tuple[Daemon, Callable[[], None]]]:
-    @contextmanager
-    def locked() -> Iterator[None]:
-        with closing(sqlite3.connect(stage.state / "ledger.sqlite3", check_same_thread=False)) as ledger:
-            until(lambda: _begun(ledger), "the lock")
-            yield
-
-    with _ledger_that_fails_while_the_destination_works(stage, count, locked) as running:
-        yield running
+def _locked(stage: Stage) -> Iterator[None]:
+    with closing(sqlite3.connect(stage.state / "ledger.sqlite3", check_same_thread=False)) as ledger:
+        until(lambda: _begun(ledger), "the lock")
+        yield
 
 
 def _begun(ledger: sqlite3.Connection) -> bool:
@@ -215,18 +213,33 @@ def _begun(ledger: sqlite3.Connection) -> bool:
 
 
 @contextmanager
-def ledger_full(stage: Stage, count: int) -> Iterator[tuple[Daemon, Callable[[], None]]]:
-    @contextmanager
-    def full() -> Iterator[None]:
-        filler = fill(stage.state / "filler")
-        yield
-        filler.unlink()
+def _full(stage: Stage) -> Iterator[None]:
+    filler = fill(stage.state / "filler")
+    yield
+    filler.unlink()
 
-    with (
-        a_small_disk(stage.state, "32m"),
-        _ledger_that_fails_while_the_destination_works(stage, count, full) as running,
-    ):
-        yield running
+
+def ledger_locked(*, arrive_later: bool) -> Trouble:
+    @contextmanager
+    def trouble(stage: Stage, count: int) -> Iterator[tuple[Daemon, Callable[[], None]]]:
+        fault = partial(_locked, stage)
+        with _with_a_failing_ledger(stage, count, fault, arrive_later=arrive_later) as running:
+            yield running
+
+    return trouble
+
+
+def ledger_full(*, arrive_later: bool) -> Trouble:
+    @contextmanager
+    def trouble(stage: Stage, count: int) -> Iterator[tuple[Daemon, Callable[[], None]]]:
+        fault = partial(_full, stage)
+        with (
+            a_small_disk(stage.state, "32m"),
+            _with_a_failing_ledger(stage, count, fault, arrive_later=arrive_later) as running,
+        ):
+            yield running
+
+    return trouble
 
 
 @contextmanager
@@ -240,7 +253,7 @@ def ledger_read_only(stage: Stage, count: int) -> Iterator[tuple[Daemon, Callabl
             subprocess.run(["mount", "-o", "remount,abort", stage.state], check=True)
             yield
 
-        with _ledger_that_fails_while_the_destination_works(stage, count, read_only) as (daemon, _):
+        with _with_a_failing_ledger(stage, count, read_only) as (daemon, _):
 
             def restart() -> None:
                 daemon.kill()
@@ -322,8 +335,10 @@ TROUBLES: dict[str, Trouble] = {
     "no receipt": of_responses(responds(201), "attempt.failed"),
     "proxy down": proxy_down,
     "token endpoint down": token_endpoint_down,
-    "ledger locked": ledger_locked,
-    "ledger full": ledger_full,
+    "ledger locked": ledger_locked(arrive_later=False),
+    "ledger locked while archives arrive": ledger_locked(arrive_later=True),
+    "ledger full": ledger_full(arrive_later=False),
+    "ledger full while archives arrive": ledger_full(arrive_later=True),
     "ledger read-only": ledger_read_only,
     "drop folder gone": drop_gone,
     "files that cannot be moved": not_moved,
