@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import subprocess
@@ -299,7 +300,13 @@ def checksum_missing(stage: Stage, count: int) -> Iterator[tuple[Daemon, Callabl
             stage.configure(server.url)
             daemon.process.send_signal(1)
 
+        until(lambda: _listed_problems(stage) == count, "all files to be listed")
         yield daemon, heal
+
+
+def _listed_problems(stage: Stage) -> int:
+    status = json.loads(stage.backupd("status", "--json").stdout)
+    return sum(problem["files"] for problem in status["problems"])
 
 
 @contextmanager
