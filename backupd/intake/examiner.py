@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import queue
+import random
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -373,10 +374,13 @@ class Examiner:
         return why.reason == UNUSABLE and self._required
 
     def _hold(self, examination: Examination, why: HoldReason) -> None:
-        """Keep a file back until the next rescan or the end of its grace; after a while it is a problem."""
+        """Keep a file back for about `rescan_every`, or until its grace ends; after a while it is a problem.
+
+        Many files are not examined again all at once.
+        """
         candidate, now = examination.candidate, time.monotonic()
         ends = (examination.added_at + self._log_after, examination.added_at + self._grace)
-        next_rescan = now + self._config.rescan_every.total_seconds()
+        next_rescan = now + self._config.rescan_every.total_seconds() * random.uniform(0.75, 1.25)
         examination.due = min([next_rescan, *(end for end in ends if now < end)])
         self._on_hold[candidate.relpath] = examination
         if now < examination.added_at + self._log_after:

@@ -292,7 +292,7 @@ def not_moved(stage: Stage, count: int) -> Iterator[tuple[Daemon, Callable[[], N
 @contextmanager
 def checksum_missing(stage: Stage, count: int) -> Iterator[tuple[Daemon, Callable[[], None]]]:
     with ScriptedServer(Endpoint(), server_context(stage.pki)) as server:
-        stage.configure(server.url, drop='checksum_file = "required"\nrescan_every = "5s"')
+        stage.configure(server.url, drop='checksum_file = "required"')
         put_all(stage, count)
         daemon = stage.daemon().ready()
 
