@@ -240,8 +240,7 @@ class Examiner:
         if examination is not None:
             earlier = examination.candidate
             if earlier == candidate and is_examined:
-                self._examine_again(examination)
-                return True
+                return True  # it is examined again when it is due, or when its checksum file changes
             if may_have_content_of(candidate.fingerprint, earlier.fingerprint):
                 if relpath not in self._on_hold:
                     return True  # the file is being read; the next scan finds that its metadata has changed
