@@ -373,16 +373,17 @@ class Examiner:
         return why.reason == UNUSABLE and self._required
 
     def _hold(self, examination: Examination, why: HoldReason) -> None:
-        """Keep a file back for about `rescan_every`, or until its grace ends; after a while it is a problem.
+        """Keep a file back for `rescan_every`, or until its grace ends; after a while it is a problem.
 
-        Many files are not examined again all at once.
+        Then it is examined less often, and many files not all at once. An event of a change ends the wait.
         """
         candidate, now = examination.candidate, time.monotonic()
         ends = (examination.added_at + self._log_after, examination.added_at + self._grace)
-        next_rescan = now + self._config.rescan_every.total_seconds() * random.uniform(0.75, 1.25)
-        examination.due = min([next_rescan, *(end for end in ends if now < end)])
+        is_problem = now >= examination.added_at + self._log_after
+        wait = self._config.rescan_every.total_seconds() * (random.uniform(1, 3) if is_problem else 1)
+        examination.due = min([now + wait, *(end for end in ends if now < end)])
         self._on_hold[candidate.relpath] = examination
-        if now < examination.added_at + self._log_after:
+        if not is_problem:
             return
         size = candidate.fingerprint.size
         hint = _HINTS.get(why.reason, _DAMAGE_HINTS[self._config.on_suspicious])
