@@ -265,7 +265,7 @@ def test_20000_ignored_files_are_counted_and_no_archive_is_missed(
     scanned = len(daemon.events("daemon.heartbeat"))
     daemon.wait_for("daemon.heartbeat", scanned + 3)
     ignored = Counter(line["archive"] for line in daemon.events("archive.ignored"))
-    assert len(ignored) == count / 2  # the list is full then
+    assert daemon.count("archive.ignored") == count / 2  # the list is full then
     assert set(ignored.values()) == {1}
     counts = json.loads(stage.backupd("status", "--json").stdout)["problems"]
     assert {each["reason"]: each["files"] for each in counts} == {
