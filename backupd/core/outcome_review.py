@@ -21,6 +21,9 @@ _MIN_FAILURES_ALONE = 5
 _MIN_SUCCESSES = 2
 """Successes of other archives since the first of these attempts began, each at the first attempt."""
 
+_MIN_ALONE = 3
+"""Archives at fault, after which another one that fails right after a success is at fault as well."""
+
 _CERTAINLY_ALONE = 30
 """The same numbers of failures and successes, if the destination now and then fails with others as well."""
 
@@ -50,6 +53,7 @@ class _Failures:
     first_since: int
     recent: int = 0
     count: int = 0
+    is_alone: bool = False
 
     def show_fault(self, successes: int) -> bool:
         """Return whether the archive is at fault, after so many successes."""
@@ -74,6 +78,8 @@ class OutcomeReview:
     _begun: dict[str, int] = field(default_factory=dict)
     """The number of successes before each attempt that is under way."""
     _successes: int = 0
+    _has_just_succeeded: bool = False
+    """Whether the latest outcome was a success."""
 
     def begin(self, delivery: Delivery) -> None:
         """Note that an attempt begins; `review` gets its outcome."""
@@ -82,6 +88,7 @@ class OutcomeReview:
     def review(self, delivery: Delivery, outcome: Outcome) -> Outcome:
         """Return an outcome, as a failure of the other party if those of other archives show this."""
         before = self._begun.pop(delivery.id, self._successes)
+        follows_success, self._has_just_succeeded = self._has_just_succeeded, isinstance(outcome, Delivered)
         match outcome:
             case Delivered():
                 self._successes += 1
@@ -93,7 +100,7 @@ class OutcomeReview:
             case Rejected():
                 outcome = self._of_rejection(delivery, outcome)
             case Deferred() if rule_of(outcome.reason).action is Action.PAUSE:
-                return self._of_failure(delivery, outcome, before)
+                return self._of_failure(delivery, outcome, before, follows_success=follows_success)
             case Deferred() | Superseded():
                 return outcome
         self._failing.pop(delivery.id, None)
@@ -111,7 +118,9 @@ class OutcomeReview:
             self._rejected.setdefault((rejected.http_status, key), set()).add(delivery.archive.id)
         return rejected
 
-    def _of_failure(self, delivery: Delivery, failed: Deferred, before: int) -> Outcome:
+    def _of_failure(
+        self, delivery: Delivery, failed: Deferred, before: int, *, follows_success: bool
+    ) -> Outcome:
         if failed.reason in _NOT_ABOUT_ONE:
             return failed
         if delivery.id not in self._failing:  # and others may have failed for the same cause
@@ -122,8 +131,14 @@ class OutcomeReview:
         failures = self._failing.setdefault(delivery.id, _Failures(before, before))
         failures.recent += failed.retry_after is None  # else the destination says that it is at fault
         failures.count += 1
-        if not failures.show_fault(self._successes):
+        is_one_of_many = (
+            follows_success
+            and failed.retry_after is None
+            and sum(each.is_alone for each in self._failing.values()) >= _MIN_ALONE
+        )
+        if not is_one_of_many and not failures.show_fault(self._successes):
             return failed
+        failures.is_alone = True
         return Deferred(
             Reason.FAILS_ALONE,
             f"{rule_of(failed.reason).meaning}: {failed.error}",

@@ -20,7 +20,7 @@ from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
 
 _MAX_SECONDS_ALONE = 3.0
-"""Seconds after which the bytes of a probe that still go out show that the destination works."""
+"""Seconds after which a probe of which bytes went out shows that the destination works."""
 
 
 class Notifier:
@@ -81,8 +81,8 @@ class CircuitBreaker:
                 self._circuit, self._probing_since = acquired, time.monotonic()
         return acquired is not None
 
-    def report_progress(self, _sent_bytes: int) -> None:
-        """Note that bytes of an archive went out: a probe that takes long does not delay the others."""
+    def report_progress(self) -> None:
+        """Note that an upload goes on of which bytes went out: a long probe does not delay the others."""
         circuit = self._circuit
         if circuit.state is not CircuitState.PROBING or circuit.takes_bytes:
             return

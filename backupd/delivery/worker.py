@@ -14,6 +14,7 @@ from functools import partial
 
 import tenacity
 
+from backupd.core.circuit import CircuitState
 from backupd.core.errors import LedgerError
 from backupd.core.model import Attempt, Deferred, Delivered, Delivery, Outcome, Superseded
 from backupd.core.names import template_values
@@ -115,7 +116,7 @@ class Worker:
                 )
             return outcome
 
-        short_attempts(attempt_once, stop)
+        short_attempts(attempt_once, stop, lambda: self._queue.circuit.state is not CircuitState.PAUSED)
         return attempts
 
     def _deliver_next(self, stop: threading.Event) -> bool:
@@ -183,29 +184,40 @@ class Worker:
                 return _missing(delivery, drop, "its path is no longer a regular file"), 0, ""
             return deferred(Reason.UNREADABLE, error.strerror or str(error)), 0, ""
         try:
-            job = UploadJob(
-                delivery.id,
-                archive.relpath.rpartition(b"/")[2],
-                fd,
-                archive.fingerprint,
-                template_values(replace(archive, drop=drop.label), archive.host, drop.label_pattern),
-                self._queue.circuit.report_progress,
-                on_alive=self.watchdog.alive,
-                on_idle=self.watchdog.idle,
-                unconfirmed_digest=delivery.unconfirmed_digest,
-                known_digests=delivery.known_digests,
-                is_being_written=partial(is_being_written, fd),
-                open_path=partial(drop.folder.open, archive.relpath),
-            )
-            outcome = self._uploader.upload(job)
-            if isinstance(outcome, Delivered):
-                outcome = replace(outcome, fingerprint=job.confirmed)
-            return _refine_outcome(outcome, fd, drop, delivery), job.sent_bytes, job.address
+            return self._upload_file(fd, drop, delivery)
+        except MemoryError:
+            return deferred(Reason.HOST_LIMIT, "no memory is left"), 0, ""
         except Exception as error:  # noqa: BLE001 -- a bug must cost neither the archive nor the worker
             self._queue.log.emit(events.DAEMON_FAILED, error=repr(error), exc_info=error)
             return deferred(Reason.INTERNAL, repr(error)), 0, ""
         finally:
             close_descriptor(fd)
+
+    def _upload_file(self, fd: int, drop: Drop, delivery: Delivery) -> tuple[Outcome, int, str]:
+        archive, circuit = delivery.archive, self._queue.circuit
+
+        def report_progress() -> None:
+            self.watchdog.alive()
+            if job.sent_bytes:
+                circuit.report_progress()
+
+        job = UploadJob(
+            delivery.id,
+            archive.relpath.rpartition(b"/")[2],
+            fd,
+            archive.fingerprint,
+            template_values(replace(archive, drop=drop.label), archive.host, drop.label_pattern),
+            on_alive=report_progress if circuit.state is CircuitState.PROBING else self.watchdog.alive,
+            on_idle=self.watchdog.idle,
+            unconfirmed_digest=delivery.unconfirmed_digest,
+            known_digests=delivery.known_digests,
+            is_being_written=partial(is_being_written, fd),
+            open_path=partial(drop.folder.open, archive.relpath),
+        )
+        outcome = self._uploader.upload(job)
+        if isinstance(outcome, Delivered):
+            outcome = replace(outcome, fingerprint=job.confirmed)
+        return _refine_outcome(outcome, fd, drop, delivery), job.sent_bytes, job.address
 
     def _finish(self, delivery: Delivery, attempts: list[Attempt]) -> None:
         outcome = attempts[-1].outcome
@@ -237,8 +249,13 @@ class Worker:
         )
 
 
-def short_attempts(attempt: Callable[[], Outcome], stop: threading.Event) -> None:
-    """Call `attempt` up to three times, with waits below 2 s, while its outcome may pass in a moment."""
+def short_attempts(
+    attempt: Callable[[], Outcome], stop: threading.Event, may_repeat: Callable[[], bool] = lambda: True
+) -> None:
+    """Call `attempt` up to three times, with waits below 2 s, while its outcome may pass in a moment.
+
+    `may_repeat` is asked after each of them: another worker may have paused the destination.
+    """
 
     def sleep(seconds: float) -> None:
         if stop.wait(seconds):
@@ -247,7 +264,7 @@ def short_attempts(attempt: Callable[[], Outcome], stop: threading.Event) -> Non
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(_MAX_SHORT_ATTEMPTS),
         wait=tenacity.wait_random_exponential(multiplier=0.2, max=2),
-        retry=tenacity.retry_if_result(_is_retried_immediately),
+        retry=tenacity.retry_if_result(lambda outcome: _is_retried_immediately(outcome) and may_repeat()),
         retry_error_callback=lambda _state: None,
         sleep=sleep,
     )

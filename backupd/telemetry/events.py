@@ -264,12 +264,13 @@ CONFIG_RELOADED = _event(
     "{config} was reloaded[, drops changed: {drops_changed}][, destinations changed: {destinations_changed}]",
     "a new configuration is active",
 )
-CONFIG_REFUSED = _event(
+CONFIG_REFUSED = _repeated(
     "config.refused",
     "error",
     "config error hint",
     "the new configuration was refused, the previous one stays active: {error}",
     "a new configuration cannot be used; the previous one stays active",
+    cause="config",
 )
 CLOCK_STEPPED = _event(
     "clock.stepped",
@@ -497,7 +498,7 @@ DISPOSITION_FAILED = _repeated(
     "drop archive error hint",
     "{archive} cannot be moved or deleted: {error}",
     "the file cannot be moved or deleted; retried",
-    cause="drop",
+    cause="drop error",
 )
 ARCHIVE_EXPIRED = _event(
     "archive.expired",
@@ -558,12 +559,13 @@ DESTINATION_PAUSED = _repeated(
     "the destination is down or misconfigured and is paused; no archive is rejected for it",
     cause="destination reason",
 )
-DESTINATION_RESUMED = _event(
+DESTINATION_RESUMED = _repeated(
     "destination.resumed",
     "info",
     "destination down_for_s",
     "{destination} works again[ after {down_for_s}]",
     "the destination works again",
+    cause="destination",
 )
 DESTINATION_STATUS = _event(
     "destination.status",

@@ -20,7 +20,7 @@ from backupd.core.policy import Reason
 from backupd.core.transition import Priority, RetryPolicy
 from backupd.delivery.circuit_breaker import CircuitBreaker, Notifier
 from backupd.delivery.destination import Destination, DestinationQueue
-from backupd.delivery.worker import Worker
+from backupd.delivery.worker import Worker, short_attempts
 from backupd.dropfolder.folder import DropFolder
 from backupd.ledger.sqlite.connection import open_ledger
 from backupd.ledger.sqlite.deliveries import SqliteLedger
@@ -133,8 +133,11 @@ def test_workers_do_not_wake_each_other_after_a_pause_if_no_delivery_is_due(tmp_
 class FailingUploader(NoUploader):
     """Raises an unexpected exception."""
 
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
     def upload(self, job: UploadJob) -> Outcome:
-        raise RuntimeError("a bug")
+        raise self._error
 
 
 class FolderWithoutDescriptors(DropFolder):
@@ -144,9 +147,17 @@ class FolderWithoutDescriptors(DropFolder):
         raise OSError(errno.EMFILE, "Too many open files")
 
 
-@pytest.mark.parametrize("kind", [DropFolder, FolderWithoutDescriptors])
+@pytest.mark.parametrize(
+    ("kind", "error", "reason"),
+    [
+        (DropFolder, RuntimeError("a bug"), Reason.INTERNAL),
+        (DropFolder, MemoryError(), Reason.HOST_LIMIT),
+        (FolderWithoutDescriptors, RuntimeError("not reached"), Reason.UNREADABLE),
+    ],
+    ids=["a bug", "no memory", "no descriptor"],
+)
 def test_an_unconfirmed_digest_is_kept_if_the_next_attempt_fails(
-    tmp_path: Path, kind: type[DropFolder]
+    tmp_path: Path, kind: type[DropFolder], error: Exception, reason: Reason
 ) -> None:
     """Otherwise the archive would be sent again without a query."""
     (tmp_path / "r1").write_bytes(b"abc")
@@ -157,11 +168,11 @@ def test_an_unconfirmed_digest_is_kept_if_the_next_attempt_fails(
     with open(os.devnull, "wb") as null:
         queue = a_queue(ledger, EventLog(LineWriter(null.fileno())))
         queue.drops = {"switches": a_drop(folder)}
-        worker = Worker(queue, FailingUploader(), lambda result: None)
+        worker = Worker(queue, FailingUploader(error), lambda result: None)
         attempts = worker.make_attempts(replace(delivery, unconfirmed_digest=a_digest()), threading.Event())
     outcome = attempts[-1].outcome
     assert isinstance(outcome, Deferred)
-    assert outcome.unconfirmed_digest == a_digest()
+    assert (outcome.reason, outcome.unconfirmed_digest) == (reason, a_digest())
     folder.close()
     ledger.close()
 
@@ -210,3 +221,44 @@ def test_a_large_probe_does_not_delay_small_archives(stage: Stage) -> None:
         daemon.wait_for("archive.disposed", len(small) + 1)
         assert len(daemon.events("destination.resumed")) == 1
         assert daemon.stop() == 0
+
+
+def test_a_probe_that_is_answered_slowly_does_not_delay_others(stage: Stage) -> None:
+    finish = threading.Event()
+
+    def script(peer: Peer) -> None:
+        while True:
+            content = peer.read_request().archive
+            if content == b"the probe":
+                finish.wait(TIMEOUT)
+            peer.send(receipt_for(content))
+
+    with ScriptedServer(script, server_context(stage.pki)) as server:
+        retry = 'retry = { initial = "0.1s", max = "0.2s" }'
+        stage.configure(server.url, destination=f'workers = 2\ntimeout.read = "1h"\n{retry}')
+        server.refuse()
+        stage.put("probe.cfg", b"the probe")
+        daemon = stage.daemon().ready()
+        daemon.wait_for("destination.paused", 2)
+        server.accept_again()
+        until(lambda: server.requests, "the probe")
+        for number in range(5):
+            stage.put(f"{number}.cfg", b"%d" % number)
+        daemon.wait_for("archive.disposed", 5)
+        assert (stage.drop / "probe.cfg").exists()
+        finish.set()
+        daemon.wait_for("archive.disposed", 6)
+        assert daemon.stop() == 0
+
+
+def test_short_attempts_end_once_another_worker_has_paused_the_destination() -> None:
+    outcomes: list[Outcome] = []
+
+    def attempt() -> Outcome:
+        outcomes.append(deferred(Reason.CONNECT))
+        return outcomes[-1]
+
+    short_attempts(attempt, threading.Event(), lambda: False)
+    assert len(outcomes) == 1
+    short_attempts(attempt, threading.Event())
+    assert len(outcomes) == 4

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import socket
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ from backupd.config.models import HttpDestinationConfig
 from backupd.core.model import Deferred, Delivered, Digest, Outcome, Rejected, Superseded, fingerprint_of
 from backupd.core.policy import Reason
 from backupd.upload.base import Abort, UploadJob
-from backupd.upload.http.request import RequestBuilder
+from backupd.upload.http.limits import AttemptLimits
+from backupd.upload.http.request import KnownDigests, RequestBuilder
 from backupd.upload.http.uploader import HttpEndpoint, HttpUploader
 from tests.pki import Pki
 from tests.scripted import (
@@ -34,7 +36,7 @@ from tests.scripted import (
     server_context,
 )
 from tests.stage import Stage, until
-from tests.uploading import MIB, a_destination, an_archive
+from tests.uploading import MIB, a_destination, a_sender, an_archive
 
 CONTENT = b"the content of an archive" * 1000
 FAST_RETRY = 'retry = { initial = "0.1s", max = "0.3s" }'
@@ -820,3 +822,51 @@ def test_a_query_with_the_receipt_of_other_content_confirms_nothing(tmp_path: Pa
     assert outcome.unconfirmed_digest is not None
     assert len(requests) == 2
     until(lambda: queries, "the query")
+
+
+# Reading an archive before its upload
+
+
+def bytes_read() -> int:
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["rchar"])
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_an_archive_is_read_once_while_its_destination_is_down(
+    tmp_path: Path, pki: Pki, changes: bool
+) -> None:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        url = f"https://127.0.0.1:{reserved.getsockname()[1]}/"
+        archive = an_archive(tmp_path, size=20 * MIB)
+        read = []
+        with a_sender(a_destination(url, pki, digest_at="header")) as sender:
+            for _ in range(4):
+                before = bytes_read()
+                outcome = sender.send(archive)
+                assert isinstance(outcome, Deferred), outcome
+                read.append(bytes_read() - before)
+                if changes:
+                    os.utime(archive)
+    assert read[0] >= 20 * MIB
+    assert all((count >= 20 * MIB) == changes for count in read[1:]), read
+
+
+def test_a_content_that_was_confirmed_is_not_read_again(tmp_path: Path) -> None:
+    archive = an_archive(tmp_path, size=20 * MIB)
+    fingerprint = fingerprint_of(archive.stat())
+    archive.chmod(0o600)  # from now on the content has to be compared
+    digest = Digest("sha256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    config, abort, known = a_destination("http://127.0.0.1:9/"), Abort(), KnownDigests()
+    read = []
+    for _ in range(3):
+        builder = RequestBuilder(config, AttemptLimits(abort), known)
+        fd = os.open(archive, os.O_RDONLY)
+        before = bytes_read()
+        builder.confirm_content(UploadJob("the-delivery", b"a", fd, fingerprint, {}), digest)
+        read.append(bytes_read() - before)
+        os.close(fd)
+    abort.close()
+    assert read[0] >= 20 * MIB
+    assert max(read[1:]) < MIB

@@ -5,15 +5,17 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import os
 import re
 import secrets
 import urllib.parse
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from backupd.config.models import HttpDestinationConfig
 from backupd.config.types import may_hold_a_secret, names_a_credential
-from backupd.core.model import Digest
+from backupd.core.model import Digest, Fingerprint, fingerprint_of
 from backupd.core.names import TextTemplate
 from backupd.core.verify import RFC_9530_NAMES
 from backupd.upload.base import UploadJob
@@ -35,11 +37,49 @@ class PreparedRequest:
     body: UploadBody
 
 
+class KnownDigests:
+    """The digests of archives that were read before their upload; safe to use from several threads.
+
+    An archive is read once, and not again at each attempt while the destination is down.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[Fingerprint, Digest]] = {}
+
+    def find(self, job: UploadJob, algorithm: str) -> Digest | None:
+        """Return the digest of an archive that has not changed since it was read."""
+        fingerprint, digest = self._found.get(job.delivery_id, (None, None))
+        if digest is None or digest.algorithm != algorithm or fingerprint != _fingerprint_of(job):
+            return None
+        return digest
+
+    def add(self, job: UploadJob, digest: Digest) -> None:
+        """Note the digest of an archive, with its fingerprint when it was confirmed."""
+        if len(self._found) >= _MAX_KNOWN:
+            with suppress(KeyError, RuntimeError):  # of another thread
+                del self._found[next(iter(self._found))]
+        if job.confirmed is not None:
+            self._found[job.delivery_id] = job.confirmed, digest
+
+
+_MAX_KNOWN = 1000
+"""Archives of which the digest is kept."""
+
+
+def _fingerprint_of(job: UploadJob) -> Fingerprint | None:
+    with suppress(OSError):
+        return fingerprint_of(os.fstat(job.fd))
+    return None
+
+
 class RequestBuilder:
     """Builds the requests to one destination; parses its templates once."""
 
-    def __init__(self, config: HttpDestinationConfig, limits: AttemptLimits) -> None:
+    def __init__(
+        self, config: HttpDestinationConfig, limits: AttemptLimits, known: KnownDigests | None = None
+    ) -> None:
         self._config = config
+        self._known = known or KnownDigests()
         self._limits = limits
         self._url = TextTemplate.parse(config.url)
         self._query_url = TextTemplate.parse(config.query_url) if config.query_url else None
@@ -75,6 +115,8 @@ class RequestBuilder:
         Raises ReadFailedError or FileChangedDuringUploadError.
         """
         algorithm = self._config.receipt.algorithm
+        if (known := self._known.find(job, algorithm)) is not None:
+            return known
         hasher = hashlib.new(algorithm)
         offset, size = 0, job.fingerprint.size
         while offset < size:
@@ -90,8 +132,11 @@ class RequestBuilder:
 
     def confirm_content(self, job: UploadJob, digest: Digest) -> None:
         """Check that an archive has a digest, as `UploadJob.confirm_content` does and raises."""
+        if self._known.find(job, digest.algorithm) == digest:
+            return
         for _ in job.confirm_content(digest):
             self._limits.check()
+        self._known.add(job, digest)
 
     def query_request(self, job: UploadJob, digest: Digest) -> str | None:
         """Return the URL for a query about a content; None without `query_url`."""
