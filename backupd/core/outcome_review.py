@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from dataclasses import dataclass, field
 
 from backupd.core.model import Deferred, Delivered, Delivery, Outcome, Rejected, Superseded
@@ -22,7 +23,10 @@ _MIN_SUCCESSES = 2
 """Successes of other archives since the first of these attempts began, each at the first attempt."""
 
 _MIN_ALONE = 3
-"""Archives at fault, after which another one that fails right after a success is at fault as well."""
+"""Archives at fault, from which on another one that fails is at fault as well if others have just passed."""
+
+_RECENT = 10
+"""The latest outcomes, of which one has to be a success for that."""
 
 _CERTAINLY_ALONE = 30
 """The same numbers of failures and successes, if the destination now and then fails with others as well."""
@@ -78,8 +82,8 @@ class OutcomeReview:
     _begun: dict[str, int] = field(default_factory=dict)
     """The number of successes before each attempt that is under way."""
     _successes: int = 0
-    _has_just_succeeded: bool = False
-    """Whether the latest outcome was a success."""
+    _recent: deque[bool] = field(default_factory=lambda: deque(maxlen=_RECENT))
+    """Whether the latest outcomes were successes."""
 
     def begin(self, delivery: Delivery) -> None:
         """Note that an attempt begins; `review` gets its outcome."""
@@ -88,7 +92,7 @@ class OutcomeReview:
     def review(self, delivery: Delivery, outcome: Outcome) -> Outcome:
         """Return an outcome, as a failure of the other party if those of other archives show this."""
         before = self._begun.pop(delivery.id, self._successes)
-        follows_success, self._has_just_succeeded = self._has_just_succeeded, isinstance(outcome, Delivered)
+        self._recent.append(isinstance(outcome, Delivered))
         match outcome:
             case Delivered():
                 self._successes += 1
@@ -100,7 +104,7 @@ class OutcomeReview:
             case Rejected():
                 outcome = self._of_rejection(delivery, outcome)
             case Deferred() if rule_of(outcome.reason).action is Action.PAUSE:
-                return self._of_failure(delivery, outcome, before, follows_success=follows_success)
+                return self._of_failure(delivery, outcome, before)
             case Deferred() | Superseded():
                 return outcome
         self._failing.pop(delivery.id, None)
@@ -118,9 +122,7 @@ class OutcomeReview:
             self._rejected.setdefault((rejected.http_status, key), set()).add(delivery.archive.id)
         return rejected
 
-    def _of_failure(
-        self, delivery: Delivery, failed: Deferred, before: int, *, follows_success: bool
-    ) -> Outcome:
+    def _of_failure(self, delivery: Delivery, failed: Deferred, before: int) -> Outcome:
         if failed.reason in _NOT_ABOUT_ONE:
             return failed
         if delivery.id not in self._failing:  # and others may have failed for the same cause
@@ -132,8 +134,8 @@ class OutcomeReview:
         failures.recent += failed.retry_after is None  # else the destination says that it is at fault
         failures.count += 1
         is_one_of_many = (
-            follows_success
-            and failed.retry_after is None
+            failed.retry_after is None
+            and any(self._recent)
             and sum(each.is_alone for each in self._failing.values()) >= _MIN_ALONE
         )
         if not is_one_of_many and not failures.show_fault(self._successes):

@@ -10,6 +10,7 @@ from datetime import datetime
 
 from backupd.config.models import DestinationConfig
 from backupd.core.backoff import Backoff
+from backupd.core.circuit import CircuitState
 from backupd.core.errors import LedgerError
 from backupd.core.model import Delivery
 from backupd.core.transition import Priority, RetryPolicy
@@ -66,16 +67,20 @@ class DestinationQueue:
         """Claim the next delivery that is due; return None if there is none.
 
         Raises LedgerError. Small archives are claimed a few at a time, so that they cost one transaction.
-        Those in a drop folder that cannot be used wait until it can be.
+        Those in a drop folder that cannot be used wait until it can be. After a pause the smallest one tests
+        the destination: a large one takes long, and may be what the destination fails on.
         """
         with self._lock:
             failing = self._failing()
-            if any(delivery.archive.drop in failing for delivery in self._claimed):
+            is_probe = self.circuit.state is CircuitState.PROBING
+            if is_probe or any(delivery.archive.drop in failing for delivery in self._claimed):
                 self.ledger.release(list(self._claimed))
                 self._claimed.clear()
             if not self._claimed:
-                name, priority = self.destination.name, self.destination.priority
+                name = self.destination.name
+                priority = Priority.SMALLEST if is_probe else self.destination.priority
                 limit = _CLAIM_BATCH_SIZE if not failing else _CLAIM_BATCH_SIZE_BESIDE
+                limit = 1 if is_probe else limit
                 self._claimed += self.ledger.claim(name, self.ledger.now(), priority, limit, failing)
             return self._claimed.popleft() if self._claimed else None
 

@@ -251,6 +251,25 @@ def test_a_refusal_that_names_a_fault_of_the_destination_rejects_no_archive(
 # One archive that fails
 
 
+def test_small_archives_pass_many_large_ones_that_came_first_and_fail(stage: Stage) -> None:
+    def script(peer: Peer) -> None:
+        while True:
+            content = peer.read_request().archive
+            peer.send(http_response(502) if len(content) > 1000 else receipt_for(content))
+
+    with ScriptedServer(script, server_context(stage.pki)) as server:
+        stage.configure(server.url, destination='retry = { initial = "0.1s", max = "1h" }')
+        for number in range(40):
+            stage.put(f"large-{number}.cfg", b"%d " % number * 1000)
+        daemon = stage.daemon().ready()
+        daemon.wait_for("archive.queued", 40)
+        daemon.wait_for("destination.paused", 3)
+        for number in range(20):
+            stage.put(f"small-{number}.cfg", b"%d" % number)
+        daemon.wait_for("archive.disposed", 20)
+        assert daemon.stop() == 0
+
+
 def test_an_archive_that_fails_while_others_pass_does_not_pause_the_destination_for_long(
     stage: Stage,
 ) -> None:

@@ -69,6 +69,10 @@ encodings = st.one_of(
 
 
 @given(a_secret, encodings)
+@example("000&", (decimal_entities,))
+@example("000&", (html.escape, go_text))
+@example("000\\", (decimal_entities, go_text))
+@example("100%", (lower_case_percent,))
 @example("""p"w&<x\\y'z/q""", (html.escape, json_text))
 @example("""p"w&<x\\y'z/q""", (go_text, json_text))
 def test_a_secret_is_removed_in_every_escaping(secret: str, chosen: tuple[Callable[[str], str], ...]) -> None:

@@ -118,15 +118,14 @@ def _escaped(found: re.Match[str]) -> str:
     if text.startswith("\\"):
         count = len(text)
         one = rf"%(?:25)*5c|{_AMPERSAND}#(?:92|x5c);|\\{{1,4}}u005c"
-        return rf"(?:\\{{{count},{8 * count}}}|(?i:{one}){{{count}}})"
+        return rf"(?:(?i:{one}){{{count}}}|\\{{{count},{8 * count}}})"
     code = ord(text)
     percent = "".join(f"%(?:25)*{byte:02x}" for byte in text.encode("utf-8", "surrogatepass"))
-    forms = [
-        rf"\\{{0,7}}{re.escape(text)}",
-        rf"(?i:\\{{1,4}}(?:u{code:04x}|x{code:02x})|{percent}|{_AMPERSAND}#(?:0*{code}|x0*{code:x});)",
-    ]
-    if text in _ENTITIES:
-        forms.append(f"{_AMPERSAND}{_ENTITIES[text]};")
+    # the longer ones first: an escaping may begin with the character itself, or with another one of it
+    forms = [f"{_AMPERSAND}{_ENTITIES[text]};"] if text in _ENTITIES else []
+    forms.append(rf"{_AMPERSAND}#(?:0*{code}|(?i:x0*{code:x}));")
+    forms.append(rf"(?i:\\{{1,4}}(?:u{code:04x}|x{code:02x})|{percent})")
     if text == " ":
         forms.append(r"\+")
+    forms.append(rf"\\{{0,7}}{re.escape(text)}")
     return f"(?:{'|'.join(forms)})"
