@@ -394,12 +394,12 @@ def costs(counts: Sequence[int], folder: Path, seconds: float) -> dict[tuple[str
         return {case: future.result() for case, future in running.items()}
 
 
-def too_much(cost: Cost) -> list[str]:
-    """Return which bounds a cost exceeds."""
+def too_much(cost: Cost, *, tolerance: float = 1.0) -> list[str]:
+    """Return which bounds a cost exceeds by more than this factor."""
     found = []
-    if cost.average > MAX_AVERAGE or cost.five_seconds > MAX_FIVE_SECONDS:
+    if cost.average > tolerance * MAX_AVERAGE or cost.five_seconds > tolerance * MAX_FIVE_SECONDS:
         found.append("too much of a core")
-    if cost.lines > MAX_LINES:
+    if cost.lines > tolerance * MAX_LINES:
         found.append(f"too many lines: {dict(cost.events)}")
     return found
 
