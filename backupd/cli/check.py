@@ -28,7 +28,6 @@ from backupd.config.time_limit import ANSWER_TIMEOUT, call_all
 from backupd.core.certificate_life import CertificateLimits, CertificateState
 from backupd.core.errors import LedgerError, UsageError
 from backupd.core.names import as_text, printable
-from backupd.core.policy import Reason
 from backupd.core.units import human_duration
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.earlier_folders import find_earlier_folders
@@ -42,14 +41,6 @@ _MAX_WIDTH = 100
 """Characters in a line about a destination; a server certificate may have hundreds of names."""
 
 _NAME_WIDTH = 21
-
-_MAY_BE_STORED = frozenset(
-    {
-        *(Reason.UNVERIFIED, Reason.MISMATCH, Reason.EARLY_SUCCESS, Reason.SERVER_ERROR),
-        *(Reason.CONNECTION_LOST, Reason.READ_TIMEOUT, Reason.DEADLINE, Reason.PROTOCOL),
-    }
-)
-"""Reasons after which the destination may have the archive."""
 
 _BLIND_SPOT_HINT = (
     "let writers rename finished files into the folder, or write checksum files; else a file counts as"
@@ -204,7 +195,7 @@ def _print_probe(probe: ProbeResult, destination: DestinationConfig, sent: PushR
 
 def _print_sent(sent: PushResult) -> None:
     if sent.outcome != "delivered":
-        verdict = "may have been stored" if sent.reason in _MAY_BE_STORED else "was not stored"
+        verdict = "may have been stored" if sent.may_be_stored else "was not stored"
         typer.echo(f"  failed: {sent.file} {verdict}: {printable(sent.error or '')} ({sent.reason})")
         if sent.hint:
             typer.echo(f"  hint: {sent.hint}")

@@ -45,7 +45,7 @@ class PushResult:
     """The result of pushing a file to a destination; `outcome` is an outcome's class name in lower case.
 
     `verified` is whether a receipt was checked, and `response` the beginning of the response of a destination
-    that has the file.
+    that has the file. `may_be_stored` is whether all bytes were sent and the response shows nothing.
     """
 
     file: str
@@ -58,6 +58,7 @@ class PushResult:
     http_status: int | None
     verified: bool = False
     response: str = ""
+    may_be_stored: bool = False
 
 
 def push(
@@ -177,7 +178,18 @@ def _result(file: str, destination: str, outcome: Outcome) -> PushResult:
             Deferred(reason=reason, error=error, http_status=status)
             | Rejected(reason=reason, error=error, http_status=status)
         ):
-            return PushResult(file, destination, kind, None, reason, error, _hint(reason), status)
+            may_be_stored = isinstance(outcome, Deferred) and outcome.unconfirmed_digest is not None
+            return PushResult(
+                file,
+                destination,
+                kind,
+                None,
+                reason,
+                error,
+                _hint(reason),
+                status,
+                may_be_stored=may_be_stored,
+            )
 
 
 def _hint(reason: Reason) -> str:

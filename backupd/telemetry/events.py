@@ -177,8 +177,17 @@ CATALOGUE: dict[str, Event] = {}
 """Every event by its name."""
 
 
-def _event(name: str, level: str, keys: str, message: str, meaning: str) -> Event:
-    event = Event(name, level, tuple(keys.split()), message, meaning)
+def _event(
+    name: str,
+    level: str,
+    keys: str,
+    message: str,
+    meaning: str,
+    *,
+    cause: str = "",
+    limit: int | None = None,
+) -> Event:
+    event = Event(name, level, tuple(keys.split()), message, meaning, tuple(cause.split()), limit)
     CATALOGUE[name] = event
     return event
 
@@ -187,12 +196,8 @@ def _repeated(
     name: str, level: str, keys: str, message: str, meaning: str, *, cause: str, limit: int = 8
 ) -> Event:
     """Return an event of which only some lines are logged if it repeats with the same `cause`."""
-    all_keys = (*keys.split(), "left_out")
-    event = Event(
-        name, level, all_keys, message + "[; {left_out} more like this]", meaning, tuple(cause.split()), limit
-    )
-    CATALOGUE[name] = event
-    return event
+    message += "[; {left_out} more like this]"
+    return _event(name, level, f"{keys} left_out", message, meaning, cause=cause, limit=limit)
 
 
 DAEMON_STARTED = _event(

@@ -21,7 +21,7 @@ from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, RstStr
 from backupd.core.model import Delivered, Digest, Outcome
 from tests.endpoints import ScriptedProxy, json_response
 from tests.faults.campaign import CampaignOptions, Report
-from tests.integration.test_http2 import Exchange, Http2Server, http2_context
+from tests.http2_server import Exchange, Http2Server, http2_context
 from tests.pki import Pki
 from tests.scripted import (
     EndedError,

@@ -7,23 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.troubles import costs, too_much
+from tests.faults.troubles import SECONDS, costs, too_much
 from tests.privileges import IS_ROOT
 from tests.programs import do_without
 
 pytestmark = pytest.mark.long
-
-_SECONDS = 60.0
-"""Seconds to measure for: the bounds are for a minute, and the first seconds have the most attempts."""
-
-_TOLERANCE = 2.0
-"""The machine may be slower, and the pauses are random; busy loops and floods exceed the bounds by more."""
 
 
 @pytest.mark.timeout(1800)
 def test_a_trouble_costs_little_while_it_lasts_and_ends_without_a_trace(tmp_path: Path) -> None:
     if not IS_ROOT or shutil.which("mkfs.ext4", path="/sbin:/usr/sbin:/bin:/usr/bin") is None:
         do_without("needs root, and mkfs.ext4")
-    found = costs([1, 100], tmp_path, _SECONDS)
-    faults = {case: (too_much(cost, tolerance=_TOLERANCE), str(cost)) for case, cost in found.items()}
+    found = costs([1, 100], tmp_path, SECONDS)
+    faults = {case: (too_much(cost), str(cost)) for case, cost in found.items()}
     assert not {case: fault for case, fault in faults.items() if fault[0]}

@@ -30,7 +30,7 @@ MAX_LINES = 30
 REFUSED = "every archive refused"
 """A trouble after which some archives have to be sent again by a command."""
 
-_SECONDS = 120.0
+SECONDS = 120.0
 """Seconds for which a trouble is measured."""
 
 _RECOVERY = 1800.0
@@ -394,12 +394,12 @@ def costs(counts: Sequence[int], folder: Path, seconds: float) -> dict[tuple[str
         return {case: future.result() for case, future in running.items()}
 
 
-def too_much(cost: Cost, *, tolerance: float = 1.0) -> list[str]:
-    """Return which bounds a cost exceeds by more than this factor."""
+def too_much(cost: Cost) -> list[str]:
+    """Return which bounds a cost exceeds."""
     found = []
-    if cost.average > tolerance * MAX_AVERAGE or cost.five_seconds > tolerance * MAX_FIVE_SECONDS:
+    if cost.average > MAX_AVERAGE or cost.five_seconds > MAX_FIVE_SECONDS:
         found.append("too much of a core")
-    if cost.lines > tolerance * MAX_LINES:
+    if cost.lines > MAX_LINES:
         found.append(f"too many lines: {dict(cost.events)}")
     return found
 
@@ -410,7 +410,7 @@ def campaign(options: CampaignOptions) -> Report:
     for count in (1, 1000):
         folder = options.base / str(count)
         folder.mkdir()
-        for (name, _), cost in costs([count], folder, _SECONDS).items():
+        for (name, _), cost in costs([count], folder, SECONDS).items():
             report.tried += 1
             report.figures[f"{name}, {count}"] = str(cost)
             report.broken += [f"{name}, {count}: {fault}" for fault in too_much(cost)]

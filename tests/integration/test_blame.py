@@ -251,13 +251,14 @@ def test_a_refusal_that_names_a_fault_of_the_destination_rejects_no_archive(
 # One archive that fails
 
 
-def test_small_archives_pass_many_large_ones_that_came_first_and_fail(stage: Stage) -> None:
-    def script(peer: Peer) -> None:
-        while True:
-            content = peer.read_request().archive
-            peer.send(http_response(502) if len(content) > 1000 else receipt_for(content))
+def fails_above_1000_bytes(peer: Peer) -> None:
+    while True:
+        content = peer.read_request().archive
+        peer.send(http_response(502) if len(content) > 1000 else receipt_for(content))
 
-    with ScriptedServer(script, server_context(stage.pki)) as server:
+
+def test_small_archives_pass_many_large_ones_that_came_first_and_fail(stage: Stage) -> None:
+    with ScriptedServer(fails_above_1000_bytes, server_context(stage.pki)) as server:
         stage.configure(server.url, destination='retry = { initial = "0.1s", max = "1h" }')
         for number in range(40):
             stage.put(f"large-{number}.cfg", b"%d " % number * 1000)
@@ -274,13 +275,7 @@ def test_an_archive_that_fails_while_others_pass_does_not_pause_the_destination_
     stage: Stage,
 ) -> None:
     """As behind a proxy that responds 502 if a body is too large."""
-
-    def script(peer: Peer) -> None:
-        while True:
-            content = peer.read_request().archive
-            peer.send(http_response(502) if len(content) > 1000 else receipt_for(content))
-
-    with ScriptedServer(script, server_context(stage.pki)) as server:
+    with ScriptedServer(fails_above_1000_bytes, server_context(stage.pki)) as server:
         stage.configure(server.url, destination=FAST_RETRY, top='heartbeat_every = "1s"')
         daemon = stage.daemon().ready()
         stage.put("large.cfg", b"x" * 5000)

@@ -146,6 +146,21 @@ def test_a_body_without_a_length_below_a_faulty_head_is_read(
         assert isinstance(s.send(an_archive(tmp_path, CONTENT)), Delivered)
 
 
+def test_a_faulty_interim_response_does_not_cut_the_body_of_the_final_one(tmp_path: Path, pki: Pki) -> None:
+    """The body arrives later than one of unknown length would be waited for."""
+
+    def script(peer: Peer) -> None:
+        peer.read_request()
+        peer.send(b"HTTP/1.1 103 Early Hints\r\nX Powered By: PHP\r\n\r\n")
+        head, _, body = response(b"Server: a").partition(b"\r\n\r\n")
+        peer.send(head + b"\r\n\r\n")
+        server.stopping.wait(3.0)
+        peer.send(body)
+
+    with ScriptedServer(script, server_context(pki)) as server, a_sender(a_destination(server.url, pki)) as s:
+        assert isinstance(s.send(an_archive(tmp_path, CONTENT)), Delivered)
+
+
 def deflated(data: bytes, wbits: int) -> bytes:
     compressor = zlib.compressobj(wbits=wbits)
     return compressor.compress(data) + compressor.flush()

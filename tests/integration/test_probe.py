@@ -603,6 +603,23 @@ def test_a_test_archive_without_a_receipt_may_have_been_stored(stage: Stage) -> 
     assert "was not stored" not in done.stdout
 
 
+def test_a_test_archive_with_a_lost_response_may_have_been_stored(stage: Stage) -> None:
+    """Also if the last of the short attempts did not reach the destination."""
+
+    def script(peer: Peer) -> None:
+        while not peer.read_request().head.startswith(b"POST"):
+            peer.send(http_response(405))
+        server.refuse()
+        peer.reset()
+
+    with ScriptedServer(script, server_context(stage.pki)) as server:
+        stage.configure(server.url)
+        done = stage.backupd("check", "--send")
+    assert done.returncode == 69
+    assert "may have been stored: " in done.stdout
+    assert "(connect_failed)" in done.stdout
+
+
 @pytest.mark.parametrize("accepts", [True, False])
 def test_a_status_that_refuses_the_probe_is_outweighed_by_a_test_archive(stage: Stage, accepts: bool) -> None:
     refused = http_response(403)

@@ -21,7 +21,7 @@ from backupd.core.model import Deferred, Delivered, Digest, Outcome, Rejected, S
 from backupd.core.policy import Reason
 from backupd.upload.base import Abort, UploadJob
 from backupd.upload.http.limits import AttemptLimits
-from backupd.upload.http.request import KnownDigests, RequestBuilder
+from backupd.upload.http.request import ConfirmedDigests, RequestBuilder
 from backupd.upload.http.uploader import HttpEndpoint, HttpUploader
 from tests.pki import Pki
 from tests.scripted import (
@@ -858,14 +858,16 @@ def test_a_content_that_was_confirmed_is_not_read_again(tmp_path: Path) -> None:
     fingerprint = fingerprint_of(archive.stat())
     archive.chmod(0o600)  # from now on the content has to be compared
     digest = Digest("sha256", hashlib.sha256(archive.read_bytes()).hexdigest())
-    config, abort, known = a_destination("http://127.0.0.1:9/"), Abort(), KnownDigests()
+    config, abort, known = a_destination("http://127.0.0.1:9/"), Abort(), ConfirmedDigests()
     read = []
     for _ in range(3):
         builder = RequestBuilder(config, AttemptLimits(abort), known)
         fd = os.open(archive, os.O_RDONLY)
         before = bytes_read()
-        builder.confirm_content(UploadJob("the-delivery", b"a", fd, fingerprint, {}), digest)
+        job = UploadJob("the-delivery", b"a", fd, fingerprint, {})
+        builder.confirm_content(job, digest)
         read.append(bytes_read() - before)
+        assert job.confirmed == fingerprint_of(archive.stat())
         os.close(fd)
     abort.close()
     assert read[0] >= 20 * MIB

@@ -55,8 +55,9 @@ Row = tuple[Any, ...]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_LOCK_RETRY_PAUSE = 0.02
-"""Seconds between two attempts to begin a transaction, in which other threads may read."""
+_FIRST_LOCK_PAUSE, _MAX_LOCK_PAUSE = 0.01, 0.2
+"""Seconds between two attempts to begin a transaction, in which other threads may read; each is twice the one
+before."""
 
 _PROGRESS_STEPS = 10_000
 """Steps of SQLite's virtual machine between two signs of progress; they take seconds on the slowest disk."""
@@ -375,7 +376,7 @@ class Transactions:
 
         While it waits for another process, the lock is free, so that other threads can read.
         """
-        deadline = time.monotonic() + lock_timeout
+        deadline, pause = time.monotonic() + lock_timeout, _FIRST_LOCK_PAUSE
         while True:
             self._lock.acquire()
             try:
@@ -388,7 +389,8 @@ class Transactions:
                     raise
             else:
                 return
-            time.sleep(_LOCK_RETRY_PAUSE)
+            time.sleep(pause)
+            pause = min(2 * pause, _MAX_LOCK_PAUSE)
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:

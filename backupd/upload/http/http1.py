@@ -237,6 +237,7 @@ class Http1Connection(HttpConnection):
         section 5.1 has proxies do it. If the body has no length then, it ends where nothing more arrives
         within `_WAIT_FOR_END` seconds.
         """
+        self._ends_unknown = False  # an interim response has no body
         status_line, *lines = head.split(b"\n")
         repaired, names, is_kept = list[bytes](), set[bytes](), True
         for line in lines[:-2]:

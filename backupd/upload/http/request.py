@@ -37,32 +37,38 @@ class PreparedRequest:
     body: UploadBody
 
 
-class KnownDigests:
+class ConfirmedDigests:
     """The digests of archives that were read before their upload; safe to use from several threads.
 
     An archive is read once, and not again at each attempt while the destination is down.
     """
 
     def __init__(self) -> None:
-        self._found: dict[str, tuple[Fingerprint, Digest]] = {}
+        self._found: dict[str, tuple[Fingerprint, tuple[Digest, ...], Digest]] = {}
 
     def find(self, job: UploadJob, algorithm: str) -> Digest | None:
-        """Return the digest of an archive that has not changed since it was read."""
-        fingerprint, digest = self._found.get(job.delivery_id, (None, None))
-        if digest is None or digest.algorithm != algorithm or fingerprint != _fingerprint_of(job):
+        """Return the digest of an archive that has not changed since it was confirmed, else None.
+
+        `confirmed` of the job is set as if its content had been read.
+        """
+        if (found := self._found.get(job.delivery_id)) is None:
             return None
+        fingerprint, compared, digest = found
+        if (digest.algorithm, compared, fingerprint) != (algorithm, job.known_digests, _fingerprint_of(job)):
+            return None
+        job.confirmed = fingerprint
         return digest
 
     def add(self, job: UploadJob, digest: Digest) -> None:
-        """Note the digest of an archive, with its fingerprint when it was confirmed."""
-        if len(self._found) >= _MAX_KNOWN:
+        """Note the digest of an archive that was confirmed, with its fingerprint at that time."""
+        if len(self._found) >= _MAX_CONFIRMED:
             with suppress(KeyError, RuntimeError):  # of another thread
                 del self._found[next(iter(self._found))]
         if job.confirmed is not None:
-            self._found[job.delivery_id] = job.confirmed, digest
+            self._found[job.delivery_id] = job.confirmed, job.known_digests, digest
 
 
-_MAX_KNOWN = 1000
+_MAX_CONFIRMED = 1000
 """Archives of which the digest is kept."""
 
 
@@ -76,10 +82,10 @@ class RequestBuilder:
     """Builds the requests to one destination; parses its templates once."""
 
     def __init__(
-        self, config: HttpDestinationConfig, limits: AttemptLimits, known: KnownDigests | None = None
+        self, config: HttpDestinationConfig, limits: AttemptLimits, confirmed: ConfirmedDigests | None = None
     ) -> None:
         self._config = config
-        self._known = known or KnownDigests()
+        self._confirmed = confirmed or ConfirmedDigests()
         self._limits = limits
         self._url = TextTemplate.parse(config.url)
         self._query_url = TextTemplate.parse(config.query_url) if config.query_url else None
@@ -115,8 +121,8 @@ class RequestBuilder:
         Raises ReadFailedError or FileChangedDuringUploadError.
         """
         algorithm = self._config.receipt.algorithm
-        if (known := self._known.find(job, algorithm)) is not None:
-            return known
+        if (confirmed := self._confirmed.find(job, algorithm)) is not None:
+            return confirmed
         hasher = hashlib.new(algorithm)
         offset, size = 0, job.fingerprint.size
         while offset < size:
@@ -132,11 +138,11 @@ class RequestBuilder:
 
     def confirm_content(self, job: UploadJob, digest: Digest) -> None:
         """Check that an archive has a digest, as `UploadJob.confirm_content` does and raises."""
-        if self._known.find(job, digest.algorithm) == digest:
+        if self._confirmed.find(job, digest.algorithm) == digest:
             return
         for _ in job.confirm_content(digest):
             self._limits.check()
-        self._known.add(job, digest)
+        self._confirmed.add(job, digest)
 
     def query_request(self, job: UploadJob, digest: Digest) -> str | None:
         """Return the URL for a query about a content; None without `query_url`."""

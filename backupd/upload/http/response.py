@@ -153,8 +153,7 @@ def reason_from_error(error: httpx.TransportError | OSError) -> tuple[Reason, st
         for cause in _causes(error):
             if isinstance(cause, ssl.SSLError) and not isinstance(cause, _TLS_NOT_READY):
                 return _reason_from_tls_error(cause)
-            if isinstance(cause, socket.gaierror) or getattr(cause, "errno", None) in _HOST_LIMITS:
-                reason = Reason.DNS if isinstance(cause, socket.gaierror) else Reason.HOST_LIMIT
+            if (reason := _reason_on_this_host(cause)) is not None:
                 return reason, getattr(cause, "strerror", None) or str(cause)
     description = str(error) or type(error).__name__
     for kind, reason in _REASON_BY_TYPE:
@@ -163,6 +162,12 @@ def reason_from_error(error: httpx.TransportError | OSError) -> tuple[Reason, st
     if isinstance(error, httpx.RemoteProtocolError) and not is_disconnect(error):
         return Reason.PROTOCOL, description
     return Reason.CONNECTION_LOST, description
+
+
+def _reason_on_this_host(error: BaseException) -> Reason | None:
+    if isinstance(error, socket.gaierror):
+        return Reason.DNS
+    return Reason.HOST_LIMIT if getattr(error, "errno", None) in _HOST_LIMITS else None
 
 
 _HOST_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)

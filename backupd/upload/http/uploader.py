@@ -33,7 +33,7 @@ from backupd.upload.http.body import UploadBody
 from backupd.upload.http.http_connection import EXPECT_CONTINUE
 from backupd.upload.http.limits import AttemptEndedError, AttemptLimits, BandwidthLimit
 from backupd.upload.http.redact import read_secret
-from backupd.upload.http.request import BODY_HEADERS, KnownDigests, RequestBuilder
+from backupd.upload.http.request import BODY_HEADERS, ConfirmedDigests, RequestBuilder
 from backupd.upload.http.response import ResponseEvaluator, failure_from_response, reason_from_error
 from backupd.upload.http.stream import ConnectOptions
 from backupd.upload.http.tls import ReloadingTlsContext, make_context
@@ -61,7 +61,7 @@ class HttpEndpoint(Endpoint):
     bandwidth: BandwidthLimit | None
     auth: httpx.Auth | None
     tls_context: ReloadingTlsContext
-    known_digests: KnownDigests = field(default_factory=KnownDigests)
+    confirmed_digests: ConfirmedDigests = field(default_factory=ConfirmedDigests)
 
     @classmethod
     def open(cls, config: HttpDestinationConfig, abort: Abort) -> HttpEndpoint:
@@ -236,7 +236,7 @@ class HttpUploader(Uploader):
         self._reload_first = False
         self._asks_first = False
         """Whether the destination takes a large body only after `Expect: 100-continue`."""
-        self._builder = RequestBuilder(self._config, self._limits, endpoint.known_digests)
+        self._builder = RequestBuilder(self._config, self._limits, endpoint.confirmed_digests)
         self._evaluator = ResponseEvaluator(self._config.receipt)
 
     def close(self) -> None:
