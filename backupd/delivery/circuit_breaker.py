@@ -63,6 +63,10 @@ class CircuitBreaker:
         self._ledger = ledger
         self._lock = threading.Lock()
         self._circuit = Circuit()
+        self._error: str | None = None
+        """The error of the last failure of the destination, None while it works."""
+        self._saved: str | None = None
+        """The reason that the ledger has."""
         self._outcome_review = OutcomeReview(was_refusing=self._saved_failure() == Reason.ALL_REFUSED)
         self._probing_since = 0.0
         """When the probe began (monotonic)."""
@@ -72,6 +76,16 @@ class CircuitBreaker:
     def state(self) -> CircuitState:
         """Return the state of the circuit."""
         return self._circuit.state
+
+    @property
+    def circuit(self) -> Circuit:
+        """Return the circuit as it is now."""
+        return self._circuit
+
+    @property
+    def error(self) -> str | None:
+        """Return the error for which the destination is paused, None while it works."""
+        return self._error
 
     def try_acquire(self) -> bool:
         """Return whether one more delivery may start; each True needs a `release` or `record_outcome`."""
@@ -142,15 +156,17 @@ class CircuitBreaker:
             else:
                 after = before.record_success()
             self._circuit = after
+            if after != before:
+                self._error = outcome.error if isinstance(outcome, Deferred) else None
         if after != before:
             self._notifier.notify()
             self._log_change(before, after, outcome, now)
-            self.save(outcome.error if isinstance(outcome, Deferred) else None)
+            self.save()
 
     def _saved_failure(self) -> str | None:
         with suppress(LedgerError):
-            return self._ledger.saved_failure(self._destination)
-        return None
+            self._saved = self._ledger.saved_failure(self._destination)
+        return self._saved
 
     def files_renewed(self) -> None:
         """End a pause because of unusable files, as they can be used now; try again at once after others."""
@@ -160,7 +176,7 @@ class CircuitBreaker:
                 return
             now = datetime.now(UTC)
             if before.reason is Reason.LOCAL_FILES:
-                self._circuit = before.record_success()
+                self._circuit, self._error = before.record_success(), None
             else:
                 self._circuit = replace(before, until=now)
         self._notifier.notify()
@@ -176,13 +192,17 @@ class CircuitBreaker:
         self._notifier.notify()
         self.save()
 
-    def save(self, error: str | None = None) -> None:
-        """Write the state of the circuit to the ledger."""
+    def save(self) -> None:
+        """Write the reason of the last failure to the ledger, for the next start."""
         if self._retired or (self._outcome_review.was_refusing and self._circuit == Circuit()):
             return  # the pause before the start counts until there is an outcome
-        # nothing depends on this copy; a ledger that fails is logged by the next write that matters
+        reason = self._circuit.reason
+        if reason == self._saved:
+            return
+        # a ledger that fails is logged by the next write that matters
         with suppress(LedgerError):
-            self._ledger.save_circuit(self._destination, self._circuit, error)
+            self._ledger.save_failure(self._destination, reason)
+            self._saved = reason
 
     def retire(self) -> None:
         """Neither log nor save any further change: the destination has a new circuit breaker."""

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Protocol
 
-from backupd.core.drop_problem import DropProblem, DropState, ProblemCount
+from backupd.core.drop_problem import DropProblem
 from backupd.core.model import Archive, DeliveryState
 from backupd.core.names import as_text
+from backupd.core.snapshot import DeviceDay, HourThroughput, OperatorPause, Snapshot
 from backupd.ledger.port import DropBacklog
 
 
@@ -78,29 +79,6 @@ class AttemptRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class DestinationRecord:
-    """The queue and circuit of a destination.
-
-    `pending` counts its open deliveries, and `oldest` is when the first of their archives was queued.
-    `rejected` counts its rejected deliveries with a file in quarantine. `circuit` is the state of its
-    circuit, None if the daemon has never saved one; `reason` and `error` are those of its last failure,
-    `since` is the time of the first one in a row, and `until` is the end of the pause.
-    """
-
-    name: str
-    pending: int
-    pending_bytes: int
-    oldest: datetime | None
-    rejected: int
-    last_delivered: datetime | None
-    circuit: str | None
-    reason: str | None
-    error: str | None
-    since: datetime | None
-    until: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
 class DeviceRecord:
     """A device that archives come from; `device` is empty for a drop as a whole.
 
@@ -114,21 +92,6 @@ class DeviceRecord:
     archives: int
     overdue: bool
     every: timedelta | None
-
-
-@dataclass(frozen=True, slots=True)
-class DropRecord:
-    """The queue of a drop.
-
-    `pending` counts the archives with an open delivery, and `oldest` is when the first of them was queued.
-    `last` is the path of the newest archive, which was queued at `last_at`.
-    """
-
-    pending: int
-    pending_bytes: int
-    oldest: datetime | None
-    last: bytes | None
-    last_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +139,33 @@ class History(Protocol):
         """Return the process id of the daemon that uses the ledger, None if no daemon runs."""
         ...
 
+    def snapshots(self) -> list[Snapshot]:
+        """Return the state of the daemon on each host, by the hosts' names; it is the last one that ran."""
+        ...
+
+    def pauses(self) -> list[OperatorPause]:
+        """Return the pauses that people have requested, by kind and name."""
+        ...
+
+    def pause(self, pause: OperatorPause) -> None:
+        """Add a pause, or replace that of the same destination or drop."""
+        ...
+
+    def resume(self, kind: str, name: str) -> bool:
+        """End a pause; return whether there was one."""
+        ...
+
+    def device_days(self, drops: Collection[str], since: datetime) -> list[DeviceDay]:
+        """Return the archives of each device of these drops and day since a time, by drop, device and day.
+
+        Archives that a newer content has superseded before their delivery are left out.
+        """
+        ...
+
+    def throughput(self, destinations: Collection[str], since: datetime) -> list[HourThroughput]:
+        """Return the deliveries to each of these destinations by the hour; empty hours are left out."""
+        ...
+
     def find(self, search: Search, limit: int) -> list[DeliveryRecord]:
         """Return up to `limit` deliveries of a search, those of the newest archives first."""
         ...
@@ -196,14 +186,6 @@ class History(Protocol):
         """Return an archive; raises UsageError if there is none with this id."""
         ...
 
-    def drop(self, name: str) -> DropRecord:
-        """Return the queue and the last archive of a drop."""
-        ...
-
-    def destination(self, name: str) -> DestinationRecord:
-        """Return the queue and the circuit of a destination."""
-        ...
-
     def destinations_pending(self) -> list[str]:
         """Return the names of the destinations with open deliveries, in alphabetical order."""
         ...
@@ -212,20 +194,8 @@ class History(Protocol):
         """Return the drops with archives that wait for a delivery or a disposition, by name."""
         ...
 
-    def count_quarantined(self) -> int:
-        """Return the number of rejected archives with a file in `rejected_dir`."""
-        ...
-
     def problems(self, drop: str | None, limit: int) -> list[DropProblem]:
         """Return up to `limit` problems of a drop, or of all if `drop` is None, the oldest first."""
-        ...
-
-    def drop_states(self) -> list[DropState]:
-        """Return the states of all drops that the daemon has opened, by their names."""
-        ...
-
-    def problem_counts(self) -> list[ProblemCount]:
-        """Return the problems of each drop with each reason, by drop and reason."""
         ...
 
     def devices(self, now: datetime) -> list[DeviceRecord]:

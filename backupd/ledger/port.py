@@ -14,13 +14,13 @@ from datetime import datetime, timedelta
 from typing import Protocol
 
 from backupd.core.archive_formats import Damage
-from backupd.core.circuit import Circuit
 from backupd.core.clock_skew import ZERO
 from backupd.core.devices import Device, DeviceExpectation
 from backupd.core.drop_problem import DropProblem, DropState, ProblemCount
 from backupd.core.errors import LedgerDamagedError
 from backupd.core.folder_place import FolderPlace
 from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Digest, Fingerprint, Rejected
+from backupd.core.snapshot import OperatorPause, Snapshot
 from backupd.core.transition import Priority, Transition
 
 
@@ -201,6 +201,32 @@ class Backlog:
 
 
 @dataclass(frozen=True, slots=True)
+class NewestArchive:
+    """The archive of a drop that was queued last, by its path."""
+
+    relpath: bytes
+    queued_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """The state of all queues.
+
+    `destinations` are the open deliveries by destination; `drops` are the archives with one by drop. Names
+    without any are left out of both. `rejected` counts the rejected deliveries with a file in quarantine by
+    destination, `quarantined` the archives. `last_delivered` has the end of the last delivery by destination,
+    and `newest` the newest archive by drop, of those that the caller named.
+    """
+
+    destinations: Mapping[str, Backlog]
+    drops: Mapping[str, Backlog]
+    rejected: Mapping[str, int]
+    quarantined: int
+    last_delivered: Mapping[str, datetime]
+    newest: Mapping[str, NewestArchive]
+
+
+@dataclass(frozen=True, slots=True)
 class DropBacklog:
     """The archives of a drop that wait for a delivery or a disposition.
 
@@ -252,6 +278,10 @@ class DeviceLedger(Protocol):
 
     def possibly_overdue(self, now: datetime) -> list[Device]:
         """Return the devices that are overdue or have an alarm, by drop and name."""
+        ...
+
+    def count_devices(self) -> int:
+        """Return the number of known devices."""
         ...
 
     def record_alarms(self, overdue: Sequence[Device], recovered: Sequence[Device]) -> None:
@@ -455,15 +485,28 @@ class Ledger(DeviceLedger, Protocol):
         """Return the number of rejected archives with a file in `rejected_dir`."""
         ...
 
-    def save_circuit(self, destination: str, circuit: Circuit, error: str | None) -> None:
-        """Replace the saved circuit of a destination.
+    def queue_state(self, drops: Collection[str], destinations: Collection[str]) -> QueueState:
+        """Return the state of all queues, with the newest archive and last delivery of these."""
+        ...
 
-        `error` is the last error of the destination, None for a working one.
-        """
+    def save_snapshot(self, snapshot: Snapshot) -> None:
+        """Replace the snapshot of this host."""
+        ...
+
+    def pauses(self) -> list[OperatorPause]:
+        """Return the pauses that people have requested, by kind and name."""
+        ...
+
+    def delete_ended_pauses(self, now: datetime) -> None:
+        """Delete the pauses with an end that has passed."""
+        ...
+
+    def save_failure(self, destination: str, reason: str | None) -> None:
+        """Replace the saved reason of the last failure of a destination; None for a working one."""
         ...
 
     def saved_failure(self, destination: str) -> str | None:
-        """Return the reason in the saved circuit of a destination; None if it works, or none was saved."""
+        """Return the saved reason of a destination's last failure; None if it works or none was saved."""
         ...
 
     def save_problems(self, found: Sequence[DropProblem], solved: Sequence[DropProblem]) -> None:
@@ -480,6 +523,10 @@ class Ledger(DeviceLedger, Protocol):
 
     def save_drop_state(self, state: DropState) -> None:
         """Replace the state of a drop."""
+        ...
+
+    def drop_states(self) -> list[DropState]:
+        """Return the states of all drops that a daemon has opened, by their names."""
         ...
 
     def forget_drops(self, other_than: Collection[str]) -> None:

@@ -50,6 +50,8 @@ class EventLog:
         self._is_limited = level != "debug"
         self._repetitions: dict[tuple[object, ...], _Repetition] = {}
         self._lock = threading.Lock()
+        self.listeners: list[Callable[[Event, Mapping[str, Any]], None]] = []
+        """Called with each event and its values, whether it is logged or left out; they must not block."""
         self._logger = structlog.wrap_logger(
             writer,
             wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
@@ -63,6 +65,8 @@ class EventLog:
     def emit(self, event: Event, *, exc_info: BaseException | None = None, **keys: object) -> None:
         """Log an event with some of its keys; never raises."""
         values = {key: _json_value(value) for key, value in keys.items() if value is not None}
+        for listener in self.listeners:
+            listener(event, values)
         if exc_info is not None:
             values["exc_info"] = exc_info  # rendered without the values of local variables
         if event.limit is None or self._is_within_limit(event, event.limit, values):

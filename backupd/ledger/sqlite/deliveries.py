@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from itertools import accumulate, takewhile
 from pathlib import Path
 
-from backupd.core.circuit import Circuit
 from backupd.core.drop_problem import DropProblem, DropState, ProblemCount
 from backupd.core.errors import LedgerFullError
 from backupd.core.folder_place import FolderPlace
@@ -30,6 +29,7 @@ from backupd.core.model import (
     may_have_content_of,
 )
 from backupd.core.policy import Reason
+from backupd.core.snapshot import OperatorPause, Snapshot
 from backupd.core.transition import Priority, Transition, archive_state
 from backupd.ledger.port import (
     Backlog,
@@ -43,15 +43,15 @@ from backupd.ledger.port import (
     KnownChanges,
     Ledger,
     OpenedLedger,
+    QueueState,
     RecordResult,
     RecreatedLedger,
     UndecidedFile,
     content_key,
 )
-from backupd.ledger.sqlite import folder_queries, problem_queries
+from backupd.ledger.sqlite import folder_queries, problem_queries, state_queries
 from backupd.ledger.sqlite.connection import (
     ARCHIVE_COLUMNS,
-    TOTAL_SIZE,
     StateLock,
     as_archive,
     as_delivery_result,
@@ -375,40 +375,46 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
     def backlog(self) -> Mapping[str, Backlog]:
         """See `Ledger.backlog`."""
         with self._reading() as db:
-            rows = db.execute(
-                f"SELECT destination, count(*), {TOTAL_SIZE}, min(queued_at)"  # noqa: S608 -- own clause
-                # one query for each state, as each has its own index without the ended deliveries
-                " FROM (SELECT destination, archive_id FROM delivery WHERE state = 'pending'"
-                " UNION ALL SELECT destination, archive_id FROM delivery WHERE state = 'claimed')"
-                " JOIN archive ON archive.id = archive_id GROUP BY destination"
-            ).fetchall()
-            return {name: Backlog(count, size, as_time(oldest)) for name, count, size, oldest in rows}
+            return state_queries.backlogs(db)
 
     def count_quarantined(self) -> int:
         """See `Ledger.count_quarantined`."""
         with self._reading() as db:
-            row = db.execute(
-                "SELECT count(DISTINCT archive_id) FROM delivery INDEXED BY delivery_rejected"
-                " JOIN archive ON archive.id = archive_id"
-                " WHERE delivery.state = 'rejected' AND moved_to IS NOT NULL"
-            ).fetchone()
-        return int(row[0])
+            return state_queries.quarantined(db)
 
-    def save_circuit(self, destination: str, circuit: Circuit, error: str | None) -> None:
-        """See `Ledger.save_circuit`."""
-        times = [None if time is None else to_micros(time) for time in (circuit.since, circuit.until)]
-        text = None if error is None else storable_text(error)
+    def queue_state(self, drops: Collection[str], destinations: Collection[str]) -> QueueState:
+        """See `Ledger.queue_state`."""
+        with self._reading() as db:
+            return state_queries.queue_state(db, drops, destinations)
+
+    def save_snapshot(self, snapshot: Snapshot) -> None:
+        """See `Ledger.save_snapshot`."""
         with self._transaction(durable=False) as db:
-            db.execute(
-                "INSERT OR REPLACE INTO circuit (destination, state, reason, error, since, until)"
-                " VALUES (?, ?, ?, ?, ?, ?)",
-                (destination, circuit.state, circuit.reason, text, *times),
-            )
+            state_queries.save_snapshot(db, snapshot)
+
+    def pauses(self) -> list[OperatorPause]:
+        """See `Ledger.pauses`."""
+        with self._reading() as db:
+            return state_queries.find_pauses(db)
+
+    def delete_ended_pauses(self, now: datetime) -> None:
+        """See `Ledger.delete_ended_pauses`."""
+        with self._transaction(durable=False) as db:
+            state_queries.delete_ended_pauses(db, now)
+
+    def save_failure(self, destination: str, reason: str | None) -> None:
+        """See `Ledger.save_failure`."""
+        with self._transaction(durable=False) as db:
+            db.execute("DELETE FROM destination_failure WHERE destination = ?", (destination,))
+            if reason is not None:
+                query = "INSERT INTO destination_failure (destination, reason) VALUES (?, ?)"
+                db.execute(query, (destination, reason))
 
     def saved_failure(self, destination: str) -> str | None:
         """See `Ledger.saved_failure`."""
+        query = "SELECT reason FROM destination_failure WHERE destination = ?"
         with self._reading() as db:
-            row = db.execute("SELECT reason FROM circuit WHERE destination = ?", (destination,)).fetchone()
+            row = db.execute(query, (destination,)).fetchone()
         return row[0] if row else None
 
     def save_problems(self, found: Sequence[DropProblem], solved: Sequence[DropProblem]) -> None:
@@ -430,6 +436,11 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         """See `Ledger.save_drop_state`."""
         with self._transaction(durable=False) as db:
             problem_queries.save_state(db, state)
+
+    def drop_states(self) -> list[DropState]:
+        """See `Ledger.drop_states`."""
+        with self._reading() as db:
+            return problem_queries.find_states(db)
 
     def forget_drops(self, other_than: Collection[str]) -> None:
         """See `Ledger.forget_drops`."""
@@ -676,10 +687,11 @@ def _insert(
     db: sqlite3.Connection, candidate: FileCandidate, destinations: Sequence[str], now: datetime, host: str
 ) -> Archive:
     at, fingerprint, folder_id = to_micros(now), candidate.fingerprint, candidate.folder_id
+    device = candidate.tracked.device if candidate.tracked else None
     archive_id = db.execute(
         "INSERT INTO archive (drop_name, relpath, folder_id, inode, size, mtime_ns, ctime_ns, queued_at,"  # noqa: S608
-        f" host, changed) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, {_CHANGE})",
-        (candidate.drop, candidate.relpath, *fingerprint_columns(folder_id, fingerprint), at, host),
+        f" host, device, changed) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {_CHANGE})",
+        (candidate.drop, candidate.relpath, *fingerprint_columns(folder_id, fingerprint), at, host, device),
     ).lastrowid
     db.executemany(
         "INSERT INTO delivery (id, archive_id, destination, size, due_at) VALUES (?, ?, ?, ?, ?)",

@@ -54,6 +54,12 @@ class SqliteDeviceLedger(Transactions, DeviceLedger):
             ).fetchall()
             return [_as_device(row) for row in rows]
 
+    def count_devices(self) -> int:
+        """See `DeviceLedger.count_devices`."""
+        with self._reading() as db:
+            row = db.execute("SELECT count(*) FROM device WHERE listed OR archives").fetchone()
+        return int(row[0])
+
     def record_alarms(self, overdue: Sequence[Device], recovered: Sequence[Device]) -> None:
         """See `DeviceLedger.record_alarms`."""
         changed = [(1, d.drop, d.name) for d in overdue if not d.alarmed]
@@ -156,6 +162,7 @@ def record_arrival(db: sqlite3.Connection, archive: Archive, tracked: TrackedDev
         "INSERT INTO unusual_size (archive_id, device, median_size) VALUES (?, ?, ?)",
         (archive.id, tracked.device, anomaly.median),
     )
+    db.execute("UPDATE archive SET median_size = ? WHERE id = ?", (anomaly.median, archive.id))
     return True
 
 

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 
 from backupd.core.devices import overdue_by
-from backupd.core.drop_problem import DropProblem, DropState, ProblemCount
+from backupd.core.drop_problem import DropProblem
 from backupd.core.errors import LedgerError, LedgerUnreachableError, UsageError
 from backupd.core.model import DeliveryState
+from backupd.core.snapshot import DeviceDay, HourThroughput, OperatorPause, Snapshot
 from backupd.ledger.history import (
     ArchiveRecord,
     AttemptRecord,
     DeliveryRecord,
-    DestinationRecord,
     DeviceRecord,
-    DropRecord,
     History,
     Search,
 )
 from backupd.ledger.port import DropBacklog
-from backupd.ledger.sqlite import device_queries, folder_queries
+from backupd.ledger.sqlite import device_queries, folder_queries, state_queries
 from backupd.ledger.sqlite.connection import (
     ARCHIVE_COLUMNS,
-    TOTAL_SIZE,
     Row,
     as_archive,
     as_time,
@@ -36,14 +34,13 @@ from backupd.ledger.sqlite.connection import (
     is_locked,
     is_outage,
     open_for_reading,
-    optional_path,
     optional_time,
     row_converter,
     storable_text,
     to_micros,
 )
 from backupd.ledger.sqlite.deliveries import give_up
-from backupd.ledger.sqlite.problem_queries import count_problems, find_problems, find_states
+from backupd.ledger.sqlite.problem_queries import find_problems
 
 _CLAUSES = {
     "drop": "a.drop_name = ?",
@@ -62,11 +59,6 @@ _ARCHIVE = f"""
     SELECT a.state, a.digest, a.disposition, a.moved_to, a.disposed_at, a.missing, {_COLUMNS}
     FROM archive a
 """  # noqa: S608 -- own columns
-_PENDING = """
-    (SELECT archive_id, destination FROM delivery WHERE state = 'pending'
-    UNION ALL SELECT archive_id, destination FROM delivery WHERE state = 'claimed')
-"""  # one query for each state, as each has its own index
-
 _INDEXED_STATES = (DeliveryState.PENDING, DeliveryState.CLAIMED, DeliveryState.REJECTED)
 """States of few deliveries, which have an index."""
 
@@ -109,6 +101,36 @@ class LedgerQueries(History):
         """See `History.daemon_pid`."""
         path = self._db.execute("PRAGMA database_list").fetchone()[2]
         return daemon_pid(Path(path).parent) if path else None  # a ledger in memory has no directory
+
+    @_query_errors("read")
+    def snapshots(self) -> list[Snapshot]:
+        """See `History.snapshots`."""
+        return state_queries.find_snapshots(self._db)
+
+    @_query_errors("read")
+    def pauses(self) -> list[OperatorPause]:
+        """See `History.pauses`."""
+        return state_queries.find_pauses(self._db)
+
+    def pause(self, pause: OperatorPause) -> None:
+        """See `History.pause`."""
+        with self._writing() as db:
+            state_queries.save_pause(db, pause)
+
+    def resume(self, kind: str, name: str) -> bool:
+        """See `History.resume`."""
+        with self._writing() as db:
+            return state_queries.delete_pause(db, kind, name)
+
+    @_query_errors("read")
+    def device_days(self, drops: Collection[str], since: datetime) -> list[DeviceDay]:
+        """See `History.device_days`."""
+        return state_queries.device_days(self._db, drops, since)
+
+    @_query_errors("read")
+    def throughput(self, destinations: Collection[str], since: datetime) -> list[HourThroughput]:
+        """See `History.throughput`."""
+        return state_queries.throughput(self._db, destinations, since)
 
     @_query_errors("read")
     def find(self, search: Search, limit: int) -> list[DeliveryRecord]:
@@ -172,56 +194,6 @@ class LedgerQueries(History):
         return _archive(rows[0])
 
     @_query_errors("read")
-    def drop(self, name: str) -> DropRecord:
-        """See `History.drop`."""
-        pending = self._query(
-            f"SELECT count(*), {TOTAL_SIZE}, min(queued_at) FROM archive"  # noqa: S608 -- own clauses
-            f" WHERE drop_name = ? AND id IN (SELECT archive_id FROM {_PENDING})",
-            (name,),
-        )[0]
-        last = self._query(
-            "SELECT relpath, queued_at FROM archive WHERE drop_name = ? ORDER BY id DESC LIMIT 1", (name,)
-        )
-        path, at = last[0] if last else (None, None)
-        return DropRecord(
-            pending[0], pending[1], optional_time(pending[2]), optional_path(path), optional_time(at)
-        )
-
-    @_query_errors("read")
-    def destination(self, name: str) -> DestinationRecord:
-        """See `History.destination`."""
-        pending = self._query(
-            f"SELECT count(*), {TOTAL_SIZE}, min(queued_at)"  # noqa: S608 -- own clauses
-            f" FROM {_PENDING} JOIN archive ON archive.id = archive_id WHERE destination = ?",
-            (name,),
-        )[0]
-        rejected = self._query(
-            "SELECT count(*) FROM delivery JOIN archive ON archive.id = archive_id"
-            " WHERE delivery.state = 'rejected' AND destination = ? AND moved_to IS NOT NULL",
-            (name,),
-        )[0][0]
-        last = self._query(
-            "SELECT max(ended_at) FROM delivery WHERE state = 'delivered' AND destination = ?", (name,)
-        )[0][0]
-        circuits = self._query(
-            "SELECT state, reason, error, since, until FROM circuit WHERE destination = ?", (name,)
-        )
-        state, reason, error, since, until = circuits[0] if circuits else (None,) * 5
-        return DestinationRecord(
-            name,
-            pending[0],
-            pending[1],
-            optional_time(pending[2]),
-            rejected,
-            optional_time(last),
-            state,
-            reason,
-            error,
-            optional_time(since),
-            optional_time(until),
-        )
-
-    @_query_errors("read")
     def destinations_pending(self) -> list[str]:
         """See `History.destinations_pending`."""
         rows = self._query(
@@ -237,30 +209,9 @@ class LedgerQueries(History):
         return folder_queries.pending_drops(self._db)
 
     @_query_errors("read")
-    def count_quarantined(self) -> int:
-        """See `History.count_quarantined`."""
-        return int(
-            self._query(
-                "SELECT count(DISTINCT archive_id) FROM delivery JOIN archive ON archive.id = archive_id"
-                " WHERE delivery.state = 'rejected' AND moved_to IS NOT NULL",
-                (),
-            )[0][0]
-        )
-
-    @_query_errors("read")
     def problems(self, drop: str | None, limit: int) -> list[DropProblem]:
         """See `History.problems`."""
         return find_problems(self._db, drop, limit)
-
-    @_query_errors("read")
-    def drop_states(self) -> list[DropState]:
-        """See `History.drop_states`."""
-        return find_states(self._db)
-
-    @_query_errors("read")
-    def problem_counts(self) -> list[ProblemCount]:
-        """See `History.problem_counts`."""
-        return count_problems(self._db)
 
     @_query_errors("read")
     def devices(self, now: datetime) -> list[DeviceRecord]:
