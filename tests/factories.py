@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -26,6 +27,7 @@ from backupd.core.model import (
     Superseded,
 )
 from backupd.core.policy import Reason
+from backupd.core.snapshot import Snapshot
 from backupd.core.transition import RetryPolicy, next_step
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.folder import DropFolder
@@ -149,3 +151,9 @@ def a_claim_result(delivery: Delivery, *outcomes: Outcome, now: datetime = NOW) 
 
 
 END_STATES = (DeliveryState.DELIVERED, DeliveryState.REJECTED, DeliveryState.SUPERSEDED)
+
+
+def a_snapshot(**fields: Any) -> Snapshot:
+    """Return the state of a daemon in which everything is well."""
+    minute = timedelta(minutes=1)
+    return replace(Snapshot(NOW, "host-1", "0.2.0", 17, NOW - minute, minute, is_ready=True), **fields)

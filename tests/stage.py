@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,13 @@ from tests.pki import Pki
 
 TIMEOUT = 180.0
 """Seconds after which a wait fails. No test depends on how fast the machine is, so this is generous."""
+
+
+_SNAPSHOT_TIMEOUT = 20.0
+"""Seconds to wait for the recorded state of a daemon."""
+
+_OF_A_SNAPSHOT = ("daemon.heartbeat", "destination.status", "drop.problem")
+"""Events that are made from the recorded state."""
 
 
 def until(condition: Callable[[], Any], description: str, timeout: float = TIMEOUT) -> Any:
@@ -77,6 +88,13 @@ class Daemon:
         """Return the logged events, of one name or all; fail if a line is not JSON."""
         lines, _ = self._lines(self._read_from)
         return [line for line in lines if not name or line["event"] == name]
+
+    def last_change(self) -> float:
+        """Return the time of the last event that changes the state, in seconds since the epoch; 0 without."""
+        changes = [e for e in self.events() if e["event"] not in _OF_A_SNAPSHOT and e["level"] != "debug"]
+        if not any(event["event"] == "daemon.ready" for event in changes):
+            return 0.0
+        return datetime.fromisoformat(changes[-1]["timestamp"]).timestamp()
 
     def count(self, name: str) -> int:
         """Return how many events of a name there were, those that were left out of the log included."""
@@ -264,10 +282,33 @@ key = "{self.pki.client_key}"
         """Return the archives that the receiver stored."""
         return self.archives(self.store / "archives")
 
+    def await_snapshot(self) -> None:
+        """Wait until the daemon has recorded the state after its last event, unless it hangs."""
+        for daemon in self._daemons:
+            deadline = time.monotonic() + _SNAPSHOT_TIMEOUT
+            while daemon.process.poll() is None and time.monotonic() < deadline:
+                if self._snapshot_taken_at() >= daemon.last_change():
+                    break
+                time.sleep(0.02)
+
+    def _snapshot_taken_at(self) -> float:
+        """Return the time of the recorded state; infinite if the ledger cannot be read."""
+        try:
+            with closing(sqlite3.connect(f"file:{self.state}/ledger.sqlite3?mode=ro", uri=True)) as db:
+                row = db.execute("SELECT max(taken_at) FROM snapshot").fetchone()
+        except sqlite3.Error:
+            return math.inf
+        return (row[0] or 0) / 1e6
+
     def backupd(
         self, *arguments: str, environ: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run another command of `backupd` with this configuration."""
+        """Run another command of `backupd` with this configuration.
+
+        `status` reads the state that the daemon recorded: that of its last event at least.
+        """
+        if arguments[:1] == ("status",):
+            self.await_snapshot()
         environ = {**os.environ, "BACKUPD_CONFIG": str(self.config), **(environ or {})}
         if not can_fork(environ):
             return subprocess.run(

@@ -33,6 +33,8 @@ _COMMANDS = {
     "show": "show:show",
     "audit": "audit:audit",
     "retry": "retry:retry",
+    "pause": "pause:pause",
+    "resume": "pause:resume",
     "forget": "forget:forget",
     "init": "init:init",
     "config": "config:app",

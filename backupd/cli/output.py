@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 from rich.table import Table
@@ -19,28 +20,65 @@ from rich.text import Text
 from backupd.core.names import as_text, printable
 from backupd.core.units import human_duration
 
+_COLUMN_GAP = 2
+"""Columns of a terminal between two columns of a table."""
+
+_MIN_WIDTH = 8
+"""Columns that a shortened cell keeps at least."""
+
 
 def print_json(value: object) -> None:
     """Print dataclasses, collections and plain values as JSON; times are ISO 8601, durations seconds."""
     sys.stdout.write(json.dumps(_as_json(value), indent=2) + "\n")
 
 
-def print_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table of plain text, one row per line unless standard output is a terminal.
+def print_table(
+    headings: Sequence[str], rows: Sequence[Sequence[object]], shortened: Sequence[str] = ()
+) -> None:
+    """Print a table of plain text, with each row on one line.
 
-    Control characters are escaped, and None is printed as an empty cell.
+    On a terminal that is too narrow, the cells of the columns in `shortened` lose their middle, those of the
+    widest one first. Control characters are escaped, and None is printed as an empty cell.
     """
+    console = Console()
+    cells = [[printable(str("" if cell is None else cell)) for cell in row] for row in rows]
+    if console.is_terminal:
+        cells = _fitted(headings, cells, shortened, console.width)
+    else:
+        console.width = 100_000  # for grep and awk
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(
-            *(Text(printable(str("" if cell is None else cell)), style=_style(cell)) for cell in row)
-        )
-    console = Console()
-    if not console.is_terminal:
-        console.width = 100_000  # for grep and awk
+        table.add_column(heading, no_wrap=True, overflow="ellipsis")
+    for row, texts in zip(rows, cells, strict=True):
+        table.add_row(*(Text(text, style=_style(cell)) for text, cell in zip(texts, row, strict=True)))
     console.print(table)
+
+
+def _fitted(
+    headings: Sequence[str], cells: list[list[str]], shortened: Sequence[str], width: int
+) -> list[list[str]]:
+    """Return the cells so that the table is at most `width` columns wide, if `shortened` permits it."""
+    widths = [max(map(cell_len, column)) for column in zip(headings, *cells, strict=True)]
+    flexible = [number for number, heading in enumerate(headings) if heading in shortened]
+    excess = sum(widths) + _COLUMN_GAP * (len(widths) - 1) - width
+    while excess > 0 and flexible:
+        widest = max(flexible, key=lambda number: widths[number])
+        if widths[widest] <= _MIN_WIDTH:
+            break
+        widths[widest], excess = widths[widest] - 1, excess - 1
+    return [
+        [shorten_middle(text, widths[n]) if n in flexible else text for n, text in enumerate(row)]
+        for row in cells
+    ]
+
+
+def shorten_middle(text: str, width: int) -> str:
+    """Return a text in at most `width` columns of a terminal; a longer one has a `…` in its middle."""
+    if cell_len(text) <= width:
+        return text
+    head = max(width - 1, 0) // 2
+    tail = max(width - 1 - head, 0)
+    return f"{set_cell_size(text, head)}…{set_cell_size(text[::-1], tail)[::-1]}"
 
 
 def print_line(text: str, style: str = "") -> None:

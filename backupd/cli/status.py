@@ -2,36 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
+import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from backupd.cli.options import DEFAULT_CONFIG, AsJson, ConfigPath
-from backupd.cli.output import print_json, print_line, print_table, relative_time
-from backupd.config.certificate_files import first_to_renew
-from backupd.config.files import certificate_limits
+from backupd.cli.output import print_json, print_line, print_table, relative_time, shorten_middle
 from backupd.config.load import load
-from backupd.config.models import Config
 from backupd.config.types import parse_duration
-from backupd.core.certificate_life import CertificateLife, CertificateState
-from backupd.core.drop_problem import DropState, ProblemCount
+from backupd.core.certificate_life import CertificateState
 from backupd.core.errors import BackupdError, UsageError
-from backupd.core.health import HealthFacts, HealthLevel, HealthLimits, plugin_line
-from backupd.core.names import as_text
-from backupd.core.policy import Reason
+from backupd.core.health import Alarm, HealthLevel, HealthLimits, alarms, hold_text, plugin_line
+from backupd.core.snapshot import (
+    CertificateSnapshot,
+    DestinationSnapshot,
+    DropSnapshot,
+    OverdueDevice,
+    Snapshot,
+    Upload,
+)
 from backupd.core.units import human_duration, human_size
 from backupd.ledger.factory import open_history
-from backupd.ledger.history import DestinationRecord, DropRecord, History
 
 _WATCH_INTERVAL = 2.0
 """Seconds between two refreshes of `--watch`."""
+
+_MAX_OVERDUE = 20
+"""Overdue devices that are listed; `--json` has all."""
+
+_MAX_UPLOAD_NAME = 40
+"""Columns for the name of an archive that is being uploaded."""
+
+_LEVEL_STYLES = {
+    HealthLevel.OK: "green",
+    HealthLevel.WARNING: "yellow",
+    HealthLevel.CRITICAL: "bold red",
+}
 
 _CERTIFICATE_STYLES = {
     CertificateState.VALID: "green",
@@ -42,51 +57,21 @@ _CERTIFICATE_STYLES = {
 
 
 @dataclass(frozen=True, slots=True)
-class DropStatus:
-    """A drop, its folder, how the daemon notices changes in it, and its archives in the ledger.
+class DaemonStatus:
+    """The status of a daemon; `daemon_pid` is None if it does not run, `snapshot` if none has ever run.
 
-    `state` is None until the daemon has opened the folder, and for one with pending archives that is no drop
-    folder any more.
+    `age` is the time since the snapshot was taken.
     """
 
-    name: str
-    path: Path
-    state: DropState | None
-    record: DropRecord
-
-
-@dataclass(frozen=True, slots=True)
-class CertificateStatus:
-    """The certificate of a destination, its chain and its token endpoint that needs a renewal first."""
-
-    destination: str
-    path: Path
-    days_left: int
-    expires_at: datetime
-    state: CertificateState
-    life: CertificateLife
-
-
-@dataclass(frozen=True, slots=True)
-class OverdueDevice:
-    """A device that has not sent a backup within its expected interval; `last_at` is None if it never did."""
-
-    drop: str
-    device: str
-    last_at: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class DaemonStatus:
-    """The status of a daemon and its queue; `daemon_pid` is None if it does not run."""
-
     daemon_pid: int | None
-    drops: list[DropStatus]
-    destinations: list[DestinationRecord]
-    rejected: int
-    certificates: list[CertificateStatus]
-    overdue: list[OverdueDevice]
-    problems: list[ProblemCount]
+    age: timedelta | None
+    alarms: list[Alarm]
+    snapshot: Snapshot | None
+
+    @property
+    def level(self) -> HealthLevel:
+        """Return the level of the most serious alarm."""
+        return max((alarm.level for alarm in self.alarms), default=HealthLevel.OK)
 
 
 def status(
@@ -108,22 +93,23 @@ def status(
         ),
     ] = "6h",
 ) -> None:
-    """Show the backlog and state of each drop and destination, rejected archives and certificates.
+    """Show what needs a person, uploads under way, and each drop, destination and certificate.
 
-    With --check, these are critical: the daemon does not run, a drop folder cannot be used, or a certificate
-    expires within `certificate_critical`. These are warnings: a paused destination, a rejected archive, a
-    file with a problem, an overdue device, or a certificate that expires within `certificate_warning`.
+    With --check, these are critical: the daemon does not run or hangs, a drop folder cannot be used, or a
+    certificate expires within `certificate_critical`. These are warnings: a paused destination, a rejected
+    archive, a file with a problem, an overdue device, `backupd pause` without an end, or a certificate that
+    expires within `certificate_warning`.
     """
     if check and (watch or as_json):
         raise UsageError("--check prints one line", "leave --watch and --json out")
     if check:
         raise typer.Exit(_check(config, warning_age, critical_age))
     if not watch:
-        _print_status(collect_status(config), as_json=as_json)
+        _print_status(collect_status(config, HealthLimits()), as_json=as_json)
         return
     with suppress(KeyboardInterrupt):
         while True:
-            daemon_status = collect_status(config)
+            daemon_status = collect_status(config, HealthLimits())
             if sys.stdout.isatty() and not as_json:
                 sys.stdout.write("\x1b[H\x1b[2J")
             _print_status(daemon_status, as_json=as_json)
@@ -131,71 +117,17 @@ def status(
             time.sleep(_WATCH_INTERVAL)
 
 
-def collect_status(config: Path) -> DaemonStatus:
+def collect_status(config: Path, limits: HealthLimits) -> DaemonStatus:
     """Return the status of the daemon that runs with a configuration file.
 
     Raises ConfigError for an unusable configuration, LedgerError for a missing or unreadable ledger.
     """
-    loaded, now = load(config), datetime.now(UTC)
-    with closing(open_history(loaded)) as history:
-        # archives may be pending for a destination that was removed from the configuration
-        names = dict.fromkeys([*loaded.destination, *history.destinations_pending()])
-        states = {state.drop: state for state in history.drop_states()}
-        return DaemonStatus(
-            history.daemon_pid(),
-            [
-                *(
-                    DropStatus(name, drop.path, states.get(name), history.drop(name))
-                    for name, drop in loaded.drop.items()
-                ),
-                *(
-                    DropStatus(name, Path(backlog.path or "?"), None, history.drop(name))
-                    for name, backlog in history.pending_drops().items()
-                    if name not in loaded.drop
-                ),
-            ],
-            [history.destination(name) for name in names],
-            history.count_quarantined(),
-            list(_certificates(loaded, now)),
-            _overdue_devices(loaded, history, now),
-            history.problem_counts(),
-        )
-
-
-def health_facts(daemon_status: DaemonStatus, now: datetime) -> HealthFacts:
-    """Return the facts that `--check` compares with its limits."""
-    oldest = min((d.oldest for d in daemon_status.destinations if d.oldest), default=None)
-    return HealthFacts(
-        daemon_status.daemon_pid is not None,
-        sum(d.pending for d in daemon_status.destinations),
-        sum(d.pending_bytes for d in daemon_status.destinations),
-        None if oldest is None else now - oldest,
-        daemon_status.rejected,
-        {
-            d.name: now - (d.since or now)
-            for d in daemon_status.destinations
-            if d.circuit not in (None, "working")
-        },
-        {d.name for d in daemon_status.destinations if d.reason == Reason.LOCAL_FILES},
-        {c.destination: c.life for c in daemon_status.certificates},
-        [f"{d.device or 'all'} ({d.drop})" for d in daemon_status.overdue],
-        daemon_status.problems,
-    )
-
-
-def _certificates(config: Config, now: datetime) -> Iterator[CertificateStatus]:
-    """Yield the readable client certificates; `backupd check` reports the others."""
-    limits = certificate_limits(config)
-    for name, destination in config.destination.items():
-        if (first := first_to_renew(destination, limits, now)) is not None:
-            path, validity = first
-            life = limits.life(validity, now)
-            yield CertificateStatus(name, path, life.days_left, validity.ends, life.state, life)
-
-
-def _overdue_devices(config: Config, history: History, now: datetime) -> list[OverdueDevice]:
-    overdue = [d for d in history.devices(now) if d.overdue and d.drop in config.drop]
-    return [OverdueDevice(d.drop, d.device, d.last_at) for d in overdue]
+    with closing(open_history(load(config))) as history:
+        pid, snapshots = history.daemon_pid(), history.snapshots()
+    host, now = socket.gethostname(), datetime.now(UTC)
+    snapshot = next((each for each in snapshots if each.host == host), snapshots[0] if snapshots else None)
+    found = alarms(snapshot, now, limits, is_running=pid is not None)
+    return DaemonStatus(pid, snapshot.age(now) if snapshot else None, found, snapshot)
 
 
 def _check(config: Path, warning_age: str, critical_age: str) -> HealthLevel:
@@ -204,99 +136,132 @@ def _check(config: Path, warning_age: str, critical_age: str) -> HealthLevel:
             limits = HealthLimits(parse_duration(warning_age), parse_duration(critical_age))
         except ValueError as error:
             raise UsageError(f"--warning-age, --critical-age: {error}") from error
-        level, line = plugin_line(health_facts(collect_status(config), datetime.now(UTC)), limits)
+        found = collect_status(config, limits)
+        level, line = plugin_line(found.snapshot, found.alarms, datetime.now(UTC), limits)
     except BackupdError as error:
         level, line = HealthLevel.UNKNOWN, f"UNKNOWN - {error.message} ({error.hint})"
     print_line(" ".join(line.split()))
     return level
 
 
-def _print_status(daemon_status: DaemonStatus, *, as_json: bool) -> None:
+def _print_status(found: DaemonStatus, *, as_json: bool) -> None:
+    snapshot = found.snapshot
     if as_json:
-        print_json(daemon_status)
+        state = {f.name: getattr(snapshot, f.name) for f in dataclasses.fields(Snapshot)} if snapshot else {}
+        head = {"daemon_pid": found.daemon_pid, "age_s": found.age, "level": found.level.name.lower()}
+        rows = [{**_as_dict(alarm), "level": alarm.level.name.lower()} for alarm in found.alarms]
+        print_json({**head, "alarms": rows, **state})
         return
-    if daemon_status.daemon_pid:
-        print_line(f"daemon: running as process {daemon_status.daemon_pid}", "green")
+    _print_daemon(found)
+    for alarm in found.alarms:
+        _print_alarm(alarm)
+    if snapshot is None:
+        return
+    for pause in snapshot.holds:
+        print_line(hold_text(pause), "yellow")
+    _print_uploads(snapshot.uploads)
+    _print_drops(snapshot.drops)
+    _print_destinations(snapshot.destinations)
+    _print_overdue(snapshot.overdue)
+    _print_certificates(snapshot.certificates)
+
+
+def _as_dict(alarm: Alarm) -> dict[str, object]:
+    return {field.name: getattr(alarm, field.name) for field in dataclasses.fields(alarm)}
+
+
+def _print_daemon(found: DaemonStatus) -> None:
+    snapshot = found.snapshot
+    where = f"backupd {snapshot.version} on {snapshot.host}" if snapshot else "backupd"
+    age = f"state of {human_duration(found.age)} ago" if found.age is not None else "no state yet"
+    if found.daemon_pid is None:
+        print_line(f"{where}: NOT RUNNING; {age}", "bold red")
+    elif snapshot is None or any(alarm.subject == "hung" for alarm in found.alarms):
+        print_line(f"{where}: process {found.daemon_pid} HANGS; {age}", "bold red")
     else:
-        print_line("daemon: NOT RUNNING; the state below is the last one it recorded", "bold red")
-        print_line("  hint: start it with `systemctl start backupd`, or `backupd run`")
-    _print_drops(daemon_status.drops)
-    _print_destinations(daemon_status.destinations)
-    if daemon_status.rejected:
-        noun = "archive" if daemon_status.rejected == 1 else "archives"
-        print_line(
-            f"rejected: {daemon_status.rejected} {noun}; see `backupd list --state rejected`", "bold red"
-        )
-    _print_problems(daemon_status.problems)
-    _print_overdue(daemon_status.overdue)
-    for certificate in daemon_status.certificates:
-        _print_certificate(certificate)
+        uptime = human_duration(datetime.now(UTC) - snapshot.started_at)
+        print_line(f"{where}: running for {uptime} as process {found.daemon_pid}; {age}", "green")
+    if not found.alarms:
+        print_line("nothing needs attention", "green")
 
 
-def _print_drops(drops: list[DropStatus]) -> None:
+def _print_alarm(alarm: Alarm) -> None:
+    print_line(f"{alarm.level.name}: {alarm.text}", _LEVEL_STYLES[alarm.level])
+    if alarm.detail:
+        print_line(f"  {alarm.detail}")
+    if alarm.hint:
+        print_line(f"  hint: {alarm.hint}")
+
+
+def _print_uploads(uploads: Sequence[Upload]) -> None:
     rows = [
-        (d.name, d.path, _observer(d.state), d.record.pending, human_size(d.record.pending_bytes),
-         relative_time(d.record.oldest), as_text(d.record.last) if d.record.last else "-",
-         relative_time(d.record.last_at))
-        for d in drops
+        (shorten_middle(u.archive, _MAX_UPLOAD_NAME), u.destination, _percentage(u), human_size(u.size_bytes),
+         f"{human_size(u.bytes_per_s)}/s", "-" if u.seconds_left is None else human_duration(u.seconds_left))
+        for u in uploads
     ]  # fmt: skip
-    print_table(("drop", "path", "observer", "pending", "bytes", "oldest", "last archive", "queued"), rows)
-    for drop in drops:
-        if drop.state and drop.state.fault:
-            print_line(
-                f"{drop.name}: events are missing ({drop.state.fault}); scans find new files", "yellow"
-            )
-        if drop.state and drop.state.blind_spot:
-            print_line(f"{drop.name}: {drop.state.blind_spot}; see `backupd check`")
+    if rows:
+        print_table(("uploading", "to", "sent", "of", "rate", "left"), rows)
 
 
-def _observer(state: DropState | None) -> str:
-    """Return how the daemon notices changes of a folder at the moment."""
-    if state is None:
-        return "-"
-    return "scans" if state.fault else state.observer
+def _percentage(upload: Upload) -> str:
+    return f"{100 * upload.sent_bytes // max(upload.size_bytes, 1)} %"
 
 
-def _print_destinations(records: list[DestinationRecord]) -> None:
+def _print_drops(drops: Sequence[DropSnapshot]) -> None:
     rows = [
-        (r.name, r.circuit or "working", r.pending, human_size(r.pending_bytes), relative_time(r.oldest),
-         r.rejected, relative_time(r.last_delivered))
-        for r in records
-    ]  # fmt: skip
-    print_table(("destination", "state", "pending", "bytes", "oldest", "rejected", "last delivered"), rows)
-    for record in records:
-        if record.reason:
-            _print_pause(record)
-
-
-def _print_pause(record: DestinationRecord) -> None:
-    now = datetime.now(UTC)
-    duration = human_duration(now - record.since) if record.since else "-"
-    retry = relative_time(record.until) if record.until and record.until > now else "at any moment"
-    print_line(f"{record.circuit}: {record.name}: {record.reason}: {record.error}", "bold red")
-    print_line(f"  for {duration}; next retry {retry}")
-
-
-def _print_problems(problems: list[ProblemCount]) -> None:
-    if not problems:
-        return
-    rows = [
-        (p.drop, p.reason, p.files, relative_time(p.since), as_text(p.example) or "the folder")
-        for p in problems
+        (d.name, d.path, _observer(d), _pending(d), d.last or "-", relative_time(d.last_at)) for d in drops
     ]
-    print_table(("problems in", "reason", "files", "oldest", "such as"), rows)
-    print_line("see `backupd list --problems` for the cause and the remedy of each", "yellow")
+    print_table(
+        ("drop", "path", "observer", "pending", "last archive", "queued"), rows, ("path", "last archive")
+    )
+    for drop in drops:
+        if drop.fault:
+            print_line(f"{drop.name}: events are missing ({drop.fault}); scans find new files", "yellow")
+        if drop.blind_spot:
+            print_line(f"{drop.name}: {drop.blind_spot}; see `backupd check`")
 
 
-def _print_overdue(devices: list[OverdueDevice]) -> None:
-    if not devices:
-        return
-    rows = [(d.drop, d.device, relative_time(d.last_at)) for d in devices]
-    print_table(("overdue in", "device", "last backup"), rows)
+def _pending(queue: DropSnapshot | DestinationSnapshot) -> str:
+    return f"{queue.pending} ({human_size(queue.pending_bytes)})" if queue.pending else "0"
 
 
-def _print_certificate(certificate: CertificateStatus) -> None:
-    state = certificate.state
-    left = "EXPIRED" if state is CertificateState.EXPIRED else f"{certificate.life} left"
-    style = _CERTIFICATE_STYLES[state]
-    print_line(f"certificate of {certificate.destination}: {left} ({certificate.path})", style)
+def _observer(drop: DropSnapshot) -> str:
+    """Return how the daemon notices changes of a folder at the moment."""
+    if drop.held is not None:
+        return "paused"
+    if not drop.is_configured:
+        return "removed"
+    return "scans" if drop.fault else drop.observer or "-"
+
+
+def _print_destinations(destinations: Sequence[DestinationSnapshot]) -> None:
+    rows = [
+        (d.name, _state(d), _pending(d), relative_time(d.oldest), d.rejected, relative_time(d.last_delivered),
+         relative_time(d.until) if d.is_paused and d.until else "")
+        for d in destinations
+    ]  # fmt: skip
+    headings = ("destination", "state", "pending", "oldest", "rejected", "delivered", "retry")
+    print_table(headings, rows, ("destination",))
+
+
+def _state(destination: DestinationSnapshot) -> str:
+    if destination.held is not None:
+        return "held"
+    return destination.circuit or "removed"
+
+
+def _print_overdue(devices: Sequence[OverdueDevice]) -> None:
+    rows = [(d.drop, d.device, relative_time(d.last_at)) for d in devices[:_MAX_OVERDUE]]
+    if rows:
+        print_table(("overdue in", "device", "last backup"), rows, ("device",))
+    if len(devices) > _MAX_OVERDUE:
+        print_line(f"and {len(devices) - _MAX_OVERDUE} more; see `backupd status --json`")
+
+
+def _print_certificates(certificates: Sequence[CertificateSnapshot]) -> None:
+    for each in certificates:
+        state, role = each.life.state, "" if each.role == "client" else f"{each.role} "
+        left = "EXPIRED" if state is CertificateState.EXPIRED else f"{each.life} left"
+        path = f" ({each.path})" if each.path else ""
+        style = _CERTIFICATE_STYLES[state]
+        print_line(f"{role}certificate of {each.destination}: {left}{path}", style)

@@ -38,7 +38,7 @@ class FilesReport:
 
     problems: tuple[FileProblem, ...]
     certificate_limits: CertificateLimits
-    validities: Mapping[str, Validity]
+    certificates: Mapping[str, tuple[Path, Validity]]
     places: Mapping[str, FolderPlace]
     is_new: bool
     silent: frozenset[str]
@@ -64,13 +64,13 @@ def examine_files(config: Config, now: datetime) -> FilesReport:
     """Return the problems of the files and folders, and the validity of the client certificates."""
     limits = certificate_limits(config)
     found = {name: first_to_renew(each, limits, now) for name, each in config.destination.items()}
-    validities = {name: first[1] for name, first in found.items() if first is not None}
+    certificates = {name: first for name, first in found.items() if first is not None}
     folders = _examine_drops(config)
     places = {name: each.place for name, each in folders.items()}
     is_new = not any(each.has_sent for each in folders.values())
     silent = frozenset(name for name, each in folders.items() if not each.answers)
     problems = tuple(_file_problems(config, folders, now))
-    return FilesReport(problems, limits, validities, places, is_new, silent)
+    return FilesReport(problems, limits, certificates, places, is_new, silent)
 
 
 def file_problems(config: Config, now: datetime) -> list[FileProblem]:

@@ -18,6 +18,13 @@ class CertificateState(StrEnum):
     EXPIRED = "expired"
 
 
+RENEW_HINTS = {
+    "client": "renew the files that `cert` and `key`, or those of `auth`, name; no restart is needed",
+    "server": "ask the operator of the destination to renew it",
+}
+"""What to do about an expiring certificate, by its role."""
+
+
 @dataclass(frozen=True, slots=True)
 class Validity:
     """The first and the last moment at which a certificate is valid."""

@@ -226,9 +226,8 @@ class Snapshot:
     @property
     def holds(self) -> Iterator[OperatorPause]:
         """Yield the pauses that people have requested."""
-        for each in (*self.destinations, *self.drops):
-            if each.held is not None:
-                yield each.held
+        held = (*(each.held for each in self.destinations), *(each.held for each in self.drops))
+        yield from (pause for pause in held if pause is not None)
 
     def age(self, now: datetime) -> timedelta:
         """Return the time since it was taken."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from backupd.config.files import ExamineFiles, FilesReport
 from backupd.config.models import Config, DestinationConfig, DropConfig
 from backupd.core.errors import LedgerDamagedError, LedgerFullError
 from backupd.core.folder_place import FolderPlace, label_of
+from backupd.core.model import Deferred
 from backupd.daemon.certificates import Certificates
 from backupd.daemon.daemon import Daemon
 from backupd.daemon.housekeeping import HostClock, Housekeeping
+from backupd.daemon.monitor import Monitor
 from backupd.daemon.runtime import ReloadDiff, RunningDestination, RunningDrop, Runtime
 from backupd.delivery.circuit_breaker import CircuitBreaker, Notifier
 from backupd.delivery.destination import Destination, DestinationQueue
@@ -31,7 +34,7 @@ from backupd.telemetry import events
 from backupd.telemetry.log import EventLog, log_ledger_failure
 from backupd.telemetry.systemd import SystemdNotifier
 from backupd.upload.base import Abort
-from backupd.upload.registry import open_endpoint
+from backupd.upload.registry import open_endpoint, probe
 
 
 def run_daemon(
@@ -51,6 +54,7 @@ def run_daemon(
             return 1
         certificates = Certificates(assembly.runtime, log, examine_files, report)
         housekeeping = Housekeeping(assembly.runtime, log, assembly.device_tracker, assembly.clock)
+        monitor = Monitor(assembly.runtime, certificates, log)
         daemon = Daemon(
             assembly.runtime,
             log,
@@ -60,6 +64,7 @@ def run_daemon(
             assembly.follow_folders,
             certificates,
             housekeeping,
+            monitor,
             systemd,
             report.silent,
         )
@@ -173,10 +178,20 @@ class Assembly:
         destination, notifier = Destination.of(name, config), Notifier()
         backoff = destination.retry_policy.backoff
         circuit = CircuitBreaker(name, backoff, self._log, notifier, self._ledger)
-        queue = DestinationQueue(destination, self._ledger, circuit, notifier, self._drops, self._log)
+        probe_abort = Abort()
+        queue = DestinationQueue(
+            destination,
+            self._ledger,
+            circuit,
+            notifier,
+            self._drops,
+            self._log,
+            self.runtime.pauses,
+            partial(_probe, name, config, probe_abort),
+        )
         endpoint, submit = open_endpoint(config, self._abort), self.runtime.recorder.submit
         workers = [Worker(queue, endpoint.make_uploader(), submit) for _ in range(config.workers)]
-        return RunningDestination(queue, workers, circuit, notifier, endpoint)
+        return RunningDestination(queue, workers, circuit, notifier, endpoint, probe_abort)
 
     def _retention_scope(self) -> RetentionScope:
         config = self.runtime.config
@@ -193,6 +208,14 @@ class Assembly:
             running = self.runtime.destinations.get(name)
             if running is not None:
                 running.notifier.notify()
+
+
+def _probe(name: str, config: DestinationConfig, abort: Abort) -> Deferred | None:
+    """Return why a destination would not take an archive; None if nothing keeps it from that."""
+    result = probe(name, config, abort)
+    if result.reason is None:
+        return None
+    return Deferred(result.reason, result.detail, result.http_status)
 
 
 def _reached(places: Mapping[str, FolderPlace]) -> dict[str, FolderPlace]:

@@ -6,18 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 
 from backupd.config.files import ExamineFiles, FilesReport
-from backupd.core.certificate_life import CertificateLife, CertificateState, Validity
+from backupd.core.certificate_life import RENEW_HINTS, CertificateLife, CertificateState, Validity
 from backupd.core.errors import BackupdError, ConfigError
 from backupd.core.model import Deferred
 from backupd.core.policy import Reason
+from backupd.core.snapshot import CertificateSnapshot
 from backupd.daemon.runtime import Runtime
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
-
-_RENEW_HINTS = {
-    "client": "renew the files that `cert` and `key`, or those of `auth`, name; no restart is needed",
-    "server": "ask the operator of the destination to renew it",
-}
 
 
 class Certificates:
@@ -30,7 +26,8 @@ class Certificates:
         self._log = log
         self._examine_files = examine_files
         self._report = report
-        self._validities = dict(report.validities)
+        self._files = dict(report.certificates)
+        """Path and validity of the client certificate of each destination."""
         self._changing: set[str] = set()
         """Names of the destinations with files that changed since the last tick."""
         self._logged: dict[tuple[str, str], tuple[CertificateState, int]] = {}
@@ -49,7 +46,7 @@ class Certificates:
 
     def update(self, report: FilesReport) -> None:
         """Replace the problems and expiry dates by those of a new report."""
-        self._report, self._validities = report, dict(report.validities)
+        self._report, self._files = report, dict(report.certificates)
 
     def pause_unusable(self, started: Iterable[str]) -> None:
         """Pause those of the started destinations of which the files cannot be used.
@@ -64,12 +61,23 @@ class Certificates:
 
     def client_lives(self) -> Mapping[str, CertificateLife]:
         """Return how long the client certificate of each destination is still valid."""
+        return {each.destination: each.life for each in self.snapshots() if each.role == "client"}
+
+    def snapshots(self) -> Iterator[CertificateSnapshot]:
+        """Yield the state of each certificate."""
         now = datetime.now(UTC)
-        return {
-            name: self._report.certificate_limits.life(validity, now)
-            for name, validity in self._validities.items()
-            if name in self._runtime.destinations
-        }
+        for name, running in self._runtime.destinations.items():
+            if name in self._files:
+                path, validity = self._files[name]
+                yield self._snapshot(name, "client", str(path), validity, now)
+            if running.endpoint.server_certificate is not None:
+                yield self._snapshot(name, "server", "", running.endpoint.server_certificate, now)
+
+    def _snapshot(
+        self, name: str, role: str, path: str, validity: Validity, now: datetime
+    ) -> CertificateSnapshot:
+        life = self._report.certificate_limits.life(validity, now)
+        return CertificateSnapshot(name, role, path, validity.ends, life)
 
     def log_expiring(self) -> None:
         """Log each certificate that is about to expire or has expired: if its state changes, and once a day.
@@ -78,31 +86,22 @@ class Certificates:
         """
         if refused := self._refused & set(self._runtime.destinations):
             self._apply_renewal(refused)
-        now = datetime.now(UTC)
-        for name, role, validity in self._all():
-            life = self._report.certificate_limits.life(validity, now)
+        for each in self.snapshots():
+            key, life = (each.destination, each.role), each.life
             step = (life.state, life.days_left)
             if life.state is CertificateState.VALID:
-                self._logged.pop((name, role), None)
-            elif self._logged.get((name, role)) != step:
-                self._logged[name, role] = step
+                self._logged.pop(key, None)
+            elif self._logged.get(key) != step:
+                self._logged[key] = step
                 self._log.emit(
                     events.CERTIFICATE_EXPIRING,
-                    destination=name,
-                    certificate_role=role,
+                    destination=each.destination,
+                    certificate_role=each.role,
                     certificate_state=life.state,
                     days_left=life.days_left,
-                    expires_at=validity.ends,
-                    hint=_RENEW_HINTS[role],
+                    expires_at=each.expires_at,
+                    hint=RENEW_HINTS[each.role],
                 )
-
-    def _all(self) -> Iterator[tuple[str, str, Validity]]:
-        """Yield destination, role and validity of each certificate."""
-        for name, running in self._runtime.destinations.items():
-            if name in self._validities:
-                yield name, "client", self._validities[name]
-            if running.endpoint.server_certificate is not None:
-                yield name, "server", running.endpoint.server_certificate
 
     def _apply_renewal(self, names: set[str]) -> None:
         """Load the files of some destinations; those that cannot be used leave the earlier ones in use."""
@@ -124,8 +123,8 @@ class Certificates:
                 continue
             self._refused.discard(name)
             running.circuit.files_renewed()
-            if report and name in report.validities:
-                self._validities[name] = report.validities[name]
+            if report and name in report.certificates:
+                self._files[name] = report.certificates[name]
             life = self.client_lives().get(name)
             self._log.emit(
                 events.CERTIFICATE_RENEWED, destination=name, days_left=life.days_left if life else None

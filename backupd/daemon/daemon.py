@@ -22,10 +22,11 @@ from backupd.core.units import human_duration
 from backupd.daemon.certificates import Certificates
 from backupd.daemon.heartbeat import Heartbeat
 from backupd.daemon.housekeeping import Housekeeping
+from backupd.daemon.monitor import REFRESH_EVERY, Monitor
 from backupd.daemon.runtime import ReloadDiff, RunningDestination, RunningDrop, Runtime
 from backupd.daemon.threads import Threads
 from backupd.telemetry import events
-from backupd.telemetry.log import EventLog
+from backupd.telemetry.log import EventLog, log_ledger_failure
 from backupd.telemetry.systemd import SystemdNotifier
 
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
@@ -68,6 +69,7 @@ class Daemon:
         follow_folders: Callable[[Mapping[str, FolderPlace]], None],
         certificates: Certificates,
         housekeeping: Housekeeping,
+        monitor: Monitor,
         systemd: SystemdNotifier,
         silent: Collection[str],
     ) -> None:
@@ -79,11 +81,10 @@ class Daemon:
         self._follow_folders = follow_folders
         self._certificates = certificates
         self._housekeeping = housekeeping
+        self._monitor = monitor
         self._systemd = systemd
         self._silent = silent
         self._threads = Threads(log)
-        self._retired: list[RunningDestination] = []
-        """Destinations of an earlier configuration with an upload that has not ended."""
         self._abandon = threading.Event()
         self._started = time.monotonic()
         self._heartbeat = Heartbeat(runtime.ledger, runtime.recorder, log, self._started)
@@ -126,6 +127,7 @@ class Daemon:
         self._housekeeping.check_clock()
         self._housekeeping.take_over(self._silent)
         self._housekeeping.forget_removed_drops()
+        self._housekeeping.apply_pauses()
         pending_dispositions = pending = None
         with self._housekeeping.logged_failures():
             pending_dispositions = runtime.ledger.count_pending_dispositions()
@@ -133,6 +135,7 @@ class Daemon:
         self._certificates.pause_unusable(runtime.destinations)
         self._start_threads(runtime.drops, runtime.destinations)
         self._wait_for_first_scans(runtime.drops, self._started + _FIRST_SCAN_TIMEOUT)
+        self._monitor.is_ready = True
         self._threads.start(runtime.retention.run, runtime.retention.stop, runtime.retention.watchdog)
         with self._housekeeping.logged_failures():
             pending = sum(b.pending for b in runtime.ledger.backlog().values())
@@ -171,24 +174,33 @@ class Daemon:
     def _main_loop(self) -> signal.Signals:
         """Do the periodic work until a stop signal arrives; return the signal."""
         next_heartbeat = time.monotonic() + self._heartbeat_every
+        next_tick = time.monotonic() + self._tick
         while True:
-            timeout = max(min(next_heartbeat - time.monotonic(), self._tick), 0)
-            received = signal.sigtimedwait(_SIGNALS, timeout)
+            timeout = max(min(next_heartbeat, next_tick) - time.monotonic(), 0)
+            received = signal.sigtimedwait(_SIGNALS, min(timeout, REFRESH_EVERY))
             if received is not None and received.si_signo in _STOP_SIGNALS:
                 return signal.Signals(received.si_signo)
             if received is not None:
                 self._reload()
-            self._threads.check_ended()
-            self._notify_watchdog()
-            self._certificates.tick()
-            self._housekeeping.check_clock()
-            self._housekeeping.renew_session()
-            self._housekeeping.check_drops()
-            self._replace_hung()
-            self._reap_retired()
+            if received is not None or time.monotonic() >= next_tick:
+                self._do_tick()
+                next_tick = time.monotonic() + self._tick
             if time.monotonic() >= next_heartbeat:
                 self._log_heartbeat()
                 next_heartbeat = time.monotonic() + self._heartbeat_every
+            else:
+                self._housekeeping.apply_pauses()
+                self._monitor.refresh()
+
+    def _do_tick(self) -> None:
+        self._threads.check_ended()
+        self._notify_watchdog()
+        self._certificates.tick()
+        self._housekeeping.check_clock()
+        self._housekeeping.renew_session()
+        self._housekeeping.check_drops()
+        self._replace_hung()
+        self._reap_retired()
 
     @property
     def _heartbeat_every(self) -> float:
@@ -218,13 +230,13 @@ class Daemon:
                 )
             diff = self._change_to(config, report.places)
         except BackupdError as error:
+            hint = error.hint or "fix the file and reload again"
             self._log.emit(
-                events.CONFIG_REFUSED,
-                config=str(self._config_path),
-                error=error.message,
-                hint=error.hint or "fix the file and reload again",
+                events.CONFIG_REFUSED, config=str(self._config_path), error=error.message, hint=hint
             )
+            self._monitor.report("configuration", f"the new one was refused: {error.message}", hint)
         else:
+            self._monitor.solve("configuration")
             self._certificates.update(report)
             self._apply(diff, report)
         self._systemd.send("READY=1", self._status())
@@ -247,7 +259,7 @@ class Daemon:
                 self._follow_folders(report.places)
         self._housekeeping.take_over(report.silent)
         self._housekeeping.forget_removed_drops()
-        self._retired += diff.destinations_stopped.values()
+        self._runtime.retired += diff.destinations_stopped.values()
         if diff.drops_started:
             with suppress(LedgerError):  # deliveries that wait for a new drop are retried within a day anyway
                 self._housekeeping.bring_forward()
@@ -272,39 +284,37 @@ class Daemon:
     def _reap_retired(self) -> None:
         """Forget the retired destinations of which all workers have ended and all claims are released."""
         running = self._threads.running()
-        ended = [d for d in self._retired if not any(w.watchdog in running for w in d.workers)]
+        retired = self._runtime.retired
+        ended = [d for d in retired if not any(w.watchdog in running for w in d.workers)]
         released = [d for d in ended if d.queue.release_claims()]
-        self._retired = [d for d in self._retired if d not in released]
+        for destination in released:
+            destination.probe_abort.close()
+        self._runtime.retired = [d for d in retired if d not in released]
 
     def _log_heartbeat(self) -> None:
         """Do the work of a heartbeat, then log the state of the daemon."""
         self._housekeeping.tick()
         self._certificates.log_expiring()
         self._log.log_left_out()
-        self._heartbeat.log(
-            self._runtime.circuits,
-            self._in_flight(),
-            self._certificates.client_lives(),
-            self._housekeeping.overdue_devices,
-            sum(drop.intake.is_degraded for drop in self._runtime.drops.values()),
-        )
+        try:
+            snapshot = self._monitor.take()
+        except LedgerError as error:
+            log_ledger_failure(self._log, error)
+            return
+        degraded_drops = sum(drop.intake.is_degraded for drop in self._runtime.drops.values())
+        self._heartbeat.log(snapshot, degraded_drops)
 
     def _destinations(self) -> list[RunningDestination]:
-        return [*self._runtime.destinations.values(), *self._retired]
-
-    def _in_flight(self) -> int:
-        workers = [worker for destination in self._destinations() for worker in destination.workers]
-        return sum(worker.current is not None for worker in workers)
+        return [*self._runtime.destinations.values(), *self._runtime.retired]
 
     def _status(self) -> str:
         """Return the status line for `systemctl status`."""
-        fields = [f"uploading {self._in_flight()}"]
-        with suppress(LedgerError):
-            backlog = self._runtime.ledger.backlog()
-            fields.insert(0, f"pending {sum(b.pending for b in backlog.values())}")
-            oldest = min((b.oldest for b in backlog.values() if b.oldest), default=None)
-            if oldest is not None:
-                fields.insert(1, f"oldest {human_duration(datetime.now(UTC) - oldest)}")
+        fields = [f"uploading {self._runtime.in_flight}"]
+        snapshot = self._monitor.latest
+        if snapshot is not None:
+            fields.insert(0, f"pending {snapshot.pending}")
+            if snapshot.oldest is not None:
+                fields.insert(1, f"oldest {human_duration(datetime.now(UTC) - snapshot.oldest)}")
         if self._runtime.recorder.last_delivered is not None:
             fields.append(f"last delivered {self._runtime.recorder.last_delivered:%Y-%m-%d %H:%M:%S} UTC")
         paused = [name for name, circuit in self._runtime.circuits.items() if circuit.state != "working"]
@@ -319,14 +329,14 @@ class Daemon:
         """
         started = time.monotonic()
         grace = self._runtime.config.shutdown_grace.total_seconds()
-        self._log.emit(events.DAEMON_STOPPING, signal=received.name, in_flight=self._in_flight())
+        self._log.emit(events.DAEMON_STOPPING, signal=received.name, in_flight=self._runtime.in_flight)
         self._systemd.send("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int((grace + 10) * 1_000_000)}")
         self._runtime.retention.stop.set()
         for drop in self._runtime.drops.values():
             drop.request_stop()
         for destination in self._destinations():
             destination.request_stop()
-        workers = [worker.watchdog for destination in self._destinations() for worker in destination.workers]
+        workers = [worker.watchdog for worker in self._runtime.workers]
         clean = self._threads.join(workers, started + grace)
         if not clean:
             self._runtime.abort()
@@ -339,6 +349,7 @@ class Daemon:
         if all_ended:
             with suppress(LedgerError, LedgerDamagedError):  # the next start does the same
                 self._runtime.ledger.release_own()
+                self._monitor.take()
                 self._housekeeping.save_clock()
                 pending = sum(b.pending for b in self._runtime.ledger.backlog().values())
             self._runtime.ledger.close()

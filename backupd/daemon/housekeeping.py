@@ -160,11 +160,6 @@ class Housekeeping:
         self._clock_saved_at = -math.inf
         """When the reading of the clock was saved last (monotonic)."""
 
-    @property
-    def overdue_devices(self) -> int:
-        """Return the number of overdue devices."""
-        return self._device_tracker.overdue
-
     def tick(self) -> None:
         """Do the work of one heartbeat; a ledger that fails is logged and retried at each one."""
         now = self._runtime.ledger.now()
@@ -223,6 +218,31 @@ class Housekeeping:
         if any(each.reason == SUSPICIOUS and each.since < before for each in ledger.problem_counts()):
             old = [p for p in ledger.problems() if p.reason == SUSPICIOUS and p.since < before]
             ledger.save_problems([], old)
+
+    def apply_pauses(self) -> None:
+        """Begin and end the pauses that people have requested since the last call, and log them."""
+        with self.logged_failures():
+            began, ended = self._runtime.pauses.replace(self._runtime.ledger.pauses())
+            for pause in began:
+                self._log.emit(
+                    events.OPERATOR_PAUSED,
+                    destination=pause.name if pause.kind == "destination" else None,
+                    drop=pause.name if pause.kind == "drop" else None,
+                    user=pause.by or None,
+                    until=pause.until,
+                    note=pause.note or None,
+                    hint=f"`backupd resume {shlex.quote(pause.name)}` ends it",
+                )
+            for pause in ended:
+                self._log.emit(
+                    events.OPERATOR_RESUMED,
+                    destination=pause.name if pause.kind == "destination" else None,
+                    drop=pause.name if pause.kind == "drop" else None,
+                )
+            if ended:
+                self._runtime.ledger.delete_ended_pauses(datetime.now(UTC))
+                for running in self._runtime.destinations.values():
+                    running.notifier.notify()
 
     def check_drops(self) -> None:
         """Save which drops have a filesystem that does not answer, and which one answers again."""

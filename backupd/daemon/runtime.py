@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from backupd.config.models import Config
 from backupd.delivery.circuit_breaker import CircuitBreaker, Notifier
 from backupd.delivery.destination import DestinationQueue
+from backupd.delivery.operator_pauses import OperatorPauses
 from backupd.delivery.recorder import Recorder
 from backupd.delivery.retention import Retention
 from backupd.delivery.worker import Worker
@@ -17,7 +18,7 @@ from backupd.intake.examiner import ExaminerPool
 from backupd.intake.intake import Intake
 from backupd.ledger.port import Ledger
 from backupd.telemetry.thread_watchdog import ThreadWatchdog
-from backupd.upload.base import Endpoint
+from backupd.upload.base import Abort, Endpoint
 
 
 @dataclass(slots=True)
@@ -53,11 +54,13 @@ class RunningDestination:
     circuit: CircuitBreaker
     notifier: Notifier
     endpoint: Endpoint
+    probe_abort: Abort
     stop: threading.Event = field(default_factory=threading.Event)
 
     def request_stop(self) -> None:
         """Request the workers to stop; do not wait for them."""
         self.stop.set()
+        self.probe_abort.set()
         self.notifier.notify()
 
     def replace_hung(self) -> list[Worker]:
@@ -79,6 +82,19 @@ class Runtime:
     recorder: Recorder
     abort: Callable[[], None]
     retention: Retention
+    pauses: OperatorPauses = field(default_factory=OperatorPauses)
+    retired: list[RunningDestination] = field(default_factory=list)
+    """Destinations of an earlier configuration with an upload that has not ended."""
+
+    @property
+    def workers(self) -> list[Worker]:
+        """Return the workers of all destinations."""
+        return [worker for each in (*self.destinations.values(), *self.retired) for worker in each.workers]
+
+    @property
+    def in_flight(self) -> int:
+        """Return the number of deliveries in progress."""
+        return sum(worker.current is not None for worker in self.workers)
 
     @property
     def circuits(self) -> Mapping[str, CircuitBreaker]:

@@ -135,6 +135,23 @@ class CircuitBreaker:
             self.save()
         return reviewed
 
+    @property
+    def awaits_probe(self) -> bool:
+        """Return whether a test without an archive can show that the destination works again.
+
+        If it refused all archives, only another archive can.
+        """
+        circuit = self._circuit
+        is_probing = circuit.state is CircuitState.PROBING and not circuit.takes_bytes
+        return is_probing and circuit.reason is not Reason.ALL_REFUSED
+
+    def record_probe(self, failure: Deferred | None) -> None:
+        """Update the circuit by the result of a test without an archive; None if the destination works."""
+        if failure is not None and rule_of(failure.reason).action is Action.PAUSE:
+            self.record_outcome(failure)
+        else:
+            self._end_pause()
+
     def record_outcome(self, outcome: Outcome) -> None:
         """Update the circuit by the outcome of an upload; log and save the change, if there is one."""
         now = datetime.now(UTC)
@@ -171,16 +188,23 @@ class CircuitBreaker:
     def files_renewed(self) -> None:
         """End a pause because of unusable files, as they can be used now; try again at once after others."""
         with self._lock:
-            before = self._circuit
-            if before.state is not CircuitState.PAUSED:
+            if self._circuit.state is not CircuitState.PAUSED:
                 return
-            now = datetime.now(UTC)
-            if before.reason is Reason.LOCAL_FILES:
-                self._circuit, self._error = before.record_success(), None
-            else:
-                self._circuit = replace(before, until=now)
+            ends_pause = self._circuit.reason is Reason.LOCAL_FILES
+            if not ends_pause:
+                self._circuit = replace(self._circuit, until=datetime.now(UTC))
+        if ends_pause:
+            self._end_pause()
+        else:
+            self._notifier.notify()
+
+    def _end_pause(self) -> None:
+        """Set the circuit to working, log and save it."""
+        now = datetime.now(UTC)
+        with self._lock:
+            before, self._circuit, self._error = self._circuit, Circuit(), None
         self._notifier.notify()
-        if self._circuit.state is CircuitState.WORKING and not self._retired:
+        if not self._retired:
             down_for = now - (before.since or now)
             self._log.emit(events.DESTINATION_RESUMED, destination=self._destination, down_for_s=down_for)
         self.save()

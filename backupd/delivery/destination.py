@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -12,9 +12,10 @@ from backupd.config.models import DestinationConfig
 from backupd.core.backoff import Backoff
 from backupd.core.circuit import CircuitState
 from backupd.core.errors import LedgerError
-from backupd.core.model import Delivery
+from backupd.core.model import Deferred, Delivery
 from backupd.core.transition import Priority, RetryPolicy
 from backupd.delivery.circuit_breaker import CircuitBreaker, Notifier
+from backupd.delivery.operator_pauses import OperatorPauses
 from backupd.dropfolder.drop import Drop
 from backupd.ledger.port import Ledger
 from backupd.telemetry import events
@@ -50,7 +51,8 @@ class DestinationQueue:
 
     The pending deliveries themselves are in the ledger. This object buffers a few that are claimed but not
     started, and holds the circuit breaker, notifier, drops and log of the workers. `drops` holds every drop
-    by its name, those that are no longer configured included.
+    by its name, those that are no longer configured included. `probe` finds out whether the destination would
+    take an archive, and returns the failure if it would not.
     """
 
     destination: Destination
@@ -59,15 +61,22 @@ class DestinationQueue:
     notifier: Notifier
     drops: Mapping[str, Drop]
     log: EventLog
+    pauses: OperatorPauses = field(default_factory=OperatorPauses)
+    probe: Callable[[], Deferred | None] = lambda: None
     _claimed: deque[Delivery] = field(default_factory=deque)
     _removed_drops: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def is_held(self) -> bool:
+        """Return whether a person has paused the destination."""
+        return self.pauses.of("destination", self.destination.name) is not None
 
     def claim(self) -> Delivery | None:
         """Claim the next delivery that is due; return None if there is none.
 
         Raises LedgerError. Small archives are claimed a few at a time, so that they cost one transaction.
-        Those in a drop folder that cannot be used wait until it can be. After a pause the smallest one tests
+        Those in a drop folder that cannot be used, or is paused, wait. After a pause the smallest one tests
         the destination: a large one takes long, and may be what the destination fails on.
         """
         with self._lock:
@@ -89,8 +98,12 @@ class DestinationQueue:
         return self.ledger.next_due(self.destination.name, self._failing())
 
     def _failing(self) -> list[str]:
-        """Return the names of the drops with a folder that cannot be used."""
-        return [name for name, drop in self.drops.items() if not drop.folder.is_ready()]
+        """Return the names of the drops that are paused or have a folder that cannot be used."""
+        return [
+            name
+            for name, drop in self.drops.items()
+            if not drop.folder.is_ready() or self.pauses.of("drop", drop.label) is not None
+        ]
 
     def release_claims(self) -> bool:
         """Make claimed deliveries that no worker has started pending again; return False if that failed."""

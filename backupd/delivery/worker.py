@@ -8,7 +8,8 @@ import stat
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
@@ -17,8 +18,9 @@ import tenacity
 from backupd.core.circuit import CircuitState
 from backupd.core.errors import LedgerError
 from backupd.core.model import Attempt, Deferred, Delivered, Delivery, Outcome, Superseded
-from backupd.core.names import template_values
+from backupd.core.names import as_text, template_values
 from backupd.core.policy import Reason, rule_of
+from backupd.core.snapshot import Upload
 from backupd.core.transition import next_step
 from backupd.delivery.destination import DestinationQueue
 from backupd.dropfolder.drop import Drop
@@ -45,6 +47,15 @@ _OTHER_FOLDER = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    """The attempt of an upload that is under way."""
+
+    job: UploadJob
+    started_at: datetime
+    attempt: int
+
+
 class Worker:
     """Delivers archives to one destination, one at a time; `run` is the body of its thread."""
 
@@ -57,6 +68,9 @@ class Worker:
         self.watchdog = ThreadWatchdog(f"worker of {queue.destination.name}")
         self.current: Delivery | None = None
         """The delivery in progress."""
+        self._progress: _Progress | None = None
+        """The attempt in progress."""
+        self._attempt_number = 0
         self._has_failing_ledger = False
         self.is_replaced = False
         """Whether another worker took over from this one, which ends after its delivery."""
@@ -78,6 +92,24 @@ class Worker:
             self._queue.release_claims()
             self.watchdog.idle()
             self._uploader.close()
+
+    def upload(self, now: datetime) -> Upload | None:
+        """Return the upload under way; None without one."""
+        delivery, progress = self.current, self._progress
+        if delivery is None or progress is None:
+            return None
+        seconds = max((now - progress.started_at).total_seconds(), 0.001)
+        return Upload(
+            delivery.id,
+            delivery.archive.drop,
+            as_text(delivery.archive.relpath),
+            delivery.destination,
+            progress.attempt,
+            delivery.archive.fingerprint.size,
+            progress.job.sent_bytes,
+            progress.started_at,
+            round(progress.job.sent_bytes / seconds),
+        )
 
     @property
     def hangs(self) -> bool:
@@ -103,6 +135,7 @@ class Worker:
         def attempt_once() -> Outcome:
             nonlocal delivery
             self._queue.circuit.begin(delivery)
+            self._attempt_number = delivery.attempts + len(attempts) + 1
             attempt = self._upload(delivery)
             outcome = self._queue.circuit.review(delivery, attempt.outcome)
             attempts.append(replace(attempt, outcome=outcome))
@@ -116,13 +149,17 @@ class Worker:
                 )
             return outcome
 
-        short_attempts(attempt_once, stop, lambda: self._queue.circuit.state is not CircuitState.PAUSED)
+        short_attempts(
+            attempt_once,
+            stop,
+            lambda: self._queue.circuit.state is not CircuitState.PAUSED and not self._queue.is_held,
+        )
         return attempts
 
     def _deliver_next(self, stop: threading.Event) -> bool:
         """Claim and deliver one archive; return False if nothing can be delivered now."""
         queue = self._queue
-        if not queue.circuit.try_acquire():
+        if queue.is_held or not queue.circuit.try_acquire():
             # a pause can be extended; meanwhile other archives may become due first
             queue.release_claims()
             return False
@@ -134,7 +171,7 @@ class Worker:
             log_ledger_failure(queue.log, error)
             self._has_failing_ledger = True
         if delivery is None:
-            queue.circuit.release()
+            self._probe_or_release()
             return False
         self.current = delivery
         attempts = self.make_attempts(delivery, stop)
@@ -142,9 +179,21 @@ class Worker:
         self.current = None
         return True
 
+    def _probe_or_release(self) -> None:
+        """Test a paused destination without an archive if none is pending, so that its pause ends."""
+        circuit = self._queue.circuit
+        if circuit.awaits_probe and not self._has_failing_ledger:
+            with suppress(LedgerError):
+                if self._queue.next_due() is None:
+                    self.watchdog.idle()  # its waits are bounded, and it ends at once when the daemon stops
+                    circuit.record_probe(self._queue.probe())
+                    self.watchdog.alive()
+                    return
+        circuit.release()
+
     def _wait_time(self) -> float:
         """Return the seconds until a delivery may be due, or the ledger may work again."""
-        if self._has_failing_ledger:
+        if self._has_failing_ledger or self._queue.is_held:
             return _LEDGER_POLL_EVERY
         paused_for = self._queue.circuit.wait_time()
         if paused_for != 0.0:
@@ -214,7 +263,11 @@ class Worker:
             is_being_written=partial(is_being_written, fd),
             open_path=partial(drop.folder.open, archive.relpath),
         )
-        outcome = self._uploader.upload(job)
+        self._progress = _Progress(job, datetime.now(UTC), self._attempt_number)
+        try:
+            outcome = self._uploader.upload(job)
+        finally:
+            self._progress = None
         if isinstance(outcome, Delivered):
             outcome = replace(outcome, fingerprint=job.confirmed)
         return _refine_outcome(outcome, fd, drop, delivery), job.sent_bytes, job.address

@@ -493,6 +493,10 @@ class Ledger(DeviceLedger, Protocol):
         """Replace the snapshot of this host."""
         ...
 
+    def foreign_version(self) -> int:
+        """Return a number that changes when another process has written to the ledger."""
+        ...
+
     def pauses(self) -> list[OperatorPause]:
         """Return the pauses that people have requested, by kind and name."""
         ...

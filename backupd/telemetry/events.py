@@ -90,6 +90,9 @@ KEYS: dict[str, Key] = {
         Key("error", TEXT, "the cause in words"),
         Key("hint", TEXT, "how to fix it"),
         Key("exception", TEXT, "stack trace of a bug, without the values of variables"),
+        Key("user", TEXT, "name of the user who gave the command"),
+        Key("until", TIME, "end of the pause; missing if a person has to end it"),
+        Key("note", TEXT, "reason for the pause in the user's words"),
         Key("moved_to", TEXT, "new path of the file, relative to its drop folder"),
         Key("disposition", TEXT, "outcome for the file: moved, deleted, kept or missing"),
         Key("retry_at", TIME, "time of the next attempt"),
@@ -579,6 +582,20 @@ DESTINATION_STATUS = _event(
     "{destination}[ is {circuit}]: {pending} pending ({pending_bytes}[, oldest {oldest_s}])"
     "[, certificate: {days_left}]",
     "the state of a destination, after each heartbeat",
+)
+OPERATOR_PAUSED = _event(
+    "operator.paused",
+    "info",
+    "destination drop user until note hint",
+    "[{destination}][the drop {drop}] is paused[ by {user}][ until {until}][: {note}]",
+    "a person has paused a destination or a drop (`backupd pause`); its archives are queued, not uploaded",
+)
+OPERATOR_RESUMED = _event(
+    "operator.resumed",
+    "info",
+    "destination drop",
+    "the pause of [{destination}][the drop {drop}] has ended",
+    "the end of a pause that a person requested, by its time or by `backupd resume`",
 )
 DROP_PROBLEM = _event(
     "drop.problem",

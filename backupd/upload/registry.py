@@ -53,6 +53,11 @@ def make_uploader(config: DestinationConfig) -> Uploader:
     return open_endpoint(config, Abort()).make_uploader()
 
 
+def probe(name: str, config: DestinationConfig, abort: Abort) -> ProbeResult:
+    """Probe one destination; `abort` ends it at once."""
+    return asyncio.run(KINDS[config.kind].probe(name, config, abort))
+
+
 def probe_all(destinations: Mapping[str, DestinationConfig]) -> list[ProbeResult]:
     """Probe every destination at the same time; return the results in the order of `destinations`."""
     with closing(Abort()) as abort:

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from backupd.core.circuit import Circuit, CircuitState
 from backupd.core.devices import DeviceExpectation
 from backupd.core.errors import LedgerError, UsageError
 from backupd.core.model import Archive, Delivery, DeliveryState, Outcome
-from backupd.core.policy import Reason
-from backupd.ledger.history import DeviceRecord, DropRecord, History, Search
+from backupd.ledger.history import DeviceRecord, History, Search
 from backupd.ledger.port import DispositionResult, FileCandidate, Ledger, TrackedDevice
 from tests.contract.bench import Bench
 from tests.factories import (
@@ -195,34 +193,6 @@ def test_a_missing_file_is_shown_as_such(ledger: Ledger, history: History) -> No
 # queues
 
 
-def test_a_drop_is_shown_with_its_open_archives_and_the_last_one(ledger: Ledger, history: History) -> None:
-    assert history.drop("switches") == DropRecord(0, 0, None, None, None)
-    queue(ledger, b"r1", b"r2", to=("vault", "annex"))
-    ledger.enqueue([a_candidate(b"r3")], ["vault"], LATER)
-    queue(ledger, b"f1", drop="firewalls")
-    end(ledger, delivered())
-    assert history.drop("switches") == DropRecord(3, 9, NOW, b"r3", LATER)
-    end(ledger, delivered(), to="annex")
-    assert history.drop("switches") == DropRecord(2, 6, NOW, b"r3", LATER)
-
-
-def test_a_destination_is_shown_with_its_queue_and_circuit(ledger: Ledger, history: History) -> None:
-    queue(ledger, b"r1", b"r2", b"r3", b"r4")
-    refused, _ = end(ledger, rejected()), end(ledger, rejected())
-    end(ledger, delivered())
-    move(ledger, refused.archive, b"rejected/r1")
-    ledger.claim("vault", LATER)
-    ledger.save_circuit("vault", Circuit(CircuitState.PAUSED, LATER, 1, Reason.CONNECT, NOW), "refused")
-    record = history.destination("vault")
-    assert (record.name, record.pending, record.pending_bytes, record.oldest) == ("vault", 1, 3, NOW)
-    assert (record.rejected, record.last_delivered) == (1, LATER)
-    assert (record.circuit, record.reason, record.error) == ("paused", "connect_failed", "refused")
-    assert (record.since, record.until) == (NOW, LATER)
-    unused = history.destination("annex")
-    assert (unused.pending, unused.oldest, unused.last_delivered, unused.circuit) == (0, None, None, None)
-    assert history.count_quarantined() == 1
-
-
 def test_destinations_with_open_deliveries_are_listed(ledger: Ledger, history: History) -> None:
     assert history.destinations_pending() == []
     queue(ledger, b"r1", to=("vault", "annex", "third"))
@@ -255,7 +225,7 @@ def test_a_retried_archive_is_no_longer_in_quarantine(ledger: Ledger, history: H
     assert ledger.count_quarantined() == 1
     with history.mark_retried(archive.id):
         pass
-    assert ledger.count_quarantined() == history.count_quarantined() == 0
+    assert ledger.count_quarantined() == 0
     assert history.archive(archive.id).disposed_to is None
 
 
@@ -325,7 +295,7 @@ def test_a_rejected_archive_that_replaces_another_one_in_quarantine_is_counted_a
     quarantine(ledger, b"b.cfg", b"rejected/b.cfg")
     second = quarantine(ledger, b"a.cfg", b"rejected/a.cfg")
 
-    assert ledger.count_quarantined() == history.count_quarantined() == 3
-    assert history.destination("vault").rejected == 3
+    assert ledger.count_quarantined() == 3
+    assert ledger.queue_state([], ["vault"]).rejected == {"vault": 3}
     assert history.archive(first.id).disposed_to is None
     assert history.archive(second.id).disposed_to == b"rejected/a.cfg"

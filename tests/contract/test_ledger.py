@@ -9,7 +9,6 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from backupd.core.circuit import Circuit, CircuitState
 from backupd.core.errors import LedgerError
 from backupd.core.model import (
     Archive,
@@ -917,9 +916,9 @@ def test_the_sizes_of_sparse_files_are_added_up(bench: Bench) -> None:
     for name in (b"r1", b"r2"):
         enqueue(bench.ledger, a_candidate(name, fingerprint=a_fingerprint(size=largest)))
     assert bench.ledger.backlog()["vault"].pending_bytes >= largest
-    history = bench.history()
-    assert history.destination("vault").pending_bytes >= largest
-    assert history.drop("switches").pending_bytes >= largest
+    queues = bench.ledger.queue_state(["switches"], ["vault"])
+    assert queues.destinations["vault"].pending_bytes >= largest
+    assert queues.drops["switches"].pending_bytes >= largest
 
 
 def test_without_deliveries_there_is_no_backlog(ledger: Ledger) -> None:
@@ -938,28 +937,14 @@ def test_quarantined_archives_are_counted_once_each(ledger: Ledger) -> None:
     assert ledger.count_quarantined() == 2
 
 
-def saved_circuit(bench: Bench) -> tuple[object, ...]:
-    record = bench.history().destination("vault")
-    return record.circuit, record.reason, record.error, record.since, record.until
-
-
-def test_a_saved_circuit_replaces_the_one_before_and_survives_a_crash(bench: Bench) -> None:
-    working = ("working", None, None, None, None)
-    paused = Circuit(CircuitState.PAUSED, LATER, 3, Reason.CONNECT, NOW)
-    assert saved_circuit(bench) == (None, None, None, None, None)
-    bench.ledger.save_circuit("vault", Circuit(), None)
-    assert saved_circuit(bench) == working
-    bench.ledger.save_circuit("vault", paused, "connection refused")
-    assert saved_circuit(bench) == ("paused", Reason.CONNECT, "connection refused", NOW, LATER)
+def test_the_reason_of_a_failure_replaces_the_one_before_and_survives_a_crash(bench: Bench) -> None:
+    assert bench.ledger.saved_failure("vault") is None
+    bench.ledger.save_failure("vault", Reason.CONNECT)
+    bench.ledger.save_failure("vault", Reason.ALL_REFUSED)
     ledger = bench.crash()
-    assert saved_circuit(bench) == ("paused", Reason.CONNECT, "connection refused", NOW, LATER)
-    assert (ledger.saved_failure("vault"), ledger.saved_failure("annex")) == (Reason.CONNECT, None)
-    ledger.save_circuit("vault", paused, "no Unicode: \ud800\udcff")
-    assert saved_circuit(bench) == ("paused", Reason.CONNECT, "no Unicode: \\ud800\\udcff", NOW, LATER)
-    ledger.save_circuit("vault", Circuit(), None)
-    assert saved_circuit(bench) == working
+    assert (ledger.saved_failure("vault"), ledger.saved_failure("annex")) == (Reason.ALL_REFUSED, None)
+    ledger.save_failure("vault", None)
     assert ledger.saved_failure("vault") is None
-    assert bench.history().destination("annex").circuit is None
 
 
 def test_a_closed_ledger_raises_an_error(ledger: Ledger) -> None:

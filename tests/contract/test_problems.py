@@ -64,9 +64,7 @@ def test_a_file_with_another_problem_has_no_longer_the_first(ledger: Ledger) -> 
     assert ledger.problems() == [a_problem(reason="too_small")]
 
 
-def test_problems_are_counted_by_drop_and_reason_with_the_oldest_as_an_example(
-    ledger: Ledger, history: History
-) -> None:
+def test_problems_are_counted_by_drop_and_reason_with_the_oldest_as_an_example(ledger: Ledger) -> None:
     ledger.save_problems(
         [
             a_problem(b"new", hours=2),
@@ -77,7 +75,7 @@ def test_problems_are_counted_by_drop_and_reason_with_the_oldest_as_an_example(
         [],
     )
 
-    assert ledger.problem_counts() == history.problem_counts() == [
+    assert ledger.problem_counts() == [
         ProblemCount("routers", "unreadable", 1, NOW, b"r1.cfg", "Permission denied", "chmod it"),
         ProblemCount("switches", "not_listed", 40, NOW, b"", "Permission denied", "chmod it"),
         ProblemCount(
@@ -101,7 +99,7 @@ def test_problems_outlast_the_process(bench: Bench) -> None:
     assert bench.crash().problems() == [a_problem()]
 
 
-def test_the_last_state_of_each_drop_is_kept(ledger: Ledger, history: History) -> None:
+def test_the_last_state_of_each_drop_is_kept(ledger: Ledger) -> None:
     ledger.save_drop_state(DropState("switches", "inotify", "ext4", "event_lost", ""))
     switches = DropState("switches", "inotify", "ext4", "", "")
     routers = DropState("routers", "polling", "nfs4", "", "writers on other hosts are invisible")
@@ -109,9 +107,9 @@ def test_the_last_state_of_each_drop_is_kept(ledger: Ledger, history: History) -
     ledger.save_drop_state(switches)
     ledger.save_drop_state(routers)
 
-    assert history.drop_states() == [routers, switches]
+    assert ledger.drop_states() == [routers, switches]
     ledger.forget_drops(["switches"])
-    assert history.drop_states() == [switches]
+    assert ledger.drop_states() == [switches]
 
 
 def test_an_archive_that_alone_fails_is_a_problem_until_it_is_delivered(

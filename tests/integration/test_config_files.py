@@ -479,7 +479,9 @@ class TestCertificates:
         old = tls.certificate_bytes("middle", end=timedelta(hours=-1))
         cert = tls.write("chain.pem", tls.cert_file.read_bytes() + old)
         assert "contains CN=middle, which expired on" in a_warning(tls.config(cert=cert))
-        assert examine_files(tls.config(cert=cert), NOW).validities["v"].ends == NOW + timedelta(days=365)
+        assert examine_files(tls.config(cert=cert), NOW).certificates["v"][1].ends == NOW + timedelta(
+            days=365
+        )
 
     def test_a_client_certificate_below_that_of_its_issuer_is_an_error(self, tls: Tls) -> None:
         authority = trustme.CA()
@@ -504,7 +506,7 @@ class TestCertificates:
         assert label in path.read_bytes()
         config = tls.config(cert=path, ca=path)
         assert file_problems(config, NOW) == []
-        assert examine_files(config, NOW).validities["v"].ends == end
+        assert examine_files(config, NOW).certificates["v"][1].ends == end
         files = config.destination["v"].tls_files
         assert files is not None
         make_context(files)
@@ -560,10 +562,10 @@ class TestCertificates:
         odd = tls.write("odd.pem", altered(certificate, tls.key, "times without seconds"))
         config = tls.config(cert=odd)
         assert "of which the dates can't be read" in a_warning(config)
-        assert examine_files(config, NOW).validities == {}
+        assert examine_files(config, NOW).certificates == {}
         chain = tls.write("chain.pem", tls.cert_file.read_bytes() + odd.read_bytes())
         assert "of which the dates can't be read" in a_warning(tls.config(cert=chain))
-        assert "v" in examine_files(tls.config(cert=chain), NOW).validities
+        assert "v" in examine_files(tls.config(cert=chain), NOW).certificates
 
     def test_a_serial_number_of_0_is_not_reported_on_the_terminal(self, tls: Tls) -> None:
         builder = x509.CertificateBuilder(
@@ -660,7 +662,7 @@ class TestCertificates:
         validity = client_validity(destination, CertificateLimits(), NOW)
         assert validity
         assert validity.ends == NOW + timedelta(days=90)
-        assert examine_files(tls.config(cert=chain), NOW).validities == {"v": validity}
+        assert examine_files(tls.config(cert=chain), NOW).certificates == {"v": (chain, validity)}
 
     def test_the_files_of_the_token_endpoint_are_examined_as_well(self, tls: Tls) -> None:
         soon = tls.certificate("soon", begin=timedelta(days=-90), end=timedelta(days=5))
@@ -685,10 +687,10 @@ class TestCertificates:
         ]
         assert report.fatal == ()
         assert report.unusable("v")[0].where == "destination.v.auth.ca"
-        assert report.validities["v"].ends == NOW + timedelta(days=5)
+        assert report.certificates["v"][1].ends == NOW + timedelta(days=5)
 
     def test_an_unreadable_certificate_has_no_expiry(self, tls: Tls) -> None:
-        assert examine_files(tls.config(cert=tls.folder / "none.pem"), NOW).validities == {}
+        assert examine_files(tls.config(cert=tls.folder / "none.pem"), NOW).certificates == {}
 
 
 class TestKeys:

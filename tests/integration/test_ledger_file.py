@@ -20,7 +20,6 @@ from typing import Any
 
 import pytest
 
-from backupd.core.circuit import Circuit
 from backupd.core.devices import Device
 from backupd.core.errors import (
     LedgerDamagedError,
@@ -39,7 +38,15 @@ from backupd.ledger.sqlite.connection import (
     open_ledger,
 )
 from backupd.ledger.sqlite.deliveries import SqliteLedger
-from tests.factories import NOW, a_candidate, a_claim_result, deferred, delivered, record_dispositions
+from tests.factories import (
+    NOW,
+    a_candidate,
+    a_claim_result,
+    a_snapshot,
+    deferred,
+    delivered,
+    record_dispositions,
+)
 from tests.privileges import a_folder_of_nobody, without_rights
 
 
@@ -290,7 +297,14 @@ def steps_of_all_calls(ledger: SqliteLedger) -> dict[str, int]:
     cost(ledger.known_since, "switches")
     cost(ledger.known_since, "switches", before)
     cost(ledger.count_quarantined)
-    cost(ledger.save_circuit, "vault", Circuit(), None)
+    cost(ledger.queue_state, ["switches"], ["vault"])
+    cost(ledger.save_failure, "vault", None)
+    cost(ledger.save_snapshot, a_snapshot())
+    cost(ledger.pauses)
+    cost(ledger.delete_ended_pauses, NOW)
+    cost(ledger.foreign_version)
+    cost(ledger.drop_states)
+    cost(ledger.count_devices)
     cost(ledger.possibly_overdue, NOW)
     cost(ledger.record_alarms, [Device("switches", "sw1", NOW)], [])
     cost(ledger.mark_reported, cost(ledger.unusual_archives))
@@ -583,7 +597,7 @@ def test_an_outage_ends_with_the_first_change_that_is_written(tmp_path: Path) ->
             assert ledger.backlog() == {}  # SQLite reads what it has in memory
         with pytest.raises(LedgerUnreachableError, match="disk I/O error"):
             ledger.check_storage()
-        ledger.save_circuit("vault", Circuit(), None)
+        ledger.save_failure("vault", None)
     ledger.check_storage()
     ledger.close()
 

@@ -392,6 +392,11 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         with self._transaction(durable=False) as db:
             state_queries.save_snapshot(db, snapshot)
 
+    def foreign_version(self) -> int:
+        """See `Ledger.foreign_version`."""
+        with self._reading() as db:
+            return int(db.execute("PRAGMA data_version").fetchone()[0])
+
     def pauses(self) -> list[OperatorPause]:
         """See `Ledger.pauses`."""
         with self._reading() as db:

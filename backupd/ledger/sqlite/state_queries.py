@@ -63,7 +63,7 @@ def save_snapshot(db: sqlite3.Connection, snapshot: Snapshot) -> None:
     db.execute("DELETE FROM snapshot WHERE host <> ?", (storable_text(snapshot.host),))
     db.execute(
         "INSERT OR REPLACE INTO snapshot (host, taken_at, state) VALUES (?, ?, ?)",
-        (storable_text(snapshot.host), to_micros(snapshot.taken_at), storable_text(to_json(snapshot))),
+        (storable_text(snapshot.host), to_micros(snapshot.taken_at), to_json(snapshot)),
     )
 
 
@@ -120,7 +120,10 @@ def device_days(db: sqlite3.Connection, drops: Iterable[str], since: datetime) -
         " WHERE drop_name = ? AND queued_at >= ? AND state <> 'superseded' GROUP BY 2, 3 ORDER BY 2, 3"
     )
     rows = (row for drop in drops for row in db.execute(query, (drop, to_micros(since))))
-    return [DeviceDay(*row[:8], last_at=as_time(row[8])) for row in rows]
+    return [
+        DeviceDay(name, device, day, archives, delivered, rejected, unusual, size, as_time(last))
+        for name, device, day, archives, delivered, rejected, unusual, size, last in rows
+    ]
 
 
 def throughput(db: sqlite3.Connection, destinations: Iterable[str], since: datetime) -> list[HourThroughput]:

@@ -1,0 +1,225 @@
+"""The recorded state of the daemon: uploads under way, pauses by people, and a destination that is back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+from typing import Any
+
+import pytest
+
+from backupd.receiver.serve import RunningReceiver, ServerTls
+from tests.pki import Pki
+from tests.stage import Stage, until
+
+SHORT = 'retry = { initial = "100ms", max = "500ms" }'
+
+
+def state(stage: Stage) -> dict[str, Any]:
+    done = stage.backupd("status", "--json")
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def destination(stage: Stage, name: str = "vault") -> dict[str, Any]:
+    found: dict[str, dict[str, Any]] = {each["name"]: each for each in state(stage)["destinations"]}
+    return found[name]
+
+
+def tls_of(stage: Stage) -> ServerTls:
+    return ServerTls(stage.pki.server_cert, stage.pki.server_key, stage.pki.ca_pem)
+
+
+def test_an_upload_under_way_is_shown_with_its_progress(stage: Stage, receiver: RunningReceiver) -> None:
+    stage.configure(receiver.url, destination='bandwidth = "400KB/s"')
+    stage.daemon().ready()
+    stage.put("core-1.tar.gz", os.urandom(2_000_000))
+
+    def progress() -> Any:
+        return [each for each in state(stage)["uploads"] if each["sent_bytes"]]
+
+    [upload] = until(progress, "an upload with progress")
+    assert (upload["archive"], upload["destination"], upload["size_bytes"]) == (
+        "core-1.tar.gz", "vault", 2_000_000,
+    )  # fmt: skip
+    assert 0 < upload["sent_bytes"] <= 2_000_000
+    assert upload["bytes_per_s"] > 0
+    text = until(lambda: "%" in (shown := stage.backupd("status").stdout) and shown, "the progress")
+    assert "core-1.tar.gz" in text
+    until(lambda: not state(stage)["uploads"], "the end of the upload")
+    assert destination(stage)["last_delivered"]
+
+
+def test_the_state_after_the_end_is_the_last_one(stage: Stage) -> None:
+    stage.configure("https://127.0.0.1:9/", destination=SHORT)
+    daemon = stage.daemon().ready()
+    stage.put("sw.cfg", b"content")
+    daemon.wait_for("destination.paused")
+    assert daemon.stop() == 0
+    found = state(stage)
+    assert found["daemon_pid"] is None
+    assert [each["pending"] for each in found["destinations"]] == [1]
+    assert [each["pending"] for each in found["drops"]] == [1]
+    assert found["level"] == "critical"
+    assert "NOT RUNNING" in stage.backupd("status").stdout
+
+
+@pytest.mark.long
+def test_a_daemon_that_hangs_is_told_from_one_that_runs(stage: Stage, receiver: RunningReceiver) -> None:
+    stage.configure(receiver.url, top='heartbeat_every = "1s"')
+    daemon = stage.daemon().ready()
+    assert stage.backupd("status", "--check").returncode == 0
+    os.kill(daemon.pid, signal.SIGSTOP)
+    try:
+        with sqlite3.connect(stage.state / "ledger.sqlite3") as ledger:  # as if minutes had passed
+            row = ledger.execute("SELECT state FROM snapshot").fetchone()
+            old = {**json.loads(row[0]), "taken_at": "2026-01-01T00:00:00Z"}
+            ledger.execute("UPDATE snapshot SET state = ?", (json.dumps(old),))
+        ledger.close()
+        done = stage.backupd("status", "--check")
+        assert (
+            done.returncode,
+            done.stdout.startswith("CRITICAL - the daemon hangs: its last state is"),
+        ) == (
+            2,
+            True,
+        )
+        assert "HANGS" in stage.backupd("status").stdout
+    finally:
+        os.kill(daemon.pid, signal.SIGCONT)
+    until(lambda: stage.backupd("status", "--check").returncode == 0, "the daemon to go on")
+
+
+def test_a_refused_configuration_is_an_alarm_until_one_is_accepted(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url)
+    daemon = stage.daemon().ready()
+    valid = stage.config.read_text()
+    stage.config.write_text(valid + "\nnonsense = 1\n")
+    os.kill(daemon.pid, signal.SIGHUP)
+    daemon.wait_for("config.refused")
+    stage.config.write_text(valid)
+    [alarm] = state(stage)["alarms"]
+    assert (alarm["kind"], alarm["subject"], alarm["level"]) == ("daemon", "configuration", "warning")
+    os.kill(daemon.pid, signal.SIGHUP)
+    daemon.wait_for("config.reloaded")
+    assert state(stage)["alarms"] == []
+
+
+# pauses by people
+
+
+def test_a_paused_destination_gets_nothing_until_it_is_resumed(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url)
+    daemon = stage.daemon().ready()
+    done = stage.backupd("pause", "vault", "--for", "2h", "--note", "new disks")
+    assert done.returncode == 0, done.stderr
+    daemon.wait_for("operator.paused", destination="vault", note="new disks")
+    stage.put("sw.cfg", b"content")
+    daemon.wait_for("archive.queued")
+    assert destination(stage)["held"]["note"] == "new disks"
+    check = stage.backupd("status", "--check")
+    assert check.returncode == 0
+    assert "vault is paused by" in check.stdout
+    assert "new disks" in stage.backupd("status").stdout
+    daemon.stop()
+
+    daemon = stage.daemon().ready()
+    daemon.wait_for("operator.paused", destination="vault")
+    assert daemon.events("archive.delivered") == []
+    assert stage.backupd("resume", "vault").returncode == 0
+    daemon.wait_for("operator.resumed", destination="vault")
+    daemon.wait_for("archive.delivered")
+    assert destination(stage)["held"] is None
+
+
+def test_archives_of_a_paused_drop_wait_while_others_are_delivered(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    other = stage.base / "other"
+    other.mkdir()
+    stage.configure(receiver.url, more=f'[drop.routers]\npath = "{other}"\n')
+    daemon = stage.daemon().ready()
+    assert stage.backupd("pause", "switches").returncode == 0
+    daemon.wait_for("operator.paused", drop="switches")
+    stage.put("held.cfg", b"content")
+    daemon.wait_for("archive.queued", archive="held.cfg")
+    stage.put("sent.cfg", b"other", into=other)
+    daemon.wait_for("archive.delivered", archive="sent.cfg")
+    found = state(stage)
+    assert {each["name"]: each["pending"] for each in found["drops"]} == {"switches": 1, "routers": 0}
+    [alarm] = found["alarms"]  # a pause without an end may be forgotten
+    assert (alarm["kind"], alarm["level"]) == ("held", "warning")
+    assert stage.backupd("resume", "switches").returncode == 0
+    daemon.wait_for("archive.delivered", archive="held.cfg")
+
+
+def test_a_pause_ends_at_its_time(stage: Stage, receiver: RunningReceiver) -> None:
+    stage.configure(receiver.url)
+    daemon = stage.daemon().ready()
+    stage.backupd("pause", "vault", "--for", "3s")
+    daemon.wait_for("operator.paused")
+    stage.put("sw.cfg", b"content")
+    daemon.wait_for("operator.resumed")
+    daemon.wait_for("archive.delivered")
+    assert stage.backupd("resume", "vault").returncode == 2  # there is none any more
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pause", "nowhere"], "there is no destination or drop named nowhere"),
+        (["pause", "vault", "--for", "soon"], "--for: expected a duration"),
+        (["pause", "vault", "--for", "0s"], "--for: the pause would be over at once"),
+        (["pause", "--drop", "vault"], "there is no drop named vault"),
+        (["pause", "vault", "--note", "x" * 201], "--note: 201 characters"),
+        (["resume", "vault"], "nobody has paused vault"),
+    ],
+    ids=["unknown", "word", "zero", "kind", "note", "resume"],
+)
+def test_a_pause_that_cannot_be_is_refused(stage: Stage, arguments: list[str], words: str) -> None:
+    stage.configure("https://127.0.0.1:9/")
+    stage.daemon().ready().stop()
+    done = stage.backupd(*arguments)
+    assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+
+
+# a destination that is back
+
+
+def test_a_destination_that_is_back_is_noticed_without_an_archive(stage: Stage) -> None:
+    port = stage.a_free_port()
+    stage.configure(f"https://127.0.0.1:{port}/upload", destination=SHORT)
+    daemon = stage.daemon().ready()
+    archive = stage.put("sw.cfg", b"content")
+    daemon.wait_for("destination.paused")
+    archive.unlink()
+    daemon.wait_for("archive.missing")
+    assert destination(stage)["circuit"] != "working"
+    with RunningReceiver(stage.store, tls_of(stage), port=port):
+        daemon.wait_for("destination.resumed")
+        assert destination(stage)["circuit"] == "working"
+    assert stage.stored() == []
+
+
+def test_a_probe_that_fails_keeps_the_destination_paused(stage: Stage) -> None:
+    """Its certificate is refused: the server is up, and takes no archive."""
+    port = stage.a_free_port()
+    other = Pki(stage.base / "other-pki")
+    untrusted = ServerTls(other.server_cert, other.server_key, other.ca_pem)
+    stage.configure(f"https://127.0.0.1:{port}/upload", destination=SHORT, top='heartbeat_every = "1s"')
+    daemon = stage.daemon().ready()
+    archive = stage.put("sw.cfg", b"content")
+    daemon.wait_for("destination.paused")
+    archive.unlink()
+    daemon.wait_for("archive.missing")
+    with RunningReceiver(stage.store, untrusted, port=port):
+        daemon.wait_for("destination.paused", reason="tls_failed")
+        assert destination(stage)["circuit"] != "working"
+        assert daemon.stop() == 0  # at once, also during a probe
