@@ -150,7 +150,8 @@ def _print_status(found: DaemonStatus, *, as_json: bool) -> None:
         state = {f.name: getattr(snapshot, f.name) for f in dataclasses.fields(Snapshot)} if snapshot else {}
         head = {"daemon_pid": found.daemon_pid, "age_s": found.age, "level": found.level.name.lower()}
         rows = [{**_as_dict(alarm), "level": alarm.level.name.lower()} for alarm in found.alarms]
-        print_json({**head, "alarms": rows, **state})
+        certificates = {"certificates": list(map(_certificate, snapshot.certificates))} if snapshot else {}
+        print_json({**head, "alarms": rows, **state, **certificates})
         return
     _print_daemon(found)
     for alarm in found.alarms:
@@ -164,6 +165,17 @@ def _print_status(found: DaemonStatus, *, as_json: bool) -> None:
     _print_destinations(snapshot.destinations)
     _print_overdue(snapshot.overdue)
     _print_certificates(snapshot.certificates)
+
+
+def _certificate(certificate: CertificateSnapshot) -> dict[str, object]:
+    return {
+        "destination": certificate.destination,
+        "role": certificate.role,
+        "path": certificate.path,
+        "expires_at": certificate.expires_at,
+        "days_left": certificate.life.days_left,
+        "state": certificate.life.state,
+    }
 
 
 def _as_dict(alarm: Alarm) -> dict[str, object]:

@@ -28,6 +28,10 @@ from backupd.telemetry import events
 from backupd.telemetry.log import EventLog, log_ledger_failure
 from backupd.telemetry.thread_watchdog import HUNG_AFTER
 
+_HELD = {"destination": events.DESTINATION_HELD, "drop": events.DROP_HELD}
+_RELEASED = {"destination": events.DESTINATION_RELEASED, "drop": events.DROP_RELEASED}
+"""The events of a pause by a person, by its kind."""
+
 _MIN_STEP = timedelta(seconds=1)
 """Steps of the clock below this size are ignored: NTP adjusts the clock all the time."""
 
@@ -225,7 +229,7 @@ class Housekeeping:
             began, ended = self._runtime.pauses.replace(self._runtime.ledger.pauses())
             for pause in began:
                 self._log.emit(
-                    events.OPERATOR_PAUSED,
+                    _HELD[pause.kind],
                     destination=pause.name if pause.kind == "destination" else None,
                     drop=pause.name if pause.kind == "drop" else None,
                     user=pause.by or None,
@@ -235,7 +239,7 @@ class Housekeeping:
                 )
             for pause in ended:
                 self._log.emit(
-                    events.OPERATOR_RESUMED,
+                    _RELEASED[pause.kind],
                     destination=pause.name if pause.kind == "destination" else None,
                     drop=pause.name if pause.kind == "drop" else None,
                 )

@@ -583,18 +583,32 @@ DESTINATION_STATUS = _event(
     "[, certificate: {days_left}]",
     "the state of a destination, after each heartbeat",
 )
-OPERATOR_PAUSED = _event(
-    "operator.paused",
+DESTINATION_HELD = _event(
+    "destination.held",
     "info",
-    "destination drop user until note hint",
-    "[{destination}][the drop {drop}] is paused[ by {user}][ until {until}][: {note}]",
-    "a person has paused a destination or a drop (`backupd pause`); its archives are queued, not uploaded",
+    "destination user until note hint",
+    "the uploads to {destination} are held[ by {user}][ until {until}][: {note}]",
+    "a person has paused a destination (`backupd pause`); its archives are queued, not uploaded",
 )
-OPERATOR_RESUMED = _event(
-    "operator.resumed",
+DESTINATION_RELEASED = _event(
+    "destination.released",
     "info",
-    "destination drop",
-    "the pause of [{destination}][the drop {drop}] has ended",
+    "destination",
+    "the uploads to {destination} are no longer held",
+    "the end of a pause that a person requested, by its time or by `backupd resume`",
+)
+DROP_HELD = _event(
+    "drop.held",
+    "info",
+    "drop user until note hint",
+    "the uploads from the drop {drop} are held[ by {user}][ until {until}][: {note}]",
+    "a person has paused a drop (`backupd pause`); its archives are queued, not uploaded",
+)
+DROP_RELEASED = _event(
+    "drop.released",
+    "info",
+    "drop",
+    "the uploads from the drop {drop} are no longer held",
     "the end of a pause that a person requested, by its time or by `backupd resume`",
 )
 DROP_PROBLEM = _event(

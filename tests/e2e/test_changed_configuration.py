@@ -254,7 +254,7 @@ def test_archives_that_are_pending_in_the_earlier_folder_of_a_drop_are_delivered
     # an attempt may be going on
     assert {i: s for i, _, s in deliveries(stage)}[before[0][0]] in ("pending", "claimed")
     status = json.loads(stage.backupd("status", "--json").stdout)
-    assert {d["name"]: d["record"]["pending"] for d in status["drops"]} == {"switches": 1, left: 1}
+    assert {d["name"]: d["pending"] for d in status["drops"]} == {"switches": 1, left: 1}
     assert len(json.loads(stage.backupd("list", "--drop", left, "--json").stdout)) == 1
 
     stage.config.write_text(text.replace("https://127.0.0.1:1/v1/upload", receiver.url))
@@ -410,7 +410,7 @@ def test_forget_gives_up_what_is_pending_for_a_removed_drop(stage: Stage) -> Non
     assert len(json.loads(stage.backupd("list", "--drop", "routers", "--json").stdout)) == 1
     assert stage.backupd("forget", "--drop", "routers").stdout.startswith("routers: 1 pending delivery")
     assert archive.exists()
-    assert {d["name"] for d in json.loads(stage.backupd("status", "--json").stdout)["drops"]} == {"switches"}
+    assert "there are: switches" in stage.backupd("list", "--drop", "routers").stderr
     for wrong in ([], ["sw1", "--destination", "annex"]):
         assert stage.backupd("forget", *wrong).returncode == 2
 

@@ -92,7 +92,8 @@ def micros(ago: timedelta) -> int:
         "delivery SET ended_at = 9000000000000000000",
         "delivery SET due_at = 'soon'",
         "attempt SET duration_us = 'long'",
-        "circuit SET since = 'then', reason = 'x'",
+        "snapshot SET state = 'x'",
+        "snapshot SET state = '{}'",
     ],
 )
 def test_commands_report_damaged_values_in_the_ledger_without_a_traceback(
@@ -100,7 +101,6 @@ def test_commands_report_damaged_values_in_the_ledger_without_a_traceback(
 ) -> None:
     stage, ident = one_sent
     connection = open_ledger(stage.state).connection
-    connection.execute("INSERT OR REPLACE INTO circuit VALUES ('vault', 'paused', NULL, NULL, 1, 1)")
     connection.execute("PRAGMA ignore_check_constraints = ON")
     connection.execute(f"UPDATE {damage}")
     connection.close()
@@ -114,9 +114,9 @@ def test_commands_report_damaged_values_in_the_ledger_without_a_traceback(
             refused += 1
         else:
             assert done.returncode in (0, 2, 3), done.args
-    assert refused
+    assert refused or damage.startswith("snapshot")
     assert checked.returncode in (2, 3)
-    assert checked.stdout.startswith(("UNKNOWN - the ledger can't be read", "CRITICAL"))
+    assert checked.stdout.startswith("CRITICAL - the daemon is not running")
 
 
 @pytest.mark.long
@@ -136,11 +136,12 @@ def test_status_does_not_block_on_a_pipe_in_place_of_the_lock_file(
 def test_status_shows_each_drop(stage: Stage, receiver: RunningReceiver) -> None:
     a_sent_archive(stage, receiver, "one.cfg")
     text = stage.backupd("status").stdout
-    assert re.search(rf"switches +{stage.drop} +inotify +0 +0 B +- +one\.cfg +\d+ s ago", text)
+    assert re.search(rf"switches +{stage.drop} +inotify +0 +one\.cfg +\d+ s ago", text)
     assert "\x1b" not in text
     [drop] = json.loads(stage.backupd("status", "--json").stdout)["drops"]
-    assert (drop["name"], drop["state"]["observer"], drop["record"]["pending"]) == ("switches", "inotify", 0)
-    assert drop["record"]["last"] == "one.cfg"
+    assert (drop["name"], drop["observer"], drop["pending"], drop["last"]) == (
+        "switches", "inotify", 0, "one.cfg",
+    )  # fmt: skip
 
 
 def on_a_terminal(stage: Stage, *arguments: str, until_seen: str = "", **environ: str) -> str:
@@ -174,9 +175,9 @@ def on_a_terminal(stage: Stage, *arguments: str, until_seen: str = "", **environ
 @pytest.mark.long
 def test_status_is_coloured_on_a_terminal_without_no_color(stage: Stage, receiver: RunningReceiver) -> None:
     a_sent_archive(stage, receiver, "one.cfg")
-    assert "\x1b[32mdaemon: running" in on_a_terminal(stage, "status")
+    assert re.search(r"\x1b\[32mbackupd .*: running for", on_a_terminal(stage, "status"))
     plain = on_a_terminal(stage, "status", NO_COLOR="1")
-    assert "daemon: running" in plain
+    assert ": running for" in plain
     assert "\x1b[32m" not in plain
 
 
@@ -217,8 +218,10 @@ def test_check_warns_of_a_paused_destination_and_of_an_old_archive(stage: Stage)
     code, line = checked(stage)
     assert (code, "vault has been paused for " in line) == (1, True)
     change(stage, "UPDATE archive SET queued_at = ?", micros(timedelta(hours=7)))
+    late = "oldest pending archive has waited for 7 h"
+    until(lambda: late in checked(stage)[1], "the state after a change by another process")
     code, line = checked(stage, "--warning-age", "6h", "--critical-age", "8h")
-    assert (code, "oldest pending archive has waited for 7 h" in line) == (1, True)
+    assert (code, late in line) == (1, True)
     assert checked(stage)[0] == 2
 
 
@@ -231,7 +234,7 @@ def test_check_warns_of_a_rejected_archive(stage: Stage) -> None:
         until(lambda: stage.archives(stage.rejected), "a rejected archive")
         assert until(lambda: checked(stage)[0] == 1, "a warning")
     assert "1 rejected" in checked(stage)[1]
-    assert "rejected: 1 archive;" in stage.backupd("status").stdout
+    assert "WARNING: 1 rejected" in stage.backupd("status").stdout
 
 
 @pytest.mark.long
@@ -325,10 +328,10 @@ def test_status_and_the_daemon_report_the_certificate_of_a_chain_that_expires_fi
     [heartbeat, *_] = daemon.wait_for("daemon.heartbeat")
     assert heartbeat["days_left_by_destination"] == {"vault": days}
     [status] = daemon.wait_for("destination.status")[:1]
-    (certificate,) = json.loads(stage.backupd("status", "--json").stdout)["certificates"]
+    certificate, _ = json.loads(stage.backupd("status", "--json").stdout)["certificates"]
     assert certificate["path"] == str(stage.pki.client_cert)
     state = {"destination": "vault", "days_left": days, "state": status["certificate_state"]}
-    assert certificate.items() >= state.items()
+    assert certificate.items() >= {**state, "role": "client"}.items()
     assert (
         f"certificate of vault: {days} days left ({stage.pki.client_cert})" in stage.backupd("status").stdout
     )
@@ -622,10 +625,11 @@ def test_queries_scan_no_table_of_a_hundred_thousand_archives(stage: Stage) -> N
     connection.close()
     script = """
 import sqlite3, sys
-from pathlib import Path
+from datetime import UTC, datetime
 from backupd.core.model import DeliveryState
 from backupd.ledger.history import Search
 from backupd.ledger.sqlite.queries import LedgerQueries
+from backupd.ledger.sqlite.state_queries import queue_state
 connection = sqlite3.connect(sys.argv[1])
 steps = [0]
 def step():
@@ -633,9 +637,9 @@ def step():
 connection.set_progress_handler(step, 100)
 history = LedgerQueries(connection)
 for ask in (
-    lambda: history.destination("vault"),
-    lambda: history.drop("switches"),
-    lambda: history.count_quarantined(),
+    lambda: history.device_days(["switches"], datetime.now(UTC)),
+    lambda: history.throughput(["vault"], datetime.now(UTC)),
+    lambda: queue_state(connection, ["switches"], ["vault"]),
     lambda: history.delivery("0000a000"),
     lambda: history.archive(70_000),
     lambda: history.deliveries_of(70_000),
@@ -654,7 +658,6 @@ print(steps[0] * 100)
     )
     assert int(done.stdout) < 100_000  # one scan of all rows takes several times as many
     assert len(json.loads(stage.backupd("list", "--json", "--name", "r7.cfg").stdout)) == 1
-    assert json.loads(stage.backupd("status", "--json").stdout)["drops"][0]["record"]["last"] == "r100000.cfg"
 
 
 @pytest.mark.long

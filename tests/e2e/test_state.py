@@ -120,7 +120,7 @@ def test_a_paused_destination_gets_nothing_until_it_is_resumed(
     daemon = stage.daemon().ready()
     done = stage.backupd("pause", "vault", "--for", "2h", "--note", "new disks")
     assert done.returncode == 0, done.stderr
-    daemon.wait_for("operator.paused", destination="vault", note="new disks")
+    daemon.wait_for("destination.held", destination="vault", note="new disks")
     stage.put("sw.cfg", b"content")
     daemon.wait_for("archive.queued")
     assert destination(stage)["held"]["note"] == "new disks"
@@ -131,10 +131,10 @@ def test_a_paused_destination_gets_nothing_until_it_is_resumed(
     daemon.stop()
 
     daemon = stage.daemon().ready()
-    daemon.wait_for("operator.paused", destination="vault")
+    daemon.wait_for("destination.held", destination="vault")
     assert daemon.events("archive.delivered") == []
     assert stage.backupd("resume", "vault").returncode == 0
-    daemon.wait_for("operator.resumed", destination="vault")
+    daemon.wait_for("destination.released", destination="vault")
     daemon.wait_for("archive.delivered")
     assert destination(stage)["held"] is None
 
@@ -147,7 +147,7 @@ def test_archives_of_a_paused_drop_wait_while_others_are_delivered(
     stage.configure(receiver.url, more=f'[drop.routers]\npath = "{other}"\n')
     daemon = stage.daemon().ready()
     assert stage.backupd("pause", "switches").returncode == 0
-    daemon.wait_for("operator.paused", drop="switches")
+    daemon.wait_for("drop.held", drop="switches")
     stage.put("held.cfg", b"content")
     daemon.wait_for("archive.queued", archive="held.cfg")
     stage.put("sent.cfg", b"other", into=other)
@@ -164,9 +164,9 @@ def test_a_pause_ends_at_its_time(stage: Stage, receiver: RunningReceiver) -> No
     stage.configure(receiver.url)
     daemon = stage.daemon().ready()
     stage.backupd("pause", "vault", "--for", "3s")
-    daemon.wait_for("operator.paused")
+    daemon.wait_for("destination.held")
     stage.put("sw.cfg", b"content")
-    daemon.wait_for("operator.resumed")
+    daemon.wait_for("destination.released")
     daemon.wait_for("archive.delivered")
     assert stage.backupd("resume", "vault").returncode == 2  # there is none any more
 

@@ -597,7 +597,7 @@ def test_an_outage_ends_with_the_first_change_that_is_written(tmp_path: Path) ->
             assert ledger.backlog() == {}  # SQLite reads what it has in memory
         with pytest.raises(LedgerUnreachableError, match="disk I/O error"):
             ledger.check_storage()
-        ledger.save_failure("vault", None)
+        ledger.save_failure("vault", "connect_failed")
     ledger.check_storage()
     ledger.close()
 
