@@ -158,6 +158,8 @@ def _print_status(found: DaemonStatus, *, as_json: bool) -> None:
         _print_alarm(alarm)
     if snapshot is None:
         return
+    if snapshot.problems:
+        print_line("`backupd list --problems` shows each of these files")
     for pause in snapshot.holds:
         print_line(hold_text(pause), "yellow")
     _print_uploads(snapshot.uploads)

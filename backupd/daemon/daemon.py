@@ -168,6 +168,7 @@ class Daemon:
                 self._systemd.extend_timeout()
                 self._notify_watchdog()
                 self._housekeeping.check_drops()
+                self._monitor.refresh()
                 if signal.sigpending() & _STOP_SIGNALS:
                     return
 

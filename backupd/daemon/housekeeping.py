@@ -21,16 +21,13 @@ from backupd.core.drop_problem import (
 )
 from backupd.core.errors import LedgerError, LedgerHeldError
 from backupd.core.folder_place import label_of
+from backupd.core.snapshot import OperatorPause
 from backupd.daemon.runtime import Runtime
 from backupd.intake.device_tracker import DeviceTracker
 from backupd.ledger.port import Backlog, ClockReading, DeviceLedger, DropBacklog
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog, log_ledger_failure
 from backupd.telemetry.thread_watchdog import HUNG_AFTER
-
-_HELD = {"destination": events.DESTINATION_HELD, "drop": events.DROP_HELD}
-_RELEASED = {"destination": events.DESTINATION_RELEASED, "drop": events.DROP_RELEASED}
-"""The events of a pause by a person, by its kind."""
 
 _MIN_STEP = timedelta(seconds=1)
 """Steps of the clock below this size are ignored: NTP adjusts the clock all the time."""
@@ -143,6 +140,24 @@ def _number(archives: int) -> str:
     return f"{archives} archive{'' if archives == 1 else 's'} wait{'s' if archives == 1 else ''}"
 
 
+def _log_held(log: EventLog, pause: OperatorPause) -> None:
+    hint = f"`backupd resume {shlex.quote(pause.name)}` ends it"
+    name, user, note = pause.name, pause.by or None, pause.note or None
+    if pause.kind == "drop":
+        log.emit(events.DROP_HELD, drop=name, user=user, until=pause.until, note=note, hint=hint)
+    else:
+        log.emit(
+            events.DESTINATION_HELD, destination=name, user=user, until=pause.until, note=note, hint=hint
+        )
+
+
+def _log_released(log: EventLog, pause: OperatorPause) -> None:
+    if pause.kind == "drop":
+        log.emit(events.DROP_RELEASED, drop=pause.name)
+    else:
+        log.emit(events.DESTINATION_RELEASED, destination=pause.name)
+
+
 class Housekeeping:
     """Logs overdue devices and prunes the history; `tick` is called at each heartbeat.
 
@@ -228,21 +243,9 @@ class Housekeeping:
         with self.logged_failures():
             began, ended = self._runtime.pauses.replace(self._runtime.ledger.pauses())
             for pause in began:
-                self._log.emit(
-                    _HELD[pause.kind],
-                    destination=pause.name if pause.kind == "destination" else None,
-                    drop=pause.name if pause.kind == "drop" else None,
-                    user=pause.by or None,
-                    until=pause.until,
-                    note=pause.note or None,
-                    hint=f"`backupd resume {shlex.quote(pause.name)}` ends it",
-                )
+                _log_held(self._log, pause)
             for pause in ended:
-                self._log.emit(
-                    _RELEASED[pause.kind],
-                    destination=pause.name if pause.kind == "destination" else None,
-                    drop=pause.name if pause.kind == "drop" else None,
-                )
+                _log_released(self._log, pause)
             if ended:
                 self._runtime.ledger.delete_ended_pauses(datetime.now(UTC))
                 for running in self._runtime.destinations.values():
