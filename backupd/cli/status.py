@@ -147,7 +147,8 @@ def _check(config: Path, warning_age: str, critical_age: str) -> HealthLevel:
 def _print_status(found: DaemonStatus, *, as_json: bool) -> None:
     snapshot = found.snapshot
     if as_json:
-        state = {f.name: getattr(snapshot, f.name) for f in dataclasses.fields(Snapshot)} if snapshot else {}
+        fields = dataclasses.fields(Snapshot)
+        state = {f.name: getattr(snapshot, f.name) if snapshot else _empty(f) for f in fields}
         head = {"daemon_pid": found.daemon_pid, "age_s": found.age, "level": found.level.name.lower()}
         rows = [{**_as_dict(alarm), "level": alarm.level.name.lower()} for alarm in found.alarms]
         certificates = {"certificates": list(map(_certificate, snapshot.certificates))} if snapshot else {}
@@ -167,6 +168,11 @@ def _print_status(found: DaemonStatus, *, as_json: bool) -> None:
     _print_destinations(snapshot.destinations)
     _print_overdue(snapshot.overdue)
     _print_certificates(snapshot.certificates)
+
+
+def _empty(field: dataclasses.Field[object]) -> object:
+    """Return the value of a field of the snapshot before the first one was taken."""
+    return () if field.default == () else None
 
 
 def _certificate(certificate: CertificateSnapshot) -> dict[str, object]:
