@@ -38,7 +38,12 @@ Every line has %s. A key without a value is missing from
 its line. The tables give the meaning of each event, the template of its message and its other keys. A part of
 a template in square brackets is left out if its key is missing. Messages have rounded durations and sizes.
 
-In the journal, each key is a field: `journalctl BACKUPD_EVENT=archive.rejected BACKUPD_DESTINATION=vault`.
+In the journal, an entry is the sentence, with the hint if there is one. Each key is a field, such as in
+`journalctl BACKUPD_EVENT=archive.rejected BACKUPD_DESTINATION=vault`, and `BACKUPD_JSON` has the whole line:
+
+```sh
+journalctl -u backupd -o cat --output-fields=BACKUPD_JSON | jq -c 'select(.level == "error")'
+```
 
 This page, the [JSON Schema](events.schema.json) of every line and the
 [format for lnav](monitoring/backupd.lnav.json) are generated from the program's catalogue:

@@ -5,6 +5,8 @@ The journal's protocol: https://systemd.io/JOURNAL_NATIVE_PROTOCOL
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import select
@@ -12,6 +14,8 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
+
+from backupd.core.names import printable
 
 LogRecord = Mapping[str, object]
 """The keys of a log line and their values, which are values of JSON."""
@@ -28,8 +32,11 @@ _READER_TIMEOUT = 5.0
 """Seconds to wait for the reader of standard output; a reader that hangs must not stop deliveries."""
 
 _INFO: LogRecord = MappingProxyType({"level": "info"})
-_WITHOUT_FIELD = frozenset(("timestamp", "level", "event", "host"))
+_WITHOUT_FIELD = frozenset(("timestamp", "level", "event", "message", "host"))
 """Keys that the journal has in fields of its own."""
+
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+"""The seals that the journal expects of a file with an entry."""
 
 
 class LineWriter:
@@ -91,8 +98,8 @@ class LineWriter:
 class JournalWriter:
     """Writes entries to the journal, or lines to its stream if the journal accepts no entries; never raises.
 
-    An entry has the line in `MESSAGE`, the event in `BACKUPD_EVENT`, and a field for each key of the event.
-    One that is larger than a datagram, about 200 KiB, becomes a line.
+    An entry has the sentence for people in `MESSAGE`, the line in `BACKUPD_JSON`, the event in
+    `BACKUPD_EVENT`, and a field for each key of the event.
     """
 
     def __init__(self, lines: LineWriter, path: str = JOURNAL_SOCKET) -> None:
@@ -130,7 +137,7 @@ class JournalWriter:
             try:
                 connection = self._connect()
                 connection.settimeout(self._next_timeout)
-                connection.send(entry)
+                _send_entry(connection, entry)
             except TimeoutError:
                 self._next_timeout = 0.0
                 return False
@@ -173,8 +180,31 @@ def is_connected_to_journal(fd: int, environ: Mapping[str, str] = os.environ) ->
     return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
+def _send_entry(connection: socket.socket, entry: bytes) -> None:
+    """Send an entry as a datagram, or in a sealed file if it is larger than one, about 200 KiB."""
+    try:
+        connection.send(entry)
+    except OSError as error:
+        if error.errno not in {errno.EMSGSIZE, errno.ENOBUFS}:
+            raise
+    else:
+        return
+    with os.fdopen(os.memfd_create("backupd-entry", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "wb") as file:
+        file.write(entry)
+        file.flush()
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
+        socket.send_fds(connection, [b""], [file.fileno()])
+
+
+def message_for_people(record: LogRecord) -> str:
+    """Return the sentence of an event with its hint, and the stack trace of a bug in further lines."""
+    hint, trace = record.get("hint"), str(record.get("exception", ""))
+    sentence = str(record["message"]) + (f"; hint: {printable(str(hint))}" if hint else "")
+    return "\n".join((sentence, *map(printable, trace.splitlines())))
+
+
 def encode_entry(text: str, record: LogRecord) -> bytes:
-    """Return an entry in the journal's format.
+    """Return the entry of a line of JSON and its record in the journal's format.
 
     Every value is preceded by its length, so that no value can start another field.
     """
@@ -186,10 +216,11 @@ def encode_entry(text: str, record: LogRecord) -> bytes:
 
 
 def _fields(text: str, record: LogRecord) -> Iterator[tuple[str, str]]:
-    yield "MESSAGE", text
+    yield "MESSAGE", message_for_people(record)
     yield "PRIORITY", str(SYSLOG_PRIORITIES[str(record["level"])])
     yield "SYSLOG_IDENTIFIER", "backupd"
     yield "BACKUPD_EVENT", str(record["event"])
+    yield "BACKUPD_JSON", text
     for key, value in record.items():
         if key not in _WITHOUT_FIELD:
             for item in value if isinstance(value, list) else [value]:

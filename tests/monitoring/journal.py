@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -33,9 +34,14 @@ class JournalSocket:
         found: list[Entry] = []
         while True:
             try:
-                found.append(parsed(self._socket.recv(1 << 20)))
+                data, files, _, _ = socket.recv_fds(self._socket, 1 << 20, 1)
             except BlockingIOError:
                 return found
+            for file in files:
+                assert fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE
+                data = os.pread(file, os.fstat(file).st_size, 0)
+                os.close(file)
+            found.append(parsed(data))
 
     def close(self) -> None:
         self._socket.close()
@@ -79,13 +85,13 @@ class Journald:
 
     def query(self, *words: str) -> list[dict[str, Any]]:
         """Return the entries that journalctl prints."""
+        return [json.loads(line) for line in self.journalctl("-o", "json", "--all", *words).splitlines()]
+
+    def journalctl(self, *words: str) -> str:
+        """Return the output of journalctl for this journal."""
         folder = str(self._base / "log/journal")
-        done = subprocess.run(
-            [require("journalctl"), f"--directory={folder}", "--output=json", "--all", "--quiet", *words],
-            stdout=subprocess.PIPE,
-            check=False,
-        )
-        return [json.loads(line) for line in done.stdout.splitlines()]
+        command = [require("journalctl"), f"--directory={folder}", "--quiet", *words]
+        return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -52,14 +53,15 @@ def test_an_event_has_a_field_for_each_key(log: EventLog, journal: JournalSocket
         verified=True,
     )
     log.emit(events.DAEMON_HEARTBEAT, circuit_by_destination={"vault": "paused"}, oldest_s=1.5)
-    (message, *fields), (_, *beat) = journal.entries()
-    assert message[0] == "MESSAGE"
-    assert json.loads(message[1])["archive"] == "r1.cfg"
+    fields, beat = journal.entries()
+    name, text = fields.pop(4)
+    assert name == "BACKUPD_JSON"
+    assert json.loads(text)["size_bytes"] == 3
     assert fields == [
+        ("MESSAGE", "r1.cfg was delivered to annex, vault"),
         ("PRIORITY", "6"),
         ("SYSLOG_IDENTIFIER", "backupd"),
         ("BACKUPD_EVENT", "archive.delivered"),
-        ("BACKUPD_MESSAGE", "r1.cfg was delivered to annex, vault"),
         ("BACKUPD_ARCHIVE", "r1.cfg"),
         ("BACKUPD_SIZE_BYTES", "3"),
         ("BACKUPD_DESTINATIONS", "annex"),
@@ -69,6 +71,16 @@ def test_an_event_has_a_field_for_each_key(log: EventLog, journal: JournalSocket
     assert dict(beat)["BACKUPD_CIRCUIT_BY_DESTINATION"] == '{"vault": "paused"}'
     assert dict(beat)["BACKUPD_OLDEST_S"] == "1.5"
     assert lines.read_bytes() == b""
+
+
+def test_the_message_is_a_sentence_with_its_hint_and_the_trace_of_a_bug(
+    log: EventLog, journal: JournalSocket
+) -> None:
+    log.emit(events.LEDGER_FAILED, error="the disk is full", hint="make room\nsoon")
+    log.emit(events.DAEMON_FAILED, error="a bug", exc_info=RuntimeError("a bug\x1b[2J"))
+    hinted, failed = (dict(entry)["MESSAGE"] for entry in journal.entries())
+    assert hinted == "the ledger cannot be used: the disk is full; hint: make room\\nsoon"
+    assert failed == "internal failure: a bug\nRuntimeError: a bug\\x1b[2J"
 
 
 def test_the_priority_follows_from_the_level(log: EventLog, journal: JournalSocket) -> None:
@@ -86,21 +98,34 @@ def test_no_name_forges_a_field(log: EventLog, journal: JournalSocket) -> None:
         "PRIORITY",
         "SYSLOG_IDENTIFIER",
         "BACKUPD_EVENT",
-        "BACKUPD_MESSAGE",
+        "BACKUPD_JSON",
         "BACKUPD_ARCHIVE",
     ]
     assert dict(entry)["BACKUPD_EVENT"] == "archive.rejected"
     assert dict(entry)["BACKUPD_ARCHIVE"] == name.decode()
-    assert dict(entry)["BACKUPD_MESSAGE"].isprintable()
+    assert dict(entry)["MESSAGE"].isprintable()
 
 
-def test_an_entry_that_is_too_large_for_a_datagram_becomes_a_line(
+def test_an_entry_that_is_too_large_for_a_datagram_is_sent_in_a_file(
     log: EventLog, journal: JournalSocket, lines: Path
 ) -> None:
     log.emit(events.ARCHIVE_REJECTED, error="x" * 3_000_000)
     log.emit(events.DAEMON_STARTED, pid=1)
-    (entry,) = journal.entries()
-    assert dict(entry)["BACKUPD_PID"] == "1"
+    large, small = journal.entries()
+    assert dict(large)["BACKUPD_ERROR"] == "x" * 3_000_000
+    assert dict(small)["BACKUPD_PID"] == "1"
+    assert lines.read_bytes() == b""
+
+
+def test_an_entry_becomes_a_line_if_no_file_can_be_made_for_it(
+    log: EventLog, journal: JournalSocket, lines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EPERM, "seccomp")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    log.emit(events.ARCHIVE_REJECTED, error="x" * 3_000_000)
+    assert journal.entries() == []
     (line,) = lines.read_bytes().splitlines()
     assert json.loads(line.removeprefix(b"<3>"))["error"] == "x" * 3_000_000
 
@@ -207,7 +232,24 @@ def test_the_journal_of_systemd_finds_events_by_their_keys(stage: Stage, receive
         assert found["BACKUPD_DESTINATIONS"] == "vault"
         assert found["PRIORITY"] == "6"
         assert found["_TRANSPORT"] == "journal"
-        assert json.loads(found["MESSAGE"])["archive"] == name
-        assert found["BACKUPD_MESSAGE"] == rf'"{name}" was delivered to vault'.replace("\n", "\\n")
+        assert json.loads(found["BACKUPD_JSON"])["archive"] == name
+        assert found["MESSAGE"] == rf'"{name}" was delivered to vault'.replace("\n", "\\n")
+        lines = journald.journalctl("-o", "cat", "--output-fields=BACKUPD_JSON").splitlines()
+        assert {"daemon.started", "archive.delivered", "daemon.stopped"} <= {
+            json.loads(line)["event"] for line in lines
+        }
         assert not journald.query("BACKUPD_EVENT=archive.rejected")
         assert not journald.query("_TRANSPORT=stdout")
+
+
+@pytest.mark.root
+def test_the_journal_of_systemd_accepts_an_entry_in_a_file(tmp_path: Path) -> None:
+    error = "x" * 500_000
+    with a_journald() as journald, (tmp_path / "lines").open("wb") as file:
+        writer = JournalWriter(LineWriter(file.fileno(), prefixed=True), str(journald.socket))
+        EventLog(writer).emit(events.LEDGER_FAILED, error=error)
+        (found,) = until(lambda: journald.query("BACKUPD_EVENT=ledger.failed"), "ledger.failed")
+        writer.close()
+        assert found["BACKUPD_ERROR"] == error
+        assert found["MESSAGE"] == f"the ledger cannot be used: {error}"
+        assert (tmp_path / "lines").read_bytes() == b""

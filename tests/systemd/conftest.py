@@ -129,9 +129,9 @@ key = "{key}"
         """Return the events of a name that the daemon has logged since the start of the test."""
         logged = []
         for entry in self.machine.journal("--unit", unit, since=self.since):
-            text = entry.get("MESSAGE") or ""
+            text = entry.get("BACKUPD_JSON") or entry.get("MESSAGE") or ""
             keys = json.loads(text) if isinstance(text, str) and text.startswith("{") else {}
-            if name == entry.get("BACKUPD_EVENT", keys.get("event")):
+            if name == keys.get("event"):
                 logged.append({**entry, **keys})
         return logged
 

@@ -169,7 +169,7 @@ class Machine:
         This does not use a cursor: with a cursor and a match, journalctl omits the first matching entry.
         """
         self.run("journalctl", "--sync", check=False)
-        done = self.run("journalctl", "--quiet", f"--since=@{int(since)}", "-o", "json", *arguments)
+        done = self.run("journalctl", "--quiet", f"--since=@{int(since)}", "--all", "-o", "json", *arguments)
         entries = [json.loads(line) for line in done.stdout.splitlines()]
         return [entry for entry in entries if int(entry["__REALTIME_TIMESTAMP"]) >= since * 1e6]
 
