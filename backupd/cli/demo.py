@@ -118,6 +118,8 @@ def _start_daemon(config: Path) -> subprocess.Popen[str]:
     """Start the daemon and print its log lines; return once it is ready."""
     command = [sys.executable, "-m", "backupd", "run", "--config", str(config)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("BACKUPD_")}
+    if sys.stdout.isatty():  # the daemon writes to a pipe
+        environment["FORCE_COLOR"] = "1"
     daemon = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)  # noqa: S603 -- this program
     ready = threading.Event()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, get_args
@@ -12,7 +11,7 @@ import typer
 from backupd.cli.options import DEFAULT_CONFIG, ConfigPath
 from backupd.config.files import examine_files
 from backupd.config.load import load
-from backupd.config.models import Config, LogLevel
+from backupd.config.models import LogLevel
 from backupd.core.errors import ConfigError, UsageError
 from backupd.daemon.assembly import run_daemon
 from backupd.telemetry import events
@@ -37,7 +36,7 @@ def run(
             "\n".join((f"{config} can't be run:", *map(str, report.fatal))),
             "fix these; `backupd check` tests the destinations, too",
         )
-    log = EventLog(writer_for(1), level=log_level or loaded.log.level, console=_is_console_format(loaded))
+    log = EventLog(writer_for(1), level=loaded.log.level, log_format=loaded.log.format, fixed_level=log_level)
     log_library_warnings(log)
     for problem in report.problems:
         log.emit(events.CONFIG_WARNING, path=problem.where, error=problem.message, hint=problem.hint)
@@ -45,9 +44,3 @@ def run(
     raise typer.Exit(
         run_daemon(loaded, log, path, report, lambda: examine_files(load(path), datetime.now(UTC)))
     )
-
-
-def _is_console_format(config: Config) -> bool:
-    if config.log.format == "auto":
-        return sys.stdout.isatty()
-    return config.log.format == "console"

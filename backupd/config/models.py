@@ -471,7 +471,7 @@ def models_of(table: type[BaseModel]) -> tuple[type[BaseModel], ...]:
     return tuple(DESTINATION_MODELS.values()) if table is DestinationConfig else (table,)
 
 
-LogFormat = Literal["auto", "json", "console"]
+LogFormat = Literal["auto", "json", "ecs", "console"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Observer = Literal["auto", "inotify", "polling"]
 OnDelivered = Literal["move", "delete", "keep"]
@@ -485,7 +485,7 @@ class LogConfig(TableModel):
 
     format: LogFormat = Field(
         default="auto",
-        description="Format of the log; auto is console on a terminal and json otherwise.",
+        description="Format of the log; auto: console on a terminal, else json; ecs: Elastic Common Schema.",
     )
     level: LogLevel = Field(
         default="info", description="Lowest level to log; debug also logs every line of a trouble that lasts."

@@ -36,7 +36,8 @@ backupd logs one JSON object per line to standard output. Each line is an event 
 
 Every line has %s. A key without a value is missing from
 its line. The tables give the meaning of each event, the template of its message and its other keys. A part of
-a template in square brackets is left out if its key is missing. Messages have rounded durations and sizes.
+a template in square brackets is left out if its key is missing or 0. Messages have rounded durations and
+sizes.
 
 In the journal, an entry is the sentence, with the hint if there is one. Each key is a field, such as in
 `journalctl BACKUPD_EVENT=archive.rejected BACKUPD_DESTINATION=vault`, and `BACKUPD_JSON` has the whole line:

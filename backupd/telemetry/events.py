@@ -224,9 +224,8 @@ DAEMON_HEARTBEAT = _event(
     " circuit_by_destination delivered delivered_bytes rejected bytes_per_s archives_per_s quarantined"
     " days_left_by_destination overdue_devices degraded_drops problems memory_bytes open_files"
     " open_files_limit",
-    "{pending} pending[ (oldest {oldest_s})], {in_flight} uploading[, {quarantined} in quarantine]"
-    "[, {problems} files with problems];"
-    " {delivered} delivered and {rejected} rejected since the last heartbeat",
+    "heartbeat: {pending} pending[ (oldest {oldest_s})], {in_flight} uploading[, {delivered} newly delivered]"
+    "[, {rejected} newly rejected][, {quarantined} in quarantine][, {problems} files with problems]",
     "the state of the daemon, first right after `daemon.ready`; alert on its absence",
 )
 DAEMON_STOPPING = _event(

@@ -56,6 +56,11 @@ class LineWriter:
         self._has_partial_line = False
         self.lost = 0
 
+    @property
+    def is_terminal(self) -> bool:
+        """Return whether the descriptor is a terminal."""
+        return os.isatty(self._fd)
+
     def write_line(self, text: str, record: LogRecord = _INFO) -> bool:
         """Write a line and return whether all of it was written; `record` has the level."""
         if self._prefixed:
@@ -101,6 +106,8 @@ class JournalWriter:
     An entry has the sentence for people in `MESSAGE`, the line in `BACKUPD_JSON`, the event in
     `BACKUPD_EVENT`, and a field for each key of the event.
     """
+
+    is_terminal = False
 
     def __init__(self, lines: LineWriter, path: str = JOURNAL_SOCKET) -> None:
         self._lines = lines

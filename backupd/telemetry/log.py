@@ -1,22 +1,26 @@
-"""The log: each event becomes one line, JSON or for the console, which a writer passes on."""
+"""The log: each event becomes one line, in JSON, ECS or for the console, which a writer passes on."""
 
 from __future__ import annotations
 
 import enum
 import json
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from backupd.core.errors import LedgerError
-from backupd.core.names import as_text, printable
+from backupd.core.names import as_text
+from backupd.telemetry.console import console_line
+from backupd.telemetry.ecs import ecs_line
 from backupd.telemetry.events import CATALOGUE, LEDGER_FAILED, LIBRARY_WARNING, LOG_LOST, Event
 from backupd.telemetry.journal import JournalWriter, LineWriter
 from backupd.telemetry.message import render
@@ -40,25 +44,40 @@ class EventLog:
     `debug`. `log_left_out` logs the last of them, with their number.
 
     Values of the model become values of JSON: a file name in bytes becomes text, a duration becomes seconds,
-    a key with None is left out. A file name cannot forge a line or a key, because both formats escape it.
+    a key with None is left out. A file name cannot forge a line or a key, because all formats escape it.
     """
 
     def __init__(
-        self, writer: LineWriter | JournalWriter, *, level: str = "info", console: bool = False
+        self,
+        writer: LineWriter | JournalWriter,
+        *,
+        level: str = "info",
+        log_format: str = "json",
+        fixed_level: str = "",
     ) -> None:
         self._writer = writer
-        self._is_limited = level != "debug"
+        self._fixed_level = fixed_level
         self._repetitions: dict[tuple[object, ...], _Repetition] = {}
         self._lock = threading.Lock()
         self.listeners: list[Callable[[Event, Mapping[str, Any]], None]] = []
         """Called with each event and its values, whether it is logged or left out; they must not block."""
+        self.configure(level, log_format)
+
+    def configure(self, level: str, log_format: str) -> None:
+        """Set the level and the format of further lines.
+
+        The format `auto` is console on a terminal and JSON otherwise. `fixed_level` of the constructor has
+        precedence over `level`.
+        """
+        level = self._fixed_level or level
+        self._is_limited = level != "debug"
         self._logger = structlog.wrap_logger(
-            writer,
+            self._writer,
             wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
             processors=[
                 _CommonKeys(socket.gethostname()),
                 structlog.processors.ExceptionRenderer(),
-                _arguments_of_writer(_to_console if console else _to_json),
+                _arguments_of_writer(_line_format(log_format, level, self._writer)),
             ],
         ).bind()  # binds once instead of for every line
 
@@ -151,11 +170,11 @@ class _CommonKeys:
         }
 
 
-def _arguments_of_writer(render_line: Callable[[EventDict], str]) -> Processor:
-    """Return the processor that calls a writer with the rendered line and its record."""
+def _arguments_of_writer(format_line: Callable[[EventDict], str]) -> Processor:
+    """Return the processor that calls a writer with the line and its record."""
 
     def processor(_logger: WrappedLogger, _level: str, record: EventDict) -> tuple[Any, Any]:
-        return (render_line(record), record), {}
+        return (format_line(record), record), {}
 
     return processor
 
@@ -185,26 +204,15 @@ def _json_value(value: Any) -> Any:
 _JSON = json.JSONEncoder(separators=(",", ":"))  # `json.dumps` would make an encoder for each line
 
 
-def _to_json(record: EventDict) -> str:
-    return _JSON.encode(record)
-
-
-_COLOURS = {"debug": "\x1b[2m", "info": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[31m"}
-_BOLD, _DIM, _RESET = "\x1b[1m", "\x1b[2m", "\x1b[0m"
-_NOT_AMONG_KEYS = frozenset(("timestamp", "level", "event", "message", "host", "exception"))
-"""Keys that a console line shows in another place, or not at all."""
-
-
-def _to_console(record: EventDict) -> str:
-    """Return a line for people: time, level, event, message and keys, then the lines of the stack trace."""
-    time, level, event = record["timestamp"][11:23], record["level"], record["event"]
-    keys = " ".join(f"{key}={_quoted(value)}" for key, value in record.items() if key not in _NOT_AMONG_KEYS)
-    message = printable(record["message"])
-    line = f"{time} {_COLOURS[level]}{level:7}{_RESET} {_BOLD}{event}{_RESET} {message} {_DIM}{keys}{_RESET}"
-    trace = str(record.get("exception", "")).splitlines()
-    return "\n    | ".join((line, *map(printable, trace)))
-
-
-def _quoted(value: object) -> str:
-    text = printable(str(value)).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{text}"' if not text or any(c in text for c in ' "=') else text
+def _line_format(
+    log_format: str, level: str, writer: LineWriter | JournalWriter
+) -> Callable[[EventDict], str]:
+    """Return the function that makes a line of a record."""
+    if log_format == "ecs":
+        return lambda record: _JSON.encode(ecs_line(record))
+    # the journal gets a sentence for people in any case
+    is_console = log_format == "console" or (log_format == "auto" and writer.is_terminal)
+    if isinstance(writer, JournalWriter) or not is_console:
+        return _JSON.encode
+    coloured = not os.environ.get("NO_COLOR") and (writer.is_terminal or bool(os.environ.get("FORCE_COLOR")))
+    return partial(console_line, coloured=coloured, with_keys=level == "debug")

@@ -1,7 +1,7 @@
 """The `message` of a log line: the template of its event, filled with the values of its keys.
 
-A template has keys in braces. A part of it in square brackets is left out where one of its keys is missing or
-empty. Values are never expanded: braces and brackets in a file name stay as they are.
+A template has keys in braces. A part of it in square brackets is left out where one of its keys is missing,
+empty or 0. Values are never expanded: braces and brackets in a file name stay as they are.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Slot(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A piece of a template; it is left out if one of the keys in `needed` has no value."""
+    """A piece of a template; it is left out if one of the keys in `needed` has no value, or 0."""
 
     needed: tuple[str, ...]
     slots: tuple[_Slot, ...]
@@ -41,7 +41,7 @@ def render(template: str, values: Mapping[str, object]) -> str:
     """Return one printable line: `template` with `values`; a missing key outside of brackets becomes "?"."""
     words: list[str] = []
     for needed, slots in _compile(template):
-        if any(_is_empty(values.get(key)) for key in needed):
+        if any(_is_empty(key, values.get(key)) for key in needed):
             continue
         for text, key, show in slots:
             words.append(text)
@@ -61,8 +61,8 @@ def keys_of(template: str) -> set[str]:
     return set(_KEY.findall(template))
 
 
-def _is_empty(value: object) -> bool:
-    return value is None or value in ("", [])
+def _is_empty(key: str, value: object) -> bool:
+    return value is None or value in ("", []) or (value == 0 and key != "days_left")
 
 
 @cache

@@ -89,7 +89,7 @@ receipt = { digest = "bdy" }
 
 FAULTS = (
     'shutdown: unknown key; did you mean "shutdown_grace"?',
-    'log.format: expected "auto", "json" or "console", got "xml"',
+    'log.format: expected "auto", "json", "ecs" or "console", got "xml"',
     'drop.switches.path: expected an absolute path, got "srv/backups"',
     'drop.switches.stable_for: expected a duration such as "2s", got "two"',
     'drop.switches.rescan_every: expected a duration longer than "0s", got "0s"',

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import socket
+import time
 import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -27,10 +28,10 @@ from backupd.telemetry.log import EventLog, log_library_warnings
 class Pipe:
     """A log that is written to a pipe."""
 
-    def __init__(self, *, level: str = "debug", console: bool = False) -> None:
+    def __init__(self, *, level: str = "debug", log_format: str = "json") -> None:
         self.reader, self.fd = os.pipe()
         os.set_blocking(self.reader, False)
-        self.log = EventLog(LineWriter(self.fd), level=level, console=console)
+        self.log = EventLog(LineWriter(self.fd), level=level, log_format=log_format)
 
     def text(self) -> str:
         """Return the text that was written since the last call."""
@@ -68,7 +69,7 @@ def pipe() -> Iterator[Pipe]:
 
 @pytest.fixture
 def console() -> Iterator[Pipe]:
-    pipe = Pipe(console=True)
+    pipe = Pipe(log_format="console")
     yield pipe
     pipe.close()
 
@@ -184,9 +185,9 @@ def an_error_with_a_secret() -> Exception:
     raise AssertionError
 
 
-@pytest.mark.parametrize("on_console", [False, True])
-def test_a_stack_trace_has_functions_but_no_values_of_variables(on_console: bool) -> None:
-    pipe = Pipe(console=on_console)
+@pytest.mark.parametrize("log_format", ["json", "ecs", "console"])
+def test_a_stack_trace_has_functions_but_no_values_of_variables(log_format: str) -> None:
+    pipe = Pipe(log_format=log_format)
     error = an_error_with_a_secret()
     pipe.log.emit(events.DAEMON_FAILED, error=repr(error), exc_info=error)
     text = pipe.text()
@@ -200,6 +201,44 @@ def test_a_stack_trace_is_a_key_of_the_catalogue(pipe: Pipe) -> None:
     error = an_error_with_a_secret()
     pipe.log.emit(events.DAEMON_FAILED, error=repr(error), exc_info=error)
     assert set(pipe.line()) <= {*COMMON, *events.DAEMON_FAILED.keys}
+
+
+# the Elastic Common Schema
+
+
+def test_a_line_of_ecs_has_dotted_fields_of_the_schema() -> None:
+    pipe = Pipe(log_format="ecs")
+    digest = f"sha256:{'0' * 64}"
+    pipe.log.emit(events.ARCHIVE_DELIVERED, archive=b"a/r1\xff.cfg", size_bytes=3, digest=digest)
+    line = pipe.line()
+    assert list(line)[:4] == ["@timestamp", "log.level", "message", "ecs.version"]
+    assert line["event.action"] == "archive.delivered"
+    assert (line["file.path"], line["file.name"]) == ("a/r1\\xff.cfg", "r1\\xff.cfg")
+    assert (line["file.size"], line["file.hash.sha256"]) == (3, "0" * 64)
+    assert line["host.name"] == socket.gethostname()
+    pipe.close()
+
+
+# configure
+
+
+def test_level_and_format_change_for_further_lines() -> None:
+    pipe = Pipe(level="warning")
+    pipe.log.emit(events.DAEMON_STARTED, pid=1)
+    pipe.log.configure("info", "ecs")
+    pipe.log.emit(events.DAEMON_STARTED, pid=2)
+    assert pipe.line()["process.pid"] == 2
+    pipe.close()
+
+
+def test_a_fixed_level_stays() -> None:
+    pipe = Pipe()
+    log = EventLog(LineWriter(pipe.fd), level="debug", fixed_level="error")
+    log.emit(events.DAEMON_STARTED, pid=1)
+    log.configure("info", "json")
+    log.emit(events.DAEMON_STARTED, pid=1)
+    assert pipe.lines() == []
+    pipe.close()
 
 
 # lines that can't be written
@@ -309,21 +348,95 @@ def test_threads_write_whole_lines(pipe: Pipe) -> None:
 # console
 
 
-def shown(text: str) -> str:
-    """Return a text without its colours."""
-    return re.sub(r"\x1b\[\d+m", "", text)
+@pytest.fixture
+def _zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Set the local zone to UTC+3 during the test."""
+    monkeypatch.setenv("TZ", "EAT-3")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
 
 
-def test_a_console_line_is_for_people(console: Pipe) -> None:
+def parts(text: str) -> tuple[str, str]:
+    """Return the time and the zone of a console line, and the rest."""
+    match = re.fullmatch(r"(\d\d:\d\d:\d\d \S+) (.*)\n", text, re.DOTALL)
+    assert match, text
+    return match[1], match[2]
+
+
+@pytest.mark.usefixtures("_zone")
+def test_a_console_line_has_the_local_time_and_the_sentence() -> None:
+    pipe = Pipe(level="info", log_format="console")
+    before = datetime.now().astimezone()
+    pipe.log.emit(
+        events.ARCHIVE_QUEUED, drop="x", archive=b"r 1.cfg", size_bytes=3, destinations=("vault", "annex")
+    )
+    time, text = parts(pipe.text())
+    assert text == 'info    archive.queued       "r 1.cfg" was queued for vault, annex'
+    assert time in {f"{before + timedelta(seconds=late):%H:%M:%S EAT}" for late in range(60)}
+    pipe.close()
+
+
+@pytest.mark.usefixtures("_zone")
+def test_times_are_local_on_the_console_and_utc_in_json(console: Pipe, pipe: Pipe) -> None:
+    at = datetime(2026, 3, 4, 22, 6, 7, tzinfo=UTC)
+    for each in (console, pipe):
+        each.log.emit(events.DELIVERY_DEFERRED, archive="r1.cfg", destination="vault", retry_at=at)
+    sentence = "the upload of r1.cfg to vault will be retried at "
+    assert f"{sentence}2026-03-05 01:06:07 EAT" in console.text()
+    assert pipe.line()["message"] == f"{sentence}2026-03-04T22:06:07Z"
+
+
+def test_a_hint_is_in_a_line_of_its_own_on_the_console() -> None:
+    pipe = Pipe(level="info", log_format="console")
+    pipe.log.emit(events.LEDGER_FAILED, error="the disk is full", hint="make room\nsoon")
+    _, text = parts(pipe.text())
+    assert text.splitlines() == [
+        "error   ledger.failed        the ledger cannot be used: the disk is full",
+        "    hint: make room\\nsoon",
+    ]
+    pipe.close()
+
+
+def test_keys_are_on_the_console_at_the_level_debug_without_notation_of_python(console: Pipe) -> None:
     console.log.emit(
-        events.ARCHIVE_QUEUED, drop="", archive=b"r 1.cfg", size_bytes=3, destinations=("vault", "annex")
+        events.CONFIG_RELOADED,
+        config="/etc/backupd.toml",
+        drops_changed=["a", "b"],
+        destinations_changed=[],
+        verified=True,
+        circuit_by_destination={"vault": "paused", "annex": "working"},
     )
-    time, text = shown(console.text()).split(" ", 1)
-    assert re.fullmatch(r"\d\d:\d\d:\d\d\.\d{3}", time)
+    _, text = parts(console.text())
+    assert text.partition(" drops_changed=")[2] == (
+        '"a, b" destinations_changed="" verified=yes circuit_by_destination="vault=paused annex=working"'
+    )
+
+
+def test_a_heartbeat_is_one_short_line_on_the_console(console: Pipe) -> None:
+    keys: dict[str, Any] = dict.fromkeys(events.DAEMON_HEARTBEAT.keys, 0)
+    keys |= {"pending": 2, "oldest_s": 200.0, "delivered": 12, "pending_by_destination": {"vault": 2}}
+    console.log.emit(events.DAEMON_HEARTBEAT, **keys)
+    _, text = parts(console.text())
     assert text == (
-        'info    archive.queued "r 1.cfg" was queued for vault, annex'
-        """ drop="" archive="r 1.cfg" size_bytes=3 destinations="['vault', 'annex']"\n"""
+        "info    daemon.heartbeat     heartbeat: 2 pending (oldest 3 min), 0 uploading, 12 newly delivered"
     )
+
+
+@pytest.mark.parametrize(("environ", "coloured"), [({}, False), ({"FORCE_COLOR": "1"}, True)])
+@pytest.mark.parametrize("no_colour", [False, True])
+def test_the_console_has_colours_only_where_they_are_wanted(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], coloured: bool, no_colour: bool
+) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**environ, **({"NO_COLOR": "1"} if no_colour else {})}.items():
+        monkeypatch.setenv(name, value)
+    pipe = Pipe(log_format="console")
+    pipe.log.emit(events.DAEMON_STARTED, pid=1)
+    assert ("\x1b[" in pipe.text()) == (coloured and not no_colour)
+    pipe.close()
 
 
 @pytest.mark.parametrize("name", NASTY)
@@ -331,19 +444,19 @@ def test_no_name_forges_a_console_line(console: Pipe, name: bytes) -> None:
     console.log.emit(events.ARCHIVE_QUEUED, archive=name)
     text = console.text()
     assert text.count("\n") == 1
-    assert shown(text)[:-1].isprintable()
+    assert text[:-1].isprintable()
 
 
 def test_no_name_forges_a_key_on_the_console(console: Pipe) -> None:
     console.log.emit(events.ARCHIVE_QUEUED, archive=b'r1" level="error" x="y')
-    assert '" level="error"' not in shown(console.text())
+    assert '" level="error"' not in console.text()
 
 
 def test_no_exception_forges_a_console_line(console: Pipe) -> None:
     forged = "12:00:00.000 info    daemon.stopped clean=True"
     error = RuntimeError(f"x\n{forged}\n\x1b[2J")
     console.log.emit(events.DAEMON_FAILED, exc_info=error)
-    text = shown(console.text())
+    text = console.text()
     assert forged in text
     assert forged not in text.splitlines()
     assert "\x1b" not in text

@@ -29,8 +29,9 @@ from backupd.telemetry.message import keys_of, render, required_keys
         (
             "{pending} pending[, {in_flight} uploading]",
             {"pending": 0, "in_flight": 0},
-            "0 pending, 0 uploading",
+            "0 pending",
         ),
+        ("{archive}[, {days_left}]", {"archive": "a", "days_left": 0}, "a, 0 days left"),
         ("{archive}: {error}", {"archive": "a"}, "a: ?"),
     ],
 )
