@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, get_args
@@ -11,8 +13,8 @@ import typer
 from backupd.cli.options import DEFAULT_CONFIG, ConfigPath
 from backupd.config.files import examine_files
 from backupd.config.load import load
-from backupd.config.models import LogLevel
-from backupd.core.errors import ConfigError, UsageError
+from backupd.config.models import Config, LogLevel
+from backupd.core.errors import BackupdError, ConfigError, UsageError
 from backupd.daemon.assembly import run_daemon
 from backupd.telemetry import events
 from backupd.telemetry.journal import writer_for
@@ -26,21 +28,50 @@ def run(
     ] = "",
 ) -> None:
     """Run the daemon in the foreground; it logs to standard output and ends on SIGTERM or SIGINT."""
+    path = Path(config).absolute()
     levels = get_args(LogLevel)
-    if log_level and log_level not in levels:
-        raise UsageError(f"--log-level: expected one of {', '.join(levels)}, got {log_level!r}")
-    loaded = load(config)
+    log = EventLog(
+        writer_for(1),
+        log_format=os.environ.get("BACKUPD_LOG__FORMAT") or "auto",  # until the configuration is known
+        fixed_level=log_level if log_level in levels else "",
+    )
+    try:
+        if log_level and log_level not in levels:
+            raise UsageError(f"--log-level: expected one of {', '.join(levels)}, got {log_level!r}")
+        loaded = load(config)
+        log.configure(loaded.log.level, loaded.log.format)
+        code = _start(loaded, log, config, path)
+    except BackupdError as error:
+        _log_failed_start(log, path, error.message, error.hint)
+        if _shares_output() and not sys.stdout.isatty():
+            raise typer.Exit(error.exit_code) from error
+        raise
+    except (OSError, MemoryError) as error:
+        _log_failed_start(log, path, str(error) or "no memory is left")
+        raise
+    raise typer.Exit(code)
+
+
+def _start(loaded: Config, log: EventLog, config: Path, path: Path) -> int:
+    """Check the files of a configuration and run the daemon; return its exit code."""
     report = examine_files(loaded, datetime.now(UTC))
     if report.fatal:
         raise ConfigError(
             "\n".join((f"{config} can't be run:", *map(str, report.fatal))),
             "fix these; `backupd check` tests the destinations, too",
         )
-    log = EventLog(writer_for(1), level=loaded.log.level, log_format=loaded.log.format, fixed_level=log_level)
     log_library_warnings(log)
     for problem in report.problems:
         log.emit(events.CONFIG_WARNING, path=problem.where, error=problem.message, hint=problem.hint)
-    path = Path(config).absolute()
-    raise typer.Exit(
-        run_daemon(loaded, log, path, report, lambda: examine_files(load(path), datetime.now(UTC)))
-    )
+    return run_daemon(loaded, log, path, report, lambda: examine_files(load(path), datetime.now(UTC)))
+
+
+def _log_failed_start(log: EventLog, path: Path, error: str, hint: str = "") -> None:
+    """Log why the daemon does not start, except on a terminal that shows the text of the error as well."""
+    if not (_shares_output() and sys.stdout.isatty()):
+        log.emit(events.DAEMON_START_FAILED, config=str(path), error=error, hint=hint or None)
+
+
+def _shares_output() -> bool:
+    """Return whether standard output and standard error are the same file, terminal or journal."""
+    return os.path.sameopenfile(1, 2)

@@ -238,6 +238,7 @@ class Daemon:
             self._monitor.report("configuration", f"the new one was refused: {error.message}", hint)
         else:
             self._monitor.solve("configuration")
+            self._log.configure(config.log.level, config.log.format)
             self._certificates.update(report)
             self._apply(diff, report)
         self._systemd.send("READY=1", self._status())

@@ -210,6 +210,14 @@ DAEMON_STARTED = _event(
     "backupd {version} started with {config}",
     "the daemon starts; `path` is its `state_dir`",
 )
+DAEMON_START_FAILED = _event(
+    "daemon.start_failed",
+    "error",
+    "config error hint",
+    "backupd could not start: {error}",
+    "the daemon ends, because its configuration, its ledger or a folder cannot be used; the reasons are also"
+    " on standard error, unless that is the same file or the journal",
+)
 DAEMON_READY = _event(
     "daemon.ready",
     "info",

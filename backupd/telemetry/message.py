@@ -121,7 +121,7 @@ def _text(value: object) -> str:
         return ", ".join(map(_text, value))
     text = str(value)
     if "\n" in text:  # an error with several lines
-        text = "; ".join(line.strip() for line in text.splitlines() if line.strip())
+        text = "; ".join(line.strip() for line in text.splitlines() if line.strip()).replace(":; ", ": ")
     return _printable(text)
 
 

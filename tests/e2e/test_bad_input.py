@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -14,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from backupd.cli.options import BAD_CONFIG
+from backupd.core.names import printable
 from backupd.receiver.serve import RunningReceiver
+from tests.lines import check_line
 from tests.pki import Pki, in_days
 from tests.stage import TIMEOUT, Stage
 
@@ -46,9 +49,16 @@ def backupd(stage: Stage, *arguments: str) -> Done:
 
 
 def assert_refused(done: Done, *words: str, faults: int | None = 1) -> None:
-    """Check that a command prints the mistakes and hints on standard error, nothing on standard output."""
+    """Check that a command prints the mistakes and hints on standard error; only `run` logs an event, too."""
     assert done.returncode == 78, done
-    assert done.stdout == ""
+    if "run" in done.args:
+        event = json.loads(done.stdout)
+        check_line(event)
+        assert (event["event"], event["level"]) == ("daemon.start_failed", "error")
+        first = event["error"].splitlines()[0]
+        assert done.stderr.startswith(f"backupd: {printable(first)}\n")
+    else:
+        assert done.stdout == ""
     assert "Traceback" not in done.stderr
     lines = done.stderr.splitlines()
     assert lines[0].startswith("backupd: ")

@@ -59,6 +59,7 @@ def test_a_template_is_filled_with_the_values_of_keys(
         ("days_left", -1, "expired"),
         ("days_left", -3, "expired 3 days ago"),
         ("error", "two\n  lines", "two; lines"),
+        ("error", "a.toml can't be used:\nlog: 1\ndrop: 2", "a.toml can't be used: log: 1; drop: 2"),
         ("error", "it can't", "it can't"),
         ("duration_s", "soon", "soon"),
         ("size_bytes", "large", "large"),
