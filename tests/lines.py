@@ -9,7 +9,7 @@ from typing import Any
 from jsonschema import Draft202012Validator
 
 from backupd.telemetry.docs import event_schema
-from backupd.telemetry.events import CATALOGUE
+from backupd.telemetry.events import CATALOGUE, KEYS, JsonType
 from backupd.telemetry.message import required_keys
 
 
@@ -32,9 +32,26 @@ def check_line(line: dict[str, Any]) -> None:
     assert line.get("event") in CATALOGUE, f"no event of the catalogue: {line}"
     faults = [f"{list(fault.path)}: {fault.message}" for fault in _validator(line["event"]).iter_errors(line)]
     assert not faults, f"{line['event']}: {'; '.join(faults)}"
+    mixed = [key for key, value in line.items() if not _has_notation(value, KEYS[key].type)]
+    assert not mixed, f"{line['event']}: integers and other numbers in one key: {mixed}: {line}"
     missing = required_keys(CATALOGUE[line["event"]].message) - set(line)
     assert not missing, f"{line['event']}: its message needs {missing}: {line}"
     assert line["message"].isprintable(), f"{line['event']}: more than one line: {line}"
+
+
+def _has_notation(value: Any, json_type: JsonType) -> bool:
+    """Return whether numbers have a decimal point just where their type is not integer.
+
+    A typed store takes the type of a key from its first line, and JSON Schema accepts both.
+    """
+    match json_type:
+        case {"type": "number"}:
+            return isinstance(value, float)
+        case {"type": "integer"}:
+            return isinstance(value, int)
+        case {"additionalProperties": inner}:
+            return all(_has_notation(each, inner) for each in value.values())
+    return True
 
 
 @cache

@@ -66,6 +66,36 @@ def test_a_line_that_differs_from_the_catalogue_is_found(wrong: dict[str, Any]) 
     assert not Draft202012Validator(log_schema()).is_valid(QUEUED | wrong)
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ({"size_bytes": 3}, {"size_bytes": 3.0}),
+        ({"oldest_s": 0.0}, {"oldest_s": 0}),
+        ({"oldest_s_by_destination": {"vault": 1.5}}, {"oldest_s_by_destination": {"a": 1.5, "vault": 0}}),
+        ({"pending_by_destination": {"vault": 1}}, {"pending_by_destination": {"vault": 1.0}}),
+    ],
+    ids=str,
+)
+def test_a_number_in_the_notation_of_another_type_is_found(
+    right: dict[str, Any], wrong: dict[str, Any]
+) -> None:
+    common = {key: QUEUED[key] for key in ("timestamp", "message", "host")}
+    event = {"event": "daemon.heartbeat", "level": "info", "pending": 1, "in_flight": 0}
+    if "size_bytes" in right:
+        common, event = QUEUED, {}
+    check_line({**common, **event, **right})
+    with pytest.raises(AssertionError, match="integers and other numbers"):
+        check_line({**common, **event, **wrong})
+
+
+def test_each_key_has_one_type_also_within_objects_and_arrays() -> None:
+    for key in KEYS.values():
+        inner = key.type.get("additionalProperties") or key.type.get("items") or key.type
+        assert isinstance(inner.get("type", ""), str), key.name  # no list of types
+        assert inner.get("type") not in {"object", "array"}, key.name
+        assert len({type(value) for value in inner.get("enum", ())}) <= 1, key.name
+
+
 @pytest.mark.parametrize("key", QUEUED)
 def test_a_line_without_a_key_that_it_needs_is_found(key: str) -> None:
     line = {name: value for name, value in QUEUED.items() if name != key}
