@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,8 +21,8 @@ from rich.text import Text
 from backupd.core.names import as_text, printable
 from backupd.core.units import human_duration
 
-_COLUMN_GAP = 2
-"""Columns of a terminal between two columns of a table."""
+_COLUMN_GAP, _EDGES = 3, 2
+"""Columns of a terminal between two columns of a table, and at both of its edges together."""
 
 _MIN_WIDTH = 8
 """Columns that a shortened cell keeps at least."""
@@ -60,7 +61,7 @@ def _fitted(
     """Return the cells so that the table is at most `width` columns wide, if `shortened` permits it."""
     widths = [max(map(cell_len, column)) for column in zip(headings, *cells, strict=True)]
     flexible = [number for number, heading in enumerate(headings) if heading in shortened]
-    excess = sum(widths) + _COLUMN_GAP * (len(widths) - 1) - width
+    excess = sum(widths) + _COLUMN_GAP * (len(widths) - 1) + _EDGES - width
     while excess > 0 and flexible:
         widest = max(flexible, key=lambda number: widths[number])
         if widths[widest] <= _MIN_WIDTH:
@@ -82,8 +83,18 @@ def shorten_middle(text: str, width: int) -> str:
 
 
 def print_line(text: str, style: str = "") -> None:
-    """Print a line, in the `style` of rich if standard output is a terminal and NO_COLOR is not set."""
-    Console(soft_wrap=True).print(Text(printable(text), style=style))
+    """Print a line, in the `style` of rich if standard output is a terminal and NO_COLOR is not set.
+
+    A terminal that is too narrow gets several lines with whole words, indented like the first one or more.
+    """
+    console, line = Console(soft_wrap=True), printable(text)
+    if console.is_terminal:
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        lines = textwrap.wrap(
+            line, console.width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+        line = "\n".join(lines)
+    console.print(Text(line, style=style))
 
 
 def progress_bar(*columns: str | ProgressColumn, hidden: bool) -> Progress:

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from backupd.cli.options import DEFAULT_CONFIG, AsJson, ConfigPath
-from backupd.cli.output import print_json, print_line, print_table, relative_time, shorten_middle
+from backupd.cli.output import print_json, print_line, print_table, relative_time
 from backupd.config.load import load
 from backupd.config.types import parse_duration
 from backupd.core.certificate_life import CertificateState
@@ -38,9 +38,6 @@ _WATCH_INTERVAL = 2.0
 
 _MAX_OVERDUE = 20
 """Overdue devices that are listed; `--json` has all."""
-
-_MAX_UPLOAD_NAME = 40
-"""Columns for the name of an archive that is being uploaded."""
 
 _LEVEL_STYLES = {
     HealthLevel.OK: "green",
@@ -215,12 +212,12 @@ def _print_alarm(alarm: Alarm) -> None:
 
 def _print_uploads(uploads: Sequence[Upload]) -> None:
     rows = [
-        (shorten_middle(u.archive, _MAX_UPLOAD_NAME), u.destination, _percentage(u), human_size(u.size_bytes),
+        (u.archive, u.destination, _percentage(u), human_size(u.size_bytes),
          f"{human_size(u.bytes_per_s)}/s", "-" if u.seconds_left is None else human_duration(u.seconds_left))
         for u in uploads
     ]  # fmt: skip
     if rows:
-        print_table(("uploading", "to", "sent", "of", "rate", "left"), rows)
+        print_table(("uploading", "to", "sent", "of", "rate", "left"), rows, ("uploading",))
 
 
 def _percentage(upload: Upload) -> str:
@@ -257,11 +254,17 @@ def _observer(drop: DropSnapshot) -> str:
 def _print_destinations(destinations: Sequence[DestinationSnapshot]) -> None:
     rows = [
         (d.name, _state(d), _pending(d), relative_time(d.oldest), d.rejected, relative_time(d.last_delivered),
-         relative_time(d.until) if d.is_paused and d.until else "")
+         _next_retry(d))
         for d in destinations
     ]  # fmt: skip
     headings = ("destination", "state", "pending", "oldest", "rejected", "delivered", "retry")
     print_table(headings, rows, ("destination",))
+
+
+def _next_retry(destination: DestinationSnapshot) -> str:
+    if not destination.is_paused or destination.until is None:
+        return ""
+    return relative_time(destination.until) if destination.until > datetime.now(UTC) else "now"
 
 
 def _state(destination: DestinationSnapshot) -> str:

@@ -186,11 +186,11 @@ class Daemon:
             if received is not None or time.monotonic() >= next_tick:
                 self._do_tick()
                 next_tick = time.monotonic() + self._tick
+            self._housekeeping.apply_pauses()
             if time.monotonic() >= next_heartbeat:
                 self._log_heartbeat()
                 next_heartbeat = time.monotonic() + self._heartbeat_every
             else:
-                self._housekeeping.apply_pauses()
                 self._monitor.refresh()
 
     def _do_tick(self) -> None:

@@ -37,7 +37,7 @@ from backupd.telemetry.process_stats import process_stats
 REFRESH_EVERY = 1.0
 """Seconds between two snapshots while something changes."""
 
-_MIN_PAUSE = 50.0
+_MIN_PAUSE = 100.0
 """Durations of a snapshot until the next one: a long queue takes long to be counted."""
 
 _EMPTY = Backlog(0, 0, None)
