@@ -247,7 +247,8 @@ class Housekeeping:
             for pause in ended:
                 _log_released(self._log, pause)
             if ended:
-                self._runtime.ledger.delete_ended_pauses(datetime.now(UTC))
+                with suppress(LedgerHeldError):  # they are over whether they are deleted or not
+                    self._runtime.ledger.delete_ended_pauses(datetime.now(UTC))
                 for running in self._runtime.destinations.values():
                     running.notifier.notify()
 

@@ -490,7 +490,10 @@ class Ledger(DeviceLedger, Protocol):
         ...
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
-        """Replace the snapshot of this host."""
+        """Replace the snapshot of this host.
+
+        Raises LedgerHeldError at once if another process holds the ledger.
+        """
         ...
 
     def foreign_version(self) -> int:
@@ -502,7 +505,10 @@ class Ledger(DeviceLedger, Protocol):
         ...
 
     def delete_ended_pauses(self, now: datetime) -> None:
-        """Delete the pauses with an end that has passed."""
+        """Delete the pauses with an end that has passed.
+
+        Raises LedgerHeldError at once if another process holds the ledger.
+        """
         ...
 
     def save_failure(self, destination: str, reason: str | None) -> None:

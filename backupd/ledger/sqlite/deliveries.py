@@ -389,7 +389,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
 
     def save_snapshot(self, snapshot: Snapshot) -> None:
         """See `Ledger.save_snapshot`."""
-        with self._transaction(durable=False) as db:
+        with self._transaction(durable=False, lock_timeout=0.0) as db:
             state_queries.save_snapshot(db, snapshot)
 
     def foreign_version(self) -> int:
@@ -404,7 +404,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
 
     def delete_ended_pauses(self, now: datetime) -> None:
         """See `Ledger.delete_ended_pauses`."""
-        with self._transaction(durable=False) as db:
+        with self._transaction(durable=False, lock_timeout=0.0) as db:
             state_queries.delete_ended_pauses(db, now)
 
     def save_failure(self, destination: str, reason: str | None) -> None:
