@@ -20,6 +20,7 @@ from backupd.core.drop_problem import DropProblem, DropState, ProblemCount
 from backupd.core.errors import LedgerDamagedError
 from backupd.core.folder_place import FolderPlace
 from backupd.core.model import Archive, Attempt, Delivery, DeliveryState, Digest, Fingerprint, Rejected
+from backupd.core.notifications import NotificationState
 from backupd.core.snapshot import OperatorPause, Snapshot
 from backupd.core.transition import Priority, Transition
 
@@ -509,6 +510,14 @@ class Ledger(DeviceLedger, Protocol):
 
         Raises LedgerHeldError at once if another process holds the ledger.
         """
+        ...
+
+    def notification_states(self) -> Mapping[str, NotificationState]:
+        """Return what each receiver of this host's notifications knows."""
+        ...
+
+    def save_notification_state(self, receiver: str, state: NotificationState | None) -> None:
+        """Replace what a receiver of this host's notifications knows; None forgets the receiver."""
         ...
 
     def save_failure(self, destination: str, reason: str | None) -> None:

@@ -28,6 +28,7 @@ from backupd.core.model import (
     Superseded,
     may_have_content_of,
 )
+from backupd.core.notifications import NotificationState
 from backupd.core.policy import Reason
 from backupd.core.snapshot import OperatorPause, Snapshot
 from backupd.core.transition import Priority, Transition, archive_state
@@ -396,6 +397,16 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
         """See `Ledger.foreign_version`."""
         with self._reading() as db:
             return int(db.execute("PRAGMA data_version").fetchone()[0])
+
+    def notification_states(self) -> Mapping[str, NotificationState]:
+        """See `Ledger.notification_states`."""
+        with self._reading() as db:
+            return state_queries.notification_states(db)
+
+    def save_notification_state(self, receiver: str, state: NotificationState | None) -> None:
+        """See `Ledger.save_notification_state`."""
+        with self._transaction(durable=True) as db:
+            state_queries.save_notification_state(db, receiver, state)
 
     def pauses(self) -> list[OperatorPause]:
         """See `Ledger.pauses`."""

@@ -6,7 +6,9 @@ import sqlite3
 from collections.abc import Collection, Iterable
 from datetime import UTC, datetime, timedelta
 
+from backupd.core.notifications import NotificationState
 from backupd.core.snapshot import DeviceDay, HourThroughput, OperatorPause, Snapshot
+from backupd.ledger.notification_json import notifications_from_json, notifications_to_json
 from backupd.ledger.port import Backlog, NewestArchive, QueueState
 from backupd.ledger.snapshot_json import from_json, to_json
 from backupd.ledger.sqlite.connection import TOTAL_SIZE, as_time, optional_time, storable_text, to_micros
@@ -71,6 +73,22 @@ def find_snapshots(db: sqlite3.Connection) -> list[Snapshot]:
     """Return the snapshots of all hosts, by their names."""
     rows = db.execute("SELECT state FROM snapshot ORDER BY host")
     return [snapshot for row in rows if (snapshot := from_json(row[0])) is not None]
+
+
+def notification_states(db: sqlite3.Connection) -> dict[str, NotificationState]:
+    """Return what each receiver of notifications knows."""
+    rows = db.execute("SELECT receiver, state FROM notification")
+    return {row[0]: state for row in rows if (state := notifications_from_json(row[1])) is not None}
+
+
+def save_notification_state(db: sqlite3.Connection, receiver: str, state: NotificationState | None) -> None:
+    """Replace what a receiver of notifications knows; None forgets the receiver."""
+    db.execute("DELETE FROM notification WHERE receiver = ?", (receiver,))
+    if state is not None:
+        db.execute(
+            "INSERT INTO notification (receiver, state) VALUES (?, ?)",
+            (receiver, storable_text(notifications_to_json(state))),
+        )
 
 
 def find_pauses(db: sqlite3.Connection) -> list[OperatorPause]:
