@@ -36,6 +36,7 @@ _COMMANDS = {
     "pause": "pause:pause",
     "resume": "pause:resume",
     "forget": "forget:forget",
+    "notify": "notify:notify",
     "init": "init:init",
     "config": "config:app",
     "install": "install:install",

@@ -29,6 +29,7 @@ from backupd.core.certificate_life import CertificateLimits, CertificateState
 from backupd.core.errors import LedgerError, UsageError
 from backupd.core.names import as_text, printable
 from backupd.core.units import human_duration
+from backupd.daemon.hook_runner import unknown_events
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.earlier_folders import find_earlier_folders
 from backupd.dropfolder.filesystem import blind_spot, filesystem_of
@@ -67,7 +68,7 @@ def check(
     if offline and send:
         raise UsageError("--offline and --send contradict each other", "leave one of them out")
     loaded, until = load(config), time.monotonic() + ANSWER_TIMEOUT
-    problems = file_problems(loaded, datetime.now(UTC))
+    problems = [*file_problems(loaded, datetime.now(UTC)), *unknown_events(loaded)]
     problems += _drop_folder_problems(loaded, max(until, time.monotonic() + _MIN_WALK_TIME))
     probes = [] if offline else probe_all(loaded.destination)
     problems += _expiring_servers(probes, certificate_limits(loaded))

@@ -16,6 +16,7 @@ from backupd.config.load import load
 from backupd.config.models import Config, LogLevel
 from backupd.core.errors import BackupdError, ConfigError, UsageError
 from backupd.daemon.assembly import run_daemon
+from backupd.daemon.hook_runner import unknown_events
 from backupd.telemetry import events
 from backupd.telemetry.journal import writer_for
 from backupd.telemetry.log import EventLog, log_library_warnings
@@ -61,7 +62,7 @@ def _start(loaded: Config, log: EventLog, config: Path, path: Path) -> int:
             "fix these; `backupd check` tests the destinations, too",
         )
     log_library_warnings(log)
-    for problem in report.problems:
+    for problem in (*report.problems, *unknown_events(loaded)):
         log.emit(events.CONFIG_WARNING, path=problem.where, error=problem.message, hint=problem.hint)
     return run_daemon(loaded, log, path, report, lambda: examine_files(load(path), datetime.now(UTC)))
 

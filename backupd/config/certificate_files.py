@@ -46,9 +46,9 @@ def tls_problems(
         yield from _authority_problems(NamedPath(f"{table}.ca", files.ca), limits, now)
     if files.cert and files.key:
         yield from _client_problems(NamedPath(f"{table}.cert", files.cert), limits, now)
-        yield from _mode_problems(NamedPath(f"{table}.key", files.key))
+        yield from mode_problems(NamedPath(f"{table}.key", files.key))
         if files.key_password_file:
-            yield from _mode_problems(NamedPath(f"{table}.key_password_file", files.key_password_file))
+            yield from mode_problems(NamedPath(f"{table}.key_password_file", files.key_password_file))
         unreadable = list(_unreadable_files(table, {"cert": files.cert, "key": files.key}))
         yield from unreadable or _pair_problems(table, context, files, files.key)
 
@@ -176,7 +176,7 @@ def _pair_problems(table: str, context: ssl.SSLContext, files: TlsFiles, key: Pa
         )
 
 
-def _mode_problems(file: NamedPath) -> Iterator[FileProblem]:
+def mode_problems(file: NamedPath) -> Iterator[FileProblem]:
     """Warn of a secret that other users may read.
 
     systemd protects the folder of its credentials, and gives the files in it group bits.

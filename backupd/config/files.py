@@ -15,6 +15,7 @@ from typing import Final
 
 from backupd.config.certificate_files import first_to_renew, tls_problems
 from backupd.config.models import Config, DropConfig, TlsFiles
+from backupd.config.notification_files import notification_problems
 from backupd.config.problems import FileProblem, NamedPath, error_text
 from backupd.config.rules import overlap
 from backupd.config.time_limit import NoAnswerError, call_all, filesystem_hint
@@ -88,6 +89,7 @@ def _file_problems(config: Config, folders: Mapping[str, _DropFolders], now: dat
             for table, files in _tls_files(config)
             for problem in tls_problems(table, files, certificate_limits(config), now)
         ),
+        *notification_problems(config),
     ]
 
 

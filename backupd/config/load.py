@@ -144,7 +144,9 @@ class _Settings(BaseSettings):
     certificate_warning: str | None = None
     certificate_critical: str | None = None
     keep_history_for: str | None = None
+    on_event_timeout: str | None = None
     log: dict[str, str] | None = None
+    heartbeat: dict[str, str] | None = None
 
 
 def _environment() -> dict[Place, str]:
@@ -153,11 +155,16 @@ def _environment() -> dict[Place, str]:
         given = _Settings().model_dump(exclude_none=True)
     except (SettingsError, ValueError):
         raise ConfigError(
-            f"{_ENV_PREFIX}LOG: expected a JSON object with text values",
-            f"set {_ENV_PREFIX}LOG__LEVEL and {_ENV_PREFIX}LOG__FORMAT instead",
+            f"{_ENV_PREFIX}LOG or {_ENV_PREFIX}HEARTBEAT: expected a JSON object with text values",
+            f"set {_ENV_PREFIX}LOG__LEVEL, {_ENV_PREFIX}LOG__FORMAT and such instead",
         ) from None
-    log = given.pop("log", {})
-    return {(key,): value for key, value in given.items()} | {("log", key): log[key] for key in log}
+    values: dict[Place, str] = {}
+    for name, value in given.items():
+        if isinstance(value, dict):
+            values |= {(name, key): inner for key, inner in value.items()}
+        else:
+            values[(name,)] = value
+    return values
 
 
 def _variable(place: Place) -> str:
@@ -182,11 +189,11 @@ def _fault_line(fault: ConfigFault, overrides: Mapping[Place, str]) -> str:
 
 # Faults
 
-_REQUIRED: Final = {"path": "/missing", "url": "https://missing.invalid/"}
+_REQUIRED: Final = {"path": "/missing", "url": "https://missing.invalid/", "url_file": "/missing"}
 """The keys without a default, and the values with which the rules check the rest of their table."""
 
 _KEYS_WITH_SECRETS: Final = frozenset(
-    {"fields", "headers", "key", "key_password_file", "query_url", "token_url", "url"}
+    {"fields", "headers", "key", "key_password_file", "ping_url", "query_url", "token_url", "url"}
 )
 
 

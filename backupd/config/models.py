@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import Annotated, Any, Literal, Protocol, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -19,6 +19,7 @@ from backupd.config.problems import ConfigFault, Place, expected, quoted
 from backupd.config.types import (
     AbsolutePath,
     Bandwidth,
+    CommandWord,
     ConnectTo,
     DeviceName,
     DeviceTemplate,
@@ -26,6 +27,7 @@ from backupd.config.types import (
     DigestSource,
     DropSubfolder,
     Duration,
+    EventName,
     FieldName,
     FieldText,
     FilePattern,
@@ -38,6 +40,7 @@ from backupd.config.types import (
     Name,
     Percentage,
     Pin,
+    PingUrl,
     PositiveDuration,
     ProxyUrl,
     Size,
@@ -492,6 +495,40 @@ class LogConfig(TableModel):
     )
 
 
+class HeartbeatConfig(TableModel):
+    """The `heartbeat` table: a service that raises an alarm if the daemon's requests stay away."""
+
+    ping_url: PingUrl | None = Field(
+        default=None,
+        description="URL to request with each heartbeat, of a service that warns if the requests stay away.",
+        examples=["https://hc-ping.com/11111111-2222-3333-4444-555555555555"],
+    )
+
+
+NotificationEvent = Literal["problem", "rejected", "paused", "overdue", "certificate", "recovered"]
+
+
+class NotifyConfig(TableModel):
+    """A target of notifications: the URLs to send messages to, and which messages."""
+
+    url_file: TlsPath = Field(
+        description="File with the URLs for Apprise, one a line; lines that start with # are comments.",
+        examples=["/etc/backupd/ops.urls"],
+    )
+    events: tuple[NotificationEvent, ...] = Field(
+        default=get_args(NotificationEvent),
+        min_length=1,
+        description="Kinds of messages to send; recovered is the all-clear of each of the others.",
+    )
+    every: PositiveDuration = Field(
+        default=timedelta(minutes=10),
+        description="Shortest time between two messages of one kind; a message has all news since the last.",
+    )
+    remind_every: PositiveDuration = Field(
+        default=timedelta(hours=24), description="Interval of the reminders of a trouble that lasts."
+    )
+
+
 class DropConfig(TableModel):
     """A drop: the folder to watch, the files that are archives, and their handling after the delivery."""
 
@@ -617,7 +654,27 @@ class Config(TableModel):
         default=timedelta(days=3),
         description="A certificate with less time left is critical; at most a tenth of its lifetime.",
     )
+    on_event: tuple[CommandWord, ...] = Field(
+        default=(),
+        description="Command and its arguments, run without a shell for each event, which it reads as JSON.",
+        examples=[["/usr/local/bin/hook"]],
+    )
+    on_event_timeout: PositiveDuration = Field(
+        default=timedelta(seconds=10), description="Time limit of that command; it is killed afterwards."
+    )
+    on_events: tuple[EventName, ...] = Field(
+        default=(),
+        description="Names of the events to run it for; all except those of the level debug unless set.",
+        examples=[["archive.rejected", "destination.paused"]],
+    )
     log: LogConfig = Field(default_factory=LogConfig, description="Log of the daemon.")
+    heartbeat: HeartbeatConfig = Field(
+        default_factory=HeartbeatConfig, description="Signs of life for a service that expects them."
+    )
+    notify: dict[Name, NotifyConfig] = Field(
+        default_factory=dict,
+        description="Targets of notifications, each with a name of your choice; needs the extra `notify`.",
+    )
     drop: dict[Name, DropConfig] = Field(
         min_length=1, description="Drop folders, each with a name of your choice."
     )

@@ -4,7 +4,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any, Final, Literal, get_args, get_origin
-from urllib.parse import unquote_plus
+from urllib.parse import unquote_plus, urljoin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -37,6 +37,8 @@ def effective_toml(config: Config) -> str:
         for table, key in ((destination, "url"), (destination, "query_url"), (auth, "token_url")):
             if key in table:
                 table[key] = _without_credentials(table[key])
+    if config.heartbeat.ping_url:
+        data["heartbeat"]["ping_url"] = urljoin(config.heartbeat.ping_url, f"/{HIDDEN}")
     return "\n".join(_lines(config, data, ())).lstrip("\n") + "\n"
 
 
@@ -95,7 +97,7 @@ def _lines(config: BaseModel, data: Table, place: tuple[str, ...]) -> Iterator[s
 
 # The example
 
-_EXAMPLE_NAMES: Final = {"drop": "switches", "destination": "vault"}
+_EXAMPLE_NAMES: Final = {"drop": "switches", "destination": "vault", "notify": "ops"}
 _TO_FILL_IN: Final = frozenset({"path", "url", "ca", "cert", "key"})
 _PREFACE: Final = (
     '# Configuration of backupd. Keys after a "#" show their defaults, or an example\n'
@@ -115,7 +117,8 @@ def _example_lines(model: type[BaseModel], place: tuple[str, ...]) -> Iterator[s
     for key, (table, named) in inner.items():
         deeper = (*place, key, _EXAMPLE_NAMES[key]) if named else (*place, key)
         yield _description(model.model_fields[key])
-        yield heading(*deeper)
+        is_optional = named and not model.model_fields[key].is_required()
+        yield ("#" if is_optional else "") + heading(*deeper)
         yield from _example_lines(models_of(table)[0], deeper)
 
 

@@ -207,6 +207,7 @@ def between_tables(config: Config) -> Iterator[ConfigFault]:
             f'got "{format_duration(config.certificate_critical)}"',
             (("certificate_warning",),),
         )
+    yield from _hook_faults(config)
     for name, drop in config.drop.items():
         yield from _unknown_destinations(name, drop, config)
         yield from _unverified_deletions(name, drop, config)
@@ -220,6 +221,14 @@ def between_tables(config: Config) -> Iterator[ConfigFault]:
             )
     for name, destination in config.destination.items():
         yield from _unknown_placeholders(name, destination, config)
+
+
+def _hook_faults(config: Config) -> Iterator[ConfigFault]:
+    if config.on_event and not config.on_event[0].startswith("/"):
+        text = f"expected the absolute path of a program, got {quoted(config.on_event[0])}"
+        yield ConfigFault(("on_event", 0), text)
+    if config.on_events and not config.on_event:
+        yield ConfigFault(("on_events",), 'expected "on_event" to be set too', (("on_event",),))
 
 
 def overlap(one: PurePath, other: PurePath) -> bool:

@@ -551,6 +551,36 @@ def _token_url(value: str) -> str:
     return _url(value) if value else value
 
 
+def _ping_url(value: str) -> str:
+    try:
+        address = urlsplit(value)
+        is_valid = address.scheme in {"https", "http"} and bool(address.hostname) and address.port != 0
+    except ValueError:
+        is_valid = False
+    if not is_valid or not value.isascii() or not value.isprintable() or " " in value:
+        raise refused("expected a URL such as https://hc-ping.com/UUID")
+    if address.username is not None or address.password is not None:
+        raise refused("expected a URL without a user name or password")
+    if address.scheme == "http" and not _is_loopback(address.hostname or ""):
+        raise refused("expected https; plain http is for loopback addresses only")
+    return value
+
+
+def _command_word(value: str) -> str:
+    if "\0" in value:
+        raise expected("a text without null characters")
+    return value
+
+
+_EVENT_NAME: Final = re.compile(r"[a-z]+\.[a-z_]+")
+
+
+def _event_name(value: str) -> str:
+    if not _EVENT_NAME.fullmatch(value):
+        raise expected('the name of an event such as "archive.rejected"')
+    return value
+
+
 _ABSOLUTE_SCHEMA: Final = WithJsonSchema({"type": "string", "pattern": "^/"})
 _FILE_SCHEMA: Final = WithJsonSchema({"type": "string", "minLength": 1})
 
@@ -577,3 +607,6 @@ HostName = Annotated[str, AfterValidator(_host_name)]
 ConnectTo = Annotated[str, AfterValidator(_connect_to)]
 Pin = Annotated[str, AfterValidator(_pin)]
 TokenUrl = Annotated[str, AfterValidator(_token_url)]
+PingUrl = Annotated[str, AfterValidator(_ping_url)]
+CommandWord = Annotated[str, AfterValidator(_command_word)]
+EventName = Annotated[str, AfterValidator(_event_name)]

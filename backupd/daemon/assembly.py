@@ -12,6 +12,7 @@ from backupd.config.models import Config, DestinationConfig, DropConfig
 from backupd.core.errors import LedgerDamagedError, LedgerFullError
 from backupd.core.folder_place import FolderPlace, label_of
 from backupd.core.model import Deferred
+from backupd.daemon.announcer import Announcer
 from backupd.daemon.certificates import Certificates
 from backupd.daemon.daemon import Daemon
 from backupd.daemon.housekeeping import HostClock, Housekeeping
@@ -29,7 +30,7 @@ from backupd.intake.device_tracker import DeviceTracker
 from backupd.intake.examiner import ExaminerPool
 from backupd.intake.intake import Intake
 from backupd.ledger.factory import open_ledger
-from backupd.ledger.port import ClockReading, Ledger
+from backupd.ledger.port import ClockReading, Ledger, OpenedLedger
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog, log_ledger_failure
 from backupd.telemetry.systemd import SystemdNotifier
@@ -43,18 +44,18 @@ def run_daemon(
     """Run the daemon on a configuration and the report of its files; return the exit code."""
     systemd = SystemdNotifier()
     with open_ledger(config, systemd.extend_timeout) as opened:
-        if opened.recreated is not None:
-            lost = opened.recreated
-            log.emit(events.LEDGER_RECREATED, path=lost.path, error=lost.error, hint=lost.hint)
         try:
             assembly = Assembly(config, opened.ledger, log, report)
         except LedgerDamagedError as error:
+            _log_recreated(log, opened)
             log.emit(events.DAEMON_FAILED, error=error.message, hint=error.hint)
             opened.ended_cleanly, opened.damage = False, error
             return 1
         certificates = Certificates(assembly.runtime, log, examine_files, report)
         housekeeping = Housekeeping(assembly.runtime, log, assembly.device_tracker, assembly.clock)
         monitor = Monitor(assembly.runtime, certificates, log)
+        announcer = Announcer(config, opened.ledger, monitor, log)
+        _log_recreated(log, opened)
         daemon = Daemon(
             assembly.runtime,
             log,
@@ -65,12 +66,19 @@ def run_daemon(
             certificates,
             housekeeping,
             monitor,
+            announcer,
             systemd,
             report.silent,
         )
         code = daemon.run()
         opened.ended_cleanly, opened.damage = code == 0, daemon.damage
         return code
+
+
+def _log_recreated(log: EventLog, opened: OpenedLedger) -> None:
+    if opened.recreated is not None:
+        lost = opened.recreated
+        log.emit(events.LEDGER_RECREATED, path=lost.path, error=lost.error, hint=lost.hint)
 
 
 _DISTRUSTED_READING = ClockReading(datetime.fromtimestamp(0, UTC))

@@ -19,6 +19,7 @@ from backupd.config.models import Config
 from backupd.core.errors import BackupdError, ConfigError, LedgerDamagedError, LedgerError
 from backupd.core.folder_place import FolderPlace
 from backupd.core.units import human_duration
+from backupd.daemon.announcer import Announcer
 from backupd.daemon.certificates import Certificates
 from backupd.daemon.heartbeat import Heartbeat
 from backupd.daemon.housekeeping import Housekeeping
@@ -70,6 +71,7 @@ class Daemon:
         certificates: Certificates,
         housekeeping: Housekeeping,
         monitor: Monitor,
+        announcer: Announcer,
         systemd: SystemdNotifier,
         silent: Collection[str],
     ) -> None:
@@ -82,6 +84,7 @@ class Daemon:
         self._certificates = certificates
         self._housekeeping = housekeeping
         self._monitor = monitor
+        self._announcer = announcer
         self._systemd = systemd
         self._silent = silent
         self._threads = Threads(log)
@@ -132,6 +135,7 @@ class Daemon:
         with self._housekeeping.logged_failures():
             pending_dispositions = runtime.ledger.count_pending_dispositions()
         self._threads.start(runtime.recorder.run, self._abandon, runtime.recorder.watchdog)
+        self._announcer.start(self._threads)
         self._certificates.pause_unusable(runtime.destinations)
         self._start_threads(runtime.drops, runtime.destinations)
         self._wait_for_first_scans(runtime.drops, self._started + _FIRST_SCAN_TIMEOUT)
@@ -239,6 +243,7 @@ class Daemon:
         else:
             self._monitor.solve("configuration")
             self._log.configure(config.log.level, config.log.format)
+            self._announcer.configure(config)
             self._certificates.update(report)
             self._apply(diff, report)
         self._systemd.send("READY=1", self._status())
@@ -344,7 +349,9 @@ class Daemon:
             self._runtime.abort()
             self._threads.join(workers, time.monotonic() + _ABORT_GRACE)
         self._runtime.recorder.finish()
-        others = [watchdog for watchdog in self._threads.running() if watchdog not in workers]
+        self._announcer.request_stop()
+        left = {*workers, *self._announcer.without_ledger}
+        others = [watchdog for watchdog in self._threads.running() if watchdog not in left]
         all_ended = self._threads.join(others, time.monotonic() + _ABORT_GRACE)
         self._abandon.set()
         pending = None

@@ -19,6 +19,7 @@ SECTIONS = {
     "Drop folders": ("drop", "watch", "disk"),
     "Archives": ("archive", "inspection", "disposition", "retention"),
     "Uploads and destinations": ("attempt", "delivery", "destination"),
+    "Notifications, hooks and pings": ("notify", "hook", "ping"),
 }
 """Sections of the page, each with the first words of its events."""
 

@@ -51,6 +51,9 @@ CATEGORIES = {
     "attempt": ("file", "network"),
     "delivery": ("file", "network"),
     "destination": ("network",),
+    "notify": ("network",),
+    "ping": ("network",),
+    "hook": ("process",),
 }
 """`event.category` by the first word of an event."""
 
@@ -63,6 +66,7 @@ SUCCESSES = frozenset(
         "archive.disposed",
         "delivery.verified",
         "destination.resumed",
+        "notify.sent",
     )
 )
 """Events with the `event.outcome` success."""

@@ -172,6 +172,11 @@ KEYS: dict[str, Key] = {
         Key("open_files_limit", COUNT, "limit of open file descriptors"),
         Key("free_bytes", COUNT, "free bytes on the filesystem"),
         Key("min_free_bytes", COUNT, "bytes that `min_free` keeps free"),
+        Key("target", TEXT, "name of the target of notifications in the configuration"),
+        Key("kind", TEXT, "kind of the message: problem, rejected, paused, overdue, certificate, recovered"),
+        Key("subject", TEXT, "subject of the message"),
+        Key("command", TEXT, "path of the program"),
+        Key("exit_code", INTEGER, "exit code of the command; negative for the signal that ended it"),
     )
 }
 """Every key by its name; schema, pages and the format of lnav are generated from it."""
@@ -632,4 +637,39 @@ DROP_PROBLEM_SOLVED = _event(
     "drop reason problems",
     "no file in the drop {drop} has the problem {reason} any more",
     "the last file of a drop with this problem was sent, moved or removed",
+)
+
+NOTIFY_SENT = _event(
+    "notify.sent",
+    "info",
+    "target kind subject",
+    "{target} was notified: {subject}",
+    "a service has taken a message for people",
+)
+NOTIFY_FAILED = _repeated(
+    "notify.failed",
+    "error",
+    "target error hint",
+    "notifications to {target} cannot be sent: {error}",
+    "a message could not be sent; it is sent again, brought up to date, and is a problem until then",
+    cause="target",
+    limit=2,
+)
+PING_FAILED = _repeated(
+    "ping.failed",
+    "warning",
+    "error hint",
+    "the request to `ping_url` failed: {error}",
+    "the service that expects a request with each heartbeat did not take one",
+    cause="",
+    limit=2,
+)
+HOOK_FAILED = _repeated(
+    "hook.failed",
+    "error",
+    "command exit_code error hint",
+    "{command} failed: {error}",
+    "the command in `on_event` failed, took too long, or is too slow for the events",
+    cause="error",
+    limit=2,
 )

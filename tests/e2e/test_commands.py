@@ -92,6 +92,7 @@ def archive(stage: Stage) -> Path:
         ("list", "newest first"),
         ("show", "each delivery with its attempts and its receipt"),
         ("audit", "sizes and digests in the receipt files"),
+        ("notify", "test message to every target"),
         ("retry", "rejected archives back"),
         ("init", "commented configuration"),
         ("config", "schema"),

@@ -151,8 +151,8 @@ class TestEnvironment:
         assert config.heartbeat_every == timedelta(seconds=60)
         assert (config.log.format, config.log.level) == ("json", "debug")
 
-    def test_it_can_set_every_key_outside_drops_and_destinations(self) -> None:
-        scalars = set(Config.model_fields) - {"drop", "destination"}
+    def test_it_can_set_every_scalar_key_outside_of_named_tables(self) -> None:
+        scalars = set(Config.model_fields) - {"drop", "destination", "notify", "on_event", "on_events"}
         assert set(_Settings.model_fields) == scalars
 
     def test_its_faults_name_the_variable(self, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ class TestEnvironment:
         self, write: Write, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("BACKUPD_LOG", "debug")
-        with pytest.raises(ConfigError, match="BACKUPD_LOG: expected") as refusal:
+        with pytest.raises(ConfigError, match="BACKUPD_LOG or BACKUPD_HEARTBEAT: expected") as refusal:
             load(write(SMALLEST))
         assert "BACKUPD_LOG__LEVEL" in refusal.value.hint
 

@@ -14,6 +14,7 @@ from tests.documents import DOCS, Block, between, blocks
 PAGES = sorted(page.name for page in DOCS.glob("*.md"))
 CONFIGURATIONS = [(page, block) for page in PAGES for block in blocks(page) if block.language == "toml"]
 A_DROP = '[drop.switches]\npath = "/srv/backups/switches"\n'
+A_DESTINATION = '[destination.vault]\nurl = "https://vault.example.net/"\n'
 
 
 def test_the_table_in_the_docs_is_the_generated_one() -> None:
@@ -44,7 +45,9 @@ def test_each_status_is_only_in_the_row_of_its_reason() -> None:
 )
 def test_every_configuration_in_the_docs_can_be_loaded(tmp_path: Path, page: str, block: Block) -> None:
     path = tmp_path / "backupd.toml"
-    path.write_text(block.text if "[drop." in block.text else A_DROP + block.text, encoding="utf-8")
+    text = block.text if "[drop." in block.text else f"{block.text}\n{A_DROP}"
+    text = text if "[destination." in block.text else f"{text}\n{A_DESTINATION}"
+    path.write_text(text, encoding="utf-8")
 
     config = load(path)
 
