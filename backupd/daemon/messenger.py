@@ -183,6 +183,8 @@ class Messenger:
                 receiver = _Receiver(name, policy, state or NotificationState(), saved)
                 if not urls:
                     self._note_failure(receiver)
+                elif receiver.state.failing_since is not None:  # before the start as well
+                    self._monitor.report(own_problem(name), "the last notification could not be sent")
                 self._receivers[key] = receiver
         for key in (before.keys() | known.keys()) - self._receivers.keys():
             with suppress(LedgerError):

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 MAX_OUTPUT = 65536
 """Bytes of output that are kept; the rest is read and dropped."""
 
-_POLL_EVERY = 0.2
-"""Seconds between two calls of `is_cancelled`."""
+_POLL_EVERY = 0.05
+"""Seconds between two checks whether the command has ended or is cancelled."""
+
+_REAP_TRIES = 20
+"""Checks whether a killed command has ended."""
 
 _SIGNALS_OF_DAEMON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGIO)
 """Signals that the daemon blocks or ignores; a command gets their defaults."""
@@ -88,28 +91,29 @@ def _spawn(
 
 def _wait(pid: int, reader: int, until: float, is_cancelled: Callable[[], bool]) -> CommandResult:
     output, cancelled = bytearray(), False
-    ended = os.pidfd_open(pid)
     poll = select.poll()
-    poll.register(ended, select.POLLIN)
     poll.register(reader, select.POLLIN)
-    try:
-        while (left := until - time.monotonic()) > 0 and not (cancelled := is_cancelled()):
-            ready = dict(poll.poll(min(left, _POLL_EVERY) * 1000))
-            if reader in ready and not _read(reader, output):
-                poll.unregister(reader)
-            if ended in ready:
-                while len(output) < MAX_OUTPUT and _read(reader, output):  # what is left in the pipe
-                    pass
-                _, status = os.waitpid(pid, 0)
-                return CommandResult(os.waitstatus_to_exitcode(status), bytes(output))
-        with suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
-        select.select([ended], [], [], 1)  # a process that hangs in the kernel is left to init
-        with suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)
-        return CommandResult(None, bytes(output), cancelled)
-    finally:
-        os.close(ended)
+    while (left := until - time.monotonic()) > 0 and not (cancelled := is_cancelled()):
+        # the end of the program closes the pipe, unless one of its children has it open
+        if poll.poll(min(left, _POLL_EVERY) * 1000) and not _read(reader, output):
+            poll.unregister(reader)
+        if (exit_code := _exit_code(pid)) is not None:
+            while len(output) < MAX_OUTPUT and _read(reader, output):  # what is left in the pipe
+                pass
+            return CommandResult(exit_code, bytes(output))
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    for _ in range(_REAP_TRIES):  # a process that hangs in the kernel is left to init
+        if _exit_code(pid) is not None:
+            break
+        time.sleep(_POLL_EVERY)
+    return CommandResult(None, bytes(output), cancelled)
+
+
+def _exit_code(pid: int) -> int | None:
+    """Return the exit code of a child that has ended, and forget it; None while it runs."""
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
 
 
 def _read(reader: int, output: bytearray) -> bool:

@@ -36,7 +36,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         print(f"booted in {machine.boot():.2f} s")
         machine.run("/usr/bin/python3", "-m", "venv", "/opt/backupd")
         pip = ("/opt/backupd/bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-        machine.run(*pip, "--no-index", "--find-links", "/opt/wheels", "backupd")
+        machine.run(*pip, "--no-index", "--find-links", "/opt/wheels", "backupd[notify]")
         machine.run(BACKUPD, "install")
         yield machine
     finally:
@@ -56,7 +56,7 @@ def _make_wheels(base: Path, into: Path) -> None:
         do_without("/usr/bin/python3 is older than 3.11 or has no venv")
     subprocess.run(["/usr/bin/python3", "-m", "venv", str(base / "builder")], check=True, timeout=TIMEOUT)
     pip = [str(base / "builder/bin/python"), "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--wheel-dir", str(into), str(ROOT)], check=True, timeout=600)
+    subprocess.run([*pip, "--wheel-dir", str(into), f"{ROOT}[notify]"], check=True, timeout=600)
 
 
 class Site:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 
 import pytest
 
 from backupd.receiver.serve import RunningReceiver
+from tests.notification_servers import a_webhook
 from tests.scripted import Peer, ScriptedServer, accept_all, in_turn, receipt_for, server_context
 from tests.stage import until
 from tests.systemd.conftest import UNIT, Site
@@ -53,6 +55,27 @@ def test_the_watchdog_restarts_a_daemon_with_a_hanging_worker_and_the_archive_is
     messages = [entry.get("MESSAGE", "") for entry in site.machine.journal("--unit", UNIT, since=site.since)]
     assert any("Watchdog timeout" in text for text in messages)
     assert [path.read_bytes() for path in site.stage.stored()] == [b"content"]
+
+
+def test_notifications_and_hooks_work_inside_the_sandbox(site: Site) -> None:
+    hook = "#!/bin/sh\ncat >> /var/lib/backupd/events\ntouch /usr/written 2>/dev/null\nexit 0\n"
+    site.machine.write("/opt/hook", hook)
+    site.machine.run("chmod", "755", "/opt/hook")
+    with a_webhook() as webhook, ScriptedServer(accept_all) as server:
+        server.refuse()
+        site.machine.write("/etc/backupd/tls/ops.urls", webhook.url())
+        top = 'on_event = ["/opt/hook"]\non_events = ["destination.paused"]'
+        target = '[notify.ops]\nurl_file = "/etc/backupd/tls/ops.urls"\nevery = "1s"'
+        site.configure(f"https://127.0.0.1:{server.port}/", top=top, destination=target)
+        site.start()
+        site.put("core.tar.gz", b"content")
+        site.wait_for("notify.sent")
+
+    assert "vault paused (connect failed)" in webhook.subjects()[0]
+    [event, *_] = site.machine.path("/var/lib/backupd/events").read_text().splitlines()
+    assert json.loads(event)["event"] == "destination.paused"
+    assert not site.machine.path("/usr/written").exists()
+    assert not site.events("hook.failed")
 
 
 def test_twenty_reloads_under_load_lose_nothing(site: Site, receiver: RunningReceiver) -> None:
