@@ -517,7 +517,10 @@ class Ledger(DeviceLedger, Protocol):
         ...
 
     def save_notification_state(self, receiver: str, state: NotificationState | None) -> None:
-        """Replace what a receiver of this host's notifications knows; None forgets the receiver."""
+        """Replace what a receiver of this host's notifications knows; None forgets the receiver. Durable.
+
+        Raises LedgerHeldError at once if another process holds the ledger.
+        """
         ...
 
     def save_failure(self, destination: str, reason: str | None) -> None:

@@ -405,7 +405,7 @@ class SqliteLedger(SqliteDeviceLedger, Ledger):
 
     def save_notification_state(self, receiver: str, state: NotificationState | None) -> None:
         """See `Ledger.save_notification_state`."""
-        with self._transaction(durable=True) as db:
+        with self._transaction(durable=True, lock_timeout=0.0) as db:
             state_queries.save_notification_state(db, receiver, state)
 
     def pauses(self) -> list[OperatorPause]:
