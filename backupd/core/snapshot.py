@@ -244,7 +244,8 @@ class DeviceDay:
 
     `day` is such as 2026-03-01. `archives` were queued on it, of which `delivered` have been delivered to
     every destination by now and `rejected` are in quarantine. `unusual` counts those of an unusual size.
-    `last_at` is when the last of them was queued. `device` is empty for a drop as a whole.
+    `first_at` and `last_at` are when the first and the last of them were queued. `device` is empty for a drop
+    as a whole, and for archives of an unknown device.
     """
 
     drop: str
@@ -254,7 +255,7 @@ class DeviceDay:
     delivered: int
     rejected: int
     unusual: int
-    size_bytes: int
+    first_at: datetime
     last_at: datetime
 
 

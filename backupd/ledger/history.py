@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Protocol
 
+from backupd.core.device_matrix import CalendarDay
+from backupd.core.devices import Device
 from backupd.core.drop_problem import DropProblem
 from backupd.core.model import Archive, DeliveryState
 from backupd.core.names import as_text
@@ -155,11 +157,16 @@ class History(Protocol):
         """End a pause; return whether there was one."""
         ...
 
-    def device_days(self, drops: Collection[str], since: datetime) -> list[DeviceDay]:
-        """Return the archives of each device of these drops and day since a time, by drop, device and day.
+    def device_days(self, drops: Collection[str], days: Iterable[CalendarDay]) -> Iterator[DeviceDay]:
+        """Yield the archives of each device of these drops on each of these days; empty ones are left out.
 
-        Archives that a newer content has superseded before their delivery are left out.
+        Archives that a newer content has superseded before their delivery are left out, and rejected ones
+        that were queued again.
         """
+        ...
+
+    def first_queued(self, drops: Collection[str]) -> Mapping[str, datetime]:
+        """Return when the oldest archive in the ledger was queued, for each of these drops that has one."""
         ...
 
     def throughput(self, destinations: Collection[str], since: datetime) -> list[HourThroughput]:
@@ -200,6 +207,10 @@ class History(Protocol):
 
     def devices(self, now: datetime) -> list[DeviceRecord]:
         """Return all devices by drop and name, each with whether it is overdue at `now`."""
+        ...
+
+    def tracked_devices(self) -> list[Device]:
+        """Return all devices by drop and name, each with when it became known."""
         ...
 
     def retry_now(self, delivery_id: str) -> bool:

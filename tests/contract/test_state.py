@@ -6,6 +6,8 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from backupd.core.circuit import CircuitState
+from backupd.core.device_matrix import CalendarDay
+from backupd.core.devices import Device, DeviceExpectation
 from backupd.core.model import Archive, Outcome
 from backupd.core.snapshot import (
     DaemonProblem,
@@ -182,14 +184,38 @@ def test_the_archives_of_a_device_are_counted_by_the_day(ledger: Ledger, history
     record_dispositions(ledger, [DispositionResult(refused.id, b"rejected/r1")], [], noon + 2 * day)
     end(ledger, superseded(), at=noon + 2 * day)
 
-    first, second = f"{noon:%Y-%m-%d}", f"{noon + day:%Y-%m-%d}"
-    assert history.device_days(["switches", "none"], noon - HOUR) == [
-        DeviceDay("switches", "sw1", first, 2, 1, 1, 0, 6, (noon + HOUR).astimezone(NOW.tzinfo)),
-        DeviceDay("switches", "sw1", second, 1, 0, 0, 1, 100, (noon + day).astimezone(NOW.tzinfo)),
-        DeviceDay("switches", "sw2", second, 1, 0, 0, 0, 3, (noon + day).astimezone(NOW.tzinfo)),
+    midnight = noon - 12 * HOUR
+    first, second = (
+        CalendarDay(f"{begins:%Y-%m-%d}", begins, begins + day) for begins in (midnight, midnight + day)
+    )
+    assert list(history.device_days(["switches", "none"], [first, second])) == [
+        DeviceDay("switches", "sw1", first.name, 2, 1, 1, 0, noon, noon + HOUR),
+        DeviceDay("switches", "sw1", second.name, 1, 0, 0, 1, noon + day, noon + day),
+        DeviceDay("switches", "sw2", second.name, 1, 0, 0, 0, noon + day, noon + day),
     ]
-    assert [each.day for each in history.device_days(["switches"], noon + HOUR * 3)] == [second, second]
-    assert history.device_days(["none"], NOW) == []
+    assert [each.device for each in history.device_days(["switches"], [second])] == ["sw1", "sw2"]
+    assert not list(history.device_days(["none"], [first, second]))
+
+
+def test_a_rejected_archive_that_was_queued_again_counts_no_more(ledger: Ledger, history: History) -> None:
+    queue(ledger, b"r1")
+    archive = end(ledger, rejected(), at=NOW)
+    record_dispositions(ledger, [DispositionResult(archive.id, b"rejected/r1")], [], NOW)
+    day = CalendarDay("today", NOW - HOUR, NOW + HOUR)
+    assert [each.rejected for each in history.device_days(["switches"], [day])] == [1]
+    with history.mark_retried(archive.id):
+        pass
+    assert not list(history.device_days(["switches"], [day]))
+
+
+def test_devices_are_found_with_the_time_at_which_they_became_known(ledger: Ledger, history: History) -> None:
+    ledger.set_expectations({"switches": DeviceExpectation(HOUR, "{device}", ("sw1",))}, NOW)
+    assert history.tracked_devices() == [Device("switches", "sw1", NOW, every=HOUR)]
+
+
+def test_the_oldest_archive_of_each_drop_is_found(ledger: Ledger, history: History) -> None:
+    queue(ledger, b"r1", b"r2")
+    assert history.first_queued(["switches", "none"]) == {"switches": NOW}
 
 
 def test_deliveries_are_counted_by_the_hour(ledger: Ledger, history: History) -> None:

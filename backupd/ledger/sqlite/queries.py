@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 
-from backupd.core.devices import overdue_by
+from backupd.core.device_matrix import CalendarDay
+from backupd.core.devices import Device, overdue_by
 from backupd.core.drop_problem import DropProblem
 from backupd.core.errors import LedgerError, LedgerUnreachableError, UsageError
 from backupd.core.model import DeliveryState
@@ -122,10 +123,15 @@ class LedgerQueries(History):
         with self._writing() as db:
             return state_queries.delete_pause(db, kind, name)
 
-    @_query_errors("read")
-    def device_days(self, drops: Collection[str], since: datetime) -> list[DeviceDay]:
+    def device_days(self, drops: Collection[str], days: Iterable[CalendarDay]) -> Iterator[DeviceDay]:
         """See `History.device_days`."""
-        return state_queries.device_days(self._db, drops, since)
+        with _query_errors("read"):
+            yield from state_queries.device_days(self._db, drops, days)
+
+    @_query_errors("read")
+    def first_queued(self, drops: Collection[str]) -> dict[str, datetime]:
+        """See `History.first_queued`."""
+        return state_queries.first_queued(self._db, drops)
 
     @_query_errors("read")
     def throughput(self, destinations: Collection[str], since: datetime) -> list[HourThroughput]:
@@ -221,6 +227,11 @@ class LedgerQueries(History):
             DeviceRecord(d.drop, d.name, d.last_at, d.archives, overdue_by(d, now) is not None, d.every)
             for d in found
         ]
+
+    @_query_errors("read")
+    def tracked_devices(self) -> list[Device]:
+        """See `History.tracked_devices`."""
+        return device_queries.device_records(self._db)
 
     def retry_now(self, delivery_id: str) -> bool:
         """See `History.retry_now`."""

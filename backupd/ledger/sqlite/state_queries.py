@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 
+from backupd.core.device_matrix import CalendarDay
 from backupd.core.notifications import NotificationState
 from backupd.core.snapshot import DeviceDay, HourThroughput, OperatorPause, Snapshot
 from backupd.ledger.notification_json import notifications_from_json, notifications_to_json
@@ -126,22 +127,31 @@ def delete_ended_pauses(db: sqlite3.Connection, now: datetime) -> None:
     db.execute("DELETE FROM operator_pause WHERE until <= ?", (to_micros(now),))
 
 
-def device_days(db: sqlite3.Connection, drops: Iterable[str], since: datetime) -> list[DeviceDay]:
-    """Return the archives of each device and day since a time; see `History.device_days`."""
-    # `superseded` archives were replaced by a newer content before they were delivered
+def device_days(
+    db: sqlite3.Connection, drops: Collection[str], days: Iterable[CalendarDay]
+) -> Iterator[DeviceDay]:
+    """Yield the archives of each device on each of these days; see `History.device_days`."""
+    # a superseded archive was replaced by a newer content before its delivery, and one that was rejected and
+    # retried by a new archive
     query = (
-        "SELECT drop_name, coalesce(device, ''),"  # noqa: S608 -- own clause
-        " strftime('%Y-%m-%d', queued_at / 1000000, 'unixepoch', 'localtime') AS day,"
-        " count(*), sum(state = 'delivered'), sum(state = 'rejected' AND moved_to IS NOT NULL),"
-        f" count(median_size), {TOTAL_SIZE}, max(queued_at)"
-        " FROM archive INDEXED BY archive_queued"
-        " WHERE drop_name = ? AND queued_at >= ? AND state <> 'superseded' GROUP BY 2, 3 ORDER BY 2, 3"
+        "SELECT coalesce(device, '') AS name, count(*), sum(state = 'delivered'), sum(state = 'rejected'),"
+        " count(median_size), min(queued_at), max(queued_at) FROM archive INDEXED BY archive_queued"
+        " WHERE drop_name = ? AND queued_at >= ? AND queued_at < ? AND state <> 'superseded'"
+        " AND NOT (state = 'rejected' AND moved_to IS NULL) GROUP BY name"
     )
-    rows = (row for drop in drops for row in db.execute(query, (drop, to_micros(since))))
-    return [
-        DeviceDay(name, device, day, archives, delivered, rejected, unusual, size, as_time(last))
-        for name, device, day, archives, delivered, rejected, unusual, size, last in rows
-    ]
+    for day in days:
+        for drop in drops:
+            rows = db.execute(query, (drop, to_micros(day.begins), to_micros(day.ends)))
+            for device, archives, delivered, rejected, unusual, first, last in rows:
+                counts = (archives, delivered, rejected, unusual)
+                yield DeviceDay(drop, device, day.name, *counts, as_time(first), as_time(last))
+
+
+def first_queued(db: sqlite3.Connection, drops: Iterable[str]) -> dict[str, datetime]:
+    """Return when the oldest archive of each drop in the ledger was queued; see `History.first_queued`."""
+    query = "SELECT min(queued_at) FROM archive INDEXED BY archive_queued WHERE drop_name = ?"
+    times = ((drop, db.execute(query, (drop,)).fetchone()[0]) for drop in drops)
+    return {drop: as_time(first) for drop, first in times if first is not None}
 
 
 def throughput(db: sqlite3.Connection, destinations: Iterable[str], since: datetime) -> list[HourThroughput]:
