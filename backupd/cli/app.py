@@ -32,6 +32,7 @@ _COMMANDS = {
     "list": "list:list_deliveries",
     "show": "show:show",
     "audit": "audit:audit",
+    "report": "report:report",
     "retry": "retry:retry",
     "pause": "pause:pause",
     "resume": "pause:resume",

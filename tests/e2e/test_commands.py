@@ -93,6 +93,7 @@ def archive(stage: Stage) -> Path:
         ("show", "each delivery with its attempts and its receipt"),
         ("audit", "sizes and digests in the receipt files"),
         ("notify", "test message to every target"),
+        ("report", "without scripts"),
         ("retry", "rejected archives back"),
         ("init", "commented configuration"),
         ("config", "schema"),
@@ -405,7 +406,9 @@ def test_check_offline_connects_to_no_destination(stage: Stage) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("command", [["status"], ["list"], ["show", "0"], ["retry", "--all"]])
+@pytest.mark.parametrize(
+    "command", [["status"], ["list"], ["show", "0"], ["retry", "--all"], ["report", "--html", "-"]]
+)
 def test_commands_report_the_missing_ledger_before_the_first_start(stage: Stage, command: list[str]) -> None:
     stage.configure("https://127.0.0.1:9/")
     done = stage.backupd(*command)

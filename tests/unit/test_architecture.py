@@ -20,7 +20,8 @@ def test_each_file_on_the_page_exists(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "package", ["config", "dropfolder", "ledger", "upload", "telemetry", "intake", "delivery", "daemon"]
+    "package",
+    ["config", "dropfolder", "ledger", "upload", "telemetry", "intake", "delivery", "page", "daemon"],
 )
 def test_the_layout_names_each_module_of_a_package(package: str) -> None:
     row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{package}/` |"))

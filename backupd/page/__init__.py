@@ -1,0 +1,1 @@
+"""The page: the state of the daemon, its devices and archives as one HTML document without scripts."""
