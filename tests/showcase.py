@@ -19,6 +19,7 @@ from backupd.core.snapshot import (
     CertificateSnapshot,
     DestinationSnapshot,
     DropSnapshot,
+    OperatorPause,
     OverdueDevice,
     ProblemSnapshot,
     Snapshot,
@@ -161,6 +162,8 @@ def _snapshot(ledger: SqliteLedger, now: datetime) -> Snapshot:
         "0f3a", "people", "as-built-drawings.zip", "vault", 1, 412_000 * KIB, 268_000 * KIB,
         now - timedelta(seconds=70), 3_900 * KIB,
     )  # fmt: skip
+    ends = now.replace(hour=18, minute=0, second=0)
+    held = {"wireless": OperatorPause("drop", "wireless", now - HOUR, ends, "anna", "controller upgrade")}
     return Snapshot(
         now - timedelta(seconds=8),
         "gateway-1",
@@ -169,7 +172,7 @@ def _snapshot(ledger: SqliteLedger, now: datetime) -> Snapshot:
         now - 11 * DAY,
         timedelta(minutes=1),
         is_ready=True,
-        drops=tuple(DropSnapshot(name, f"/srv/backups/{name}") for name in DROPS),
+        drops=tuple(DropSnapshot(name, f"/srv/backups/{name}", held=held.get(name)) for name in DROPS),
         destinations=tuple(_destinations(queues, now)),
         uploads=(upload,),
         rejected=queues.quarantined,

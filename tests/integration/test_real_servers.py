@@ -46,7 +46,7 @@ ARCHIVES = {
 
 @pytest.fixture(scope="session")
 def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return documented.node_modules(tmp_path_factory.mktemp("node"))
+    return documented.node_modules(tmp_path_factory.mktemp("node"), "express@5", "multer@2")
 
 
 @pytest.fixture

@@ -114,8 +114,8 @@ def connect_proxy(folder: Path) -> Iterator[str]:
             yield f"http://127.0.0.1:{port_of(listener)}"
 
 
-def node_modules(folder: Path) -> Path:
-    """Return a folder with express and multer: that of BACKUPD_TEST_NODE_MODULES, or a new one."""
+def node_modules(folder: Path, *packages: str) -> Path:
+    """Return a folder with these npm packages: that of BACKUPD_TEST_NODE_MODULES, or a new one."""
     require("node")
     given = os.environ.get("BACKUPD_TEST_NODE_MODULES")
     if given:
@@ -123,14 +123,14 @@ def node_modules(folder: Path) -> Path:
     npm = require("npm")
     options = ["--no-audit", "--no-fund", "--fetch-retries=0"]
     done = subprocess.run(
-        [npm, "install", *options, "--prefix", str(folder), "express@5", "multer@2"],
+        [npm, "install", *options, "--prefix", str(folder), *packages],
         capture_output=True,
         text=True,
         check=False,
         timeout=120,
     )
     if done.returncode:
-        do_without(f"npm can't install express and multer: {done.stderr[-300:]}")
+        do_without(f"npm can't install {' and '.join(packages)}: {done.stderr[-300:]}")
     return folder / "node_modules"
 
 
