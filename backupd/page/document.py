@@ -75,8 +75,12 @@ def _parts(data: PageData) -> Iterator[str]:
     if data.snapshot is not None:
         yield from _uploads(data.snapshot, data.now)
         yield from _destinations(data.snapshot, data)
-    yield from matrix_section(data.rows, data.calendar)
-    yield from _archives(data)
+    if data.ledger_error:
+        yield f"<section><h2>Backups</h2><p>The ledger can't be read: {text(data.ledger_error)}."
+        yield " Devices and archives are shown once it can.</p></section>\n"
+    else:
+        yield from matrix_section(data.rows, data.calendar)
+        yield from _archives(data)
     if data.snapshot is not None:
         yield from _certificates(data.snapshot, data.now)
     zone = text(f"{data.now.astimezone():%Z}")

@@ -37,8 +37,8 @@ class PageData:
 
     `snapshot` is the last state of the daemon, None if no daemon has used the ledger. `is_running` is whether
     the daemon's process exists. `alarms` begin with the most serious one. `archives` are the deliveries of
-    the last archives, the newest first.
-    `calendar` has the days of the `rows`, the oldest first.
+    the last archives, the newest first. `calendar` has the days of the `rows`, the oldest first.
+    `ledger_error` is why only the state is known, empty if the ledger could be read.
     """
 
     now: datetime
@@ -49,6 +49,7 @@ class PageData:
     calendar: Sequence[CalendarDay] = ()
     rows: Sequence[DeviceRow] = ()
     archives: Sequence[DeliveryRecord] = ()
+    ledger_error: str = ""
 
 
 def collect_page_data(history: History, config: Config, now: datetime, days: int = DAYS) -> PageData:
@@ -76,6 +77,11 @@ def collect_page_data(history: History, config: Config, now: datetime, days: int
         ),
         _last_archives(history, len(config.destination)),
     )
+
+
+def page_data_without_ledger(latest: Snapshot | None, error: str, now: datetime) -> PageData:
+    """Return what a running daemon can show of its last state while the ledger can't be read."""
+    return PageData(now, latest, True, alarms(latest, now, HealthLimits()), ledger_error=error)
 
 
 def _last_archives(history: History, destinations: int) -> list[DeliveryRecord]:

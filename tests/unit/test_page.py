@@ -33,7 +33,7 @@ from backupd.ledger.history import DeliveryRecord
 from backupd.page.document import CONTENT_SECURITY_POLICY, STYLE, render_page
 from backupd.page.markup import remedy, text, time_tag
 from backupd.page.matrix_section import MAX_ROWS
-from backupd.page.page_data import PageData, local_days
+from backupd.page.page_data import PageData, local_days, page_data_without_ledger
 from tests.factories import NOW, a_digest, a_snapshot, an_archive
 
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
@@ -312,6 +312,16 @@ def test_a_site_without_archives_has_a_page() -> None:
 
     assert "No archive has arrived yet" in page
     assert "None yet." in page
+
+
+def test_the_state_is_shown_while_the_ledger_cannot_be_read() -> None:
+    snapshot = a_snapshot(destinations=(DestinationSnapshot("vault", circuit=CircuitState.WORKING),))
+    page = shown(page_data_without_ledger(snapshot, "disk I/O error", NOW))
+
+    assert "host-1" in page
+    assert "vault working" in page
+    assert "The ledger can't be read: disk I/O error." in page
+    assert "Last archives" not in page
 
 
 def test_devices_without_a_gap_are_left_out_of_a_very_long_matrix() -> None:
