@@ -97,10 +97,28 @@ def print_line(text: str, style: str = "") -> None:
     console.print(Text(line, style=style))
 
 
-def progress_bar(*columns: str | ProgressColumn, hidden: bool) -> Progress:
-    """Return a progress display on standard error; it is hidden if that is no terminal."""
+def progress_bar(*columns: str | ProgressColumn, hidden: bool, transient: bool = True) -> Progress:
+    """Return a progress display on standard error; it is hidden if that is no terminal.
+
+    A transient display is removed at its end. Print nothing to standard output while it is visible.
+    """
     console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=hidden or not console.is_terminal)
+    return Progress(
+        *columns,
+        console=console,
+        transient=transient,
+        disable=hidden or not console.is_terminal,
+        redirect_stdout=False,  # rich would write it to standard error
+    )
+
+
+def shorten_middle(text: str, width: int) -> str:
+    """Return a text in at most `width` columns of a terminal; a longer one has a `…` in its middle."""
+    if cell_len(text) <= width:
+        return text
+    head = max(width - 1, 0) // 2
+    tail = max(width - 1 - head, 0)
+    return f"{set_cell_size(text, head)}…{set_cell_size(text[::-1], tail)[::-1]}"
 
 
 def relative_time(time: datetime | None) -> str:

@@ -6,8 +6,11 @@ import os
 import re
 import socket
 import stat
+import sys
 import threading
+import time
 import uuid
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,17 +19,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.cells import cell_len
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from backupd.cli.options import DEFAULT_CONFIG, PENDING, REJECTED, UNAVAILABLE, AsJson, ConfigPath
-from backupd.cli.output import print_json, progress_bar
+from backupd.cli.output import print_json, progress_bar, shorten_middle
 from backupd.config.load import load
 from backupd.config.models import Config
 from backupd.config.time_limit import NoAnswerError, call, filesystem_hint
@@ -34,10 +33,17 @@ from backupd.core.errors import UsageError
 from backupd.core.model import Archive, Deferred, Delivered, Outcome, Rejected, Superseded, fingerprint_of
 from backupd.core.names import as_text, printable, template_values
 from backupd.core.policy import Reason, rule_of
+from backupd.core.units import human_size
 from backupd.delivery.worker import short_attempts
 from backupd.dropfolder.folder import DropFolder, close_descriptor
 from backupd.upload.base import OnProgress, UploadJob
 from backupd.upload.registry import make_uploader
+
+_MAX_BARS = 10
+"""Bars that are visible at a time; rich cuts off those that do not fit on the terminal."""
+
+_BESIDE_NAME = 58
+"""Columns of a bar's line beside the names: the bar, the bytes, the rate and the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,17 @@ class PushResult:
     may_be_stored: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class PushTrace:
+    """How a file was sent, for `--verbose`; `address` and `tls_version` are empty if unknown."""
+
+    url: str
+    address: str
+    tls_version: str
+    sent_bytes: int
+    took_s: float
+
+
 def push(
     files: Annotated[
         list[Path],
@@ -74,6 +91,10 @@ def push(
         list[str] | None, typer.Option("--to", metavar="NAME", help="Only to this destination.")
     ] = None,
     config: ConfigPath = DEFAULT_CONFIG,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print failures only.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print the connection and the response, too.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Deliver files now, beside the daemon, and verify the receipts.
@@ -81,20 +102,35 @@ def push(
     Exits with 0 if every destination has every file, 3 if one was rejected, 69 if a destination is
     unavailable, 75 if a file changed or could not be read meanwhile. The ledger has no record of it.
     """
+    if quiet and verbose:
+        raise UsageError("--quiet and --verbose contradict each other", "leave one of them out")
     loaded = load(config)
     unknown = [name for name in to or () if name not in loaded.destination]
     if unknown:
         raise UsageError(f"no destination named {unknown[0]}", f"there are: {', '.join(loaded.destination)}")
     sizes = [_require_file(file) for file in files]  # all of them before the first upload
-    results = []
-    with _progress_bar(hidden=as_json) as progress:
-        for name in to or loaded.destination:
-            for file, size in zip(files, sizes, strict=True):
-                results.append(push_file(file, name, loaded, _add_task(progress, file, size, name)))
-                if not as_json:
-                    _print(results[-1])
+    results: list[PushResult] = []
+    waiting: list[str] = []
+    bars = _Bars(hidden=as_json or quiet)
+    try:
+        with bars.progress:
+            for name in to or loaded.destination:
+                for file, size in zip(files, sizes, strict=True):
+                    result, trace = _push(file, name, loaded, bars.add(file, size, name))
+                    results.append(result)
+                    if not as_json and not (quiet and result.outcome == "delivered"):
+                        waiting += _lines(result, trace if verbose else None)
+                    if bars.progress.disable:
+                        _print(waiting)
+    finally:  # below the bars, which are in the way until they end; after Ctrl-C, too
+        _print(waiting)
     if as_json:
         print_json(results)
+    _exit(results)
+
+
+def _exit(results: list[PushResult]) -> None:
+    """Raise `typer.Exit` with the exit code of the results, unless each is delivered."""
     if any(r.outcome == "rejected" for r in results):
         raise typer.Exit(REJECTED)
     if any(r.outcome == "deferred" and r.reason != Reason.UNREADABLE for r in results):
@@ -120,15 +156,21 @@ def _require_file(file: Path) -> int:
     return status.st_size
 
 
-def push_file(
-    file: Path, destination: str, config: Config, on_progress: OnProgress = lambda _sent: None
-) -> PushResult:
-    """Deliver a file to a destination, and return the result; `on_progress` gets the bytes sent so far."""
-    name = os.fsencode(file.name)
+def push_file(file: Path, destination: str, config: Config) -> PushResult:
+    """Deliver a file to a destination, and return the result."""
+    return _push(file, destination, config, lambda _sent: None)[0]
+
+
+def _push(
+    file: Path, destination: str, config: Config, on_progress: OnProgress
+) -> tuple[PushResult, PushTrace]:
+    """Deliver a file to a destination; `on_progress` gets the bytes sent so far."""
+    name, started, url = os.fsencode(file.name), time.monotonic(), config.destination[destination].address
     try:
         fd, status = call(partial(_open, file))
     except OSError as error:
-        return _result(as_text(name), destination, Deferred(Reason.UNREADABLE, error.strerror or str(error)))
+        failure = Deferred(Reason.UNREADABLE, error.strerror or str(error))
+        return _result(as_text(name), destination, failure), PushTrace(url, "", "", 0, 0.0)
     archive = Archive(0, "push", name, fingerprint_of(status), datetime.now(UTC))
     variables = dict.fromkeys(_label_names(config), "") | template_values(archive, socket.gethostname(), None)
     job = UploadJob(str(uuid.uuid4()), name, fd, archive.fingerprint, variables, on_progress)
@@ -147,7 +189,8 @@ def push_file(
     finally:
         uploader.close()
         close_descriptor(fd)
-    return _result(as_text(name), destination, outcomes[-1])
+    trace = PushTrace(url, job.address, job.tls_version, job.sent_bytes, time.monotonic() - started)
+    return _result(as_text(name), destination, outcomes[-1]), trace
 
 
 def _open(file: Path) -> tuple[int, os.stat_result]:
@@ -199,29 +242,73 @@ def _hint(reason: Reason) -> str:
     return rule_of(reason).hint.replace("`backupd retry`", "push it again").replace(" (`backupd show`)", "")
 
 
-def _print(result: PushResult) -> None:
+def _lines(result: PushResult, trace: PushTrace | None) -> list[str]:
+    """Return the lines for a result, with those of a trace."""
+    heading = f"{printable(result.file)} → {result.destination}:"
     if result.outcome == "delivered":
-        typer.echo(f"{printable(result.file)} → {result.destination}: delivered, {result.digest}")
-        return
-    verdict = "rejected" if result.outcome == "rejected" else "NOT delivered"
-    why = f"({result.reason or result.outcome}): {printable(result.error or '')}"
-    typer.echo(f"{printable(result.file)} → {result.destination}: {verdict} {why}")
+        lines = [f"{heading} delivered, {result.digest}"]
+        console = Console()
+        if console.is_terminal and cell_len(lines[0]) > console.width:
+            lines = [f"{heading} delivered", f"  {result.digest}"]
+    else:
+        verdict = "rejected" if result.outcome == "rejected" else "NOT delivered"
+        lines = [f"{heading} {verdict} ({result.reason or result.outcome}): {printable(result.error or '')}"]
     if result.hint:
-        typer.echo(f"  hint: {result.hint}")
+        lines.append(f"  hint: {result.hint}")
+    if trace is not None:
+        lines += [f"  {name:10} {printable(value)}" for name, value in _facts(result, trace) if value]
+    return lines
 
 
-def _progress_bar(*, hidden: bool) -> Progress:
-    return progress_bar(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        hidden=hidden,
-    )
+def _facts(result: PushResult, trace: PushTrace) -> Iterator[tuple[str, str]]:
+    """Yield the names and values of the facts that `--verbose` adds; a value may be empty."""
+    yield "url", trace.url
+    yield "connection", " ".join(part for part in (trace.address, trace.tls_version) if part)
+    yield "status", "" if result.http_status is None else str(result.http_status)
+    yield "sent", f"{human_size(trace.sent_bytes)} in {trace.took_s:.2f} s"
+    if result.outcome == "delivered":
+        yield "receipt", "its digest matches" if result.verified else "the configuration requires none"
+    yield "response", result.response
 
 
-def _add_task(progress: Progress, file: Path, size: int, destination: str) -> OnProgress:
-    """Add a bar for a file, and return the function that updates it."""
-    task = progress.add_task(f"{printable(file.name)} → {destination}", total=size)
-    return lambda sent_bytes: progress.update(task, completed=sent_bytes)
+def _print(lines: list[str]) -> None:
+    """Print lines to standard output, and remove them from the list."""
+    for line in lines:
+        typer.echo(line)
+    lines.clear()
+    sys.stdout.flush()
+
+
+class _Bars:
+    """The progress bars of the files, which stay on the terminal at the end."""
+
+    def __init__(self, *, hidden: bool) -> None:
+        self.progress: Progress = progress_bar(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=14),
+            _BytesColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            hidden=hidden,
+            transient=False,
+        )
+        self._shown: list[TaskID] = []
+
+    def add(self, file: Path, size: int, destination: str) -> OnProgress:
+        """Add the bar of a file, remove the oldest of too many, and return the function that updates it."""
+        if len(self._shown) == _MAX_BARS:
+            self.progress.remove_task(self._shown.pop(0))
+        width = max(self.progress.console.width - _BESIDE_NAME, 16)
+        names = shorten_middle(f"{printable(file.name)} → {destination}", width)
+        task = self.progress.add_task(names, total=size)
+        self._shown.append(task)
+        return lambda sent_bytes: self.progress.update(task, completed=sent_bytes)
+
+
+class _BytesColumn(ProgressColumn):
+    """The bytes that were sent, and the rate."""
+
+    def render(self, task: Task) -> Text:
+        """Return the text of the column, such as `1.5 MiB/2.0 MiB 1.1 MiB/s`."""
+        rate = task.finished_speed or task.speed
+        sent = f"{human_size(int(task.completed))}/{human_size(int(task.total or 0))}"
+        return Text(sent if rate is None else f"{sent} {human_size(int(rate))}/s")

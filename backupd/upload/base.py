@@ -57,7 +57,7 @@ class UploadJob:
     response, `known_digests` are those of the content that any destination has. The uploader calls `on_alive`
     at least once a second while it works or waits for the network, and `on_idle` before a wait that it cannot
     bound, such as that for the name service. It sets `sent_bytes`, in bytes of the archive, and `address`, to
-    which it was connected, empty if unknown.
+    which it was connected, and `tls_version`, each empty if unknown.
     `is_being_written` returns whether another process has the file open for writing, if that is known.
     `open_path` opens the file that is under the archive's path now, or raises OSError: if the archive's file
     was replaced by one with its size and modification time, `fd` becomes a descriptor of that one.
@@ -78,6 +78,7 @@ class UploadJob:
     open_path: Callable[[], int] = _open_nothing
     sent_bytes: int = field(default=0, init=False)
     address: str = field(default="", init=False)
+    tls_version: str = field(default="", init=False)
     confirmed: Fingerprint | None = field(default=None, init=False)
     _was_replaced: bool = field(default=False, init=False)
     """Whether the bytes that were sent may be those of several files."""

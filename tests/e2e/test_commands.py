@@ -260,7 +260,7 @@ def test_push_shows_a_progress_bar_on_a_terminal(stage: Stage, receiver: Running
     assert code == 0
     assert "━" in text
     assert "MiB" in text
-    assert "large.tar.gz → vault: delivered, sha256:" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    assert "large.tar.gz → vault: delivered\r\n  sha256:" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 
 def _tls(pki: Pki) -> ServerTls:

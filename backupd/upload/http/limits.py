@@ -68,6 +68,8 @@ class AttemptLimits:
         """The validity of the destination's certificate in the last TLS handshake."""
         self.address = ""
         """The address and port of the last connection: of the destination, or of its proxy."""
+        self.tls_version = ""
+        """The version that the last TLS handshake selected, such as `TLSv1.3`."""
 
     def start(
         self, on_alive: Callable[[], None] = lambda: None, on_idle: Callable[[], None] = lambda: None

@@ -86,6 +86,7 @@ class Stream:
             self._do_handshake(sock, timeout)
             _check_pins(sock, options.pins)
             self.limits.server_certificate = _validity(sock.tls)
+            self.limits.tls_version = sock.tls.version() or ""
         except (OSError, ValueError) as error:
             raise httpx.ConnectError(str(error)) from error
         self._sock = sock

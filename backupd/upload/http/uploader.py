@@ -288,7 +288,7 @@ class HttpUploader(Uploader):
         finally:
             if self._limits.server_certificate is not None:
                 self._endpoint.tls_context.server_certificate = self._limits.server_certificate
-            job.address = self._limits.address
+            job.address, job.tls_version = self._limits.address, self._limits.tls_version
 
     def _query_earlier(self, client: httpx.Client, job: UploadJob, digest: Digest) -> Outcome | None:
         """Query the content of an earlier upload; return None if the archive is to be sent."""
