@@ -75,14 +75,14 @@ class ForkedProcess:
 
 
 def can_fork(environ: dict[str, str]) -> bool:
-    """Return whether a process with this environment can be forked: not if Python reads it at its start.
+    """Return whether a process with this environment can be forked: not if a part is read at the start.
 
     Nor if this process is another user for the moment, or a test has replaced the interpreter.
     """
     if sys.executable != _EXECUTABLE or os.geteuid() != os.getuid():
         return False
     names = {name for name, value in environ.items() if os.environ.get(name) != value}
-    return not any(name.startswith(("PYTHON", "LD_", "LC_", "LANG")) for name in names)
+    return not any(name.startswith(("PYTHON", "LD_", "LC_", "LANG", "TZ")) for name in names)
 
 
 @functools.cache

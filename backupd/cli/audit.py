@@ -7,13 +7,13 @@ import os
 import socket
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Self
 
 import typer
 from rich.progress import MofNCompleteColumn, SpinnerColumn, TimeElapsedColumn
@@ -29,6 +29,7 @@ from backupd.cli.options import (
     parse_time,
 )
 from backupd.cli.output import print_json, print_line, print_table, progress_bar
+from backupd.cli.selection import SomeSelected, parse_selector
 from backupd.config.files import folder_errors
 from backupd.config.load import load
 from backupd.config.models import Config
@@ -45,7 +46,7 @@ from backupd.core.model import (
     Rejected,
     fingerprint_of,
 )
-from backupd.core.names import as_text, template_values
+from backupd.core.names import as_text, template_values, without_stamp
 from backupd.core.policy import Reason
 from backupd.delivery.receipt_file import (
     FoundReceipt,
@@ -57,7 +58,7 @@ from backupd.delivery.receipt_file import (
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.folder import DropFolder
 from backupd.ledger.factory import open_history
-from backupd.ledger.history import Search
+from backupd.ledger.history import Search, Selector
 from backupd.upload.base import UploadJob
 from backupd.upload.registry import make_uploader
 
@@ -96,6 +97,7 @@ class AuditFinding:
 
 
 def audit(
+    selectors: SomeSelected = None,
     config: ConfigPath = DEFAULT_CONFIG,
     drop: DropName = "",
     since: Since = "",
@@ -106,15 +108,17 @@ def audit(
 ) -> None:
     """Compare the files in sent_dir with the sizes and digests in the receipt files beside them.
 
-    With --remote, also query each destination that has a query_url. Exits with 3 if a file is missing,
-    changed or unreadable or has no receipt file, a destination no longer has it, or a drop folder can't be
-    read. Files that the daemon removed (keep_sent_for, keep_sent_last, min_free) are not reported. The
-    ledger is used only if there is no sent_dir, to find out whether archives were sent.
+    With ids, names or digests, only these files are compared. With --remote, also query each destination
+    that has a query_url. Exits with 3 if a file is missing, changed or unreadable or has no receipt file, a
+    destination no longer has it, or a drop folder can't be read. Files that the daemon removed
+    (keep_sent_for, keep_sent_last, min_free) are not reported. The ledger is used only for an archive's
+    number, and to find out whether archives were sent if there is no sent_dir.
     """
     loaded = load(config)
     start = parse_time("--since", since, datetime.now(UTC))
     only = configured_name("--drop", drop, list(loaded.drop))
     names = [only] if only else list(loaded.drop)
+    wanted = _Wanted.of(loaded, selectors or ())
     verifier = RemoteVerifier(loaded) if remote else None
     counts: dict[str, Counter[str]] = {"kept": Counter()}
     wrong: list[AuditFinding] = []
@@ -124,13 +128,15 @@ def audit(
             advance = partial(progress.advance, progress.add_task("archives", total=None))
             errors = folder_errors(loaded, names)
             for name in names:
-                for finding in _audit_drop(loaded, name, errors.get(name), start, verifier, advance):
+                for finding in _audit_drop(loaded, name, errors.get(name), start, wanted, verifier, advance):
                     counts.setdefault(finding.destination or "kept", Counter())[finding.verdict] += 1
                     if finding.verdict is not AuditVerdict.OK:
                         wrong.append(finding)
     finally:
         if verifier:
             verifier.close()
+    if wanted.selectors and not sum(count.total() for count in counts.values()):
+        raise UsageError(f"nothing in sent_dir matches {' '.join(selectors or ())}", "see `backupd list`")
     if as_json:
         print_json(
             {"counts": {k: {v: c[v] for v in AuditVerdict} for k, c in counts.items()}, "wrong": wrong}
@@ -139,6 +145,45 @@ def audit(
         _print(counts, wrong)
     if wrong:
         raise typer.Exit(REJECTED)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """The files to compare: all, or those that one of the selectors matches."""
+
+    selectors: Sequence[Selector]
+
+    @classmethod
+    def of(cls, config: Config, texts: Sequence[str]) -> Self:
+        """Return the files that a person names; the ledger knows the ids of an archive with a number."""
+        selectors = [parse_selector(config, text) for text in texts]
+        numbered = [selector for selector in selectors if selector.archive_id is not None]
+        if numbered:
+            with closing(open_history(config)) as history:
+                found = history.find(Search(selectors=numbered), len(numbered) * len(config.destination) + 1)
+            selectors += [Selector(id_prefix=record.id) for record in found]
+        return cls(selectors)
+
+    def includes(self, drop: Drop, file: StoredFile, found: FoundReceipt | None) -> bool:
+        """Return whether a file is compared; `found` is None if it has no valid receipt file."""
+        return not self.selectors or any(_matches(each, drop, file, found) for each in self.selectors)
+
+
+def _matches(selector: Selector, drop: Drop, file: StoredFile, found: FoundReceipt | None) -> bool:
+    """Return whether a selector matches a file in sent_dir as it does an archive in the ledger."""
+    paths = {file.relpath, without_stamp(file.relpath), *([found.original_path] if found else ())}
+    if selector.path and selector.drop in (None, drop.name):
+        is_whole = selector.drop is not None
+        if any(p == selector.path or (not is_whole and p.endswith(b"/" + selector.path)) for p in paths):
+            return True
+    if found is None:
+        return False
+    deliveries = found.receipt.deliveries
+    if selector.id_prefix and any(d.delivery_id.startswith(selector.id_prefix) for d in deliveries):
+        return True
+    digests = [digest for digest in (found.receipt.digest, *(d.digest for d in deliveries)) if digest]
+    texts = [*digests, *(Digest.parse(digest).hex for digest in digests)]
+    return selector.digest != "" and any(text.startswith(selector.digest) for text in texts)
 
 
 class RemoteVerifier:
@@ -195,6 +240,7 @@ def _audit_drop(
     name: str,
     unreachable: OSError | None,
     since: datetime | None,
+    wanted: _Wanted,
     verifier: RemoteVerifier | None,
     advance: Callable[[], None],
 ) -> Iterator[AuditFinding]:
@@ -221,7 +267,7 @@ def _audit_drop(
             yield _finding(name, drop.sent_dir, AuditVerdict.MISSING, detail)
         for file in StoredFolder.of_sent(drop).files(on_unreadable):
             try:
-                for finding in _audit_file(drop, file, since, verifier):
+                for finding in _audit_file(drop, file, since, wanted, verifier):
                     if finding.verdict is AuditVerdict.MISSING and finding.destination is None:
                         if finding.path in missing:
                             continue  # several archives had this name, each with a receipt file of its own
@@ -246,10 +292,16 @@ def _has_sent_archives(config: Config, drop: str) -> bool:
 
 
 def _audit_file(
-    drop: Drop, file: StoredFile, since: datetime | None, verifier: RemoteVerifier | None
+    drop: Drop,
+    file: StoredFile,
+    since: datetime | None,
+    wanted: _Wanted,
+    verifier: RemoteVerifier | None,
 ) -> Iterator[AuditFinding]:
     sent = StoredFolder.of_sent(drop)
     found = _find_receipt(sent, file)
+    if not wanted.includes(drop, file, found):
+        return
     if found is None:
         if file.status and not _is_in_progress(file):
             yield _finding(drop.name, file.relpath, AuditVerdict.UNKNOWN, "it has no valid receipt file")
@@ -330,7 +382,11 @@ def _print(counts: dict[str, Counter[str]], wrong: list[AuditFinding]) -> None:
             (f.verdict, (f.delivery_id or "")[:8], f.drop, f.path, f.destination or "sent_dir", f.detail)
             for f in wrong[:_MAX_ROWS]
         ]
-        print_table(("verdict", "delivery", "drop", "path", "where", "detail"), rows)
+        headings = ("verdict", "delivery", "drop", "path", "where", "detail")
+        if not print_table(headings, rows, shortened=["path"], omitted=("detail",)):
+            for finding in wrong[:_MAX_ROWS]:
+                if finding.detail:
+                    print_line(f"{finding.path}: {finding.detail}")
     if len(wrong) > _MAX_ROWS:
         print_line(f"  and {len(wrong) - _MAX_ROWS} more: `backupd audit --json` lists all of them")
     for where, count in counts.items():

@@ -1,76 +1,147 @@
-"""Print JSON, tables, lines and progress."""
+"""Print JSON, CSV, tables, lines and progress; times and sizes as text.
+
+Times are RFC 3339 in UTC with a Z for programs, and local with the zone, or relative, for people.
+"""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn
-from rich.table import Table
 from rich.text import Text
 
 from backupd.core.names import as_text, printable
 from backupd.core.units import human_duration
 
-_COLUMN_GAP, _EDGES = 3, 2
-"""Columns of a terminal between two columns of a table, and at both of its edges together."""
-
-_MIN_WIDTH = 8
-"""Columns that a shortened cell keeps at least."""
-
 
 def print_json(value: object) -> None:
-    """Print dataclasses, collections and plain values as JSON; times are ISO 8601, durations seconds."""
+    """Print dataclasses, collections and plain values as JSON; times are RFC 3339, durations seconds."""
     sys.stdout.write(json.dumps(_as_json(value), indent=2) + "\n")
 
 
-def print_table(
-    headings: Sequence[str], rows: Sequence[Sequence[object]], shortened: Sequence[str] = ()
-) -> None:
-    """Print a table of plain text, with each row on one line.
+def print_csv(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print CSV with a header line (RFC 4180), one record per line; values are as in JSON, None is empty.
 
-    On a terminal that is too narrow, the cells of the columns in `shortened` lose their middle, those of the
-    widest one first. Control characters are escaped, and None is printed as an empty cell.
+    A text that a spreadsheet would take for a formula gets a quote before it. Control characters are escaped.
     """
-    console = Console()
+    writer = csv.writer(sys.stdout, lineterminator="\r\n")
+    writer.writerow(headings)
+    writer.writerows([_csv_cell(_as_json(cell)) for cell in row] for row in rows)
+
+
+def _csv_cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if not isinstance(value, str):
+        return "" if value is None else str(value)
+    text = printable(value)
+    return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
+
+
+_FORMULA_STARTS = ("=", "+", "-", "@")
+"""The first characters of a cell that Excel, LibreOffice or Google Sheets evaluates."""
+
+
+def print_table(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    shortened: Collection[str] = (),
+    omitted: Sequence[str] = (),
+) -> bool:
+    """Print a table of plain text, one line for each row; return whether it has all columns.
+
+    On a terminal that is too narrow, the texts of the columns `shortened` lose their middle, and the columns
+    `omitted` are left out. No other column loses anything: if that is not enough, the terminal folds lines.
+    Control characters are escaped, and None is printed as an empty cell.
+    """
     cells = [[printable(str("" if cell is None else cell)) for cell in row] for row in rows]
-    if console.is_terminal:
-        cells = _fitted(headings, cells, shortened, console.width)
-    else:
-        console.width = 100_000  # for grep and awk
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, no_wrap=True, overflow="ellipsis")
-    for row, texts in zip(rows, cells, strict=True):
-        table.add_row(*(Text(text, style=_style(cell)) for text, cell in zip(texts, row, strict=True)))
-    console.print(table)
+    table = _Columns(list(headings), cells)
+    console = Console(soft_wrap=True)
+    complete = not console.is_terminal or table.shorten(shortened, console.width, _MIN_SHORTENED)
+    if not complete:
+        table = table.without(omitted)
+        table.shorten(shortened, console.width, _MIN_SHORTENED // 2)
+    table.print(console)
+    return complete
 
 
-def _fitted(
-    headings: Sequence[str], cells: list[list[str]], shortened: Sequence[str], width: int
-) -> list[list[str]]:
-    """Return the cells so that the table is at most `width` columns wide, if `shortened` permits it."""
-    widths = [max(map(cell_len, column)) for column in zip(headings, *cells, strict=True)]
-    flexible = [number for number, heading in enumerate(headings) if heading in shortened]
-    excess = sum(widths) + _COLUMN_GAP * (len(widths) - 1) + _EDGES - width
-    while excess > 0 and flexible:
-        widest = max(flexible, key=lambda number: widths[number])
-        if widths[widest] <= _MIN_WIDTH:
-            break
-        widths[widest], excess = widths[widest] - 1, excess - 1
-    return [
-        [shorten_middle(text, widths[n]) if n in flexible else text for n, text in enumerate(row)]
-        for row in cells
-    ]
+_MIN_SHORTENED = 20
+"""Characters of a shortened text below which columns are left out instead; at least half of it remains."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Columns:
+    """The cells of a table, and how they are laid out; rich takes minutes for many thousand rows."""
+
+    headings: list[str]
+    rows: list[list[str]]
+
+    @property
+    def width(self) -> int:
+        """Return the columns of a terminal that a line takes."""
+        return sum(map(self.width_of, self.headings)) + len(_GAP) * (len(self.headings) - 1)
+
+    def width_of(self, heading: str) -> int:
+        """Return the width of a column, 0 if there is none with this heading."""
+        if heading not in self.headings:
+            return 0
+        index = self.headings.index(heading)
+        return max(map(cell_len, (heading, *(row[index] for row in self.rows))))
+
+    def without(self, headings: Collection[str]) -> _Columns:
+        """Return the table without these columns."""
+        kept = [index for index, heading in enumerate(self.headings) if heading not in headings]
+        return _Columns([self.headings[i] for i in kept], [[row[i] for i in kept] for row in self.rows])
+
+    def shorten(self, headings: Collection[str], width: int, least: int) -> bool:
+        """Shorten the texts in some columns, in the widest one first, until a line takes `width` columns.
+
+        Each keeps at least so many characters; return whether that was enough.
+        """
+        widths = {heading: self.width_of(heading) for heading in headings if heading in self.headings}
+        excess = self.width - width
+        while excess > 0 and max(widths.values(), default=0) > least:
+            widest = max(widths, key=lambda heading: widths[heading])
+            widths[widest], excess = widths[widest] - 1, excess - 1
+        for heading, limit in widths.items():
+            index = self.headings.index(heading)
+            for row in self.rows:
+                row[index] = shorten_middle(row[index], limit)
+        return excess <= 0
+
+    def print(self, console: Console) -> None:
+        """Print the headings, a rule and the rows, between blank lines."""
+        widths = [self.width_of(heading) for heading in self.headings]
+        console.print()
+        console.print(self._line(self.headings, widths, "bold"))
+        console.print("─" * self.width)
+        for row in self.rows:
+            console.print(self._line(row, widths))
+        console.print()
+
+    def _line(self, cells: list[str], widths: list[int], style: str = "") -> Text:
+        line = Text()
+        for index, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+            line.append(cell, style or _style(cell))
+            if index < len(cells) - 1:
+                line.append(" " * (width - cell_len(cell)) + _GAP)
+        line.rstrip()
+        return line
+
+
+_GAP = "  "
+"""The blanks between two columns."""
 
 
 def shorten_middle(text: str, width: int) -> str:
@@ -129,13 +200,18 @@ def relative_time(time: datetime | None) -> str:
     return f"{human_duration(now - time)} ago" if time <= now else f"in {human_duration(time - now)}"
 
 
+def local_time(time: datetime) -> str:
+    """Return a time in the local zone, such as `2026-03-01 06:00:00 CET`."""
+    return f"{time.astimezone():%Y-%m-%d %H:%M:%S %Z}"
+
+
 def _as_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, bytes):
         return as_text(value)
     if isinstance(value, datetime):
-        return value.isoformat().replace("+00:00", "Z")
+        return value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     if isinstance(value, timedelta):
         return value.total_seconds()
     if isinstance(value, Path):
@@ -149,6 +225,7 @@ def _as_json(value: Any) -> Any:
 
 _STYLES = {
     "rejected": "bold red",
+    "retried": "yellow",
     "paused": "bold red",
     "missing": "bold red",
     "changed": "bold red",

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from backupd.cli.options import DEFAULT_CONFIG, ConfigPath
+from backupd.cli.options import DEFAULT_CONFIG, ConfigPath, configured_name
+from backupd.cli.selection import Selected, select
 from backupd.config.files import folder_errors
 from backupd.config.load import load
 from backupd.config.models import Config
@@ -25,48 +26,74 @@ from backupd.ledger.history import DeliveryRecord, History, Search
 
 _MAX_DELIVERIES = 1_000_000
 
+_RETRIED_STATES = (DeliveryState.REJECTED, DeliveryState.PENDING)
+
 
 def retry(
-    delivery: Annotated[
-        str, typer.Argument(metavar="ID", help="A delivery's id, or the first characters of it.")
-    ] = "",
+    selector: Selected = "",
     every: Annotated[bool, typer.Option("--all", help="All rejected archives.")] = False,
+    drop: Annotated[str, typer.Option(metavar="NAME", help="With --all: only archives of this drop.")] = "",
+    destination: Annotated[
+        str, typer.Option(metavar="NAME", help="With --all: only archives that this destination rejected.")
+    ] = "",
     config: ConfigPath = DEFAULT_CONFIG,
 ) -> None:
     """Put rejected archives back into their drop folder, where they are queued again.
 
-    A pending delivery becomes due at once. A paused destination stays paused.
+    A pending delivery becomes due at once. A paused destination stays paused. Of several archives with the
+    same path, the newest one that is rejected or pending is retried.
     """
-    if bool(delivery) == every:
+    if bool(selector) == every:
         raise UsageError(
-            "give the id of one delivery, or --all", "`backupd list --state rejected` shows the ids"
+            "name one archive or delivery, or use --all", "`backupd list --state rejected` shows the ids"
         )
+    if not every and (drop or destination):
+        raise UsageError("--drop and --destination limit --all", "add --all")
     loaded = load(config)
     history = open_history(loaded)
     when = "" if history.daemon_pid() else " once the daemon runs"
     if every:
-        _restore_all(loaded, history, when)
+        search = Search(
+            DeliveryState.REJECTED,
+            configured_name("--drop", drop, list(loaded.drop)),
+            configured_name("--destination", destination, list(loaded.destination)),
+        )
+        _restore_all(loaded, history, search, when)
         return
-    record = history.delivery(delivery)
-    if record.state is DeliveryState.REJECTED:
-        if not _restore(loaded, history, record, _folder_errors(loaded, [record])):
+    selection = select(history, loaded, selector, _RETRIED_STATES)
+    records = [selection.delivery] if selection.delivery else selection.deliveries
+    _retry(loaded, history, [r for r in records if r.state in _RETRIED_STATES] or records, when)
+
+
+def _retry(config: Config, history: History, records: list[DeliveryRecord], when: str) -> None:
+    """Retry the deliveries of an archive; raise UsageError if they are not rejected or pending."""
+    record = records[0]
+    rejected = [r for r in records if r.state is DeliveryState.REJECTED]
+    if rejected:
+        if not _restore(config, history, rejected[0], _folder_errors(config, rejected)):
             raise UsageError(
-                f"{record.id}: its file is not in quarantine",
-                "it was put back or removed, or its other deliveries have not ended: see `backupd list`",
+                f"{rejected[0].id}: its file is not in quarantine",
+                "it was removed, or its other deliveries have not ended: see `backupd list`",
             )
         typer.echo(f"put back into the drop folder; it is queued again{when}")
-    elif history.retry_now(record.id):
+    elif [r for r in records if history.retry_now(r.id)]:
         typer.echo(f"due now; it is uploaded{when}" if when else "due now")
+    elif record.state is DeliveryState.RETRIED:
+        path = printable(as_text(record.archive.relpath))
+        raise UsageError(
+            f"{record.id}: it was put back already, or its file was removed",
+            f"`backupd show {path}` shows the newest delivery of this file",
+        )
     else:
         raise UsageError(
             f"{record.id} is {record.state}", "only rejected and pending deliveries can be retried"
         )
 
 
-def _restore_all(config: Config, history: History, when: str) -> None:
-    """Put back all rejected archives, oldest first; raise UsageError for those that fail, at the end."""
+def _restore_all(config: Config, history: History, search: Search, when: str) -> None:
+    """Put back all rejected archives of a search, oldest first; raise UsageError for failures at the end."""
     restored, failed = 0, []
-    records = history.find(Search(DeliveryState.REJECTED), _MAX_DELIVERIES)
+    records = history.find(search, _MAX_DELIVERIES)
     errors = _folder_errors(config, records)
     for record in reversed(records):
         try:

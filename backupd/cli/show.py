@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from datetime import datetime
 from functools import partial
-from typing import Annotated
 
 import typer
 
 from backupd.cli.options import DEFAULT_CONFIG, AsJson, ConfigPath
-from backupd.cli.output import print_json, print_table, relative_time
+from backupd.cli.output import local_time, print_json, print_line, print_table, relative_time
+from backupd.cli.selection import Selected, select
 from backupd.config.load import load
 from backupd.config.models import DropConfig
 from backupd.config.time_limit import call
-from backupd.core.errors import UsageError
 from backupd.core.names import as_text, printable
 from backupd.core.policy import Reason, rule_of
 from backupd.core.units import human_size
@@ -23,24 +22,20 @@ from backupd.ledger.history import ArchiveRecord, AttemptRecord, DeliveryRecord
 
 
 def show(
-    ident: Annotated[
-        str,
-        typer.Argument(
-            metavar="ID", help="A delivery's id or the first characters of it, or @ and an archive's number."
-        ),
-    ],
+    selector: Selected,
     config: ConfigPath = DEFAULT_CONFIG,
     as_json: AsJson = False,
 ) -> None:
-    """Show the history of an archive: its state, and each delivery with its attempts and its receipt."""
+    """Show the history of an archive: its state, and each delivery with its attempts and its receipt.
+
+    Of several archives with the same path, the newest one is shown.
+    """
     loaded = load(config)
     history = open_history(loaded)
-    selected = None if ident.startswith("@") else history.delivery(ident)
-    archive = history.archive(selected.archive.id if selected else _archive_number(ident))
+    selection = select(history, loaded, selector)
+    selected, archive = selection.delivery, history.archive(selection.archive_id)
     deliveries = [selected] if selected else []
-    deliveries += [
-        d for d in history.deliveries_of(archive.archive.id) if selected is None or d.id != selected.id
-    ]
+    deliveries += [d for d in selection.deliveries if selected is None or d.id != selected.id]
     attempts = {d.id: history.attempts(d.id) for d in deliveries}
     if as_json:
         all_deliveries = [{"delivery": d, "attempts": attempts[d.id]} for d in deliveries]
@@ -54,12 +49,9 @@ def show(
         _print_attempts(attempts[delivery.id])
         if delivery.receipt:
             typer.echo(f"receipt\n  {printable(delivery.receipt)}")
-
-
-def _archive_number(ident: str) -> int:
-    if not ident[1:].removeprefix("-").isdecimal() or len(ident) > 18:
-        raise UsageError(f"expected @ and the number of an archive, got {ident!r}", "such as `show @17`")
-    return int(ident[1:])
+    if selection.older:
+        noun = "archive" if selection.older == 1 else "archives"
+        typer.echo(f"\nthis is the newest; `backupd list {selector}` shows {selection.older} older {noun}")
 
 
 def _print_archive(record: ArchiveRecord, drop: DropConfig | None) -> None:
@@ -111,11 +103,15 @@ def _print_attempts(attempts: list[AttemptRecord]) -> None:
     if not attempts:
         return
     rows = [
-        (a.number, f"{a.started_at:%Y-%m-%d %H:%M:%S}", f"{a.duration_s:.2f} s", human_size(a.sent_bytes),
-         a.outcome, a.http_status, a.reason, a.error)
+        (a.number, local_time(a.started_at), f"{a.duration_s:.2f} s", human_size(a.sent_bytes), a.outcome,
+         a.http_status, a.reason, a.error)
         for a in attempts
     ]  # fmt: skip
-    print_table(("attempt", "started (UTC)", "took", "sent", "outcome", "status", "reason", "error"), rows)
+    headings = ("attempt", "started", "took", "sent", "outcome", "status", "reason", "error")
+    if not print_table(headings, rows, omitted=("reason", "error")):
+        for number, (reason, error) in enumerate(((a.reason, a.error) for a in attempts), 1):
+            if reason:
+                print_line(f"attempt {number}: {reason}: {error}")
 
 
 def _print_facts(facts: dict[str, str | None]) -> None:
@@ -125,7 +121,7 @@ def _print_facts(facts: dict[str, str | None]) -> None:
 
 
 def _format_time(time: datetime | None) -> str | None:
-    return f"{time:%Y-%m-%d %H:%M:%S} UTC ({relative_time(time)})" if time else None
+    return f"{local_time(time)} ({relative_time(time)})" if time else None
 
 
 def _hint(reason: str | None) -> str | None:

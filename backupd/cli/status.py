@@ -217,7 +217,7 @@ def _print_uploads(uploads: Sequence[Upload]) -> None:
         for u in uploads
     ]  # fmt: skip
     if rows:
-        print_table(("uploading", "to", "sent", "of", "rate", "left"), rows, ("uploading",))
+        print_table(("uploading", "to", "sent", "of", "rate", "left"), rows, shortened=["uploading"])
 
 
 def _percentage(upload: Upload) -> str:
@@ -258,7 +258,7 @@ def _print_destinations(destinations: Sequence[DestinationSnapshot]) -> None:
         for d in destinations
     ]  # fmt: skip
     headings = ("destination", "state", "pending", "oldest", "rejected", "delivered", "retry")
-    print_table(headings, rows, ("destination",))
+    print_table(headings, rows, shortened=["destination"])
 
 
 def _next_retry(destination: DestinationSnapshot) -> str:
@@ -276,7 +276,7 @@ def _state(destination: DestinationSnapshot) -> str:
 def _print_overdue(devices: Sequence[OverdueDevice]) -> None:
     rows = [(d.drop, d.device, relative_time(d.last_at)) for d in devices[:_MAX_OVERDUE]]
     if rows:
-        print_table(("overdue in", "device", "last backup"), rows, ("device",))
+        print_table(("overdue in", "device", "last backup"), rows, shortened=["device"])
     if len(devices) > _MAX_OVERDUE:
         print_line(f"and {len(devices) - _MAX_OVERDUE} more; see `backupd status --json`")
 

@@ -128,13 +128,18 @@ class Archive:
 
 
 class DeliveryState(StrEnum):
-    """The state of a delivery, or of an archive with all its deliveries."""
+    """The state of a delivery, or of an archive with all its deliveries.
+
+    `RETRIED` is shown for a rejected one with a file that is no longer in quarantine: `backupd retry` put it
+    back into the drop folder, or it was removed by hand.
+    """
 
     PENDING = "pending"
     CLAIMED = "claimed"
     DELIVERED = "delivered"
     REJECTED = "rejected"
     SUPERSEDED = "superseded"
+    RETRIED = "retried"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -97,13 +97,30 @@ class DeviceRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Selector:
+    """Deliveries that a person names in one or several ways; those that match any of the fields are meant.
+
+    `id_prefix` is the beginning of a delivery's id, and `archive_id` the number of an archive. `path` is the
+    path of an archive, or the end of it from the beginning of a name on, in the drop folder or where its file
+    was moved to; with `drop`, it is the whole path in that drop. `digest` is the beginning of a digest, with
+    or without the algorithm and a colon. An empty value or None matches nothing.
+    """
+
+    id_prefix: str = ""
+    archive_id: int | None = None
+    path: bytes = b""
+    drop: str | None = None
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Search:
     """The deliveries to find; None or an empty value is any.
 
     `since` and `until` limit when their archives were queued. `name` is a glob such as `*.cfg` for the name
     of the archive, or for its path if the glob contains a slash; upper and lower case are the same. `labels`
     are the values of named groups that the label pattern of the archive's drop, in `label_patterns`, has to
-    find in its path.
+    find in its path. Only deliveries that one of the `selectors` matches are found, if there are any.
     """
 
     state: DeliveryState | None = None
@@ -114,6 +131,7 @@ class Search:
     name: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     label_patterns: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
+    selectors: Sequence[Selector] = ()
 
     def path_filter(self) -> Callable[[str, bytes], bool]:
         """Return a function that applies `name` and `labels` to the drop and path of an archive."""
@@ -175,10 +193,6 @@ class History(Protocol):
 
     def find(self, search: Search, limit: int) -> list[DeliveryRecord]:
         """Return up to `limit` deliveries of a search, those of the newest archives first."""
-        ...
-
-    def delivery(self, id_prefix: str) -> DeliveryRecord:
-        """Return the delivery with an id that begins with this prefix; raises UsageError unless it is one."""
         ...
 
     def deliveries_of(self, archive_id: int) -> list[DeliveryRecord]:

@@ -12,7 +12,7 @@ import pytest
 from backupd.core.devices import DeviceExpectation
 from backupd.core.errors import LedgerError, UsageError
 from backupd.core.model import Archive, Delivery, DeliveryState, Outcome
-from backupd.ledger.history import DeviceRecord, History, Search
+from backupd.ledger.history import DeliveryRecord, DeviceRecord, History, Search, Selector
 from backupd.ledger.port import DispositionResult, FileCandidate, Ledger, TrackedDevice
 from tests.contract.bench import Bench
 from tests.factories import (
@@ -57,6 +57,10 @@ def paths(history: History, search: Search, limit: int = 99) -> list[bytes]:
     return [record.archive.relpath for record in history.find(search, limit)]
 
 
+def selected(history: History, *selectors: Selector) -> list[DeliveryRecord]:
+    return history.find(Search(selectors=selectors), 99)
+
+
 # searches
 
 
@@ -83,8 +87,12 @@ def test_a_search_by_state_finds_those_in_that_state(
         b"delivered": delivered(),
         b"rejected": rejected(),
         b"superseded": superseded(),
+        b"retried": rejected(),
     }
     ledger.record([a_claim_result(by_path[path], one) for path, one in outcomes.items()], LATER)
+    move(ledger, by_path[b"retried"].archive, b"rejected/retried")
+    with history.mark_retried(by_path[b"retried"].archive.id):
+        pass
     assert paths(history, Search(state)) == [state.value.encode()]
     assert paths(history, Search(state, drop="nowhere")) == []
 
@@ -137,15 +145,59 @@ def test_a_search_by_labels_uses_the_pattern_of_the_drop(ledger: Ledger, history
 # single records
 
 
-def test_a_delivery_is_found_by_the_start_of_its_id(ledger: Ledger, history: History) -> None:
+def test_a_selector_finds_deliveries_by_the_start_of_their_ids(ledger: Ledger, history: History) -> None:
     queue(ledger, b"r1", b"r2")
     first, second = history.find(Search(), 2)
-    assert history.delivery(first.id) == first
     length = next(n for n in range(1, 37) if first.id[:n] != second.id[:n])
-    assert history.delivery(second.id[:length]) == second
+    assert selected(history, Selector(first.id)) == [first]
+    assert selected(history, Selector(second.id[:length])) == [second]
+    assert selected(history, Selector(second.id), Selector(first.id)) == [first, second]
+    assert history.find(Search(drop="firewalls", selectors=[Selector(first.id)]), 9) == []
     for prefix in ("", "none", "\ud800", "0\0"):
-        with pytest.raises(UsageError, match="several deliveries" if not prefix else "no delivery"):
-            history.delivery(prefix)
+        assert selected(history, Selector(prefix)) == []
+
+
+def test_a_selector_finds_all_deliveries_of_an_archive_by_its_number(
+    ledger: Ledger, history: History
+) -> None:
+    queue(ledger, b"r1", to=("vault", "annex"))
+    queue(ledger, b"r2")
+    _, annex, vault = history.find(Search(), 9)
+    assert selected(history, Selector(archive_id=vault.archive.id)) == [annex, vault]
+    assert selected(history, Selector(archive_id=0)) == []
+
+
+@pytest.mark.parametrize(
+    ("selector", "expected"),
+    [
+        (Selector(path=b"r1.cfg"), [b"r1.cfg", b"north/r1.cfg", b"r1.cfg"]),
+        (Selector(path=b"north/r1.cfg"), [b"north/r1.cfg"]),
+        (Selector(path=b"1.cfg"), []),
+        (Selector(path=b"r1.cfg", drop="firewalls"), [b"r1.cfg"]),
+        (Selector(path=b"sent/odd-\xff.cfg"), [b"odd-\xff.cfg"]),
+        (Selector(path=b"odd-\xff.cfg"), [b"odd-\xff.cfg"]),
+        (Selector(path=b"sent/odd-\xff.cfg", drop="switches"), [b"odd-\xff.cfg"]),
+        (Selector(path=b"sent/odd-\xff.cfg", drop="firewalls"), []),
+    ],
+)
+def test_a_selector_finds_deliveries_by_the_end_of_a_path(
+    ledger: Ledger, history: History, selector: Selector, expected: list[bytes]
+) -> None:
+    queue(ledger, b"odd-\xff.cfg")
+    move(ledger, end(ledger, delivered()).archive, b"sent/odd-\xff.cfg")
+    queue(ledger, b"r1.cfg", b"north/r1.cfg", b"r1.cfg.old")
+    queue(ledger, b"r1.cfg", drop="firewalls")
+    assert sorted(r.archive.relpath for r in selected(history, selector)) == sorted(expected)
+
+
+def test_a_selector_finds_deliveries_by_the_start_of_a_digest(ledger: Ledger, history: History) -> None:
+    queue(ledger, b"r1", b"r2")
+    ended = end(ledger, delivered())
+    text = str(a_digest())
+    for digest in (text, text[:15], a_digest().hex, a_digest().hex[:8]):
+        assert [r.archive for r in selected(history, Selector(digest=digest))] == [ended.archive]
+    for digest in (f"sha1:{a_digest().hex}", a_digest().hex[1:], f"{text}0", "%"):
+        assert selected(history, Selector(digest=digest)) == []
 
 
 def test_a_delivery_and_its_attempts_are_shown_with_their_outcomes(ledger: Ledger, history: History) -> None:
@@ -226,7 +278,21 @@ def test_a_retried_archive_is_no_longer_in_quarantine(ledger: Ledger, history: H
     with history.mark_retried(archive.id):
         pass
     assert ledger.count_quarantined() == 0
-    assert history.archive(archive.id).disposed_to is None
+    record = history.archive(archive.id)
+    assert (record.state, record.disposed_to, record.missing) == ("retried", None, False)
+    [delivery] = history.deliveries_of(archive.id)
+    assert (delivery.state, delivery.reason) == (DeliveryState.RETRIED, "archive_refused")
+    assert paths(history, Search(DeliveryState.REJECTED)) == []
+
+
+def test_a_rejected_archive_with_a_missing_file_stays_rejected(ledger: Ledger, history: History) -> None:
+    queue(ledger, b"r1")
+    archive = end(ledger, rejected()).archive
+    assert paths(history, Search(DeliveryState.REJECTED)) == [b"r1"]
+    move(ledger, archive, None, missing=True)
+    assert history.archive(archive.id).state == "rejected"
+    assert paths(history, Search(DeliveryState.REJECTED)) == [b"r1"]
+    assert paths(history, Search(DeliveryState.RETRIED)) == []
 
 
 def test_the_daemon_waits_while_an_archive_is_retried(ledger: Ledger, history: History) -> None:

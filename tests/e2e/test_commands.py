@@ -491,7 +491,7 @@ def test_show_and_retry_refuse_unknown_and_ambiguous_ids(stage: Stage, receiver:
         assert "several deliveries" in ambiguous.stderr
         unknown = stage.backupd(command, "xyz")
         assert unknown.returncode == 2
-        assert "no delivery has the id 'xyz'" in unknown.stderr
+        assert "no delivery matches 'xyz'" in unknown.stderr
 
 
 @pytest.mark.long

@@ -411,7 +411,7 @@ def test_retried_archives_are_delivered_once_the_destination_accepts_them(stage:
     assert len(endpoint.stored) == 3
     again = stage.backupd("retry", chosen["id"])
     assert again.returncode == 2
-    assert "not in quarantine" in again.stderr
+    assert "it was put back already" in again.stderr
     assert "nothing put back" in stage.backupd("retry", "--all").stdout
     [destination] = json.loads(stage.backupd("status", "--json").stdout)["destinations"]
     assert destination["rejected"] == 0

@@ -515,12 +515,12 @@ def test_audit_reports_a_file_without_a_receipt_file_once_the_daemon_must_have_w
     stage.configure("https://127.0.0.1:9/")
     stage.sent.mkdir()
     (stage.sent / "a.cfg").write_bytes(b"abc")
-    audit(stage.config)
+    audit(config=stage.config)
     assert "0 unknown" in capsys.readouterr().out
     monkeypatch.setattr("backupd.cli.audit._DISPOSITION_TIME", timedelta(0))  # the file was moved now
     time.sleep(0.01)
     with pytest.raises(typer.Exit) as ended:
-        audit(stage.config)
+        audit(config=stage.config)
     assert ended.value.exit_code == 3
     assert "1 unknown" in capsys.readouterr().out
 
@@ -544,7 +544,7 @@ def test_audit_reports_a_sent_folder_that_is_missing_or_a_link(
 
 def test_audit_of_a_drop_that_has_sent_nothing_is_green(stage: Stage) -> None:
     stage.configure("https://127.0.0.1:9/")
-    audit(stage.config)
+    audit(config=stage.config)
 
 
 @pytest.mark.long
@@ -627,7 +627,7 @@ def test_queries_scan_no_table_of_a_hundred_thousand_archives(stage: Stage) -> N
 import sqlite3, sys
 from datetime import UTC, datetime
 from backupd.core.model import DeliveryState
-from backupd.ledger.history import Search
+from backupd.ledger.history import Search, Selector
 from backupd.ledger.sqlite.queries import LedgerQueries
 from backupd.ledger.sqlite.state_queries import queue_state
 connection = sqlite3.connect(sys.argv[1])
@@ -640,7 +640,7 @@ for ask in (
     lambda: history.device_days(["switches"], datetime.now(UTC)),
     lambda: history.throughput(["vault"], datetime.now(UTC)),
     lambda: queue_state(connection, ["switches"], ["vault"]),
-    lambda: history.delivery("0000a000"),
+    lambda: history.find(Search(selectors=[Selector("0000a000", 70_000)]), 50),
     lambda: history.archive(70_000),
     lambda: history.deliveries_of(70_000),
     lambda: history.find(Search(), 50),

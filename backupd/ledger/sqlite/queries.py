@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from backupd.core.device_matrix import CalendarDay
@@ -22,6 +22,7 @@ from backupd.ledger.history import (
     DeviceRecord,
     History,
     Search,
+    Selector,
 )
 from backupd.ledger.port import DropBacklog
 from backupd.ledger.sqlite import device_queries, folder_queries, state_queries
@@ -50,18 +51,36 @@ _CLAUSES = {
     "until": "a.queued_at < ?",
 }
 
+_LEFT_QUARANTINE = "(a.disposition = 'done' AND a.moved_to IS NULL AND NOT a.missing)"
+"""Of a rejected archive: its file was in quarantine, and is not any more."""
+
+_OF_STATE = {
+    DeliveryState.REJECTED: f"d.state = 'rejected' AND NOT coalesce({_LEFT_QUARANTINE}, FALSE)",
+    DeliveryState.RETRIED: f"d.state = 'rejected' AND {_LEFT_QUARANTINE}",
+}
+"""The clauses of the states that depend on the file of an archive."""
+
+_INDEXED_STATES = (
+    DeliveryState.PENDING,
+    DeliveryState.CLAIMED,
+    DeliveryState.REJECTED,
+    DeliveryState.RETRIED,
+)
+"""States of few deliveries, which have an index."""
+
 _COLUMNS = ", ".join(f"a.{column}" for column in ARCHIVE_COLUMNS.split(", "))
 _SELECT_DELIVERY = f"""
-    SELECT d.id, d.destination, d.state, d.due_at, d.ended_at, d.attempts, d.reason, d.error, d.digest,
-        d.verified, d.http_status, d.receipt, a.moved_to, {_COLUMNS}
+    SELECT d.id, d.destination,
+        CASE WHEN {_OF_STATE[DeliveryState.RETRIED]} THEN 'retried' ELSE d.state END,
+        d.due_at, d.ended_at, d.attempts, d.reason, d.error, d.digest, d.verified,
+        d.http_status, d.receipt, a.moved_to, {_COLUMNS}
 """
 _DELIVERY = f"{_SELECT_DELIVERY} FROM delivery d JOIN archive a ON a.id = d.archive_id"
 _ARCHIVE = f"""
-    SELECT a.state, a.digest, a.disposition, a.moved_to, a.disposed_at, a.missing, {_COLUMNS}
+    SELECT CASE WHEN a.state = 'rejected' AND {_LEFT_QUARANTINE} THEN 'retried' ELSE a.state END,
+        a.digest, a.disposition, a.moved_to, a.disposed_at, a.missing, {_COLUMNS}
     FROM archive a
 """  # noqa: S608 -- own columns
-_INDEXED_STATES = (DeliveryState.PENDING, DeliveryState.CLAIMED, DeliveryState.REJECTED)
-"""States of few deliveries, which have an index."""
 
 
 @contextmanager
@@ -147,31 +166,20 @@ class LedgerQueries(History):
         tables = "archive a CROSS JOIN delivery d"
         if search.state is not None:
             # no parameter, so that SQLite can choose a partial index
-            clauses.append(f"d.state = '{search.state.value}'")
+            clauses.append(_OF_STATE.get(search.state, f"d.state = '{search.state.value}'"))
             if search.state in _INDEXED_STATES:
                 tables = "delivery d CROSS JOIN archive a"
+        values = [to_micros(v) if isinstance(v, datetime) else v for v in criteria.values()]
+        if search.selectors:
+            tables = "delivery d CROSS JOIN archive a"
+            selects = list(chain.from_iterable(map(_selects, search.selectors)))
+            clauses.append(f"d.id IN ({' UNION '.join(query for query, _ in selects) or 'NULL'})")
+            values += chain.from_iterable(selected for _, selected in selects)
         where = " AND ".join(["a.id = d.archive_id", *clauses])
-        values = tuple(to_micros(v) if isinstance(v, datetime) else v for v in criteria.values())
         query = f"{_SELECT_DELIVERY} FROM {tables} WHERE {where} ORDER BY a.id DESC, d.destination"
         matches = row_converter(search.path_filter())
         rows = (row for row in self._db.execute(query, values) if matches(row[14], row[15]))
         return [_delivery(row) for row in islice(rows, limit)]
-
-    @_query_errors("read")
-    def delivery(self, id_prefix: str) -> DeliveryRecord:
-        """See `History.delivery`."""
-        prefix = storable_text(id_prefix)
-        rows = self._query(
-            f"{_DELIVERY} WHERE d.id >= ? AND d.id < ? LIMIT 2", (prefix, prefix + "\U0010ffff")
-        )
-        if not rows:
-            raise UsageError(f"no delivery has the id {id_prefix!r}", "find the ids with `backupd list`")
-        if len(rows) > 1:
-            raise UsageError(
-                f"several deliveries have an id that begins with {id_prefix!r}",
-                "give more characters of the id",
-            )
-        return _delivery(rows[0])
 
     @_query_errors("read")
     def deliveries_of(self, archive_id: int) -> list[DeliveryRecord]:
@@ -281,6 +289,31 @@ class LedgerQueries(History):
 
     def _query(self, query: str, values: tuple[object, ...]) -> list[Row]:
         return self._db.execute(query, values).fetchall()
+
+
+def _selects(selector: Selector) -> Iterator[tuple[str, tuple[object, ...]]]:
+    """Yield queries, with their values, for the ids of the deliveries that a selector matches.
+
+    Those for paths and digests read all rows, which takes 0.3 s for a million of them. Indexes would need
+    150 MB for these, and slow down the recording of each archive.
+    """
+    if selector.id_prefix:
+        prefix = storable_text(selector.id_prefix)
+        yield "SELECT id FROM delivery WHERE id >= ? AND id < ?", (prefix, prefix + "\U0010ffff")
+    of_archives = "SELECT id FROM delivery WHERE archive_id IN (SELECT id FROM archive WHERE {})"
+    if selector.archive_id is not None:
+        yield of_archives.format("id = ?"), (selector.archive_id,)
+    if selector.path and selector.drop is not None:
+        where = "drop_name = ? AND (relpath = ? OR moved_to = ?)"
+        yield of_archives.format(where), (selector.drop, selector.path, selector.path)
+    elif selector.path:
+        end = b"/" + selector.path
+        where = "? IN (relpath, moved_to) OR substr(relpath, ?) = ? OR substr(moved_to, ?) = ?"
+        yield of_archives.format(where), (selector.path, -len(end), end, -len(end), end)
+    if selector.digest:
+        digest = storable_text(selector.digest)
+        start = "digest" if ":" in digest else "substr(digest, instr(digest, ':') + 1)"
+        yield f"SELECT id FROM delivery WHERE substr({start}, 1, ?) = ?", (len(digest), digest)  # noqa: S608
 
 
 @row_converter
