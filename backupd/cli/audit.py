@@ -20,7 +20,6 @@ from rich.progress import MofNCompleteColumn, SpinnerColumn, TimeElapsedColumn
 
 from backupd.cli.options import (
     DEFAULT_CONFIG,
-    REJECTED,
     AsJson,
     ConfigPath,
     DropName,
@@ -34,7 +33,7 @@ from backupd.config.files import folder_errors
 from backupd.config.load import load
 from backupd.config.models import Config
 from backupd.config.time_limit import filesystem_hint
-from backupd.core.errors import LedgerError, UsageError
+from backupd.core.errors import REJECTED, LedgerError, UsageError
 from backupd.core.folder_place import label_of
 from backupd.core.model import (
     Archive,

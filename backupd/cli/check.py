@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from backupd.cli.options import BAD_CONFIG, DEFAULT_CONFIG, UNAVAILABLE, AsJson, ConfigPath
+from backupd.cli.options import DEFAULT_CONFIG, AsJson, ConfigPath
 from backupd.cli.output import print_json
 from backupd.cli.push import PushResult, push_file
 from backupd.config.certificate_files import end_of
@@ -26,7 +26,7 @@ from backupd.config.models import Config, DestinationConfig
 from backupd.config.problems import FileProblem
 from backupd.config.time_limit import ANSWER_TIMEOUT, call_all
 from backupd.core.certificate_life import CertificateLimits, CertificateState
-from backupd.core.errors import LedgerError, UsageError
+from backupd.core.errors import BAD_CONFIG, UNAVAILABLE, LedgerError, UsageError
 from backupd.core.names import as_text, printable
 from backupd.core.units import human_duration
 from backupd.daemon.hook_runner import unknown_events

@@ -1,4 +1,4 @@
-"""Options and exit codes that several commands share, and the parsing of option values."""
+"""Options that several commands share, and the parsing of option values."""
 
 from __future__ import annotations
 
@@ -12,11 +12,6 @@ import typer
 from backupd.config.load import DEFAULT_PATH
 from backupd.config.types import parse_duration
 from backupd.core.errors import UsageError
-
-REJECTED = 3
-UNAVAILABLE = 69
-PENDING = 75
-BAD_CONFIG = 78
 
 DEFAULT_CONFIG = DEFAULT_PATH
 

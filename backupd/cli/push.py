@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from backupd.cli.options import DEFAULT_CONFIG, PENDING, REJECTED, UNAVAILABLE, AsJson, ConfigPath
+from backupd.cli.options import DEFAULT_CONFIG, AsJson, ConfigPath
 from backupd.cli.output import print_json, progress_bar, shorten_middle
 from backupd.config.load import load
 from backupd.config.models import Config
 from backupd.config.time_limit import NoAnswerError, call, filesystem_hint
-from backupd.core.errors import UsageError
+from backupd.core.errors import PENDING, REJECTED, UNAVAILABLE, UsageError
 from backupd.core.model import Archive, Deferred, Delivered, Outcome, Rejected, Superseded, fingerprint_of
 from backupd.core.names import as_text, printable, template_values
 from backupd.core.policy import Reason, rule_of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, get_args
@@ -15,6 +16,7 @@ from backupd.config.files import examine_files
 from backupd.config.load import load
 from backupd.config.models import Config, LogLevel
 from backupd.core.errors import BackupdError, ConfigError, UsageError
+from backupd.core.names import printable
 from backupd.daemon.assembly import run_daemon
 from backupd.daemon.hook_runner import unknown_events
 from backupd.telemetry import events
@@ -28,7 +30,11 @@ def run(
         str, typer.Option(metavar="LEVEL", help="Overrides `log.level`: debug, info, warning or error.")
     ] = "",
 ) -> None:
-    """Run the daemon in the foreground; it logs to standard output and ends on SIGTERM or SIGINT."""
+    """Run the daemon in the foreground; it logs to standard output and ends on SIGTERM or Ctrl-C (SIGINT).
+
+    It waits for uploads in progress, for `shutdown_grace` at most. Ctrl-C then ends it at once: it exits with
+    75, the deliveries stay pending, and the next start sends them.
+    """
     path = Path(config).absolute()
     levels = get_args(LogLevel)
     log = EventLog(
@@ -64,7 +70,17 @@ def _start(loaded: Config, log: EventLog, config: Path, path: Path) -> int:
     log_library_warnings(log)
     for problem in (*report.problems, *unknown_events(loaded)):
         log.emit(events.CONFIG_WARNING, path=problem.where, error=problem.message, hint=problem.hint)
-    return run_daemon(loaded, log, path, report, lambda: examine_files(load(path), datetime.now(UTC)))
+    return run_daemon(
+        loaded, log, path, report, lambda: examine_files(load(path), datetime.now(UTC)), _print_on_terminal
+    )
+
+
+def _print_on_terminal(line: str) -> None:
+    """Print a line to standard error if that is a terminal, in place of the `^C` on it."""
+    with suppress(OSError, ValueError):  # the terminal may be gone
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{printable(line)}\n")
+            sys.stderr.flush()
 
 
 def _log_failed_start(log: EventLog, path: Path, error: str, hint: str = "") -> None:

@@ -212,7 +212,7 @@ def _print_alarm(alarm: Alarm) -> None:
 
 def _print_uploads(uploads: Sequence[Upload]) -> None:
     rows = [
-        (u.archive, u.destination, _percentage(u), human_size(u.size_bytes),
+        (u.archive, u.destination, f"{u.percent} %", human_size(u.size_bytes),
          f"{human_size(u.bytes_per_s)}/s", "-" if u.seconds_left is None else human_duration(u.seconds_left))
         for u in uploads
     ]  # fmt: skip
@@ -220,17 +220,12 @@ def _print_uploads(uploads: Sequence[Upload]) -> None:
         print_table(("uploading", "to", "sent", "of", "rate", "left"), rows, shortened=["uploading"])
 
 
-def _percentage(upload: Upload) -> str:
-    return f"{100 * upload.sent_bytes // max(upload.size_bytes, 1)} %"
-
-
 def _print_drops(drops: Sequence[DropSnapshot]) -> None:
     rows = [
         (d.name, d.path, _observer(d), _pending(d), d.last or "-", relative_time(d.last_at)) for d in drops
     ]
-    print_table(
-        ("drop", "path", "observer", "pending", "last archive", "queued"), rows, ("path", "last archive")
-    )
+    headings = ("drop", "path", "observer", "pending", "last archive", "queued")
+    print_table(headings, rows, shortened=["path", "last archive"])
     for drop in drops:
         if drop.fault:
             print_line(f"{drop.name}: events are missing ({drop.fault}); scans find new files", "yellow")

@@ -1,4 +1,11 @@
-"""The errors that end a command or the daemon, each with a hint for the operator and an exit code."""
+"""The errors that end a command or the daemon, each with a hint for the operator, and the exit codes."""
+
+REJECTED = 3
+UNAVAILABLE = 69
+PENDING = 75
+BAD_CONFIG = 78
+"""Exit codes: an archive was rejected, a destination is unavailable, deliveries are still pending, and the
+configuration can't be used. The last three are those of sysexits.h."""
 
 
 class BackupdError(Exception):
@@ -28,19 +35,19 @@ class UsageError(BackupdError):
 class UnavailableError(BackupdError):
     """A destination can't be reached, or it refuses uploads."""
 
-    exit_code = 69
+    exit_code = UNAVAILABLE
 
 
 class ConfigError(BackupdError):
     """The configuration, or a file that it names, can't be used."""
 
-    exit_code = 78
+    exit_code = BAD_CONFIG
 
 
 class LedgerError(BackupdError):
     """The ledger can't be opened, read or written."""
 
-    exit_code = 78
+    exit_code = BAD_CONFIG
 
 
 class LedgerHeldError(LedgerError):
@@ -54,7 +61,7 @@ class LedgerFullError(LedgerError):
 class LedgerUnreachableError(LedgerError):
     """The ledger can't be reached at the moment, as after an I/O error; a later attempt may succeed."""
 
-    exit_code = 69
+    exit_code = UNAVAILABLE
 
 
 class LedgerDamagedError(BackupdError):

@@ -115,6 +115,11 @@ class Upload:
     bytes_per_s: int
 
     @property
+    def percent(self) -> int:
+        """Return the part of the bytes that was sent, in whole percent."""
+        return 100 * self.sent_bytes // max(self.size_bytes, 1)
+
+    @property
     def seconds_left(self) -> float | None:
         """Return the time until all bytes are sent, at the mean rate; None before the first byte."""
         left = max(self.size_bytes - self.sent_bytes, 0)

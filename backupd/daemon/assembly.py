@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -39,9 +39,17 @@ from backupd.upload.registry import open_endpoint, probe
 
 
 def run_daemon(
-    config: Config, log: EventLog, config_path: Path, report: FilesReport, examine_files: ExamineFiles
+    config: Config,
+    log: EventLog,
+    config_path: Path,
+    report: FilesReport,
+    examine_files: ExamineFiles,
+    notify_user: Callable[[str], None],
 ) -> int:
-    """Run the daemon on a configuration and the report of its files; return the exit code."""
+    """Run the daemon on a configuration and the report of its files; return the exit code.
+
+    `notify_user` is called with lines for the terminal.
+    """
     systemd = SystemdNotifier()
     with open_ledger(config, systemd.extend_timeout) as opened:
         try:
@@ -69,9 +77,10 @@ def run_daemon(
             announcer,
             systemd,
             report.silent,
+            notify_user,
         )
         code = daemon.run()
-        opened.ended_cleanly, opened.damage = code == 0, daemon.damage
+        opened.ended_cleanly, opened.damage = code != 1, daemon.damage
         return code
 
 

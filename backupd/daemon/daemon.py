@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ from backupd import __version__
 from backupd.config.files import ExamineFiles, FilesReport
 from backupd.config.load import load
 from backupd.config.models import Config
-from backupd.core.errors import BackupdError, ConfigError, LedgerDamagedError, LedgerError
+from backupd.core.errors import PENDING, BackupdError, ConfigError, LedgerDamagedError, LedgerError
 from backupd.core.folder_place import FolderPlace
 from backupd.core.units import human_duration
 from backupd.daemon.announcer import Announcer
@@ -29,6 +29,7 @@ from backupd.daemon.threads import Threads
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog, log_ledger_failure
 from backupd.telemetry.systemd import SystemdNotifier
+from backupd.telemetry.thread_watchdog import ThreadWatchdog
 
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _SIGNALS = {*_STOP_SIGNALS, signal.SIGHUP}
@@ -48,6 +49,12 @@ _FIRST_SCAN_TIMEOUT = 60.0
 _STALLED_AFTER = 120.0
 """Seconds without a sign of life after which a thread is logged, if systemd sets no watchdog time-out."""
 
+_MAX_UPLOADS_NAMED = 3
+"""Uploads that are named while the daemon waits for them."""
+
+_SIGNAL_CHECK_EVERY = 0.1
+"""Seconds after which Ctrl-C ends the wait for uploads."""
+
 _TICK = 5.0
 """Seconds between two checks of the certificate files and of the clock."""
 
@@ -57,7 +64,8 @@ class Daemon:
 
     `examine_files` checks the configuration file and the files that it names; `change_to` applies a new
     configuration to `runtime`, and `follow_folders` to the archives in the ledger. `silent` are the drops
-    with a filesystem that does not answer at the start.
+    with a filesystem that does not answer at the start. `notify_user` is called with a line for the terminal
+    once the daemon waits for uploads before it ends.
     """
 
     def __init__(
@@ -74,6 +82,7 @@ class Daemon:
         announcer: Announcer,
         systemd: SystemdNotifier,
         silent: Collection[str],
+        notify_user: Callable[[str], None],
     ) -> None:
         self._runtime = runtime
         self._log = log
@@ -87,8 +96,11 @@ class Daemon:
         self._announcer = announcer
         self._systemd = systemd
         self._silent = silent
+        self._notify_user = notify_user
         self._threads = Threads(log)
         self._abandon = threading.Event()
+        self._was_interrupted = False
+        """Whether Ctrl-C ended the wait for uploads."""
         self._started = time.monotonic()
         self._heartbeat = Heartbeat(runtime.ledger, runtime.recorder, log, self._started)
 
@@ -314,6 +326,12 @@ class Daemon:
     def _destinations(self) -> list[RunningDestination]:
         return [*self._runtime.destinations.values(), *self._runtime.retired]
 
+    def _uploads(self) -> list[str]:
+        """Return the uploads in progress in words, such as `core-1.tar.gz → vault, 45 %`."""
+        now = datetime.now(UTC)
+        uploads = [upload for worker in self._runtime.workers if (upload := worker.upload(now)) is not None]
+        return [f"{each.archive} → {each.destination}, {each.percent} %" for each in uploads]
+
     def _status(self) -> str:
         """Return the status line for `systemctl status`."""
         fields = [f"uploading {self._runtime.in_flight}"]
@@ -330,13 +348,26 @@ class Daemon:
         return "STATUS=" + "; ".join(fields)
 
     def _shut_down(self, received: signal.Signals) -> int:
-        """Stop the intakes, wait for uploads for `shutdown_grace`, abort the rest; return the exit code.
+        """Stop the intakes, wait for uploads for `shutdown_grace` or until Ctrl-C, and abort the rest.
 
-        Aborted deliveries stay pending.
+        Aborted deliveries stay pending. Returns the exit code.
         """
         started = time.monotonic()
         grace = self._runtime.config.shutdown_grace.total_seconds()
-        self._log.emit(events.DAEMON_STOPPING, signal=received.name, in_flight=self._runtime.in_flight)
+        uploads = self._uploads()
+        self._log.emit(
+            events.DAEMON_STOPPING,
+            signal=received.name,
+            in_flight=len(uploads),
+            uploads=_first_ones(uploads),
+            grace_s=grace if uploads else None,
+        )
+        if uploads:
+            noun = "upload" if len(uploads) == 1 else "uploads"
+            self._notify_user(
+                f"waiting up to {human_duration(grace)} for {len(uploads)} {noun}"
+                f" ({'; '.join(_first_ones(uploads))}); Ctrl-C again ends at once"
+            )
         self._systemd.send("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int((grace + 10) * 1_000_000)}")
         self._runtime.retention.stop.set()
         for drop in self._runtime.drops.values():
@@ -344,7 +375,7 @@ class Daemon:
         for destination in self._destinations():
             destination.request_stop()
         workers = [worker.watchdog for worker in self._runtime.workers]
-        clean = self._threads.join(workers, started + grace)
+        clean = self._wait_for_uploads(workers, started + grace)
         if not clean:
             self._runtime.abort()
             self._threads.join(workers, time.monotonic() + _ABORT_GRACE)
@@ -366,4 +397,30 @@ class Daemon:
         self._log.emit(
             events.DAEMON_STOPPED, duration_s=time.monotonic() - started, clean=clean, pending=pending
         )
-        return 1 if self._threads.failed else 0
+        if self._threads.failed:
+            return 1
+        return PENDING if self._was_interrupted else 0
+
+    def _wait_for_uploads(self, workers: Sequence[ThreadWatchdog], until: float) -> bool:
+        """Wait for the workers until a monotonic time or Ctrl-C; return whether all have ended.
+
+        A second SIGTERM changes nothing: a service manager has its own time-out.
+        """
+        while not self._threads.join(workers, min(until, time.monotonic() + _SIGNAL_CHECK_EVERY)):
+            self._was_interrupted = signal.sigtimedwait({signal.SIGINT}, 0) is not None
+            if self._was_interrupted or time.monotonic() >= until:
+                uploads = self._uploads()
+                self._log.emit(
+                    events.DAEMON_ABORTING,
+                    signal=signal.SIGINT.name if self._was_interrupted else None,
+                    in_flight=len(uploads),
+                    uploads=_first_ones(uploads),
+                )
+                return False
+        return True
+
+
+def _first_ones(uploads: Sequence[str]) -> list[str]:
+    """Return the first of some uploads, and how many there are beside them."""
+    others = len(uploads) - _MAX_UPLOADS_NAMED
+    return [*uploads[:_MAX_UPLOADS_NAMED], *([f"and {others} more"] if others > 0 else [])]

@@ -128,6 +128,8 @@ KEYS: dict[str, Key] = {
         Key("problems", COUNT, "files that will not be sent, or not moved, as things are"),
         Key("problem_age_s", NUMBER, "seconds since the first of these problems was found"),
         Key("in_flight", COUNT, "uploads in progress"),
+        Key("uploads", NAMES, "some of the uploads in progress: archive, destination and progress"),
+        Key("grace_s", NUMBER, "seconds for which uploads in progress are waited for at most"),
         Key("signal", TEXT, "name of the signal"),
         Key("clean", FLAG, "whether all uploads ended within `shutdown_grace`"),
         Key("circuit", CIRCUIT, "state of the destination: working, paused or probing"),
@@ -244,9 +246,16 @@ DAEMON_HEARTBEAT = _event(
 DAEMON_STOPPING = _event(
     "daemon.stopping",
     "info",
-    "signal in_flight",
-    "stopping on {signal}, {in_flight} uploading",
+    "signal in_flight uploads grace_s",
+    "stopping on {signal}, {in_flight} uploading[, waiting up to {grace_s}]",
     "a stop signal arrived; uploads get `shutdown_grace` to end",
+)
+DAEMON_ABORTING = _event(
+    "daemon.aborting",
+    "info",
+    "signal in_flight uploads",
+    "aborting {in_flight} uploads[ on {signal}]",
+    "`shutdown_grace` is over, or Ctrl-C (`signal`) followed the stop signal; the deliveries stay pending",
 )
 DAEMON_STOPPED = _event(
     "daemon.stopped",

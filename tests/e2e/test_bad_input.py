@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from backupd.cli.options import BAD_CONFIG
+from backupd.core.errors import BAD_CONFIG
 from backupd.core.names import printable
 from backupd.receiver.serve import RunningReceiver
 from tests.lines import check_line

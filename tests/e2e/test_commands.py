@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from backupd.cli.options import PENDING
+from backupd.core.errors import PENDING
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.e2e.test_outages import Endpoint
 from tests.pki import Pki, in_days

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from backupd.cli.options import BAD_CONFIG, REJECTED
+from backupd.core.errors import BAD_CONFIG, REJECTED
 from backupd.receiver.serve import RunningReceiver
 from tests.e2e.test_as_root import AS_NOBODY, give_away
 from tests.programs import do_without, require

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from backupd.core.errors import PENDING
 from tests.scripted import (
     Peer,
     Script,
@@ -23,6 +27,7 @@ from tests.scripted import (
     server_context,
 )
 from tests.stage import TIMEOUT, Daemon, Stage, until
+from tests.terminal import CTRL_C, Terminal
 from tests.uploading import MIB
 
 GRACE = 0.5
@@ -281,3 +286,75 @@ def test_an_upload_that_ends_within_the_grace_is_delivered_and_no_other_is_start
         assert len(server.requests) == 3 or not daemon.events("archive.delivered")
     assert sorted(path.read_bytes() for path in stage.archives(stage.sent)) == [b"a", b"b", b"c"]
     assert states(stage) == ["delivered"] * 3
+
+
+def logged(log: Path, event: str) -> list[dict[str, Any]]:
+    """Return the events of a name in a log file."""
+    found = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    return [line for line in found if line["event"] == event]
+
+
+def test_ctrl_c_names_the_uploads_that_it_waits_for_and_a_second_one_ends_at_once(stage: Stage) -> None:
+    with ScriptedServer(in_turn(stops_reading, accept_all), server_context(stage.pki)) as server:
+        stage.configure(server.url, top='shutdown_grace = "1h"', destination=LONG_TIMEOUTS)
+        archive = stage.put("a.tar.gz", LARGE)
+        log = stage.base / "log"
+        with (
+            log.open("wb") as stdout,
+            Terminal(stage, ["run"], columns=120, stdout=stdout.fileno()) as terminal,
+        ):
+            assert server.paused.wait(TIMEOUT)
+            terminal.press(CTRL_C)
+            line = r"waiting up to 1 h for 1 upload \(a\.tar\.gz → vault, \d+ %\); Ctrl-C again ends at once"
+            terminal.until(lambda: re.fullmatch(line, terminal.display[0]), "the line")
+            terminal.press(CTRL_C)
+            assert terminal.wait() == PENDING
+
+        [stopping], [aborting] = logged(log, "daemon.stopping"), logged(log, "daemon.aborting")
+        assert (stopping["signal"], stopping["grace_s"], stopping["in_flight"]) == ("SIGINT", 3600, 1)
+        assert stopping["uploads"][0].startswith("a.tar.gz → vault, ")
+        assert (aborting["signal"], aborting["in_flight"]) == ("SIGINT", 1)
+        assert logged(log, "daemon.stopped")[0]["clean"] is False
+        assert states(stage) == ["pending"]
+        assert stage.archives(stage.drop) == [archive]
+        assert_delivered_by_the_next_start(stage)
+
+
+def test_ctrl_c_without_uploads_prints_nothing_on_the_terminal(stage: Stage) -> None:
+    stage.configure("https://127.0.0.1:9/")
+    log = stage.base / "log"
+    with log.open("wb") as stdout, Terminal(stage, ["run"], stdout=stdout.fileno()) as terminal:
+        until(lambda: logged(log, "daemon.ready"), "the daemon")
+        terminal.press(CTRL_C)
+        assert terminal.wait() == 0
+    assert terminal.text.replace("^C", "").strip() == ""
+    assert "grace_s" not in logged(log, "daemon.stopping")[0]
+
+
+def test_a_second_sigterm_does_not_abort_uploads(stage: Stage) -> None:
+    def takes_its_time(peer: Peer) -> None:
+        request = peer.read_request()
+        peer.pause()
+        peer.send(receipt_for(request.archive))
+
+    with ScriptedServer(takes_its_time, server_context(stage.pki)) as server:
+        stage.configure(server.url, destination=LONG_TIMEOUTS, top='shutdown_grace = "1h"')
+        stage.put("a.tar.gz", b"content")
+        daemon = stage.daemon()
+        assert server.paused.wait(TIMEOUT)
+        daemon.process.send_signal(signal.SIGTERM)
+        daemon.wait_for("daemon.stopping")
+        daemon.process.send_signal(signal.SIGTERM)
+        until(lambda: is_pending(daemon.pid, signal.SIGTERM), "the second signal")
+        server.resume()
+
+        assert daemon.process.wait(TIMEOUT) == 0
+        assert not daemon.events("daemon.aborting")
+    assert states(stage) == ["delivered"]
+
+
+def is_pending(pid: int, number: signal.Signals) -> bool:
+    """Return whether a blocked signal has arrived at a process; see proc_pid_status(5)."""
+    status = Path(f"/proc/{pid}/status").read_text("ascii")
+    found = re.search(r"^ShdPnd:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return found is not None and bool(int(found[1], 16) >> (number - 1) & 1)
