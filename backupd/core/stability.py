@@ -40,6 +40,10 @@ class StabilityTracker:
     def __contains__(self, relpath: object) -> bool:
         return relpath in self._waiting or relpath in self._held
 
+    def is_waiting(self) -> bool:
+        """Return whether a file may become stable by itself: it is not held because a writer has it open."""
+        return bool(self._waiting) or any(held.digest is not None for held in self._held.values())
+
     def observe(self, relpath: bytes, fingerprint: Fingerprint, now: float) -> Stability:
         """Record the current fingerprint of a file, and return whether the file is stable.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -45,10 +45,12 @@ def run_daemon(
     report: FilesReport,
     examine_files: ExamineFiles,
     notify_user: Callable[[str], None],
+    once_timeout: timedelta | None = None,
 ) -> int:
     """Run the daemon on a configuration and the report of its files; return the exit code.
 
-    `notify_user` is called with lines for the terminal.
+    `notify_user` is called with lines for the terminal. With `once_timeout`, the daemon ends once nothing is
+    left to do, or after that time.
     """
     systemd = SystemdNotifier()
     with open_ledger(config, systemd.extend_timeout) as opened:
@@ -78,6 +80,7 @@ def run_daemon(
             systemd,
             report.silent,
             notify_user,
+            once_timeout,
         )
         code = daemon.run()
         opened.ended_cleanly, opened.damage = code != 1, daemon.damage

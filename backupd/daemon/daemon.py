@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from backupd import __version__
@@ -24,6 +24,7 @@ from backupd.daemon.certificates import Certificates
 from backupd.daemon.heartbeat import Heartbeat
 from backupd.daemon.housekeeping import Housekeeping
 from backupd.daemon.monitor import REFRESH_EVERY, Monitor
+from backupd.daemon.once import CHECK_EVERY, OnceRun
 from backupd.daemon.runtime import ReloadDiff, RunningDestination, RunningDrop, Runtime
 from backupd.daemon.threads import Threads
 from backupd.telemetry import events
@@ -65,7 +66,8 @@ class Daemon:
     `examine_files` checks the configuration file and the files that it names; `change_to` applies a new
     configuration to `runtime`, and `follow_folders` to the archives in the ledger. `silent` are the drops
     with a filesystem that does not answer at the start. `notify_user` is called with a line for the terminal
-    once the daemon waits for uploads before it ends.
+    once the daemon waits for uploads before it ends. With `once_timeout`, the daemon ends by itself once
+    nothing is left to do, or after that time.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Daemon:
         systemd: SystemdNotifier,
         silent: Collection[str],
         notify_user: Callable[[str], None],
+        once_timeout: timedelta | None = None,
     ) -> None:
         self._runtime = runtime
         self._log = log
@@ -97,6 +100,7 @@ class Daemon:
         self._systemd = systemd
         self._silent = silent
         self._notify_user = notify_user
+        self._once = OnceRun(runtime, once_timeout) if once_timeout is not None else None
         self._threads = Threads(log)
         self._abandon = threading.Event()
         self._was_interrupted = False
@@ -138,7 +142,7 @@ class Daemon:
         runtime = self._runtime
         released_claims = self._housekeeping.renew_session()
         with self._housekeeping.logged_failures():
-            self._housekeeping.bring_forward()
+            self._housekeeping.bring_forward(now=self._once is not None)
         self._housekeeping.check_clock()
         self._housekeeping.take_over(self._silent)
         self._housekeeping.forget_removed_drops()
@@ -188,13 +192,15 @@ class Daemon:
                 if signal.sigpending() & _STOP_SIGNALS:
                     return
 
-    def _main_loop(self) -> signal.Signals:
-        """Do the periodic work until a stop signal arrives; return the signal."""
+    def _main_loop(self) -> signal.Signals | None:
+        """Do the periodic work until a stop signal, which is returned, or the end of a single run."""
         next_heartbeat = time.monotonic() + self._heartbeat_every
         next_tick = time.monotonic() + self._tick
         while True:
-            timeout = max(min(next_heartbeat, next_tick) - time.monotonic(), 0)
-            received = signal.sigtimedwait(_SIGNALS, min(timeout, REFRESH_EVERY))
+            until = min(next_heartbeat, next_tick, time.monotonic() + REFRESH_EVERY)
+            received = self._wait_for_signal(until)
+            if self._once and self._once.is_over():
+                return None
             if received is not None and received.si_signo in _STOP_SIGNALS:
                 return signal.Signals(received.si_signo)
             if received is not None:
@@ -218,6 +224,15 @@ class Daemon:
         self._housekeeping.check_drops()
         self._replace_hung()
         self._reap_retired()
+
+    def _wait_for_signal(self, until: float) -> signal.struct_siginfo | None:
+        """Return the signal that arrives until a monotonic time or until a single run is over, or None."""
+        if self._once is None:
+            return signal.sigtimedwait(_SIGNALS, max(until - time.monotonic(), 0))
+        received = None
+        while received is None and time.monotonic() < until and not self._once.is_over():
+            received = signal.sigtimedwait(_SIGNALS, CHECK_EVERY)
+        return received
 
     @property
     def _heartbeat_every(self) -> float:
@@ -347,7 +362,7 @@ class Daemon:
             fields.append(f"PAUSED: {', '.join(paused)}")
         return "STATUS=" + "; ".join(fields)
 
-    def _shut_down(self, received: signal.Signals) -> int:
+    def _shut_down(self, received: signal.Signals | None) -> int:
         """Stop the intakes, wait for uploads for `shutdown_grace` or until Ctrl-C, and abort the rest.
 
         Aborted deliveries stay pending. Returns the exit code.
@@ -357,7 +372,7 @@ class Daemon:
         uploads = self._uploads()
         self._log.emit(
             events.DAEMON_STOPPING,
-            signal=received.name,
+            signal=received.name if received else None,
             in_flight=len(uploads),
             uploads=_first_ones(uploads),
             grace_s=grace if uploads else None,
@@ -385,9 +400,10 @@ class Daemon:
         others = [watchdog for watchdog in self._threads.running() if watchdog not in left]
         all_ended = self._threads.join(others, time.monotonic() + _ABORT_GRACE)
         self._abandon.set()
-        pending = None
+        pending, code = None, PENDING if self._once else 0
         if all_ended:
             with suppress(LedgerError, LedgerDamagedError):  # the next start does the same
+                code = self._once.exit_code() if self._once else 0
                 self._runtime.ledger.release_own()
                 self._monitor.take()
                 self._housekeeping.save_clock()
@@ -399,7 +415,7 @@ class Daemon:
         )
         if self._threads.failed:
             return 1
-        return PENDING if self._was_interrupted else 0
+        return code or (PENDING if self._was_interrupted else 0)
 
     def _wait_for_uploads(self, workers: Sequence[ThreadWatchdog], until: float) -> bool:
         """Wait for the workers until a monotonic time or Ctrl-C; return whether all have ended.

@@ -193,14 +193,14 @@ class Housekeeping:
         except LedgerError as error:
             self._log.emit(events.LEDGER_FAILED, error=error.message, hint=error.hint)
 
-    def bring_forward(self) -> None:
+    def bring_forward(self, *, now: bool = False) -> None:
         """Limit the wait of each pending delivery to `retry.max`, which only a wrong clock can exceed.
 
-        Raises LedgerError if the ledger cannot be written.
+        With `now`, none of them waits. Raises LedgerError if the ledger cannot be written.
         """
-        now = self._runtime.ledger.now()
+        current = self._runtime.ledger.now()
         for name, destination in self._runtime.config.destination.items():
-            self._runtime.ledger.bring_forward(name, now + destination.retry.max)
+            self._runtime.ledger.bring_forward(name, current if now else current + destination.retry.max)
 
     def forget_removed_drops(self) -> None:
         """Forget the problems of drops that are no longer configured, and of hangs in an earlier run.

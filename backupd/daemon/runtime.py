@@ -57,6 +57,12 @@ class RunningDestination:
     probe_abort: Abort
     stop: threading.Event = field(default_factory=threading.Event)
 
+    @property
+    def is_settled(self) -> bool:
+        """Return whether all workers wait, and nothing was due after the last notification."""
+        generation = self.notifier.generation()
+        return all(worker.waits_since == generation for worker in self.workers if not worker.is_replaced)
+
     def request_stop(self) -> None:
         """Request the workers to stop; do not wait for them."""
         self.stop.set()

@@ -91,10 +91,22 @@ class Recorder:
         self.watchdog = ThreadWatchdog("recorder")
         self.last_delivered: datetime | None = None
         """When the last archive was delivered since the start of the daemon."""
+        self.rejected = 0
+        """The archives that were rejected since the start of the daemon."""
+        self._unhandled = 0
+        """The results that were submitted and are not handled yet."""
 
     def submit(self, result: ClaimResult) -> None:
         """Queue the result of a claim; wait while the queue is full."""
+        with self._lock:
+            self._unhandled += 1
         self._queue.put(result)
+
+    @property
+    def is_settled(self) -> bool:
+        """Return whether every result is recorded, and no disposition waits except those that failed."""
+        is_disposing = self._after_id is not None or (self._has_pending and self._next_round == 0.0)
+        return self._unhandled == 0 and not is_disposing
 
     def recheck_dispositions(self, *, drops_renamed: bool = False, wait: bool = True) -> None:
         """Have `run` handle the pending dispositions that were added to the ledger, or got another drop.
@@ -134,6 +146,8 @@ class Recorder:
                 self._has_pending, self._after_id = False, 0
             if self._after_id is not None:
                 self._dispose_of_page(self._after_id, abandon)
+            with self._lock:
+                self._unhandled -= len(batch)
 
     def replace_hung(self) -> bool:
         """Return whether `run` hangs with a drop folder; the caller starts another thread for it then.
@@ -219,6 +233,7 @@ class Recorder:
                     self._tally.delivered_bytes += one.archive.fingerprint.size
                 else:
                     self._tally.rejected += 1
+                    self.rejected += 1
 
         run = self._run
 

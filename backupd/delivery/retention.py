@@ -160,6 +160,8 @@ class Retention:
         self._learned: set[str] = set()
         """Names of the drops with devices that the ledger knows from earlier archives."""
         self._disk_space = DiskSpace(log)
+        self.is_settled = False
+        """Whether `run` has applied the policies once."""
         self.stop = threading.Event()
         self.watchdog = ThreadWatchdog("retention")
 
@@ -176,6 +178,7 @@ class Retention:
             else:
                 self.free_space()
             self.watchdog.idle()
+            self.is_settled = True
             wait = max(min(self._next_walk - time.monotonic(), _CHECK_SPACE_EVERY), 0.0)
 
     def apply(self) -> None:

@@ -71,6 +71,8 @@ class Worker:
         self._progress: _Progress | None = None
         """The attempt in progress."""
         self._attempt_number = 0
+        self.waits_since: int | None = None
+        """The notification after which nothing was due, while this worker waits for the next one."""
         self._has_failing_ledger = False
         self.is_replaced = False
         """Whether another worker took over from this one, which ends after its delivery."""
@@ -87,7 +89,9 @@ class Worker:
                 if not self._deliver_next(stop):
                     wait_time = self._wait_time()
                     self.watchdog.idle()
+                    self.waits_since = generation
                     self._queue.notifier.wait(generation, wait_time)
+                    self.waits_since = None
         finally:
             self._queue.release_claims()
             self.watchdog.idle()

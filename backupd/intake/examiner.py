@@ -229,6 +229,10 @@ class Examiner:
     def __len__(self) -> int:
         return len(self._examinations)
 
+    def is_examining(self) -> bool:
+        """Return whether a file is being examined, or waits for that; not one that is on hold."""
+        return len(self._examinations) > len(self._on_hold)
+
     def __contains__(self, relpath: object) -> bool:
         return relpath in self._examinations
 
@@ -377,14 +381,22 @@ class Examiner:
 
         Then it is examined less often, and many files not all at once. An event of a change ends the wait.
         """
-        candidate, now = examination.candidate, time.monotonic()
+        now = time.monotonic()
         ends = (examination.added_at + self._log_after, examination.added_at + self._grace)
         is_problem = now >= examination.added_at + self._log_after
         wait = self._config.rescan_every.total_seconds() * (random.uniform(1, 3) if is_problem else 1)
         examination.due = min([now + wait, *(end for end in ends if now < end)])
-        self._on_hold[candidate.relpath] = examination
-        if not is_problem:
-            return
+        self._on_hold[examination.candidate.relpath] = examination
+        if is_problem:
+            self._add_problem(examination.candidate, why)
+
+    def add_held(self) -> None:
+        """Add all files on hold to the problems, so that the next run of the daemon resumes their grace."""
+        for examination in self._on_hold.values():
+            if isinstance(examination.result, HoldReason):
+                self._add_problem(examination.candidate, examination.result)
+
+    def _add_problem(self, candidate: FileCandidate, why: HoldReason) -> None:
         size = candidate.fingerprint.size
         hint = _HINTS.get(why.reason, _DAMAGE_HINTS[self._config.on_suspicious])
         if not self._problems.add(candidate.relpath, why.reason, why.error, hint, size):

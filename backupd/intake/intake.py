@@ -97,12 +97,19 @@ class Intake:
         self._not_enqueued: set[int] = set()
         """Hashes of the paths of finished files that the ledger could not queue."""
         self.ready = threading.Event()
+        self.is_settled = False
+        """Whether every file that a scan found is queued, or waits for a change of something else."""
         self.watchdog = ThreadWatchdog(f"intake of {drop.name}", may_hang=True)
 
     @property
     def is_degraded(self) -> bool:
         """Whether the folder can't be read, or brings no events."""
         return self._watch_health.is_degraded
+
+    @property
+    def unfinished_files(self) -> int:
+        """Return the number of files that are not finished, held back, or could not be queued."""
+        return len(self._unfinished_files) + len(self._examiner) + len(self._not_enqueued)
 
     def run(self, stop: threading.Event) -> None:
         """Queue finished files until `stop` is set; call `wake` after setting it."""
@@ -118,7 +125,10 @@ class Intake:
                     self._watch_health.root_failed(error)
                     self._next_scan = time.monotonic() + self._watch_health.scan_every()
                 self._save_state()
+                self.is_settled = self._has_settled()
                 self._wait()
+            self._examiner.add_held()
+            self._save_state()
         finally:
             self._examiner.close()
             self.watchdog.idle()
@@ -135,6 +145,12 @@ class Intake:
         self._check_due()
         self._examiner.examine_due()
         self._enqueue()
+
+    def _has_settled(self) -> bool:
+        if self._watch_health.root_is_failing:
+            return True  # that is a problem, and tried again later
+        is_busy = self._batch or self._unfinished_files.is_waiting() or self._examiner.is_examining()
+        return self.ready.is_set() and not is_busy and self._events.empty()
 
     def wake(self) -> None:
         """End a wait, so that the thread checks its stop event."""
@@ -156,6 +172,7 @@ class Intake:
         try:
             self.watchdog.idle()
             item = self._events.get(timeout=max(until - time.monotonic(), 0.0))
+            self.is_settled = False
             self.watchdog.alive()
             self._handle(item)
             for _ in range(_BATCH_SIZE):

@@ -116,6 +116,10 @@ class UnfinishedFiles:
     def stable_for(self, seconds: float) -> None:
         self._tracker.stable_for = seconds
 
+    def is_waiting(self) -> bool:
+        """Return whether a file is to become stable; not one that a writer has open, or with a companion."""
+        return self._tracker.is_waiting()
+
     def next_due(self) -> float | None:
         """Return the monotonic time at which the next file has to be checked, or None."""
         return self._tracker.next_due()

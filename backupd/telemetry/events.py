@@ -247,8 +247,8 @@ DAEMON_STOPPING = _event(
     "daemon.stopping",
     "info",
     "signal in_flight uploads grace_s",
-    "stopping on {signal}, {in_flight} uploading[, waiting up to {grace_s}]",
-    "a stop signal arrived; uploads get `shutdown_grace` to end",
+    "stopping[ on {signal}], {in_flight} uploading[, waiting up to {grace_s}]",
+    "a stop signal arrived, or `run --once` has ended; uploads get `shutdown_grace` to end",
 )
 DAEMON_ABORTING = _event(
     "daemon.aborting",
