@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from backupd.cli.dry_run import print_dry_run
 from backupd.cli.options import DEFAULT_CONFIG, AsJson, ConfigPath
 from backupd.cli.output import print_json
 from backupd.cli.push import PushResult, push_file
@@ -58,6 +59,9 @@ def check(
     send: Annotated[
         bool, typer.Option("--send", help="Deliver a small test archive to every destination.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List which files would be sent now, which not, and why.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check the configuration, folders, keys and certificates, and the connection to every destination.
@@ -67,6 +71,11 @@ def check(
     """
     if offline and send:
         raise UsageError("--offline and --send contradict each other", "leave one of them out")
+    if dry_run and (offline or send):
+        raise UsageError("--dry-run never connects", "leave --offline and --send out")
+    if dry_run:
+        print_dry_run(load(config), as_json=as_json)
+        return
     loaded, until = load(config), time.monotonic() + ANSWER_TIMEOUT
     problems = [*file_problems(loaded, datetime.now(UTC)), *unknown_events(loaded)]
     problems += _drop_folder_problems(loaded, max(until, time.monotonic() + _MIN_WALK_TIME))

@@ -234,6 +234,9 @@ _STYLES = {
     "pending": "yellow",
     "claimed": "cyan",
     "delivered": "green",
+    "sent": "green",
+    "queued": "green",
+    "waits": "yellow",
     "working": "green",
     "ok": "green",
 }

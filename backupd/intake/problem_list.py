@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from typing import Protocol
 
 from backupd.core.archive_formats import Damage
 from backupd.core.drop_problem import (
@@ -15,7 +16,6 @@ from backupd.core.drop_problem import (
     DropProblem,
 )
 from backupd.core.policy import Reason
-from backupd.ledger.port import Ledger
 
 _MAX_LISTED = 10_000
 """Problems that are listed one by one; further ones are only counted. The limit bounds memory and ledger."""
@@ -30,6 +30,18 @@ _SUSPICIOUS_HINT = (
 )
 
 
+class ProblemStore(Protocol):
+    """The part of the ledger that stores problems; see `Ledger`."""
+
+    def problems(self, drop: str | None = None) -> list[DropProblem]:
+        """See `Ledger.problems`."""
+        ...
+
+    def save_problems(self, found: Sequence[DropProblem], solved: Sequence[DropProblem]) -> None:
+        """See `Ledger.save_problems`."""
+        ...
+
+
 class ProblemList:
     """The files of one drop that will not be sent as things are, and the folder itself while it fails.
 
@@ -37,7 +49,7 @@ class ProblemList:
     drop's intake.
     """
 
-    def __init__(self, drop: str, ledger: Ledger) -> None:
+    def __init__(self, drop: str, ledger: ProblemStore) -> None:
         self._drop = drop
         self._ledger = ledger
         self._problems: dict[bytes, DropProblem] = {}

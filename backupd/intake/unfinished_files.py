@@ -23,6 +23,9 @@ from backupd.ledger.port import FileCandidate
 from backupd.telemetry import events
 from backupd.telemetry.log import EventLog
 
+NO_ROOM = "no_room"
+"""The reason for a file that waits because its filesystem has no room left."""
+
 _UNREADABLE = "unreadable"
 """The reason for a file or directory that can't be read."""
 
@@ -42,6 +45,8 @@ _AMBIGUOUS_NOTES = b".st"
 
 _ERRORS = {
     Ineligible.TEMPORARY: "it has had the name of an unfinished file for a day",
+    Ineligible.EXCLUDED: "it matches `exclude`, or has a name that is never that of a backup",
+    Ineligible.CHECKSUM: "it is a checksum file, which is read together with its archive",
     Ineligible.NOT_INCLUDED: "its name matches no pattern of `include`",
     Ineligible.OWN_NAME: "it has the name of `sent_dir` or `rejected_dir`",
     Ineligible.SUBFOLDER: "it is a folder that is not empty, and `recursive` is false",
@@ -53,6 +58,8 @@ _ERRORS = {
 
 _HINTS = {
     Ineligible.TEMPORARY: "remove it if its upload broke off, rename it if it is a backup, or `exclude` it",
+    Ineligible.EXCLUDED: "rename it, or change `exclude`, if it is a backup",
+    Ineligible.CHECKSUM: 'set `checksum_file = "off"` to send it as an archive of its own',
     Ineligible.NOT_INCLUDED: "add it to `include` if it is a backup, or to `exclude` to stop this warning",
     Ineligible.OWN_NAME: "rename it: archives are moved into a folder with this name",
     Ineligible.SUBFOLDER: "set `recursive = true` to send the files in it, or `exclude` the folder",
@@ -66,7 +73,7 @@ _HINTS = {
 _UNFINISHED = (
     "it has been written to, held open for writing, or had a companion such as NAME.part for an hour"
 )
-_UNFINISHED_HINT = (
+UNFINISHED_HINT = (
     "`fuser -v FILE` shows the writing process; the file is sent once it is closed, has been unchanged for"
     " `stable_for`, and its companion is gone or has been unchanged for a day"
 )
@@ -76,6 +83,12 @@ _NO_ROOM_HINT = (
     "free some space (`df -h FILE`): the file is sent once there is room, or once it has not been written to"
     " for `inspect_grace`, and is then listed as suspicious"
 )
+
+
+def explain(why: Ineligible) -> tuple[str, str]:
+    """Return the error and the hint for a file that is not an archive now."""
+    error = "it has the name of an unfinished file" if why is Ineligible.TEMPORARY else _ERRORS[why]
+    return error, _HINTS[why]
 
 
 class UnfinishedFiles:
@@ -252,7 +265,7 @@ class UnfinishedFiles:
             return None
         if not has_room and _seconds_since(status.st_mtime) < self._grace:
             self._unfinished_since[relpath] = now  # so that the two problems do not replace each other
-            self._add(relpath, "no_room", _NO_ROOM, _NO_ROOM_HINT, status.st_size, waits=True)
+            self._add(relpath, NO_ROOM, _NO_ROOM, _NO_ROOM_HINT, status.st_size, waits=True)
             self._tracker.hold(relpath, opened, now)
             return None
         why_suspicious = None if companion_age is None else _BROKEN_OFF
@@ -282,7 +295,7 @@ class UnfinishedFiles:
         """Add a file that has not been finished for an hour to the problems: it may never be."""
         if now - self._unfinished_since.setdefault(relpath, now) < _UNFINISHED_PROBLEM_AFTER:
             return
-        self._add(relpath, "unfinished", _UNFINISHED, _UNFINISHED_HINT, size, waits=True)
+        self._add(relpath, "unfinished", _UNFINISHED, UNFINISHED_HINT, size, waits=True)
 
     def _has_download(self, notes: bytes) -> bool:
         """Return whether the file exists that a file with the name of `_AMBIGUOUS_NOTES` is about."""

@@ -195,6 +195,10 @@ class History(Protocol):
         """Return up to `limit` deliveries of a search, those of the newest archives first."""
         ...
 
+    def files(self, drop: str) -> list[tuple[Archive, DeliveryState]]:
+        """Return the archives with a file that the daemon does not queue again, with their states, by id."""
+        ...
+
     def deliveries_of(self, archive_id: int) -> list[DeliveryRecord]:
         """Return the deliveries of an archive, by destination."""
         ...

@@ -235,6 +235,19 @@ def test_an_archive_is_shown_with_the_disposition_of_its_file(ledger: Ledger, hi
         history.archive(archive.id + 1)
 
 
+def test_the_files_that_are_not_queued_again_are_listed_with_their_states(
+    ledger: Ledger, history: History
+) -> None:
+    assert history.files("switches") == []
+    queue(ledger, b"kept", b"moved", b"waits")
+    queue(ledger, b"other", drop="firewalls")
+    kept, moved = end(ledger, delivered()).archive, end(ledger, delivered()).archive
+    record_dispositions(ledger, [DispositionResult(kept.id, None, kept_in_place=True)], [], LATER)
+    move(ledger, moved, b"sent/moved")
+    found = [(archive.relpath, state) for archive, state in history.files("switches")]
+    assert found == [(b"kept", DeliveryState.DELIVERED), (b"waits", DeliveryState.PENDING)]
+
+
 def test_a_missing_file_is_shown_as_such(ledger: Ledger, history: History) -> None:
     queue(ledger, b"r1")
     archive = end(ledger, delivered()).archive

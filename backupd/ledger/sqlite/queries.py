@@ -13,7 +13,7 @@ from backupd.core.device_matrix import CalendarDay
 from backupd.core.devices import Device, overdue_by
 from backupd.core.drop_problem import DropProblem
 from backupd.core.errors import LedgerError, LedgerUnreachableError, UsageError
-from backupd.core.model import DeliveryState
+from backupd.core.model import Archive, DeliveryState
 from backupd.core.snapshot import DeviceDay, HourThroughput, OperatorPause, Snapshot
 from backupd.ledger.history import (
     ArchiveRecord,
@@ -180,6 +180,13 @@ class LedgerQueries(History):
         matches = row_converter(search.path_filter())
         rows = (row for row in self._db.execute(query, values) if matches(row[14], row[15]))
         return [_delivery(row) for row in islice(rows, limit)]
+
+    @_query_errors("read")
+    def files(self, drop: str) -> list[tuple[Archive, DeliveryState]]:
+        """See `History.files`."""
+        rows = self._query(f"{_ARCHIVE} WHERE a.drop_name = ? AND a.has_entry ORDER BY a.id", (drop,))
+        records = map(_archive, rows)
+        return [(record.archive, DeliveryState(record.state)) for record in records]
 
     @_query_errors("read")
     def deliveries_of(self, archive_id: int) -> list[DeliveryRecord]:
