@@ -32,9 +32,7 @@ SELECTOR_HELP = (
 )
 
 Selected = Annotated[str, typer.Argument(metavar="ID|@N|FILE|DIGEST", help=SELECTOR_HELP)]
-SomeSelected = Annotated[
-    list[str] | None, typer.Argument(metavar="[ID|@N|FILE|DIGEST]...", help=SELECTOR_HELP)
-]
+SomeSelected = Annotated[list[str] | None, typer.Argument(metavar="ID|@N|FILE|DIGEST", help=SELECTOR_HELP)]
 
 
 @dataclass(frozen=True, slots=True)
