@@ -29,7 +29,7 @@ from backupd.config.time_limit import ANSWER_TIMEOUT, call_all
 from backupd.core.certificate_life import CertificateLimits, CertificateState
 from backupd.core.errors import BAD_CONFIG, UNAVAILABLE, LedgerError, UsageError
 from backupd.core.names import as_text, printable
-from backupd.core.units import human_duration
+from backupd.core.units import human_duration, machine_time
 from backupd.daemon.hook_runner import unknown_events
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.earlier_folders import find_earlier_folders
@@ -126,7 +126,7 @@ def _send_test_archive(config: Config, probe: ProbeResult) -> PushResult | None:
     try:
         with tempfile.TemporaryDirectory(prefix="backupd-") as folder:
             file = Path(folder) / f"backupd-check-{now:%Y%m%dT%H%M%SZ}.txt"
-            file.write_text(f"A test archive of `backupd check --send` on {host} at {now.isoformat()}.\n")
+            file.write_text(f"A test archive of `backupd check --send` on {host} at {machine_time(now)}.\n")
             return push_file(file, probe.destination, config)
     except OSError as error:
         hint = "free some space there, or name another folder: TMPDIR=/var/tmp backupd check --send"

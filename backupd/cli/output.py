@@ -1,6 +1,6 @@
 """Print JSON, CSV, tables, lines and progress; times and sizes as text.
 
-Times are RFC 3339 in UTC with a Z for programs, and local with the zone, or relative, for people.
+Times are `machine_time` in JSON and CSV, and `local_time` or relative for people.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.progress import Progress, ProgressColumn
 from rich.text import Text
 
 from backupd.core.names import as_text, printable
-from backupd.core.units import human_duration
+from backupd.core.units import human_duration, machine_time
 
 
 def print_json(value: object) -> None:
@@ -200,18 +200,13 @@ def relative_time(time: datetime | None) -> str:
     return f"{human_duration(now - time)} ago" if time <= now else f"in {human_duration(time - now)}"
 
 
-def local_time(time: datetime) -> str:
-    """Return a time in the local zone, such as `2026-03-01 06:00:00 CET`."""
-    return f"{time.astimezone():%Y-%m-%d %H:%M:%S %Z}"
-
-
 def _as_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, bytes):
         return as_text(value)
     if isinstance(value, datetime):
-        return value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        return machine_time(value)
     if isinstance(value, timedelta):
         return value.total_seconds()
     if isinstance(value, Path):

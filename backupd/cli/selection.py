@@ -11,11 +11,11 @@ from typing import Annotated
 
 import typer
 
-from backupd.cli.output import local_time
 from backupd.config.models import Config
 from backupd.core.errors import UsageError
 from backupd.core.model import DIGEST_BYTES, DeliveryState
 from backupd.core.names import as_text
+from backupd.core.units import local_time
 from backupd.ledger.history import DeliveryRecord, History, Search, Selector
 
 _MAX_MATCHES = 1000

@@ -9,14 +9,14 @@ from functools import partial
 import typer
 
 from backupd.cli.options import DEFAULT_CONFIG, AsJson, ConfigPath
-from backupd.cli.output import local_time, print_json, print_line, print_table, relative_time
+from backupd.cli.output import print_json, print_line, print_table, relative_time
 from backupd.cli.selection import Selected, select
 from backupd.config.load import load
 from backupd.config.models import DropConfig
 from backupd.config.time_limit import call
 from backupd.core.names import as_text, printable
 from backupd.core.policy import Reason, rule_of
-from backupd.core.units import human_size
+from backupd.core.units import human_size, local_time
 from backupd.ledger.factory import open_history
 from backupd.ledger.history import ArchiveRecord, AttemptRecord, DeliveryRecord
 

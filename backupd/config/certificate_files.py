@@ -24,6 +24,7 @@ from backupd.config.tls_loading import (
     read_tls_file,
 )
 from backupd.core.certificate_life import CertificateLife, CertificateLimits, CertificateState, Validity
+from backupd.core.units import local_time
 
 _CLIENT_PURPOSES: Final = frozenset(
     {ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}
@@ -81,8 +82,8 @@ def first_to_renew(
 
 
 def end_of(validity: Validity, life: CertificateLife) -> str:
-    """Return when a certificate expires, such as `on 2030-06-15, in 13 days` or `at 20:00 UTC, in 5 h`."""
-    when = f"on {validity.ends:%Y-%m-%d}" if life.days_left else f"at {validity.ends:%H:%M} UTC"
+    """Return when a certificate expires, such as `on 2030-06-15, in 13 days`; on its last day, the time."""
+    when = f"on {validity.ends:%Y-%m-%d}" if life.days_left else f"at {local_time(validity.ends)}"
     return f"{when}, in {life}"
 
 
@@ -139,12 +140,12 @@ def _date_problems(
             )
         elif validity.ends <= now:
             yield file.problem(
-                f"contains {subject}, which expired on {validity.ends:%Y-%m-%d at %H:%M} UTC",
+                f"contains {subject}, which expired on {local_time(validity.ends)}",
                 "renew the certificate",
             )
         elif validity.begins > now:
             yield file.problem(
-                f"contains {subject}, which is not valid before {validity.begins:%Y-%m-%d %H:%M} UTC",
+                f"contains {subject}, which is not valid before {local_time(validity.begins)}",
                 "correct the clock of this host, or wait",
             )
         elif (life := limits.life(validity, now)).state is not CertificateState.VALID:

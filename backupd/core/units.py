@@ -1,8 +1,8 @@
-"""Durations and sizes as text for people; `config.types` has the exact forms that configuration files use."""
+"""Durations, times and sizes as text; `config.types` has the exact forms that configuration files use."""
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
@@ -20,6 +20,20 @@ def human_duration(duration: timedelta | float) -> str:
     if seconds < 2 * _DAY:
         return _two_units(seconds // _HOUR, "h", seconds % _HOUR // _MINUTE, "min")
     return _two_units(seconds // _DAY, "d", seconds % _DAY // _HOUR, "h")
+
+
+def local_time(time: datetime) -> str:
+    """Return a time for people, in the zone of the host, such as `2026-03-01 06:00:00 CET`."""
+    try:
+        time = time.astimezone()
+    except (OverflowError, ValueError):  # within a day of the first or last time that there is
+        time = time.astimezone(UTC)
+    return f"{time:%Y-%m-%d %H:%M:%S %Z}"
+
+
+def machine_time(time: datetime, timespec: str = "milliseconds") -> str:
+    """Return a time for programs, in UTC by RFC 3339, such as `2026-03-01T05:00:00.000Z`."""
+    return time.astimezone(UTC).isoformat(timespec=timespec).replace("+00:00", "Z")
 
 
 def human_size(count: int) -> str:

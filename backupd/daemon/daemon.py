@@ -18,7 +18,7 @@ from backupd.config.load import load
 from backupd.config.models import Config
 from backupd.core.errors import PENDING, BackupdError, ConfigError, LedgerDamagedError, LedgerError
 from backupd.core.folder_place import FolderPlace
-from backupd.core.units import human_duration
+from backupd.core.units import human_duration, local_time
 from backupd.daemon.announcer import Announcer
 from backupd.daemon.certificates import Certificates
 from backupd.daemon.heartbeat import Heartbeat
@@ -356,7 +356,7 @@ class Daemon:
             if snapshot.oldest is not None:
                 fields.insert(1, f"oldest {human_duration(datetime.now(UTC) - snapshot.oldest)}")
         if self._runtime.recorder.last_delivered is not None:
-            fields.append(f"last delivered {self._runtime.recorder.last_delivered:%Y-%m-%d %H:%M:%S} UTC")
+            fields.append(f"last delivered {local_time(self._runtime.recorder.last_delivered)}")
         paused = [name for name, circuit in self._runtime.circuits.items() if circuit.state != "working"]
         if paused:
             fields.append(f"PAUSED: {', '.join(paused)}")

@@ -35,6 +35,7 @@ from backupd.core.model import DIGEST_BYTES, Archive, DeliveryState
 from backupd.core.names import NAME_MAX, RECEIPT_NAME, as_text, free_names, receipt_file_name
 from backupd.core.policy import Reason
 from backupd.core.transition import archive_state
+from backupd.core.units import machine_time
 from backupd.dropfolder.drop import Drop
 from backupd.dropfolder.folder import DirectoryCache, DropFolder, OnUnreadable, walk
 from backupd.dropfolder.move import partial_file_name, write_new_file
@@ -150,13 +151,13 @@ def receipt_file_content(completed: CompletedArchive) -> bytes:
         "drop": archive.drop,
         "size": archive.fingerprint.size,
         "digest": completed.digest,
-        "queued_at": archive.queued_at.isoformat(),
+        "queued_at": machine_time(archive.queued_at, "microseconds"),
         "deliveries": [
             {
                 "destination": result.destination,
                 "delivery_id": result.delivery_id,
                 "state": result.state,
-                "ended_at": result.ended_at.isoformat(),
+                "ended_at": machine_time(result.ended_at, "microseconds"),
                 "digest": result.digest,
                 "verified": result.verified,
                 "http_status": result.http_status,

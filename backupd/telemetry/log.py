@@ -19,6 +19,7 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 from backupd.core.errors import LedgerError
 from backupd.core.names import as_text
+from backupd.core.units import machine_time
 from backupd.telemetry.console import console_line
 from backupd.telemetry.ecs import ecs_line
 from backupd.telemetry.events import CATALOGUE, LEDGER_FAILED, LIBRARY_WARNING, LOG_LOST, Event
@@ -158,10 +159,9 @@ class _CommonKeys:
         self._host = host
 
     def __call__(self, _logger: WrappedLogger, level: str, record: EventDict) -> EventDict:
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
         event = CATALOGUE[record.pop("event")]
         return {
-            "timestamp": now.replace("+00:00", "Z"),
+            "timestamp": machine_time(datetime.now(UTC)),
             "level": level,
             "event": event.name,
             "message": render(event.message, record),
@@ -190,7 +190,7 @@ def _json_value(value: Any) -> Any:
         case float():
             return round(value, 3)
         case datetime():
-            return value.isoformat(timespec="seconds").replace("+00:00", "Z")
+            return machine_time(value, "seconds")
         case str() | int() | None:
             return value
         case dict():

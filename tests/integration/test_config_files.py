@@ -27,6 +27,7 @@ from backupd.config.models import Config, DropConfig, HttpDestinationConfig
 from backupd.config.problems import FileProblem
 from backupd.config.tls_loading import TlsFilesError
 from backupd.core.certificate_life import CertificateLimits
+from backupd.core.units import local_time
 from backupd.upload.http.tls import make_context
 from tests.odd_certificates import altered, with_private_extensions
 from tests.privileges import IS_ROOT
@@ -445,14 +446,14 @@ class TestCertificates:
     def test_an_expired_certificate_is_an_error(self, tls: Tls) -> None:
         cert = tls.certificate("old", end=timedelta(hours=-1))
         assert an_error(tls.config(cert=cert)) == (
-            f"destination.v.cert: {cert} contains CN=old, which expired on 2030-06-01 at 11:00 UTC"
+            f"destination.v.cert: {cert} contains CN=old, which expired on "
+            f"{local_time(NOW - timedelta(hours=1))}"
         )
 
     def test_a_certificate_that_is_not_yet_valid_is_an_error(self, tls: Tls) -> None:
         cert = tls.certificate("new", begin=timedelta(days=1))
-        assert "contains CN=new, which is not valid before 2030-06-02 12:00 UTC" in an_error(
-            tls.config(cert=cert)
-        )
+        begins = local_time(NOW + timedelta(days=1))
+        assert f"contains CN=new, which is not valid before {begins}" in an_error(tls.config(cert=cert))
 
     def test_a_certificate_that_expires_soon_is_a_warning(self, tls: Tls) -> None:
         cert = tls.certificate("soon", begin=timedelta(days=-90), end=timedelta(days=14, seconds=-1))
@@ -472,7 +473,7 @@ class TestCertificates:
         assert file_problems(config, NOW) == []
         (found,) = file_problems(config, NOW + timedelta(hours=3))
         assert not found.fatal
-        assert "which expires at 20:00 UTC, in 5 h" in found.message
+        assert f"which expires at {local_time(NOW + timedelta(hours=8))}, in 5 h" in found.message
 
     def test_an_expired_certificate_in_the_chain_is_a_warning(self, tls: Tls) -> None:
         """As that of a root which an expired one has signed, and which servers trust by itself."""

@@ -1,12 +1,14 @@
-"""Durations and sizes as text for people."""
+"""Durations, times and sizes as text."""
 
 from __future__ import annotations
 
-from datetime import timedelta
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from backupd.core.units import human_duration, human_size
+from backupd.core.units import human_duration, human_size, local_time, machine_time
 
 
 @pytest.mark.parametrize(
@@ -43,3 +45,27 @@ def test_a_duration_for_people_has_at_most_two_units_and_is_rounded_down(seconds
 )
 def test_a_size_for_people_has_a_binary_unit(count: int, text: str) -> None:
     assert human_size(count) == text
+
+
+@pytest.fixture
+def in_berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have the host be in the zone of Berlin, given without a database of zones."""
+    monkeypatch.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("in_berlin")
+def test_a_time_for_people_is_local_and_has_its_zone() -> None:
+    assert local_time(datetime(2026, 3, 1, 5, tzinfo=UTC)) == "2026-03-01 06:00:00 CET"
+    assert local_time(datetime(2026, 7, 1, 5, tzinfo=UTC)) == "2026-07-01 07:00:00 CEST"
+    assert local_time(datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)) == "9999-12-31 23:59:59 UTC"
+
+
+@pytest.mark.usefixtures("in_berlin")
+def test_a_time_for_programs_is_in_utc_with_a_z() -> None:
+    at = datetime(2026, 3, 1, 5, 0, 0, 250_000, tzinfo=UTC)
+    assert machine_time(at) == machine_time(at.astimezone()) == "2026-03-01T05:00:00.250Z"
+    assert machine_time(at, "seconds") == "2026-03-01T05:00:00Z"
