@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 
 from backupd import __version__
-from backupd.cli.options import DEFAULT_CONFIG, UNAVAILABLE, ConfigPath, configured_name
+from backupd.cli.options import DEFAULT_CONFIG, ConfigPath, configured_name
 from backupd.cli.output import print_line
 from backupd.config.load import load
 from backupd.config.models import Config
 from backupd.config.notification_files import INSTALL_HINT, has_apprise, read_urls
-from backupd.core.errors import BackupdError, ConfigError, UsageError
+from backupd.core.errors import UNAVAILABLE, BackupdError, ConfigError, UsageError
 from backupd.telemetry.sender import Envelope, scheme_of, send
 
 _HINTS = "check the URL, and the user and password in it; https://appriseit.com has the URLs of all services"

@@ -183,15 +183,6 @@ def progress_bar(*columns: str | ProgressColumn, hidden: bool, transient: bool =
     )
 
 
-def shorten_middle(text: str, width: int) -> str:
-    """Return a text in at most `width` columns of a terminal; a longer one has a `…` in its middle."""
-    if cell_len(text) <= width:
-        return text
-    head = max(width - 1, 0) // 2
-    tail = max(width - 1 - head, 0)
-    return f"{set_cell_size(text, head)}…{set_cell_size(text[::-1], tail)[::-1]}"
-
-
 def relative_time(time: datetime | None) -> str:
     """Return a time relative to now, such as `3 min ago` or `in 5 s`; `-` for None."""
     if time is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sqlite3
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.pki import Pki
 from tests.stage import Stage, until
+from tests.terminal import Terminal
 
 SHORT = 'retry = { initial = "100ms", max = "500ms" }'
 
@@ -223,3 +225,30 @@ def test_a_probe_that_fails_keeps_the_destination_paused(stage: Stage) -> None:
         daemon.wait_for("destination.paused", reason="tls_failed")
         assert destination(stage)["circuit"] != "working"
         assert daemon.stop() == 0  # at once, also during a probe
+
+
+# the status on a narrow terminal
+
+
+def test_the_status_fits_eighty_columns_without_folded_words(stage: Stage, receiver: RunningReceiver) -> None:
+    name = "running-config-of-the-core-switch-in-the-second-data-centre-2026-11-22T030000.tar.gz"
+    stage.configure(
+        receiver.url,
+        destination='bandwidth = "100KB/s"',
+        drop='include = ["*.gz"]',
+        more=stage.annex("https://127.0.0.1:9/upload"),
+    )
+    daemon = stage.daemon().ready()
+    stage.put("notes.pdf", b"x")
+    stage.put(name, os.urandom(2_000_000))
+    daemon.wait_for("destination.paused", destination="annex")
+    until(lambda: state(stage)["uploads"], "the upload")
+    with Terminal(stage, ["status"], columns=80) as terminal:
+        assert terminal.wait() == 0
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", terminal.text).splitlines()
+    for line in lines:
+        assert len(line.rstrip()) <= 80 or len(line.split()) == 1, line  # a path without blanks stays whole
+    words = " ".join(lines).split()
+    assert any("…" in word for word in words)
+    for word in ("not_included", "connect_failed:", "inotify", "destination", "rejected", "`include`"):
+        assert word in words, word
