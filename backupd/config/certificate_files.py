@@ -26,17 +26,15 @@ from backupd.config.tls_loading import (
 from backupd.core.certificate_life import CertificateLife, CertificateLimits, CertificateState, Validity
 from backupd.core.units import local_time
 
-_CLIENT_PURPOSES: Final = frozenset(
-    {ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}
-)
+_PURPOSES: Final = {"client": ExtendedKeyUsageOID.CLIENT_AUTH, "server": ExtendedKeyUsageOID.SERVER_AUTH}
 
 
 def tls_problems(
-    table: str, files: TlsFiles, limits: CertificateLimits, now: datetime
+    table: str, files: TlsFiles, limits: CertificateLimits, now: datetime, role: str = "client"
 ) -> Iterator[FileProblem]:
     """Yield the problems of the certificates and the private key that the keys of a table name.
 
-    OpenSSL decides whether they can be used, as for an upload.
+    OpenSSL decides whether they can be used, as for an upload. `role` is `client` or `server`.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     if files.ca:
@@ -46,7 +44,7 @@ def tls_problems(
             yield _problem(table, error)
         yield from _authority_problems(NamedPath(f"{table}.ca", files.ca), limits, now)
     if files.cert and files.key:
-        yield from _client_problems(NamedPath(f"{table}.cert", files.cert), limits, now)
+        yield from _certificate_problems(NamedPath(f"{table}.cert", files.cert), limits, now, role)
         yield from mode_problems(NamedPath(f"{table}.key", files.key))
         if files.key_password_file:
             yield from mode_problems(NamedPath(f"{table}.key_password_file", files.key_password_file))
@@ -112,16 +110,19 @@ def _authority_problems(file: NamedPath, limits: CertificateLimits, now: datetim
     yield from (replace(problem, fatal=problem.fatal and is_fatal) for problem in problems)
 
 
-def _client_problems(file: NamedPath, limits: CertificateLimits, now: datetime) -> Iterator[FileProblem]:
+def _certificate_problems(
+    file: NamedPath, limits: CertificateLimits, now: datetime, role: str
+) -> Iterator[FileProblem]:
     found = _certificates(file.path)
     yield from _date_problems(file, found[:1], limits, now)
     # servers need no certificate of the chain that they trust, such as that of a cross-signed root
     yield from (replace(problem, fatal=False) for problem in _date_problems(file, found[1:], limits, now))
     purposes = found[0].purposes if found else None
-    if purposes is not None and not _CLIENT_PURPOSES & purposes:
+    if purposes is not None and not {_PURPOSES[role], ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE} & purposes:
+        other = "servers" if role == "client" else "clients"
         yield file.problem(
-            "is not a client certificate: its extended key usage lacks clientAuth",
-            "have a certificate with clientAuth issued; servers may refuse this one",
+            f"is not a {role} certificate: its extended key usage lacks {role}Auth",
+            f"have a certificate with {role}Auth issued; {other} may refuse this one",
             fatal=False,
         )
 

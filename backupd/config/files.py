@@ -17,7 +17,7 @@ from backupd.config.certificate_files import first_to_renew, tls_problems
 from backupd.config.models import Config, DropConfig, TlsFiles
 from backupd.config.notification_files import notification_problems
 from backupd.config.problems import FileProblem, NamedPath, error_text
-from backupd.config.rules import overlap
+from backupd.config.rules import is_local, overlap
 from backupd.config.time_limit import NoAnswerError, call_all, filesystem_hint
 from backupd.core.certificate_life import CertificateLimits, Validity
 from backupd.core.eligibility import Eligibility, Patterns
@@ -90,7 +90,35 @@ def _file_problems(config: Config, folders: Mapping[str, _DropFolders], now: dat
             for problem in tls_problems(table, files, certificate_limits(config), now)
         ),
         *notification_problems(config),
+        *metrics_problems(config, now),
+        *_unprotected_metrics(config),
     ]
+
+
+def metrics_problems(config: Config, now: datetime) -> Iterator[FileProblem]:
+    """Yield the problems of the files of the metrics' server and of the folder of their file.
+
+    None of them prevents the start: deliveries go on without metrics.
+    """
+    metrics = config.metrics
+    for problem in tls_problems("metrics", metrics, certificate_limits(config), now, "server"):
+        yield replace(problem, prevents_start=False)
+    if metrics.textfile is not None:
+        folder = metrics.textfile.parent
+        named = NamedPath("metrics.textfile", folder)
+        if not os.path.isdir(folder):
+            hint = f"mkdir -p {folder}, or name a file in another folder"
+            yield named.problem("is not a folder", hint, prevents_start=False)
+        elif not _is_permitted(folder, os.W_OK | os.X_OK):
+            hint = f"{_permission_hint(folder)}, and add ReadWritePaths={folder} to the unit"
+            yield named.problem("can't be written to", hint, prevents_start=False)
+
+
+def _unprotected_metrics(config: Config) -> Iterator[FileProblem]:
+    if not is_local(config.metrics) and config.metrics.ca is None:
+        message = f"every host that can connect to {config.metrics.listen} can read names of archives there"
+        hint = "set ca to the CA of the clients' certificates, or permit only the monitoring host's address"
+        yield FileProblem("metrics.listen", message, hint, fatal=False, prevents_start=False)
 
 
 def certificate_limits(config: Config) -> CertificateLimits:

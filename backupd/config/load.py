@@ -147,6 +147,7 @@ class _Settings(BaseSettings):
     on_event_timeout: str | None = None
     log: dict[str, str] | None = None
     heartbeat: dict[str, str] | None = None
+    metrics: dict[str, str] | None = None
 
 
 def _environment() -> dict[Place, str]:
@@ -155,7 +156,7 @@ def _environment() -> dict[Place, str]:
         given = _Settings().model_dump(exclude_none=True)
     except (SettingsError, ValueError):
         raise ConfigError(
-            f"{_ENV_PREFIX}LOG or {_ENV_PREFIX}HEARTBEAT: expected a JSON object with text values",
+            f"{_ENV_PREFIX}LOG, {_ENV_PREFIX}HEARTBEAT or {_ENV_PREFIX}METRICS: expected a JSON object with text values",
             f"set {_ENV_PREFIX}LOG__LEVEL, {_ENV_PREFIX}LOG__FORMAT and such instead",
         ) from None
     values: dict[Place, str] = {}

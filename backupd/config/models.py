@@ -37,6 +37,7 @@ from backupd.config.types import (
     HostName,
     IpAddress,
     LabelPattern,
+    ListenAddress,
     Name,
     Percentage,
     Pin,
@@ -44,6 +45,7 @@ from backupd.config.types import (
     PositiveDuration,
     ProxyUrl,
     Size,
+    TextfilePath,
     TlsPath,
     TokenProxyUrl,
     TokenUrl,
@@ -207,7 +209,7 @@ class RetryConfig(TableModel):
 
 
 class TlsFiles(Protocol):
-    """The keys that name the files of a TLS client; each may be left out."""
+    """The keys that name the files of a TLS client, or of the metrics' server; each may be left out."""
 
     @property
     def ca(self) -> Path | None:
@@ -216,7 +218,7 @@ class TlsFiles(Protocol):
 
     @property
     def cert(self) -> Path | None:
-        """Return the PEM file of the client certificate and its chain."""
+        """Return the PEM file of the own certificate and its chain."""
         ...
 
     @property
@@ -529,6 +531,46 @@ class NotifyConfig(TableModel):
     )
 
 
+class MetricsConfig(TableModel):
+    """The `metrics` table: metrics for Prometheus, by HTTP and as a file."""
+
+    listen: ListenAddress | None = Field(
+        default=None,
+        description="Address and port of /metrics, /healthz and /readyz; not served unless set.",
+        examples=["127.0.0.1:9184"],
+    )
+    textfile: TextfilePath | None = Field(
+        default=None,
+        description="File for the textfile collector of node_exporter; not written unless set.",
+        examples=["/var/lib/node_exporter/backupd.prom"],
+    )
+    ca: TlsPath | None = Field(
+        default=None,
+        description="PEM file with the CAs of clients; each client needs a certificate of one of them.",
+        examples=["/etc/backupd/tls/metrics-ca.pem"],
+    )
+    cert: TlsPath | None = Field(
+        default=None,
+        description="PEM file with the server certificate; plain HTTP is for loopback addresses only.",
+        examples=["/etc/backupd/tls/metrics.pem"],
+    )
+    key: TlsPath | None = Field(
+        default=None,
+        description="PEM file with the private key of that certificate.",
+        examples=["/etc/backupd/tls/metrics.key"],
+    )
+    key_password_file: TlsPath | None = Field(
+        default=None,
+        description="File with the password of that key; a line end after the password is ignored.",
+        examples=["/etc/backupd/tls/metrics.key.password"],
+    )
+
+    @property
+    def is_enabled(self) -> bool:
+        """Return whether metrics are served or written."""
+        return self.listen is not None or self.textfile is not None
+
+
 class DropConfig(TableModel):
     """A drop: the folder to watch, the files that are archives, and their handling after the delivery."""
 
@@ -675,6 +717,7 @@ class Config(TableModel):
         default_factory=dict,
         description="Targets of notifications, each with a name of your choice; needs the extra `notify`.",
     )
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig, description="Metrics for Prometheus.")
     drop: dict[Name, DropConfig] = Field(
         min_length=1, description="Drop folders, each with a name of your choice."
     )

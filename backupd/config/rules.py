@@ -12,11 +12,12 @@ from backupd.config.models import (
     DestinationConfig,
     DropConfig,
     HttpDestinationConfig,
+    MetricsConfig,
     ReceiptConfig,
     RetryConfig,
 )
 from backupd.config.problems import ConfigFault, Place, did_you_mean, quoted
-from backupd.config.types import format_duration, format_size
+from backupd.config.types import format_duration, format_size, host_and_port, is_loopback
 from backupd.core.model import DIGEST_BYTES
 from backupd.core.names import TextTemplate
 
@@ -26,7 +27,8 @@ _MIN_PREFIX: Final = 8
 
 
 def within_tables(config: Config) -> Iterator[ConfigFault]:
-    """Yield the contradictions within each drop and each destination, with the full path of their key."""
+    """Yield the contradictions within each table, with the full path of their key."""
+    yield from _below(("metrics",), _metrics_faults(config.metrics))
     for name, drop in config.drop.items():
         yield from _below(("drop", name), _drop_faults(drop))
     for name, destination in config.destination.items():
@@ -196,6 +198,22 @@ def _auth_faults(auth: AuthConfig) -> Iterator[ConfigFault]:
     for key, companion in (*companions, ("proxy_user", "proxy"), ("proxy_password_file", "proxy")):
         if getattr(auth, key) and not getattr(auth, companion):
             yield ConfigFault((key,), f'expected "{companion}" to be set too', ((companion,),))
+
+
+def is_local(metrics: MetricsConfig) -> bool:
+    """Return whether only this host can connect to the metrics' server, if there is one."""
+    return metrics.listen is None or is_loopback(host_and_port(metrics.listen)[0])
+
+
+def _metrics_faults(metrics: MetricsConfig) -> Iterator[ConfigFault]:
+    """Yield the contradictions within the `metrics` table."""
+    companions = (("cert", "key"), ("key", "cert"), ("key_password_file", "key"), ("ca", "cert"))
+    for key, companion in (*companions, ("cert", "listen")):
+        if getattr(metrics, key) and not getattr(metrics, companion):
+            yield ConfigFault((key,), f'expected "{companion}" to be set too', ((companion,),))
+    if not is_local(metrics) and not metrics.cert:
+        text = 'expected "cert" and "key" to be set too; plain HTTP is for loopback addresses only'
+        yield ConfigFault(("listen",), text, (("cert",), ("key",)))
 
 
 def between_tables(config: Config) -> Iterator[ConfigFault]:

@@ -1,6 +1,7 @@
-"""Loads the authorities, the certificate and the key of a TLS client, and explains what OpenSSL refuses.
+"""Loads the authorities, the certificate and the key of one side of TLS, and explains what OpenSSL refuses.
 
-Uploads and `backupd check` load the files with the same functions, so both have the same opinion of them.
+Uploads, the metrics' server and `backupd check` load the files with the same functions, so all have the same
+opinion of them.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def load_authorities(context: ssl.SSLContext, ca: Path | None) -> None:
 
 
 def load_certificate(context: ssl.SSLContext, files: TlsFiles) -> bool:
-    """Load the client certificate and its key, if there are any; return whether the key is encrypted.
+    """Load the own certificate and its key, if there are any; return whether the key is encrypted.
 
     Raises TlsFilesError.
     """
@@ -166,7 +167,7 @@ def _refused(
 
 _WEAKNESSES: Final = {
     "EE_KEY_TOO_SMALL": (
-        "contains a client certificate with a key that is shorter than OpenSSL accepts on this host",
+        "contains a certificate with a key that is shorter than OpenSSL accepts on this host",
         "have a certificate issued for a new key, RSA of 2048 bits or more, or EC",
     ),
     "CA_KEY_TOO_SMALL": (
@@ -199,7 +200,7 @@ def _mismatch(cert: Path, key: Path, password: bytes | None) -> tuple[str, str]:
         number = public_keys.index(own_public) + 1
         return (
             f"is the key of certificate {number} in {cert}, and has to be that of the first",
-            "put the client certificate first in that file, then the one that issued it, and so on",
+            "put the certificate of this key first in that file, then the one that issued it, and so on",
         )
     return f"is not the key of the certificate in {cert}", "set cert and key to the two files of one pair"
 

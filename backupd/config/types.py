@@ -423,12 +423,13 @@ def _address_fault(address: SplitResult, value: str) -> str | None:
         return "expected placeholders in the path and query only"
     if address.scheme not in {"https", "http"} or not address.hostname:
         return "expected a URL such as https://host/path"
-    if address.scheme == "http" and not _is_loopback(address.hostname):
+    if address.scheme == "http" and not is_loopback(address.hostname):
         return "expected https; plain http is for loopback addresses only"
     return None
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether a host name or an IP address is this host's loopback interface."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -537,6 +538,32 @@ def _connect_to(value: str) -> str:
     return value
 
 
+def host_and_port(address: str) -> tuple[str, int]:
+    """Return the host, without the brackets of an IPv6 address, and the port of a `ListenAddress`."""
+    host, _, port = address.rpartition(":")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _listen_address(value: str) -> str:
+    host, colon, port = value.rpartition(":")
+    is_valid = bool(colon) and port.isascii() and port.isdigit() and 0 < int(port) < 65536
+    if is_valid and host != "localhost":
+        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        try:
+            is_valid = (ipaddress.ip_address(bare).version == 6) is (bare != host)
+        except ValueError:
+            is_valid = False
+    if not is_valid:
+        raise expected('an IP address and a port such as "127.0.0.1:9184"')
+    return value
+
+
+def _textfile_path(value: Path) -> Path:
+    if value.suffix != ".prom":
+        raise expected('a file that ends with ".prom", as node_exporter reads no others')
+    return value
+
+
 def _pin(value: str) -> str:
     try:
         raw = base64.b64decode(value.removeprefix("sha256//"), validate=True)
@@ -605,6 +632,8 @@ TokenProxyUrl = Annotated[str, AfterValidator(_token_proxy_url)]
 IpAddress = Annotated[str, AfterValidator(_ip_address)]
 HostName = Annotated[str, AfterValidator(_host_name)]
 ConnectTo = Annotated[str, AfterValidator(_connect_to)]
+ListenAddress = Annotated[str, AfterValidator(_listen_address)]
+TextfilePath = Annotated[AbsolutePath, AfterValidator(_textfile_path)]
 Pin = Annotated[str, AfterValidator(_pin)]
 TokenUrl = Annotated[str, AfterValidator(_token_url)]
 PingUrl = Annotated[str, AfterValidator(_ping_url)]

@@ -14,6 +14,7 @@ from backupd.telemetry.events import CATALOGUE, COMMON_KEYS, KEYS, Event, JsonTy
 
 SECTIONS = {
     "The daemon, its configuration and its host": ("daemon", "config", "clock", "library", "log"),
+    "Metrics": ("metrics",),
     "Certificates": ("certificate",),
     "The ledger": ("ledger",),
     "Drop folders": ("drop", "watch", "disk"),

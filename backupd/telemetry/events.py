@@ -84,7 +84,7 @@ KEYS: dict[str, Key] = {
         Key("duration_s", NUMBER, "duration in seconds"),
         Key("bytes_per_s", COUNT, "throughput in bytes per second"),
         Key("http_status", COUNT, "HTTP status of the response"),
-        Key("address", TEXT, "IP address and port of the destination or its proxy"),
+        Key("address", TEXT, "IP address and port: of the destination, its proxy, or the metrics' server"),
         Key("verified", FLAG, 'whether a receipt was checked; false only with `receipt.digest = "none"`'),
         Key("reason", TEXT, "the cause, one word of a fixed list"),
         Key("error", TEXT, "the cause in words"),
@@ -322,6 +322,29 @@ LOG_LOST = _event(
     "lost_lines",
     "log lines that could not be written: {lost_lines}",
     "log lines could not be written; this is the first line that could",
+)
+
+METRICS_SERVED = _event(
+    "metrics.served",
+    "info",
+    "address days_left",
+    "the metrics are served at {address}[, certificate: {days_left}]",
+    "the metrics' server listens, or its certificate was renewed",
+)
+METRICS_FAILED = _repeated(
+    "metrics.failed",
+    "error",
+    "path error hint exception",
+    "{path}: {error}",
+    "the metrics cannot be served or written, and deliveries go on; `path` is the key of the configuration",
+    cause="path error",
+)
+METRICS_RECOVERED = _event(
+    "metrics.recovered",
+    "info",
+    "path",
+    "{path} works again",
+    "the metrics can be served or written again; `path` is the key of the configuration",
 )
 
 CERTIFICATE_RENEWED = _event(

@@ -60,6 +60,8 @@ class EventLog:
         self._fixed_level = fixed_level
         self._repetitions: dict[tuple[object, ...], _Repetition] = {}
         self._lock = threading.Lock()
+        self._reported_lost = 0
+        """Lost lines of which the log has the number."""
         self.listeners: list[Callable[[Event, Mapping[str, Any]], None]] = []
         """Called with each event and its values, whether it is logged or left out; they must not block."""
         self.configure(level, log_format)
@@ -92,6 +94,11 @@ class EventLog:
         if event.limit is None or self._is_within_limit(event, event.limit, values):
             self._write(event, values)
 
+    @property
+    def lost_lines(self) -> int:
+        """Return the number of lines that could not be written."""
+        return self._reported_lost + self._writer.lost
+
     def log_left_out(self) -> None:
         """Log one line for each cause of which lines were left out since the last call."""
         with self._lock:
@@ -118,6 +125,7 @@ class EventLog:
         if lost:
             is_written = self._logger.error(LOG_LOST.name, lost_lines=lost)
             self._writer.subtract_lost(lost if is_written else 1)  # the writer counted this line as well
+            self._reported_lost += lost if is_written else 0
         getattr(self._logger, event.level)(event.name, **values)
 
 

@@ -23,7 +23,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from backupd.config.certificate_files import client_validity
 from backupd.config.files import examine_files, file_problems, mount_entries
-from backupd.config.models import Config, DropConfig, HttpDestinationConfig
+from backupd.config.models import Config, DropConfig, HttpDestinationConfig, MetricsConfig
 from backupd.config.problems import FileProblem
 from backupd.config.tls_loading import TlsFilesError
 from backupd.core.certificate_life import CertificateLimits
@@ -493,7 +493,7 @@ class TestCertificates:
         )
         (problem,) = file_problems(config, datetime.now(UTC))
         assert "is the key of certificate 2 in" in problem.message
-        assert "put the client certificate first" in problem.hint
+        assert "put the certificate of this key first" in problem.hint
 
     @pytest.mark.parametrize("label", [b"X509 CERTIFICATE", b"TRUSTED CERTIFICATE"])
     def test_the_older_labels_of_certificates_are_read(self, tls: Tls, label: bytes) -> None:
@@ -795,3 +795,41 @@ def test_all_problems_are_reported_at_once(tls: Tls) -> None:
         ("destination.v.key", False),
         ("destination.v.key", True),
     ]
+
+
+class TestMetrics:
+    def with_metrics(self, place: Path, **keys: object) -> Config:
+        return a_config(place).model_copy(update={"metrics": MetricsConfig.model_validate(keys)})
+
+    def test_a_certificate_of_the_server_is_checked_and_prevents_no_start(self, tls: Tls) -> None:
+        purpose = ExtendedKeyUsageOID.CLIENT_AUTH
+        cert = tls.certificate("metrics", end=timedelta(days=-1), purpose=purpose)
+        config = self.with_metrics(tls.folder, listen="127.0.0.1:9184", cert=str(cert), key=str(tls.key_file))
+        found = file_problems(config, NOW)
+
+        assert [problem.where for problem in found] == ["metrics.cert", "metrics.cert"]
+        assert "which expired on" in found[0].message
+        assert "is not a server certificate: its extended key usage lacks serverAuth" in found[1].message
+        assert not any(problem.prevents_start for problem in found)
+
+    def test_a_server_for_other_hosts_without_client_certificates_is_a_warning(self, tls: Tls) -> None:
+        keys = {"listen": "0.0.0.0:9184", "cert": str(tls.cert_file), "key": str(tls.key_file)}
+
+        config = self.with_metrics(tls.folder, **keys)
+
+        assert "every host that can connect to 0.0.0.0:9184 can read" in a_warning(config)
+
+    def test_the_folder_of_the_textfile_must_exist(self, place: Path) -> None:
+        config = self.with_metrics(place, textfile=str(place / "missing" / "backupd.prom"))
+        problem = only(config)
+
+        assert problem.message == f"{place}/missing is not a folder"
+        assert not problem.prevents_start
+
+    def test_the_folder_of_the_textfile_must_be_writable(self, place: Path, as_a_plain_user: None) -> None:
+        folder = place / "node_exporter"
+        folder.mkdir(mode=0o555)
+        config = self.with_metrics(place, textfile=str(folder / "backupd.prom"))
+
+        assert "can't be written to" in an_error(config)
+        assert f"ReadWritePaths={folder}" in only(config).hint

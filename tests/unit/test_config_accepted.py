@@ -83,3 +83,19 @@ def test_a_configuration_can_be_built_from_objects() -> None:
         destination={"v": HttpDestinationConfig(url="http://127.0.0.1:1/{name}", workers=1)},
     )
     assert config.drop["a"].stable_for == timedelta(0)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        'listen = "127.0.0.1:9184"',
+        'listen = "localhost:9184"',
+        'listen = "[::1]:9184"',
+        'listen = "0.0.0.0:9184"\ncert = "/c.pem"\nkey = "/c.key"',
+        'textfile = "/var/lib/node_exporter/backupd.prom"',
+    ],
+    ids=["ipv4", "localhost", "ipv6", "tls", "textfile"],
+)
+def test_metrics_are_plain_on_loopback_and_over_tls_elsewhere(lines: str) -> None:
+    assert read(a_file(rest=f"[metrics]\n{lines}")).metrics.is_enabled
+    assert not read(a_file()).metrics.is_enabled

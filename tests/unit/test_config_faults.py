@@ -37,6 +37,36 @@ from tests.unit.config_files import a_file, a_url, faults_in
         (a_file("exclude = [2020-02-02]"), "exclude[0]: expected a text in quotes, got a date"),
         (a_file("path2 = 1"), 'drop.switches.path2: unknown key; did you mean "path"?'),
         (a_file('on_delivered = "mvoe"'), 'expected "move", "delete" or "keep", got "mvoe"'),
+        # metrics
+        (
+            a_file(rest='[metrics]\nlisten = "9184"'),
+            'metrics.listen: expected an IP address and a port such as "127.0.0.1:9184", got "9184"',
+        ),
+        (
+            a_file(rest='[metrics]\nlisten = "backup1:9184"'),
+            "metrics.listen: expected an IP address and a port",
+        ),
+        (a_file(rest='[metrics]\nlisten = "::1:9184"'), "metrics.listen: expected an IP address and a port"),
+        (
+            a_file(rest='[metrics]\nlisten = "127.0.0.1:0"'),
+            "metrics.listen: expected an IP address and a port",
+        ),
+        (
+            a_file(rest='[metrics]\nlisten = "0.0.0.0:9184"'),
+            'metrics.listen: expected "cert" and "key" to be set too; plain HTTP is for loopback',
+        ),
+        (
+            a_file(rest='[metrics]\nlisten = "[::1]:9184"\nca = "/ca.pem"'),
+            'metrics.ca: expected "cert" to be set too',
+        ),
+        (
+            a_file(rest='[metrics]\ntextfile = "/a.prom"\ncert = "/c.pem"\nkey = "/c.key"'),
+            'metrics.cert: expected "listen" to be set too',
+        ),
+        (
+            a_file(rest='[metrics]\ntextfile = "/var/a.txt"'),
+            'metrics.textfile: expected a file that ends with ".prom"',
+        ),
         # expected devices
         (
             a_file("size_alarm = 50"),
