@@ -23,6 +23,7 @@ from backupd.daemon.announcer import Announcer
 from backupd.daemon.certificates import Certificates
 from backupd.daemon.heartbeat import Heartbeat
 from backupd.daemon.housekeeping import Housekeeping
+from backupd.daemon.metrics_export import MetricsExport
 from backupd.daemon.monitor import REFRESH_EVERY, Monitor
 from backupd.daemon.once import CHECK_EVERY, OnceRun
 from backupd.daemon.runtime import ReloadDiff, RunningDestination, RunningDrop, Runtime
@@ -107,6 +108,7 @@ class Daemon:
         """Whether Ctrl-C ended the wait for uploads."""
         self._started = time.monotonic()
         self._heartbeat = Heartbeat(runtime.ledger, runtime.recorder, log, self._started)
+        self._metrics_export = MetricsExport(log, monitor, self._threads)
 
     @property
     def damage(self) -> LedgerDamagedError | None:
@@ -140,6 +142,7 @@ class Daemon:
     def _start(self) -> None:
         """Take over the state of the last run, and start all threads."""
         runtime = self._runtime
+        self._metrics_export.configure(runtime.config)
         released_claims = self._housekeeping.renew_session()
         with self._housekeeping.logged_failures():
             self._housekeeping.bring_forward(now=self._once is not None)
@@ -219,6 +222,7 @@ class Daemon:
         self._threads.check_ended()
         self._notify_watchdog()
         self._certificates.tick()
+        self._metrics_export.tick()
         self._housekeeping.check_clock()
         self._housekeeping.renew_session()
         self._housekeeping.check_drops()
@@ -299,6 +303,7 @@ class Daemon:
                 self._housekeeping.bring_forward()
         self._certificates.pause_unusable(diff.destinations_started)
         self._start_threads(diff.drops_started, diff.destinations_started)
+        self._metrics_export.configure(self._runtime.config)
         self._log.emit(
             events.CONFIG_RELOADED,
             config=str(self._config_path),
@@ -395,6 +400,7 @@ class Daemon:
             self._runtime.abort()
             self._threads.join(workers, time.monotonic() + _ABORT_GRACE)
         self._runtime.recorder.finish()
+        self._metrics_export.request_stop()
         self._announcer.request_stop()
         left = {*workers, *self._announcer.without_ledger}
         others = [watchdog for watchdog in self._threads.running() if watchdog not in left]

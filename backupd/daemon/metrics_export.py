@@ -150,7 +150,8 @@ class MetricsExport:
         try:
             server = HttpServer(address, self.pages, self._on_page_error, context)
         except OSError as error:
-            text = f"no server can listen at {address}: {error_text(error)}"
+            reason = os.strerror(error.errno or errno.EIO).lower()  # the text of Python repeats the address
+            text = f"no server can listen at {address}: {reason}"
             self._report(_LISTEN, text, _listen_hint(error, address))
             return
         self._server = server
@@ -211,7 +212,9 @@ class MetricsExport:
                 self._solve(_TEXTFILE)
                 return
             text = error_text(error) if isinstance(error, OSError) else repr(error)
-            hint = f"permit uid {os.geteuid()} to write to {path.parent}; ReadWritePaths= of the unit must name it"
+            hint = (
+                f"permit uid {os.geteuid()} to write there, and set ReadWritePaths={path.parent} in the unit"
+            )
             self._report(_TEXTFILE, f"{path} can't be written: {text}", hint)
 
         writer = TextfileWriter(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from http import HTTPStatus
 
 from backupd.core.snapshot import MIN_HUNG_AFTER, Snapshot
 from backupd.core.units import human_duration
 from backupd.telemetry.http_server import PageRequest, PageResponse
+
+_MAX_START = timedelta(minutes=5)
+"""The longest time from the start to the first snapshot, as with drop folders that do not answer."""
 
 
 class Liveness:
@@ -25,8 +29,8 @@ class Liveness:
         self._snapshot, self._updated_at = snapshot, time.monotonic()
 
     def healthz(self, _request: PageRequest) -> PageResponse:
-        """Return 200 while the main loop runs; a start counts as running for as long as one may take."""
-        age, limit = time.monotonic() - self._updated_at, MIN_HUNG_AFTER
+        """Return 200 while the main loop runs; a start counts as running."""
+        age, limit = time.monotonic() - self._updated_at, _MAX_START
         if self._snapshot is not None:
             limit = max(3 * self._snapshot.heartbeat_every, MIN_HUNG_AFTER)
         if age > limit.total_seconds():
