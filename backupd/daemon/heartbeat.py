@@ -34,11 +34,12 @@ class Heartbeat:
         `degraded_drops` is the number of drops without events.
         """
         now, destinations = snapshot.taken_at, snapshot.destinations
-        lives = {each.destination: each.life for each in snapshot.certificates if each.role == "client"}
+        certificates = {each.destination: each for each in snapshot.certificates if each.role == "client"}
         tally, seconds = self._recorder.pop_tally(), self._since_last()
         self._log.emit(
             events.DAEMON_HEARTBEAT,
             uptime_s=self._last - self._started,
+            heartbeat_every_s=snapshot.heartbeat_every,
             pending=snapshot.pending,
             pending_by_destination={each.name: each.pending for each in destinations},
             pending_bytes=snapshot.pending_bytes,
@@ -52,7 +53,8 @@ class Heartbeat:
             bytes_per_s=round(tally.delivered_bytes / seconds),
             archives_per_s=tally.delivered / seconds,
             quarantined=snapshot.rejected,
-            days_left_by_destination={name: life.days_left for name, life in lives.items()} or None,
+            days_left_by_destination={name: each.life.days_left for name, each in certificates.items()}
+            or None,
             overdue_devices=len(snapshot.overdue),
             degraded_drops=degraded_drops,
             problems=sum(each.files for each in snapshot.problems),
@@ -63,7 +65,7 @@ class Heartbeat:
         for each in destinations:
             if each.circuit is None:
                 self._log_removed(each)
-            life = lives.get(each.name)
+            certificate = certificates.get(each.name)
             self._log.emit(
                 events.DESTINATION_STATUS,
                 destination=each.name,
@@ -71,8 +73,9 @@ class Heartbeat:
                 pending=each.pending,
                 pending_bytes=each.pending_bytes,
                 oldest_s=_age(each, now),
-                days_left=life.days_left if life else None,
-                certificate_state=life.state if life else None,
+                days_left=certificate.life.days_left if certificate else None,
+                certificate_state=certificate.life.state if certificate else None,
+                expires_at=certificate.expires_at if certificate else None,
             )
         self._log_problems(snapshot)
 

@@ -139,6 +139,7 @@ KEYS: dict[str, Key] = {
         Key("rejected", COUNT, "archives rejected since the last heartbeat"),
         Key("archives_per_s", NUMBER, "archives delivered per second since the last heartbeat"),
         Key("uptime_s", NUMBER, "seconds since the start of the daemon"),
+        Key("heartbeat_every_s", NUMBER, "`heartbeat_every` in seconds"),
         Key("logger", TEXT, "name of the library's logger"),
         Key("left_out", COUNT, "lines of the same cause that were left out since the last such line"),
         Key("lost_lines", COUNT, "log lines that could not be written"),
@@ -235,8 +236,8 @@ DAEMON_READY = _event(
 DAEMON_HEARTBEAT = _event(
     "daemon.heartbeat",
     "info",
-    "uptime_s pending pending_by_destination pending_bytes oldest_s oldest_s_by_destination in_flight"
-    " circuit_by_destination delivered delivered_bytes rejected bytes_per_s archives_per_s quarantined"
+    "uptime_s heartbeat_every_s pending pending_by_destination pending_bytes oldest_s"
+    " oldest_s_by_destination in_flight circuit_by_destination delivered delivered_bytes rejected bytes_per_s archives_per_s quarantined"
     " days_left_by_destination overdue_devices degraded_drops problems memory_bytes open_files"
     " open_files_limit",
     "heartbeat: {pending} pending[ (oldest {oldest_s})], {in_flight} uploading[, {delivered} newly delivered]"
@@ -622,7 +623,7 @@ DESTINATION_RESUMED = _repeated(
 DESTINATION_STATUS = _event(
     "destination.status",
     "info",
-    "destination circuit pending pending_bytes oldest_s days_left certificate_state",
+    "destination circuit pending pending_bytes oldest_s days_left certificate_state expires_at",
     "{destination}[ is {circuit}]: {pending} pending ({pending_bytes}[, oldest {oldest_s}])"
     "[, certificate: {days_left}]",
     "the state of a destination, after each heartbeat",

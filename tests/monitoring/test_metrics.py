@@ -54,7 +54,7 @@ def test_metrics_count_deliveries_and_rejections_and_show_paused_destinations(
         'backupd_archives_queued_total{drop="switches"}': 3,
         'backupd_archives_delivered_total{drop="switches"}': 2,
         'backupd_archives_delivered_bytes_total{drop="switches"}': 8,
-        'backupd_archives_rejected_total{destination="vault",drop="switches",reason="archive_refused"}': 1,
+        'backupd_archives_rejected_total{drop="switches",reason="archive_refused"}': 1,
         'backupd_deliveries_total{destination="vault"}': 2,
         'backupd_delivery_bytes_total{destination="vault"}': 8,
         'backupd_destination_working{destination="annex"}': 0,
@@ -65,16 +65,19 @@ def test_metrics_count_deliveries_and_rejections_and_show_paused_destinations(
         'backupd_oldest_pending_seconds{destination="vault"}': 0,
         'backupd_watch_degraded{drop="people"}': 0,
         "backupd_quarantined_archives{}": 1,
-        "backupd_log_lines_lost_total{}": 0,
+        "backupd_heartbeat_interval_seconds{}": 0.2,
+        'backupd_certificate_state{destination="vault",role="client"}': 0,
     }
     assert {name: found.get(name) for name in wanted} == wanted
     assert found['backupd_oldest_pending_seconds{destination="annex"}'] > 0
-    assert found['backupd_destination_pauses_total{destination="annex",reason="connect_failed"}'] >= 1
+    assert found['backupd_destination_pauses_total{destination="annex"}'] >= 1
     last = daemon.events("daemon.heartbeat")[-1]
-    assert found["backupd_memory_bytes{}"] == last["memory_bytes"] > 10_000_000
-    assert found["backupd_open_files{}"] == last["open_files"] > 5
+    assert found["backupd_process_resident_memory_bytes{}"] == last["memory_bytes"] > 10_000_000
+    assert found["backupd_process_open_fds{}"] == last["open_files"] > 5
     assert (
-        found["backupd_heartbeat_timestamp_seconds{}"] >= found["backupd_start_timestamp_seconds{}"] > 1.6e9
+        found["backupd_heartbeat_timestamp_seconds{}"]
+        >= found["backupd_process_start_time_seconds{}"]
+        > 1.6e9
     )
 
 
@@ -101,7 +104,7 @@ def test_rare_events_become_metrics(tmp_path: Path) -> None:
     log = tmp_path / "rare.log"
     unreadable = {"reason": "unreadable", "problems": 7, "problem_age_s": 5.0}
     forged = '{"timestamp":"2026-03-04T05:06:07.000Z","level":"info","event":"archive.missing"'
-    expired = {"days_left": -3, "certificate_state": "expired"}
+    expired = {"certificate_state": "expired", "expires_at": "2026-03-01T00:00:00Z"}
     lines: list[dict[str, object]] = [
         {"event": "watch.degraded", "drop": "switches"},
         {"event": "drop.overdue", "drop": "switches", "device": 'r"1', "overdue_s": 5.0},
@@ -119,13 +122,19 @@ def test_rare_events_become_metrics(tmp_path: Path) -> None:
         {"event": "drop.problem_solved", "drop": "people", "reason": "symlink", "problems": 0},
         {"event": "daemon.heartbeat", "quarantined": 0, "overdue_devices": 2},
         {"event": "attempt.failed", "destination": "vault", "reason": "connect_failed", "left_out": 4},
+        {"event": "destination.paused", "destination": "annex", "left_out": 2},
+        {"event": "operator.paused", "destination": "annex"},
+        {"event": "operator.paused", "drop": "switches"},
+        {"event": "operator.paused", "drop": "people"},
+        {"event": "operator.resumed", "drop": "people"},
         {"event": "destination.status", "destination": "vault", "circuit": "probing", **expired},
     ]
     time = "2026-03-04T05:06:07.000Z"
-    log.write_text("".join(_line_of_log({"timestamp": time, "level": "info"} | line) for line in lines))
+    common = {"timestamp": time, "level": "info", "host": "backup1"}
+    log.write_text("".join(_line_of_log(common | line) for line in lines))
     found = {name: value for name, value in metrics_of(log, tmp_path).items() if value}
     assert found == {
-        'backupd_log_lines_total{level="info"}': len(lines),
+        'backupd_log_events_total{level="info"}': len(lines) + 6,
         'backupd_watch_degraded{drop="switches"}': 1,
         'backupd_drop_overdue{device="r\\\\\\"1",drop="switches"}': 1,
         'backupd_drop_overdue{device="",drop="people"}': 1,
@@ -138,8 +147,11 @@ def test_rare_events_become_metrics(tmp_path: Path) -> None:
         'backupd_oldest_problem_seconds{drop="people",reason="unreadable"}': 5,
         "backupd_overdue_devices{}": 2,
         "backupd_heartbeat_timestamp_seconds{}": 1772600767,
-        'backupd_certificate_days_left{destination="vault"}': -3,
-        'backupd_certificate_state{destination="vault"}': 3,
+        'backupd_certificate_expiry_timestamp_seconds{destination="vault",role="client"}': 1772323200,
+        'backupd_certificate_state{destination="vault",role="client"}': 3,
+        'backupd_destination_pauses_total{destination="annex"}': 3,
+        'backupd_destination_held{destination="annex"}': 1,
+        'backupd_drop_held{drop="switches"}': 1,
         'backupd_attempts_failed_total{destination="vault",reason="connect_failed"}': 5,
     }
 
@@ -163,5 +175,5 @@ def _line_of_log(keys: dict[str, object]) -> str:
     """Return a line as backupd writes it, with a message that repeats all of its values."""
     message = {"message": json.dumps(keys, separators=(",", ":"))}
     first = ("timestamp", "level", "event")
-    ordered = {key: keys[key] for key in first} | message | {k: v for k, v in keys.items() if k not in first}
+    ordered = {key: keys[key] for key in first} | message | {"host": keys["host"]} | keys
     return json.dumps(ordered, separators=(",", ":")) + "\n"
