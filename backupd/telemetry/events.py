@@ -237,7 +237,8 @@ DAEMON_HEARTBEAT = _event(
     "daemon.heartbeat",
     "info",
     "uptime_s heartbeat_every_s pending pending_by_destination pending_bytes oldest_s"
-    " oldest_s_by_destination in_flight circuit_by_destination delivered delivered_bytes rejected bytes_per_s archives_per_s quarantined"
+    " oldest_s_by_destination in_flight circuit_by_destination delivered delivered_bytes rejected bytes_per_s"
+    " archives_per_s quarantined"
     " days_left_by_destination overdue_devices degraded_drops problems memory_bytes open_files"
     " open_files_limit",
     "heartbeat: {pending} pending[ (oldest {oldest_s})], {in_flight} uploading[, {delivered} newly delivered]"
