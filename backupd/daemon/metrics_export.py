@@ -166,7 +166,7 @@ class MetricsExport:
         limits = certificate_limits(self._config)
         validity = client_validity(metrics, limits, now) if metrics.cert else None
         days_left = limits.life(validity, now).days_left if validity else None
-        self._log.emit(events.METRICS_SERVED, address=metrics.listen, days_left=days_left)
+        self._log.emit(events.METRICS_SERVED, listen=metrics.listen, days_left=days_left)
 
     def _on_page_error(self, error: Exception) -> None:
         """Log an exception of a page, or of the certificate files; called by the server's threads."""

@@ -39,6 +39,7 @@ CATEGORIES = {
     "clock": ("host",),
     "library": ("process",),
     "log": ("process",),
+    "metrics": ("process",),
     "certificate": ("configuration",),
     "ledger": ("database",),
     "drop": ("file",),

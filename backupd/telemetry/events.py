@@ -84,7 +84,8 @@ KEYS: dict[str, Key] = {
         Key("duration_s", NUMBER, "duration in seconds"),
         Key("bytes_per_s", COUNT, "throughput in bytes per second"),
         Key("http_status", COUNT, "HTTP status of the response"),
-        Key("address", TEXT, "IP address and port: of the destination, its proxy, or the metrics' server"),
+        Key("address", TEXT, "IP address and port of the destination or its proxy"),
+        Key("listen", TEXT, "address and port of the metrics' server"),
         Key("verified", FLAG, 'whether a receipt was checked; false only with `receipt.digest = "none"`'),
         Key("reason", TEXT, "the cause, one word of a fixed list"),
         Key("error", TEXT, "the cause in words"),
@@ -329,8 +330,8 @@ LOG_LOST = _event(
 METRICS_SERVED = _event(
     "metrics.served",
     "info",
-    "address days_left",
-    "the metrics are served at {address}[, certificate: {days_left}]",
+    "listen days_left",
+    "the metrics are served at {listen}[, certificate: {days_left}]",
     "the metrics' server listens, or its certificate was renewed",
 )
 METRICS_FAILED = _repeated(

@@ -98,7 +98,7 @@ def test_a_port_in_use_is_a_problem_until_it_is_free_and_stops_no_delivery(
         stage.put("r1.cfg", b"abc")
         daemon.wait_for("archive.disposed")
         assert problems(stage) == ["metrics.listen"]
-    daemon.wait_for("metrics.served", address=address)
+    daemon.wait_for("metrics.served", listen=address)
     daemon.wait_for("metrics.recovered", path="metrics.listen")
     assert get(f"http://{address}/metrics")[0] == 200
     assert problems(stage) == []

@@ -123,10 +123,10 @@ def test_rare_events_become_metrics(tmp_path: Path) -> None:
         {"event": "daemon.heartbeat", "quarantined": 0, "overdue_devices": 2},
         {"event": "attempt.failed", "destination": "vault", "reason": "connect_failed", "left_out": 4},
         {"event": "destination.paused", "destination": "annex", "left_out": 2},
-        {"event": "operator.paused", "destination": "annex"},
-        {"event": "operator.paused", "drop": "switches"},
-        {"event": "operator.paused", "drop": "people"},
-        {"event": "operator.resumed", "drop": "people"},
+        {"event": "destination.held", "destination": "annex"},
+        {"event": "drop.held", "drop": "switches"},
+        {"event": "drop.held", "drop": "people"},
+        {"event": "drop.released", "drop": "people"},
         {"event": "destination.status", "destination": "vault", "circuit": "probing", **expired},
     ]
     time = "2026-03-04T05:06:07.000Z"
