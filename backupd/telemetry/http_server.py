@@ -132,6 +132,7 @@ class HttpServer:
     def _serve(self, connection: socket.socket) -> None:
         until = time.monotonic() + _REQUEST_TIMEOUT
         connection.settimeout(_REQUEST_TIMEOUT)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._context is not None:
             connection = self._context().wrap_socket(
                 connection, server_side=True, do_handshake_on_connect=False

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.bench import far, large, page, resting, small
+from tests.bench import far, large, page, resting, scraped, small
 from tests.bench.programs import Nginx, missing
 from tests.bench.setting import Setting
 from tests.bench.table import Row, machine
@@ -29,6 +29,7 @@ GROUPS: dict[tuple[str, ...], Callable[[Setting], list[Row]]] = {
     ("P8",): large.at_once,
     ("P9",): far.far,
     ("P10",): resting.start,
+    ("P11", "P12"): scraped.metrics,
     ("P13",): page.page,
 }
 KEYS = [key for keys in GROUPS for key in keys]

@@ -276,7 +276,10 @@ class Rclone:
 
 
 class Backupd:
-    """`backupd run` as a process with folders of its own; `start` it, measure, `stop` it."""
+    """`backupd run` as a process with folders of its own; `start` it, measure, `stop` it.
+
+    `expect` is the table of each drop in TOML, `metrics` the address of the metrics.
+    """
 
     def __init__(
         self,
@@ -287,6 +290,8 @@ class Backupd:
         workers: int | None = None,
         drops: int = 1,
         prefix: Sequence[str] = (),
+        expect: str = "",
+        metrics: str = "",
     ) -> None:
         base.mkdir()
         self.drops = [base / f"drop{number}" for number in range(drops)]
@@ -301,11 +306,13 @@ class Backupd:
         for number, drop in enumerate(self.drops):
             drop.mkdir()
             tables += f'[drop.d{number}]\npath = "{drop}"\nstable_for = "0s"\nmax_size = "20GiB"\n'
+            tables += f"expect = {expect}\n" if expect else ""
         config = base / "backupd.toml"
         config.write_text(
             f'state_dir = "{self.state}"\nlog.format = "json"\n{tables}[destination.vault]\nurl = "{url}"\n'
             f'ca = "{pki.ca_pem}"\ncert = "{pki.client_cert}"\nkey = "{pki.client_key}"\n'
             f'receipt.digest = "none"\n{f"workers = {workers}" if workers else ""}\n'
+            + (f'[metrics]\nlisten = "{metrics}"\n' if metrics else "")
         )
         self._command = [*prefix, sys.executable, "-m", "backupd", "run", "--config", str(config)]
         self._process: subprocess.Popen[bytes] | None = None

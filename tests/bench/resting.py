@@ -18,7 +18,7 @@ def idle(setting: Setting) -> list[Row]:
     """P6: an idle daemon, with three drop folders and many archives in sent/."""
     count = 1000 if setting.short else 100_000
     backupd = setting.backupd(drops=3)
-    _add_history(backupd, count, files=True)
+    add_history(backupd, count, files=True)
     seconds = min(setting.idle_seconds, 5.0) if setting.short else setting.idle_seconds
     memory: list[float] = []
     with backupd.running():
@@ -53,7 +53,7 @@ def start(setting: Setting) -> list[Row]:
     """P10: time from the start of the process to READY=1."""
     count = 1000 if setting.short else 100_000
     fresh, old = setting.backupd(), setting.backupd()
-    _add_history(old, count, files=False)
+    add_history(old, count, files=False)
 
     def begin(backupd: Backupd) -> Figures:
         try:
@@ -83,7 +83,7 @@ def start(setting: Setting) -> list[Row]:
     ]
 
 
-def _add_history(backupd: Backupd, count: int, *, files: bool) -> None:
+def add_history(backupd: Backupd, count: int, *, files: bool) -> None:
     """Deliver one archive for each drop, and copy its rows and files `count` times in total."""
     with backupd.running():
         for drop in backupd.drops:

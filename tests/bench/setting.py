@@ -28,9 +28,25 @@ class Setting:
         """Return the path of a new folder, which does not exist yet."""
         return self.base / f"work{next(self._numbers)}"
 
-    def backupd(self, *, url: str = "", workers: int | None = None, drops: int = 1) -> Backupd:
+    def backupd(
+        self,
+        *,
+        url: str = "",
+        workers: int | None = None,
+        drops: int = 1,
+        expect: str = "",
+        metrics: str = "",
+    ) -> Backupd:
         """Return a daemon with folders of its own, not started."""
-        return Backupd(self.folder(), self.pki, url or self.nginx.url, workers=workers, drops=drops)
+        return Backupd(
+            self.folder(),
+            self.pki,
+            url or self.nginx.url,
+            workers=workers,
+            drops=drops,
+            expect=expect,
+            metrics=metrics,
+        )
 
     def small(self, count: int) -> list[Path]:
         """Create a folder with archives of 20 kB; return their paths."""
