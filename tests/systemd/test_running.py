@@ -6,13 +6,15 @@ import hashlib
 import json
 import os
 import shutil
+import urllib.request
 
 import pytest
 
 from backupd.receiver.serve import RunningReceiver
+from tests.documents import block
 from tests.notification_servers import a_webhook
 from tests.scripted import Peer, ScriptedServer, accept_all, in_turn, receipt_for, server_context
-from tests.stage import until
+from tests.stage import TIMEOUT, until
 from tests.systemd.conftest import UNIT, Site
 
 pytestmark = [pytest.mark.systemd, pytest.mark.xdist_group("systemd")]
@@ -148,3 +150,26 @@ def test_the_journal_can_be_queried_by_event(site: Site, receiver: RunningReceiv
     assert entry["BACKUPD_ARCHIVE"] == "core.tar.gz"
     assert entry["_SYSTEMD_UNIT"] == UNIT
     assert entry["PRIORITY"] == "6"
+
+
+def test_the_sandbox_permits_the_metrics_by_http_and_as_a_file(site: Site, receiver: RunningReceiver) -> None:
+    folder, port = "/var/lib/node_exporter", site.stage.a_free_port()
+    site.machine.path(folder).mkdir(exist_ok=True)
+    site.machine.run("chown", "backupd", folder)
+    table = f'[metrics]\nlisten = "127.0.0.1:{port}"\ntextfile = "{folder}/backupd.prom"'
+    site.configure(receiver.url, top=f'heartbeat_every = "1s"\n{table}')
+    site.start()
+    [failed] = site.wait_for("metrics.failed")
+    assert "read-only file system" in failed["error"]
+    assert f"ReadWritePaths={folder}" in failed["hint"]
+
+    site.drop_in("metrics", block("monitoring/README.md", "As a file, for hosts that allow no port", "ini"))
+    site.machine.systemctl("restart", UNIT)
+    written = site.machine.path(f"{folder}/backupd.prom")
+    until(written.exists, "the file of the metrics")
+    assert "backupd_up{" in written.read_text()
+    assert written.stat().st_mode & 0o777 == 0o644
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=TIMEOUT) as response:
+        assert response.read() == b"ok\n"
+    site.put("core.tar.gz", b"content")
+    site.sent("core.tar.gz")
