@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from backupd.receiver.serve import RunningReceiver
@@ -85,6 +86,7 @@ def test_metrics_and_health_are_served_and_a_reload_ends_them(
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 def test_a_port_in_use_is_a_problem_until_it_is_free_and_stops_no_delivery(
     stage: Stage, receiver: RunningReceiver
 ) -> None:
@@ -126,6 +128,7 @@ def served_until(port: int, context: ssl.SSLContext) -> str:
         return str(certificate["notAfter"])
 
 
+@pytest.mark.long
 def test_a_renewed_certificate_is_used_without_a_restart(stage: Stage, receiver: RunningReceiver) -> None:
     port, pki = stage.a_free_port(), stage.pki
     renew(stage, "metrics", 0.05)
