@@ -4,7 +4,7 @@ import copy
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -150,13 +150,20 @@ class _Settings(BaseSettings):
     metrics: dict[str, str] | None = None
 
 
+def _table_variables() -> Iterator[str]:
+    """Yield the names of the variables that would set a whole table."""
+    for name, field in _Settings.model_fields.items():
+        if field.annotation != str | None:
+            yield f"{_ENV_PREFIX}{name.upper()}"
+
+
 def _environment() -> dict[Place, str]:
     """Return the values that environment variables set, by the place of their keys."""
     try:
         given = _Settings().model_dump(exclude_none=True)
     except (SettingsError, ValueError):
         raise ConfigError(
-            f"{_ENV_PREFIX}LOG, {_ENV_PREFIX}HEARTBEAT or {_ENV_PREFIX}METRICS: expected a JSON object with text values",
+            f"one of {', '.join(_table_variables())}: expected a JSON object with text values",
             f"set {_ENV_PREFIX}LOG__LEVEL, {_ENV_PREFIX}LOG__FORMAT and such instead",
         ) from None
     values: dict[Place, str] = {}

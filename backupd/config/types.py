@@ -588,7 +588,7 @@ def _ping_url(value: str) -> str:
         raise refused("expected a URL such as https://hc-ping.com/UUID")
     if address.username is not None or address.password is not None:
         raise refused("expected a URL without a user name or password")
-    if address.scheme == "http" and not _is_loopback(address.hostname or ""):
+    if address.scheme == "http" and not is_loopback(address.hostname or ""):
         raise refused("expected https; plain http is for loopback addresses only")
     return value
 
