@@ -536,7 +536,7 @@ class MetricsConfig(TableModel):
 
     listen: ListenAddress | None = Field(
         default=None,
-        description="Address and port of /metrics, /healthz and /readyz; not served unless set.",
+        description="Address and port of the page for people, /metrics, /healthz and /readyz.",
         examples=["127.0.0.1:9184"],
     )
     textfile: TextfilePath | None = Field(

@@ -23,6 +23,7 @@ from backupd.config.tls_loading import load_authorities, load_certificate
 from backupd.core.errors import BackupdError
 from backupd.core.snapshot import Snapshot
 from backupd.daemon.monitor import Monitor
+from backupd.daemon.state_page import StatePage
 from backupd.daemon.threads import Threads
 from backupd.telemetry import events
 from backupd.telemetry.http_server import HttpServer, PageRequest, PageResponse
@@ -65,7 +66,9 @@ class MetricsExport:
         """When the files are checked again (monotonic)."""
         self._failures: dict[str, str] = {}
         """The errors that were logged last, by the key of the configuration."""
+        self._state_page = StatePage()
         self.pages: dict[str, Callable[[PageRequest], PageResponse]] = {
+            "/": self._root_page,
             "/metrics": self._metrics_page,
             "/healthz": self._liveness.healthz,
             "/readyz": self._liveness.readyz,
@@ -142,6 +145,10 @@ class MetricsExport:
     def _metrics_page(self, request: PageRequest) -> PageResponse:
         assert self._metrics is not None  # noqa: S101 -- a server runs only with metrics
         return PageResponse(*self._metrics.exposition(request.accept))
+
+    def _root_page(self, _request: PageRequest) -> PageResponse:
+        assert self._config is not None  # noqa: S101 -- set before anything is started
+        return self._state_page.response(self._config, self._monitor.latest)
 
     # The server
 

@@ -71,6 +71,9 @@ def test_metrics_and_health_are_served_and_a_reload_ends_them(
     assert get(f"{url}/healthz") == (200, "ok\n")
     assert get(f"{url}/readyz") == (200, "ok\n")
     assert get(f"{url}/nothing")[0] == 404
+    status, page = get(url)
+    assert status == 200
+    assert "r1.cfg" in page
 
     other = stage.a_free_port()
     with_metrics(stage, receiver, f'listen = "127.0.0.1:{other}"')
