@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -14,6 +14,7 @@ from backupd.config.models import Config
 from backupd.core.certificate_life import CertificateLimits, Validity
 from backupd.core.circuit import CircuitState
 from backupd.core.devices import DeviceExpectation, overdue_by
+from backupd.core.names import as_text
 from backupd.core.policy import Reason, rule_of
 from backupd.core.snapshot import (
     CertificateSnapshot,
@@ -172,7 +173,7 @@ def _snapshot(ledger: SqliteLedger, now: datetime) -> Snapshot:
         now - 11 * DAY,
         timedelta(minutes=1),
         is_ready=True,
-        drops=tuple(DropSnapshot(name, f"/srv/backups/{name}", held=held.get(name)) for name in DROPS),
+        drops=tuple(_drops(queues, held)),
         destinations=tuple(_destinations(queues, now)),
         uploads=(upload,),
         rejected=queues.quarantined,
@@ -185,6 +186,23 @@ def _snapshot(ledger: SqliteLedger, now: datetime) -> Snapshot:
             if (late := overdue_by(device, now)) is not None
         ),
     )
+
+
+def _drops(queues: QueueState, held: Mapping[str, OperatorPause]) -> Iterator[DropSnapshot]:
+    for name in DROPS:
+        backlog, newest = queues.drops.get(name, Backlog(0, 0, None)), queues.newest[name]
+        yield DropSnapshot(
+            name,
+            f"/srv/backups/{name}",
+            backlog.pending,
+            backlog.pending_bytes,
+            backlog.oldest,
+            as_text(newest.relpath),
+            newest.queued_at,
+            "inotify",
+            "ext4",
+            held=held.get(name),
+        )
 
 
 def _destinations(queues: QueueState, now: datetime) -> Iterator[DestinationSnapshot]:

@@ -12,6 +12,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -30,7 +31,7 @@ class Terminal:
 
     def __init__(
         self,
-        stage: Stage,
+        config: Stage | Path,
         arguments: Sequence[str],
         *,
         columns: int = 80,
@@ -47,9 +48,15 @@ class Terminal:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background
             if stdout is not None:
                 os.dup2(stdout, 1)
-            ours = {"BACKUPD_CONFIG": str(stage.config), "TERM": "xterm-256color", **(environ or {})}
+            path = config.config if isinstance(config, Stage) else config
+            ours = {"BACKUPD_CONFIG": str(path), "TERM": "xterm-256color", **(environ or {})}
             inherited = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
             os.execve(sys.executable, [sys.executable, "-m", "backupd", *arguments], {**inherited, **ours})
+
+    @property
+    def screen(self) -> pyte.Screen:
+        """Return the screen with its colours."""
+        return self._screen
 
     @property
     def display(self) -> list[str]:

@@ -21,7 +21,7 @@ from rich.progress import Progress, ProgressColumn
 from rich.text import Text
 
 from backupd.core.names import as_text, printable
-from backupd.core.units import human_duration, machine_time
+from backupd.core.units import machine_time, short_duration
 
 
 def print_json(value: object) -> None:
@@ -188,7 +188,7 @@ def relative_time(time: datetime | None) -> str:
     if time is None:
         return "-"
     now = datetime.now(UTC)
-    return f"{human_duration(now - time)} ago" if time <= now else f"in {human_duration(time - now)}"
+    return f"{short_duration(now - time)} ago" if time <= now else f"in {short_duration(time - now)}"
 
 
 def _as_json(value: Any) -> Any:
@@ -213,6 +213,7 @@ _STYLES = {
     "rejected": "bold red",
     "retried": "yellow",
     "paused": "bold red",
+    "held": "yellow",
     "missing": "bold red",
     "changed": "bold red",
     "unreadable": "bold red",

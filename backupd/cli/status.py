@@ -157,7 +157,7 @@ def _print_status(found: DaemonStatus, *, as_json: bool) -> None:
     if snapshot is None:
         return
     if snapshot.problems:
-        print_line("`backupd list --problems` shows each of these files")
+        print_line("`backupd list --problems` lists each file with a problem")
     for pause in snapshot.holds:
         print_line(hold_text(pause), "yellow")
     _print_uploads(snapshot.uploads)
@@ -240,7 +240,7 @@ def _pending(queue: DropSnapshot | DestinationSnapshot) -> str:
 def _observer(drop: DropSnapshot) -> str:
     """Return how the daemon notices changes of a folder at the moment."""
     if drop.held is not None:
-        return "paused"
+        return "held"
     if not drop.is_configured:
         return "removed"
     return "scans" if drop.fault else drop.observer or "-"

@@ -140,7 +140,7 @@ def _queue_alarms(snapshot: Snapshot, now: datetime, limits: HealthLimits) -> It
         if destination.is_paused and destination.held is None:
             yield _pause_alarm(destination, now, limits)
     if snapshot.rejected:
-        text = f"{snapshot.rejected} rejected"
+        text = f"{snapshot.rejected} {'archive' if snapshot.rejected == 1 else 'archives'} rejected"
         hint = "`backupd list --state rejected` shows the reasons; then `backupd retry`"
         yield Alarm(HealthLevel.WARNING, AlarmKind.REJECTED, "", text, hint)
 
@@ -175,7 +175,8 @@ def _problem_alarm(problem: ProblemSnapshot) -> Alarm:
         level = HealthLevel.CRITICAL
         text = f"the folder of the drop {problem.drop} cannot be used: {problem.error}"
     else:
-        level, text = HealthLevel.WARNING, f"{problem.files} {problem.reason} in {problem.drop}"
+        level, noun = HealthLevel.WARNING, "file" if problem.files == 1 else "files"
+        text = f"{problem.drop}: {problem.files} {noun} {problem.reason.replace('_', ' ')}"
     detail = f"{problem.example or 'the folder'}: {problem.error}"
     return Alarm(level, AlarmKind.PROBLEM, subject, text, problem.hint, problem.since, detail)
 

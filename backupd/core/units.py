@@ -36,6 +36,15 @@ def machine_time(time: datetime, timespec: str = "milliseconds") -> str:
     return time.astimezone(UTC).isoformat(timespec=timespec).replace("+00:00", "Z")
 
 
+def short_duration(duration: timedelta | float) -> str:
+    """Return a duration in one unit, for tables: `45 s`, `20 min`, `3 h`, `2 d`; rounded down."""
+    seconds = int(duration.total_seconds() if isinstance(duration, timedelta) else duration)
+    for size, unit in ((2 * _DAY, "d"), (_HOUR, "h"), (_MINUTE, "min")):
+        if seconds >= size:
+            return f"{seconds // min(size, _DAY)} {unit}"
+    return f"{seconds} s"
+
+
 def human_size(count: int) -> str:
     """Return a number of bytes with one decimal and a binary unit, such as `1.4 MiB`."""
     amount = float(count)

@@ -152,7 +152,7 @@ def test_a_truncated_archive_is_delivered_and_listed_until_a_whole_one_of_its_na
     daemon.wait_for("drop.problem", reason="suspicious", problems=1)
     check, shown, listed = stage.commands(["status", "--check"], ["status"], ["list", "--problems"])
     assert check.returncode == 1
-    assert "1 suspicious in switches" in check.stdout
+    assert "switches: 1 file suspicious" in check.stdout
     assert "suspicious" in shown.stdout
     assert "r1.tar.gz" in listed.stdout
     assert "looks truncated: the archive ends in the middle of its gzip data" in listed.stdout

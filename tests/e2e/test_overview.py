@@ -233,8 +233,8 @@ def test_check_warns_of_a_rejected_archive(stage: Stage) -> None:
         stage.put("large.cfg", os.urandom(200_000))
         until(lambda: stage.archives(stage.rejected), "a rejected archive")
         assert until(lambda: checked(stage)[0] == 1, "a warning")
-    assert "1 rejected" in checked(stage)[1]
-    assert "WARNING: 1 rejected" in stage.backupd("status").stdout
+    assert "1 archive rejected" in checked(stage)[1]
+    assert "WARNING: 1 archive rejected" in stage.backupd("status").stdout
 
 
 @pytest.mark.long
@@ -252,7 +252,7 @@ def test_files_that_will_not_be_sent_are_listed_until_they_are_gone(
 
     code, line = checked(stage)
     assert code == 1
-    assert line.startswith("WARNING - 1 not_included in switches; 1 too_small in switches |")
+    assert line.startswith("WARNING - switches: 1 file not included; switches: 1 file too small |")
     assert "problems=2" in line
     text = stage.backupd("status").stdout
     assert "readme.pdf" in text
@@ -292,7 +292,7 @@ def test_a_delivered_file_that_cannot_be_moved_is_a_problem_until_it_is_moved(
     stage.sent.write_bytes(b"a file in place of the folder")
     stage.put("r1.cfg", b"content")
     daemon.wait_for("drop.problem", reason="not_moved", problems=1)
-    assert "1 not_moved in switches" in checked(stage)[1]
+    assert "switches: 1 file not moved" in checked(stage)[1]
     daemon.kill()
     stage.sent.unlink()
     daemon = stage.daemon().ready()
@@ -676,7 +676,7 @@ def test_a_name_that_was_used_several_times_is_counted_once(stage: Stage) -> Non
             if number <= 2:
                 (folder / "r1.cfg").unlink()
         assert json.loads(stage.backupd("status", "--json").stdout)["rejected"] == 1
-        assert "1 rejected" in checked(stage)[1]
+        assert "1 archive rejected" in checked(stage)[1]
         assert daemon.stop() == 0
     audit = json.loads(stage.backupd("audit", "--json").stdout)
     assert audit["counts"]["kept"]["ok"] == 1

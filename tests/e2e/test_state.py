@@ -250,5 +250,5 @@ def test_the_status_fits_eighty_columns_without_folded_words(stage: Stage, recei
         assert len(line.rstrip()) <= 80 or len(line.split()) == 1, line  # a path without blanks stays whole
     words = " ".join(lines).split()
     assert any("…" in word for word in words)
-    for word in ("not_included", "connect_failed:", "inotify", "destination", "rejected", "`include`"):
+    for word in ("included", "connect_failed:", "inotify", "destination", "rejected", "`include`"):
         assert word in words, word

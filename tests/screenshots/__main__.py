@@ -1,12 +1,14 @@
 """Write the pictures in docs/screenshots: `python -m tests.screenshots [NAME…]`.
 
-Each function below writes the pictures of one name. They show the site of `tests.showcase` at a fixed time,
-so that a picture changes only if the program does. Needs node, npm, chromium, pngquant and the font Inter.
+Each function below writes the pictures of one name. Those of the page show the site of `tests.showcase` at a
+fixed time, so that a picture changes only if the program does. `log` takes five minutes. Needs node, npm,
+chromium, pngquant and the fonts Inter and DejaVu Sans Mono.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import os
 import sys
 import tempfile
@@ -19,9 +21,13 @@ from pathlib import Path
 from backupd.ledger.factory import open_history
 from backupd.page.document import render_page
 from backupd.page.page_data import collect_page_data
+from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.browser import Visit, shrink, visit
 from tests.documents import DOCS
+from tests.screenshots.terminal_picture import draw
 from tests.showcase import a_showcase
+from tests.stage import Stage
+from tests.terminal import CTRL_C, Terminal
 
 TARGET = DOCS / "screenshots"
 NOW = datetime(2026, 12, 1, 14, 2, 19, tzinfo=UTC)
@@ -44,7 +50,68 @@ def page(base: Path) -> None:
         shrink(Path(each.screenshot))
 
 
-PICTURES: dict[str, Callable[[Path], None]] = {"page": page}
+def status(base: Path) -> None:
+    """Write the output of `backupd status` at 80 columns."""
+    toml = base / "backupd.toml"
+    with a_showcase(base, datetime.now(UTC)) as config:
+        drops = "".join(f'[drop.{name}]\npath = "{drop.path}"\n' for name, drop in config.drop.items())
+        destinations = "".join(
+            f'[destination.{name}]\nurl = "{destination.address}"\n'
+            for name, destination in config.destination.items()
+        )
+        toml.write_text(f'state_dir = "{base}"\n{drops}{destinations}')
+        with Terminal(toml, ["status"], lines=60) as terminal:
+            terminal.wait()
+    draw(base, terminal.screen, TARGET / "status-80.png", "sudo backupd status")
+
+
+def push(base: Path) -> None:
+    """Write the output of `backupd push` for three files."""
+    names = ["core-switch-1.tar.gz", "fw-edge-2.conf.gz", "ise-01.gpg"]
+    (base / "stage").mkdir()
+    stage = Stage(base / "stage")
+    with RunningReceiver(stage.store, _tls_of(stage)) as receiver:
+        stage.configure(receiver.url, destination='bandwidth = "8MB/s"')
+        files = []
+        for number, name in enumerate(names, 1):
+            files.append(base / name)
+            files[-1].write_bytes(bytes(number * 4_000_000))
+        with Terminal(stage, ["push", *map(str, files)], lines=30) as terminal:
+            terminal.wait()
+    draw(base, terminal.screen, TARGET / "push-80.png", f"backupd push {' '.join(names)}")
+
+
+def log(base: Path) -> None:
+    """Write five minutes of the console log of `backupd run`; takes as long."""
+    (base / "stage").mkdir()
+    stage = Stage(base / "stage")
+    port = stage.a_free_port()
+    stage.configure(f"https://127.0.0.1:{port}/v1/upload", drop='include = ["*.gz"]\nrescan_every = "10s"')
+    with Terminal(stage, ["run"], columns=100, lines=60) as terminal:
+        until = time.monotonic() + 300
+
+        def wait(seconds: float) -> None:
+            end = min(time.monotonic() + seconds, until)
+            terminal.until(lambda: time.monotonic() >= end, "the time")
+
+        wait(20)
+        stage.put("core-switch-1.tar.gz", gzip.compress(os.urandom(300_000)))  # while the server is down
+        wait(50)
+        with RunningReceiver(stage.store, _tls_of(stage), port=port):
+            wait(60)
+            stage.put("notes.pdf", b"no backup")
+            stage.put("fw-edge-2.conf.gz", gzip.compress(os.urandom(2_000_000)))
+            wait(300)
+            terminal.press(CTRL_C)
+            terminal.wait()
+    draw(base, terminal.screen, TARGET / "log-100.png", "backupd run")
+
+
+def _tls_of(stage: Stage) -> ServerTls:
+    return ServerTls(stage.pki.server_cert, stage.pki.server_key, stage.pki.ca_pem)
+
+
+PICTURES: dict[str, Callable[[Path], None]] = {"page": page, "status": status, "push": push, "log": log}
 """The function that writes the pictures of each name; it gets an empty folder to work in."""
 
 

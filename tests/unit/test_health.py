@@ -70,12 +70,12 @@ def an_overdue_device(number: int = 1) -> OverdueDevice:
         (
             a_snapshot(problems=(a_problem("unreadable", 5),)),
             HealthLevel.WARNING,
-            "WARNING - 5 unreadable in switches",
+            "WARNING - switches: 5 files unreadable",
         ),
         (
             a_snapshot(problems=(a_problem("unreadable"), a_problem(FOLDER_FAILED))),
             HealthLevel.CRITICAL,
-            "CRITICAL - the folder of the drop switches cannot be used: Permission denied; 1 unreadable",
+            "CRITICAL - the folder of the drop switches cannot be used: Permission denied; switches: 1 file",
         ),
         (paused(HOUR / 60), HealthLevel.WARNING, "vault has been paused for 1 min"),
         (paused(6 * HOUR), HealthLevel.CRITICAL, "vault has been paused for 6 h"),
@@ -84,7 +84,7 @@ def an_overdue_device(number: int = 1) -> OverdueDevice:
             HealthLevel.CRITICAL,
             "its CA, certificate or key cannot be used (`backupd check`)",
         ),
-        (a_snapshot(rejected=2), HealthLevel.WARNING, "WARNING - 2 rejected"),
+        (a_snapshot(rejected=2), HealthLevel.WARNING, "WARNING - 2 archives rejected"),
         (certified(a_certificate(14)), HealthLevel.OK, "OK"),
         (certified(a_certificate(13.9)), HealthLevel.WARNING, "certificate of vault expires in 13 days"),
         (certified(a_certificate(2)), HealthLevel.CRITICAL, "the certificate of vault expires in 2 days"),
@@ -103,7 +103,7 @@ def an_overdue_device(number: int = 1) -> OverdueDevice:
         (
             certified(a_certificate(1, "v"), rejected=1),
             HealthLevel.CRITICAL,
-            "v expires in 24 h; 1 rejected",
+            "v expires in 24 h; 1 archive rejected",
         ),
         (
             a_snapshot(daemon_problems=(DaemonProblem("configuration", NOW, "refused"),)),
@@ -125,7 +125,7 @@ def test_a_daemon_that_does_not_run_is_critical() -> None:
     snapshot = a_snapshot(rejected=1)
     found = alarms(snapshot, NOW + 9 * HOUR, LIMITS, is_running=False)
     level, line = plugin_line(snapshot, found, NOW, LIMITS)
-    assert (level, line.partition(" |")[0]) == (2, "CRITICAL - the daemon is not running; 1 rejected")
+    assert (level, line.partition(" |")[0]) == (2, "CRITICAL - the daemon is not running; 1 archive rejected")
 
 
 def test_a_running_daemon_with_an_old_state_hangs() -> None:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from backupd.core.units import human_duration, human_size, local_time, machine_time
+from backupd.core.units import human_duration, human_size, local_time, machine_time, short_duration
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,19 @@ def test_a_time_for_programs_is_in_utc_with_a_z() -> None:
     at = datetime(2026, 3, 1, 5, 0, 0, 250_000, tzinfo=UTC)
     assert machine_time(at) == machine_time(at.astimezone()) == "2026-03-01T05:00:00.250Z"
     assert machine_time(at, "seconds") == "2026-03-01T05:00:00Z"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (59.9, "59 s"),
+        (60, "1 min"),
+        (3599, "59 min"),
+        (3600, "1 h"),
+        (172_799, "47 h"),
+        (172_800, "2 d"),
+    ],
+)
+def test_a_short_duration_has_one_unit(seconds: float, text: str) -> None:
+    assert short_duration(seconds) == text
