@@ -15,6 +15,8 @@ from tests.programs import require
 from tests.stage import until
 from tests.systemd.conftest import UNIT, Site
 
+pytestmark = [pytest.mark.systemd, pytest.mark.xdist_group("systemd")]
+
 
 def test_a_failed_start_is_in_the_journal_as_an_event_and_not_as_text(
     site: Site, receiver: RunningReceiver
