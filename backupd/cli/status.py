@@ -20,7 +20,7 @@ from backupd.cli.output import print_json, print_line, print_table, relative_tim
 from backupd.config.load import load
 from backupd.config.types import parse_duration
 from backupd.core.certificate_life import CertificateState
-from backupd.core.errors import BackupdError, UsageError
+from backupd.core.errors import BackupdError, LedgerError, UsageError
 from backupd.core.health import Alarm, HealthLevel, HealthLimits, alarms, hold_text, plugin_line
 from backupd.core.snapshot import (
     CertificateSnapshot,
@@ -106,10 +106,14 @@ def status(
         return
     with suppress(KeyboardInterrupt):
         while True:
-            daemon_status = collect_status(config, HealthLimits())
-            if sys.stdout.isatty() and not as_json:
-                sys.stdout.write("\x1b[H\x1b[2J")
-            _print_status(daemon_status, as_json=as_json)
+            try:
+                daemon_status = collect_status(config, HealthLimits())
+            except LedgerError as error:  # it may be held for a moment, or not exist yet
+                sys.stderr.write(f"backupd: {error}\n")
+            else:
+                if sys.stdout.isatty() and not as_json:
+                    sys.stdout.write("\x1b[H\x1b[2J")
+                _print_status(daemon_status, as_json=as_json)
             sys.stdout.flush()
             time.sleep(_WATCH_INTERVAL)
 

@@ -14,7 +14,7 @@ import pytest
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.pki import Pki
 from tests.stage import Stage, until
-from tests.terminal import Terminal
+from tests.terminal import CTRL_C, Terminal
 
 SHORT = 'retry = { initial = "100ms", max = "500ms" }'
 
@@ -252,3 +252,13 @@ def test_the_status_fits_eighty_columns_without_folded_words(stage: Stage, recei
     assert any("…" in word for word in words)
     for word in ("included", "connect_failed:", "inotify", "destination", "rejected", "`include`"):
         assert word in words, word
+
+
+def test_watch_goes_on_while_the_ledger_cannot_be_read(stage: Stage, receiver: RunningReceiver) -> None:
+    stage.configure(receiver.url)
+    with Terminal(stage, ["status", "--watch"]) as terminal:  # before the first start of the daemon
+        terminal.until(lambda: "no ledger here yet" in terminal.text, "the error")
+        stage.daemon().ready()
+        terminal.until(lambda: "running for" in terminal.text, "the state")
+        terminal.press(CTRL_C)
+        assert terminal.wait() == 0

@@ -24,6 +24,7 @@ from backupd.page.page_data import collect_page_data
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.browser import Visit, shrink, visit
 from tests.documents import DOCS
+from tests.pki import in_days
 from tests.screenshots.terminal_picture import draw
 from tests.showcase import a_showcase
 from tests.stage import Stage
@@ -87,7 +88,10 @@ def log(base: Path) -> None:
     stage = Stage(base / "stage")
     port = stage.a_free_port()
     stage.configure(f"https://127.0.0.1:{port}/v1/upload", drop='include = ["*.gz"]\nrescan_every = "10s"')
-    with Terminal(stage, ["run"], columns=100, lines=60) as terminal:
+    pair = stage.pki.issue_client("client", not_after=in_days(89.5))
+    stage.pki.client_cert.write_bytes(pair.cert.read_bytes())
+    stage.pki.client_key.write_bytes(pair.key.read_bytes())
+    with Terminal(stage, ["run"], columns=120, lines=90) as terminal:
         until = time.monotonic() + 300
 
         def wait(seconds: float) -> None:
@@ -96,7 +100,7 @@ def log(base: Path) -> None:
 
         wait(20)
         stage.put("core-switch-1.tar.gz", gzip.compress(os.urandom(300_000)))  # while the server is down
-        wait(50)
+        wait(15)
         with RunningReceiver(stage.store, _tls_of(stage), port=port):
             wait(60)
             stage.put("notes.pdf", b"no backup")
@@ -104,7 +108,7 @@ def log(base: Path) -> None:
             wait(300)
             terminal.press(CTRL_C)
             terminal.wait()
-    draw(base, terminal.screen, TARGET / "log-100.png", "backupd run")
+    draw(base, terminal.screen, TARGET / "log-120.png", "backupd run")
 
 
 def _tls_of(stage: Stage) -> ServerTls:
