@@ -102,12 +102,12 @@ def test_a_wrong_option_is_a_failed_start_with_its_own_exit_code(stage: Stage) -
 
 
 def reload(daemon: Daemon, stage: Stage, receiver: RunningReceiver, log: str) -> None:
-    stage.configure(receiver.url, top=f'heartbeat_every = "0.1s"\nlog = {log}')
+    stage.configure(receiver.url, drop='rescan_every = "1s"', top=f'heartbeat_every = "0.1s"\nlog = {log}')
     daemon.process.send_signal(signal.SIGHUP)
 
 
 def test_a_reload_changes_the_level_and_the_format(stage: Stage, receiver: RunningReceiver) -> None:
-    stage.configure(receiver.url, top='heartbeat_every = "0.1s"')
+    stage.configure(receiver.url, drop='rescan_every = "1s"', top='heartbeat_every = "0.1s"')
     daemon = stage.daemon().ready()
     reload(daemon, stage, receiver, '{level = "debug", format = "json"}')
     daemon.wait_for("config.reloaded")
@@ -130,7 +130,7 @@ def test_an_option_overrides_the_level_of_a_reload(stage: Stage, receiver: Runni
     wrapper.write_text(
         "import sys\nfrom backupd.cli import main\nsys.argv += ['--log-level', 'debug']\nmain()\n"
     )
-    stage.configure(receiver.url)
+    stage.configure(receiver.url, top='heartbeat_every = "0.1s"')
     daemon = stage.daemon({"PYTHONPATH": str(Path(wrapper).parent)}, program="with_level").ready()
     assert daemon.events("drop.scanned")
     reload(daemon, stage, receiver, '{level = "error"}')

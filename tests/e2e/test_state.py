@@ -197,7 +197,7 @@ def test_a_pause_that_cannot_be_is_refused(stage: Stage, arguments: list[str], w
 
 def test_a_destination_that_is_back_is_noticed_without_an_archive(stage: Stage) -> None:
     port = stage.a_free_port()
-    stage.configure(f"https://127.0.0.1:{port}/upload", destination=SHORT)
+    stage.configure(f"https://127.0.0.1:{port}/upload", destination=SHORT, drop='rescan_every = "1s"')
     daemon = stage.daemon().ready()
     archive = stage.put("sw.cfg", b"content")
     daemon.wait_for("destination.paused")
@@ -215,7 +215,12 @@ def test_a_probe_that_fails_keeps_the_destination_paused(stage: Stage) -> None:
     port = stage.a_free_port()
     other = Pki(stage.base / "other-pki")
     untrusted = ServerTls(other.server_cert, other.server_key, other.ca_pem)
-    stage.configure(f"https://127.0.0.1:{port}/upload", destination=SHORT, top='heartbeat_every = "1s"')
+    stage.configure(
+        f"https://127.0.0.1:{port}/upload",
+        destination=SHORT,
+        drop='rescan_every = "1s"',
+        top='heartbeat_every = "1s"',
+    )
     daemon = stage.daemon().ready()
     archive = stage.put("sw.cfg", b"content")
     daemon.wait_for("destination.paused")
