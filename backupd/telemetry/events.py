@@ -243,7 +243,7 @@ DAEMON_HEARTBEAT = _event(
     " days_left_by_destination overdue_devices degraded_drops problems memory_bytes open_files"
     " open_files_limit",
     "heartbeat: {pending} pending[ (oldest {oldest_s})], {in_flight} uploading[, {delivered} newly delivered]"
-    "[, {rejected} newly rejected][, {quarantined} in quarantine][, {problems} files with problems]",
+    "[, {rejected} newly rejected][, {quarantined} in quarantine][, files with problems: {problems}]",
     "the state of the daemon, first right after `daemon.ready`; alert on its absence",
 )
 DAEMON_STOPPING = _event(

@@ -87,7 +87,11 @@ def log(base: Path) -> None:
     (base / "stage").mkdir()
     stage = Stage(base / "stage")
     port = stage.a_free_port()
-    stage.configure(f"https://127.0.0.1:{port}/v1/upload", drop='include = ["*.gz"]\nrescan_every = "10s"')
+    stage.configure(
+        f"https://127.0.0.1:{port}/v1/upload",
+        drop='include = ["*.gz"]\nrescan_every = "10s"',
+        destination='retry.initial = "20s"',
+    )
     pair = stage.pki.issue_client("client", not_after=in_days(89.5))
     stage.pki.client_cert.write_bytes(pair.cert.read_bytes())
     stage.pki.client_key.write_bytes(pair.key.read_bytes())
@@ -96,10 +100,11 @@ def log(base: Path) -> None:
 
         def wait(seconds: float) -> None:
             end = min(time.monotonic() + seconds, until)
-            terminal.until(lambda: time.monotonic() >= end, "the time")
+            while (now := time.monotonic()) < end:
+                terminal.until(lambda: time.monotonic() >= min(now + 60, end), "the time")
 
         wait(20)
-        stage.put("core-switch-1.tar.gz", gzip.compress(os.urandom(300_000)))  # while the server is down
+        stage.put("core-switch-1.conf.gz", gzip.compress(os.urandom(300_000)))  # while the server is down
         wait(15)
         with RunningReceiver(stage.store, _tls_of(stage), port=port):
             wait(60)
