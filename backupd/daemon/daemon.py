@@ -365,6 +365,9 @@ class Daemon:
         paused = [name for name, circuit in self._runtime.circuits.items() if circuit.state != "working"]
         if paused:
             fields.append(f"PAUSED: {', '.join(paused)}")
+        held = sorted(pause.name for pause in self._runtime.pauses.active())
+        if held:
+            fields.append(f"held by a person: {', '.join(held)}")
         return "STATUS=" + "; ".join(fields)
 
     def _shut_down(self, received: signal.Signals | None) -> int:

@@ -23,6 +23,11 @@ class OperatorPauses:
         pause = self._pauses.get((kind, name))
         return None if pause is None or pause.is_over(datetime.now(UTC)) else pause
 
+    def active(self) -> list[OperatorPause]:
+        """Return all active pauses."""
+        now = datetime.now(UTC)
+        return [each for each in self._pauses.values() if not each.is_over(now)]
+
     def replace(self, pauses: Iterable[OperatorPause]) -> tuple[list[OperatorPause], list[OperatorPause]]:
         """Replace all pauses; return those that began or changed, and those that ended."""
         now, before = datetime.now(UTC), self._pauses

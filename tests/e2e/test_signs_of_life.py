@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from backupd.receiver.serve import RunningReceiver
 from tests.old_ledgers import create, many_rows
 from tests.scripted import Peer, ScriptedServer, accept_all, server_context
 from tests.stage import TIMEOUT, Stage, until
@@ -134,3 +135,16 @@ def test_a_reload_is_notified_with_its_time(stage: Stage, systemd: Systemd) -> N
     assert daemon.stop() == 0
     assert systemd.notifications("STOPPING=1")
     assert systemd.notifications("EXTEND_TIMEOUT_USEC=")
+
+
+@pytest.mark.long
+def test_the_status_of_the_unit_names_what_a_person_has_paused(
+    stage: Stage, systemd: Systemd, receiver: RunningReceiver
+) -> None:
+    stage.configure(receiver.url)
+    daemon = stage.daemon(systemd.environ(2)).ready()
+    stage.backupd("pause", "vault")
+    daemon.wait_for("destination.held")
+    held = "; held by a person: vault"
+    until(lambda: any(held in line for line in systemd.notifications("STATUS=")), "the status")
+    assert daemon.stop() == 0
