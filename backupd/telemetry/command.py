@@ -11,7 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 MAX_OUTPUT = 65536
-"""Bytes of output that are kept; the rest is read and dropped."""
+"""Bytes of output that are kept by default; the rest is read and dropped."""
+
+_CHUNK = 65536
+"""Bytes that are read at once: what a pipe holds."""
 
 _POLL_EVERY = 0.05
 """Seconds between two checks whether the command has ended or is cancelled."""
@@ -43,11 +46,13 @@ def run_command(
     *,
     is_cancelled: Callable[[], bool],
     with_stderr: bool,
+    max_output: int = MAX_OUTPUT,
 ) -> CommandResult:
     """Run a program, given by its absolute path, until it ends or for `timeout` seconds.
 
     It has a process group of its own, which is killed at the end of the time. Output is that of standard
-    output, and of standard error if `with_stderr`. Raises OSError if the program can't be started.
+    output, and of standard error if `with_stderr`; its first `max_output` bytes are kept. Raises OSError if
+    the program can't be started.
     """
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -55,7 +60,7 @@ def run_command(
             pid = _spawn(arguments, stdin, environ, writer, with_stderr=with_stderr)
         finally:
             os.close(writer)
-        return _wait(pid, reader, time.monotonic() + timeout, is_cancelled)
+        return _wait(pid, reader, time.monotonic() + timeout, is_cancelled, max_output)
     finally:
         os.close(reader)
 
@@ -89,16 +94,18 @@ def _spawn(
         os.close(source)
 
 
-def _wait(pid: int, reader: int, until: float, is_cancelled: Callable[[], bool]) -> CommandResult:
+def _wait(
+    pid: int, reader: int, until: float, is_cancelled: Callable[[], bool], max_output: int
+) -> CommandResult:
     output, cancelled = bytearray(), False
     poll = select.poll()
     poll.register(reader, select.POLLIN)
     while (left := until - time.monotonic()) > 0 and not (cancelled := is_cancelled()):
         # the end of the program closes the pipe, unless one of its children has it open
-        if poll.poll(min(left, _POLL_EVERY) * 1000) and not _read(reader, output):
+        if poll.poll(min(left, _POLL_EVERY) * 1000) and not _read(reader, output, max_output):
             poll.unregister(reader)
         if (exit_code := _exit_code(pid)) is not None:
-            while len(output) < MAX_OUTPUT and _read(reader, output):  # what is left in the pipe
+            while len(output) < max_output and _read(reader, output, max_output):  # what is left in the pipe
                 pass
             return CommandResult(exit_code, bytes(output))
     with suppress(ProcessLookupError):
@@ -116,11 +123,11 @@ def _exit_code(pid: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if ended else None
 
 
-def _read(reader: int, output: bytearray) -> bool:
+def _read(reader: int, output: bytearray, max_output: int) -> bool:
     """Read what is in the pipe and keep it while there is room; return whether there may be more."""
     try:
-        chunk = os.read(reader, MAX_OUTPUT)
+        chunk = os.read(reader, _CHUNK)
     except BlockingIOError:
         return False
-    output += chunk[: MAX_OUTPUT - len(output)]
+    output += chunk[: max_output - len(output)]
     return bool(chunk)

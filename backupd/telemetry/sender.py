@@ -14,7 +14,8 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from urllib.parse import unquote
 
@@ -28,6 +29,9 @@ _SERVICE_TIMEOUT = 20.0
 """Seconds for one message, before the process is killed with all others."""
 
 _MAX_ERROR = 300
+
+_MAX_RESULT = 8192
+"""Bytes of the line with a result: the characters of an error take up to twelve each, as escapes of JSON."""
 
 _NOT_FOR_CHILD = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
@@ -55,7 +59,13 @@ def send(envelopes: Sequence[Envelope], is_cancelled: Callable[[], bool]) -> dic
     arguments = (sys.executable, "-P", "-m", "backupd.telemetry.sender")
     try:
         result = run_command(
-            arguments, stdin, environ, SEND_TIMEOUT, is_cancelled=is_cancelled, with_stderr=False
+            arguments,
+            stdin,
+            environ,
+            SEND_TIMEOUT,
+            is_cancelled=is_cancelled,
+            with_stderr=False,
+            max_output=_MAX_RESULT * len(envelopes),
         )
     except OSError as error:
         return dict.fromkeys(errors, f"no process can be started: {error.strerror}")
@@ -63,10 +73,16 @@ def send(envelopes: Sequence[Envelope], is_cancelled: Callable[[], bool]) -> dic
         errors = dict.fromkeys(errors, "the process that sends it ended without a result")
     if result.is_cancelled:
         errors = {}
-    for line in result.output.splitlines():
-        receiver, text = json.loads(line)
-        errors[receiver] = text
-    return errors
+    receivers = {each.receiver for each in envelopes}
+    return errors | {receiver: text for receiver, text in _results(result.output) if receiver in receivers}
+
+
+def _results(output: bytes) -> Iterator[tuple[str, str]]:
+    """Yield each receiver with a result and its error; lines that are no results are left out."""
+    for line in output.splitlines():
+        with suppress(ValueError, TypeError):  # printed by Python at its start
+            receiver, text = json.loads(line)
+            yield str(receiver), str(text)
 
 
 def scheme_of(url: str) -> str:
@@ -97,6 +113,8 @@ def redacted(text: str, url: str, shown_url: str) -> str:
 
 def main() -> None:
     """Send the messages on standard input; print a line of JSON for each when its result is known."""
+    results = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # a plugin may print something, which is no result
     logging.getLogger("apprise").setLevel(logging.DEBUG)  # why a connection failed is at this level
     envelopes = [Envelope(**each) for each in json.load(sys.stdin)]
     lock = threading.Lock()
@@ -107,8 +125,8 @@ def main() -> None:
         except Exception as failure:  # noqa: BLE001 -- whatever a plugin raises is the result
             error = f"Apprise failed: {type(failure).__name__}"
         with lock:
-            sys.stdout.write(json.dumps([envelope.receiver, error]) + "\n")
-            sys.stdout.flush()
+            results.write(json.dumps([envelope.receiver, error]) + "\n")
+            results.flush()
 
     threads = [threading.Thread(target=deliver, args=(each,), daemon=True) for each in envelopes]
     for thread in threads:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -119,3 +120,35 @@ def test_sending_ends_at_once_when_it_is_cancelled(webhook: Webhook) -> None:
 )  # fmt: skip
 def test_the_secret_parts_of_a_url_are_redacted(url: str, shown: str, text: str, expected: str) -> None:
     assert redacted(text, url, shown) == expected
+
+
+def test_each_of_many_failures_has_its_error() -> None:
+    with ScriptedServer(lambda _: None) as server:
+        server.refuse()
+        url = f"json://127.0.0.1:{server.port}/x"
+        errors = send([Envelope(f"ops#{number}", url, "s", "b") for number in range(250)], lambda: False)
+
+    assert len(errors) == 250
+    assert all("127.0.0.1" in error for error in errors.values())
+
+
+def test_what_a_plugin_prints_is_no_result(
+    webhook: Webhook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        """
+import threading
+
+print("noise at the start")
+start = threading.Thread.start
+
+def noisy_start(self):
+    print("noise", flush=True)
+    start(self)
+
+threading.Thread.start = noisy_start
+"""
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    assert send_one(webhook.url("x")) == ""
