@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +32,9 @@ def read_urls(path: Path) -> list[str]:
     Raise ConfigError, without any part of a URL, if it can't be read or a line is no URL.
     """
     try:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading a FIFO or a device may never end
+            raise ConfigError(f"{path} is not a regular file", "name a regular file, or a link to one")
         with path.open("rb") as stream:
             text = stream.read(_MAX_BYTES + 1).decode("utf-8-sig")
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -123,3 +124,9 @@ def test_the_path_of_the_ping_url_is_hidden() -> None:
 
     assert "geheim" not in shown
     assert read(shown).heartbeat.ping_url == "https://hc.example.net/***"
+
+
+def test_a_fifo_is_refused_without_a_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "urls")
+    with pytest.raises(ConfigError, match="is not a regular file"):
+        read_urls(tmp_path / "urls")
