@@ -38,6 +38,9 @@ _MAX_REQUEST_BYTES = 8192
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 """The name of a header; source: RFC 9110, section 5.6.2."""
 
+_VALUE = re.compile(r"[\t -~]*")
+"""The value of a header; other bytes are obsolete, and a page may use it in a response."""
+
 _ACCEPT_PAUSE = 1.0
 """Seconds until the next attempt to accept a connection if the process has no descriptor left."""
 
@@ -139,9 +142,7 @@ class HttpServer:
             try:
                 if isinstance(connection, ssl.SSLSocket):
                     connection.do_handshake()
-                response = self._respond(_read_head(connection, until))
-                connection.settimeout(_RESPONSE_TIMEOUT)
-                connection.sendall(response)
+                _send_all(connection, self._respond(_read_head(connection, until)))
             finally:
                 with self._lock:
                     self._connections.discard(connection)
@@ -228,12 +229,20 @@ def _read_head(connection: socket.socket, until: float) -> bytes | None:
     return data.partition(b"\r\n\r\n")[0]
 
 
+def _send_all(connection: socket.socket, data: bytes) -> None:
+    """Send a response within its time; `sendall` would grant that time to each record of TLS."""
+    until, sent = time.monotonic() + _RESPONSE_TIMEOUT, 0
+    while sent < len(data):
+        connection.settimeout(max(until - time.monotonic(), 0.001))
+        sent += connection.send(memoryview(data)[sent:])
+
+
 def _headers(lines: Sequence[str]) -> Mapping[str, list[str]] | None:
     """Return the values of each header by its name in lower case, None if a line is malformed."""
     headers: dict[str, list[str]] = {}
     for line in lines:
         name, colon, value = line.partition(":")
-        if not colon or not _TOKEN.fullmatch(name):
+        if not colon or not _TOKEN.fullmatch(name) or not _VALUE.fullmatch(value):
             return None
         headers.setdefault(name.lower(), []).append(value.strip(" \t"))
     return headers

@@ -149,7 +149,10 @@ class Metrics(Collector):
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """Return the metrics in the format that an Accept header prefers, and their content type."""
-        encode, content_type = choose_encoder(accept)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):  # the version in it is no number
+            encode, content_type = choose_encoder("")
         return encode(self), content_type
 
     def last_exposition(self) -> bytes:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from backupd.telemetry import http_server
-from backupd.telemetry.http_server import MAX_CONNECTIONS, HttpServer, PageRequest, PageResponse
+from backupd.telemetry.http_server import MAX_CONNECTIONS, HttpServer, PageRequest, PageResponse, Pages
 from tests.pki import Pki
 from tests.stage import until
 
@@ -33,9 +33,8 @@ def broken(_request: PageRequest) -> PageResponse:
 class Served:
     """A server in threads; `errors` are the exceptions of its pages."""
 
-    def __init__(self, address: str, context: Callable[[], ssl.SSLContext] | None = None) -> None:
+    def __init__(self, address: str, pages: Pages, context: Callable[[], ssl.SSLContext] | None) -> None:
         self.errors: list[Exception] = []
-        pages = {"/": hello, "/broken": broken}
         self.server = HttpServer(address, pages, self.errors.append, context)
         self.port = int(address.rpartition(":")[2])
         self.threads = [
@@ -63,12 +62,17 @@ def read_all(connection: socket.socket) -> bytes:
     return b"".join(pieces)
 
 
+PAGES: Pages = {"/": hello, "/broken": broken}
+
+
 @contextmanager
-def served(context: Callable[[], ssl.SSLContext] | None = None, host: str = HOST) -> Iterator[Served]:
+def served(
+    context: Callable[[], ssl.SSLContext] | None = None, host: str = HOST, pages: Pages = PAGES
+) -> Iterator[Served]:
     with socket.socket() as holder:  # holds the port until the server listens
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind((HOST, 0))
-        running = Served(f"{host}:{holder.getsockname()[1]}", context)
+        running = Served(f"{host}:{holder.getsockname()[1]}", pages, context)
         try:
             yield running
         finally:
@@ -116,6 +120,8 @@ def test_a_head_request_gets_the_same_head_without_a_body() -> None:
         (b"GET / HTTP/1.1\r\n\r\n", HTTPStatus.BAD_REQUEST),
         (a_request(more="Host: 127.0.0.1\r\n"), HTTPStatus.BAD_REQUEST),
         (a_request(more="no colon\r\n"), HTTPStatus.BAD_REQUEST),
+        (a_request(more="Accept: a\nX: b\r\n"), HTTPStatus.BAD_REQUEST),
+        (a_request(more="Accept: \u00b2\r\n"), HTTPStatus.BAD_REQUEST),
         (a_request(more=f"X: {'x' * 9000}\r\n")[:8192], HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE),
         (a_request(host="evil.example"), HTTPStatus.MISDIRECTED_REQUEST),
         (a_request(host="evil.example:9184"), HTTPStatus.MISDIRECTED_REQUEST),
@@ -164,6 +170,29 @@ def test_a_request_in_small_pieces_is_ended_in_time(short_timeout: None) -> None
                 return True
 
         until(has_ended, "the end of the connection")
+
+
+def test_a_client_that_reads_slowly_is_ended_in_time_also_with_tls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads each record of TLS in less than the time-out."""
+    monkeypatch.setattr(http_server, "_RESPONSE_TIMEOUT", 0.5)
+    pki, size = Pki(tmp_path), 40_000_000
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pki.server_cert, pki.server_key)
+    client = ssl.create_default_context(cafile=pki.ca_pem)
+    with served(lambda: context, pages={"/": lambda _: PageResponse(bytes(size))}) as running:
+        with (
+            socket.create_connection((HOST, running.port), 30) as plain,
+            client.wrap_socket(plain, server_hostname=HOST) as connection,
+        ):
+            connection.sendall(a_request())
+            received = 0
+            with suppress(OSError):
+                while (piece := len(connection.recv(65536))) and received < size:
+                    received += piece
+                    threading.Event().wait(0.01)
+        assert 0 < received < size
 
 
 def test_the_stop_ends_waits_for_clients_at_once_and_frees_the_address() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime, timedelta
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from backupd.core.certificate_life import CertificateLimits, Validity
@@ -170,6 +171,14 @@ def test_a_client_gets_openmetrics_if_it_accepts_that() -> None:
 
     assert content_type.startswith("application/openmetrics-text; version=1.0.0")
     assert body.endswith(b"# EOF\n")
+
+
+@pytest.mark.parametrize("version", ["abc", "1..0"])
+def test_a_client_gets_text_if_the_version_that_it_accepts_is_no_number(version: str) -> None:
+    body, content_type = metrics().exposition(f"application/openmetrics-text; version={version}")
+
+    assert content_type.startswith("text/plain")
+    assert b"backupd_up" in body
 
 
 def test_each_metric_has_a_base_unit_and_a_counter_ends_with_total() -> None:
