@@ -122,7 +122,10 @@ def _daemon_alarms(snapshot: Snapshot | None, now: datetime, *, is_running: bool
             if snapshot
             else "it has no state yet"
         )
-        hint = "see `journalctl -u backupd -n 50`; if it hangs, `systemctl restart backupd`"
+        hint = (
+            "see `journalctl -u backupd -n 50`: it hangs, or it can't write its ledger; then fix that, or"
+            " `systemctl restart backupd`"
+        )
         yield Alarm(HealthLevel.CRITICAL, AlarmKind.DAEMON, "hung", f"the daemon hangs: {age}", hint)
     for each in snapshot.daemon_problems if snapshot else ():
         text = f"{each.subject}: {each.error}"

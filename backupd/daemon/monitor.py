@@ -16,7 +16,7 @@ from backupd import __version__
 from backupd.core.circuit import Circuit, CircuitState
 from backupd.core.devices import overdue_by
 from backupd.core.drop_problem import ProblemCount
-from backupd.core.errors import LedgerError
+from backupd.core.errors import LedgerError, LedgerHeldError
 from backupd.core.names import as_text
 from backupd.core.policy import rule_of
 from backupd.core.snapshot import (
@@ -39,6 +39,9 @@ REFRESH_EVERY = 1.0
 
 _MIN_PAUSE = 100.0
 """Durations of a snapshot until the next one: a long queue takes long to be counted."""
+
+_MAX_HELD = 10.0
+"""Seconds for which another process may hold the ledger before that is a problem."""
 
 _EMPTY = Backlog(0, 0, None)
 
@@ -66,6 +69,7 @@ class Monitor:
         self._has_changed = False
         self._next_refresh = 0.0
         self._foreign_version = 0
+        self._saved_at = time.monotonic()
         self.is_ready = False
         """Whether every drop folder has been scanned since the start; set by the daemon."""
         self.latest: Snapshot | None = None
@@ -102,22 +106,34 @@ class Monitor:
         try:
             self._has_foreign_changes()
             snapshot = self._from_ledger()
-            self.solve(_LEDGER)
         except LedgerError as error:
             failure = error
             self.report(_LEDGER, error.message, error.hint)
             snapshot = self.latest or self._blank()
-        snapshot = replace(self._with_process(snapshot, taken_at), daemon_problems=self._daemon_problems())
+        snapshot = self._with_process(snapshot, taken_at)
         if failure is None:
-            with suppress(LedgerError):
-                self._runtime.ledger.save_snapshot(snapshot)
-        self.latest = snapshot
+            self._save(snapshot)
+        self.latest = snapshot = replace(snapshot, daemon_problems=self._daemon_problems())
         for listener in self.listeners:
             listener(snapshot)
         self._next_refresh = time.monotonic() + _MIN_PAUSE * (time.monotonic() - started)
         if failure is not None:
             raise failure
         return snapshot
+
+    def _save(self, snapshot: Snapshot) -> None:
+        """Save a snapshot; a failure is a problem, unless another process holds the ledger for a moment."""
+        others = tuple(problem for problem in self._daemon_problems() if problem.subject != _LEDGER)
+        try:
+            self._runtime.ledger.check_storage()
+            self._runtime.ledger.save_snapshot(replace(snapshot, daemon_problems=others))
+        except LedgerError as error:
+            is_held = isinstance(error, LedgerHeldError)
+            if not is_held or time.monotonic() > self._saved_at + _MAX_HELD:
+                self.report(_LEDGER, error.message, error.hint)
+        else:
+            self._saved_at = time.monotonic()
+            self.solve(_LEDGER)
 
     def _has_foreign_changes(self) -> bool:
         """Return whether another process has written to the ledger since the last call."""

@@ -32,7 +32,7 @@ class StatePage:
         self._made_at: float | None = None
 
     def response(self, config: Config, latest: Snapshot | None) -> PageResponse:
-        """Return the page; `latest` is the state that is shown if the ledger can't be read."""
+        """Return the page; `latest` is the state that it shows."""
         if not self._lock.acquire(timeout=_MAX_WAIT):
             body = b"the ledger does not answer; try again\n"
             return PageResponse(body, status=HTTPStatus.SERVICE_UNAVAILABLE)
@@ -51,7 +51,7 @@ def _render(config: Config, latest: Snapshot | None) -> str:
     now = datetime.now(UTC)
     try:
         with closing(open_history(config)) as history:
-            data = collect_page_data(history, config, now)
+            data = collect_page_data(history, config, now, latest=latest)
     except BackupdError as error:
         data = page_data_without_ledger(latest, error.message, now)
     return render_page(data)

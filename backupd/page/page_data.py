@@ -52,11 +52,17 @@ class PageData:
     ledger_error: str = ""
 
 
-def collect_page_data(history: History, config: Config, now: datetime, days: int = DAYS) -> PageData:
-    """Return the data of the page; raises LedgerError if the ledger can't be read."""
+def collect_page_data(
+    history: History, config: Config, now: datetime, days: int = DAYS, latest: Snapshot | None = None
+) -> PageData:
+    """Return the data of the page; raises LedgerError if the ledger can't be read.
+
+    `latest` is the state in the memory of a running daemon: it may be unable to write it to the ledger.
+    """
     host, snapshots = socket.gethostname(), history.snapshots()
     snapshot = next((each for each in snapshots if each.host == host), snapshots[0] if snapshots else None)
-    is_running = history.daemon_pid() is not None
+    snapshot = latest or snapshot
+    is_running = latest is not None or history.daemon_pid() is not None
     devices = [device for device in history.tracked_devices() if device.drop in config.drop]
     calendar = local_days(now, days)
     known_from = now - config.keep_history_for

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import sqlite3
 import ssl
 import stat
 import urllib.error
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +199,31 @@ def test_a_reload_adds_the_textfile(stage: Stage, receiver: RunningReceiver) -> 
 
     until(lambda: written(path).get("backupd_up") == 1, "the file")
     assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("cause", ["removed", "held"])
+def test_a_ledger_that_cannot_be_written_is_a_problem_until_it_can(
+    stage: Stage, receiver: RunningReceiver, cause: str, tmp_path: Path
+) -> None:
+    port = stage.a_free_port()
+    with_metrics(stage, receiver, f'listen = "127.0.0.1:{port}"')
+    stage.daemon().ready()
+    url = f"http://127.0.0.1:{port}"
+    assert get(f"{url}/readyz")[0] == 200
+
+    ledger, away = stage.state / "ledger.sqlite3", tmp_path / "away"
+    with closing(sqlite3.connect(ledger, isolation_level=None)) as other:
+        if cause == "removed":
+            ledger.rename(away)
+        else:
+            other.execute("BEGIN IMMEDIATE")
+        until(lambda: get(f"{url}/readyz")[0] == 503, "the ledger as a problem")
+        assert "the ledger cannot be used" in get(f"{url}/readyz")[1]
+        assert series(get(f"{url}/metrics")[1])["backupd_daemon_problems ledger"] == 1
+        until(lambda: "ledger: " in get(url)[1], "it on the page")
+        if cause == "removed":
+            away.rename(ledger)
+        else:
+            other.execute("ROLLBACK")
+    until(lambda: get(f"{url}/readyz")[0] == 200, "the end of the problem")
+    assert "backupd_daemon_problems ledger" not in series(get(f"{url}/metrics")[1])

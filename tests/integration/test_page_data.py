@@ -11,16 +11,16 @@ import pytest
 from backupd.core.health import AlarmKind
 from backupd.ledger.factory import open_history
 from backupd.page.document import render_page
-from backupd.page.page_data import ARCHIVES, PageData, collect_page_data
+from backupd.page.page_data import ARCHIVES, DAYS, PageData, collect_page_data
 from tests.showcase import FIREWALLS, SWITCHES, a_config, a_showcase, fill_large
 
 NOW = datetime(2026, 12, 1, 14, 2, 19, tzinfo=UTC)
 MAX_BYTES = 300_000
 
 
-def collected(base: Path, **options: int) -> PageData:
+def collected(base: Path, days: int = DAYS) -> PageData:
     with a_showcase(base, NOW) as config, closing(open_history(config)) as history:
-        return collect_page_data(history, config, NOW, **options)
+        return collect_page_data(history, config, NOW, days)
 
 
 def test_the_page_has_the_data_of_the_ledger(tmp_path: Path) -> None:
