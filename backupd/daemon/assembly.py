@@ -12,6 +12,7 @@ from backupd.config.models import Config, DestinationConfig, DropConfig
 from backupd.core.errors import LedgerDamagedError, LedgerFullError
 from backupd.core.folder_place import FolderPlace, label_of
 from backupd.core.model import Deferred
+from backupd.core.policy import Reason
 from backupd.daemon.announcer import Announcer
 from backupd.daemon.certificates import Certificates
 from backupd.daemon.daemon import Daemon
@@ -230,9 +231,15 @@ class Assembly:
                 running.notifier.notify()
 
 
+_UNAVAILABLE = frozenset((502, 503, 504))
+"""Statuses of a proxy in front of a server that is down; `check` shows them, but does not judge by them."""
+
+
 def _probe(name: str, config: DestinationConfig, abort: Abort) -> Deferred | None:
     """Return why a destination would not take an archive; None if nothing keeps it from that."""
     result = probe(name, config, abort)
+    if result.reason is None and result.http_status in _UNAVAILABLE:
+        return Deferred(Reason.SERVER_ERROR, result.detail, result.http_status)
     if result.reason is None:
         return None
     return Deferred(result.reason, result.detail, result.http_status)

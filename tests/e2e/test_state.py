@@ -13,6 +13,7 @@ import pytest
 
 from backupd.receiver.serve import RunningReceiver, ServerTls
 from tests.pki import Pki
+from tests.scripted import Peer, ScriptedServer, http_response, server_context
 from tests.stage import Stage, until
 from tests.terminal import CTRL_C, Terminal
 
@@ -230,6 +231,27 @@ def test_a_probe_that_fails_keeps_the_destination_paused(stage: Stage) -> None:
         daemon.wait_for("destination.paused", reason="tls_failed")
         assert destination(stage)["circuit"] != "working"
         assert daemon.stop() == 0  # at once, also during a probe
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_a_proxy_that_answers_for_a_server_that_is_down_keeps_the_destination_paused(
+    stage: Stage, status: int
+) -> None:
+    methods = []
+
+    def respond(peer: Peer) -> None:
+        methods.append(peer.read_head().split()[0])
+        peer.send(http_response(status))
+
+    with ScriptedServer(respond, server_context(stage.pki)) as server:
+        stage.configure(server.url, destination=SHORT, drop='rescan_every = "1s"')
+        daemon = stage.daemon().ready()
+        archive = stage.put("sw.cfg", b"content")
+        daemon.wait_for("destination.paused")
+        archive.unlink()
+        daemon.wait_for("archive.missing")
+        until(lambda: methods.count(b"OPTIONS") > 2 or daemon.events("destination.resumed"), "a second probe")
+        assert daemon.events("destination.resumed") == []
 
 
 # the status on a narrow terminal
