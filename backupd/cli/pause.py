@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import getpass
 import os
+import time
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import typer
@@ -19,8 +20,12 @@ from backupd.core.health import hold_text
 from backupd.core.names import printable
 from backupd.core.snapshot import OperatorPause
 from backupd.ledger.factory import open_history
+from backupd.ledger.history import History
 
 _MAX_NOTE = 200
+
+_DAEMON_TIMEOUT, _POLL_EVERY = 10.0, 0.05
+"""Seconds to wait for the daemon, and between two looks at its state."""
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A destination or a drop.")]
 IsDrop = Annotated[bool, typer.Option("--drop", help="NAME is a drop.")]
@@ -50,16 +55,16 @@ def pause(
         until = now + parse_duration(length) if length else None
     except (ValueError, OverflowError) as error:
         raise UsageError(f"--for: {error}", 'write "2h" for two hours') from error
-    if until is not None and until <= now:
+    if until is not None and until < now + timedelta(seconds=1):
         raise UsageError("--for: the pause would be over at once", 'write "2h" for two hours')
     kind = _kind(loaded, name, is_drop=is_drop, is_destination=is_destination)
     requested = OperatorPause(kind, name, now, until, _user(), note)
     with closing(open_history(loaded)) as history:
         history.pause(requested)
-        is_running = history.daemon_pid() is not None
+        remark = _await_daemon(history, requested)
     typer.echo(printable(hold_text(requested)))
-    if not is_running:
-        typer.echo("the daemon does not run; the pause is active once it does")
+    if remark:
+        typer.echo(remark)
 
 
 def resume(
@@ -91,6 +96,20 @@ def _kind(config: Config, name: str, *, is_drop: bool, is_destination: bool) -> 
         known = ", ".join(each for kind in wanted for each in names[kind])
         raise UsageError(f"there is no {' or '.join(wanted)} named {printable(name)}", f"there are: {known}")
     return found[0]
+
+
+def _await_daemon(history: History, requested: OperatorPause) -> str:
+    """Wait until the daemon holds the uploads; return a remark if it does not within some seconds."""
+    end = time.monotonic() + _DAEMON_TIMEOUT
+    key = (requested.kind, requested.name, requested.since)
+    while history.daemon_pid() is not None:
+        held = [pause for snapshot in history.snapshots() for pause in snapshot.holds]
+        if any((each.kind, each.name, each.since) == key for each in held):
+            return ""
+        if time.monotonic() > end:
+            return "the daemon has not taken it over yet: `backupd status` shows when it has"
+        time.sleep(_POLL_EVERY)
+    return "the daemon does not run; the pause is active once it does"
 
 
 def _user() -> str:

@@ -50,7 +50,7 @@ class Selection:
 
 def parse_selector(config: Config, text: str) -> Selector:
     """Return what a text can mean; raises UsageError if it can mean nothing."""
-    if re.fullmatch(r"@\d{1,17}", text):
+    if re.fullmatch(r"@[0-9]{1,17}", text):
         return Selector(archive_id=int(text[1:]))
     if not text or text.startswith("@"):
         raise UsageError(f"expected @ and the number of an archive, got {text!r}", "such as `show @17`")

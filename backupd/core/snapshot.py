@@ -18,6 +18,9 @@ from backupd.core.drop_problem import FOLDER_REASONS
 MIN_HUNG_AFTER = timedelta(minutes=1)
 """The least age at which the state of a running daemon shows that it hangs."""
 
+MAX_INTERVAL = timedelta(minutes=5)
+"""The longest time between two snapshots, whatever the interval of the heartbeats is."""
+
 
 @dataclass(frozen=True, slots=True)
 class OperatorPause:
@@ -188,9 +191,9 @@ class DaemonProblem:
 class Snapshot:
     """The state of a daemon, of the queue and of everything that needs a person, at the time `taken_at`.
 
-    The daemon takes one every `heartbeat_every` at least. `rejected` is the number of archives in quarantine.
-    `is_ready` is whether every drop folder has been scanned since the start. Counts of the process are None
-    if /proc cannot be read.
+    The daemon takes one every `heartbeat_every` at least, or every `MAX_INTERVAL`. `rejected` is the number
+    of archives in quarantine. `is_ready` is whether every drop folder has been scanned since the start.
+    Counts of the process are None if /proc cannot be read.
     """
 
     taken_at: datetime
@@ -238,9 +241,14 @@ class Snapshot:
         """Return the time since it was taken."""
         return max(now - self.taken_at, timedelta(0))
 
+    @property
+    def hung_after(self) -> timedelta:
+        """Return the age from which on its daemon hangs, if it runs."""
+        return max(3 * min(self.heartbeat_every, MAX_INTERVAL), MIN_HUNG_AFTER)
+
     def is_outdated(self, now: datetime) -> bool:
         """Return whether it is so old that its daemon has ended or hangs."""
-        return self.age(now) > max(3 * self.heartbeat_every, MIN_HUNG_AFTER)
+        return self.age(now) > self.hung_after
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from backupd.core.errors import LedgerError, LedgerHeldError
 from backupd.core.names import as_text
 from backupd.core.policy import rule_of
 from backupd.core.snapshot import (
+    MAX_INTERVAL,
     DaemonProblem,
     DestinationSnapshot,
     DropSnapshot,
@@ -69,6 +70,8 @@ class Monitor:
         self._has_changed = False
         self._next_refresh = 0.0
         self._foreign_version = 0
+        self._taken_at = 0.0
+        """When the last snapshot was taken (monotonic)."""
         self._saved_at = time.monotonic()
         self.is_ready = False
         """Whether every drop folder has been scanned since the start; set by the daemon."""
@@ -95,13 +98,15 @@ class Monitor:
             return
         is_uploading = self.latest is not None and (self.latest.uploads or self._runtime.in_flight)
         with suppress(LedgerError):  # the heartbeat logs it
-            if self._has_changed or is_uploading or self._has_foreign_changes():
+            is_old = time.monotonic() >= self._taken_at + MAX_INTERVAL.total_seconds()
+            if self._has_changed or is_uploading or is_old or self._has_foreign_changes():
                 self.take()
 
     def take(self) -> Snapshot:
         """Take a snapshot now; raises LedgerError after it was passed on, if the ledger cannot be used."""
         self._has_changed = False
         taken_at, started = datetime.now(UTC), time.monotonic()
+        self._taken_at = started
         failure = None
         try:
             self._has_foreign_changes()

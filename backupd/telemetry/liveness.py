@@ -6,7 +6,7 @@ import time
 from datetime import timedelta
 from http import HTTPStatus
 
-from backupd.core.snapshot import MIN_HUNG_AFTER, Snapshot
+from backupd.core.snapshot import Snapshot
 from backupd.core.units import human_duration
 from backupd.telemetry.http_server import PageRequest, PageResponse
 
@@ -32,7 +32,7 @@ class Liveness:
         """Return 200 while the main loop runs; a start counts as running."""
         age, limit = time.monotonic() - self._updated_at, _MAX_START
         if self._snapshot is not None:
-            limit = max(3 * self._snapshot.heartbeat_every, MIN_HUNG_AFTER)
+            limit = self._snapshot.hung_after
         if age > limit.total_seconds():
             return _unavailable(f"no snapshot for {human_duration(age)}: the main loop hangs")
         return PageResponse(b"ok\n")

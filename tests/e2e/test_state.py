@@ -123,8 +123,8 @@ def test_a_paused_destination_gets_nothing_until_it_is_resumed(
     daemon = stage.daemon().ready()
     done = stage.backupd("pause", "vault", "--for", "2h", "--note", "new disks")
     assert done.returncode == 0, done.stderr
+    stage.put("sw.cfg", b"content")  # at once: the command has waited for the daemon
     daemon.wait_for("destination.held", destination="vault", note="new disks")
-    stage.put("sw.cfg", b"content")
     daemon.wait_for("archive.queued")
     assert destination(stage)["held"]["note"] == "new disks"
     check = stage.backupd("status", "--check")
@@ -180,11 +180,12 @@ def test_a_pause_ends_at_its_time(stage: Stage, receiver: RunningReceiver) -> No
         (["pause", "nowhere"], "there is no destination or drop named nowhere"),
         (["pause", "vault", "--for", "soon"], "--for: expected a duration"),
         (["pause", "vault", "--for", "0s"], "--for: the pause would be over at once"),
+        (["pause", "vault", "--for", "1ms"], "--for: the pause would be over at once"),
         (["pause", "--drop", "vault"], "there is no drop named vault"),
         (["pause", "vault", "--note", "x" * 201], "--note: 201 characters"),
         (["resume", "vault"], "nobody has paused vault"),
     ],
-    ids=["unknown", "word", "zero", "kind", "note", "resume"],
+    ids=["unknown", "word", "zero", "moment", "kind", "note", "resume"],
 )
 def test_a_pause_that_cannot_be_is_refused(stage: Stage, arguments: list[str], words: str) -> None:
     stage.configure("https://127.0.0.1:9/")

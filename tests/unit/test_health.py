@@ -133,6 +133,9 @@ def test_a_running_daemon_with_an_old_state_hangs() -> None:
     [alarm] = alarms(a_snapshot(), NOW + timedelta(minutes=4), LIMITS)
     assert alarm.level is HealthLevel.CRITICAL
     assert alarm.text == "the daemon hangs: its last state is 4 min old"
+    rare = a_snapshot(heartbeat_every=timedelta(days=1))
+    assert alarms(rare, NOW + timedelta(minutes=15), LIMITS) == []
+    assert [alarm.subject for alarm in alarms(rare, NOW + timedelta(minutes=16), LIMITS)] == ["hung"]
     [alarm] = alarms(None, NOW, LIMITS)
     assert (alarm.level, alarm.text) == (HealthLevel.CRITICAL, "the daemon hangs: it has no state yet")
     assert plugin_line(None, [alarm], NOW, LIMITS) == (2, f"CRITICAL - {alarm.text}")
