@@ -10,10 +10,10 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 import backupd.upload.registry  # noqa: F401 -- registers the kinds of destinations for every command
 from backupd import __version__
+from backupd.cli.options import Command, CommandGroup
 from backupd.core.errors import BackupdError
 from backupd.core.names import printable
 
@@ -48,7 +48,7 @@ _COMMANDS = {
 """The module in this package and the function, or the group, of each command, in the order of the help."""
 
 
-class _Commands(TyperGroup):
+class _Commands(CommandGroup):
     """The group of all commands, which imports the module of a command when it is used.
 
     A command starts in half of the time without the modules of all others.
@@ -69,7 +69,7 @@ class _Commands(TyperGroup):
         single = typer.Typer(
             add_completion=False, rich_markup_mode="markdown", context_settings=_HELP_OPTIONS
         )
-        single.command(cmd_name)(command)
+        single.command(cmd_name, cls=Command)(command)
         return typer.main.get_command(single)
 
 

@@ -36,7 +36,10 @@ from backupd.ledger.history import DeliveryRecord, Search
 def list_deliveries(
     selectors: SomeSelected = None,
     config: ConfigPath = DEFAULT_CONFIG,
-    state: Annotated[DeliveryState | None, typer.Option(help="Only deliveries in this state.")] = None,
+    state: Annotated[
+        DeliveryState | None,
+        typer.Option(metavar="STATE", help=f"Only deliveries in this state: {', '.join(DeliveryState)}."),
+    ] = None,
     drop: DropName = "",
     destination: Annotated[
         str, typer.Option(metavar="NAME", help="Only deliveries to this destination.")
@@ -57,7 +60,8 @@ def list_deliveries(
         str, typer.Option(metavar="GLOB", help='Only archives with a matching name, such as "*.cfg".')
     ] = "",
     limit: Annotated[
-        int, typer.Option("--limit", "-n", min=1, help="The maximum number of deliveries.")
+        int,
+        typer.Option("--limit", "-n", metavar="NUMBER", min=1, help="The maximum number of deliveries."),
     ] = 50,
     problems: Annotated[
         bool,

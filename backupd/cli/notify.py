@@ -22,7 +22,7 @@ _HINTS = "check the URL, and the user and password in it; https://appriseit.com 
 
 
 def notify(
-    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Only this target.")] = "",
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Only this target.")] = "",
     config: ConfigPath = DEFAULT_CONFIG,
     test: Annotated[bool, typer.Option("--test", help="Send a test message now.")] = False,
 ) -> None:

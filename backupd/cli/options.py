@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from backupd.config.load import DEFAULT_PATH
 from backupd.config.types import parse_duration
@@ -32,6 +33,30 @@ Since = Annotated[
     str,
     typer.Option("--since", metavar="TIME", help='Only archives since then: "7d" ago, or a date and time.'),
 ]
+
+
+class Command(TyperCommand):
+    """A command; its help has no types of flags."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the arguments and options."""
+        return _without_flag_types(super().get_params(ctx))
+
+
+class CommandGroup(TyperGroup):
+    """A group of commands; its help has no types of flags."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the options."""
+        return _without_flag_types(super().get_params(ctx))
+
+
+def _without_flag_types(params: list[Any]) -> list[Any]:
+    """Return the parameters; a flag loses its type, as a value seems to follow in `--once <bool>`."""
+    for param in params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+    return params
 
 
 def parse_time(option: str, text: str, now: datetime) -> datetime | None:

@@ -20,7 +20,8 @@ def receive(
     ],
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="The port to listen on; 0 chooses a free one.")
+        int,
+        typer.Option(metavar="NUMBER", min=0, max=65535, help="The port to listen on; 0 chooses a free one."),
     ] = 8443,
 ) -> None:
     """Run the reference receiver until SIGTERM or SIGINT.

@@ -24,7 +24,14 @@ def report(
     ],
     config: ConfigPath = DEFAULT_CONFIG,
     days: Annotated[
-        int, typer.Option("--days", min=1, max=MAX_DAYS, help="The number of days in the matrix of devices.")
+        int,
+        typer.Option(
+            "--days",
+            metavar="NUMBER",
+            min=1,
+            max=MAX_DAYS,
+            help="The number of days in the matrix of devices.",
+        ),
     ] = DAYS,
 ) -> None:
     """Write a page with problems, destinations, backups by device and day, and the last archives.

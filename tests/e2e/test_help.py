@@ -55,3 +55,13 @@ def test_the_width_is_that_of_the_terminal(stage: Stage) -> None:
         lines = [line for line in terminal.display if line]
     assert max(map(len, lines)) == 70
     assert " Run the daemon in the foreground; it logs to standard output and" in lines
+
+
+@pytest.mark.parametrize("command", ["", "run", "list", "notify", "config", "config show"])
+def test_flags_have_no_type_and_names_one_pair_of_brackets(stage: Stage, command: str) -> None:
+    help_text = stage.backupd(*command.split(), "--help", environ={"COLUMNS": "100"}).stdout
+    names = ("│ --help", "│ --once", "│ --problems")
+    flags = [line for line in help_text.splitlines() if line.startswith(names)]
+    assert flags
+    assert not [line for line in flags if "<" in line]
+    assert "[[" not in help_text
