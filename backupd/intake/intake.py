@@ -339,7 +339,7 @@ class Intake:
             self._log_ledger_failure(error)
             return
         for candidate in batch:
-            self._problems.remove(candidate.relpath)
+            self._problems.remove_all(candidate.relpath)
         self._ledger_failing = False
         self._not_enqueued -= {hash(candidate.relpath) for candidate in batch}
         # an event may come for a file that a scan has found: it is not examined a second time

@@ -54,7 +54,7 @@ class ProblemList:
         self._ledger = ledger
         self._problems: dict[bytes, DropProblem] = {}
         """The listed problems by path, empty for the folder; a file has one at a time."""
-        self._earlier: dict[tuple[bytes, str], DropProblem] = {}
+        self._earlier: dict[bytes, dict[str, DropProblem]] = {}
         """Those of an earlier run by path and reason, until a scan of this run has not found them."""
         self._replaced: dict[bytes, dict[str, DropProblem]] = {}
         """Those that a listed path had before its present one, by reason: they are not new if they return."""
@@ -85,12 +85,15 @@ class ProblemList:
     def load(self) -> None:
         """Read the problems of an earlier run, which keep their age; raises LedgerError."""
         problems = self._ledger.problems(self._drop)
-        self._earlier = {(p.relpath, p.reason): p for p in problems if p.reason not in _NOT_FROM_SCANS}
+        self._earlier = {}
+        for problem in problems:
+            if problem.reason not in _NOT_FROM_SCANS:
+                self._earlier.setdefault(problem.relpath, {})[problem.reason] = problem
         self._suspicious = {p.relpath: p for p in problems if p.reason == SUSPICIOUS}
 
     def earlier(self, relpath: bytes, reason: str) -> DropProblem | None:
         """Return the problem that a file had in an earlier run, unless this run has found it already."""
-        return self._earlier.get((relpath, reason))
+        return self._earlier.get(relpath, {}).get(reason)
 
     def add(self, relpath: bytes, reason: str, error: str, hint: str, size: int | None = None) -> bool:
         """Add a problem, or confirm it; return whether it is new in this run.
@@ -108,7 +111,7 @@ class ProblemList:
             self._solve(known)
             self._replaced.setdefault(relpath, {})[known.reason] = known
         returned = self._replaced.get(relpath, {}).pop(reason, None)
-        earlier = returned or self._earlier.pop((relpath, reason), None)
+        earlier = returned or self._earlier.get(relpath, {}).pop(reason, None)
         since = earlier.since if earlier else datetime.now(UTC)
         self._set(DropProblem(self._drop, relpath, reason, since, error, hint, size))
         return returned is None
@@ -117,6 +120,11 @@ class ProblemList:
         """Remove the problem of a path, if it has one."""
         self._solve(self._problems.pop(relpath, None))
         self._replaced.pop(relpath, None)
+
+    def remove_all(self, relpath: bytes) -> None:
+        """Remove the problem of a path, and those of an earlier run: its file is in the ledger."""
+        self.remove(relpath)
+        self._solved += self._earlier.pop(relpath, {}).values()
 
     def archive_queued(self, relpath: bytes, suspicion: Damage | None, size: int) -> None:
         """Add or remove the problem of an archive that is queued with or without a suspicion.
@@ -153,8 +161,8 @@ class ProblemList:
         for relpath in [path for path in self._problems if path not in self._found]:
             if not is_examined(relpath):
                 self.remove(relpath)
-        gone = [key for key in self._earlier if not is_examined(key[0])]
-        self._solved += [self._earlier.pop(key) for key in gone]
+        for relpath in [path for path in self._earlier if not is_examined(path)]:
+            self._solved += self._earlier.pop(relpath).values()
         if self._unlisted:
             self._set(self._not_listed(self._unlisted))
         self._unlisted = 0

@@ -152,7 +152,7 @@ def test_a_truncated_archive_is_delivered_and_listed_until_a_whole_one_of_its_na
     daemon.wait_for("drop.problem", reason="suspicious", problems=1)
     check, shown, listed = stage.commands(["status", "--check"], ["status"], ["list", "--problems"])
     assert check.returncode == 1
-    assert "switches: 1 file suspicious" in check.stdout
+    assert "1 file of switches: suspicious" in check.stdout
     assert "suspicious" in shown.stdout
     assert "r1.tar.gz" in listed.stdout
     assert "looks truncated: the archive ends in the middle of its gzip data" in listed.stdout
@@ -161,6 +161,25 @@ def test_a_truncated_archive_is_delivered_and_listed_until_a_whole_one_of_its_na
 
     daemon.wait_for("drop.problem_solved", reason="suspicious")
     assert stage.backupd("status", "--check").returncode == 0
+
+
+def test_a_file_that_was_held_back_before_a_restart_has_one_problem_once_it_is_sent(
+    stage: Stage, receiver: RunningReceiver
+) -> None:
+    stage.state.mkdir()
+    with closing(SqliteLedger(open_ledger(stage.state).connection)) as ledger:
+        since = datetime.now(UTC) - timedelta(hours=1)
+        problem = DropProblem("switches", b"r1.gz", "truncated", since, "it looks cut", "check")
+        ledger.save_problems([problem], [])
+    stage.put("r1.gz", a_backup()[:-3000])
+    stage.configure(receiver.url, drop='rescan_every = "1h"\ninspect_grace = "1s"')
+    daemon = stage.daemon().ready()
+    daemon.wait_for("archive.suspicious", archive="r1.gz")
+
+    def reasons() -> list[str]:
+        return [each["reason"] for each in json.loads(stage.backupd("list", "--problems", "--json").stdout)]
+
+    until(lambda: reasons() == ["suspicious"], "the end of the problem of the earlier run")
 
 
 @pytest.mark.long
