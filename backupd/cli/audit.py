@@ -382,7 +382,9 @@ def _print(counts: dict[str, Counter[str]], wrong: list[AuditFinding]) -> None:
             for f in wrong[:_MAX_ROWS]
         ]
         headings = ("verdict", "delivery", "drop", "path", "where", "detail")
-        if not print_table(headings, rows, shortened=["path"], omitted=("detail",)):
+        has_details = print_table(headings, rows, shortened=["path"], omitted=("detail",))
+        typer.echo()
+        if not has_details:
             for finding in wrong[:_MAX_ROWS]:
                 if finding.detail:
                     print_line(f"{finding.path}: {finding.detail}")

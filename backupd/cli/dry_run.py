@@ -99,6 +99,7 @@ def _print_files(files: Sequence[PreviewedFile]) -> None:
     ]
     print_table(("verdict", "file", "size", "reason"), rows, shortened="file")
     explained = dict.fromkeys((file.reason, file.error, file.hint) for file in files if file.reason)
+    typer.echo()
     for reason, error, hint in explained:
         print_line(f"{reason}: {error}")
         if hint:

@@ -160,6 +160,8 @@ def _print_table(records: list[DeliveryRecord]) -> None:
     for record in records:
         if record.reason:
             by_reason.setdefault(record.reason, []).append(record.id[:8])
+    if by_reason:
+        typer.echo()
     for reason, ids in by_reason.items():
         print_line(f"{reason}: {', '.join(ids)}")
 

@@ -61,6 +61,8 @@ def print_table(
 ) -> bool:
     """Print a table of plain text, one line for each row; return whether it has all columns.
 
+    A blank line is above it, and none below.
+
     On a terminal that is too narrow, the texts of the columns `shortened` lose their middle, and the columns
     `omitted` are left out. No other column loses anything: if that is not enough, the terminal folds lines.
     Control characters are escaped, and None is printed as an empty cell.
@@ -121,14 +123,13 @@ class _Columns:
         return excess <= 0
 
     def print(self, console: Console) -> None:
-        """Print the headings, a rule and the rows, between blank lines."""
+        """Print a blank line, the headings, a rule and the rows."""
         widths = [self.width_of(heading) for heading in self.headings]
         console.print()
         console.print(self._line(self.headings, widths, "bold"))
         console.print("─" * self.width)
         for row in self.rows:
             console.print(self._line(row, widths))
-        console.print()
 
     def _line(self, cells: list[str], widths: list[int], style: str = "") -> Text:
         line = Text()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 
 import typer
@@ -14,6 +15,7 @@ from backupd.cli.selection import Selected, select
 from backupd.config.load import load
 from backupd.config.models import DropConfig
 from backupd.config.time_limit import call
+from backupd.core.model import DeliveryState
 from backupd.core.names import as_text, printable
 from backupd.core.policy import Reason, rule_of
 from backupd.core.units import human_size, local_time
@@ -48,7 +50,7 @@ def show(
         _print_delivery(delivery)
         _print_attempts(attempts[delivery.id])
         if delivery.receipt:
-            typer.echo(f"receipt\n  {printable(delivery.receipt)}")
+            typer.echo(f"\nreceipt\n  {printable(delivery.receipt)}")
     if selection.older:
         noun = "archive" if selection.older == 1 else "archives"
         typer.echo(f"\nthis is the newest; `backupd list {selector}` shows {selection.older} older {noun}")
@@ -89,7 +91,7 @@ def _print_delivery(record: DeliveryRecord) -> None:
             "state": record.state,
             "destination": record.destination,
             "ended": _format_time(record.ended_at),
-            "due": relative_time(record.due_at) if record.due_at else None,
+            "due": _due(record),
             "digest": record.digest,
             "verified": None if record.verified is None else verified[record.verified],
             "reason": record.reason,
@@ -97,6 +99,15 @@ def _print_delivery(record: DeliveryRecord) -> None:
             "hint": _hint(record.reason),
         }
     )
+
+
+def _due(record: DeliveryRecord) -> str | None:
+    """Return when a pending delivery is due; None for others."""
+    if record.state is not DeliveryState.PENDING or record.due_at is None:
+        return None
+    if record.due_at > datetime.now(UTC):
+        return relative_time(record.due_at)
+    return "now; it waits for its destination (`backupd status`) or for a worker"
 
 
 def _print_attempts(attempts: list[AttemptRecord]) -> None:
@@ -109,9 +120,12 @@ def _print_attempts(attempts: list[AttemptRecord]) -> None:
     ]  # fmt: skip
     headings = ("attempt", "started", "took", "sent", "outcome", "status", "reason", "error")
     if not print_table(headings, rows, omitted=("reason", "error")):
-        for number, (reason, error) in enumerate(((a.reason, a.error) for a in attempts), 1):
+        typer.echo()
+        for (reason, error), group in itertools.groupby(attempts, lambda a: (a.reason, a.error)):
+            numbers = [a.number for a in group]
             if reason:
-                print_line(f"attempt {number}: {reason}: {error}")
+                which = f" {numbers[0]}" if len(numbers) == 1 else f"s {numbers[0]}-{numbers[-1]}"
+                print_line(f"attempt{which}: {reason}: {error}")
 
 
 def _print_facts(facts: dict[str, str | None]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import shutil
 import socket
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import closing, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,6 +24,7 @@ from backupd.config.types import parse_duration
 from backupd.core.certificate_life import CertificateState
 from backupd.core.errors import BackupdError, LedgerError, UsageError
 from backupd.core.health import Alarm, HealthLevel, HealthLimits, alarms, hold_text, plugin_line
+from backupd.core.names import printable
 from backupd.core.snapshot import (
     CertificateSnapshot,
     DestinationSnapshot,
@@ -112,10 +115,29 @@ def status(
                 sys.stderr.write(f"backupd: {error}\n")
             else:
                 if sys.stdout.isatty() and not as_json:
-                    sys.stdout.write("\x1b[H\x1b[2J")
-                _print_status(daemon_status, as_json=as_json)
+                    _fill_screen(daemon_status)
+                else:
+                    _print_status(daemon_status, as_json=as_json)
             sys.stdout.flush()
             time.sleep(_WATCH_INTERVAL)
+
+
+class _Screen(io.StringIO):
+    """Collects what is printed for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def _fill_screen(found: DaemonStatus) -> None:
+    """Print the status on an empty screen; its end is cut off if it is longer, as the worst is first."""
+    with redirect_stdout(_Screen()) as screen:
+        _print_status(found, as_json=False)
+    lines, room = screen.getvalue().splitlines(), shutil.get_terminal_size().lines - 1
+    if len(lines) > room:
+        cut = len(lines) - room + 1
+        lines = [*lines[: room - 1], f"and {cut} more lines; `backupd status` prints all"]
+    sys.stdout.write("\x1b[H\x1b[2J" + "\n".join(lines) + "\n")
 
 
 def collect_status(config: Path, limits: HealthLimits) -> DaemonStatus:
@@ -141,7 +163,7 @@ def _check(config: Path, warning_age: str, critical_age: str) -> HealthLevel:
         level, line = plugin_line(found.snapshot, found.alarms, datetime.now(UTC), limits)
     except BackupdError as error:
         level, line = HealthLevel.UNKNOWN, f"UNKNOWN - {error.message} ({error.hint})"
-    print_line(" ".join(line.split()))
+    typer.echo(printable(" ".join(line.split())))  # one line, however narrow the terminal is
     return level
 
 
@@ -163,7 +185,8 @@ def _print_status(found: DaemonStatus, *, as_json: bool) -> None:
     if snapshot.problems:
         print_line("`backupd list --problems` lists each file with a problem")
     for pause in snapshot.holds:
-        print_line(hold_text(pause), "yellow")
+        if pause.until is not None:  # one without an end is an alarm
+            print_line(hold_text(pause), "yellow")
     _print_uploads(snapshot.uploads)
     _print_drops(snapshot.drops)
     _print_destinations(snapshot.destinations)
@@ -230,6 +253,8 @@ def _print_drops(drops: Sequence[DropSnapshot]) -> None:
     ]
     headings = ("drop", "path", "observer", "pending", "last archive", "queued")
     print_table(headings, rows, shortened=["path", "last archive"])
+    if any(drop.fault or drop.blind_spot for drop in drops):
+        print_line("")
     for drop in drops:
         if drop.fault:
             print_line(f"{drop.name}: events are missing ({drop.fault}); scans find new files", "yellow")
@@ -261,7 +286,7 @@ def _print_destinations(destinations: Sequence[DestinationSnapshot]) -> None:
 
 
 def _next_retry(destination: DestinationSnapshot) -> str:
-    if not destination.is_paused or destination.until is None:
+    if not destination.is_paused or destination.until is None or destination.held is not None:
         return ""
     return relative_time(destination.until) if destination.until > datetime.now(UTC) else "now"
 
@@ -281,6 +306,8 @@ def _print_overdue(devices: Sequence[OverdueDevice]) -> None:
 
 
 def _print_certificates(certificates: Sequence[CertificateSnapshot]) -> None:
+    if certificates:
+        print_line("")
     for each in certificates:
         state, role = each.life.state, "" if each.role == "client" else f"{each.role} "
         left = "EXPIRED" if state is CertificateState.EXPIRED else f"{each.life} left"

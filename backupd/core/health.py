@@ -179,7 +179,7 @@ def _problem_alarm(problem: ProblemSnapshot) -> Alarm:
         text = f"the folder of the drop {problem.drop} cannot be used: {problem.error}"
     else:
         level, noun = HealthLevel.WARNING, "file" if problem.files == 1 else "files"
-        text = f"{problem.drop}: {problem.files} {noun} {problem.reason.replace('_', ' ')}"
+        text = f"{problem.files} {noun} of {problem.drop}: {problem.reason.replace('_', ' ')}"
     detail = f"{problem.example or 'the folder'}: {problem.error}"
     return Alarm(level, AlarmKind.PROBLEM, subject, text, problem.hint, problem.since, detail)
 

@@ -252,7 +252,7 @@ def test_files_that_will_not_be_sent_are_listed_until_they_are_gone(
 
     code, line = checked(stage)
     assert code == 1
-    assert line.startswith("WARNING - switches: 1 file not included; switches: 1 file too small |")
+    assert line.startswith("WARNING - 1 file of switches: not included; 1 file of switches: too small |")
     assert "problems=2" in line
     text = stage.backupd("status").stdout
     assert "readme.pdf" in text
@@ -292,7 +292,7 @@ def test_a_delivered_file_that_cannot_be_moved_is_a_problem_until_it_is_moved(
     stage.sent.write_bytes(b"a file in place of the folder")
     stage.put("r1.cfg", b"content")
     daemon.wait_for("drop.problem", reason="not_moved", problems=1)
-    assert "switches: 1 file not moved" in checked(stage)[1]
+    assert "1 file of switches: not moved" in checked(stage)[1]
     daemon.kill()
     stage.sent.unlink()
     daemon = stage.daemon().ready()

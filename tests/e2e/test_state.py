@@ -159,8 +159,27 @@ def test_archives_of_a_paused_drop_wait_while_others_are_delivered(
     assert {each["name"]: each["pending"] for each in found["drops"]} == {"switches": 1, "routers": 0}
     [alarm] = found["alarms"]  # a pause without an end may be forgotten
     assert (alarm["kind"], alarm["level"]) == ("held", "warning")
+    text = stage.backupd("status").stdout
+    assert text.count("the drop switches is paused by") == 1
+    assert "\n\n\n" not in text
     assert stage.backupd("resume", "switches").returncode == 0
     daemon.wait_for("archive.delivered", archive="held.cfg")
+
+
+def test_a_held_destination_that_is_down_shows_no_time_of_a_retry(stage: Stage) -> None:
+    stage.configure("https://127.0.0.1:9/", destination='retry = { initial = "1h", max = "1h" }')
+    daemon = stage.daemon().ready()
+    stage.put("sw.cfg", b"content")
+    daemon.wait_for("destination.paused")
+
+    def row_of_vault() -> str:
+        lines = stage.backupd("status").stdout.splitlines()
+        return next(line.rstrip() for line in lines if re.match(r"vault +(paused|held) ", line))
+
+    until(lambda: re.search(r" in \d+ min$", row_of_vault()), "the time of the retry")
+    assert stage.backupd("pause", "vault", "--for", "2h").returncode == 0
+    until(lambda: " held " in row_of_vault(), "the pause")
+    assert row_of_vault().endswith(" -")
 
 
 def test_a_pause_ends_at_its_time(stage: Stage, receiver: RunningReceiver) -> None:
@@ -290,3 +309,42 @@ def test_watch_goes_on_while_the_ledger_cannot_be_read(stage: Stage, receiver: R
         terminal.until(lambda: "running for" in terminal.text, "the state")
         terminal.press(CTRL_C)
         assert terminal.wait() == 0
+
+
+# the width and height of a terminal
+
+
+def test_a_low_terminal_shows_the_begin_of_the_status_and_how_much_is_missing(stage: Stage) -> None:
+    stage.configure("https://127.0.0.1:9/", destination=SHORT)
+    daemon = stage.daemon().ready()
+    stage.put("sw.cfg", b"content")
+    daemon.wait_for("destination.paused")
+    with Terminal(stage, ["status", "--watch"], lines=10) as terminal:
+        terminal.until(lambda: "more lines" in terminal.display[8], "the last line")
+        terminal.until(
+            lambda: terminal.display[1].startswith("WARNING: vault has been paused"), "the worst at the top"
+        )
+        assert terminal.display[0].startswith("backupd ")
+        assert terminal.display[9] == ""
+        terminal.press(CTRL_C)
+        assert terminal.wait() == 0
+
+
+def test_the_line_of_the_monitoring_plugin_is_one_line_on_a_narrow_terminal(stage: Stage) -> None:
+    stage.configure("https://127.0.0.1:9/")
+    stage.daemon().ready()
+    with Terminal(stage, ["status", "--check"], columns=40) as terminal:
+        assert terminal.wait() == 0
+        assert terminal.text.count("\n") == 1
+
+
+def test_show_lists_attempts_with_the_same_error_once(stage: Stage) -> None:
+    stage.configure("https://127.0.0.1:9/", destination=SHORT)
+    daemon = stage.daemon().ready()
+    stage.put("sw.cfg", b"content")
+    daemon.wait_for("attempt.failed", count=3)
+    daemon.stop()
+    with Terminal(stage, ["show", "sw.cfg"], lines=60) as terminal:
+        assert terminal.wait() == 0
+        [line] = [line for line in terminal.display if "connect_failed:" in line]
+    assert re.match(r"attempts 1-\d+: connect_failed: Connection refused", line)

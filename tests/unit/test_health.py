@@ -70,12 +70,12 @@ def an_overdue_device(number: int = 1) -> OverdueDevice:
         (
             a_snapshot(problems=(a_problem("unreadable", 5),)),
             HealthLevel.WARNING,
-            "WARNING - switches: 5 files unreadable",
+            "WARNING - 5 files of switches: unreadable",
         ),
         (
             a_snapshot(problems=(a_problem("unreadable"), a_problem(FOLDER_FAILED))),
             HealthLevel.CRITICAL,
-            "CRITICAL - the folder of the drop switches cannot be used: Permission denied; switches: 1 file",
+            "CRITICAL - the folder of the drop switches cannot be used: Permission denied; 1 file of",
         ),
         (paused(HOUR / 60), HealthLevel.WARNING, "vault has been paused for 1 min"),
         (paused(6 * HOUR), HealthLevel.CRITICAL, "vault has been paused for 6 h"),

@@ -208,7 +208,7 @@ def test_problems_come_first_with_their_cause_and_remedy() -> None:
 
     words = [
         "2 problems", "critical", "paused for 8 h", "refused by 192.0.2.1", "check the firewall",
-        "warning", "people: 1 file still changing", "a.zip : open for 3 h", "wait",
+        "warning", "1 file of people: still changing", "a.zip : open for 3 h", "wait",
         "Destinations", "next retry at",
     ]  # fmt: skip
     positions = [page.index(word) for word in words]
