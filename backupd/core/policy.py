@@ -70,6 +70,10 @@ class Reason(StrEnum):
     INTERNAL = "internal_error"
 
 
+REJECTED_BY_INTAKE = frozenset((Reason.TRUNCATED, Reason.DAMAGED, Reason.CHECKSUM_MISMATCH))
+"""Reasons of archives that are rejected before any upload, and do not count as one of their device."""
+
+
 class Action(StrEnum):
     """The consequence of a failure.
 

@@ -14,7 +14,7 @@ from functools import partial
 from backupd.core.drop_problem import NOT_MOVED, DropProblem
 from backupd.core.model import Archive, DeliveryState, Digest
 from backupd.core.names import as_text, free_names
-from backupd.core.policy import Reason, rule_of
+from backupd.core.policy import REJECTED_BY_INTAKE, Reason, rule_of
 from backupd.delivery.receipt_file import write_receipt_file
 from backupd.dropfolder.checksums import move_checksum_files
 from backupd.dropfolder.content import ExpectedFile
@@ -251,7 +251,7 @@ class Disposition:
             exc_info=None,
             **keys,
             digest=completed.digest,
-            destination=rejected.destination,
+            destination=None if rejected.reason in REJECTED_BY_INTAKE else rejected.destination,
             delivery_id=rejected.delivery_id,
             reason=rejected.reason,
             error=rejected.error,

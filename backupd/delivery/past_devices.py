@@ -8,15 +8,12 @@ from datetime import UTC, datetime
 
 from backupd.core.devices import Device
 from backupd.core.model import Archive, fingerprint_of
-from backupd.core.policy import Reason
+from backupd.core.policy import REJECTED_BY_INTAKE
 from backupd.delivery.receipt_file import MAX_CLOCK_SKEW, SkippedFiles, StoredFolder
 from backupd.dropfolder.drop import Drop
 
 DeviceOf = Callable[[Archive], str | None]
 """Returns the device that sent an archive, None if it is unknown."""
-
-_REJECTED_BY_INTAKE = {Reason.TRUNCATED, Reason.DAMAGED, Reason.CHECKSUM_MISMATCH}
-"""Reasons of archives that never counted as an archive of their device."""
 
 
 def past_devices(
@@ -62,6 +59,6 @@ def _received_archives(
         except OSError as error:
             skipped.add_unreadable(file.relpath, error)
             continue
-        if found and not {d.reason for d in found.receipt.deliveries} & _REJECTED_BY_INTAKE:
+        if found and not {d.reason for d in found.receipt.deliveries} & REJECTED_BY_INTAKE:
             fingerprint = fingerprint_of(file.status)
             yield Archive(0, stored.drop, found.original_path, fingerprint, found.receipt.queued_at)

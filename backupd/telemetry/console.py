@@ -28,7 +28,7 @@ def console_line(record: Mapping[str, Any], *, coloured: bool, with_keys: bool) 
     `with_keys` adds the keys that the sentence does not have a place for.
     """
     event = CATALOGUE[record["event"]]
-    times = {key: _local(record[key], _DATE_AND_TIME) for key in record if key.endswith("_at")}
+    times = {key: _local(record[key], _DATE_AND_TIME) for key in record if _is_time(key)}
     values = {**record, **times}
     time = _local(record["timestamp"], "%H:%M:%S %Z")
     level = _styled(f"{event.level:7}", _COLOURS[event.level], coloured)
@@ -39,6 +39,10 @@ def console_line(record: Mapping[str, Any], *, coloured: bool, with_keys: bool) 
     below = [f"hint: {printable(str(record['hint']))}"] if "hint" in record else []
     below += [f"| {printable(each)}" for each in str(record.get("exception", "")).splitlines()]
     return "\n".join((line, *(f"    {_styled(each, _DIM, coloured)}" for each in below)))
+
+
+def _is_time(key: str) -> bool:
+    return key == "until" or key.endswith("_at")
 
 
 def _keys(values: Mapping[str, Any]) -> Iterator[str]:

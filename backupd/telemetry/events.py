@@ -523,8 +523,9 @@ ARCHIVE_REJECTED = _event(
     "archive.rejected",
     "error",
     "drop archive size_bytes digest destination reason error hint http_status delivery_id",
-    "{archive} was rejected[ ({destination})]: {error}",
-    "the archive cannot be delivered and goes to quarantine; logged once per content",
+    "{archive} was rejected[ by {destination}]: {error}",
+    "the archive cannot be delivered and goes to quarantine; logged once per content; without a"
+    " `destination` if it was rejected before any upload",
 )
 ARCHIVE_SUPERSEDED = _event(
     "archive.superseded",

@@ -52,6 +52,8 @@ def assert_rejected(stage: Stage, daemon: Daemon, name: str, reason: str) -> Non
     daemon.wait_for("archive.disposed", archive=name)
     (event,) = daemon.events("archive.rejected")
     assert (event["archive"], event["reason"]) == (name, reason)
+    assert "destination" not in event, "no destination has rejected it"
+    assert event["message"].startswith(f"{name} was rejected: ")
     assert not daemon.events("archive.queued")
     assert (stage.rejected / name).exists()
     record = json.loads((stage.rejected / f"{name}.reason.json").read_text())

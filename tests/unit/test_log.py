@@ -386,6 +386,8 @@ def test_times_are_local_on_the_console_and_utc_in_json(console: Pipe, pipe: Pip
     sentence = "the upload of r1.cfg to vault will be retried at "
     assert f"{sentence}2026-03-05 01:06:07 EAT" in console.text()
     assert pipe.line()["message"] == f"{sentence}2026-03-04T22:06:07Z"
+    console.log.emit(events.DROP_HELD, drop="switches", user="anna", until=at)
+    assert "are held by anna until 2026-03-05 01:06:07 EAT" in console.text()
 
 
 def test_a_hint_is_in_a_line_of_its_own_on_the_console() -> None:

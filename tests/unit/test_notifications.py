@@ -249,9 +249,9 @@ def test_a_wave_of_rejected_archives_is_one_message_with_ten_examples() -> None:
 
 def test_one_rejected_archive_is_named_in_the_subject() -> None:
     person = Person()
-    person.counts(NotificationKind.REJECTED, ["core-1.cfg was rejected (vault): HTTP 400"])
+    person.counts(NotificationKind.REJECTED, ["core-1.cfg was rejected by vault: HTTP 400"])
 
-    assert subjects(person.after(MINUTE)) == ["core-1.cfg was rejected (vault): HTTP 400"]
+    assert subjects(person.after(MINUTE)) == ["core-1.cfg was rejected by vault: HTTP 400"]
 
 
 def test_the_quarantine_is_no_news_after_the_message_about_its_archives() -> None:
