@@ -170,7 +170,7 @@ def _detail(alarm: Alarm, snapshot: Snapshot | None) -> str:
     if alarm.kind is AlarmKind.PROBLEM:
         for problem in snapshot.problems:
             if alarm.subject == f"{problem.drop}: {problem.reason}" and not problem.is_critical:
-                return f"<bdi>{text(problem.example)}</bdi>: {text(problem.error)}"
+                return f"<bdi>{text(problem.example)}</bdi>: {remedy(problem.error)}"
     return ""
 
 

@@ -387,3 +387,9 @@ def test_the_calendar_ends_today() -> None:
     assert [day.name for day in days] == [f"{NOW.astimezone() - n * DAY:%Y-%m-%d}" for n in (2, 1, 0)]
     assert all(day.ends == following.begins for day, following in pairwise(days))
     assert days[-1].begins <= NOW < days[-1].ends
+
+
+def test_a_key_in_the_cause_of_a_problem_is_code() -> None:
+    problem = ProblemSnapshot("people", "too_small", 1, NOW, "a.cfg", "it is smaller than `min_size`", "x")
+    page = a_page(a_snapshot(problems=(problem,)))
+    assert "it is smaller than <code>min_size</code>" in page
