@@ -67,7 +67,7 @@ def retry(
 
 def _retry(config: Config, history: History, records: list[DeliveryRecord], when: str) -> None:
     """Retry the deliveries of an archive; raise UsageError if they are not rejected or pending."""
-    record = records[0]
+    record, name = records[0], printable(as_text(records[0].archive.relpath))
     rejected = [r for r in records if r.state is DeliveryState.REJECTED]
     if rejected:
         if not _restore(config, history, rejected[0], _folder_errors(config, rejected)):
@@ -75,14 +75,13 @@ def _retry(config: Config, history: History, records: list[DeliveryRecord], when
                 f"{rejected[0].id}: its file is not in quarantine",
                 "it was removed, or its other deliveries have not ended: see `backupd list`",
             )
-        typer.echo(f"put back into the drop folder; it is queued again{when}")
-    elif [r for r in records if history.retry_now(r.id)]:
-        typer.echo(f"due now; it is uploaded{when}" if when else "due now")
+        typer.echo(f"{name} was put back into the drop folder; it is queued again{when}")
+    elif due := [r.destination for r in records if history.retry_now(r.id)]:
+        typer.echo(f"{name} is due now for {', '.join(due)}{f'; it is uploaded{when}' if when else ''}")
     elif record.state is DeliveryState.RETRIED:
-        path = printable(as_text(record.archive.relpath))
         raise UsageError(
             f"{record.id}: it was put back already, or its file was removed",
-            f"`backupd show {path}` shows the newest delivery of this file",
+            f"`backupd show {name}` shows the newest delivery of this file",
         )
     else:
         raise UsageError(
@@ -101,7 +100,8 @@ def _restore_all(config: Config, history: History, search: Search, when: str) ->
         except UsageError as error:
             failed.append(str(error))
     noun = "archive" if restored == 1 else "archives"
-    typer.echo(f"{restored} {noun} put back; queued again{when}" if restored else "nothing put back")
+    nothing = "nothing put back" if records else "nothing put back: no archive is rejected"
+    typer.echo(f"{restored} {noun} put back; queued again{when}" if restored else nothing)
     if failed:
         raise UsageError("some archives could not be put back:\n" + "\n".join(failed))
 

@@ -412,7 +412,7 @@ def test_retried_archives_are_delivered_once_the_destination_accepts_them(stage:
     again = stage.backupd("retry", chosen["id"])
     assert again.returncode == 2
     assert "it was put back already" in again.stderr
-    assert "nothing put back" in stage.backupd("retry", "--all").stdout
+    assert stage.backupd("retry", "--all").stdout == "nothing put back: no archive is rejected\n"
     [destination] = json.loads(stage.backupd("status", "--json").stdout)["destinations"]
     assert destination["rejected"] == 0
 

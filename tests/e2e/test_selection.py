@@ -186,7 +186,7 @@ def test_a_retried_archive_is_listed_as_retried(stage: Stage) -> None:
         [rejected] = listed(stage, "--state", "rejected")
         again = stage.backupd("retry", "sw.cfg")
         assert (again.returncode, again.stdout) == (
-            0, "put back into the drop folder; it is queued again\n"
+            0, "sw.cfg was put back into the drop folder; it is queued again\n"
         )  # fmt: skip
         daemon.wait_for("archive.disposed", 2)
         assert daemon.stop() == 0
