@@ -13,6 +13,7 @@ import tarfile
 import tempfile
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -104,9 +105,10 @@ def _make_certificates(folder: Path) -> None:
     folder.mkdir(mode=0o700)
     ca = trustme.CA()
     ca.cert_pem.write_to_path(str(folder / "ca.pem"))
+    end = datetime.now(UTC) + timedelta(days=365)
     for name, certificate in (
-        ("server", ca.issue_cert("localhost", "127.0.0.1")),
-        ("client", ca.issue_cert("demo.backupd.invalid")),
+        ("server", ca.issue_cert("localhost", "127.0.0.1", not_after=end)),
+        ("client", ca.issue_cert("demo.backupd.invalid", not_after=end)),
     ):
         (folder / f"{name}.pem").write_bytes(b"".join(part.bytes() for part in certificate.cert_chain_pems))
         key = folder / f"{name}.key"
@@ -173,8 +175,8 @@ def _print_deliveries(base: Path) -> None:
         typer.echo(f"  moved to   {receipt.parent / fields['archive']}")
         typer.echo(f"  receipt    {receipt}")
         typer.echo(f"  stored as  {stored[digest]}")
-        typer.echo(f"  sha256     {digest}  (receipt)")
-        typer.echo(f"  sha256     {_sha256(stored[digest])}  (stored file, identical)")
+        typer.echo(f"  sha256 in the receipt\n    {digest}")
+        typer.echo(f"  sha256 of the stored file, identical\n    {_sha256(stored[digest])}")
 
 
 def _sha256(path: Path) -> str:
@@ -184,6 +186,7 @@ def _sha256(path: Path) -> str:
 
 def _wait_for_interrupt(base: Path, daemon: subprocess.Popen[str]) -> None:
     typer.echo(f"\nDrop files into {base / 'drop'} to deliver them; Ctrl-C stops the demo.")
+    typer.echo(f"In another terminal: backupd status --config {base / 'backupd.toml'}")
     try:
         daemon.wait()
     except KeyboardInterrupt:

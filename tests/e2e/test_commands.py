@@ -707,13 +707,13 @@ def test_the_demo_delivers_its_archives(stage: Stage) -> None:
         hashlib.sha256(path.read_bytes()).hexdigest() for path in stage.archives(base / "stored" / "archives")
     }
     sent = {hashlib.sha256(path.read_bytes()).hexdigest() for path in stage.archives(base / "drop" / "sent")}
-    digests = re.findall(r"sha256 +([0-9a-f]{64})  \((receipt|stored file)", done.stdout)
+    digests = re.findall(r"sha256 (in|of) the .*\n +([0-9a-f]{64})\n", done.stdout)
     assert len(digests) == 4
     assert (
         stored
         == sent
-        == {d for d, kind in digests if kind == "receipt"}
-        == {d for d, k in digests if k != "receipt"}
+        == {digest for word, digest in digests if word == "in"}
+        == {digest for word, digest in digests if word == "of"}
     )
     assert "daemon.stopped" in done.stdout
     assert "Traceback" not in done.stdout
