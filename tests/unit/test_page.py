@@ -391,5 +391,5 @@ def test_the_calendar_ends_today() -> None:
 
 def test_a_key_in_the_cause_of_a_problem_is_code() -> None:
     problem = ProblemSnapshot("people", "too_small", 1, NOW, "a.cfg", "it is smaller than `min_size`", "x")
-    page = a_page(a_snapshot(problems=(problem,)))
+    page = render_page(a_page(a_snapshot(problems=(problem,))))
     assert "it is smaller than <code>min_size</code>" in page
