@@ -22,6 +22,10 @@ _HOST_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFIL
 
 _LIMITS = "`MemoryMax=`, `TasksMax=` or `LimitAS=`"
 
+_NO_MEMORY = f"backupd: no memory is left: raise {_LIMITS} of the unit\n".encode()
+_NO_THREAD = f"backupd: can't start new thread: raise {_LIMITS} of the unit\n".encode()
+"""Made early: at the limit, no memory may be left for them."""
+
 _HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 
 _COMMANDS = {
@@ -105,11 +109,22 @@ def main() -> None:
             raise
         sys.stderr.write(_format_error(error))
         sys.exit(1)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "can't start new thread" not in str(error):
+    except (MemoryError, RuntimeError, SystemError, ImportError) as error:
+        if not _is_host_limit(error):
             raise
-        sys.stderr.write(f"backupd: {error or 'no memory is left'}: raise {_LIMITS} of the unit\n")
+        is_thread_limit = isinstance(error, RuntimeError)
+        error.__traceback__ = None  # its frames hold memory
+        os.write(2, _NO_THREAD if is_thread_limit else _NO_MEMORY)
         sys.exit(1)
+
+
+def _is_host_limit(error: Exception) -> bool:
+    """Return whether the memory or the number of threads that the host permits is used up."""
+    if isinstance(error, SystemError):  # a module of C that could not be loaded for want of memory
+        return isinstance(error.__cause__ or error.__context__, MemoryError)
+    if isinstance(error, ImportError):
+        return "failed to map segment" in str(error) or "cannot allocate memory" in str(error).lower()
+    return isinstance(error, MemoryError) or "can't start new thread" in str(error)
 
 
 def _open_closed_descriptors() -> None:

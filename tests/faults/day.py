@@ -488,13 +488,14 @@ def untrue(
     if level == "OK":
         return
     for part in text.partition(" | ")[0].split("; "):
-        problem = re.fullmatch(r"\d+ (\w+) in (\S+)", part)
+        found = re.fullmatch(r"\d+ files? of (\S+): (.+)", part)
+        problem = (found[2].replace(" ", "_"), found[1]) if found else None
         is_folder = "cannot be used" in part
-        is_stump = problem is not None and problem[1] in STUMP_REASONS
+        is_stump = problem is not None and problem[0] in STUMP_REASONS
         # rclone shows names that are gone for as long as it caches them, and fails to open them with EIO
-        is_gone = problem is not None and problem.groups() == ("unreadable", "rclone")
+        is_gone = problem == ("unreadable", "rclone")
         # an archive that was delivered just before the mount died
-        is_held = problem is not None and problem.groups() == (NOT_MOVED, dying) and may_fail
+        is_held = problem == (NOT_MOVED, dying) and may_fail
         if not (is_folder or is_stump or is_gone or is_held):
             yield f"there is no reason for {part!r}"
 

@@ -74,8 +74,8 @@ def test_unfinished_content_may_only_arrive_of_an_upload_that_was_broken_off() -
 
 
 OK = "OK - 0 pending, none rejected | pending=0"
-STUMPS = "WARNING - 2 suspicious in local; 1 too_small in tmpfs | pending=0"
-DEAD = "CRITICAL - the folder of the drop sshfs cannot be used: Not connected; 2 suspicious in local | x=1"
+STUMPS = "WARNING - 2 files of local: suspicious; 1 file of tmpfs: too small | pending=0"
+DEAD = "CRITICAL - the folder of the drop sshfs cannot be used: Not connected; 2 files of local: suspicious | x=1"
 LONG_DEAD = [(100.0 - NOTICED_WITHIN, 200.0)]
 
 
@@ -88,13 +88,13 @@ LONG_DEAD = [(100.0 - NOTICED_WITHIN, 200.0)]
         (DEAD, [], [], False),
         (DEAD, LONG_DEAD, [], True),
         (DEAD.replace("sshfs", "tmpfs"), LONG_DEAD, [], False),
-        (DEAD.replace("2 suspicious in local", "1 not_moved in sshfs"), LONG_DEAD, [], True),
-        (DEAD.replace("2 suspicious in local", "1 not_moved in local"), LONG_DEAD, [], False),
-        ("WARNING - 1 not_moved in sshfs | x=1", [], [], False),
+        (DEAD.replace("2 files of local: suspicious", "1 file of sshfs: not moved"), LONG_DEAD, [], True),
+        (DEAD.replace("2 files of local: suspicious", "1 file of local: not moved"), LONG_DEAD, [], False),
+        ("WARNING - 1 file of sshfs: not moved | x=1", [], [], False),
         (STUMPS, LONG_DEAD, [], False),
         (OK, [(99.0, 200.0)], [], True),
         ("CRITICAL - the daemon is not running | x=1", [], [], False),
-        ("WARNING - 1 unreadable in local | x=1", [], [], False),
+        ("WARNING - 1 file of local: unreadable | x=1", [], [], False),
         ("UNKNOWN - the ledger is locked (wait)", [], [], False),
     ],
 )
