@@ -75,7 +75,8 @@ def test_unfinished_content_may_only_arrive_of_an_upload_that_was_broken_off() -
 
 OK = "OK - 0 pending, none rejected | pending=0"
 STUMPS = "WARNING - 2 files of local: suspicious; 1 file of tmpfs: too small | pending=0"
-DEAD = "CRITICAL - the folder of the drop sshfs cannot be used: gone; 2 files of local: suspicious | x=1"LONG_DEAD = [(100.0 - NOTICED_WITHIN, 200.0)]
+DEAD = "CRITICAL - the folder of the drop sshfs cannot be used: gone; 2 files of local: suspicious | x=1"
+LONG_DEAD = [(100.0 - NOTICED_WITHIN, 200.0)]
 
 
 @pytest.mark.parametrize(
